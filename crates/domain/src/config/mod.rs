@@ -1,0 +1,135 @@
+//! The one typed configuration of a job.
+//!
+//! Precedence (applied by `learn-launch`): defaults < TOML file < environment < `--set` and flags. Unknown keys are
+//! refused. The resolved copy is saved with each run and each checkpoint. Every option has a default that runs.
+
+mod embed;
+mod prepare;
+mod train;
+mod units;
+
+use std::path::PathBuf;
+
+pub use embed::{EmbedConfig, Precision};
+pub use prepare::{FileFormat, InteractionsConfig, ItemsConfig, PrepareConfig, SplitPolicy};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+pub use train::{
+    CheckpointConfig, ClusterConfig, DeviceKind, EvaluationConfig, ItemTower, ModelConfig, OptimizerConfig,
+    PositionEmbedding, SamplingConfig, ScheduleKind, TrainingConfig,
+};
+pub use units::{ByteSize, Span, UnitError};
+
+/// The configuration of a job.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    pub job: JobConfig,
+    pub data: DataConfig,
+    pub prepare: PrepareConfig,
+    pub embed: EmbedConfig,
+    pub model: ModelConfig,
+    pub sampling: SamplingConfig,
+    pub optimizer: OptimizerConfig,
+    pub training: TrainingConfig,
+    pub evaluation: EvaluationConfig,
+    pub checkpoint: CheckpointConfig,
+    pub cluster: ClusterConfig,
+}
+
+/// What the job is called and where it writes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct JobConfig {
+    /// Name of the job; the run directory is `runs_dir/name`.
+    pub name: String,
+    /// Directory of all runs.
+    pub runs_dir: PathBuf,
+    /// Seed of the order, the samples, the initial weights and dropout.
+    pub seed: u64,
+}
+
+impl Default for JobConfig {
+    fn default() -> Self {
+        Self { name: "learn".into(), runs_dir: "runs".into(), seed: 1 }
+    }
+}
+
+/// Where the dataset lies.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct DataConfig {
+    /// The dataset directory: `prepare` writes it, `embed` adds the content embeddings, `train` reads it.
+    pub dataset: PathBuf,
+}
+
+impl Default for DataConfig {
+    fn default() -> Self {
+        Self { dataset: "data/dataset".into() }
+    }
+}
+
+/// A setting that is well-formed but makes no sense.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{key}: {problem}")]
+pub struct ConfigError {
+    /// Dotted key, for example `training.global_batch`.
+    pub key: &'static str,
+    /// What is wrong and what to do.
+    pub problem: String,
+}
+
+impl Config {
+    /// Checks the values that types cannot.
+    ///
+    /// # Errors
+    /// The first key whose value makes no sense.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let fail = |key, problem: &str| Err(ConfigError { key, problem: problem.into() });
+        let name = &self.job.name;
+        if name.is_empty() || name.starts_with('.') || name.contains(['/', '\\', '\0']) {
+            return fail("job.name", "must be a plain directory name, like \"my-run\"");
+        }
+        self.prepare.validate()?;
+        self.embed.validate()?;
+        train::validate(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_valid_and_survive_a_round_trip() {
+        let config = Config::default();
+        config.validate().unwrap();
+        let json = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<Config>(&json).unwrap(), config);
+        assert_eq!(serde_json::from_str::<Config>("{}").unwrap(), config);
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        let error = serde_json::from_str::<Config>(r#"{"training": {"epoch": 3}}"#).unwrap_err().to_string();
+        assert!(error.contains("unknown field `epoch`") && error.contains("epochs"), "{error}");
+    }
+
+    #[test]
+    fn nonsense_is_named() {
+        let refused = |change: fn(&mut Config)| {
+            let mut config = Config::default();
+            change(&mut config);
+            config.validate().unwrap_err().key
+        };
+        assert_eq!(refused(|c| c.job.name = "a/b".into()), "job.name");
+        assert_eq!(refused(|c| c.training.global_batch = 0), "training.global_batch");
+        assert_eq!(refused(|c| c.model.heads = 7), "model.heads");
+        assert_eq!(refused(|c| c.model.dropout = 1.0), "model.dropout");
+        assert_eq!(refused(|c| c.optimizer.learning_rate = f64::NAN), "optimizer.learning_rate");
+        assert_eq!(refused(|c| c.sampling.history = 0), "sampling.history");
+        assert_eq!(refused(|c| c.evaluation.cutoffs = vec![]), "evaluation.cutoffs");
+        assert_eq!(refused(|c| c.cluster.workers = 0), "cluster.workers");
+        assert_eq!(refused(|c| c.checkpoint.metric = "loss".into()), "checkpoint.metric");
+    }
+}

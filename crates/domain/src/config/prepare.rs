@@ -1,0 +1,131 @@
+//! Settings of `learn-launch prepare`: from the files people have to a dataset directory.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::ConfigError;
+
+/// The layout of an input file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum FileFormat {
+    /// From the file's name: `.parquet`, `.csv`, `.tsv`, `.jsonl`/`.json`/`.ndjson`, `.inter`/`.item`; `.gz` may follow.
+    #[default]
+    Auto,
+    Parquet,
+    /// Comma-separated with a header line; `.tsv` is read with tabs.
+    Csv,
+    /// One JSON object a line.
+    JsonLines,
+    /// RecBole atomic file: tab-separated, header cells `name:type`.
+    Recbole,
+    /// Amazon Reviews 2018 JSON Lines (`reviewerID`, `asin`, `unixReviewTime`; metadata: `asin`, `title`, `brand`, …).
+    Amazon2018,
+    /// Amazon Reviews 2023 JSON Lines (`user_id`, `parent_asin`, `timestamp`; metadata: `parent_asin`, `title`, …).
+    Amazon2023,
+}
+
+/// The interactions file and its columns. Known layouts (RecBole, Amazon) bring their own column names; a name set
+/// here wins.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct InteractionsConfig {
+    /// The file, or several: `prepare` reads them in this order.
+    pub files: Vec<PathBuf>,
+    pub format: FileFormat,
+    /// Column with the user's id; default `user_id`.
+    pub user: Option<String>,
+    /// Column with the item's id; default `item_id`.
+    pub item: Option<String>,
+    /// Column with the time, an integer or a real number of any unit; default `timestamp`.
+    pub timestamp: Option<String>,
+}
+
+/// The items file and its columns. A column that is not set and not there is left out of the prompt.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ItemsConfig {
+    /// The files; none = the catalogue is the items that were interacted with, without text.
+    pub files: Vec<PathBuf>,
+    pub format: FileFormat,
+    /// Column with the item's id; default `item_id`.
+    pub item: Option<String>,
+    pub title: Option<String>,
+    pub category: Option<String>,
+    pub brand: Option<String>,
+    pub price: Option<String>,
+    pub keywords: Option<String>,
+    pub attributes: Option<String>,
+}
+
+/// How sequences are divided into train, valid and test.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SplitPolicy {
+    /// Each user's last item is test, the one before it valid, the rest train.
+    #[default]
+    LeaveOneOut,
+    /// All interactions are ordered by time; the last `test_share` of them are test, the `valid_share` before those
+    /// valid, the rest train.
+    ByTime,
+}
+
+/// Settings of `prepare`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct PrepareConfig {
+    pub interactions: InteractionsConfig,
+    pub items: ItemsConfig,
+    /// Keep users and items with at least this many interactions, repeatedly until all have; 0 or 1 = keep all.
+    pub k_core: u32,
+    /// Users with fewer interactions are left out; at least 3 for leave-one-out.
+    pub min_length: u32,
+    /// Only the latest this many interactions of a user are kept; 0 = all.
+    pub max_length: u32,
+    /// Keep items of the catalogue that nobody interacted with (they can still be recommended).
+    pub keep_unseen_items: bool,
+    pub split: SplitPolicy,
+    /// Share of the interactions that are valid, `by-time` only.
+    pub valid_share: f64,
+    /// Share of the interactions that are test, `by-time` only.
+    pub test_share: f64,
+    /// Count and report rows that cannot be used instead of stopping at the first.
+    pub skip_bad_rows: bool,
+}
+
+impl Default for PrepareConfig {
+    fn default() -> Self {
+        Self {
+            interactions: InteractionsConfig::default(),
+            items: ItemsConfig::default(),
+            k_core: 0,
+            min_length: 3,
+            max_length: 0,
+            keep_unseen_items: true,
+            split: SplitPolicy::LeaveOneOut,
+            valid_share: 0.1,
+            test_share: 0.1,
+            skip_bad_rows: false,
+        }
+    }
+}
+
+impl PrepareConfig {
+    pub(super) fn validate(&self) -> Result<(), ConfigError> {
+        let fail = |key, problem: &str| Err(ConfigError { key, problem: problem.into() });
+        if self.split == SplitPolicy::LeaveOneOut && self.min_length < 3 {
+            return fail("prepare.min_length", "leave-one-out needs at least 3 (train, valid and test one each)");
+        }
+        if self.max_length != 0 && self.max_length < self.min_length {
+            return fail("prepare.max_length", "is below prepare.min_length; raise it or set 0 for no limit");
+        }
+        for (key, share) in [("prepare.valid_share", self.valid_share), ("prepare.test_share", self.test_share)] {
+            if !(share > 0.0 && share < 0.5) {
+                return fail(key, "must lie between 0 and 0.5");
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,360 @@
+//! Settings of training: model, samples, optimizer, evaluation, checkpoints and the cluster.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{ByteSize, Config, ConfigError, Precision, Span};
+use crate::sampling::SamplingShape;
+
+/// Where tensors live.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// CUDA if a GPU and libtorch's CUDA library are there, else the CPU.
+    #[default]
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+/// How target items become item embeddings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ItemTower {
+    /// The user tower's weights over the target sequence, causally.
+    Causal,
+    /// The user tower's weights, each item alone.
+    #[default]
+    PerItem,
+    /// The content embedding itself, L2-normalised; needs `output_dim` equal to the embeddings' dimension.
+    Content,
+}
+
+/// What tells the encoder where in the sequence an item stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PositionEmbedding {
+    /// Nothing but the causal mask, as published.
+    #[default]
+    None,
+    /// A learned vector per distance from the newest item, added to the adaptor's output of the user tower.
+    Learned,
+}
+
+/// The preference comprehension towers (PCH).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelConfig {
+    /// Transformer layers.
+    pub layers: u32,
+    /// Attention heads; divides `hidden`.
+    pub heads: u32,
+    /// Width of the transformer; its feed-forward layers are four times as wide.
+    pub hidden: u32,
+    /// Dimension of user and item embeddings.
+    pub output_dim: u32,
+    pub item_tower: ItemTower,
+    pub position_embedding: PositionEmbedding,
+    /// Dropout on attention weights, attention output and feed-forward output.
+    pub dropout: f64,
+    /// InfoNCE multiplies cosines by this (1 / temperature).
+    pub logit_scale: f64,
+    /// Learn `log(logit_scale)` with the other parameters.
+    pub learn_logit_scale: bool,
+    /// Standard deviation of the initial weights.
+    pub init_std: f64,
+}
+
+impl Default for ModelConfig {
+    fn default() -> Self {
+        Self {
+            layers: 4,
+            heads: 12,
+            hidden: 768,
+            output_dim: 64,
+            item_tower: ItemTower::PerItem,
+            position_embedding: PositionEmbedding::None,
+            dropout: 0.1,
+            logit_scale: 20.0,
+            learn_logit_scale: false,
+            init_std: 0.02,
+        }
+    }
+}
+
+/// How a user's sequence becomes a training sample; see `learn_domain::sampling`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct SamplingConfig {
+    /// Most history items the user tower sees (H).
+    pub history: u32,
+    /// Most target items the item tower sees (T).
+    pub targets: u32,
+    /// Targets come from this many items after the cut; 0 = from all later ones.
+    pub window: u32,
+    /// Sampled history positions (Nh).
+    pub user_positions: u32,
+    /// Sampled target positions (Nt).
+    pub item_positions: u32,
+    pub alpha: f64,
+    pub beta: f64,
+}
+
+impl Default for SamplingConfig {
+    fn default() -> Self {
+        Self {
+            history: 80,
+            targets: 20,
+            window: 0,
+            user_positions: 10,
+            item_positions: 10,
+            alpha: 10.0,
+            beta: 10_000.0,
+        }
+    }
+}
+
+impl SamplingConfig {
+    #[must_use]
+    pub fn shape(&self) -> SamplingShape {
+        SamplingShape {
+            history: self.history,
+            targets: self.targets,
+            window: self.window,
+            user_positions: self.user_positions,
+            item_positions: self.item_positions,
+            alpha: self.alpha,
+            beta: self.beta,
+        }
+    }
+}
+
+/// The learning rate after warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ScheduleKind {
+    #[default]
+    Cosine,
+    Constant,
+}
+
+/// AdamW and its schedule.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct OptimizerConfig {
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    /// Decoupled weight decay; not applied to biases, layer norms, positions and the logit scale.
+    pub weight_decay: f64,
+    /// Largest global gradient norm; 0 = no clipping.
+    pub clip_norm: f64,
+    pub warmup_steps: u64,
+    pub schedule: ScheduleKind,
+    /// Floor of the cosine schedule as a share of the peak.
+    pub min_learning_rate_ratio: f64,
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        Self {
+            learning_rate: 1e-3,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.01,
+            clip_norm: 1.0,
+            warmup_steps: 100,
+            schedule: ScheduleKind::Cosine,
+            min_learning_rate_ratio: 0.05,
+        }
+    }
+}
+
+/// How long and how large.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainingConfig {
+    pub epochs: u32,
+    /// Stop after this many steps even if epochs are left; 0 = no limit.
+    pub max_steps: u64,
+    /// Users of one step over all workers.
+    pub global_batch: u32,
+    /// Most users of one forward and backward pass of a worker; a larger share is done in several passes with the same
+    /// gradient (negatives stay those of the whole global batch). 0 = one pass.
+    pub micro_batch: u32,
+    pub precision: Precision,
+    /// Threads of a worker; 0 = cores divided by local workers.
+    pub threads: u32,
+}
+
+impl Default for TrainingConfig {
+    fn default() -> Self {
+        Self { epochs: 10, max_steps: 0, global_batch: 256, micro_batch: 0, precision: Precision::F32, threads: 0 }
+    }
+}
+
+/// Full ranking over the catalogue.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvaluationConfig {
+    /// Evaluate on valid after every so many epochs; 0 = only at the end.
+    pub every_epochs: u32,
+    /// The `k` of Recall@k and NDCG@k.
+    pub cutoffs: Vec<u32>,
+    /// Leave items of the user's history out of the ranking.
+    pub exclude_history: bool,
+    /// Users that are ranked at once.
+    pub batch_users: u32,
+}
+
+impl Default for EvaluationConfig {
+    fn default() -> Self {
+        Self { every_epochs: 1, cutoffs: vec![1, 5, 10, 50], exclude_history: false, batch_users: 256 }
+    }
+}
+
+/// When checkpoints are written and which are kept.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct CheckpointConfig {
+    /// Write after every so many steps; 0 = not by steps.
+    pub every_steps: u64,
+    /// Write after every so many epochs; 0 = not by epochs. One is always written at the end.
+    pub every_epochs: u32,
+    /// The latest this many are kept, besides the best one.
+    pub keep_last: u32,
+    /// Keep the one with the best `metric` on valid, and test with it at the end.
+    pub keep_best: bool,
+    /// `recall@K`, `ndcg@K` (K among `evaluation.cutoffs`) or `mrr`.
+    pub metric: String,
+}
+
+impl Default for CheckpointConfig {
+    fn default() -> Self {
+        Self { every_steps: 0, every_epochs: 1, keep_last: 3, keep_best: true, metric: "ndcg@10".into() }
+    }
+}
+
+/// Processes, addresses, deadlines and queues.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ClusterConfig {
+    /// Workers of the job (the world size).
+    pub workers: u32,
+    pub device: DeviceKind,
+    /// Address that local processes bind to.
+    pub bind: String,
+    /// Port of the coordinator's gRPC (control and Flight); 0 = any free one.
+    pub grpc_port: u16,
+    /// Port of the coordinator's HTTP (metrics, status); 0 = any free one.
+    pub http_port: u16,
+    /// Workers report at this interval.
+    pub heartbeat_interval: Span,
+    /// A worker that was silent for this long is lost.
+    pub heartbeat_timeout: Span,
+    /// All workers must have joined within this.
+    pub join_timeout: Span,
+    /// A collective operation that takes longer fails.
+    pub collective_timeout: Span,
+    /// Steps that a worker fetches ahead.
+    pub prefetch_steps: u32,
+    /// Host memory of a worker for content embeddings.
+    pub row_cache: ByteSize,
+}
+
+impl Default for ClusterConfig {
+    fn default() -> Self {
+        Self {
+            workers: 2,
+            device: DeviceKind::Auto,
+            bind: "127.0.0.1".into(),
+            grpc_port: 0,
+            http_port: 0,
+            heartbeat_interval: Span::from_secs(1),
+            heartbeat_timeout: Span::from_secs(15),
+            join_timeout: Span::from_secs(120),
+            collective_timeout: Span::from_secs(120),
+            prefetch_steps: 4,
+            row_cache: ByteSize(1 << 30),
+        }
+    }
+}
+
+pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
+    let Config { model, sampling, optimizer, training, evaluation, checkpoint, cluster, .. } = config;
+    let at_least_one = [
+        ("model.layers", u64::from(model.layers)),
+        ("model.heads", model.heads.into()),
+        ("model.hidden", model.hidden.into()),
+        ("model.output_dim", model.output_dim.into()),
+        ("sampling.history", sampling.history.into()),
+        ("sampling.targets", sampling.targets.into()),
+        ("sampling.user_positions", sampling.user_positions.into()),
+        ("sampling.item_positions", sampling.item_positions.into()),
+        ("training.global_batch", training.global_batch.into()),
+        ("training.epochs", training.epochs.into()),
+        ("evaluation.batch_users", evaluation.batch_users.into()),
+        ("checkpoint.keep_last", checkpoint.keep_last.into()),
+        ("cluster.workers", cluster.workers.into()),
+        ("cluster.prefetch_steps", cluster.prefetch_steps.into()),
+    ];
+    let fail = |key, problem: &str| Err(ConfigError { key, problem: problem.into() });
+    for (key, value) in at_least_one {
+        if value == 0 {
+            return fail(key, "must be at least 1");
+        }
+    }
+    let positive = [
+        ("model.logit_scale", model.logit_scale),
+        ("model.init_std", model.init_std),
+        ("optimizer.learning_rate", optimizer.learning_rate),
+        ("optimizer.epsilon", optimizer.epsilon),
+    ];
+    for (key, value) in positive {
+        if !(value.is_finite() && value > 0.0) {
+            return fail(key, "must be a positive number");
+        }
+    }
+    let shares = [
+        ("model.dropout", model.dropout),
+        ("optimizer.beta1", optimizer.beta1),
+        ("optimizer.beta2", optimizer.beta2),
+        ("optimizer.min_learning_rate_ratio", optimizer.min_learning_rate_ratio),
+    ];
+    for (key, value) in shares {
+        if !(0.0..1.0).contains(&value) {
+            return fail(key, "must lie in [0, 1)");
+        }
+    }
+    for (key, value) in
+        [("optimizer.weight_decay", optimizer.weight_decay), ("optimizer.clip_norm", optimizer.clip_norm)]
+    {
+        if !(value.is_finite() && value >= 0.0) {
+            return fail(key, "must be 0 or a positive number");
+        }
+    }
+    if !model.hidden.is_multiple_of(model.heads) {
+        return fail("model.heads", "must divide model.hidden");
+    }
+    if !(sampling.alpha.is_finite()
+        && sampling.alpha > 1.0
+        && sampling.beta.is_finite()
+        && sampling.beta > sampling.alpha)
+    {
+        return fail("sampling.alpha", "must be above 1 and below sampling.beta, so that every weight is positive");
+    }
+    if evaluation.cutoffs.is_empty() || evaluation.cutoffs.contains(&0) {
+        return fail("evaluation.cutoffs", "must name at least one k, each at least 1");
+    }
+    let known = evaluation.cutoffs.iter().flat_map(|k| [format!("recall@{k}"), format!("ndcg@{k}")]);
+    if !known.chain(["mrr".to_owned()]).any(|name| name == checkpoint.metric) {
+        return fail("checkpoint.metric", "must be mrr, recall@K or ndcg@K with K among evaluation.cutoffs");
+    }
+    if cluster.heartbeat_timeout <= cluster.heartbeat_interval {
+        return fail("cluster.heartbeat_timeout", "must be longer than cluster.heartbeat_interval");
+    }
+    Ok(())
+}

@@ -1,0 +1,130 @@
+//! The proof that an epoch used every user exactly once.
+//!
+//! Input: the users that the ranks report they have trained, step by step. Output: counts per epoch. The ledger
+//! trusts the reports and nothing else: it never asks the plan, so a wrong plan or a wrong split shows here.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::UserIndex;
+
+/// Counts of one epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EpochCount {
+    pub epoch: u32,
+    /// Users of the dataset.
+    pub users: u32,
+    /// Users reported at least once.
+    pub seen: u32,
+    /// Reports of a user beyond its first in this epoch.
+    pub repeated: u64,
+    /// Reports of a user that the dataset does not have.
+    pub unknown: u64,
+}
+
+impl EpochCount {
+    /// Every user exactly once.
+    #[must_use]
+    pub fn exact(&self) -> bool {
+        self.seen == self.users && self.repeated == 0 && self.unknown == 0
+    }
+}
+
+/// The ledger of a job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ledger {
+    users: u32,
+    finished: Vec<EpochCount>,
+    current: Option<(EpochCount, Vec<u64>)>,
+}
+
+/// The ledger as reports show it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LedgerSummary {
+    /// Every closed epoch used every user exactly once, and no open epoch repeats one.
+    pub exact: bool,
+    /// Counts of each epoch so far, the open one last.
+    pub epochs: Vec<EpochCount>,
+}
+
+impl Ledger {
+    #[must_use]
+    pub fn new(users: u32) -> Self {
+        Self { users, finished: Vec::new(), current: None }
+    }
+
+    /// Records that one step of `epoch` has trained `users`. A report for another epoch than the open one closes it.
+    pub fn record(&mut self, epoch: u32, users: &[UserIndex]) {
+        if self.current.as_ref().is_none_or(|(count, _)| count.epoch != epoch) {
+            self.close();
+            let count = EpochCount { epoch, users: self.users, ..EpochCount::default() };
+            self.current = Some((count, vec![0; (self.users as usize).div_ceil(64)]));
+        }
+        let Some((count, seen)) = &mut self.current else { return };
+        for user in users {
+            if user.0 >= self.users {
+                count.unknown += 1;
+                continue;
+            }
+            let (word, bit) = (user.0 as usize / 64, 1_u64 << (user.0 % 64));
+            if seen[word] & bit == 0 {
+                seen[word] |= bit;
+                count.seen += 1;
+            } else {
+                count.repeated += 1;
+            }
+        }
+    }
+
+    fn close(&mut self) {
+        if let Some((count, _)) = self.current.take() {
+            self.finished.push(count);
+        }
+    }
+
+    #[must_use]
+    pub fn summary(&self) -> LedgerSummary {
+        let mut epochs = self.finished.clone();
+        let open = self.current.as_ref().map(|(count, _)| *count);
+        epochs.extend(open);
+        let open_clean = open.is_none_or(|count| count.repeated == 0 && count.unknown == 0);
+        LedgerSummary { exact: self.finished.iter().all(EpochCount::exact) && open_clean, epochs }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn users(range: std::ops::Range<u32>) -> Vec<UserIndex> {
+        range.map(UserIndex).collect()
+    }
+
+    #[test]
+    fn an_exact_epoch_is_exact() {
+        let mut ledger = Ledger::new(100);
+        ledger.record(0, &users(50..100));
+        ledger.record(0, &users(0..50));
+        assert!(ledger.summary().exact && ledger.summary().epochs[0].exact());
+        ledger.record(1, &users(0..10));
+        let summary = ledger.summary();
+        assert!(summary.exact && !summary.epochs[1].exact() && summary.epochs[1].seen == 10);
+    }
+
+    #[test]
+    fn a_repeat_a_gap_and_a_stranger_show() {
+        let mut repeat = Ledger::new(10);
+        repeat.record(0, &users(0..10));
+        repeat.record(0, &users(9..10));
+        assert_eq!((repeat.summary().exact, repeat.summary().epochs[0].repeated), (false, 1));
+
+        let mut gap = Ledger::new(10);
+        gap.record(0, &users(0..9));
+        assert!(gap.summary().exact, "an open epoch may still be completed");
+        gap.record(1, &users(0..10));
+        assert!(!gap.summary().exact);
+
+        let mut stranger = Ledger::new(10);
+        stranger.record(0, &users(10..11));
+        assert_eq!((stranger.summary().exact, stranger.summary().epochs[0].unknown), (false, 1));
+    }
+}

@@ -1,0 +1,28 @@
+//! The rules of a LEARN training job, without IO.
+//!
+//! Input: plain values (configuration, events, clock readings, integers). Output: plain values (plans, samples,
+//! effects, reports). Nothing here opens a file, a socket or a clock, so every rule is tested by calling it.
+//!
+//! - [`config`]: the one typed configuration of a job.
+//! - [`plan`]: which users form step `s` of epoch `e`, and which rank takes which of them.
+//! - [`sampling`]: how one user's sequence becomes history, targets and sampled positions.
+//! - [`membership`]: who belongs to a job, as a state machine with explicit generations.
+//! - [`ledger`]: the proof that an epoch used every user exactly once.
+//! - [`schedule`]: the learning rate of a step.
+//! - [`ranking`]: what a rank is (ties included) and the metrics made of ranks.
+//! - [`run_dir`] and [`report`]: where a run keeps what, and the values that its processes exchange about it.
+
+pub mod config;
+pub mod ids;
+pub mod ledger;
+pub mod membership;
+pub mod plan;
+pub mod random;
+pub mod ranking;
+pub mod report;
+pub mod run_dir;
+pub mod sampling;
+pub mod schedule;
+
+pub use config::Config;
+pub use ids::{Generation, Incarnation, Rank, Step, UserIndex, WorkerId};

@@ -1,0 +1,194 @@
+//! Values that the processes of a job exchange about it, and that its JSON files hold.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{Generation, Rank, Step, WorkerId};
+use crate::ledger::LedgerSummary;
+
+/// What the workers are there for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum Task {
+    /// Train, from a checkpoint directory if one is named.
+    Train { resume_from: Option<String> },
+    /// Evaluate a checkpoint on a split and end.
+    Evaluate { checkpoint: String, split: Split },
+}
+
+/// A held-out part of the dataset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Split {
+    Valid,
+    Test,
+}
+
+impl std::fmt::Display for Split {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Valid => "valid",
+            Self::Test => "test",
+        })
+    }
+}
+
+/// Counts that describe a dataset.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatasetFacts {
+    pub name: String,
+    pub fingerprint: String,
+    /// Users of all splits.
+    pub users: u64,
+    /// Users with a training sequence.
+    pub train_users: u32,
+    pub valid_users: u32,
+    pub test_users: u32,
+    pub items: u32,
+    pub interactions: u64,
+    /// Dimension of the content embeddings.
+    pub embedding_dim: u32,
+}
+
+/// Where a live coordinator listens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CoordinatorAddress {
+    pub pid: u32,
+    /// `http://HOST:PORT` of control and Flight.
+    pub grpc: String,
+    /// `http://HOST:PORT` of metrics and status.
+    pub http: String,
+}
+
+/// One finished step of the global batch.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// Finished steps, this one included.
+    pub step: Step,
+    pub epoch: u32,
+    pub generation: Generation,
+    pub loss: f64,
+    /// Share of (position, target) pairs whose target scores above every negative.
+    pub accuracy: f64,
+    pub learning_rate: f64,
+    pub gradient_norm: f64,
+    pub users: u32,
+    pub tokens: u64,
+    /// Share of the encoder's rows that were padding.
+    pub padding_share: f64,
+    /// Seconds from the end of the step before, slowest rank.
+    pub seconds: f64,
+}
+
+/// Ranking quality on one split.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    pub split: Split,
+    pub step: Step,
+    pub epoch: u32,
+    pub users: u64,
+    /// `recall@10`, `ndcg@10`, `mrr`, … -> value.
+    pub metrics: BTreeMap<String, f64>,
+    pub seconds: f64,
+}
+
+/// A worker as the status shows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WorkerStatus {
+    pub worker: WorkerId,
+    pub rank: Option<Rank>,
+    pub host: String,
+    pub pid: u32,
+    pub device: String,
+    pub step: Step,
+    pub phase: String,
+    /// `http://HOST:PORT/metrics`.
+    pub metrics_url: String,
+    pub seconds_since_heartbeat: f64,
+}
+
+/// Where a job stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobState {
+    /// Waiting for workers to join.
+    Gathering,
+    Running,
+    Stopping,
+    Finished,
+    /// Stopped by its operator; can be resumed.
+    Stopped,
+    Failed,
+}
+
+impl JobState {
+    /// Nothing more will happen.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        matches!(self, Self::Finished | Self::Stopped | Self::Failed)
+    }
+}
+
+/// The whole job at one moment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobStatus {
+    pub name: String,
+    pub task: Task,
+    pub state: JobState,
+    /// Why it is stopping, stopped or failed.
+    pub cause: Option<String>,
+    pub generation: Generation,
+    pub world_size: u32,
+    pub dataset: DatasetFacts,
+    pub steps_per_epoch: u64,
+    pub total_steps: u64,
+    /// The last finished step.
+    pub last_step: Option<StepRecord>,
+    pub last_checkpoint: Option<Step>,
+    pub best: Option<Evaluation>,
+    pub evaluations: Vec<Evaluation>,
+    pub workers: Vec<WorkerStatus>,
+    pub ledger: LedgerSummary,
+    /// Seconds since the coordinator started.
+    pub seconds: f64,
+}
+
+/// Quality of recommending the most popular training items to everybody.
+pub type Popularity = BTreeMap<String, f64>;
+
+/// `summary.json` of a finished job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    pub dataset: String,
+    pub fingerprint: String,
+    pub users: u64,
+    pub items: u32,
+    pub interactions: u64,
+    pub world_size: u32,
+    pub steps: u64,
+    /// Wall-clock of the training, evaluation included.
+    pub seconds: f64,
+    /// Users trained per second of the steps alone.
+    pub samples_per_second: f64,
+    /// Step of the checkpoint that was tested.
+    pub best_step: Step,
+    pub valid: BTreeMap<String, f64>,
+    pub test: BTreeMap<String, f64>,
+    /// The same test users, ranked by training popularity.
+    pub popularity: Popularity,
+}
+
+/// Exit codes of `learn-launch`, the coordinator and the workers.
+pub mod exit {
+    /// Done.
+    pub const OK: i32 = 0;
+    /// Something failed; the message says what.
+    pub const FAILED: i32 = 1;
+    /// Wrong flags or configuration.
+    pub const USAGE: i32 = 2;
+    /// Stopped by the operator (SIGTERM, SIGINT, `learn-launch stop`); a checkpoint was written, `resume` continues.
+    pub const STOPPED: i32 = 3;
+    /// A worker was lost; `resume` continues from the last checkpoint.
+    pub const WORKER_LOST: i32 = 4;
+}

@@ -1,0 +1,122 @@
+//! The layout of a run directory; the only place that knows its file names.
+
+use std::path::{Path, PathBuf};
+
+use crate::ids::{Rank, Step};
+
+/// Paths inside one run directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunDir(PathBuf);
+
+impl RunDir {
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self(root.into())
+    }
+
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.0
+    }
+
+    /// The resolved configuration, JSON.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.0.join("config.json")
+    }
+
+    /// The job's secret, readable by its owner only.
+    #[must_use]
+    pub fn secret(&self) -> PathBuf {
+        self.0.join("secret")
+    }
+
+    /// [`crate::report::CoordinatorAddress`] of the coordinator that serves the run now; gone when it has ended.
+    #[must_use]
+    pub fn coordinator(&self) -> PathBuf {
+        self.0.join("coordinator.json")
+    }
+
+    /// The last [`crate::report::JobStatus`].
+    #[must_use]
+    pub fn status(&self) -> PathBuf {
+        self.0.join("status.json")
+    }
+
+    /// One [`crate::report::StepRecord`] a line.
+    #[must_use]
+    pub fn metrics(&self) -> PathBuf {
+        self.0.join("metrics.jsonl")
+    }
+
+    /// One [`crate::report::Evaluation`] a line.
+    #[must_use]
+    pub fn evaluations(&self) -> PathBuf {
+        self.0.join("evaluations.jsonl")
+    }
+
+    /// The [`crate::report::Summary`] of a finished job.
+    #[must_use]
+    pub fn summary(&self) -> PathBuf {
+        self.0.join("summary.json")
+    }
+
+    /// The coordinator's log.
+    #[must_use]
+    pub fn coordinator_log(&self) -> PathBuf {
+        self.0.join("logs").join("coordinator.log")
+    }
+
+    /// The log of the `number`-th local worker process.
+    #[must_use]
+    pub fn worker_log(&self, number: Rank) -> PathBuf {
+        self.0.join("logs").join(format!("worker-{number}.log"))
+    }
+
+    #[must_use]
+    pub fn logs(&self) -> PathBuf {
+        self.0.join("logs")
+    }
+
+    #[must_use]
+    pub fn checkpoints(&self) -> PathBuf {
+        self.0.join("checkpoints")
+    }
+
+    /// The checkpoint after `step` finished steps.
+    #[must_use]
+    pub fn checkpoint(&self, step: Step) -> PathBuf {
+        self.checkpoints().join(format!("step-{:010}", step.0))
+    }
+
+    /// The name of the best checkpoint so far, one line.
+    #[must_use]
+    pub fn best(&self) -> PathBuf {
+        self.checkpoints().join("best")
+    }
+
+    /// The ledger as it was when the checkpoint of `step` was committed.
+    #[must_use]
+    pub fn ledger(&self, step: Step) -> PathBuf {
+        self.0.join("ledger").join(format!("step-{:010}.json", step.0))
+    }
+}
+
+/// The step of a checkpoint directory's name; `None` for anything else (temporary directories, `best`).
+#[must_use]
+pub fn checkpoint_step(name: &str) -> Option<Step> {
+    let digits = name.strip_prefix("step-")?;
+    (digits.len() == 10).then(|| digits.parse().ok().map(Step)).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checkpoint_names_are_read_back() {
+        let path = RunDir::new("/r").checkpoint(Step(1200));
+        assert_eq!(checkpoint_step(path.file_name().unwrap().to_str().unwrap()), Some(Step(1200)));
+        assert_eq!(checkpoint_step("step-0000001200.tmp"), None);
+        assert_eq!(checkpoint_step("best"), None);
+    }
+}
