@@ -1,1 +1,22 @@
+//! What the processes of a job say about themselves: logs and metrics.
+//!
+//! - [`log`]: the one tracing set-up of every binary.
+//! - [`names`]: every metric once, with its kind, labels and help.
+//! - [`WorkerMetrics`], [`CoordinatorMetrics`]: typed handles; a metric that is not in [`names`] cannot be made.
+//! - [`Exposition`] and [`serve`]: the Prometheus text format over HTTP.
+//!
+//! Input: numbers from the trainer's own progress. Output: log lines on stderr, `/metrics` and `/healthz`.
+//! Invariant: a handle is cheap (an atomic or a short lock), so the training thread may use it in every step.
 
+mod age;
+mod coordinator;
+mod exposition;
+pub mod log;
+pub mod names;
+mod worker;
+
+pub use age::Age;
+pub use coordinator::CoordinatorMetrics;
+pub use exposition::{Exposition, router, serve};
+pub use prometheus::{Counter, Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+pub use worker::{Phase, WorkerMetrics};

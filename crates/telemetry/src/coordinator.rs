@@ -1,0 +1,94 @@
+//! Metrics of the coordinator: the job, its control calls and its data service.
+
+use prometheus::{Gauge, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+
+use crate::exposition::Exposition;
+use crate::names;
+
+/// Handles of the coordinator's metrics; see [`names`] for their meaning.
+#[derive(Clone, Debug)]
+pub struct CoordinatorMetrics {
+    pub exposition: Exposition,
+    /// Label `state`; [`CoordinatorMetrics::set_state`] keeps exactly one at 1.
+    pub job_state: IntGaugeVec,
+    pub generation: IntGauge,
+    pub workers: IntGauge,
+    pub steps_total: IntCounter,
+    pub epoch: IntGauge,
+    pub loss: Gauge,
+    pub heartbeats_total: IntCounter,
+    /// Label `method`.
+    pub rpc_seconds: HistogramVec,
+    pub flight_rows_total: IntCounter,
+    /// Label `kind`.
+    pub flight_bytes_total: IntCounterVec,
+    /// Label `cause`.
+    pub worker_lost_total: IntCounterVec,
+    pub checkpoints_total: IntCounter,
+    pub last_checkpoint_step: IntGauge,
+    states: &'static [&'static str],
+}
+
+impl CoordinatorMetrics {
+    /// Metrics with a registry of their own, for a job that can be in one of `states`.
+    #[must_use]
+    pub fn new(states: &'static [&'static str]) -> Self {
+        let exposition = Exposition::new();
+        let e = &exposition;
+        Self {
+            job_state: e.int_gauge_vec(&names::JOB_STATE),
+            generation: e.int_gauge(&names::JOB_GENERATION),
+            workers: e.int_gauge(&names::JOB_WORKERS),
+            steps_total: e.counter(&names::JOB_STEPS),
+            epoch: e.int_gauge(&names::JOB_EPOCH),
+            loss: e.gauge(&names::JOB_LOSS),
+            heartbeats_total: e.counter(&names::JOB_HEARTBEATS),
+            rpc_seconds: e.histogram_vec(&names::RPC_SECONDS),
+            flight_rows_total: e.counter(&names::FLIGHT_ROWS),
+            flight_bytes_total: e.counter_vec(&names::FLIGHT_BYTES),
+            worker_lost_total: e.counter_vec(&names::JOB_WORKERS_LOST),
+            checkpoints_total: e.counter(&names::JOB_CHECKPOINTS),
+            last_checkpoint_step: e.int_gauge(&names::JOB_LAST_CHECKPOINT),
+            exposition: exposition.clone(),
+            states,
+        }
+    }
+
+    /// The job is in `state` now, and in no other.
+    pub fn set_state(&self, state: &str) {
+        for known in self.states {
+            self.job_state.with_label_values(&[known]).set(i64::from(*known == state));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_job_is_in_one_state() {
+        let metrics = CoordinatorMetrics::new(&["gathering", "running"]);
+        metrics.set_state("gathering");
+        metrics.set_state("running");
+        let text = metrics.exposition.render();
+        assert!(text.contains(r#"learn_job_state{state="gathering"} 0"#), "{text}");
+        assert!(text.contains(r#"learn_job_state{state="running"} 1"#), "{text}");
+    }
+
+    #[test]
+    fn worker_and_coordinator_expose_every_metric_there_is() {
+        let (worker, coordinator) = (crate::WorkerMetrics::new(), CoordinatorMetrics::new(&["running"]));
+        worker.checkpoint_age_seconds.mark();
+        worker.received_bytes_total.with_label_values(&["batches"]).inc();
+        coordinator.set_state("running");
+        coordinator.rpc_seconds.with_label_values(&["join"]).observe(0.1);
+        coordinator.flight_bytes_total.with_label_values(&["rows"]).inc();
+        coordinator.worker_lost_total.with_label_values(&["silent"]).inc();
+        let text = worker.exposition.render() + &coordinator.exposition.render();
+        for metric in names::ALL {
+            assert!(text.contains(&format!("# TYPE {} {}\n", metric.name, metric.kind.as_str())), "{}", metric.name);
+        }
+        assert_eq!(text.matches("# TYPE ").count(), names::ALL.len());
+    }
+}

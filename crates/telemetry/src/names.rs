@@ -1,0 +1,181 @@
+//! Every metric once: name, kind, labels and help.
+//!
+//! Rule: `learn_<area>_<what>_<unit>[_total]`. Units are seconds, bytes, rows, users, tokens, steps, nats and ratio;
+//! a pure number (a learning rate, a norm, a generation) has none. Counters, and only they, end in `_total`.
+
+/// How a metric behaves.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind {
+    Counter,
+    Gauge,
+    /// With these upper bounds of its buckets.
+    Histogram(&'static [f64]),
+}
+
+impl Kind {
+    /// As Prometheus calls it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Counter => "counter",
+            Self::Gauge => "gauge",
+            Self::Histogram(_) => "histogram",
+        }
+    }
+}
+
+/// One metric.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Metric {
+    pub name: &'static str,
+    pub kind: Kind,
+    /// Labels of its own; a worker's metrics carry `rank` besides.
+    pub labels: &'static [&'static str],
+    pub help: &'static str,
+}
+
+/// Upper bounds in seconds for the phases of a step: 0.1 ms on a GPU to a minute on a small CPU.
+const PHASE_BUCKETS: &[f64] =
+    &[1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+/// Upper bounds in seconds for remote calls.
+const RPC_BUCKETS: &[f64] = &[1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.5, 1.0, 5.0, 30.0];
+/// Upper bounds in seconds for writing a checkpoint.
+const CHECKPOINT_BUCKETS: &[f64] = &[0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0];
+
+macro_rules! metrics {
+    ($($id:ident = $name:literal, $kind:expr, [$($label:literal),*], $help:literal;)*) => {
+        $(
+            #[doc = $help]
+            pub const $id: Metric = Metric { name: $name, kind: $kind, labels: &[$($label),*], help: $help };
+        )*
+        /// All metrics, workers' first.
+        pub const ALL: &[Metric] = &[$($id),*];
+    };
+}
+
+metrics! {
+    WORKER_LOSS = "learn_worker_loss_nats", Kind::Gauge, [],
+        "Loss of the last step, mean over the global batch.";
+    WORKER_ACCURACY = "learn_worker_accuracy_ratio", Kind::Gauge, [],
+        "Share of the last step's pairs whose target scores above every negative.";
+    WORKER_LEARNING_RATE = "learn_worker_learning_rate", Kind::Gauge, [],
+        "Learning rate of the last step.";
+    WORKER_GRADIENT_NORM = "learn_worker_gradient_norm", Kind::Gauge, [],
+        "Global gradient norm of the last step before clipping.";
+    WORKER_USERS = "learn_worker_users_total", Kind::Counter, [],
+        "Users that this rank has trained.";
+    WORKER_TOKENS = "learn_worker_tokens_total", Kind::Counter, [],
+        "Sequence items that this rank has encoded, padding left out.";
+    WORKER_USER_RATE = "learn_worker_throughput_users_per_second", Kind::Gauge, [],
+        "Users of this rank's share per second of the last step.";
+    WORKER_TOKEN_RATE = "learn_worker_throughput_tokens_per_second", Kind::Gauge, [],
+        "Sequence items of this rank's share per second of the last step.";
+    WORKER_PHASE = "learn_worker_phase_seconds", Kind::Histogram(PHASE_BUCKETS), ["phase"],
+        "Seconds that a step spent in each phase.";
+    WORKER_RECEIVED = "learn_worker_received_bytes_total", Kind::Counter, ["source"],
+        "Bytes received, by what they are: batches, rows or evaluation.";
+    WORKER_PADDING = "learn_worker_padding_ratio", Kind::Gauge, [],
+        "Share of the encoder's rows that were padding in the last step.";
+    WORKER_CHECKPOINT_AGE = "learn_worker_checkpoint_age_seconds", Kind::Gauge, [],
+        "Seconds since this rank's last durable checkpoint; absent before the first.";
+    WORKER_CHECKPOINT = "learn_worker_checkpoint_write_seconds", Kind::Histogram(CHECKPOINT_BUCKETS), [],
+        "Seconds from the snapshot of a checkpoint to its rename.";
+    WORKER_STEP = "learn_worker_finished_steps", Kind::Gauge, [],
+        "Finished steps of the job as this rank knows them.";
+    WORKER_GENERATION = "learn_worker_generation", Kind::Gauge, [],
+        "Generation that this rank is in.";
+    WORKER_CACHE_HITS = "learn_worker_cache_hit_rows_total", Kind::Counter, [],
+        "Content embedding rows found in the host's cache.";
+    WORKER_CACHE_MISSES = "learn_worker_cache_miss_rows_total", Kind::Counter, [],
+        "Content embedding rows fetched over Flight.";
+    WORKER_COLLECTIVE = "learn_worker_collective_bytes_total", Kind::Counter, [],
+        "Bytes that this rank's collective has sent and received.";
+
+    JOB_STATE = "learn_job_state", Kind::Gauge, ["state"],
+        "1 for the state that the job is in, 0 for the others.";
+    JOB_GENERATION = "learn_job_generation", Kind::Gauge, [],
+        "Number of the current membership.";
+    JOB_WORKERS = "learn_job_workers", Kind::Gauge, [],
+        "Workers of the current generation.";
+    JOB_STEPS = "learn_job_steps_total", Kind::Counter, [],
+        "Finished steps over the global batch, those before a resume included.";
+    JOB_EPOCH = "learn_job_epoch", Kind::Gauge, [],
+        "Epoch of the last finished step, from 0.";
+    JOB_LOSS = "learn_job_loss_nats", Kind::Gauge, [],
+        "Loss of the last finished step.";
+    JOB_HEARTBEATS = "learn_job_heartbeats_total", Kind::Counter, [],
+        "Heartbeats received.";
+    JOB_WORKERS_LOST = "learn_job_workers_lost_total", Kind::Counter, ["cause"],
+        "Workers lost, by cause.";
+    JOB_CHECKPOINTS = "learn_job_checkpoints_total", Kind::Counter, [],
+        "Checkpoints committed.";
+    JOB_LAST_CHECKPOINT = "learn_job_last_checkpoint_steps", Kind::Gauge, [],
+        "Finished steps of the last committed checkpoint.";
+    RPC_SECONDS = "learn_rpc_duration_seconds", Kind::Histogram(RPC_BUCKETS), ["method"],
+        "Seconds that the coordinator took to answer a control call.";
+    FLIGHT_ROWS = "learn_flight_served_rows_total", Kind::Counter, [],
+        "Rows that the data service has sent.";
+    FLIGHT_BYTES = "learn_flight_served_bytes_total", Kind::Counter, ["kind"],
+        "Bytes that the data service has sent, by what they are: batches, rows or evaluation.";
+}
+
+/// The metrics as a Markdown table, for the documentation.
+#[must_use]
+pub fn markdown_table() -> String {
+    let mut table = String::from("| name | kind | labels | meaning |\n|---|---|---|---|\n");
+    for metric in ALL {
+        let labels = metric.labels.iter().map(|label| format!("`{label}`")).collect::<Vec<_>>().join(", ");
+        table += &format!("| `{}` | {} | {labels} | {} |\n", metric.name, metric.kind.as_str(), metric.help);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    const UNITS: [&str; 9] = ["seconds", "bytes", "rows", "users", "tokens", "steps", "nats", "ratio", "heartbeats"];
+    /// Pure numbers and counts of what the name says.
+    const UNITLESS: [&str; 9] = [
+        "learn_worker_learning_rate",
+        "learn_worker_gradient_norm",
+        "learn_worker_generation",
+        "learn_job_state",
+        "learn_job_generation",
+        "learn_job_workers",
+        "learn_job_epoch",
+        "learn_job_workers_lost_total",
+        "learn_job_checkpoints_total",
+    ];
+
+    #[test]
+    fn names_are_unique() {
+        let names: BTreeSet<_> = ALL.iter().map(|metric| metric.name).collect();
+        assert_eq!(names.len(), ALL.len());
+    }
+
+    #[test]
+    fn names_follow_the_rule() {
+        for Metric { name, kind, labels, help } in ALL {
+            assert!(name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{name}");
+            let area = name.strip_prefix("learn_").and_then(|rest| rest.split('_').next()).unwrap();
+            assert!(["worker", "job", "rpc", "flight"].contains(&area), "{name}: area {area}");
+            assert_eq!(name.ends_with("_total"), *kind == Kind::Counter, "{name}: _total is for counters");
+            let unit = name.trim_end_matches("_total").trim_end_matches("_per_second").rsplit('_').next().unwrap();
+            assert!(UNITS.contains(&unit) || UNITLESS.contains(name), "{name} ends in no unit");
+            assert!(!labels.contains(&"rank"), "{name}: rank comes from the exposition");
+            assert!(help.ends_with('.') && help.len() > 10, "{name} needs a help sentence");
+        }
+    }
+
+    #[test]
+    fn buckets_grow() {
+        for metric in ALL {
+            if let Kind::Histogram(bounds) = metric.kind {
+                assert!(bounds.windows(2).all(|pair| pair[0] < pair[1]), "{}", metric.name);
+            }
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! Metrics of one rank.
+
+use std::time::Duration;
+
+use prometheus::{Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge};
+
+use crate::age::Age;
+use crate::exposition::Exposition;
+use crate::names;
+
+/// What a training step is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Phase {
+    DataWait,
+    Assemble,
+    Forward,
+    Gather,
+    Loss,
+    Backward,
+    Reduce,
+    Optimizer,
+}
+
+impl Phase {
+    /// In the order of a step.
+    pub const ALL: [Self; 8] = [
+        Self::DataWait,
+        Self::Assemble,
+        Self::Forward,
+        Self::Gather,
+        Self::Loss,
+        Self::Backward,
+        Self::Reduce,
+        Self::Optimizer,
+    ];
+
+    /// As labels, heartbeats and the status show it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::DataWait => "data_wait",
+            Self::Assemble => "assemble",
+            Self::Forward => "forward",
+            Self::Gather => "gather",
+            Self::Loss => "loss",
+            Self::Backward => "backward",
+            Self::Reduce => "reduce",
+            Self::Optimizer => "optimizer",
+        }
+    }
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Handles of a worker's metrics; see [`names`] for their meaning.
+#[derive(Clone, Debug)]
+pub struct WorkerMetrics {
+    pub exposition: Exposition,
+    pub loss: Gauge,
+    pub accuracy: Gauge,
+    pub learning_rate: Gauge,
+    pub gradient_norm: Gauge,
+    pub users_total: IntCounter,
+    pub tokens_total: IntCounter,
+    pub samples_per_second: Gauge,
+    pub tokens_per_second: Gauge,
+    /// Label `phase`, one of [`Phase`].
+    pub phase_seconds: HistogramVec,
+    /// Label `source`.
+    pub received_bytes_total: IntCounterVec,
+    pub padding_share: Gauge,
+    pub checkpoint_age_seconds: Age,
+    pub checkpoint_seconds: Histogram,
+    pub step: IntGauge,
+    pub generation: IntGauge,
+    pub cache_hits_total: IntCounter,
+    pub cache_misses_total: IntCounter,
+    pub collective_bytes_total: IntCounter,
+}
+
+impl WorkerMetrics {
+    /// Metrics with a registry of their own; the rank follows with `exposition.set_label("rank", …)`.
+    #[must_use]
+    pub fn new() -> Self {
+        let exposition = Exposition::new();
+        let e = &exposition;
+        let metrics = Self {
+            loss: e.gauge(&names::WORKER_LOSS),
+            accuracy: e.gauge(&names::WORKER_ACCURACY),
+            learning_rate: e.gauge(&names::WORKER_LEARNING_RATE),
+            gradient_norm: e.gauge(&names::WORKER_GRADIENT_NORM),
+            users_total: e.counter(&names::WORKER_USERS),
+            tokens_total: e.counter(&names::WORKER_TOKENS),
+            samples_per_second: e.gauge(&names::WORKER_USER_RATE),
+            tokens_per_second: e.gauge(&names::WORKER_TOKEN_RATE),
+            phase_seconds: e.histogram_vec(&names::WORKER_PHASE),
+            received_bytes_total: e.counter_vec(&names::WORKER_RECEIVED),
+            padding_share: e.gauge(&names::WORKER_PADDING),
+            checkpoint_age_seconds: e.age(&names::WORKER_CHECKPOINT_AGE),
+            checkpoint_seconds: e.histogram(&names::WORKER_CHECKPOINT),
+            step: e.int_gauge(&names::WORKER_STEP),
+            generation: e.int_gauge(&names::WORKER_GENERATION),
+            cache_hits_total: e.counter(&names::WORKER_CACHE_HITS),
+            cache_misses_total: e.counter(&names::WORKER_CACHE_MISSES),
+            collective_bytes_total: e.counter(&names::WORKER_COLLECTIVE),
+            exposition: exposition.clone(),
+        };
+        for phase in Phase::ALL {
+            metrics.phase_seconds.with_label_values(&[phase.as_str()]);
+        }
+        metrics
+    }
+
+    /// A step spent `duration` in `phase`.
+    pub fn observe(&self, phase: Phase, duration: Duration) {
+        self.phase_seconds.with_label_values(&[phase.as_str()]).observe(duration.as_secs_f64());
+    }
+}
+
+impl Default for WorkerMetrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_carry_the_rank_once_it_is_known() {
+        let metrics = WorkerMetrics::new();
+        metrics.loss.set(2.5);
+        assert!(metrics.exposition.render().contains("\nlearn_worker_loss_nats 2.5\n"));
+        metrics.exposition.set_label("rank", 0);
+        metrics.exposition.set_label("rank", 1);
+        metrics.observe(Phase::Gather, Duration::from_millis(2));
+        let text = metrics.exposition.render();
+        assert!(text.contains(r#"learn_worker_loss_nats{rank="1"} 2.5"#), "{text}");
+        assert!(text.contains(r#"learn_worker_phase_seconds_count{phase="gather",rank="1"} 1"#), "{text}");
+        assert!(text.contains(r#"learn_worker_phase_seconds_count{phase="reduce",rank="1"} 0"#), "{text}");
+    }
+
+    #[test]
+    fn an_age_shows_after_its_first_mark_and_grows() {
+        let metrics = WorkerMetrics::new();
+        let name = names::WORKER_CHECKPOINT_AGE.name;
+        assert!(!metrics.exposition.render().contains(name));
+        metrics.checkpoint_age_seconds.mark();
+        let age = || -> f64 {
+            let text = metrics.exposition.render();
+            let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+            line.rsplit(' ').next().unwrap().parse().unwrap()
+        };
+        let first = age();
+        assert!(first >= 0.0 && age() >= first);
+    }
+}
