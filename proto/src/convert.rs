@@ -1,0 +1,382 @@
+//! Between messages and the values of `learn-domain`.
+//!
+//! Input: one side. Output: the other. Invariant: what comes from the network is checked here (version, sizes, JSON), so
+//! the shells pass on nothing but plain, bounded values.
+
+use std::path::PathBuf;
+
+use learn_domain::membership::{Departure, Directive};
+use learn_domain::report::{DatasetFacts, Evaluation, StepRecord, Task};
+use learn_domain::{Config, Generation, Incarnation, Rank, Step, UserIndex, WorkerId};
+
+use crate::v1::{
+    HeartbeatResponse, JoinRequest, JoinResponse, ReportStepRequest, StepNumbers, heartbeat_response, leave_request,
+};
+use crate::{MAX_TEXT_BYTES, PROTOCOL};
+
+/// A message that cannot be taken.
+#[derive(Debug, thiserror::Error)]
+pub enum ConvertError {
+    #[error(
+        "the worker speaks protocol version {theirs} (0 = older than the field) and the coordinator speaks {ours}; start \
+         workers and coordinator from the same build"
+    )]
+    Protocol { theirs: u32, ours: u32 },
+    #[error("`{field}` has {bytes} bytes; at most {limit} are allowed")]
+    TooLong { field: &'static str, bytes: usize, limit: usize },
+    #[error("`{0}` is empty")]
+    Missing(&'static str),
+    #[error("`{field}` is not the expected JSON: {source}; start workers and coordinator from the same build")]
+    Json { field: &'static str, source: serde_json::Error },
+    #[error("worker {0} is not known here; it must join again, or leave")]
+    UnknownWorker(WorkerId),
+}
+
+impl From<ConvertError> for tonic::Status {
+    fn from(error: ConvertError) -> Self {
+        let text = error.to_string();
+        match error {
+            ConvertError::Protocol { .. } => Self::failed_precondition(text),
+            ConvertError::UnknownWorker(_) => Self::not_found(text),
+            ConvertError::TooLong { .. } | ConvertError::Missing(_) | ConvertError::Json { .. } => {
+                Self::invalid_argument(text)
+            }
+        }
+    }
+}
+
+/// Refuses text that is longer than a worker's description may be.
+///
+/// # Errors
+/// [`ConvertError::TooLong`] with the field's name.
+pub fn bounded(field: &'static str, text: String) -> Result<String, ConvertError> {
+    if text.len() > MAX_TEXT_BYTES {
+        return Err(ConvertError::TooLong { field, bytes: text.len(), limit: MAX_TEXT_BYTES });
+    }
+    Ok(text)
+}
+
+/// A worker that asks to take part.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Applicant {
+    pub incarnation: Incarnation,
+    pub host: String,
+    pub pid: u32,
+    /// `cpu` or `cuda:N`.
+    pub device: String,
+    /// URL of its Prometheus metrics.
+    pub metrics_url: String,
+}
+
+impl From<Applicant> for JoinRequest {
+    fn from(applicant: Applicant) -> Self {
+        Self {
+            protocol: PROTOCOL,
+            incarnation: applicant.incarnation.0,
+            host: applicant.host,
+            pid: applicant.pid,
+            device: applicant.device,
+            metrics_url: applicant.metrics_url,
+        }
+    }
+}
+
+impl TryFrom<JoinRequest> for Applicant {
+    type Error = ConvertError;
+
+    fn try_from(request: JoinRequest) -> Result<Self, ConvertError> {
+        if request.protocol != PROTOCOL {
+            return Err(ConvertError::Protocol { theirs: request.protocol, ours: PROTOCOL });
+        }
+        if request.incarnation.is_empty() {
+            return Err(ConvertError::Missing("incarnation"));
+        }
+        Ok(Self {
+            incarnation: Incarnation(bounded("incarnation", request.incarnation)?),
+            host: bounded("host", request.host)?,
+            pid: request.pid,
+            device: bounded("device", request.device)?,
+            metrics_url: bounded("metrics_url", request.metrics_url)?,
+        })
+    }
+}
+
+/// What a worker learns when it is let in.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Admission {
+    pub worker: WorkerId,
+    pub config: Config,
+    pub dataset: DatasetFacts,
+    pub task: Task,
+    /// gRPC URLs of Flight servers with the dataset, in order of preference.
+    pub data_locations: Vec<String>,
+    pub run_dir: PathBuf,
+}
+
+fn to_json<T: serde::Serialize>(field: &'static str, value: &T) -> Result<String, ConvertError> {
+    serde_json::to_string(value).map_err(|source| ConvertError::Json { field, source })
+}
+
+fn from_json<T: serde::de::DeserializeOwned>(field: &'static str, text: &str) -> Result<T, ConvertError> {
+    serde_json::from_str(text).map_err(|source| ConvertError::Json { field, source })
+}
+
+impl TryFrom<Admission> for JoinResponse {
+    type Error = ConvertError;
+
+    fn try_from(admission: Admission) -> Result<Self, ConvertError> {
+        Ok(Self {
+            worker_id: admission.worker.0,
+            config_json: to_json("config_json", &admission.config)?,
+            dataset_json: to_json("dataset_json", &admission.dataset)?,
+            task_json: to_json("task_json", &admission.task)?,
+            data_locations: admission.data_locations,
+            run_dir: admission.run_dir.to_string_lossy().into_owned(),
+        })
+    }
+}
+
+impl TryFrom<JoinResponse> for Admission {
+    type Error = ConvertError;
+
+    fn try_from(response: JoinResponse) -> Result<Self, ConvertError> {
+        Ok(Self {
+            worker: WorkerId(response.worker_id),
+            config: from_json("config_json", &response.config_json)?,
+            dataset: from_json("dataset_json", &response.dataset_json)?,
+            task: from_json("task_json", &response.task_json)?,
+            data_locations: response.data_locations,
+            run_dir: response.run_dir.into(),
+        })
+    }
+}
+
+/// A [`Directive`] as a worker reads it from the answer to its heartbeat.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Order {
+    Wait,
+    Run {
+        generation: Generation,
+        rank: Rank,
+        world_size: u32,
+    },
+    /// Graceful: finish the step and write a checkpoint; else abort collectives and leave at once.
+    Stop {
+        graceful: bool,
+        cause: String,
+    },
+}
+
+/// The answer to a heartbeat of `worker`.
+///
+/// # Errors
+/// [`ConvertError::UnknownWorker`], which a status of `NOT_FOUND` carries to the worker.
+pub fn heartbeat_response(worker: WorkerId, directive: Directive) -> Result<HeartbeatResponse, ConvertError> {
+    use heartbeat_response::{Directive as Message, Run, Stop, Wait};
+    let message = match directive {
+        Directive::Wait => Message::Wait(Wait {}),
+        Directive::Run { generation, rank, world_size } => {
+            Message::Run(Run { generation: generation.0, rank: rank.0, world_size })
+        }
+        Directive::Stop(cause) => Message::Stop(Stop { graceful: cause.graceful(), cause: cause.to_string() }),
+        Directive::Unknown => return Err(ConvertError::UnknownWorker(worker)),
+    };
+    Ok(HeartbeatResponse { directive: Some(message) })
+}
+
+impl TryFrom<HeartbeatResponse> for Order {
+    type Error = ConvertError;
+
+    fn try_from(response: HeartbeatResponse) -> Result<Self, ConvertError> {
+        use heartbeat_response::Directive as Message;
+        Ok(match response.directive.ok_or(ConvertError::Missing("directive"))? {
+            Message::Wait(_) => Self::Wait,
+            Message::Run(run) => {
+                Self::Run { generation: Generation(run.generation), rank: Rank(run.rank), world_size: run.world_size }
+            }
+            Message::Stop(stop) => Self::Stop { graceful: stop.graceful, cause: stop.cause },
+        })
+    }
+}
+
+impl From<Departure> for leave_request::Departure {
+    fn from(departure: Departure) -> Self {
+        match departure {
+            Departure::Done => Self::Done(leave_request::Done {}),
+            Departure::Stopped => Self::Stopped(leave_request::Stopped {}),
+            Departure::Failed(mut message) => {
+                message.truncate(message.floor_char_boundary(MAX_TEXT_BYTES));
+                Self::Failed(leave_request::Failed { message })
+            }
+        }
+    }
+}
+
+/// How a worker says that it has left.
+///
+/// # Errors
+/// If the message does not say how, or its cause is too long.
+pub fn departure_from(departure: Option<leave_request::Departure>) -> Result<Departure, ConvertError> {
+    use leave_request::Departure as Message;
+    Ok(match departure.ok_or(ConvertError::Missing("departure"))? {
+        Message::Done(_) => Departure::Done,
+        Message::Stopped(_) => Departure::Stopped,
+        Message::Failed(failed) => Departure::Failed(bounded("failed.message", failed.message)?),
+    })
+}
+
+/// What a rank has finished; the record comes from rank 0 alone.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepReport {
+    pub worker: WorkerId,
+    pub generation: Generation,
+    /// Finished steps, this one included.
+    pub step: Step,
+    pub epoch: u32,
+    /// Users of this rank's share.
+    pub users: Vec<UserIndex>,
+    pub record: Option<StepRecord>,
+}
+
+impl From<StepReport> for ReportStepRequest {
+    fn from(report: StepReport) -> Self {
+        Self {
+            worker_id: report.worker.0,
+            generation: report.generation.0,
+            step: report.step.0,
+            epoch: report.epoch,
+            users: report.users.iter().map(|user| user.0).collect(),
+            numbers: report.record.map(|record| StepNumbers {
+                loss: record.loss,
+                accuracy: record.accuracy,
+                learning_rate: record.learning_rate,
+                gradient_norm: record.gradient_norm,
+                users: record.users,
+                tokens: record.tokens,
+                padding_share: record.padding_share,
+                seconds: record.seconds,
+            }),
+        }
+    }
+}
+
+impl From<ReportStepRequest> for StepReport {
+    fn from(request: ReportStepRequest) -> Self {
+        let (generation, step, epoch) = (Generation(request.generation), Step(request.step), request.epoch);
+        Self {
+            worker: WorkerId(request.worker_id),
+            generation,
+            step,
+            epoch,
+            users: request.users.into_iter().map(UserIndex).collect(),
+            record: request.numbers.map(|numbers| StepRecord {
+                step,
+                epoch,
+                generation,
+                loss: numbers.loss,
+                accuracy: numbers.accuracy,
+                learning_rate: numbers.learning_rate,
+                gradient_norm: numbers.gradient_norm,
+                users: numbers.users,
+                tokens: numbers.tokens,
+                padding_share: numbers.padding_share,
+                seconds: numbers.seconds,
+            }),
+        }
+    }
+}
+
+/// An evaluation as its report carries it.
+///
+/// # Errors
+/// If it cannot be written as JSON (a metric that is not a number is written as `null` and refused by the reader).
+pub fn evaluation_json(evaluation: &Evaluation) -> Result<String, ConvertError> {
+    to_json("evaluation_json", evaluation)
+}
+
+/// # Errors
+/// If the text is not an [`Evaluation`].
+pub fn evaluation_from_json(text: &str) -> Result<Evaluation, ConvertError> {
+    from_json("evaluation_json", text)
+}
+
+#[cfg(test)]
+mod tests {
+    use learn_domain::membership::StopCause;
+
+    use super::*;
+
+    fn applicant() -> Applicant {
+        Applicant {
+            incarnation: Incarnation("i".into()),
+            host: "h".into(),
+            pid: 7,
+            device: "cpu".into(),
+            metrics_url: "http://h:1/metrics".into(),
+        }
+    }
+
+    #[test]
+    fn an_applicant_is_checked() {
+        let request = JoinRequest::from(applicant());
+        assert_eq!(Applicant::try_from(request.clone()).unwrap(), applicant());
+        for protocol in [0, PROTOCOL + 1] {
+            let error = Applicant::try_from(JoinRequest { protocol, ..request.clone() }).unwrap_err();
+            let text = error.to_string();
+            assert!(text.contains(&format!("version {protocol}")) && text.contains(&format!("speaks {PROTOCOL}")));
+            assert_eq!(tonic::Status::from(error).code(), tonic::Code::FailedPrecondition);
+        }
+        let long = JoinRequest { host: "h".repeat(MAX_TEXT_BYTES + 1), ..request.clone() };
+        assert!(Applicant::try_from(long).unwrap_err().to_string().contains("`host`"));
+        assert!(Applicant::try_from(JoinRequest { incarnation: String::new(), ..request }).is_err());
+    }
+
+    #[test]
+    fn an_admission_survives_the_wire() {
+        let admission = Admission {
+            worker: WorkerId(3),
+            config: Config::default(),
+            dataset: DatasetFacts { items: 5, ..DatasetFacts::default() },
+            task: Task::Train { resume_from: Some("c".into()) },
+            data_locations: vec!["http://a:1".into()],
+            run_dir: "runs/x".into(),
+        };
+        let response = JoinResponse::try_from(admission.clone()).unwrap();
+        assert_eq!(Admission::try_from(response.clone()).unwrap(), admission);
+        let error = Admission::try_from(JoinResponse { task_json: "{".into(), ..response }).unwrap_err();
+        assert!(error.to_string().contains("`task_json`"));
+    }
+
+    #[test]
+    fn directives_become_orders() {
+        let order = |directive| Order::try_from(heartbeat_response(WorkerId(1), directive).unwrap()).unwrap();
+        assert_eq!(order(Directive::Wait), Order::Wait);
+        let run = Directive::Run { generation: Generation(2), rank: Rank(1), world_size: 3 };
+        assert_eq!(order(run), Order::Run { generation: Generation(2), rank: Rank(1), world_size: 3 });
+        let lost = StopCause::Silent { worker: WorkerId(0), rank: Rank(0), seconds: 9 };
+        assert_eq!(order(Directive::Stop(lost.clone())), Order::Stop { graceful: false, cause: lost.to_string() });
+        assert!(matches!(order(Directive::Stop(StopCause::Operator)), Order::Stop { graceful: true, .. }));
+        assert!(heartbeat_response(WorkerId(1), Directive::Unknown).unwrap_err().to_string().contains("worker 1"));
+    }
+
+    #[test]
+    fn departures_and_reports_survive_the_wire() {
+        for departure in [Departure::Done, Departure::Stopped, Departure::Failed("why".into())] {
+            let message = leave_request::Departure::from(departure.clone());
+            assert_eq!(departure_from(Some(message)).unwrap(), departure);
+        }
+        assert!(departure_from(None).is_err());
+        let long = leave_request::Departure::from(Departure::Failed("é".repeat(MAX_TEXT_BYTES)));
+        assert!(departure_from(Some(long)).is_ok(), "a long cause is cut at a character, not refused");
+        let record = StepRecord { step: Step(4), epoch: 1, generation: Generation(2), loss: 0.5, ..Default::default() };
+        let report = StepReport {
+            worker: WorkerId(1),
+            generation: Generation(2),
+            step: Step(4),
+            epoch: 1,
+            users: vec![UserIndex(9)],
+            record: Some(record),
+        };
+        assert_eq!(StepReport::from(ReportStepRequest::from(report.clone())), report);
+    }
+}

@@ -1,0 +1,318 @@
+//! The data service as its clients see it: descriptors, tickets, schemas and the metadata of messages.
+//!
+//! Input: JSON of a client. Output: checked requests; Arrow schemas that explain themselves. Invariants: every ticket
+//! and command names the version, an unknown key or a larger text is refused, and a ticket says everything that its
+//! stream depends on besides the served dataset and configuration, so that any replica can answer it.
+
+use std::collections::HashMap;
+
+use arrow_schema::{DataType, Field, Schema};
+use learn_domain::report::Split;
+use serde::{Deserialize, Serialize};
+
+/// Version of tickets, commands, schemas and message metadata.
+pub const VERSION: u32 = 1;
+
+/// Largest ticket or command in bytes.
+pub const MAX_TICKET_BYTES: usize = 4 << 10;
+
+/// Messages are split so that their Arrow buffers stay below this; gRPC clients refuse 4 MiB by default.
+pub const MAX_MESSAGE_BYTES: usize = 2 << 20;
+
+/// A ticket or command that cannot be answered.
+#[derive(Debug, thiserror::Error)]
+pub enum TicketError {
+    #[error("the {what} has {bytes} bytes; at most {MAX_TICKET_BYTES} are allowed")]
+    TooLarge { what: &'static str, bytes: usize },
+    #[error("the {what} is not valid: {source}; see docs/flight.md")]
+    Json { what: &'static str, source: serde_json::Error },
+    #[error("the {what} has version {found}; this server speaks version {VERSION}")]
+    Version { what: &'static str, found: String },
+    #[error("rank {rank} does not exist in a world of {world_size}")]
+    Rank { rank: u32, world_size: u32 },
+}
+
+/// What `DoGet` streams.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind", deny_unknown_fields)]
+pub enum Ticket {
+    /// A rank's share of `steps` steps after `from_step` finished ones; 0 steps = to the end of the job.
+    Batches { rank: u32, world_size: u32, from_step: u64, steps: u64 },
+    /// Rows `rank`, `rank + world_size`, … of a held-out split.
+    Evaluation { split: Split, rank: u32, world_size: u32 },
+    /// The catalogue's texts from item `first` on; 0 `count` = to the end.
+    Items { first: u32, count: u32 },
+}
+
+/// What `DoExchange` does, as the JSON command of the first message's descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind", deny_unknown_fields)]
+pub enum Exchange {
+    /// Content embeddings of the items in the request's `item` column.
+    Rows {},
+}
+
+fn encode<T: Serialize>(value: &T) -> Vec<u8> {
+    let mut json = serde_json::to_value(value).unwrap_or_default();
+    json["version"] = VERSION.into();
+    json.to_string().into_bytes()
+}
+
+fn decode<T: serde::de::DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T, TicketError> {
+    if bytes.len() > MAX_TICKET_BYTES {
+        return Err(TicketError::TooLarge { what, bytes: bytes.len() });
+    }
+    let invalid = |source| TicketError::Json { what, source };
+    let mut json: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(bytes).map_err(invalid)?;
+    let version = json.remove("version").unwrap_or_default();
+    if version != VERSION {
+        return Err(TicketError::Version { what, found: version.to_string() });
+    }
+    serde_json::from_value(json.into()).map_err(invalid)
+}
+
+impl Ticket {
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        encode(self)
+    }
+
+    /// # Errors
+    /// If it is too large, of another version, not a ticket, or names a rank that its world does not have.
+    pub fn decode(bytes: &[u8]) -> Result<Self, TicketError> {
+        let ticket: Self = decode("ticket", bytes)?;
+        match ticket {
+            Self::Batches { rank, world_size, .. } | Self::Evaluation { rank, world_size, .. }
+                if rank >= world_size =>
+            {
+                Err(TicketError::Rank { rank, world_size })
+            }
+            _ => Ok(ticket),
+        }
+    }
+}
+
+impl Exchange {
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        encode(self)
+    }
+
+    /// # Errors
+    /// If it is too large, of another version or not a command.
+    pub fn decode(bytes: &[u8]) -> Result<Self, TicketError> {
+        decode("command", bytes)
+    }
+}
+
+/// `app_metadata` of a message of [`Ticket::Batches`]; a step's parts follow each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BatchMeta {
+    /// Finished steps before this one.
+    pub step: u64,
+    pub epoch: u32,
+    /// Users of the step over all ranks.
+    pub global_users: u32,
+    /// (position, target) pairs of the step over all ranks: the sum over its users of `Nh_i * Nt_i`.
+    pub global_pairs: u64,
+    /// Number of this message among the step's, from 0.
+    pub part: u32,
+    pub parts: u32,
+}
+
+/// `app_metadata` of a message of [`Ticket::Evaluation`] and [`Ticket::Items`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartMeta {
+    /// Number of this message in the stream, from 0.
+    pub part: u64,
+}
+
+/// `app_metadata` of an answer of [`Exchange::Rows`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowsMeta {
+    /// Number of the request batch that this answers, from 0.
+    pub request: u64,
+    pub part: u32,
+    pub parts: u32,
+}
+
+/// What a stream was made from; part of its schema's metadata.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Provenance {
+    pub dataset: String,
+    pub fingerprint: String,
+    pub seed: u64,
+    pub users: u32,
+    pub global_batch: u32,
+    pub steps_per_epoch: u64,
+    pub total_steps: u64,
+    pub items: u32,
+    pub dim: u32,
+}
+
+impl Provenance {
+    /// Adds `learn.*` keys to a schema.
+    #[must_use]
+    pub fn describe(&self, schema: Schema) -> Schema {
+        let mut metadata = schema.metadata.clone();
+        let facts = [
+            ("learn.dataset", self.dataset.clone()),
+            ("learn.fingerprint", self.fingerprint.clone()),
+            ("learn.seed", self.seed.to_string()),
+            ("learn.users", self.users.to_string()),
+            ("learn.global_batch", self.global_batch.to_string()),
+            ("learn.steps_per_epoch", self.steps_per_epoch.to_string()),
+            ("learn.total_steps", self.total_steps.to_string()),
+            ("learn.items", self.items.to_string()),
+            ("learn.dim", self.dim.to_string()),
+        ];
+        metadata.extend(facts.map(|(key, value)| (key.to_owned(), value)));
+        schema.with_metadata(metadata)
+    }
+}
+
+fn field(name: &str, data_type: DataType, nullable: bool, doc: &str) -> Field {
+    Field::new(name, data_type, nullable).with_metadata(HashMap::from([("doc".to_owned(), doc.to_owned())]))
+}
+
+fn number(name: &str, doc: &str) -> Field {
+    field(name, DataType::UInt32, false, doc)
+}
+
+fn numbers(name: &str, doc: &str) -> Field {
+    field(name, DataType::List(element()), false, doc)
+}
+
+/// The element of every list column.
+#[must_use]
+pub fn element() -> std::sync::Arc<Field> {
+    Field::new("item", DataType::UInt32, false).into()
+}
+
+fn schema(doc: &str, fields: Vec<Field>) -> Schema {
+    let metadata = [("learn.version", VERSION.to_string()), ("doc", doc.to_owned())];
+    Schema::new_with_metadata(fields, metadata.map(|(key, value)| (key.to_owned(), value)))
+}
+
+/// Columns of [`Ticket::Batches`].
+#[must_use]
+pub fn batches_schema() -> Schema {
+    let fields = vec![
+        number("user", "row of the training sequences"),
+        number("place", "place of the user in the step's global batch, from 0"),
+        numbers("history", "item indices that the user tower sees, oldest first"),
+        numbers("targets", "later item indices that the item tower sees, oldest first"),
+        numbers("user_positions", "sampled positions in `history`, ascending"),
+        numbers("item_positions", "sampled positions in `targets`, ascending"),
+    ];
+    schema("one row per user of a rank's share of a training step; app_metadata is JSON and names the step", fields)
+}
+
+/// Columns of [`Ticket::Evaluation`].
+#[must_use]
+pub fn evaluation_schema() -> Schema {
+    let fields = vec![
+        number("row", "row of the split"),
+        number("user", "number of the user over all splits"),
+        numbers("history", "item indices before the targets, oldest first"),
+        numbers("targets", "item indices to be ranked, oldest first"),
+    ];
+    schema("one row per user of a rank's share of a held-out split", fields)
+}
+
+/// Columns of [`Ticket::Items`].
+#[must_use]
+pub fn items_schema() -> Schema {
+    let text = |name: &str, doc: &str| field(name, DataType::Utf8, true, doc);
+    let fields = vec![
+        number("item", "item index, as in every other stream"),
+        field("id", DataType::Utf8, false, "the item's name in the original data"),
+        text("title", "title"),
+        text("category", "category"),
+        text("brand", "brand"),
+        text("price", "price"),
+        text("keywords", "key words"),
+        text("attributes", "further attributes"),
+    ];
+    schema("the catalogue", fields)
+}
+
+/// The column of a request of [`Exchange::Rows`].
+#[must_use]
+pub fn rows_request_schema() -> Schema {
+    schema("items whose content embeddings are wanted; repeats are allowed", vec![number("item", "item index")])
+}
+
+/// The column of an answer of [`Exchange::Rows`].
+#[must_use]
+pub fn rows_schema(dim: u32) -> Schema {
+    let value = Field::new("item", DataType::Float16, false).into();
+    let embedding = DataType::FixedSizeList(value, i32::try_from(dim).unwrap_or(i32::MAX));
+    let doc = "content embeddings in the order of the request";
+    schema(doc, vec![field("embedding", embedding, false, "the frozen language model's L2-normalised vector")])
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_ticket_is_plain_versioned_json() {
+        let ticket = Ticket::Batches { rank: 1, world_size: 2, from_step: 3, steps: 0 };
+        let json: serde_json::Value = serde_json::from_slice(&ticket.encode()).unwrap();
+        let plain = r#"{"version":1,"kind":"batches","rank":1,"world_size":2,"from_step":3,"steps":0}"#;
+        assert_eq!(json, serde_json::from_str::<serde_json::Value>(plain).unwrap());
+        let evaluation = r#"{"version":1,"kind":"evaluation","split":"test","rank":0,"world_size":1}"#;
+        let wanted = Ticket::Evaluation { split: Split::Test, rank: 0, world_size: 1 };
+        assert_eq!(Ticket::decode(evaluation.as_bytes()).unwrap(), wanted);
+        assert_eq!(Exchange::decode(br#"{"version":1,"kind":"rows"}"#).unwrap(), Exchange::Rows {});
+        assert_eq!(Exchange::decode(&Exchange::Rows {}.encode()).unwrap(), Exchange::Rows {});
+    }
+
+    #[test]
+    fn nonsense_is_refused_by_name() {
+        let refused = |text: &str| Ticket::decode(text.as_bytes()).unwrap_err().to_string();
+        assert!(refused("{").contains("ticket is not valid"));
+        assert!(refused("[]").contains("ticket is not valid"));
+        assert!(refused(r#"{"kind":"items","first":0,"count":0}"#).contains("version null"));
+        assert!(refused(r#"{"version":2,"kind":"items","first":0,"count":0}"#).contains("version 2"));
+        assert!(refused(r#"{"version":1,"kind":"items","first":0,"count":0,"x":1}"#).contains("unknown field `x`"));
+        assert!(refused(r#"{"version":1,"kind":"all"}"#).contains("unknown variant `all`"));
+        assert!(refused(r#"{"version":1,"kind":"items","first":-1,"count":0}"#).contains("invalid value"));
+        let world = r#"{"version":1,"kind":"evaluation","split":"valid","rank":2,"world_size":2}"#;
+        assert_eq!(refused(world), "rank 2 does not exist in a world of 2");
+        assert!(refused(&" ".repeat(MAX_TICKET_BYTES + 1)).contains("4097 bytes"));
+        let extra = Exchange::decode(br#"{"version":1,"kind":"rows","x":1}"#).unwrap_err().to_string();
+        assert!(extra.contains('x'), "{extra}");
+    }
+
+    #[test]
+    fn every_field_explains_itself() {
+        let facts = Provenance { fingerprint: "f".into(), users: 3, ..Provenance::default() };
+        for schema in [batches_schema(), evaluation_schema(), items_schema(), rows_request_schema(), rows_schema(8)] {
+            let described = facts.describe(schema);
+            assert!(described.fields().iter().all(|field| !field.metadata()["doc"].is_empty()));
+            assert_eq!(described.metadata()["learn.version"], "1");
+            assert_eq!(described.metadata()["learn.fingerprint"], "f");
+            assert_eq!(described.metadata()["learn.users"], "3");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_answered(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Ticket::decode(&bytes);
+            let _ = Exchange::decode(&bytes);
+        }
+
+        #[test]
+        fn tickets_survive(rank: u32, more in 1_u32..9, from_step: u64, steps: u64) {
+            let world_size = rank.saturating_add(more);
+            prop_assume!(rank < world_size);
+            let ticket = Ticket::Batches { rank, world_size, from_step, steps };
+            prop_assert_eq!(Ticket::decode(&ticket.encode()).unwrap(), ticket);
+        }
+    }
+}
