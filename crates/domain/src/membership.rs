@@ -12,7 +12,7 @@
 //! | running | heartbeat | running | - |
 //! | running | leave, done | running; ended (finished) after the last | -; ended |
 //! | running | leave, failed; worker silent | stopping (abort) | stop |
-//! | running | operator stop | stopping (graceful) | stop |
+//! | running | operator stop; leave, stopped (a worker was asked to by its own signal) | stopping (graceful) | stop |
 //! | stopping | leave; worker silent; stop deadline | ended after the last | ended |
 //! | stopping (graceful) | leave, failed; worker silent | stopping (abort) | stop |
 //! | any but gathering | join | unchanged | refused |
@@ -275,14 +275,15 @@ impl Membership {
                 member.done = true;
                 if members.values().all(|member| member.done) { self.end(Outcome::Finished) } else { Vec::new() }
             }
-            (State::Running { members }, departure) => {
+            (State::Running { members }, Departure::Stopped) => {
+                if members.remove(&worker).is_none() {
+                    return Vec::new();
+                }
+                self.stop(now, StopCause::Operator)
+            }
+            (State::Running { members }, Departure::Failed(message)) => {
                 let Some(member) = members.remove(&worker) else { return Vec::new() };
-                let message = match departure {
-                    Departure::Failed(message) => message,
-                    Departure::Done | Departure::Stopped => "it stopped although nobody asked it to".into(),
-                };
-                let cause = StopCause::Failed { worker, rank: member.rank, message };
-                self.stop(now, cause)
+                self.stop(now, StopCause::Failed { worker, rank: member.rank, message })
             }
             (State::Stopping { members, cause, .. }, departure) => {
                 let Some(member) = members.remove(&worker) else { return Vec::new() };
@@ -444,6 +445,17 @@ mod tests {
         assert!(matches!(&effects[..], [Effect::Stop(StopCause::Failed { message, .. })] if message == "disk full"));
         let end = membership.step(at(4), Event::Leave(WorkerId(2), Departure::Stopped));
         assert!(matches!(&end[..], [Effect::Ended(Outcome::Stopped(StopCause::Failed { .. }))]));
+    }
+
+    #[test]
+    fn a_worker_that_was_signalled_stops_the_job_gracefully() {
+        let mut membership = running();
+        let effects = membership.step(at(2), Event::Leave(WorkerId(1), Departure::Stopped));
+        assert_eq!(effects, [Effect::Stop(StopCause::Operator)]);
+        for worker in [0, 2] {
+            membership.step(at(3), Event::Leave(WorkerId(worker), Departure::Stopped));
+        }
+        assert_eq!(membership.state(), &State::Ended(Outcome::Stopped(StopCause::Operator)));
     }
 
     #[test]

@@ -196,6 +196,15 @@ impl Default for TrainingConfig {
     }
 }
 
+impl TrainingConfig {
+    /// Steps of the whole job.
+    #[must_use]
+    pub fn total_steps(&self, steps_per_epoch: u64) -> u64 {
+        let all = u64::from(self.epochs) * steps_per_epoch;
+        if self.max_steps == 0 { all } else { all.min(self.max_steps) }
+    }
+}
+
 /// Full ranking over the catalogue.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
