@@ -1,0 +1,242 @@
+//! `cargo xtask quickstart`: set-up, build, prepare, embed, train, table; what is done already is skipped.
+//!
+//! What was prepared and embedded with which settings is noted beside the downloads; a finished run is recognised by
+//! its summary and the resolved configuration that every run keeps.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::workspace::Workspace;
+use crate::{process, setup};
+
+const CONFIG: &str = "configs/quickstart.toml";
+/// Packages whose binaries a job on this machine needs.
+pub const PACKAGES: [&str; 4] = ["learn-launch", "learn-coordinator", "learn-worker", "learn-ceg"];
+
+#[derive(Args, Default)]
+pub struct Options {
+    /// Epochs to train for, instead of the configuration's.
+    #[arg(long)]
+    pub epochs: Option<u32>,
+    /// Do everything again, whatever is there.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// # Errors
+/// If a part fails; the task ends with that part's exit code.
+pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
+    setup::run(workspace, &setup::Options::default())?;
+    build(workspace)?;
+    let quickstart = Quickstart::new(workspace, options.epochs)?;
+    if options.force {
+        quickstart.clear()?;
+    }
+    quickstart.dataset()?;
+    quickstart.train()?;
+    quickstart.show()
+}
+
+/// Builds the binaries that a job on this machine needs.
+///
+/// # Errors
+/// If the build fails.
+pub fn build(workspace: &Workspace) -> Result<()> {
+    let mut build = workspace.cargo();
+    build.args(["build", "--release", "--bins"]);
+    for package in PACKAGES {
+        build.args(["--package", package]);
+    }
+    process::visible("the build", &mut build)
+}
+
+/// The settings with which the dataset at hand was made.
+#[derive(Default, PartialEq, Serialize, Deserialize)]
+struct Made {
+    prepare: Value,
+    embed: Value,
+}
+
+struct Quickstart<'a> {
+    workspace: &'a Workspace,
+    overrides: Vec<String>,
+    /// The resolved configuration.
+    config: Value,
+    dataset: PathBuf,
+    run: PathBuf,
+}
+
+impl<'a> Quickstart<'a> {
+    fn new(workspace: &'a Workspace, epochs: Option<u32>) -> Result<Self> {
+        let overrides = epochs.map(|epochs| vec!["--set".into(), format!("training.epochs={epochs}")]);
+        let overrides = overrides.unwrap_or_default();
+        let mut print = Command::new(workspace.binary("learn-launch"));
+        print.current_dir(workspace.root()).args(["config", CONFIG, "--json"]).args(&overrides);
+        let config: Value = serde_json::from_str(&process::output("learn-launch config", &mut print)?)
+            .context("learn-launch config printed something that is not JSON")?;
+        let setting = |pointer: &str| {
+            config.pointer(pointer).and_then(Value::as_str).with_context(|| format!("{CONFIG}: no {pointer}"))
+        };
+        let dataset = workspace.root().join(setting("/data/dataset")?);
+        let run = workspace.root().join(setting("/job/runs_dir")?).join(setting("/job/name")?);
+        Ok(Self { workspace, overrides, dataset, run, config })
+    }
+
+    fn launch(&self, verb: &str) -> Result<()> {
+        let mut command = Command::new(self.workspace.binary("learn-launch"));
+        command.current_dir(self.workspace.root()).args([verb, CONFIG]).args(&self.overrides);
+        process::visible(&format!("learn-launch {verb}"), &mut command)
+    }
+
+    fn clear(&self) -> Result<()> {
+        self.remove(&self.dataset, "dataset.json")?;
+        self.remove_run()
+    }
+
+    /// Prepares and embeds, unless it was done with these settings.
+    fn dataset(&self) -> Result<()> {
+        let wanted = Made {
+            prepare: serde_json::json!([self.config["prepare"], self.config["data"]]),
+            embed: self.config["embed"].clone(),
+        };
+        let mut made = self.made();
+        if made.prepare == wanted.prepare && self.dataset.join("dataset.json").is_file() {
+            eprintln!("prepare: {} is there already", self.workspace.shown(&self.dataset));
+        } else {
+            self.remove(&self.dataset, "dataset.json")?;
+            self.launch("prepare")?;
+            made = Made { prepare: wanted.prepare, embed: Value::Null };
+            self.note(&made)?;
+        }
+        if made.embed == wanted.embed {
+            eprintln!("embed: {} has its content embeddings already", self.workspace.shown(&self.dataset));
+            return Ok(());
+        }
+        self.launch("embed")?;
+        made.embed = wanted.embed;
+        self.note(&made)
+    }
+
+    fn train(&self) -> Result<()> {
+        let finished = self.run.join("summary.json").is_file();
+        if finished && read_json(&self.run.join("config.json")).is_ok_and(|config| config == self.config) {
+            eprintln!("train: {} is finished already", self.workspace.shown(&self.run));
+            return Ok(());
+        }
+        self.remove_run()?;
+        self.launch("train")
+    }
+
+    /// Prints the table and where everything lies.
+    fn show(&self) -> Result<()> {
+        let summary = self.run.join("summary.json");
+        println!("\n{}", table(&read_json(&summary)?));
+        for (what, path) in [
+            ("summary", summary),
+            ("checkpoints", self.run.join("checkpoints")),
+            ("logs", self.run.join("logs")),
+            ("dataset", self.dataset.clone()),
+            ("programs", self.workspace.target().join("release")),
+        ] {
+            println!("{what:<12} {}", self.workspace.shown(&path));
+        }
+        Ok(())
+    }
+
+    fn made_path(&self) -> PathBuf {
+        self.workspace.deps().join("quickstart.json")
+    }
+
+    fn made(&self) -> Made {
+        // Unreadable is the same as never made: it is made again.
+        let text = fs::read_to_string(self.made_path()).unwrap_or_default();
+        serde_json::from_str(&text).unwrap_or_default()
+    }
+
+    fn note(&self, made: &Made) -> Result<()> {
+        let path = self.made_path();
+        fs::write(&path, serde_json::to_vec_pretty(made)?).with_context(|| format!("{}: cannot write", path.display()))
+    }
+
+    fn remove_run(&self) -> Result<()> {
+        if let Ok(coordinator) = read_json(&self.run.join("coordinator.json")) {
+            let alive = coordinator["pid"].as_u64().is_some_and(|pid| Path::new(&format!("/proc/{pid}")).exists());
+            ensure!(!alive, "{} is still running; wait for its end, or stop it", self.workspace.shown(&self.run));
+        }
+        self.remove(&self.run, "config.json")
+    }
+
+    /// Removes a folder of the quickstart's own, recognised by a file of it.
+    fn remove(&self, folder: &Path, mark: &str) -> Result<()> {
+        if !folder.exists() {
+            return Ok(());
+        }
+        let shown = self.workspace.shown(folder);
+        if !folder.starts_with(self.workspace.root()) || !folder.join(mark).is_file() {
+            bail!("{shown} is in the way and holds no {mark}; move it, then start again");
+        }
+        eprintln!("removing the earlier {shown}");
+        fs::remove_dir_all(folder).with_context(|| format!("{shown}: cannot remove it"))
+    }
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let text = fs::read_to_string(path).with_context(|| format!("{}: cannot read it", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{}: is not JSON", path.display()))
+}
+
+/// Quality on the test split beside popularity's, from a run's summary.
+fn table(summary: &Value) -> String {
+    let empty = serde_json::Map::new();
+    let metrics = summary["test"].as_object().unwrap_or(&empty);
+    let mut lines = vec![
+        format!(
+            "{}: {} users, {} items, {} interactions; {} workers, {} steps in {:.0} s, {:.0} users/s",
+            summary["dataset"].as_str().unwrap_or_default(),
+            summary["users"],
+            summary["items"],
+            summary["interactions"],
+            summary["world_size"],
+            summary["steps"],
+            summary["seconds"].as_f64().unwrap_or_default(),
+            summary["samples_per_second"].as_f64().unwrap_or_default(),
+        ),
+        format!("{:<12} {:>8} {:>11} {:>7}", "test", "LEARN", "popularity", "ratio"),
+    ];
+    for (name, value) in metrics {
+        let value = value.as_f64().unwrap_or_default();
+        let row = match summary["popularity"][name].as_f64() {
+            Some(baseline) if baseline > 0.0 => format!("{baseline:>11.4} {:>7.2}", value / baseline),
+            Some(baseline) => format!("{baseline:>11.4} {:>7}", "-"),
+            None => format!("{:>11} {:>7}", "-", "-"),
+        };
+        lines.push(format!("{name:<12} {value:>8.4} {row}"));
+    }
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_sets_learn_beside_popularity() {
+        let summary = serde_json::json!({
+            "dataset": "sample", "users": 3, "items": 4, "interactions": 12, "world_size": 2, "steps": 5,
+            "seconds": 1.5, "samples_per_second": 20.0,
+            "test": {"mrr": 0.5, "recall@10": 0.3}, "popularity": {"recall@10": 0.1},
+        });
+        let table = table(&summary);
+        assert!(table.contains("2 workers, 5 steps"), "{table}");
+        let recall: Vec<_> = table.lines().find(|l| l.starts_with("recall@10")).unwrap().split_whitespace().collect();
+        assert_eq!(recall, ["recall@10", "0.3000", "0.1000", "3.00"]);
+        let mrr: Vec<_> = table.lines().find(|l| l.starts_with("mrr")).unwrap().split_whitespace().collect();
+        assert_eq!(mrr, ["mrr", "0.5000", "-", "-"]);
+    }
+}

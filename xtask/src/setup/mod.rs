@@ -1,0 +1,106 @@
+//! Makes everything present that building, the tests and the quickstart need. What is there already is kept.
+//!
+//! Every download lands beside its place and is renamed when it is complete and checked, so a run that was killed
+//! leaves nothing that a later one takes for finished.
+
+mod libtorch;
+mod samples;
+mod tools;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use crate::python::Python;
+use crate::workspace::Workspace;
+
+pub use tools::nextest;
+
+#[derive(Args, Default)]
+pub struct Options {
+    /// Bring libtorch's CUDA libraries even if this machine has no NVIDIA GPU.
+    #[arg(long)]
+    pub cuda: bool,
+}
+
+/// # Errors
+/// If a part is missing and cannot be brought; the message says what to do.
+pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
+    fs::create_dir_all(workspace.deps()).with_context(|| format!("{}: cannot make it", workspace.deps().display()))?;
+    let _lock = lock(&workspace.deps().join("lock"))?;
+    tools::check_compiler()?;
+    let python = Python::prepare(workspace)?;
+    let torch = libtorch::provide(workspace, &python, options.cuda)?;
+    samples::provide(workspace, &python)?;
+    eprintln!(
+        "setup: complete (libtorch in {}, data in {}, encoder in {})",
+        workspace.shown(&torch),
+        workspace.shown(&workspace.movielens()),
+        workspace.shown(&workspace.minilm())
+    );
+    Ok(())
+}
+
+/// Brings `pyarrow` into the virtual environment; `false` if no registry has it for this machine.
+///
+/// # Errors
+/// If there is no Python.
+pub fn pyarrow(workspace: &Workspace) -> Result<bool> {
+    let python = Python::prepare(workspace)?;
+    if python.has("pyarrow.flight") {
+        return Ok(true);
+    }
+    if let Err(error) = python.install("Installing pyarrow for the Arrow Flight test", "pyarrow") {
+        eprintln!("{error:#}");
+        return Ok(false);
+    }
+    Ok(python.has("pyarrow.flight"))
+}
+
+/// Two set-ups at once would step on each other's half-made folders.
+fn lock(path: &Path) -> Result<File> {
+    let file = File::create(path).with_context(|| format!("{}: cannot create it", path.display()))?;
+    if file.try_lock().is_err() {
+        eprintln!("waiting for another setup to end ...");
+        file.lock().with_context(|| format!("{}: cannot lock it", path.display()))?;
+    }
+    Ok(file)
+}
+
+/// A folder that takes its name only when it is complete.
+struct Aside {
+    partial: PathBuf,
+    place: PathBuf,
+}
+
+impl Aside {
+    fn new(place: &Path) -> Result<Self> {
+        let mut partial = place.as_os_str().to_owned();
+        partial.push(".partial");
+        let partial = PathBuf::from(partial);
+        remove(&partial)?;
+        fs::create_dir_all(&partial).with_context(|| format!("{}: cannot make it", partial.display()))?;
+        Ok(Self { partial, place: place.to_owned() })
+    }
+
+    fn path(&self) -> &Path {
+        &self.partial
+    }
+
+    fn keep(self) -> Result<()> {
+        remove(&self.place)?;
+        fs::rename(&self.partial, &self.place)
+            .with_context(|| format!("cannot rename {} to {}", self.partial.display(), self.place.display()))
+    }
+}
+
+fn remove(folder: &Path) -> Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("{}: cannot remove it", folder.display()))
+        }
+        _ => Ok(()),
+    }
+}
