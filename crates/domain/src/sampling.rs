@@ -66,17 +66,48 @@ pub fn recency_weight(i: usize, n: usize, alpha: f64, beta: f64) -> f64 {
     (alpha + i as f64 * (beta - alpha) / (n - 1) as f64).ln()
 }
 
+/// What a sample will hold, known before the draws that fill it: enough to split a batch and to count its pairs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SampleSize {
+    pub history: u32,
+    pub targets: u32,
+    /// (history position, target position) pairs.
+    pub pairs: u64,
+}
+
+/// The first draw of a sample: the cut point and the end of the target window.
+fn cut(draws: &mut Draws, length: u32, shape: &SamplingShape) -> (u32, u32) {
+    let cut = 1 + draws.below(u64::from(length - 1)) as u32;
+    let window = if shape.window == 0 { length - cut } else { shape.window.min(length - cut) };
+    (cut, cut + window)
+}
+
+/// The size of what [`sample`] gives, at the price of one draw.
+#[must_use]
+pub fn sample_size(key: SampleKey, length: u32, shape: &SamplingShape) -> Option<SampleSize> {
+    if length < 2 {
+        return None;
+    }
+    let (cut, end) = cut(&mut draws(key), length, shape);
+    let (history, targets) = (cut.min(shape.history), (end - cut).min(shape.targets));
+    let pairs = u64::from(history.min(shape.user_positions)) * u64::from(targets.min(shape.item_positions));
+    Some(SampleSize { history, targets, pairs })
+}
+
+fn draws(key: SampleKey) -> Draws {
+    Draws::new(&[key.seed, u64::from(key.epoch), u64::from(key.user.0)])
+}
+
 /// Draws the sample of one user in one epoch; `None` if the sequence is shorter than two items.
 #[must_use]
 pub fn sample(key: SampleKey, length: u32, shape: &SamplingShape) -> Option<Sample> {
     if length < 2 {
         return None;
     }
-    let mut draws = Draws::new(&[key.seed, u64::from(key.epoch), u64::from(key.user.0)]);
-    let cut = 1 + draws.below(u64::from(length - 1)) as u32;
-    let window = if shape.window == 0 { length - cut } else { shape.window.min(length - cut) };
+    let mut draws = draws(key);
+    let (cut, end) = cut(&mut draws, length, shape);
     let history = uniform_subset(&mut draws, 0..cut, shape.history);
-    let targets = uniform_subset(&mut draws, cut..cut + window, shape.targets);
+    let targets = uniform_subset(&mut draws, cut..end, shape.targets);
     let user_positions = recent_positions(&mut draws, history.len(), shape.user_positions, shape);
     let item_positions = recent_positions(&mut draws, targets.len(), shape.item_positions, shape);
     Some(Sample { history, targets, user_positions, item_positions })
@@ -159,6 +190,9 @@ mod tests {
             prop_assert!((1..=40).contains(&s.history.len()) && (1..=20).contains(&s.targets.len()));
             prop_assert_eq!(s.user_positions.len(), s.history.len().min(10));
             prop_assert_eq!(s.item_positions.len(), s.targets.len().min(10));
+            let size = sample_size(SampleKey { seed: 1, epoch, user: UserIndex(user) }, length, &shape).unwrap();
+            prop_assert_eq!((size.history, size.targets), (s.history.len() as u32, s.targets.len() as u32));
+            prop_assert_eq!(size.pairs, (s.user_positions.len() * s.item_positions.len()) as u64);
             if window > 0 {
                 prop_assert!(s.targets.last().unwrap() - s.targets.first().unwrap() < window);
             }
