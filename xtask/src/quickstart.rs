@@ -239,4 +239,91 @@ mod tests {
         let mrr: Vec<_> = table.lines().find(|l| l.starts_with("mrr")).unwrap().split_whitespace().collect();
         assert_eq!(mrr, ["mrr", "0.5000", "-", "-"]);
     }
+
+    /// Stands for `learn-launch`: answers `config`, notes every other call, leaves the files that a real one would.
+    const LAUNCH: &str = r#"#!/bin/sh
+case "$1" in
+  config) cat config.json ;;
+  prepare) mkdir -p data/x && echo prepare >>calls && echo '{}' >data/x/dataset.json ;;
+  embed) echo embed >>calls ;;
+  train) echo train >>calls && mkdir -p runs/q && cp config.json runs/q/ && echo '{}' >runs/q/summary.json ;;
+esac
+"#;
+
+    fn config(epochs: u32, k_core: u32, model: &str) -> Value {
+        serde_json::json!({
+            "job": {"runs_dir": "runs", "name": "q"}, "data": {"dataset": "data/x"}, "prepare": {"k_core": k_core},
+            "embed": {"model": model}, "training": {"epochs": epochs},
+        })
+    }
+
+    /// A repository with nothing in it but the stand-in; answers what a quickstart with this configuration calls.
+    struct Scene(Workspace);
+
+    impl Scene {
+        fn new() -> Self {
+            let root = std::env::temp_dir().join(format!(
+                "learn-xtask-quickstart-{}-{:?}",
+                std::process::id(),
+                std::thread::current().id()
+            ));
+            fs::create_dir_all(root.join("target").join("release")).unwrap();
+            fs::create_dir_all(root.join(".deps")).unwrap();
+            fs::write(root.join("Cargo.toml"), "").unwrap();
+            // Another process writes the script, so that no other test's fork can hold it open when it is started.
+            let write =
+                format!("cat >target/release/learn-launch <<'END'\n{LAUNCH}END\nchmod +x target/release/learn-launch");
+            process::output("write", Command::new("sh").arg("-c").arg(write).current_dir(&root)).unwrap();
+            Self(Workspace::with_target(&root, &root.join("target")))
+        }
+
+        fn calls(&self, config: &Value, force: bool) -> Vec<String> {
+            let root = self.0.root();
+            fs::write(root.join("config.json"), config.to_string()).unwrap();
+            fs::write(root.join("calls"), "").unwrap();
+            let quickstart = Quickstart::new(&self.0, None).unwrap();
+            if force {
+                quickstart.clear().unwrap();
+            }
+            quickstart.dataset().unwrap();
+            quickstart.train().unwrap();
+            fs::read_to_string(root.join("calls")).unwrap().lines().map(str::to_owned).collect()
+        }
+    }
+
+    impl Drop for Scene {
+        fn drop(&mut self) {
+            // A folder that stays behind under the system's temporary folder harms nobody.
+            let _ = fs::remove_dir_all(self.0.root());
+        }
+    }
+
+    #[test]
+    fn what_is_there_with_the_same_settings_is_skipped() {
+        let scene = Scene::new();
+        let nothing: [&str; 0] = [];
+        assert_eq!(scene.calls(&config(3, 0, "a"), false), ["prepare", "embed", "train"]);
+        assert_eq!(scene.calls(&config(3, 0, "a"), false), nothing);
+        assert_eq!(scene.calls(&config(4, 0, "a"), false), ["train"]);
+        assert_eq!(scene.calls(&config(4, 0, "b"), false), ["embed", "train"]);
+        assert_eq!(scene.calls(&config(4, 5, "b"), false), ["prepare", "embed", "train"]);
+        assert_eq!(scene.calls(&config(4, 5, "b"), true), ["prepare", "embed", "train"]);
+
+        fs::remove_file(scene.0.root().join("runs/q/summary.json")).unwrap();
+        assert_eq!(scene.calls(&config(4, 5, "b"), false), ["train"]);
+        fs::remove_dir_all(scene.0.root().join("data/x")).unwrap();
+        assert_eq!(scene.calls(&config(4, 5, "b"), false), ["prepare", "embed"]);
+    }
+
+    #[test]
+    fn a_folder_that_is_not_ours_is_never_removed() {
+        let scene = Scene::new();
+        let precious = scene.0.root().join("data/x/precious");
+        fs::create_dir_all(precious.parent().unwrap()).unwrap();
+        fs::write(&precious, "").unwrap();
+        fs::write(scene.0.root().join("config.json"), config(1, 0, "a").to_string()).unwrap();
+        let error = Quickstart::new(&scene.0, None).unwrap().dataset().unwrap_err().to_string();
+        assert!(error.contains("data/x is in the way"), "{error}");
+        assert!(precious.exists());
+    }
 }

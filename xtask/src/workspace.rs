@@ -35,6 +35,11 @@ impl Workspace {
         Ok(Self { root, target })
     }
 
+    #[cfg(test)]
+    pub fn with_target(root: &Path, target: &Path) -> Self {
+        Self { root: root.to_owned(), target: target.to_owned() }
+    }
+
     pub fn root(&self) -> &Path {
         &self.root
     }
