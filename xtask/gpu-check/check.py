@@ -21,7 +21,7 @@ BENCH_RUNS = {
     "bench_f32": [*BENCH, "--batch", "64", "--precision", "f32"],
     "bench_bf16": [*BENCH, "--batch", "64", "--precision", "bf16"],
 }
-# Half-size steps in the same shape, for a run without a GPU.
+# A small one, for a try without a GPU.
 BENCH_CPU = {"bench_f32": ["--layers", "1", "--hidden", "64", "--heads", "2", "--input-dim", "32", "--output-dim", "16",
                            "--batch", "8", "--precision", "f32"]}
 

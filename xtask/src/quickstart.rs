@@ -125,12 +125,26 @@ impl<'a> Quickstart<'a> {
 
     fn train(&self) -> Result<()> {
         let finished = self.run.join("summary.json").is_file();
-        if finished && read_json(&self.run.join("config.json")).is_ok_and(|config| config == self.config) {
+        let same = |config: Value| self.anchorless(config) == self.anchorless(self.config.clone());
+        if finished && read_json(&self.run.join("config.json")).is_ok_and(same) {
             eprintln!("train: {} is finished already", self.workspace.shown(&self.run));
             return Ok(());
         }
         self.remove_run()?;
         self.launch("train")
+    }
+
+    /// A configuration with paths as they are seen from the repository's root; runs keep them absolute.
+    fn anchorless(&self, config: Value) -> Value {
+        match config {
+            Value::String(text) => match Path::new(&text).strip_prefix(self.workspace.root()) {
+                Ok(path) => Value::String(path.to_string_lossy().into_owned()),
+                Err(_) => Value::String(text),
+            },
+            Value::Array(values) => values.into_iter().map(|value| self.anchorless(value)).collect(),
+            Value::Object(fields) => fields.into_iter().map(|(key, value)| (key, self.anchorless(value))).collect(),
+            other => other,
+        }
     }
 
     /// Prints the table and where everything lies.
@@ -246,7 +260,7 @@ case "$1" in
   config) cat config.json ;;
   prepare) mkdir -p data/x && echo prepare >>calls && echo '{}' >data/x/dataset.json ;;
   embed) echo embed >>calls ;;
-  train) echo train >>calls && mkdir -p runs/q && cp config.json runs/q/ && echo '{}' >runs/q/summary.json ;;
+  train) echo train >>calls && mkdir -p runs/q && sed "s:data/x:$PWD/data/x:" config.json >runs/q/config.json && echo '{}' >runs/q/summary.json ;;
 esac
 "#;
 
