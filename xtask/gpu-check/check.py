@@ -15,15 +15,17 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 TAIL_CHARACTERS = 6000
-# The step that the benchmark times: the published layout, float32 and bfloat16.
+# The step that the benchmark times: the published layers and widths, in both precisions.
 BENCH = ["--layers", "4", "--hidden", "768", "--heads", "12", "--input-dim", "4096", "--output-dim", "64"]
 BENCH_RUNS = {
-    "bench_f32": [*BENCH, "--batch", "64", "--precision", "f32"],
-    "bench_bf16": [*BENCH, "--batch", "64", "--precision", "bf16"],
+    "bench_f32": [*BENCH, "--batch", "64", "--repetitions", "10"],
+    "bench_bf16": [*BENCH, "--batch", "64", "--repetitions", "10", "--bf16"],
 }
 # A small one, for a try without a GPU.
-BENCH_CPU = {"bench_f32": ["--layers", "1", "--hidden", "64", "--heads", "2", "--input-dim", "32", "--output-dim", "16",
-                           "--batch", "8", "--precision", "f32"]}
+BENCH_CPU = {
+    "bench_f32": ["--layers", "1", "--hidden", "64", "--heads", "2", "--input-dim", "32", "--output-dim", "16",
+                  "--batch", "8", "--items", "200", "--repetitions", "2"],
+}
 
 
 def part(name, command, seconds, cwd):
