@@ -1,1 +1,123 @@
+//! What is unsafe or process-wide about libtorch, behind safe functions.
+//!
+//! Input: a wish for a device, a seed, tensors. Output: a [`tch::Device`] that works, raw views for a collective,
+//! host copies. Invariants: libtorch's CUDA library is loaded at run time, at most once, and before the first question
+//! that libtorch answers about CUDA; nothing here links it. So a process calls [`device`] first, then [`seed`].
 
+#![allow(unsafe_code)]
+
+mod cuda;
+mod facts;
+mod host;
+mod raw;
+
+use std::path::PathBuf;
+
+use learn_domain::config::DeviceKind;
+use tch::{Cuda, Device};
+
+pub use facts::{Facts, describe};
+pub use host::{from_host, to_host};
+pub use raw::{RawTensor, raw};
+
+/// Something about libtorch that does not work, with the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum TorchError {
+    #[error("CUDA cannot be used: {0}; or set device = \"cpu\"")]
+    NoCuda(String),
+    #[error("there is no GPU {ordinal}: libtorch sees {count} of them (numbered from 0, after CUDA_VISIBLE_DEVICES)")]
+    NoSuchGpu { ordinal: usize, count: usize },
+    #[error("the directory of libtorch was not found; set LIBTORCH to the `torch` folder of PyTorch 2.11")]
+    NoLibtorch,
+    #[error("{} could not be loaded: {reason}", path.display())]
+    Load { path: PathBuf, reason: String },
+    #[error("a tensor of shape {0:?} is not contiguous; call `contiguous()` before taking its address")]
+    NotContiguous(Vec<i64>),
+    #[error("{values} values do not fill a tensor of shape {shape:?}")]
+    WrongShape { values: usize, shape: Vec<i64> },
+    #[error(transparent)]
+    Torch(#[from] tch::TchError),
+}
+
+/// The device that a setting asks for; `ordinal` is the number of the GPU. `Auto` takes the GPU if there is one that
+/// works, else the CPU.
+///
+/// Call it before [`seed`] and before tensors are made: libtorch looks for its CUDA library once.
+///
+/// # Errors
+/// `Cuda` was asked for and cannot be had, or (also with `Auto`) there are GPUs but none of this number.
+pub fn device(kind: DeviceKind, ordinal: usize) -> Result<Device, TorchError> {
+    if kind == DeviceKind::Cpu {
+        return Ok(Device::Cpu);
+    }
+    match (cuda::available(), kind) {
+        (Ok(count), _) if ordinal < count => Ok(Device::Cuda(ordinal)),
+        (Ok(count), _) => Err(TorchError::NoSuchGpu { ordinal, count }),
+        (Err(_), DeviceKind::Auto) => Ok(Device::Cpu),
+        (Err(reason), _) => Err(TorchError::NoCuda(reason)),
+    }
+}
+
+/// Threads of one operation on the CPU.
+pub fn set_threads(count: usize) {
+    tch::set_num_threads(i32::try_from(count.max(1)).unwrap_or(i32::MAX));
+}
+
+/// Seeds libtorch's generators, those of every GPU included; dropout draws from them.
+pub fn seed(seed: u64) {
+    tch::manual_seed(seed.cast_signed());
+}
+
+/// Waits until the device has done what was asked of it.
+pub fn synchronize(device: Device) {
+    if let Device::Cuda(ordinal) = device {
+        Cuda::synchronize(i64::try_from(ordinal).unwrap_or_default());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Kind, Tensor};
+
+    use super::*;
+
+    #[test]
+    fn the_cpu_is_always_there() {
+        assert_eq!(device(DeviceKind::Cpu, 3).unwrap(), Device::Cpu);
+        synchronize(Device::Cpu);
+    }
+
+    #[test]
+    fn auto_takes_what_is_there_and_cuda_says_what_is_missing() {
+        match cuda::available() {
+            Ok(_) => assert_eq!(device(DeviceKind::Auto, 0).unwrap(), Device::Cuda(0)),
+            Err(_) => {
+                assert_eq!(device(DeviceKind::Auto, 0).unwrap(), Device::Cpu);
+                let error = device(DeviceKind::Cuda, 0).unwrap_err().to_string();
+                assert!(error.contains("device = \"cpu\""), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    #[ignore = "needs an NVIDIA GPU: loads libtorch's CUDA library"]
+    fn cuda_is_loaded_at_run_time() {
+        let gpu = device(DeviceKind::Cuda, 0).unwrap();
+        let sum = Tensor::ones([8, 8], (Kind::Float, gpu)).sum(Kind::Float);
+        synchronize(gpu);
+        assert_eq!(sum.double_value(&[]), 64.0);
+        assert_eq!(raw(&sum).unwrap().device, gpu);
+        assert!(device(DeviceKind::Cuda, 4096).unwrap_err().to_string().contains("4096"));
+    }
+
+    #[test]
+    fn a_seed_repeats_the_draws() {
+        let draw = |number| {
+            seed(number);
+            Tensor::rand([16], (Kind::Float, Device::Cpu))
+        };
+        let (first, again, other) = (draw(u64::MAX), draw(u64::MAX), draw(1));
+        assert_eq!(first, again);
+        assert_ne!(first, other);
+    }
+}
