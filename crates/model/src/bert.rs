@@ -1,0 +1,279 @@
+//! One BERT layer: attention and feed-forward, each followed by dropout, residual and layer norm (post-LN), exact GELU.
+//!
+//! Input: hidden states `[B, L, D]`, weights found by name. Output: hidden states of the same shape and kind.
+//! With `Precision::Bf16` the matrix products and the attention are bf16; layer norms, residuals and the softmax's
+//! statistics keep the kind of the input (f32). With `Precision::F32` everything has the input's kind, so f64 works too.
+
+use learn_domain::config::Precision;
+use tch::{Kind, Tensor};
+
+/// Who attends to whom.
+#[derive(Clone, Copy, Debug)]
+pub enum Attention<'a> {
+    /// Each position to itself and the earlier ones. With right-padded sequences no padding mask is needed: padding lies
+    /// in the future of every valid position, and what comes out at padding is never used.
+    Causal,
+    /// Each position to itself only, so the context is its value and queries and keys do not matter.
+    Alone,
+    /// To the keys where the mask (bool, `[B, 1, 1, L]` or broadcastable to `[B, heads, L, L]`) is true; every query
+    /// needs one.
+    Masked(&'a Tensor),
+}
+
+/// A dense layer's weight `[out, in]` and bias `[out]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Linear<'a> {
+    pub weight: &'a Tensor,
+    pub bias: &'a Tensor,
+}
+
+/// A layer norm's scale and shift, both `[D]`.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerNorm<'a> {
+    pub weight: &'a Tensor,
+    pub bias: &'a Tensor,
+}
+
+/// The weights of one layer.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerWeights<'a> {
+    pub query: Linear<'a>,
+    pub key: Linear<'a>,
+    pub value: Linear<'a>,
+    pub attention_output: Linear<'a>,
+    pub attention_norm: LayerNorm<'a>,
+    pub intermediate: Linear<'a>,
+    pub output: Linear<'a>,
+    pub output_norm: LayerNorm<'a>,
+}
+
+/// What is the same for all layers of a pass.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerForward {
+    pub heads: i64,
+    /// Added to the variance in layer norms.
+    pub eps: f64,
+    /// On attention weights, attention output and feed-forward output; only if `train`.
+    pub dropout: f64,
+    pub train: bool,
+    pub precision: Precision,
+}
+
+impl<'a> LayerWeights<'a> {
+    /// Finds the weights below `prefix` (for example `summary_encoder.layer.0`) by their Hugging Face names.
+    ///
+    /// # Errors
+    /// The first error of `find`, which is asked once for each name.
+    pub fn find<E>(prefix: &str, find: impl Fn(&str) -> Result<&'a Tensor, E>) -> Result<Self, E> {
+        let pair = |name: &str| -> Result<_, E> {
+            Ok((find(&format!("{prefix}.{name}.weight"))?, find(&format!("{prefix}.{name}.bias"))?))
+        };
+        let linear = |name: &str| pair(name).map(|(weight, bias)| Linear { weight, bias });
+        let norm = |name: &str| pair(name).map(|(weight, bias)| LayerNorm { weight, bias });
+        Ok(Self {
+            query: linear("attention.self.query")?,
+            key: linear("attention.self.key")?,
+            value: linear("attention.self.value")?,
+            attention_output: linear("attention.output.dense")?,
+            attention_norm: norm("attention.output.LayerNorm")?,
+            intermediate: linear("intermediate.dense")?,
+            output: linear("output.dense")?,
+            output_norm: norm("output.LayerNorm")?,
+        })
+    }
+}
+
+impl Linear<'_> {
+    /// `x W^T + b` in the arithmetic of `precision`; the result has that kind.
+    pub fn forward(&self, x: &Tensor, precision: Precision) -> Tensor {
+        match precision {
+            Precision::F32 => x.linear(self.weight, Some(self.bias)),
+            Precision::Bf16 => {
+                let cast = |tensor: &Tensor| tensor.to_kind(Kind::BFloat16);
+                cast(x).linear(&cast(self.weight), Some(cast(self.bias)))
+            }
+        }
+    }
+}
+
+impl LayerNorm<'_> {
+    fn forward(&self, x: &Tensor, eps: f64) -> Tensor {
+        x.layer_norm(self.weight.size(), Some(self.weight), Some(self.bias), eps, true)
+    }
+}
+
+/// Hidden states after one layer: `[B, L, D]` to `[B, L, D]`.
+pub fn layer(weights: &LayerWeights, x: &Tensor, attention: &Attention, forward: &LayerForward) -> Tensor {
+    let after = |dense: Tensor, residual: &Tensor, norm: &LayerNorm| {
+        let dropped = dense.dropout(forward.dropout, forward.train).to_kind(residual.kind());
+        norm.forward(&(dropped + residual), forward.eps)
+    };
+    let context = context(weights, x, attention, forward);
+    let attended = weights.attention_output.forward(&context, forward.precision);
+    let attended = after(attended, x, &weights.attention_norm);
+    let wide = weights.intermediate.forward(&attended, forward.precision).gelu("none");
+    let narrow = weights.output.forward(&wide, forward.precision);
+    after(narrow, &attended, &weights.output_norm)
+}
+
+/// The heads' weighted values, side by side: `[B, L, D]`.
+fn context(weights: &LayerWeights, x: &Tensor, attention: &Attention, forward: &LayerForward) -> Tensor {
+    let value = weights.value.forward(x, forward.precision);
+    let (mask, causal) = match attention {
+        // One key has weight 1. Dropping that weight would erase the item instead of thinning its context.
+        Attention::Alone => return value,
+        _ if x.numel() == 0 => return value,
+        Attention::Causal => (None, true),
+        Attention::Masked(mask) => (Some(*mask), false),
+    };
+    let size = value.size();
+    // [B, L, D] -> [B, heads, L, D / heads]
+    let split = |x: Tensor| x.view([size[0], size[1], forward.heads, -1]).transpose(1, 2);
+    let query = split(weights.query.forward(x, forward.precision));
+    let key = split(weights.key.forward(x, forward.precision));
+    let dropout = if forward.train { forward.dropout } else { 0.0 };
+    Tensor::scaled_dot_product_attention(&query, &key, &split(value), mask, dropout, causal, None, false)
+        .transpose(1, 2)
+        .reshape(size)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use tch::Device;
+
+    use super::*;
+
+    const WIDTH: i64 = 12;
+    const HEADS: i64 = 3;
+
+    fn weights(kind: Kind) -> BTreeMap<String, Tensor> {
+        tch::manual_seed(5);
+        let mut all = BTreeMap::new();
+        let shapes = [
+            ("attention.self.query", WIDTH, WIDTH),
+            ("attention.self.key", WIDTH, WIDTH),
+            ("attention.self.value", WIDTH, WIDTH),
+            ("attention.output.dense", WIDTH, WIDTH),
+            ("attention.output.LayerNorm", WIDTH, 0),
+            ("intermediate.dense", 4 * WIDTH, WIDTH),
+            ("output.dense", WIDTH, 4 * WIDTH),
+            ("output.LayerNorm", WIDTH, 0),
+        ];
+        for (name, out, input) in shapes {
+            let options = (kind, Device::Cpu);
+            let weight =
+                if input == 0 { Tensor::randn([out], options) } else { Tensor::randn([out, input], options) * 0.4 };
+            all.insert(format!("l.{name}.weight"), weight.set_requires_grad(true));
+            all.insert(format!("l.{name}.bias"), Tensor::randn([out], options).set_requires_grad(true));
+        }
+        all
+    }
+
+    fn find(all: &BTreeMap<String, Tensor>) -> LayerWeights<'_> {
+        LayerWeights::find("l", |name| all.get(name).ok_or_else(|| name.to_owned())).unwrap()
+    }
+
+    fn settings(dropout: f64) -> LayerForward {
+        LayerForward { heads: HEADS, eps: 1e-12, dropout, train: dropout > 0.0, precision: Precision::F32 }
+    }
+
+    /// Attention spelled out: scores, mask, softmax, weighted sum.
+    fn spelled_out(w: &LayerWeights, x: &Tensor, allowed: &Tensor) -> Tensor {
+        let (batch, length, head) = (x.size()[0], x.size()[1], WIDTH / HEADS);
+        let split =
+            |l: &Linear| (x.matmul(&l.weight.tr()) + l.bias).view([batch, length, HEADS, head]).permute([0, 2, 1, 3]);
+        let scores = split(&w.query).matmul(&split(&w.key).transpose(-1, -2)) / (head as f64).sqrt();
+        let shares = scores.masked_fill(&allowed.logical_not(), f64::NEG_INFINITY).softmax(-1, x.kind());
+        let context = shares.matmul(&split(&w.value)).permute([0, 2, 1, 3]).reshape([batch, length, WIDTH]);
+        let norm = |x: Tensor, n: &LayerNorm| {
+            let centred = &x - x.mean_dim([-1].as_slice(), true, x.kind());
+            let variance = centred.square().mean_dim([-1].as_slice(), true, x.kind());
+            centred / (variance + 1e-12).sqrt() * n.weight + n.bias
+        };
+        let dense = |x: &Tensor, l: &Linear| x.matmul(&l.weight.tr()) + l.bias;
+        let attended = norm(dense(&context, &w.attention_output) + x, &w.attention_norm);
+        let wide = dense(&attended, &w.intermediate);
+        let gelu = &wide * 0.5 * ((&wide / 2.0_f64.sqrt()).erf() + 1.0);
+        norm(dense(&gelu, &w.output) + &attended, &w.output_norm)
+    }
+
+    fn gap(a: &Tensor, b: &Tensor) -> f64 {
+        (a - b).abs().max().double_value(&[])
+    }
+
+    #[test]
+    fn every_kind_of_attention_equals_the_spelled_out_one() {
+        let all = weights(Kind::Double);
+        let w = find(&all);
+        let x = Tensor::randn([4, 6, WIDTH], (Kind::Double, Device::Cpu)).set_requires_grad(true);
+        let causal = Tensor::ones([6, 6], (Kind::Bool, Device::Cpu)).tril(0).view([1, 1, 6, 6]);
+        let alone = Tensor::eye(6, (Kind::Bool, Device::Cpu)).view([1, 1, 6, 6]);
+        let lengths = Tensor::from_slice(&[6_i64, 1, 4, 3]).view([4, 1, 1, 1]);
+        let present = Tensor::arange(6, (Kind::Int64, Device::Cpu)).view([1, 1, 1, 6]).lt_tensor(&lengths);
+        let cases = [(Attention::Causal, &causal), (Attention::Alone, &alone), (Attention::Masked(&present), &present)];
+        for (attention, allowed) in cases {
+            let (ours, theirs) = (layer(&w, &x, &attention, &settings(0.0)), spelled_out(&w, &x, allowed));
+            assert!(gap(&ours, &theirs) < 1e-12, "{attention:?}");
+            let cotangent = Tensor::randn_like(&ours);
+            let gradient = |y: &Tensor| {
+                let inputs = [&x, w.query.weight, w.key.bias, w.value.weight, w.intermediate.weight];
+                // `Alone` has no query: a zero contribution keeps the graph whole
+                let tied = inputs.iter().fold(Tensor::from(0.0_f64), |sum, input| sum + input.sum(Kind::Double) * 0.0);
+                Tensor::run_backward(&[(y * &cotangent).sum(Kind::Double) + tied], &inputs, true, false)
+            };
+            for (ours, theirs) in gradient(&ours).iter().zip(gradient(&theirs)) {
+                assert!(gap(ours, &theirs) < 1e-10, "{attention:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn dropout_thins_in_training_only_and_follows_the_seed() {
+        let all = weights(Kind::Float);
+        let w = find(&all);
+        let x = Tensor::randn([2, 5, WIDTH], (Kind::Float, Device::Cpu));
+        let run = |seed, forward: &LayerForward| {
+            learn_torch::seed(seed);
+            layer(&w, &x, &Attention::Causal, forward)
+        };
+        assert_eq!(run(1, &settings(0.3)), run(1, &settings(0.3)));
+        assert_ne!(run(1, &settings(0.3)), run(2, &settings(0.3)));
+        let asleep = LayerForward { train: false, ..settings(0.3) };
+        assert_eq!(run(1, &asleep), run(2, &settings(0.0)));
+    }
+
+    #[test]
+    fn bf16_stays_near_f32_and_returns_f32() {
+        let all = weights(Kind::Float);
+        let w = find(&all);
+        let x = Tensor::randn([3, 5, WIDTH], (Kind::Float, Device::Cpu));
+        let full = layer(&w, &x, &Attention::Causal, &settings(0.0));
+        let half = layer(&w, &x, &Attention::Causal, &LayerForward { precision: Precision::Bf16, ..settings(0.0) });
+        assert_eq!(half.kind(), Kind::Float);
+        assert!(gap(&full, &half) > 0.0);
+        let cosine = (&full * &half).sum(Kind::Float) / (full.norm() * half.norm());
+        assert!(cosine.double_value(&[]) > 0.999);
+    }
+
+    #[test]
+    fn nothing_goes_in_and_nothing_comes_out() {
+        let all = weights(Kind::Float);
+        for shape in [[0, 5, WIDTH], [3, 0, WIDTH], [0, 0, WIDTH]] {
+            let x = Tensor::zeros(shape, (Kind::Float, Device::Cpu));
+            let mask = Tensor::ones([shape[0], 1, 1, shape[1]], (Kind::Bool, Device::Cpu));
+            for attention in [Attention::Causal, Attention::Alone, Attention::Masked(&mask)] {
+                assert_eq!(layer(&find(&all), &x, &attention, &settings(0.1)).size(), shape);
+            }
+        }
+    }
+
+    #[test]
+    fn a_missing_weight_is_named() {
+        let mut all = weights(Kind::Float);
+        all.remove("l.output.dense.bias");
+        let error = LayerWeights::find("l", |name| all.get(name).ok_or_else(|| name.to_owned())).unwrap_err();
+        assert_eq!(error, "l.output.dense.bias");
+    }
+}
