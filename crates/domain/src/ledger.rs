@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{Step, UserIndex};
+use crate::ids::UserIndex;
 
 /// Counts of one epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,48 +26,6 @@ impl EpochCount {
     #[must_use]
     pub fn exact(&self) -> bool {
         self.seen == self.users && self.repeated == 0 && self.unknown == 0
-    }
-}
-
-/// The ledger of a job, as of a step, with the reports of later steps beside it: a checkpoint's ledger must hold its
-/// own steps and no later one, whatever has been reported by the time the checkpoint is durable.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LedgerJournal {
-    settled: Ledger,
-    /// `(step, epoch, users)` of reports after the settled step.
-    pending: Vec<(Step, u32, Vec<UserIndex>)>,
-}
-
-impl LedgerJournal {
-    #[must_use]
-    pub fn new(settled: Ledger) -> Self {
-        Self { settled, pending: Vec::new() }
-    }
-
-    /// Records one rank's part of a finished step.
-    pub fn record(&mut self, step: Step, epoch: u32, users: Vec<UserIndex>) {
-        self.pending.push((step, epoch, users));
-    }
-
-    /// Settles every report up to `step` and returns the ledger as of it.
-    pub fn settle(&mut self, step: Step) -> &Ledger {
-        Self::apply(&mut self.settled, &mut self.pending, step);
-        &self.settled
-    }
-
-    #[must_use]
-    pub fn summary(&self) -> LedgerSummary {
-        let mut all = self.clone();
-        all.settle(Step(u64::MAX)).summary()
-    }
-
-    fn apply(ledger: &mut Ledger, pending: &mut Vec<(Step, u32, Vec<UserIndex>)>, step: Step) {
-        // ranks report independently: only the order of the steps counts
-        pending.sort_by_key(|(reported, ..)| *reported);
-        let settled = pending.partition_point(|(reported, ..)| *reported <= step);
-        for (_, epoch, users) in pending.drain(..settled) {
-            ledger.record(epoch, &users);
-        }
     }
 }
 
@@ -150,23 +108,6 @@ mod tests {
         ledger.record(1, &users(0..10));
         let summary = ledger.summary();
         assert!(summary.exact && !summary.epochs[1].exact() && summary.epochs[1].seen == 10);
-    }
-
-    #[test]
-    fn a_checkpoints_ledger_holds_its_own_steps_only() {
-        let mut journal = LedgerJournal::new(Ledger::new(10));
-        journal.record(Step(2), 0, users(5..8));
-        journal.record(Step(1), 0, users(0..3));
-        journal.record(Step(1), 0, users(3..5));
-        journal.record(Step(3), 0, users(8..10));
-        assert!(journal.summary().epochs[0].exact());
-        let at_checkpoint = journal.settle(Step(2)).clone();
-        assert_eq!(at_checkpoint.summary().epochs[0].seen, 8);
-
-        // resumed from it, the rest of the epoch completes it exactly
-        let mut resumed = LedgerJournal::new(at_checkpoint);
-        resumed.record(Step(3), 0, users(8..10));
-        assert!(resumed.summary().exact && resumed.summary().epochs[0].exact());
     }
 
     #[test]
