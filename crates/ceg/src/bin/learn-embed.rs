@@ -1,0 +1,92 @@
+//! `learn-embed`: the process that embeds a dataset's items; `learn-launch embed` starts one or several of them.
+//!
+//! Input: the resolved configuration (`data.dataset`, `embed.*`). Output: finished shards in the dataset directory, or
+//! with `--commit` the dataset's new embeddings; progress on stdout (`--progress-json`) or as a bar; log on stderr.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::anyhow;
+use clap::Parser;
+use learn_ceg::embed::{self, Part};
+use learn_ceg::progress::Progress;
+use learn_ceg::prompt::prompt;
+use learn_dataset::Dataset;
+use learn_domain::Config;
+use learn_domain::report::exit;
+
+/// Embeds the items of a dataset with a frozen encoder, or takes over vectors made elsewhere.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// The resolved configuration (JSON); `data.dataset` and `embed.*` are read.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// This process's share of the shards: shard s belongs to part s % N.
+    #[arg(long, value_name = "I/N", conflicts_with = "commit")]
+    part: Option<Part>,
+    /// CPU threads of this process [default: all].
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Print progress as JSON lines on stdout.
+    #[arg(long)]
+    progress_json: bool,
+    /// Print the first N finished prompts and end.
+    #[arg(long, value_name = "N", conflicts_with_all = ["part", "commit"])]
+    show: Option<usize>,
+    /// Once all parts are done: make the finished shards the dataset's embeddings.
+    #[arg(long)]
+    commit: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    learn_telemetry::log::init_at("embed", false, "warn");
+    let (code, error) = match load(&arguments.config) {
+        Err(error) => (exit::USAGE, error),
+        Ok(config) => match run(&arguments, &config) {
+            Ok(()) => return ExitCode::SUCCESS,
+            Err(error) => (exit::FAILED, error),
+        },
+    };
+    // The messages hold their causes. Nothing is left to do if stderr is closed.
+    let _ = writeln!(std::io::stderr(), "learn-embed: {error}");
+    ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))
+}
+
+fn load(path: &Path) -> anyhow::Result<Config> {
+    let at = path.display();
+    let text = std::fs::read_to_string(path).map_err(|error| anyhow!("{at}: cannot be read: {error}"))?;
+    let config: Config =
+        serde_json::from_str(&text).map_err(|error| anyhow!("{at}: is not a configuration: {error}"))?;
+    config.validate().map_err(|error| anyhow!("{at}: {error}"))?;
+    Ok(config)
+}
+
+fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
+    if let Some(count) = arguments.show {
+        return show(config, count);
+    }
+    if arguments.commit {
+        embed::commit(config)?;
+        return Ok(());
+    }
+    if let Some(threads) = arguments.threads {
+        learn_torch::set_threads(threads);
+        rayon::ThreadPoolBuilder::new().num_threads(threads.max(1)).build_global()?;
+    }
+    let mut progress = if arguments.progress_json { Progress::json() } else { Progress::terminal() };
+    embed::run(config, arguments.part.unwrap_or(Part::WHOLE), &mut progress)?;
+    progress.finish();
+    Ok(())
+}
+
+fn show(config: &Config, count: usize) -> anyhow::Result<()> {
+    let items = Dataset::open(&config.data.dataset)?.items()?;
+    let mut out = std::io::stdout().lock();
+    for item in items.iter().take(count) {
+        writeln!(out, "{}\t{}", item.id, prompt(item))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,233 @@
+//! The embedding run: every shard of a dataset's content embeddings, once, in any number of processes.
+//!
+//! Input: a dataset, `embed.*` settings, and which part of the shards is this process's. Output: finished shards in the
+//! dataset directory; [`commit`] then makes them the dataset's embeddings. Invariants: shard `s` belongs to part
+//! `s % parts`; a shard counts as finished only if its file is whole and was made from the same texts by the same source
+//! (weights, tokenizer, longest text, precision, or imported file), so a run that was killed goes on where it was and a
+//! run with other settings starts anew.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use half::f16;
+use learn_dataset::embeddings::{EmbeddingSpec, EmbeddingStore};
+use learn_dataset::{Dataset, DatasetError, EmbeddingInfo, Item};
+use learn_domain::config::{Config, DeviceKind, EmbedConfig, Precision};
+
+use crate::encoder::bert::{BertEncoder, BertSettings};
+use crate::encoder::{EncoderError, ModelDirectory, TextEncoder};
+use crate::progress::Progress;
+use crate::prompt::prompt;
+use crate::vectors::{ImportedVectors, VectorError, VectorFile};
+
+/// An embedding run cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum EmbedError {
+    #[error(transparent)]
+    Dataset(#[from] DatasetError),
+    #[error(transparent)]
+    Encoder(#[from] EncoderError),
+    #[error(transparent)]
+    Vectors(#[from] VectorError),
+    #[error("shard {shard} (items {} to {}): {source}", items.start, items.end - 1)]
+    Shard { shard: usize, items: Range<usize>, source: Box<EncoderError> },
+    #[error(
+        "{}: no item has any text; name the items file and its columns in prepare.items, or bring vectors with embed.from",
+        dataset.display()
+    )]
+    NoTexts { dataset: PathBuf },
+}
+
+/// A process's share of the shards, written `I/N` with `I` from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    pub index: usize,
+    pub parts: usize,
+}
+
+impl Part {
+    /// The one part of a run in one process.
+    pub const WHOLE: Self = Self { index: 0, parts: 1 };
+
+    /// Whether a shard is this part's.
+    #[must_use]
+    pub const fn owns(self, shard: usize) -> bool {
+        shard % self.parts == self.index
+    }
+}
+
+impl FromStr for Part {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.split_once('/')
+            .and_then(|(index, parts)| Some(Self { index: index.parse().ok()?, parts: parts.parse().ok()? }))
+            .filter(|part| part.index < part.parts)
+            .ok_or_else(|| format!("`{text}` is not a part; write I/N with I from 0 to N - 1, for example 0/2"))
+    }
+}
+
+/// Where the vectors come from: known by its digest before anything heavy is loaded.
+enum Source {
+    Model { model: ModelDirectory, settings: BertSettings },
+    File(VectorFile),
+}
+
+impl Source {
+    fn open(config: &EmbedConfig) -> Result<Self, EmbedError> {
+        Ok(match &config.from {
+            Some(path) => Self::File(VectorFile::open(path)?),
+            None => Self::Model {
+                model: ModelDirectory::open(&config.model)?,
+                settings: BertSettings {
+                    max_tokens: config.max_tokens as usize,
+                    batch_tokens: config.batch_tokens as usize,
+                    precision: config.precision,
+                },
+            },
+        })
+    }
+
+    fn name(&self) -> String {
+        match self {
+            Self::Model { model, .. } => model.name(),
+            Self::File(file) => file.name(),
+        }
+    }
+
+    /// What shards must have been made from to be reused.
+    fn spec(&self, shard_items: u32) -> Result<EmbeddingSpec, EmbedError> {
+        let (dim, model_fingerprint, precision) = match self {
+            Self::Model { model, settings } => (model.hidden, settings.fingerprint(model)?, settings.precision),
+            Self::File(file) => (file.dim(), file.fingerprint().to_owned(), Precision::F32),
+        };
+        Ok(EmbeddingSpec { dim, model_fingerprint, precision, shard_items: shard_items as usize })
+    }
+
+    /// What a shard's rows depend on besides the source: the prompts, or whose rows they are.
+    fn texts(&self, items: &[Item], dataset: &Dataset) -> Result<Vec<String>, EmbedError> {
+        if matches!(self, Self::File(_)) {
+            return Ok(items.iter().map(|item| item.id.clone()).collect());
+        }
+        let texts: Vec<String> = items.iter().map(prompt).collect();
+        let nothing = prompt(&Item::default());
+        let silent = texts.iter().filter(|text| **text == nothing).count();
+        if silent == texts.len() {
+            return Err(EmbedError::NoTexts { dataset: dataset.dir().into() });
+        }
+        if silent > 0 {
+            tracing::warn!(items = silent, "items without any text all get the same vector");
+        }
+        Ok(texts)
+    }
+}
+
+/// A source that gives rows.
+enum Rows<'a> {
+    Encoder { encoder: Box<dyn TextEncoder>, texts: &'a [String] },
+    Imported(ImportedVectors<'a>),
+}
+
+impl Rows<'_> {
+    fn of(&self, shard: usize, items: Range<usize>, progress: &mut Progress) -> Result<Vec<f16>, EmbedError> {
+        match self {
+            Self::Encoder { encoder, texts } => {
+                let rows = encoder
+                    .encode(&texts[items.clone()], &mut |texts| progress.advance(texts as u64))
+                    .map_err(|source| EmbedError::Shard { shard, items, source: Box::new(source) })?;
+                Ok(rows.into_iter().map(f16::from_f32).collect())
+            }
+            Self::Imported(vectors) => {
+                let rows = vectors.rows(items.clone())?;
+                progress.advance(items.len() as u64);
+                Ok(rows)
+            }
+        }
+    }
+}
+
+/// Makes the shards of one part that are not finished yet.
+///
+/// # Errors
+/// The dataset, the model or the vectors cannot be used (the message says which and why), or a shard cannot be written.
+pub fn run(config: &Config, part: Part, progress: &mut Progress) -> Result<(), EmbedError> {
+    let source = Source::open(&config.embed)?;
+    let dataset = Dataset::open(&config.data.dataset)?;
+    let items = dataset.items()?;
+    let texts = source.texts(&items, &dataset)?;
+    let store = EmbeddingStore::new(&dataset, source.spec(config.embed.shard_items)?, &texts)?;
+    let (finished, missing): (Vec<_>, Vec<_>) =
+        store.shards().iter().filter(|shard| part.owns(shard.index)).partition(|shard| store.finished(shard.index));
+    let count =
+        |shards: &[&learn_dataset::embeddings::Shard]| shards.iter().map(|shard| shard.items.len() as u64).sum::<u64>();
+    let done = count(&finished);
+    progress.start(done, done + count(&missing));
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let rows = match source {
+        Source::Model { model, settings } => {
+            let device = learn_torch::device(config.embed.device, gpu_of(part, config.embed.device))
+                .map_err(EncoderError::from)?;
+            let encoder = BertEncoder::load(model, settings, device)?;
+            tracing::info!(model = encoder.name(), dim = encoder.dim(), ?device, "encoder loaded");
+            Rows::Encoder { encoder: Box::new(encoder), texts: &texts }
+        }
+        Source::File(file) => {
+            let vectors = file.place(&items, dataset.dir())?;
+            if vectors.ignored() > 0 {
+                tracing::warn!(rows = vectors.ignored(), "rows whose id no item has were left out");
+            }
+            Rows::Imported(vectors)
+        }
+    };
+    for shard in missing {
+        let vectors = rows.of(shard.index, shard.items.clone(), progress)?;
+        store.write_shard(shard.index, &vectors)?;
+        progress.report();
+    }
+    Ok(())
+}
+
+/// Parts take turns over the GPUs there are.
+fn gpu_of(part: Part, device: DeviceKind) -> usize {
+    if device == DeviceKind::Cpu {
+        return 0;
+    }
+    part.index % learn_torch::describe().devices.max(1)
+}
+
+/// Makes the finished shards the dataset's embeddings.
+///
+/// # Errors
+/// A shard is not finished, or was made with other settings; the dataset is then as it was.
+pub fn commit(config: &Config) -> Result<EmbeddingInfo, EmbedError> {
+    let source = Source::open(&config.embed)?;
+    let dataset = Dataset::open(&config.data.dataset)?;
+    let texts = source.texts(&dataset.items()?, &dataset)?;
+    let store = EmbeddingStore::new(&dataset, source.spec(config.embed.shard_items)?, &texts)?;
+    Ok(store.commit(&source.name())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_is_its_number_and_how_many_there_are() {
+        assert_eq!("1/3".parse(), Ok(Part { index: 1, parts: 3 }));
+        for text in ["", "1", "3/3", "-1/3", "1/0", "1/3/5"] {
+            assert!(text.parse::<Part>().unwrap_err().contains("I/N"), "{text}");
+        }
+    }
+
+    #[test]
+    fn every_shard_has_one_owner() {
+        for parts in 1..5 {
+            for shard in 0..20 {
+                assert_eq!((0..parts).filter(|&index| Part { index, parts }.owns(shard)).count(), 1);
+            }
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! `learn-embed` as real processes: killed and started again, divided into parts, with other settings, with vectors
+//! made elsewhere.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests stop the test, as tests do.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::SystemTime;
+
+use half::f16;
+use learn_dataset::Dataset;
+use learn_domain::Config;
+use learn_domain::config::{DeviceKind, PrepareConfig};
+
+const ITEMS: usize = 1500;
+const SHARD: usize = 50;
+
+struct Workplace {
+    folder: tempfile::TempDir,
+    config: Config,
+}
+
+impl Workplace {
+    /// A prepared dataset without embeddings, and settings for the tiny encoder.
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (interactions, items) = (folder.path().join("interactions.csv"), folder.path().join("items.csv"));
+        let mut text = String::from("user_id,item_id,timestamp\n");
+        for at in 0..4 {
+            writeln!(text, "u,i{at},{at}").unwrap();
+        }
+        fs::write(&interactions, text).unwrap();
+        let mut text = String::from("item_id,title,brand\n");
+        for item in 0..ITEMS {
+            writeln!(text, "i{item},{} lamp number {item},red {}", "large ".repeat(item % 17), item % 3).unwrap();
+        }
+        fs::write(&items, text).unwrap();
+
+        let mut prepare = PrepareConfig::default();
+        prepare.interactions.files = vec![interactions];
+        prepare.items.files = vec![items];
+        prepare.items.title = Some("title".into());
+        prepare.items.brand = Some("brand".into());
+        let mut config = Config::default();
+        config.data.dataset = folder.path().join("dataset");
+        config.embed.model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny-bert");
+        config.embed.shard_items = SHARD as u32;
+        config.embed.device = DeviceKind::Cpu;
+        learn_dataset::prepare(&prepare, "lamps", &config.data.dataset, &()).unwrap();
+        Self { folder, config }
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let config = self.folder.path().join("config.json");
+        fs::write(&config, serde_json::to_vec(&self.config).unwrap()).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_learn-embed"));
+        command.arg("--config").arg(config).args(["--threads", "1"]).args(arguments);
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// Runs to success; what stdout said.
+    fn done(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn refused(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    /// The shard files and when each was written.
+    fn shards(&self) -> BTreeMap<PathBuf, SystemTime> {
+        let files = fs::read_dir(self.config.data.dataset.join("embeddings")).unwrap();
+        let files = files.map(|file| file.unwrap().path());
+        let written = |path: PathBuf| (path.clone(), path.metadata().unwrap().modified().unwrap());
+        files.filter(|path| path.extension().is_some_and(|ending| ending == "arrow")).map(written).collect()
+    }
+
+    fn rows(&self) -> Vec<Vec<f16>> {
+        let embeddings = Dataset::open(&self.config.data.dataset).unwrap().embeddings().unwrap();
+        (0..embeddings.rows()).map(|item| embeddings.row(item).to_vec()).collect()
+    }
+}
+
+fn counts(line: &str) -> (usize, usize) {
+    let line: serde_json::Value = serde_json::from_str(line).unwrap();
+    let number = |key: &str| usize::try_from(line[key].as_u64().unwrap()).unwrap();
+    (number("done"), number("total"))
+}
+
+fn first_and_last(stdout: &str) -> ((usize, usize), (usize, usize)) {
+    (counts(stdout.lines().next().unwrap()), counts(stdout.lines().last().unwrap()))
+}
+
+#[test]
+fn a_killed_run_goes_on_where_it_was() {
+    let slow = || {
+        let mut work = Workplace::new();
+        work.config.embed.batch_tokens = 1; // one text a pass: long enough to be killed on the way
+        work
+    };
+    let undisturbed = slow();
+    undisturbed.done(&[]);
+    undisturbed.done(&["--commit"]);
+
+    let work = slow();
+    let mut child = work.command(&["--progress-json"]).stdout(Stdio::piped()).spawn().unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    for line in lines {
+        let (done, total) = counts(&line.unwrap());
+        assert_eq!(total, ITEMS);
+        if done >= 2 * SHARD {
+            child.kill().unwrap();
+            break;
+        }
+    }
+    assert_eq!(child.wait().unwrap().signal(), Some(9), "it must not have ended by itself");
+    let before = work.shards();
+    assert!(before.len() >= 2 && before.len() < ITEMS / SHARD, "{} shards", before.len());
+    assert!(work.refused(&["--commit"]).contains("shards are not done"));
+    // What a crash of the machine could leave: a shard that was cut.
+    let (cut, _) = before.first_key_value().unwrap();
+    let bytes = fs::read(cut).unwrap();
+    fs::write(cut, &bytes[..bytes.len() / 2]).unwrap();
+
+    let (first, last) = first_and_last(&work.done(&["--progress-json"]));
+    assert_eq!(first, ((before.len() - 1) * SHARD, ITEMS));
+    assert_eq!(last, (ITEMS, ITEMS));
+    let after = work.shards();
+    assert!(before.iter().all(|(path, written)| path == cut || after[path] == *written), "a finished shard was redone");
+    work.done(&["--commit"]);
+    assert_eq!(work.rows(), undisturbed.rows());
+    let manifest = Dataset::open(&work.config.data.dataset).unwrap().manifest().clone();
+    let embeddings = manifest.embeddings.unwrap();
+    assert_eq!((embeddings.dim, embeddings.model.as_str()), (24, "tiny-bert"));
+}
+
+#[test]
+fn parts_share_the_work_and_other_settings_start_anew() {
+    let mut work = Workplace::new();
+    let (first, last) = first_and_last(&work.done(&["--part", "1/2", "--progress-json"]));
+    assert_eq!((first, last), ((0, ITEMS / 2), (ITEMS / 2, ITEMS / 2)));
+    assert!(work.refused(&["--commit"]).contains("15 of 30 shards are not done, the first is 0"));
+    work.done(&["--part", "0/2"]);
+    work.done(&["--commit"]);
+    let rows = work.rows();
+    assert_eq!(first_and_last(&work.done(&["--progress-json"])).0, (ITEMS, ITEMS));
+
+    work.config.embed.max_tokens = 20;
+    assert_eq!(first_and_last(&work.done(&["--progress-json"])).0, (0, ITEMS));
+    assert_eq!(work.rows(), rows, "nothing counts before it is committed");
+    work.done(&["--commit"]);
+    assert_ne!(work.rows(), rows);
+}
+
+#[test]
+fn imported_vectors_become_the_embeddings() {
+    let mut work = Workplace::new();
+    let dataset = Dataset::open(&work.config.data.dataset).unwrap();
+    let ids: Vec<String> = dataset.items().unwrap().into_iter().map(|item| item.id).collect();
+    // Row r belongs to the r-th item from the end and points at an angle of its own.
+    let vector = |item: usize| [(item as f32).cos(), (item as f32).sin()];
+    let mut bytes = b"\x93NUMPY\x01\x00\x47\x00".to_vec();
+    let header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({ITEMS}, 2), }}");
+    bytes.extend(format!("{header:<70}\n").as_bytes());
+    bytes.extend((0..ITEMS).rev().flat_map(vector).flat_map(f32::to_le_bytes));
+    fs::write(work.folder.path().join("v.npy"), bytes).unwrap();
+    let reversed: Vec<&str> = ids.iter().rev().map(String::as_str).collect();
+    fs::write(work.folder.path().join("v.ids"), reversed.join("\n")).unwrap();
+
+    work.config.embed.from = Some(work.folder.path().join("v.npy"));
+    work.done(&["--part", "0/2"]);
+    work.done(&["--part", "1/2"]);
+    work.done(&["--commit"]);
+    for (item, row) in work.rows().into_iter().enumerate() {
+        assert_eq!(row, vector(item).map(f16::from_f32), "item {item}");
+    }
+}
+
+#[test]
+fn prompts_can_be_looked_at() {
+    let shown = Workplace::new().done(&["--show", "2"]);
+    assert_eq!(shown.lines().count(), 2);
+    assert!(shown.contains("Item title is \"lamp number 0\". The brand is \"red 0\"."), "{shown}");
+}
+
+#[test]
+fn wrong_calls_say_what_to_do() {
+    let mut work = Workplace::new();
+    let usage = work.run(&["--part", "2/2"]);
+    assert_eq!(usage.status.code(), Some(2));
+    assert!(String::from_utf8(usage.stderr).unwrap().contains("0/2"));
+    work.config.embed.model = work.folder.path().join("nowhere");
+    assert!(work.refused(&[]).contains("embed.model"));
+    work.config.embed.shard_items = 0;
+    let settings = work.run(&[]);
+    assert_eq!(settings.status.code(), Some(2));
+    assert!(String::from_utf8(settings.stderr).unwrap().contains("embed.shard_items"));
+}
