@@ -16,8 +16,6 @@ use crate::workspace::Workspace;
 use crate::{process, setup};
 
 const CONFIG: &str = "configs/quickstart.toml";
-/// Packages whose binaries a job on this machine needs.
-pub const PACKAGES: [&str; 4] = ["learn-launch", "learn-coordinator", "learn-worker", "learn-ceg"];
 
 #[derive(Args, Default)]
 pub struct Options {
@@ -43,16 +41,14 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     quickstart.show()
 }
 
-/// Builds the binaries that a job on this machine needs.
+/// Builds the programs of a job.
 ///
 /// # Errors
 /// If the build fails.
 pub fn build(workspace: &Workspace) -> Result<()> {
     let mut build = workspace.cargo();
-    build.args(["build", "--release", "--bins"]);
-    for package in PACKAGES {
-        build.args(["--package", package]);
-    }
+    // The whole workspace, so that dependencies have the features with which the tests build them, too.
+    build.args(["build", "--release", "--workspace", "--exclude", "xtask", "--bins"]);
     process::visible("the build", &mut build)
 }
 

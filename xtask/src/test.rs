@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::workspace::Workspace;
-use crate::{process, setup};
+use crate::{process, quickstart, setup};
 
 #[derive(Args, Default)]
 pub struct Options {
@@ -30,6 +30,8 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         let lint = ["clippy", "--release", "--workspace", "--all-targets", "--", "-D", "warnings"];
         process::visible("cargo clippy", workspace.cargo().args(lint))
     });
+    // The whole-system tests start the programs; building tests alone does not build those of every crate.
+    report.stage("build", || quickstart::build(workspace));
     let nextest = setup::nextest(workspace);
     report.tests("tests", workspace, || {
         let mut tests = nextest?;
