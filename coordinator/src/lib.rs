@@ -1,1 +1,70 @@
+//! The coordinator of a training job.
+//!
+//! Input: a run directory with its configuration and secret, a dataset, a task. Output: a control service and a data service
+//! (gRPC, one port), metrics and status (HTTP), the run directory's files, and how the job ended. Shape: rules are in
+//! `learn-domain`; [`job`] is the one owner of the job's state; [`control`], [`data`] and [`http`] carry its inputs and
+//! outputs; [`journal`] writes its files. Invariant: nothing is served before configuration, dataset and history were
+//! checked.
 
+pub mod control;
+pub mod data;
+pub mod files;
+pub mod http;
+pub mod job;
+pub mod journal;
+pub mod popularity;
+mod serve;
+pub mod settings;
+pub mod store;
+
+use std::future::Future;
+
+pub use learn_domain::membership::{Outcome, StopCause};
+use learn_domain::report::exit;
+pub use serve::{Coordinator, ServeError};
+pub use settings::{Settings, SettingsError};
+
+/// Why a coordinator could not start, or not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum CoordinatorError {
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    #[error(transparent)]
+    Source(#[from] data::SourceError),
+    #[error(transparent)]
+    Resume(#[from] job::ResumeError),
+    #[error(transparent)]
+    Files(#[from] files::FileError),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+}
+
+impl CoordinatorError {
+    /// The exit code of a process that ends with this error.
+    #[must_use]
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Self::Settings(_) | Self::Source(data::SourceError::ContentTower { .. }) => exit::USAGE,
+            Self::Source(_) | Self::Resume(_) | Self::Files(_) | Self::Serve(_) => exit::FAILED,
+        }
+    }
+}
+
+/// The exit code of a process whose job ended like this.
+#[must_use]
+pub fn exit_code(outcome: &Outcome) -> i32 {
+    match outcome {
+        Outcome::Finished => exit::OK,
+        Outcome::Stopped(StopCause::Operator) => exit::STOPPED,
+        Outcome::Stopped(StopCause::Silent { .. } | StopCause::Failed { .. }) => exit::WORKER_LOST,
+        Outcome::Stopped(StopCause::JoinDeadline { .. }) => exit::FAILED,
+    }
+}
+
+/// Serves a job until it has ended; `shutdown` is the operator's stop.
+///
+/// # Errors
+/// If the job cannot be started, or its files not be written any more.
+pub async fn run(settings: Settings, shutdown: impl Future<Output = ()> + Send) -> Result<Outcome, CoordinatorError> {
+    Coordinator::bind(settings).await?.run(shutdown).await
+}

@@ -1,0 +1,182 @@
+//! `learn.v1.Control` over the owner of the job: messages in, commands out, errors as statuses.
+//!
+//! Invariant: sizes are checked here; every decision is the owner's.
+
+use std::time::{Duration, Instant};
+
+use learn_domain::membership::Directive;
+use learn_domain::{Generation, Step, WorkerId};
+use learn_proto::convert::{self, Admission, Applicant, StepReport};
+use learn_proto::v1::control_server::Control;
+use learn_proto::v1::{
+    CommitCheckpointRequest, CommitCheckpointResponse, GetRequest, GetResponse, HeartbeatRequest, HeartbeatResponse,
+    JoinRequest, JoinResponse, LeaveRequest, LeaveResponse, PutRequest, PutResponse, ReportEvaluationRequest,
+    ReportEvaluationResponse, ReportStepRequest, ReportStepResponse,
+};
+use learn_proto::{MAX_KEY_BYTES, MAX_VALUE_BYTES, MAX_WAIT_MILLIS};
+use learn_telemetry::CoordinatorMetrics;
+use tonic::{Request, Response, Status};
+
+use crate::job::actor::{AskError, Command, JobHandle, Key};
+use crate::job::{BooksError, Heartbeat, JobError};
+
+/// The control service.
+pub struct ControlService {
+    pub job: JobHandle,
+    pub metrics: CoordinatorMetrics,
+    /// What every worker learns when it joins, its number aside.
+    pub admission: Admission,
+}
+
+impl From<AskError> for Status {
+    fn from(error: AskError) -> Self {
+        let text = error.to_string();
+        match error {
+            AskError::Gone => Self::unavailable(text),
+            AskError::Full(_) => Self::resource_exhausted(text),
+            AskError::Job(error) => match error {
+                JobError::UnknownWorker(_) => Self::not_found(text),
+                JobError::NotRankZero { .. } => Self::permission_denied(text),
+                JobError::Diverged { .. }
+                | JobError::Books(BooksError::Epoch { .. } | BooksError::TooFarAhead { .. }) => {
+                    Self::invalid_argument(text)
+                }
+                JobError::Refused(_)
+                | JobError::StaleGeneration { .. }
+                | JobError::Stopping(_)
+                | JobError::Books(BooksError::OldCheckpoint { .. }) => Self::failed_precondition(text),
+            },
+        }
+    }
+}
+
+impl From<JobError> for Status {
+    fn from(error: JobError) -> Self {
+        AskError::Job(error).into()
+    }
+}
+
+fn key(worker: u32, generation: u64, key: String) -> Result<Key, Status> {
+    if key.is_empty() || key.len() > MAX_KEY_BYTES {
+        let text = format!("a key has 1 to {MAX_KEY_BYTES} bytes, this one has {}", key.len());
+        return Err(Status::invalid_argument(text));
+    }
+    Ok(Key { worker: WorkerId(worker), generation: Generation(generation), key })
+}
+
+impl ControlService {
+    async fn timed<T>(
+        &self,
+        method: &'static str,
+        work: impl Future<Output = Result<T, Status>>,
+    ) -> Result<Response<T>, Status> {
+        let start = Instant::now();
+        let result = work.await;
+        self.metrics.rpc_seconds.with_label_values(&[method]).observe(start.elapsed().as_secs_f64());
+        if let Err(status) = &result {
+            tracing::debug!(method, code = %status.code(), message = status.message(), "call refused");
+        }
+        result.map(Response::new)
+    }
+
+    async fn wait_for(&self, request: GetRequest) -> Result<GetResponse, Status> {
+        let wait = Duration::from_millis(request.wait_millis.min(MAX_WAIT_MILLIS).into());
+        let key = key(request.worker_id, request.generation, request.key)?;
+        let name = key.key.clone();
+        let answer = self.job.ask(|reply| Command::Get(key, reply)).await??;
+        match tokio::time::timeout(wait, answer).await {
+            Ok(Ok(value)) => Ok(GetResponse { value }),
+            Ok(Err(_)) => Err(Status::failed_precondition("this generation ended while a rank waited for a key of it")),
+            Err(_) => Err(Status::deadline_exceeded(format!("nobody has put `{name}` within {} ms", wait.as_millis()))),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Control for ControlService {
+    async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinResponse>, Status> {
+        self.timed("join", async {
+            let applicant = Applicant::try_from(request.into_inner())?;
+            let worker = self.job.ask(|reply| Command::Join(applicant, reply)).await??;
+            Ok(JoinResponse::try_from(Admission { worker, ..self.admission.clone() })?)
+        })
+        .await
+    }
+
+    async fn heartbeat(&self, request: Request<HeartbeatRequest>) -> Result<Response<HeartbeatResponse>, Status> {
+        self.timed("heartbeat", async {
+            let HeartbeatRequest { worker_id, step, phase, .. } = request.into_inner();
+            let worker = WorkerId(worker_id);
+            let beat = Heartbeat { worker, step: Step(step), phase: convert::bounded("phase", phase)? };
+            let directive: Directive = self.job.ask(|reply| Command::Heartbeat(beat, reply)).await?;
+            Ok(convert::heartbeat_response(worker, directive)?)
+        })
+        .await
+    }
+
+    async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
+        self.timed("put", async {
+            let request = request.into_inner();
+            if request.value.len() > MAX_VALUE_BYTES {
+                let text = format!("a value has at most {MAX_VALUE_BYTES} bytes, this one has {}", request.value.len());
+                return Err(Status::invalid_argument(text));
+            }
+            let key = key(request.worker_id, request.generation, request.key)?;
+            self.job.ask(|reply| Command::Put(key, request.value, reply)).await??;
+            Ok(PutResponse {})
+        })
+        .await
+    }
+
+    async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
+        self.timed("get", self.wait_for(request.into_inner())).await
+    }
+
+    async fn report_step(&self, request: Request<ReportStepRequest>) -> Result<Response<ReportStepResponse>, Status> {
+        self.timed("report_step", async {
+            let report = StepReport::from(request.into_inner());
+            self.job.ask(|reply| Command::Report(report, reply)).await??;
+            Ok(ReportStepResponse {})
+        })
+        .await
+    }
+
+    async fn commit_checkpoint(
+        &self,
+        request: Request<CommitCheckpointRequest>,
+    ) -> Result<Response<CommitCheckpointResponse>, Status> {
+        self.timed("commit_checkpoint", async {
+            let CommitCheckpointRequest { worker_id, generation, step, path } = request.into_inner();
+            let (worker, generation, step) = (WorkerId(worker_id), Generation(generation), Step(step));
+            let durable = self.job.ask(|reply| Command::Commit(worker, generation, step, reply)).await??;
+            durable.await.map_err(|_| AskError::Gone)?;
+            tracing::info!(%step, path, "checkpoint committed");
+            Ok(CommitCheckpointResponse {})
+        })
+        .await
+    }
+
+    async fn report_evaluation(
+        &self,
+        request: Request<ReportEvaluationRequest>,
+    ) -> Result<Response<ReportEvaluationResponse>, Status> {
+        self.timed("report_evaluation", async {
+            let ReportEvaluationRequest { worker_id, generation, evaluation_json } = request.into_inner();
+            let evaluation = convert::evaluation_from_json(&evaluation_json)?;
+            let (worker, generation) = (WorkerId(worker_id), Generation(generation));
+            self.job.ask(|reply| Command::Evaluation(worker, generation, evaluation, reply)).await??;
+            Ok(ReportEvaluationResponse {})
+        })
+        .await
+    }
+
+    async fn leave(&self, request: Request<LeaveRequest>) -> Result<Response<LeaveResponse>, Status> {
+        self.timed("leave", async {
+            let LeaveRequest { worker_id, departure, .. } = request.into_inner();
+            let departure = convert::departure_from(departure)?;
+            self.job.ask(|reply| Command::Leave(WorkerId(worker_id), departure, reply)).await??;
+            Ok(LeaveResponse {})
+        })
+        .await
+    }
+}

@@ -1,0 +1,283 @@
+//! The data service: Arrow Flight over a [`Source`], without any state of its own.
+//!
+//! Input: descriptors, tickets and commands of `learn_proto::flight`. Output: what the job's data looks like, a rank's
+//! batches (item indices), held-out rows, the catalogue, content embeddings by index. Work happens on blocking threads,
+//! a client that does not read stops it: at most [`READ_AHEAD`] messages of 2 MiB are made ahead of each stream.
+
+mod batches;
+mod encode;
+mod held_out;
+mod rows;
+mod source;
+
+use std::sync::Arc;
+
+use arrow_flight::error::FlightError;
+use arrow_flight::flight_service_server::FlightService;
+use arrow_flight::{
+    Action, ActionType, Criteria, Empty, FlightData, FlightDescriptor, FlightEndpoint, FlightInfo, HandshakeRequest,
+    HandshakeResponse, IpcMessage, PollInfo, PutResult, SchemaAsIpc, SchemaResult, Ticket as RawTicket,
+};
+use arrow_ipc::writer::IpcWriteOptions;
+use arrow_schema::Schema;
+pub use batches::Place;
+use futures::stream::{self, BoxStream, Stream, StreamExt, TryStreamExt};
+use learn_domain::report::Split;
+use learn_proto::flight::{
+    Exchange, Ticket, TicketError, batches_schema, evaluation_schema, items_schema, rows_schema,
+};
+use learn_telemetry::CoordinatorMetrics;
+pub use source::{Source, SourceError};
+use tonic::{Request, Response, Status, Streaming};
+
+/// Messages of a stream that are made before the client asks for them.
+const READ_AHEAD: usize = 2;
+
+/// Largest world that a ticket may name.
+const MAX_WORLD_SIZE: u32 = 1 << 16;
+
+/// The Flight service.
+pub struct DataService {
+    pub source: Arc<Source>,
+    pub metrics: CoordinatorMetrics,
+    /// The job's world size: how many endpoints a flight has.
+    pub world_size: u32,
+    /// `grpc+tcp://HOST:PORT` of servers with this dataset, in order of preference.
+    pub locations: Vec<String>,
+}
+
+/// Runs `work` on a blocking thread.
+async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> Result<T, Status> + Send + 'static) -> Result<T, Status> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(Status::internal(format!("the data service failed: {error}"))))
+}
+
+fn bad_ticket(error: TicketError) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+/// What a descriptor's path may name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flight {
+    Train,
+    HeldOut(Split),
+    Items,
+    Rows,
+}
+
+impl Flight {
+    /// The flights that `ListFlights` shows; rows are exchanged, not got.
+    const LISTED: [Self; 4] = [Self::Train, Self::HeldOut(Split::Valid), Self::HeldOut(Split::Test), Self::Items];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::HeldOut(Split::Valid) => "valid",
+            Self::HeldOut(Split::Test) => "test",
+            Self::Items => "items",
+            Self::Rows => "rows",
+        }
+    }
+
+    fn find(descriptor: &FlightDescriptor) -> Result<Self, Status> {
+        let [path] = &descriptor.path[..] else {
+            return Err(Status::invalid_argument("a descriptor here has a path of one name, like [\"train\"]"));
+        };
+        let all = Self::LISTED.into_iter().chain([Self::Rows]);
+        all.clone().find(|flight| flight.name() == path).ok_or_else(|| {
+            let names: Vec<&str> = all.map(Self::name).collect();
+            Status::not_found(format!("there is no flight `{path}`; there are {}", names.join(", ")))
+        })
+    }
+}
+
+type Messages = BoxStream<'static, Result<FlightData, Status>>;
+
+impl DataService {
+    fn schema(&self, flight: Flight) -> Arc<Schema> {
+        self.source.describe(match flight {
+            Flight::Train => batches_schema(),
+            Flight::HeldOut(_) => evaluation_schema(),
+            Flight::Items => items_schema(),
+            Flight::Rows => rows_schema(self.source.dim()),
+        })
+    }
+
+    fn info(&self, flight: Flight) -> Result<FlightInfo, Status> {
+        let world_size = self.world_size;
+        let ticket = |rank| match flight {
+            Flight::Train => Some(Ticket::Batches { rank, world_size, from_step: 0, steps: 0 }),
+            Flight::HeldOut(split) => Some(Ticket::Evaluation { split, rank, world_size }),
+            Flight::Items => (rank == 0).then_some(Ticket::Items { first: 0, count: 0 }),
+            Flight::Rows => None,
+        };
+        let endpoint = |ticket: Ticket| {
+            let endpoint = FlightEndpoint::new().with_ticket(RawTicket::new(ticket.encode()));
+            self.locations.iter().fold(endpoint, |endpoint, location| endpoint.with_location(location))
+        };
+        let records = match flight {
+            Flight::Train => self.records(),
+            Flight::HeldOut(split) => self.source.dataset.held_out(split).len() as u64,
+            Flight::Items | Flight::Rows => u64::from(self.source.facts.items),
+        };
+        FlightInfo::new()
+            .try_with_schema(&self.schema(flight))
+            .map(|info| {
+                info.with_descriptor(FlightDescriptor::new_path(vec![flight.name().to_owned()]))
+                    .with_endpoints((0..world_size).filter_map(ticket).map(endpoint).collect())
+                    .with_total_records(i64::try_from(records).unwrap_or(-1))
+                    .with_total_bytes(-1)
+            })
+            .map_err(|error| Status::internal(format!("the schema of `{}`: {error}", flight.name())))
+    }
+
+    /// Users of all steps of the job.
+    fn records(&self) -> u64 {
+        let key = self.source.plan.key();
+        let (epochs, rest) = (
+            self.source.total_steps / self.source.plan.steps_per_epoch(),
+            self.source.total_steps % self.source.plan.steps_per_epoch(),
+        );
+        epochs * u64::from(key.users) + rest * u64::from(key.global_batch)
+    }
+
+    /// Puts the schema first and counts what goes out.
+    fn respond(
+        &self,
+        kind: &'static str,
+        schema: &Schema,
+        messages: impl Stream<Item = Result<(FlightData, usize), Status>> + Send + 'static,
+    ) -> Response<Messages> {
+        let (rows, bytes) =
+            (self.metrics.flight_rows_total.clone(), self.metrics.flight_bytes_total.with_label_values(&[kind]));
+        let counted = messages.map_ok(move |(message, count)| {
+            rows.inc_by(count as u64);
+            bytes.inc_by((message.data_header.len() + message.data_body.len() + message.app_metadata.len()) as u64);
+            message
+        });
+        Response::new(stream::once(std::future::ready(Ok(encode::schema_message(schema)))).chain(counted).boxed())
+    }
+
+    async fn get(&self, ticket: Ticket) -> Result<Response<Messages>, Status> {
+        let source = Arc::clone(&self.source);
+        match ticket {
+            Ticket::Batches { rank, world_size, from_step, steps } => {
+                let total = source.total_steps;
+                if from_step > total {
+                    let text = format!("from_step {from_step} is beyond the job, which has {total} steps");
+                    return Err(Status::invalid_argument(text));
+                }
+                let end = if steps == 0 { total } else { total.min(from_step.saturating_add(steps)) };
+                let (schema, place) = (self.schema(Flight::Train), place(rank, world_size)?);
+                Ok(self.respond(
+                    "batches",
+                    &schema,
+                    batches::stream(source, Arc::clone(&schema), place, from_step..end),
+                ))
+            }
+            Ticket::Evaluation { split, rank, world_size } => {
+                let (schema, place) = (self.schema(Flight::HeldOut(split)), place(rank, world_size)?);
+                let messages = held_out::split_stream(source, Arc::clone(&schema), split, place);
+                Ok(self.respond("evaluation", &schema, messages))
+            }
+            Ticket::Items { first, count } => {
+                let items = off_thread(move || {
+                    source.dataset.items().map_err(|error| Status::internal(format!("the catalogue: {error}")))
+                })
+                .await?;
+                let first = first as usize;
+                if first > items.len() {
+                    let text = format!("item {first} does not exist; there are {} items", items.len());
+                    return Err(Status::invalid_argument(text));
+                }
+                let end = if count == 0 { items.len() } else { items.len().min(first + count as usize) };
+                let schema = self.schema(Flight::Items);
+                Ok(self.respond("items", &schema, held_out::items_stream(items, Arc::clone(&schema), first, end)))
+            }
+        }
+    }
+}
+
+fn place(rank: u32, world_size: u32) -> Result<Place, Status> {
+    if world_size > MAX_WORLD_SIZE {
+        let text = format!("world_size {world_size} is larger than {MAX_WORLD_SIZE}");
+        return Err(Status::invalid_argument(text));
+    }
+    Ok(Place { rank, world_size })
+}
+
+fn not_served<T>(call: &str) -> Result<Response<T>, Status> {
+    let text = format!("{call} is not served here; use ListFlights, GetFlightInfo, GetSchema, DoGet or DoExchange");
+    Err(Status::unimplemented(text))
+}
+
+#[tonic::async_trait]
+impl FlightService for DataService {
+    type HandshakeStream = BoxStream<'static, Result<HandshakeResponse, Status>>;
+    type ListFlightsStream = BoxStream<'static, Result<FlightInfo, Status>>;
+    type DoGetStream = Messages;
+    type DoPutStream = BoxStream<'static, Result<PutResult, Status>>;
+    type DoActionStream = BoxStream<'static, Result<arrow_flight::Result, Status>>;
+    type ListActionsStream = BoxStream<'static, Result<ActionType, Status>>;
+    type DoExchangeStream = Messages;
+
+    async fn list_flights(&self, _: Request<Criteria>) -> Result<Response<Self::ListFlightsStream>, Status> {
+        let flights: Vec<_> = Flight::LISTED.into_iter().map(|flight| self.info(flight)).collect();
+        Ok(Response::new(stream::iter(flights).boxed()))
+    }
+
+    async fn get_flight_info(&self, request: Request<FlightDescriptor>) -> Result<Response<FlightInfo>, Status> {
+        Ok(Response::new(self.info(Flight::find(request.get_ref())?)?))
+    }
+
+    async fn get_schema(&self, request: Request<FlightDescriptor>) -> Result<Response<SchemaResult>, Status> {
+        let schema = self.schema(Flight::find(request.get_ref())?);
+        IpcMessage::try_from(SchemaAsIpc::new(&schema, &IpcWriteOptions::default()))
+            .map(|message| Response::new(SchemaResult { schema: message.0 }))
+            .map_err(|error| Status::internal(error.to_string()))
+    }
+
+    async fn do_get(&self, request: Request<RawTicket>) -> Result<Response<Self::DoGetStream>, Status> {
+        self.get(Ticket::decode(&request.get_ref().ticket).map_err(bad_ticket)?).await
+    }
+
+    async fn do_exchange(
+        &self,
+        request: Request<Streaming<FlightData>>,
+    ) -> Result<Response<Self::DoExchangeStream>, Status> {
+        let mut requests = request.into_inner();
+        let first = requests.message().await?.ok_or_else(|| Status::invalid_argument("the exchange has no message"))?;
+        let descriptor = first.flight_descriptor.as_ref();
+        let command = descriptor.map(|descriptor| &descriptor.cmd[..]).unwrap_or_default();
+        let Exchange::Rows {} = Exchange::decode(command).map_err(bad_ticket)?;
+        let schema = self.schema(Flight::Rows);
+        // a client may send the descriptor alone, before the schema of its requests
+        let first = stream::iter((!first.data_header.is_empty()).then_some(Ok(first)));
+        let requests = first.chain(requests.map_err(|status| FlightError::Tonic(Box::new(status))));
+        Ok(self.respond("rows", &schema, rows::stream(Arc::clone(&self.source), Arc::clone(&schema), requests)))
+    }
+
+    async fn handshake(
+        &self,
+        _: Request<Streaming<HandshakeRequest>>,
+    ) -> Result<Response<Self::HandshakeStream>, Status> {
+        not_served("Handshake")
+    }
+
+    async fn poll_flight_info(&self, _: Request<FlightDescriptor>) -> Result<Response<PollInfo>, Status> {
+        not_served("PollFlightInfo")
+    }
+
+    async fn do_put(&self, _: Request<Streaming<FlightData>>) -> Result<Response<Self::DoPutStream>, Status> {
+        not_served("DoPut")
+    }
+
+    async fn do_action(&self, _: Request<Action>) -> Result<Response<Self::DoActionStream>, Status> {
+        not_served("DoAction")
+    }
+
+    async fn list_actions(&self, _: Request<Empty>) -> Result<Response<Self::ListActionsStream>, Status> {
+        not_served("ListActions")
+    }
+}

@@ -1,0 +1,128 @@
+//! Everything that a stream of the data service depends on: the dataset, the plan and the sampling.
+
+use std::sync::Arc;
+
+use arrow_schema::Schema;
+use learn_dataset::{Dataset, DatasetError, Embeddings};
+use learn_domain::config::ItemTower;
+use learn_domain::plan::{Plan, PlanError, PlanKey, Position};
+use learn_domain::report::{DatasetFacts, Popularity, Split};
+use learn_domain::sampling::{Sample, SampleKey, SampleSize, SamplingShape, sample, sample_size};
+use learn_domain::{Config, Step, UserIndex};
+use learn_proto::flight::Provenance;
+
+use crate::popularity::{Ranking, Row, evaluate};
+
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    #[error(transparent)]
+    Dataset(#[from] DatasetError),
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    #[error(
+        "model.item_tower = \"content\" needs model.output_dim = {dim}, the dimension of the dataset's content embeddings; \
+         it is {output_dim}"
+    )]
+    ContentTower { output_dim: u32, dim: usize },
+    #[error("the dataset has {users} training users but its sequences have {rows} rows; prepare it again")]
+    Users { users: u32, rows: usize },
+}
+
+/// A dataset as one job sees it.
+pub struct Source {
+    pub dataset: Dataset,
+    pub embeddings: Embeddings,
+    pub plan: Plan,
+    pub shape: SamplingShape,
+    pub total_steps: u64,
+    pub facts: DatasetFacts,
+    provenance: Provenance,
+}
+
+impl Source {
+    /// Checks that dataset and configuration go together.
+    ///
+    /// # Errors
+    /// If they do not, for example because the dataset has no content embeddings yet.
+    pub fn new(dataset: Dataset, config: &Config) -> Result<Self, SourceError> {
+        let facts = dataset.facts();
+        let embeddings = dataset.embeddings()?;
+        let dim = embeddings.dim();
+        let output_dim = config.model.output_dim;
+        if config.model.item_tower == ItemTower::Content && output_dim as usize != dim {
+            return Err(SourceError::ContentTower { output_dim, dim });
+        }
+        let (users, rows) = (facts.train_users, dataset.train().len());
+        if users as usize != rows {
+            return Err(SourceError::Users { users, rows });
+        }
+        let key = PlanKey {
+            fingerprint: facts.fingerprint.clone(),
+            seed: config.job.seed,
+            users,
+            global_batch: config.training.global_batch,
+        };
+        let plan = Plan::new(key)?;
+        let all_epochs = u64::from(config.training.epochs) * plan.steps_per_epoch();
+        let total_steps = match config.training.max_steps {
+            0 => all_epochs,
+            limit => all_epochs.min(limit),
+        };
+        let provenance = Provenance {
+            dataset: facts.name.clone(),
+            fingerprint: facts.fingerprint.clone(),
+            seed: config.job.seed,
+            users,
+            global_batch: config.training.global_batch,
+            steps_per_epoch: plan.steps_per_epoch(),
+            total_steps,
+            items: facts.items,
+            dim: dim as u32,
+        };
+        Ok(Self { dataset, embeddings, plan, shape: config.sampling.shape(), total_steps, facts, provenance })
+    }
+
+    /// Adds what a stream was made from to its schema.
+    #[must_use]
+    pub fn describe(&self, schema: Schema) -> Arc<Schema> {
+        self.provenance.describe(schema).into()
+    }
+
+    #[must_use]
+    pub fn dim(&self) -> u32 {
+        self.embeddings.dim() as u32
+    }
+
+    fn key(&self, epoch: u32, user: UserIndex) -> (SampleKey, u32) {
+        let length = self.dataset.train().items(user.0 as usize).len() as u32;
+        (SampleKey { seed: self.plan.draw_seed(), epoch, user }, length)
+    }
+
+    /// The users of the update after `finished` steps, in plan order, with the size of each sample.
+    #[must_use]
+    pub fn step(&self, finished: Step) -> (Position, Vec<(UserIndex, SampleSize)>) {
+        let position = self.plan.position(finished);
+        let with_size = |user| {
+            let (key, length) = self.key(position.epoch, user);
+            // a training sequence has two items at least: `prepare` leaves out shorter ones
+            let nothing = SampleSize { history: 0, targets: 0, pairs: 0 };
+            (user, sample_size(key, length, &self.shape).unwrap_or(nothing))
+        };
+        (position, self.plan.users(position).into_iter().map(with_size).collect())
+    }
+
+    /// One user's sample in one epoch.
+    #[must_use]
+    pub fn sample(&self, epoch: u32, user: UserIndex) -> Sample {
+        let (key, length) = self.key(epoch, user);
+        sample(key, length, &self.shape).unwrap_or_default()
+    }
+
+    /// What recommending the most popular items reaches on the test rows.
+    #[must_use]
+    pub fn popularity(&self, cutoffs: &[u32], exclude_history: bool) -> Popularity {
+        let test = self.dataset.held_out(Split::Test);
+        let rows = (0..test.len()).map(|row| Row { history: test.history(row), targets: test.targets(row) });
+        evaluate(&self.dataset.popularity(), rows, Ranking { cutoffs, exclude_history })
+    }
+}

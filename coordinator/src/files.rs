@@ -1,0 +1,156 @@
+//! Files of a run that survive a kill: written aside, synced and renamed, or appended line by line.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    #[error("cannot {action} {path}: {source}; is the disk full, or the directory not writable?")]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("{path}, line {line}: {source}; the file was changed or is of another version")]
+    Line { path: PathBuf, line: usize, source: serde_json::Error },
+    #[error("{path}: {source}; the file was changed or is of another version")]
+    Json { path: PathBuf, source: serde_json::Error },
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FileError {
+    move |source| FileError::Io { action, path: path.to_owned(), source }
+}
+
+/// Replaces a file as a whole: a reader, or a kill, sees the old or the new text.
+///
+/// # Errors
+/// If the directory is not writable.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(folder).map_err(io_error("make the directory", folder))?;
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(".tmp");
+    let aside = PathBuf::from(aside);
+    let write = || {
+        let mut file = File::create(&aside)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(io_error("write", &aside))?;
+    fs::rename(&aside, path).map_err(io_error("replace", path))?;
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(io_error("sync", folder))
+}
+
+/// [`write_atomic`] of a value as JSON.
+///
+/// # Errors
+/// If the directory is not writable, or the value is not JSON.
+pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), FileError> {
+    let mut text = serde_json::to_vec_pretty(value).map_err(json_error(path))?;
+    text.push(b'\n');
+    write_atomic(path, &text)
+}
+
+/// # Errors
+/// If the file cannot be read or is not the JSON of a `T`.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, FileError> {
+    let bytes = fs::read(path).map_err(io_error("read", path))?;
+    serde_json::from_slice(&bytes).map_err(json_error(path))
+}
+
+fn json_error(path: &Path) -> impl FnOnce(serde_json::Error) -> FileError {
+    move |source| FileError::Json { path: path.to_owned(), source }
+}
+
+/// A file of one JSON value a line that only grows.
+#[derive(Debug)]
+pub struct JsonLines {
+    path: PathBuf,
+    file: File,
+}
+
+impl JsonLines {
+    /// # Errors
+    /// If the file can be neither made nor extended.
+    pub fn open(path: PathBuf) -> Result<Self, FileError> {
+        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(io_error("open", &path))?;
+        Ok(Self { path, file })
+    }
+
+    /// Appends one line with one write.
+    ///
+    /// # Errors
+    /// If the file cannot be extended.
+    pub fn append<T: Serialize>(&mut self, value: &T) -> Result<(), FileError> {
+        let mut line = serde_json::to_vec(value).map_err(json_error(&self.path))?;
+        line.push(b'\n');
+        self.file.write_all(&line).map_err(io_error("append to", &self.path))
+    }
+}
+
+/// Values of a [`JsonLines`] file; none if there is no file. A last line that a kill has cut is left out.
+///
+/// # Errors
+/// If the file cannot be read or another line is damaged.
+pub fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, FileError> {
+    let text = match fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(io_error("read", path)(error)),
+    };
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    let parse = |(index, line): (usize, &str)| {
+        serde_json::from_str(line).map_err(|source| FileError::Line { path: path.to_owned(), line: index + 1, source })
+    };
+    whole.lines().enumerate().map(parse).collect()
+}
+
+/// Keeps the lines that `keep` names, in one atomic replacement, and gives them back.
+///
+/// # Errors
+/// If the file cannot be read or replaced.
+pub fn retain_lines<T: Serialize + DeserializeOwned>(
+    path: &Path,
+    keep: impl Fn(&T) -> bool,
+) -> Result<Vec<T>, FileError> {
+    let mut values: Vec<T> = read_lines(path)?;
+    values.retain(keep);
+    let mut text = Vec::new();
+    for value in &values {
+        serde_json::to_writer(&mut text, value).map_err(json_error(path))?;
+        text.push(b'\n');
+    }
+    write_atomic(path, &text)?;
+    Ok(values)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_appended_read_and_retained() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.jsonl");
+        assert_eq!(read_lines::<u32>(&path).unwrap(), Vec::<u32>::new());
+        let mut lines = JsonLines::open(path.clone()).unwrap();
+        (1..=4).for_each(|value| lines.append(&value).unwrap());
+        fs::write(&path, fs::read_to_string(&path).unwrap() + "12").unwrap();
+        assert_eq!(read_lines::<u32>(&path).unwrap(), [1, 2, 3, 4], "a cut line is left out");
+        assert_eq!(retain_lines::<u32>(&path, |&value| value <= 2).unwrap(), [1, 2]);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "1\n2\n");
+        fs::write(&path, "1\nx\n").unwrap();
+        assert!(read_lines::<u32>(&path).unwrap_err().to_string().contains("line 2"));
+    }
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new").join("x.json");
+        write_json(&path, &vec![1]).unwrap();
+        write_json(&path, &vec![2]).unwrap();
+        assert_eq!(read_json::<Vec<u32>>(&path).unwrap(), [2]);
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "nothing is left aside");
+        assert!(read_json::<Vec<String>>(&path).unwrap_err().to_string().contains("x.json"));
+    }
+}

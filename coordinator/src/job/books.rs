@@ -1,0 +1,213 @@
+//! Step reports become ledger entries: once, complete and in the order of steps.
+//!
+//! Input: what each rank says it has trained. Output: the ledger now, and the ledger as it was after any step since the
+//! last checkpoint (a checkpoint of step `s` is committed when later steps have already been reported, and a resume
+//! replays those). Invariants: a repeated report changes nothing; a step is entered when all its ranks have reported.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use learn_domain::ledger::{Ledger, LedgerSummary};
+use learn_domain::{Rank, Step, UserIndex};
+
+/// A rank cannot be this many steps ahead of another: every step ends with a collective operation.
+const MAX_OPEN_STEPS: u64 = 4096;
+
+/// One rank's part of a step.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    pub rank: Rank,
+    /// Finished steps, this one included.
+    pub step: Step,
+    pub epoch: u32,
+    pub users: Vec<UserIndex>,
+}
+
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum BooksError {
+    #[error("step {step} is far ahead of step {complete}, the last one that all ranks have reported")]
+    TooFarAhead { step: Step, complete: Step },
+    #[error("rank {rank} says that step {step} belongs to epoch {theirs}; another rank said {ours}")]
+    Epoch { rank: Rank, step: Step, theirs: u32, ours: u32 },
+    #[error("a checkpoint of step {step} is older than the last committed one, of step {committed}")]
+    OldCheckpoint { step: Step, committed: Step },
+}
+
+#[derive(Debug, Default)]
+struct Open {
+    epoch: u32,
+    ranks: BTreeSet<Rank>,
+    users: Vec<UserIndex>,
+}
+
+#[derive(Debug)]
+pub struct Books {
+    world_size: u32,
+    committed: Ledger,
+    committed_step: Step,
+    /// Complete steps after `committed_step`, in order.
+    since: VecDeque<(u32, Vec<UserIndex>)>,
+    current: Ledger,
+    /// Steps that some rank has not reported yet.
+    open: BTreeMap<Step, Open>,
+}
+
+impl Books {
+    /// Goes on from `ledger`, as it was after `step`.
+    #[must_use]
+    pub fn new(world_size: u32, step: Step, ledger: Ledger) -> Self {
+        Self {
+            world_size,
+            committed: ledger.clone(),
+            committed_step: step,
+            since: VecDeque::new(),
+            current: ledger,
+            open: BTreeMap::new(),
+        }
+    }
+
+    /// The last step that all ranks have reported.
+    #[must_use]
+    pub fn complete(&self) -> Step {
+        Step(self.committed_step.0 + self.since.len() as u64)
+    }
+
+    #[must_use]
+    pub fn summary(&self) -> LedgerSummary {
+        self.current.summary()
+    }
+
+    /// Takes a report; `false` if it is a repeat.
+    ///
+    /// # Errors
+    /// If the report cannot belong to this job's steps.
+    pub fn report(&mut self, entry: Entry) -> Result<bool, BooksError> {
+        let Entry { rank, step, epoch, users } = entry;
+        let complete = self.complete();
+        if step <= complete {
+            return Ok(false);
+        }
+        if step.0 - complete.0 > MAX_OPEN_STEPS {
+            return Err(BooksError::TooFarAhead { step, complete });
+        }
+        let open = self.open.entry(step).or_insert_with(|| Open { epoch, ..Open::default() });
+        if open.epoch != epoch {
+            return Err(BooksError::Epoch { rank, step, theirs: epoch, ours: open.epoch });
+        }
+        if !open.ranks.insert(rank) {
+            return Ok(false);
+        }
+        open.users.extend(users);
+        while self.open.get(&self.next()).is_some_and(|open| open.ranks.len() as u32 >= self.world_size) {
+            self.enter();
+        }
+        Ok(true)
+    }
+
+    /// The ledger as it was after `step`; `None` while a rank's report is missing.
+    ///
+    /// # Errors
+    /// If a later one was already asked for.
+    pub fn commit(&mut self, step: Step) -> Result<Option<Ledger>, BooksError> {
+        if step < self.committed_step {
+            return Err(BooksError::OldCheckpoint { step, committed: self.committed_step });
+        }
+        if step > self.complete() {
+            return Ok(None);
+        }
+        for (epoch, users) in self.since.drain(..(step.0 - self.committed_step.0) as usize) {
+            self.committed.record(epoch, &users);
+        }
+        self.committed_step = step;
+        Ok(Some(self.committed.clone()))
+    }
+
+    /// Enters the steps up to `step` with what was reported: a rank that is gone reports no more, and the users that
+    /// nobody vouches for are to be seen in the ledger.
+    pub fn give_up_waiting(&mut self, step: Step) {
+        while self.open.range(..=step).next().is_some() {
+            self.enter();
+        }
+    }
+
+    fn next(&self) -> Step {
+        Step(self.complete().0 + 1)
+    }
+
+    fn enter(&mut self) {
+        let open = self.open.remove(&self.next()).unwrap_or_default();
+        self.current.record(open.epoch, &open.users);
+        self.since.push_back((open.epoch, open.users));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn books() -> Books {
+        Books::new(2, Step(0), Ledger::new(8))
+    }
+
+    fn entry(rank: u32, step: u64, epoch: u32, users: &[u32]) -> Entry {
+        Entry { rank: Rank(rank), step: Step(step), epoch, users: users.iter().copied().map(UserIndex).collect() }
+    }
+
+    #[test]
+    fn a_step_counts_when_all_ranks_have_reported_and_once() {
+        let mut books = books();
+        assert!(books.report(entry(0, 1, 0, &[0, 1])).unwrap());
+        assert!(!books.report(entry(0, 1, 0, &[0, 1])).unwrap());
+        assert_eq!(books.summary().epochs, []);
+        assert!(books.report(entry(1, 1, 0, &[2, 3])).unwrap());
+        assert!(!books.report(entry(1, 1, 0, &[2, 3])).unwrap());
+        assert_eq!((books.complete(), books.summary().epochs[0].seen), (Step(1), 4));
+        assert!(books.summary().exact);
+    }
+
+    #[test]
+    fn a_rank_that_is_ahead_does_not_close_the_epoch_of_the_others() {
+        let mut books = books();
+        books.report(entry(0, 1, 0, &[0, 1, 2, 3])).unwrap();
+        books.report(entry(0, 2, 1, &[4])).unwrap();
+        books.report(entry(1, 1, 0, &[4, 5, 6, 7])).unwrap();
+        books.report(entry(1, 2, 1, &[5])).unwrap();
+        let summary = books.summary();
+        assert!(summary.exact && summary.epochs.len() == 2, "{summary:?}");
+    }
+
+    #[test]
+    fn a_checkpoint_gets_the_ledger_of_its_step_not_of_now() {
+        let mut books = books();
+        assert_eq!(books.commit(Step(1)).unwrap(), None);
+        for step in 1..=3 {
+            for rank in 0..2 {
+                books.report(entry(rank, step, 0, &[2 * (step as u32 - 1) + rank])).unwrap();
+            }
+        }
+        let at_two = books.commit(Step(2)).unwrap().unwrap();
+        assert_eq!(at_two.summary().epochs[0].seen, 4);
+        assert_eq!(books.summary().epochs[0].seen, 6);
+        assert_eq!(books.commit(Step(2)).unwrap().unwrap(), at_two, "a retry gets the same");
+        assert!(matches!(books.commit(Step(1)), Err(BooksError::OldCheckpoint { .. })));
+        let mut resumed = Books::new(1, Step(2), at_two);
+        resumed.report(entry(0, 3, 0, &[4, 5, 6, 7])).unwrap();
+        assert!(resumed.summary().exact && resumed.summary().epochs[0].exact());
+    }
+
+    #[test]
+    fn giving_up_shows_what_nobody_reported() {
+        let mut books = books();
+        books.report(entry(0, 2, 0, &[4])).unwrap();
+        books.give_up_waiting(Step(2));
+        let ledger = books.commit(Step(2)).unwrap().unwrap();
+        assert_eq!(ledger.summary().epochs[0].seen, 1);
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        let mut books = books();
+        books.report(entry(0, 1, 0, &[])).unwrap();
+        assert!(matches!(books.report(entry(1, 1, 1, &[])), Err(BooksError::Epoch { .. })));
+        assert!(matches!(books.report(entry(1, 9000, 1, &[])), Err(BooksError::TooFarAhead { .. })));
+    }
+}

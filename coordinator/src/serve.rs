@@ -1,0 +1,258 @@
+//! From settings to listening sockets, and from there to the end of the job.
+
+use std::fs::{File, TryLockError};
+use std::future::Future;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrow_flight::flight_service_server::FlightServiceServer;
+use learn_dataset::Dataset;
+use learn_domain::WorkerId;
+use learn_domain::membership::Outcome;
+use learn_domain::report::CoordinatorAddress;
+use learn_domain::run_dir::RunDir;
+use learn_proto::auth::RequireBearer;
+use learn_proto::convert::Admission;
+use learn_proto::v1::control_server::ControlServer;
+use learn_telemetry::CoordinatorMetrics;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+
+use crate::control::ControlService;
+use crate::data::{DataService, Source, SourceError};
+use crate::files::write_json;
+use crate::job::actor::{Command, JobHandle, JobOwner, OwnerError, OwnerParts, PopularityBaseline, STATES};
+use crate::job::{History, Job, JobSettings};
+use crate::journal::Journal;
+use crate::{CoordinatorError, Settings, http};
+
+/// Calls that are still open when the job has ended may take this long.
+const GRACE: Duration = Duration::from_secs(2);
+
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("cannot listen on {host}:{port}: {source}; choose another cluster.{key}, or 0 for any free port")]
+    Bind { host: String, port: u16, key: &'static str, source: std::io::Error },
+    #[error("another coordinator serves {0} now; stop it first with `learn-launch stop`")]
+    Locked(PathBuf),
+    #[error("cannot lock {path}: {source}")]
+    Lock { path: PathBuf, source: std::io::Error },
+    #[error("the {0} server ended before the job: {1}")]
+    Server(&'static str, String),
+    #[error("a part of the coordinator failed: {0}")]
+    Task(#[from] tokio::task::JoinError),
+    #[error(transparent)]
+    Owner(#[from] OwnerError),
+}
+
+/// A coordinator that listens already.
+pub struct Coordinator {
+    settings: Settings,
+    address: CoordinatorAddress,
+    source: Arc<Source>,
+    metrics: CoordinatorMetrics,
+    grpc: TcpListener,
+    http: TcpListener,
+    job: JobHandle,
+    owner: JobOwner,
+    journal: Journal,
+    /// Holds the lock on the run directory.
+    _lock: File,
+}
+
+/// One coordinator a run: an advisory lock on its configuration, which the system drops with the process.
+fn lock(run_dir: &RunDir) -> Result<File, ServeError> {
+    let path = run_dir.config();
+    let locked = File::open(&path).map_err(TryLockError::Error).and_then(|file| file.try_lock().map(|()| file));
+    locked.map_err(|error| match error {
+        TryLockError::WouldBlock => ServeError::Locked(run_dir.root().to_owned()),
+        TryLockError::Error(source) => ServeError::Lock { path, source },
+    })
+}
+
+async fn listen(host: &str, port: u16, key: &'static str) -> Result<(TcpListener, u16), ServeError> {
+    let error = |source| ServeError::Bind { host: host.to_owned(), port, key, source };
+    let listener = TcpListener::bind((host, port)).await.map_err(error)?;
+    let port = listener.local_addr().map_err(error)?.port();
+    Ok((listener, port))
+}
+
+/// The host by which others reach an address that processes bind to.
+fn advertised(bind: &str) -> String {
+    match bind.parse::<IpAddr>() {
+        Ok(ip) if ip.is_unspecified() => std::fs::read_to_string("/proc/sys/kernel/hostname")
+            .map(|name| name.trim().to_owned())
+            .unwrap_or_else(|_| "localhost".into()),
+        Ok(IpAddr::V6(ip)) => format!("[{ip}]"),
+        Ok(IpAddr::V4(_)) | Err(_) => bind.to_owned(),
+    }
+}
+
+fn open_source(settings: &Settings) -> Result<Source, SourceError> {
+    let dataset = Dataset::open(&settings.config.data.dataset)?;
+    let source = Source::new(dataset, &settings.config)?;
+    source.dataset.verify()?;
+    Ok(source)
+}
+
+impl Coordinator {
+    /// Checks everything that can be checked and binds the ports.
+    ///
+    /// # Errors
+    /// If dataset, configuration and history do not go together, or a port is taken.
+    pub async fn bind(settings: Settings) -> Result<Self, CoordinatorError> {
+        let lock = lock(&settings.run_dir)?;
+        let opening = settings.clone();
+        let source = tokio::task::spawn_blocking(move || open_source(&opening)).await.map_err(ServeError::Task)??;
+        let source = Arc::new(source);
+        let Settings { run_dir, config, task, .. } = &settings;
+        let history = History::load(run_dir, task, &source.facts.fingerprint)?;
+        let (entries, journal) = Journal::open(run_dir.clone(), source.facts.fingerprint.clone(), task)?;
+
+        let cluster = &config.cluster;
+        let (grpc, grpc_port) = listen(&cluster.bind, cluster.grpc_port, "grpc_port").await?;
+        let (http, http_port) = listen(&cluster.bind, cluster.http_port, "http_port").await?;
+        let host = advertised(&cluster.bind);
+        let address = CoordinatorAddress {
+            pid: std::process::id(),
+            grpc: format!("http://{host}:{grpc_port}"),
+            http: format!("http://{host}:{http_port}"),
+        };
+
+        let metrics = CoordinatorMetrics::new(STATES);
+        let job = Job::new(JobSettings {
+            config: config.clone(),
+            task: task.clone(),
+            dataset: source.facts.clone(),
+            steps_per_epoch: source.plan.steps_per_epoch(),
+            total_steps: source.total_steps,
+            history,
+        });
+        let parts = OwnerParts {
+            task: task.clone(),
+            journal: entries,
+            metrics: metrics.clone(),
+            popularity: baseline(&source, &settings),
+        };
+        let (job, owner) = JobOwner::new(job, parts);
+        Ok(Self { address, source, metrics, grpc, http, job, owner, journal, _lock: lock, settings })
+    }
+
+    #[must_use]
+    pub fn address(&self) -> &CoordinatorAddress {
+        &self.address
+    }
+
+    /// Serves until the job has ended; `shutdown` is the operator's stop.
+    ///
+    /// # Errors
+    /// If a server fails, or the run's files cannot be written any more.
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<Outcome, CoordinatorError> {
+        let file = self.settings.run_dir.coordinator();
+        write_json(&file, &self.address)?;
+        tracing::info!(grpc = self.address.grpc, http = self.address.http, "serving");
+        let outcome = self.serve(shutdown).await;
+        if let Err(error) = std::fs::remove_file(&file) {
+            tracing::warn!(%error, path = %file.display(), "cannot remove the address of this coordinator");
+        }
+        outcome
+    }
+
+    async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<Outcome, CoordinatorError> {
+        let (stop, stopped) = watch::channel(false);
+        let (control, data) = (self.control(), self.data());
+        let require = RequireBearer(self.settings.secret.clone());
+        let router = http::router(self.job.clone(), self.settings.secret.clone(), self.metrics.exposition.clone());
+        let Self { grpc, http, job, owner, journal, _lock, .. } = self;
+
+        let mut servers = JoinSet::new();
+        let on_stop = |mut stopped: watch::Receiver<bool>| async move {
+            // the sender outlives the servers
+            let _ = stopped.wait_for(|stopped| *stopped).await;
+        };
+        let grpc = Server::builder()
+            .add_service(InterceptedService::new(ControlServer::new(control), require.clone()))
+            .add_service(InterceptedService::new(FlightServiceServer::new(data), require))
+            .serve_with_incoming_shutdown(TcpIncoming::from(grpc).with_nodelay(Some(true)), on_stop(stopped.clone()));
+        servers.spawn(async move { ("gRPC", ending(grpc.await)) });
+        let http = axum::serve(http, router).with_graceful_shutdown(on_stop(stopped));
+        servers.spawn(async move { ("HTTP", ending(http.await)) });
+        let journal = tokio::task::spawn_blocking(move || journal.write_all());
+        let mut owner = tokio::spawn(owner.run());
+        let mut shutdown = std::pin::pin!(shutdown);
+        let mut asked = false;
+        let (outcome, broken) = loop {
+            tokio::select! {
+                outcome = &mut owner => break (Some(outcome), None),
+                () = &mut shutdown, if !asked => {
+                    asked = true;
+                    if let Err(error) = job.ask(Command::OperatorStop).await {
+                        tracing::debug!(%error, "asked to stop at the very end");
+                    }
+                }
+                Some(ended) = servers.join_next() => break (None, Some(match ended {
+                    Ok((name, result)) => ServeError::Server(name, result),
+                    Err(error) => ServeError::Task(error),
+                })),
+            }
+        };
+        stop.send_replace(true);
+        let all = async { while servers.join_next().await.is_some() {} };
+        if tokio::time::timeout(GRACE, all).await.is_err() {
+            tracing::debug!("calls were still open; they are cut off");
+            servers.shutdown().await;
+        }
+        // without servers and this handle nobody can ask any more, so that an owner that still works ends
+        drop(job);
+        let outcome = match outcome {
+            Some(outcome) => outcome,
+            None => owner.await,
+        };
+        // a file that could not be written is the cause of what the owner says then
+        journal.await.map_err(ServeError::Task)??;
+        match broken {
+            Some(error) => Err(error.into()),
+            None => Ok(outcome.map_err(ServeError::Task)?.map_err(ServeError::Owner)?),
+        }
+    }
+
+    fn control(&self) -> ControlService {
+        let admission = Admission {
+            worker: WorkerId(0),
+            config: self.settings.config.clone(),
+            dataset: self.source.facts.clone(),
+            task: self.settings.task.clone(),
+            data_locations: vec![self.address.grpc.clone()],
+            run_dir: self.settings.run_dir.root().to_owned(),
+        };
+        ControlService { job: self.job.clone(), metrics: self.metrics.clone(), admission }
+    }
+
+    fn data(&self) -> DataService {
+        DataService {
+            source: Arc::clone(&self.source),
+            metrics: self.metrics.clone(),
+            world_size: self.settings.config.cluster.workers,
+            locations: vec![self.address.grpc.replacen("http://", "grpc+tcp://", 1)],
+        }
+    }
+}
+
+/// How a server ended, for people.
+fn ending<E: std::error::Error>(result: Result<(), E>) -> String {
+    match result {
+        Ok(()) => "it was told to stop".into(),
+        Err(error) => error.to_string(),
+    }
+}
+
+fn baseline(source: &Arc<Source>, settings: &Settings) -> PopularityBaseline {
+    let (source, evaluation) = (Arc::clone(source), settings.config.evaluation.clone());
+    Arc::new(move || source.popularity(&evaluation.cutoffs, evaluation.exclude_history))
+}

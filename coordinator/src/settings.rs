@@ -1,0 +1,44 @@
+//! What a coordinator is started with.
+
+use std::path::Path;
+
+use learn_domain::Config;
+use learn_domain::config::ConfigError;
+use learn_domain::report::Task;
+use learn_domain::run_dir::RunDir;
+use learn_proto::auth::{AuthError, Secret};
+
+use crate::files::{FileError, read_json};
+
+/// A job to serve.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub run_dir: RunDir,
+    pub config: Config,
+    pub secret: Secret,
+    pub task: Task,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    #[error("{0}; the run directory needs the resolved configuration, `learn-launch train` writes it")]
+    Unreadable(FileError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Secret(#[from] AuthError),
+}
+
+impl Settings {
+    /// Reads configuration and secret of a run directory.
+    ///
+    /// # Errors
+    /// If one of them is missing or makes no sense.
+    pub fn load(run_dir: &Path, task: Task) -> Result<Self, SettingsError> {
+        let run_dir = RunDir::new(run_dir);
+        let config: Config = read_json(&run_dir.config()).map_err(SettingsError::Unreadable)?;
+        config.validate()?;
+        let secret = Secret::read(&run_dir.secret())?;
+        Ok(Self { run_dir, config, secret, task })
+    }
+}

@@ -1,0 +1,213 @@
+//! A tiny dataset, a coordinator on free ports, and clients of it.
+#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use arrow_flight::flight_service_client::FlightServiceClient;
+use half::f16;
+use learn_coordinator::{Coordinator, CoordinatorError, Outcome, Settings};
+use learn_dataset::Dataset;
+use learn_dataset::embeddings::{EmbeddingSpec, EmbeddingStore};
+use learn_domain::config::{Config, Precision, Span};
+use learn_domain::membership::Departure;
+use learn_domain::report::{CoordinatorAddress, Task};
+use learn_domain::run_dir::RunDir;
+use learn_domain::{Incarnation, WorkerId};
+use learn_proto::auth::{BearerInterceptor, Secret};
+use learn_proto::convert::{Admission, Applicant, Order};
+use learn_proto::v1::control_client::ControlClient;
+use learn_proto::v1::{HeartbeatRequest, JoinRequest, LeaveRequest};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Channel, Endpoint};
+
+pub const USERS: u32 = 100;
+pub const ITEMS: u32 = 37;
+pub const DIM: usize = 8;
+pub const SECRET: &str = "0123456789abcdef";
+
+pub type Authorized = InterceptedService<Channel, BearerInterceptor>;
+pub type Control = ControlClient<Authorized>;
+pub type Flight = FlightServiceClient<Authorized>;
+
+/// A dataset with content embeddings and a run directory.
+pub struct Ground {
+    pub folder: TempDir,
+    pub config: Config,
+}
+
+pub fn train() -> Task {
+    Task::Train { resume_from: None }
+}
+
+fn write_dataset(folder: &Path) -> PathBuf {
+    let mut csv = String::from("user_id,item_id,timestamp\n");
+    for user in 0..USERS {
+        for step in 0..4 + user % 13 {
+            csv += &format!("u{user},i{},{}\n", (user * 7 + step * step * 3 + step) % ITEMS, 1000 + step);
+        }
+    }
+    let input = folder.join("interactions.csv");
+    std::fs::write(&input, csv).unwrap();
+    let mut config = Config::default().prepare;
+    config.interactions.files = vec![input];
+    let out = folder.join("dataset");
+    learn_dataset::prepare(&config, "tiny", &out, &()).unwrap();
+    out
+}
+
+/// The vector that [`Ground`] gives an item.
+pub fn vector(item: u32) -> Vec<f16> {
+    (0..DIM as u32).map(|column| f16::from_f32((1 + item * 3 + column) as f32 / 64.0)).collect()
+}
+
+impl Ground {
+    pub fn bare(workers: u32) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = Config::default();
+        config.data.dataset = write_dataset(folder.path());
+        config.job.name = "test".into();
+        config.cluster.workers = workers;
+        config.training.global_batch = 16;
+        config.training.epochs = 2;
+        config.sampling.history = 6;
+        config.sampling.targets = 4;
+        config.sampling.user_positions = 3;
+        config.sampling.item_positions = 2;
+        Self { folder, config }
+    }
+
+    pub fn new(workers: u32) -> Self {
+        let ground = Self::bare(workers);
+        let dataset = ground.dataset();
+        let items = dataset.manifest().counts.items;
+        let spec =
+            EmbeddingSpec { dim: DIM, model_fingerprint: "test".into(), precision: Precision::F32, shard_items: 10 };
+        let store = EmbeddingStore::new(&dataset, spec, &vec![String::new(); items as usize]).unwrap();
+        for shard in store.shards() {
+            let rows: Vec<f16> = shard.items.clone().flat_map(|item| vector(item as u32)).collect();
+            store.write_shard(shard.index, &rows).unwrap();
+        }
+        store.commit("test").unwrap();
+        ground
+    }
+
+    pub fn dataset(&self) -> Dataset {
+        Dataset::open(&self.config.data.dataset).unwrap()
+    }
+
+    pub fn run_dir(&self) -> RunDir {
+        RunDir::new(self.folder.path().join("run"))
+    }
+
+    pub fn settings(&self, task: Task) -> Settings {
+        let run_dir = self.run_dir();
+        std::fs::create_dir_all(run_dir.root()).unwrap();
+        std::fs::write(run_dir.config(), serde_json::to_string(&self.config).unwrap()).unwrap();
+        std::fs::write(run_dir.secret(), format!("{SECRET}\n")).unwrap();
+        Settings::load(run_dir.root(), task).unwrap()
+    }
+
+    pub async fn start(&self, task: Task) -> Running {
+        Running::start(Coordinator::bind(self.settings(task)).await.unwrap())
+    }
+
+    pub async fn refusal(&self, task: Task) -> CoordinatorError {
+        match Coordinator::bind(self.settings(task)).await {
+            Ok(_) => panic!("the coordinator should have refused"),
+            Err(error) => error,
+        }
+    }
+}
+
+/// A coordinator at work.
+pub struct Running {
+    pub address: CoordinatorAddress,
+    pub stop: oneshot::Sender<()>,
+    job: JoinHandle<Result<Outcome, CoordinatorError>>,
+}
+
+impl Running {
+    fn start(coordinator: Coordinator) -> Self {
+        let address = coordinator.address().clone();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let shutdown = async {
+            if stopped.await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        Self { address, stop, job: tokio::spawn(coordinator.run(shutdown)) }
+    }
+
+    pub async fn end(self) -> Outcome {
+        let _not_stopped = self.stop;
+        self.job.await.unwrap().unwrap()
+    }
+
+    pub async fn stop(self) -> Outcome {
+        self.stop.send(()).unwrap();
+        self.job.await.unwrap().unwrap()
+    }
+
+    pub fn channel(&self) -> Channel {
+        Endpoint::from_shared(self.address.grpc.clone()).unwrap().connect_lazy()
+    }
+
+    pub fn control(&self) -> Control {
+        ControlClient::with_interceptor(self.channel(), bearer())
+    }
+
+    pub fn flight(&self) -> Flight {
+        FlightServiceClient::with_interceptor(self.channel(), bearer())
+    }
+
+    /// `METHOD path` over HTTP: status code and body.
+    pub async fn http(&self, request: &str, headers: &str) -> (u16, String) {
+        let host = self.address.http.strip_prefix("http://").unwrap();
+        let mut stream = tokio::net::TcpStream::connect(host).await.unwrap();
+        let text = format!("{request} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{headers}\r\n");
+        stream.write_all(text.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+    }
+}
+
+fn bearer() -> BearerInterceptor {
+    BearerInterceptor::try_from(&Secret::new(SECRET).unwrap()).unwrap()
+}
+
+pub fn join_request(name: &str) -> JoinRequest {
+    let applicant = Applicant {
+        incarnation: Incarnation(name.into()),
+        host: "here".into(),
+        pid: 7,
+        device: "cpu".into(),
+        metrics_url: "http://here:1/metrics".into(),
+    };
+    applicant.into()
+}
+
+pub async fn join(control: &mut Control, name: &str) -> Admission {
+    control.join(join_request(name)).await.unwrap().into_inner().try_into().unwrap()
+}
+
+pub async fn heartbeat(control: &mut Control, worker: WorkerId) -> Order {
+    let request = HeartbeatRequest { worker_id: worker.0, generation: 1, step: 0, phase: "test".into() };
+    control.heartbeat(request).await.unwrap().into_inner().try_into().unwrap()
+}
+
+pub async fn leave(control: &mut Control, worker: WorkerId, departure: Departure) {
+    let request = LeaveRequest { worker_id: worker.0, generation: 1, departure: Some(departure.into()) };
+    control.leave(request).await.unwrap();
+}
+
+pub fn millis(millis: u64) -> Span {
+    Span(Duration::from_millis(millis))
+}
