@@ -1,0 +1,216 @@
+//! The tcp backend against the suite, and against peers that fail, lie or never come.
+
+#![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use learn_collective::{Buffer, CollectiveError, Group, Rendezvous, connect_tcp};
+use proptest::prelude::*;
+use support::{PATIENT, Store, conform, each_rank, gathers, group, ranks, rounding_bits, scatters, tcp};
+
+const WORLDS: std::ops::RangeInclusive<usize> = 1..=5;
+
+#[test]
+fn every_operation_in_worlds_of_one_to_five() {
+    for world in WORLDS {
+        ranks(world, tcp(world, PATIENT), |mut rank| conform(&mut *rank));
+    }
+}
+
+#[test]
+fn every_rank_gets_the_same_bits() {
+    for world in WORLDS {
+        let bits = ranks(world, tcp(world, PATIENT), |mut rank| rounding_bits(&mut *rank));
+        assert!(bits.windows(2).all(|pair| pair[0] == pair[1]));
+    }
+}
+
+#[test]
+fn buffers_far_beyond_the_sockets_do_not_deadlock() {
+    ranks(3, tcp(3, PATIENT), |mut rank| {
+        let mut data = vec![1f32; 6 << 20];
+        rank.all_reduce_sum(&mut Buffer::f32(&mut data)).unwrap();
+        assert!(data.iter().all(|x| *x == 3.0));
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn unequal_parts_of_any_length(counts in prop::collection::vec(0usize..700, 1..=5)) {
+        ranks(counts.len(), tcp(counts.len(), PATIENT), |mut rank| {
+            gathers::<f32>(&mut *rank, &counts);
+            gathers::<u8>(&mut *rank, &counts);
+            scatters::<f64>(&mut *rank, &counts);
+            scatters::<i64>(&mut *rank, &counts);
+        });
+    }
+}
+
+#[test]
+fn abort_ends_an_operation_that_waits_for_a_peer_and_all_later_ones() {
+    let (entering, entered) = mpsc::channel();
+    let entered = std::sync::Mutex::new(entered);
+    let (freed, free) = mpsc::channel();
+    let free = std::sync::Mutex::new(free);
+    ranks(2, tcp(2, PATIENT), |mut rank| {
+        rank.barrier().unwrap();
+        if rank.rank() == 0 {
+            // Holds its connections open and takes part in nothing until rank 1 has been freed.
+            let aborter: learn_collective::Aborter = entered.lock().unwrap().recv_timeout(PATIENT).unwrap();
+            aborter.abort();
+            free.lock().unwrap().recv_timeout(PATIENT).unwrap();
+        } else {
+            entering.send(rank.aborter()).unwrap();
+            assert_eq!(rank.broadcast(0, &mut Buffer::u8(&mut [0])).unwrap_err(), CollectiveError::Aborted);
+            support::aborts(&mut *rank);
+            freed.send(()).unwrap();
+        }
+    });
+}
+
+#[test]
+fn an_abort_of_one_rank_frees_all_ranks() {
+    for world in 2..=5 {
+        let errors = ranks(world, tcp(world, PATIENT), |mut rank| {
+            rank.barrier().unwrap();
+            if rank.rank() == 0 {
+                rank.aborter().abort();
+            }
+            rank.barrier().unwrap_err()
+        });
+        assert_eq!(errors[0], CollectiveError::Aborted);
+        assert!(errors[1..].iter().all(|error| matches!(error, CollectiveError::PeerLost { .. })), "{errors:?}");
+    }
+}
+
+#[test]
+fn the_deadline_names_operation_rank_and_seconds_and_breaks_the_collective() {
+    let late = std::sync::Barrier::new(2);
+    // Connecting has the same deadline, so it is not shorter.
+    ranks(2, tcp(2, Duration::from_secs(3)), |mut rank| {
+        if rank.rank() == 1 {
+            late.wait();
+            return;
+        }
+        let error = rank.broadcast(1, &mut Buffer::u8(&mut [0])).unwrap_err();
+        let expected = CollectiveError::Deadline { op: "broadcast", peer: Some(1), seconds: 3.0 };
+        assert_eq!(error, expected);
+        assert!(error.to_string().contains("broadcast: waited 3 s for rank 1"), "{error}");
+        assert_eq!(rank.barrier().unwrap_err(), expected);
+        late.wait();
+    });
+}
+
+#[test]
+fn a_rank_that_never_comes_is_named_when_connecting() {
+    let error = connect_tcp(group(0, 3, Duration::from_millis(200)), &Store::default()).err().unwrap();
+    assert_eq!(error, CollectiveError::Deadline { op: "connect", peer: Some(1), seconds: 0.2 });
+}
+
+#[test]
+fn a_peer_that_is_gone_is_named() {
+    for (world, gone) in [(2, 1), (3, 0), (5, 2)] {
+        let errors = ranks(world, tcp(world, PATIENT), |mut rank| {
+            rank.barrier().unwrap();
+            if rank.rank() == gone { None } else { rank.all_reduce_sum(&mut Buffer::f32(&mut [1.0; 9])).err() }
+        });
+        // The next rank awaits data from it. The others may name a neighbour that left because of this.
+        assert!(
+            matches!(errors[(gone + 1) % world], Some(CollectiveError::PeerLost { op: "all_reduce", peer, .. }) if peer == gone),
+            "{errors:?}"
+        );
+        let lost = errors.iter().filter(|error| matches!(error, Some(CollectiveError::PeerLost { .. }))).count();
+        assert_eq!(lost, world - 1, "{errors:?}");
+    }
+}
+
+#[test]
+fn ranks_that_disagree_get_an_error_instead_of_wrong_numbers() {
+    let errors = ranks(2, tcp(2, PATIENT), |mut rank| {
+        let mut data = vec![0f64; if rank.rank() == 0 { 4 } else { 6 }];
+        rank.all_reduce_sum(&mut Buffer::f64(&mut data)).err()
+    });
+    assert!(errors.iter().any(|error| matches!(error, Some(CollectiveError::Protocol { .. }))), "{errors:?}");
+    assert!(errors.iter().all(Option::is_some));
+}
+
+fn connect_with(change: impl Fn(&mut Group) + Sync) -> Vec<CollectiveError> {
+    each_rank(2, |rank, store| {
+        let mut group = group(rank, 2, PATIENT);
+        if rank == 1 {
+            change(&mut group);
+        }
+        connect_tcp(group, store).err().unwrap()
+    })
+}
+
+#[test]
+fn a_wrong_secret_and_an_old_generation_are_refused_at_once() {
+    for (word, errors) in [
+        ("secret", connect_with(|group| group.secret = b"another".to_vec())),
+        ("generation", connect_with(|group| group.generation = 6)),
+    ] {
+        // Whoever is refused first leaves; the other one is refused too or finds that its peer has left.
+        let refused = |error: &&CollectiveError| matches!(error, CollectiveError::Refused { .. });
+        let first = errors.iter().find(refused).unwrap_or_else(|| panic!("{errors:?}"));
+        assert!(first.to_string().contains(word), "{errors:?}");
+        assert!(!first.rejoin_may_help());
+        assert!(errors.iter().all(|error| !matches!(error, CollectiveError::Deadline { .. })), "{errors:?}");
+    }
+}
+
+/// A store that sends strangers to every address before its owner's neighbour learns it.
+struct Haunted<'a> {
+    store: &'a Store,
+    strangers: &'a std::sync::Mutex<Vec<TcpStream>>,
+}
+
+impl Rendezvous for Haunted<'_> {
+    fn put(&self, key: &str, value: Vec<u8>) -> Result<(), String> {
+        let address = String::from_utf8(value.clone()).unwrap();
+        let mut strangers = self.strangers.lock().unwrap();
+        for words in [&b""[..], b"GET / HTTP/1.1\r\n\r\n", &[0xff; 4096]] {
+            let mut stranger = TcpStream::connect(&address).unwrap();
+            stranger.write_all(words).unwrap();
+            strangers.push(stranger);
+        }
+        // One that says nothing and leaves.
+        drop(TcpStream::connect(&address).unwrap());
+        self.store.put(key, value)
+    }
+
+    fn get(&self, key: &str, wait: Duration) -> Result<Vec<u8>, String> {
+        self.store.get(key, wait)
+    }
+}
+
+#[test]
+fn strangers_take_nobodys_place_and_hold_nobody_up() {
+    let strangers = std::sync::Mutex::new(Vec::new());
+    let connect = |rank, store: &Store| connect_tcp(group(rank, 3, PATIENT), &Haunted { store, strangers: &strangers });
+    ranks(3, connect, |mut rank| conform(&mut *rank));
+    for mut stranger in strangers.into_inner().unwrap() {
+        let mut answer = Vec::new();
+        let _ = stranger.read_to_end(&mut answer);
+        assert!(answer.is_empty(), "strangers learn nothing");
+    }
+}
+
+#[test]
+fn impossible_groups_are_refused_before_any_socket() {
+    for (change, word) in [
+        (Group { world_size: 0, ..group(0, 1, PATIENT) }, "world size"),
+        (group(2, 2, PATIENT), "rank 2"),
+        (Group { secret: Vec::new(), ..group(0, 1, PATIENT) }, "secret"),
+    ] {
+        let error = connect_tcp(change, &Store::default()).err().unwrap();
+        assert!(error.to_string().contains(word), "{error}");
+    }
+}

@@ -1,0 +1,71 @@
+//! The nccl backend against the suite where there are GPUs, and its errors where there are none.
+
+#![allow(unsafe_code, reason = "device buffers")]
+#![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
+
+mod support;
+
+use std::ffi::c_void;
+
+use cudarc::driver::{CudaContext, DevicePtrMut};
+use learn_collective::{Buffer, CollectiveError, DType, Group, Place, connect_nccl, gpu_count, nccl_version};
+use support::{Made, PATIENT, Store, aborts, conform, group, ranks, rounding_bits};
+
+fn nccl(world_size: usize) -> impl Fn(usize, &Store) -> Made + Sync {
+    move |rank, store| connect_nccl(group(rank, world_size, PATIENT), rank as i32, store)
+}
+
+#[test]
+fn without_gpus_every_entrance_says_what_to_install() {
+    if gpu_count().is_ok() {
+        return assert!(nccl_version().is_ok(), "a machine with GPUs has NCCL");
+    }
+    let error = connect_nccl(group(0, 1, PATIENT), 0, &Store::default()).err().unwrap();
+    assert!(matches!(error, CollectiveError::Unavailable { .. }), "{error}");
+    assert!(error.to_string().contains("install"), "{error}");
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU: cargo nextest run --release -p learn-collective --run-ignored only"]
+fn every_operation_on_as_many_ranks_as_there_are_gpus() {
+    for world in 1..=gpu_count().unwrap() {
+        ranks(world, nccl(world), |mut rank| conform(&mut *rank));
+        let bits = ranks(world, nccl(world), |mut rank| rounding_bits(&mut *rank));
+        assert!(bits.windows(2).all(|pair| pair[0] == pair[1]));
+    }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU: cargo nextest run --release -p learn-collective --run-ignored only"]
+fn an_aborted_communicator_stays_aborted() {
+    ranks(1, nccl(1), |mut rank| aborts(&mut *rank));
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU: cargo nextest run --release -p learn-collective --run-ignored only"]
+fn a_wrong_secret_is_refused() {
+    let store = Store::default();
+    let _first = connect_nccl(group(0, 1, PATIENT), 0, &store).unwrap();
+    let other = Group { secret: b"another".to_vec(), ..group(1, 2, PATIENT) };
+    let error = connect_nccl(other, 0, &store).err().unwrap();
+    assert!(matches!(error, CollectiveError::Refused { peer: 0, .. }), "{error}");
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU: cargo nextest run --release -p learn-collective --run-ignored only"]
+fn device_memory_is_used_where_it_is() {
+    let world = gpu_count().unwrap();
+    ranks(world, nccl(world), |mut rank| {
+        let stream = CudaContext::new(rank.rank()).unwrap().default_stream();
+        let mut slice = stream.clone_htod(&vec![rank.rank() as f32 + 1.0; 1000]).unwrap();
+        {
+            let (pointer, _guard) = slice.device_ptr_mut(&stream);
+            let place = Place::Cuda { ordinal: rank.rank() as i32 };
+            // SAFETY: the slice holds 1000 floats on that GPU and is borrowed by the guard.
+            let mut buffer = unsafe { Buffer::from_raw(pointer as *mut c_void, 1000, DType::F32, place) };
+            rank.all_reduce_sum(&mut buffer).unwrap();
+        }
+        let sum = (world * (world + 1) / 2) as f32;
+        assert_eq!(stream.clone_dtoh(&slice).unwrap(), vec![sum; 1000]);
+    });
+}
