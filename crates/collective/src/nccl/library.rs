@@ -4,6 +4,7 @@
 //! the Python package that comes with PyTorch has `libnccl.so.2` and nothing else. Result codes are read as plain
 //! integers, because a newer NCCL may return codes that cudarc's enumeration does not know.
 
+use std::error::Error;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
 
@@ -85,7 +86,11 @@ impl Nccl {
             // SAFETY: loading runs the library's initialisers; NCCL's have no preconditions.
             match unsafe { Library::new(name) }.and_then(Self::from_library) {
                 Ok(nccl) => return Ok(nccl),
-                Err(error) => reasons.push(error.to_string()),
+                // What the dynamic linker says is in the error's source.
+                Err(error) => {
+                    let detail = error.source().map_or_else(|| error.to_string(), |source| source.to_string());
+                    reasons.push(format!("{name}: {detail}"));
+                }
             }
         }
         Err(reasons.join("; "))
