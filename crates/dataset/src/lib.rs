@@ -1,1 +1,39 @@
+//! The dataset on disk, and preparing it.
+//!
+//! Stage: between the files people have and everything that trains. [`prepare`] turns interactions and item texts
+//! into a dataset directory, [`embeddings::EmbeddingStore`] adds the content embeddings, [`Dataset`] reads both.
+//!
+//! ```text
+//! dataset.json                        version, counts, split, SHA-256 of each file, fingerprint, embeddings
+//! items/part-*.parquet                row = item index: id and texts
+//! users/part-*.parquet                row = global user number: id
+//! sequences/{train,valid,test}-*.arrow   Arrow IPC, memory-mapped
+//! embeddings/part-*.arrow             Arrow IPC, FixedSizeList<f16, dim>, row = item index
+//! ```
+//!
+//! Invariants: files are written aside, synced and renamed, never changed in place; the fingerprint is a function of
+//! the logical content alone; bytes from disk are checked before they are used.
 
+mod catalogue;
+mod dataset;
+pub mod embeddings;
+mod error;
+mod files;
+mod ipc;
+mod manifest;
+mod mapped;
+mod prepare;
+mod progress;
+mod sequences;
+
+pub use catalogue::Item;
+pub use dataset::Dataset;
+pub use embeddings::Embeddings;
+pub use error::DatasetError;
+pub use manifest::{Counts, EmbeddingInfo, FileEntry, FilterInfo, Manifest, SplitInfo, VERSION};
+pub use prepare::{
+    DefectKind, FilterStep, Layout, Preparation, PrepareError, PrepareOptions, PrepareReport, Skipped, prepare,
+    prepare_with,
+};
+pub use progress::Progress;
+pub use sequences::{HeldOut, Sequences};

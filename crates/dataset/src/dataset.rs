@@ -1,0 +1,187 @@
+//! An opened dataset directory.
+
+use std::path::{Path, PathBuf};
+
+use learn_domain::report::{DatasetFacts, Split};
+use rayon::prelude::*;
+
+use crate::catalogue::{self, Item};
+use crate::embeddings::Embeddings;
+use crate::error::DatasetError;
+use crate::files;
+use crate::manifest::{FileEntry, Manifest};
+use crate::progress::Progress;
+use crate::sequences::{HeldOut, Sequences};
+
+/// A dataset: the sequences are memory-mapped, items and user ids are read when asked for.
+#[derive(Debug)]
+pub struct Dataset {
+    dir: PathBuf,
+    manifest: Manifest,
+    train: Sequences,
+    valid: HeldOut,
+    test: HeldOut,
+}
+
+impl Dataset {
+    /// Opens a dataset: reads the manifest, compares sizes, and checks the schemas and row counts of the sequences.
+    /// What takes reading every byte is [`Self::verify`]'s part.
+    ///
+    /// # Errors
+    /// When there is no dataset, it has another version, or a file is missing, cut short or not what it should be.
+    pub fn open(dir: &Path) -> Result<Self, DatasetError> {
+        let manifest = Manifest::read(dir)?;
+        for entry in &manifest.files {
+            check_size(dir, entry)?;
+        }
+        let train = Sequences::open(dir, manifest.files_of("sequences/train-"))?;
+        let valid = HeldOut::open(dir, manifest.files_of("sequences/valid-"))?;
+        let test = HeldOut::open(dir, manifest.files_of("sequences/test-"))?;
+        let rows_of = |prefix| manifest.files_of(prefix).map(|entry| entry.rows).sum::<u64>();
+        let counts = &manifest.counts;
+        for (what, stated, found) in [
+            ("training sequences", u64::from(counts.train_users), train.len() as u64),
+            ("valid rows", u64::from(counts.valid_users), valid.len() as u64),
+            ("test rows", u64::from(counts.test_users), test.len() as u64),
+            ("items", u64::from(counts.items), rows_of("items/")),
+            ("users", counts.users, rows_of("users/")),
+        ] {
+            if stated != found {
+                let problem = format!("it states {stated} {what}, the files hold {found}");
+                return Err(DatasetError::damaged(&dir.join(crate::manifest::FILE), problem));
+            }
+        }
+        Ok(Self { dir: dir.to_path_buf(), manifest, train, valid, test })
+    }
+
+    /// Reads everything: the SHA-256 of every file, embeddings included, and that every index is in range.
+    ///
+    /// # Errors
+    /// The first file that is damaged.
+    pub fn verify(&self) -> Result<(), DatasetError> {
+        self.verify_with(&())
+    }
+
+    /// [`Self::verify`] with progress in bytes.
+    ///
+    /// # Errors
+    /// As [`Self::verify`].
+    pub fn verify_with(&self, progress: &dyn Progress) -> Result<(), DatasetError> {
+        let embeddings = self.manifest.embeddings.iter().flat_map(|info| &info.files);
+        let entries: Vec<&FileEntry> = self.manifest.files.iter().chain(embeddings).collect();
+        progress.stage("verify", Some(entries.iter().map(|entry| entry.bytes).sum()));
+        entries.par_iter().try_for_each(|entry| {
+            check_size(&self.dir, entry)?;
+            files::verify_with(&self.dir.join(&entry.path), entry, |bytes| progress.advance(bytes))
+        })?;
+        let (users, items) = (self.manifest.counts.users, self.manifest.counts.items);
+        for (split, checked) in [
+            ("train", self.train.check(users, items)),
+            ("valid", self.valid.check(users, items)),
+            ("test", self.test.check(users, items)),
+        ] {
+            checked.map_err(|problem| DatasetError::damaged(&self.dir.join("sequences").join(split), problem))?;
+        }
+        Ok(())
+    }
+
+    /// Where the dataset lies.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The counts that a job reports.
+    #[must_use]
+    pub fn facts(&self) -> DatasetFacts {
+        let counts = &self.manifest.counts;
+        DatasetFacts {
+            name: self.manifest.name.clone(),
+            fingerprint: self.manifest.fingerprint.clone(),
+            users: counts.users,
+            train_users: counts.train_users,
+            valid_users: counts.valid_users,
+            test_users: counts.test_users,
+            items: counts.items,
+            interactions: counts.interactions,
+            embedding_dim: self.manifest.embeddings.as_ref().map_or(0, |info| info.dim),
+        }
+    }
+
+    /// The training sequences; row = [`learn_domain::UserIndex`].
+    #[must_use]
+    pub fn train(&self) -> &Sequences {
+        &self.train
+    }
+
+    /// The rows of a held-out split.
+    #[must_use]
+    pub fn held_out(&self, split: Split) -> &HeldOut {
+        match split {
+            Split::Valid => &self.valid,
+            Split::Test => &self.test,
+        }
+    }
+
+    /// All items; position = item index.
+    ///
+    /// # Errors
+    /// When an items file is damaged.
+    pub fn items(&self) -> Result<Vec<Item>, DatasetError> {
+        catalogue::read_items(&self.dir, self.manifest.files_of("items/"))
+    }
+
+    /// The ids of all users; position = global user number.
+    ///
+    /// # Errors
+    /// When a users file is damaged.
+    pub fn user_ids(&self) -> Result<Vec<String>, DatasetError> {
+        catalogue::read_users(&self.dir, self.manifest.files_of("users/"))
+    }
+
+    /// Interactions per item in the training sequences.
+    #[must_use]
+    pub fn popularity(&self) -> Vec<u64> {
+        let mut counts = vec![0; self.manifest.counts.items as usize];
+        for &item in self.train.all_items().flatten() {
+            // An index past the catalogue is an error of `verify`; here it must only not panic.
+            if let Some(count) = counts.get_mut(item as usize) {
+                *count += 1;
+            }
+        }
+        counts
+    }
+
+    /// The content embeddings.
+    ///
+    /// # Errors
+    /// When there are none yet, or their files are missing, damaged, or of another shape than stated.
+    pub fn embeddings(&self) -> Result<Embeddings, DatasetError> {
+        let info = self.manifest.embeddings.as_ref();
+        let info = info.ok_or_else(|| DatasetError::NoEmbeddings { path: self.dir.clone() })?;
+        for entry in &info.files {
+            check_size(&self.dir, entry)?;
+        }
+        Embeddings::open(&self.dir, info, self.manifest.counts.items as usize)
+    }
+}
+
+fn check_size(dir: &Path, entry: &FileEntry) -> Result<(), DatasetError> {
+    let path = dir.join(&entry.path);
+    match std::fs::metadata(&path) {
+        Ok(found) if found.len() == entry.bytes => Ok(()),
+        Ok(found) => {
+            let problem = format!("it has {} bytes, dataset.json says {}", found.len(), entry.bytes);
+            Err(DatasetError::damaged(&path, problem))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Err(DatasetError::damaged(&path, "the file is missing"))
+        }
+        Err(source) => Err(DatasetError::Io { path, source }),
+    }
+}

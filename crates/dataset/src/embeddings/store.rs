@@ -1,0 +1,246 @@
+//! Makes the embeddings shard by shard, so that a killed run goes on where it was.
+//!
+//! A shard's file carries its key (encoder, precision, dimension and texts of the shard) in its name and metadata, and
+//! the SHA-256 of its rows: a shard of another encoder or of other texts is never taken for it, and never overwritten
+//! by it, so the embeddings that a dataset has stay whole until [`EmbeddingStore::commit`] names the new ones.
+//! Several processes may write different shards at once.
+
+use std::collections::HashSet;
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arrow_array::{FixedSizeListArray, Float16Array, RecordBatch};
+use arrow_buffer::ScalarBuffer;
+use arrow_ipc::writer::FileWriter;
+use arrow_schema::{ArrowError, Field};
+use half::f16;
+use learn_domain::config::Precision;
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use super::{DTYPE, FOLDER, fields, values};
+use crate::dataset::Dataset;
+use crate::error::DatasetError;
+use crate::files::{self, hex};
+use crate::ipc;
+use crate::manifest::{EmbeddingInfo, FileEntry, Manifest};
+
+const KEY: &str = "learn.key";
+const ROWS: &str = "learn.rows_sha256";
+
+/// What makes embeddings the same: shards are reused only where all of it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EmbeddingSpec {
+    pub dim: usize,
+    /// Identifies the encoder's weights and tokenizer (or the imported file) by content.
+    pub model_fingerprint: String,
+    pub precision: Precision,
+    /// Items of one shard.
+    pub shard_items: usize,
+}
+
+/// A unit of work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shard {
+    pub index: usize,
+    pub items: Range<usize>,
+    key: String,
+}
+
+/// The embeddings of a dataset in the making.
+#[derive(Debug)]
+pub struct EmbeddingStore {
+    dir: PathBuf,
+    spec: EmbeddingSpec,
+    shards: Vec<Shard>,
+}
+
+impl EmbeddingStore {
+    /// Plans the shards; `texts` are the prompts, one per item in index order.
+    ///
+    /// # Errors
+    /// When the number of texts is not that of the items, a size is 0, or the folder cannot be made.
+    pub fn new(dataset: &Dataset, spec: EmbeddingSpec, texts: &[String]) -> Result<Self, DatasetError> {
+        let dir = dataset.dir().to_path_buf();
+        let refuse = |problem| Err(DatasetError::BadRows { path: dir.clone(), problem });
+        let items = dataset.manifest().counts.items as usize;
+        if texts.len() != items {
+            return refuse(format!("{} texts for {items} items", texts.len()));
+        }
+        if spec.dim == 0 || i32::try_from(spec.dim).is_err() || spec.shard_items == 0 {
+            return refuse(format!("dimension {} and {} items a shard make no sense", spec.dim, spec.shard_items));
+        }
+        let folder = dir.join(FOLDER);
+        fs::create_dir_all(&folder).map_err(DatasetError::io(&folder))?;
+        let shards = texts.chunks(spec.shard_items).enumerate().map(|(index, texts)| {
+            let start = index * spec.shard_items;
+            Shard { index, items: start..start + texts.len(), key: key(&spec, texts) }
+        });
+        Ok(Self { shards: shards.collect(), dir, spec })
+    }
+
+    /// The plan: consecutive item ranges that cover all items.
+    #[must_use]
+    pub fn shards(&self) -> &[Shard] {
+        &self.shards
+    }
+
+    fn relative(&self, shard: &Shard) -> String {
+        files::relative(FOLDER, &format!("part-{:05}-{}.arrow", shard.index, &shard.key[..16]))
+    }
+
+    /// Whether a shard is there whole, made by this encoder from these texts.
+    ///
+    /// # Panics
+    /// If there is no such shard.
+    #[must_use]
+    pub fn finished(&self, shard: usize) -> bool {
+        let shard = &self.shards[shard];
+        let Ok((parts, file)) = values(&self.dir.join(self.relative(shard)), self.spec.dim) else { return false };
+        let rows = parts.iter().map(|part| part.len()).sum::<usize>() / self.spec.dim;
+        let stated = |name| file.metadata.get(name).map(String::as_str);
+        rows == shard.items.len()
+            && stated(KEY) == Some(&shard.key)
+            && stated(ROWS) == Some(&rows_digest(parts.iter().map(|part| &part[..])))
+    }
+
+    /// Writes a shard's rows, one after another, in item order; afterwards the shard is finished.
+    ///
+    /// # Errors
+    /// When the number of values is wrong, a value is not finite, a row is zero, or writing fails.
+    ///
+    /// # Panics
+    /// If there is no such shard.
+    pub fn write_shard(&self, shard: usize, rows: &[f16]) -> Result<(), DatasetError> {
+        let (shard, dim) = (&self.shards[shard], self.spec.dim);
+        let path = self.dir.join(self.relative(shard));
+        let refuse = |problem| DatasetError::BadRows { path: self.dir.clone(), problem };
+        if rows.len() != shard.items.len() * dim {
+            let wanted = shard.items.len() * dim;
+            return Err(refuse(format!("shard {} takes {wanted} values, got {}", shard.index, rows.len())));
+        }
+        for (item, row) in shard.items.clone().zip(rows.chunks_exact(dim)) {
+            if let Some(value) = row.iter().find(|value| !value.is_finite()) {
+                return Err(refuse(format!("the row of item {item} holds {value}; check the encoder or the vectors")));
+            }
+            if row.iter().all(|&value| value == f16::ZERO) {
+                return Err(refuse(format!("the row of item {item} is zero; check the encoder or the vectors")));
+            }
+        }
+        let stated = [(KEY.to_owned(), shard.key.clone()), (ROWS.to_owned(), rows_digest(std::iter::once(rows)))];
+        let fields = fields(dim).map_err(refuse)?;
+        files::write_atomically(&path, |file| {
+            let write = || -> Result<(), ArrowError> {
+                let schema = Arc::new(ipc::schema(&fields, stated));
+                let values = Float16Array::new(ScalarBuffer::from(rows.to_vec()), None);
+                let element = Arc::new(Field::new_list_field(arrow_schema::DataType::Float16, false));
+                let list = FixedSizeListArray::try_new(element, dim as i32, Arc::new(values), None)?;
+                let batch = RecordBatch::try_new(schema.clone(), vec![Arc::new(list)])?;
+                let mut writer = FileWriter::try_new_buffered(file, &schema)?;
+                writer.write(&batch)?;
+                writer.finish()
+            };
+            write().map_err(std::io::Error::other)
+        })
+        .map_err(DatasetError::io(&path))
+    }
+
+    /// Names the finished shards in `dataset.json` as the dataset's embeddings, atomically, then removes the files of
+    /// the embeddings before. `model` is shown to people.
+    ///
+    /// # Errors
+    /// When a shard is not finished, or reading or writing fails; the dataset is then as it was.
+    pub fn commit(&self, model: &str) -> Result<EmbeddingInfo, DatasetError> {
+        let unfinished: Vec<usize> =
+            (0..self.shards.len()).into_par_iter().filter(|&shard| !self.finished(shard)).collect();
+        if let Some(first) = unfinished.first() {
+            let problem =
+                format!("{} of {} shards are not done, the first is {first}", unfinished.len(), self.shards.len());
+            return Err(DatasetError::Embeddings { path: self.dir.clone(), problem });
+        }
+        let entries: Vec<FileEntry> =
+            self.shards.par_iter().map(|shard| self.entry(shard)).collect::<Result<_, _>>()?;
+        let info = EmbeddingInfo {
+            dim: self.spec.dim as u32,
+            dtype: DTYPE.into(),
+            model: model.into(),
+            fingerprint: self.fingerprint()?,
+            files: entries,
+        };
+        files::sync_directory(&self.dir.join(FOLDER)).map_err(DatasetError::io(&self.dir))?;
+        let mut manifest = Manifest::read(&self.dir)?;
+        let before = manifest.embeddings.replace(info.clone());
+        manifest.write(&self.dir)?;
+        self.sweep(before.as_ref(), &info);
+        Ok(info)
+    }
+
+    fn entry(&self, shard: &Shard) -> Result<FileEntry, DatasetError> {
+        let relative = self.relative(shard);
+        let path = self.dir.join(&relative);
+        let (sha256, bytes) = files::hash_file(&path, |_| ()).map_err(DatasetError::io(&path))?;
+        Ok(FileEntry { path: relative, bytes, sha256, rows: shard.items.len() as u64 })
+    }
+
+    /// SHA-256 over the shape and all rows in item order, whatever the shards.
+    fn fingerprint(&self) -> Result<String, DatasetError> {
+        let mut digest = Sha256::new();
+        digest.update(format!("learn-embeddings/1 {DTYPE} {}\n", self.spec.dim));
+        for shard in &self.shards {
+            for part in values(&self.dir.join(self.relative(shard)), self.spec.dim)?.0 {
+                update(&mut digest, &part);
+            }
+        }
+        Ok(hex(&digest.finalize()))
+    }
+
+    /// Removes what nothing names any more: files of the embeddings before, and pieces that killed writers of these
+    /// shards left. A file that cannot be removed only costs space.
+    fn sweep(&self, before: Option<&EmbeddingInfo>, now: &EmbeddingInfo) {
+        let kept: HashSet<&str> = now.files.iter().map(|entry| entry.path.as_str()).collect();
+        for entry in before.iter().flat_map(|info| &info.files).filter(|entry| !kept.contains(entry.path.as_str())) {
+            let _ = fs::remove_file(self.dir.join(&entry.path));
+        }
+        let Ok(names) = fs::read_dir(self.dir.join(FOLDER)) else { return };
+        for path in names.flatten().map(|entry| entry.path()) {
+            if whole_name(&path).is_some_and(|name| kept.contains(files::relative(FOLDER, &name).as_str())) {
+                let _ = fs::remove_file(path);
+            }
+        }
+    }
+}
+
+/// The final name that a half-written file was meant to get.
+fn whole_name(path: &Path) -> Option<String> {
+    let name = path.file_name()?.to_str()?.strip_prefix('.')?;
+    name.rsplit_once(".tmp-").map(|(whole, _)| whole.to_owned())
+}
+
+fn key(spec: &EmbeddingSpec, texts: &[String]) -> String {
+    let mut digest = Sha256::new();
+    digest.update(format!("learn-embeddings/1 {DTYPE} {} {:?}\n", spec.dim, spec.precision));
+    for text in std::iter::once(&spec.model_fingerprint).chain(texts) {
+        digest.update((text.len() as u64).to_le_bytes());
+        digest.update(text);
+    }
+    hex(&digest.finalize())
+}
+
+fn rows_digest<'a>(parts: impl Iterator<Item = &'a [f16]>) -> String {
+    let mut digest = Sha256::new();
+    for part in parts {
+        update(&mut digest, part);
+    }
+    hex(&digest.finalize())
+}
+
+fn update(digest: &mut Sha256, values: &[f16]) {
+    let mut bytes = Vec::with_capacity(1 << 14);
+    for piece in values.chunks(1 << 13) {
+        bytes.clear();
+        bytes.extend(piece.iter().flat_map(|value| value.to_le_bytes()));
+        digest.update(&bytes);
+    }
+}

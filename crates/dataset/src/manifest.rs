@@ -1,0 +1,151 @@
+//! `dataset.json`: what a dataset is, and what each of its files must be.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Component, Path};
+
+use learn_domain::config::SplitPolicy;
+use serde::{Deserialize, Serialize};
+
+use crate::error::DatasetError;
+use crate::files;
+
+/// Schema version that this program writes and reads.
+pub const VERSION: u32 = 1;
+
+/// Name of the manifest inside a dataset directory.
+pub(crate) const FILE: &str = "dataset.json";
+
+/// The contents of `dataset.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    pub version: u32,
+    pub name: String,
+    /// SHA-256 over the logical content; the same for the same content in any input format and file layout.
+    pub fingerprint: String,
+    pub counts: Counts,
+    /// Stored times are input times multiplied by this: 1, or 1,000,000 when some input time has a fraction.
+    pub time_scale: i64,
+    pub split: SplitInfo,
+    pub filters: FilterInfo,
+    /// Every file but this one and the embeddings, in reading order.
+    pub files: Vec<FileEntry>,
+    pub embeddings: Option<EmbeddingInfo>,
+}
+
+/// How many of what.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Counts {
+    /// Users of all splits.
+    pub users: u64,
+    /// Users with at least two training items: the rows of the training sequences.
+    pub train_users: u32,
+    pub valid_users: u32,
+    pub test_users: u32,
+    pub items: u32,
+    /// Interactions that the filters kept, over all splits.
+    pub interactions: u64,
+    /// Interactions in the training sequences.
+    pub train_interactions: u64,
+}
+
+/// How sequences were divided.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SplitInfo {
+    pub policy: SplitPolicy,
+    /// By-time only: what was asked for and the first (scaled) times of the valid and the test part.
+    pub by_time: Option<ByTime>,
+}
+
+/// A by-time split.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ByTime {
+    pub valid_share: f64,
+    pub test_share: f64,
+    pub valid_from: i64,
+    pub test_from: i64,
+}
+
+/// The filters that were applied, in this order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FilterInfo {
+    pub k_core: u32,
+    pub min_length: u32,
+    pub max_length: u32,
+    pub keep_unseen_items: bool,
+}
+
+/// One file of the dataset.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileEntry {
+    /// Relative to the dataset directory, with `/`.
+    pub path: String,
+    pub bytes: u64,
+    pub sha256: String,
+    pub rows: u64,
+}
+
+/// The content embeddings of the items.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EmbeddingInfo {
+    pub dim: u32,
+    /// Always `f16` in version 1.
+    pub dtype: String,
+    /// The encoder or the file that made them, for people.
+    pub model: String,
+    /// SHA-256 over dimension, type and all rows in item order.
+    pub fingerprint: String,
+    pub files: Vec<FileEntry>,
+}
+
+impl Manifest {
+    /// Reads `dir/dataset.json`.
+    pub(crate) fn read(dir: &Path) -> Result<Self, DatasetError> {
+        let path = dir.join(FILE);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(DatasetError::NotADataset { path: dir.to_path_buf() });
+            }
+            Err(source) => return Err(DatasetError::Io { path, source }),
+        };
+        let damaged = |problem: &dyn ToString| DatasetError::damaged(&path, problem.to_string());
+        let value: serde_json::Value = serde_json::from_slice(&text).map_err(|error| damaged(&error))?;
+        let found = value.get("version").and_then(serde_json::Value::as_u64);
+        let found = found.ok_or_else(|| damaged(&"it has no schema version"))?;
+        if found != u64::from(VERSION) {
+            return Err(DatasetError::Version { path, found, known: VERSION });
+        }
+        let manifest: Self = serde_json::from_value(value).map_err(|error| damaged(&error))?;
+        let embeddings = manifest.embeddings.iter().flat_map(|info| &info.files);
+        for entry in manifest.files.iter().chain(embeddings) {
+            let inside = Path::new(&entry.path).components().all(|part| matches!(part, Component::Normal(_)));
+            if entry.path.is_empty() || !inside {
+                return Err(damaged(&format!("it names the file \"{}\" outside of the dataset", entry.path)));
+            }
+        }
+        Ok(manifest)
+    }
+
+    /// Replaces `dir/dataset.json` atomically.
+    pub(crate) fn write(&self, dir: &Path) -> Result<(), DatasetError> {
+        let path = dir.join(FILE);
+        files::write_atomically(&path, |file| {
+            serde_json::to_writer_pretty(&mut *file, self)?;
+            file.write_all(b"\n")
+        })
+        .map_err(DatasetError::io(&path))
+    }
+
+    /// The files of one folder whose name begins with `prefix`.
+    pub(crate) fn files_of<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = &'a FileEntry> {
+        self.files.iter().filter(move |entry| entry.path.starts_with(prefix))
+    }
+}

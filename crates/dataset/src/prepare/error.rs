@@ -1,0 +1,181 @@
+//! What stops `prepare`, and what it skips and counts instead when it may.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::DatasetError;
+
+/// Why there is no dataset.
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    #[error("{}: {source}", .path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("{key}: {problem}")]
+    Setting { key: &'static str, problem: String },
+    #[error("{}: {problem}", .path.display())]
+    Unreadable { path: PathBuf, problem: String },
+    #[error(
+        "{} has no column {wanted}; it has: {}. Name the right one with {key}", .path.display(), .columns.join(", ")
+    )]
+    MissingColumn { path: PathBuf, wanted: String, key: &'static str, columns: Vec<String> },
+    #[error("{}: column {column} is {found}; {remedy}", .path.display())]
+    ColumnType { path: PathBuf, column: String, found: String, remedy: &'static str },
+    #[error(
+        "{}, {row}: {problem}; {}, or pass --skip-bad-rows to leave such rows out and count them",
+        .path.display(), .kind.remedy()
+    )]
+    BadRow { path: PathBuf, row: Row, kind: DefectKind, problem: String },
+    #[error("nothing to train on: {problem}. {}", Steps(.steps))]
+    Empty { problem: String, steps: Vec<FilterStep> },
+    #[error(
+        "time {time} of user {user} is too large to be kept with the fractions that other times have; use one unit"
+    )]
+    TimeRange { user: String, time: i64 },
+    #[error("there are more than {limit} {what}, which version 1 of the dataset cannot number")]
+    TooMany { what: &'static str, limit: u64 },
+    #[error(
+        "{} exists and is not a dataset; name another directory with data.dataset, or remove it", .path.display()
+    )]
+    NotOurs { path: PathBuf },
+    #[error(
+        "{} holds another dataset (fingerprint {found}, the new one has {new}); pass --replace to put the new one in \
+         its place, or name another directory with data.dataset", .path.display()
+    )]
+    Taken { path: PathBuf, found: String, new: String },
+    #[error("writing {}: {problem}", .path.display())]
+    Write { path: PathBuf, problem: String },
+    #[error(transparent)]
+    Dataset(#[from] DatasetError),
+}
+
+impl PrepareError {
+    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |source| Self::Io { path: path.to_path_buf(), source }
+    }
+
+    pub(crate) fn unreadable(path: &Path, problem: impl ToString) -> Self {
+        Self::Unreadable { path: path.to_path_buf(), problem: problem.to_string() }
+    }
+
+    pub(crate) fn write<E: ToString>(path: &Path) -> impl FnOnce(E) -> Self + '_ {
+        move |problem| Self::Write { path: path.to_path_buf(), problem: problem.to_string() }
+    }
+}
+
+/// Where in a file: the line of a text file, the row of a table; both from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Row {
+    Line(u64),
+    Row(u64),
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Line(line) => write!(f, "line {line}"),
+            Self::Row(row) => write!(f, "row {row}"),
+        }
+    }
+}
+
+/// A kind of row that cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DefectKind {
+    /// Not a row of the file's format.
+    Unparsable,
+    /// No user or no item.
+    MissingId,
+    /// No time, or one that is no finite number.
+    BadTime,
+    /// An interaction with an item that no items file has.
+    UnknownItem,
+    /// A second item with the same id.
+    DuplicateItem,
+}
+
+impl DefectKind {
+    fn remedy(self) -> &'static str {
+        match self {
+            Self::Unparsable => "correct the row, or set the right format",
+            Self::MissingId => "fill it in",
+            Self::BadTime => "a time is a finite number",
+            Self::UnknownItem => "add the item to an items file",
+            Self::DuplicateItem => "keep one of them",
+        }
+    }
+}
+
+/// Rows of one kind that were left out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skipped {
+    pub kind: DefectKind,
+    pub count: u64,
+    /// The first of them: file, row and what was wrong.
+    pub first: String,
+}
+
+/// How much was left after a step.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilterStep {
+    pub name: String,
+    pub interactions: u64,
+    pub users: u64,
+    pub items: u64,
+}
+
+struct Steps<'a>(&'a [FilterStep]);
+
+impl fmt::Display for Steps<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Left after each step:")?;
+        for (number, step) in self.0.iter().enumerate() {
+            let comma = if number > 0 { ";" } else { "" };
+            let FilterStep { name, interactions, users, items } = step;
+            write!(f, "{comma} {name}: {interactions} interactions of {users} users with {items} items")?;
+        }
+        Ok(())
+    }
+}
+
+/// A row that cannot be used.
+#[derive(Debug)]
+pub(crate) struct Defect {
+    pub(crate) row: Row,
+    pub(crate) kind: DefectKind,
+    pub(crate) problem: String,
+}
+
+/// Stops at bad rows, or counts them.
+#[derive(Debug)]
+pub(crate) struct BadRows {
+    skip: bool,
+    kinds: BTreeMap<DefectKind, (u64, String)>,
+}
+
+impl BadRows {
+    pub(crate) fn new(skip: bool) -> Self {
+        Self { skip, kinds: BTreeMap::new() }
+    }
+
+    /// Takes the defects of one chunk of a file, in any order.
+    pub(crate) fn take(&mut self, path: &Path, mut defects: Vec<Defect>) -> Result<(), PrepareError> {
+        defects.sort_by_key(|defect| defect.row);
+        for Defect { row, kind, problem } in defects {
+            if !self.skip {
+                return Err(PrepareError::BadRow { path: path.to_path_buf(), row, kind, problem });
+            }
+            let first = || (0, format!("{}, {row}: {problem}", path.display()));
+            self.kinds.entry(kind).or_insert_with(first).0 += 1;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn report(self) -> Vec<Skipped> {
+        self.kinds.into_iter().map(|(kind, (count, first))| Skipped { kind, count, first }).collect()
+    }
+}

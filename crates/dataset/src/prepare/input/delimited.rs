@@ -1,0 +1,96 @@
+//! CSV, TSV and RecBole atomic files.
+
+use std::io::BufRead;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use arrow_array::builder::StringBuilder;
+use csv::{ByteRecord, ErrorKind, Reader, ReaderBuilder};
+use learn_domain::config::FileFormat;
+
+use super::source::{Source, broken, progress};
+use super::{Cells, Chunk, Kind, Rows, TEXT_ROWS, Table, Want, layout, resolve_columns};
+use crate::prepare::error::{Defect, DefectKind, PrepareError, Row};
+
+pub(super) struct DelimitedTable {
+    path: PathBuf,
+    reader: Reader<Box<dyn BufRead + Send>>,
+    consumed: Arc<AtomicU64>,
+    reported: u64,
+    wants: Vec<Want>,
+    /// The column of each want.
+    columns: Vec<Option<usize>>,
+}
+
+impl DelimitedTable {
+    pub(super) fn open(path: &Path, format: FileFormat, wants: Vec<Want>) -> Result<Self, PrepareError> {
+        let recbole = format == FileFormat::Recbole;
+        let tabs = recbole || layout::extension(path) == "tsv";
+        let (source, consumed) = Source::open(path)?.split();
+        let delimiter = if tabs { b'\t' } else { b',' };
+        let mut reader = ReaderBuilder::new().delimiter(delimiter).quoting(!recbole).from_reader(source);
+        let header = reader.headers().map_err(|error| PrepareError::unreadable(path, error))?;
+        // A RecBole header cell is `name:type`.
+        let name = |cell: &str| cell.rsplit_once(':').map_or(cell, |(name, _)| name).to_owned();
+        let names: Vec<String> = header.iter().map(|cell| if recbole { name(cell) } else { cell.into() }).collect();
+        let columns = resolve_columns(path, &wants, &names)?;
+        Ok(Self { path: path.to_path_buf(), reader, consumed, reported: 0, wants, columns })
+    }
+}
+
+impl Table for DelimitedTable {
+    fn next_chunk(&mut self) -> Result<Option<Chunk>, PrepareError> {
+        let mut builders: Vec<StringBuilder> = self.wants.iter().map(|_| StringBuilder::new()).collect();
+        let (mut lines, mut defects) = (Vec::new(), Vec::new());
+        let mut record = ByteRecord::new();
+        let mut cells: Vec<Option<&str>> = Vec::with_capacity(self.wants.len());
+        while lines.len() + defects.len() < TEXT_ROWS {
+            let unparsable = |line, problem| Defect { row: Row::Line(line), kind: DefectKind::Unparsable, problem };
+            match self.reader.read_byte_record(&mut record) {
+                Ok(false) => break,
+                Ok(true) => {}
+                Err(error) => match error.kind() {
+                    ErrorKind::UnequalLengths { pos, expected_len, len } => {
+                        let line = pos.as_ref().map_or(0, csv::Position::line);
+                        defects.push(unparsable(line, format!("it has {len} cells, the header has {expected_len}")));
+                        continue;
+                    }
+                    _ => return Err(csv_error(&self.path, error)),
+                },
+            }
+            let line = record.position().map_or(0, csv::Position::line);
+            cells.clear();
+            for (want, column) in self.wants.iter().zip(&self.columns) {
+                let Some(cell) = column.and_then(|column| record.get(column)) else {
+                    cells.push(None);
+                    continue;
+                };
+                let Ok(cell) = std::str::from_utf8(cell) else { break };
+                let cell = if want.kind == Kind::Id { cell } else { cell.trim() };
+                cells.push(Some(cell).filter(|cell| !cell.is_empty()));
+            }
+            if cells.len() < self.wants.len() {
+                defects.push(unparsable(line, "it is not UTF-8".into()));
+            } else {
+                builders.iter_mut().zip(&cells).for_each(|(builder, cell)| builder.append_option(*cell));
+                lines.push(line);
+            }
+            cells = cells.into_iter().map(|_| None).collect();
+        }
+        if lines.is_empty() && defects.is_empty() {
+            return Ok(None);
+        }
+        let built = builders.iter_mut().map(|builder| Cells::Text(builder.finish()));
+        let columns = built.zip(&self.columns).map(|(cells, column)| column.map(|_| cells)).collect();
+        let bytes = progress(&self.consumed, &mut self.reported);
+        Ok(Some(Chunk { columns, len: lines.len(), rows: Rows::Lines(lines), defects, bytes }))
+    }
+}
+
+fn csv_error(path: &Path, error: csv::Error) -> PrepareError {
+    match error.into_kind() {
+        ErrorKind::Io(error) => broken(path)(error),
+        other => PrepareError::unreadable(path, format!("{other:?}")),
+    }
+}

@@ -1,0 +1,92 @@
+//! Text files, plain or gzip.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use flate2::bufread::MultiGzDecoder;
+
+use crate::prepare::error::PrepareError;
+
+const PIECE: usize = 1 << 18;
+/// A line longer than this is no row.
+const MAX_LINE: u64 = 1 << 26;
+
+/// A text file, decompressed, without byte-order mark.
+pub(super) struct Source {
+    pub(super) reader: Box<dyn BufRead + Send>,
+    consumed: Arc<AtomicU64>,
+    reported: u64,
+}
+
+struct Counting {
+    file: File,
+    consumed: Arc<AtomicU64>,
+}
+
+impl Read for Counting {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read(buffer)?;
+        self.consumed.fetch_add(read as u64, Ordering::Relaxed);
+        Ok(read)
+    }
+}
+
+impl Source {
+    /// Opens a file; gzip is recognised by its first bytes.
+    pub(super) fn open(path: &Path) -> Result<Self, PrepareError> {
+        let consumed = Arc::new(AtomicU64::new(0));
+        let file = File::open(path).map_err(PrepareError::io(path))?;
+        let mut raw = BufReader::with_capacity(PIECE, Counting { file, consumed: consumed.clone() });
+        let start = raw.fill_buf().map_err(PrepareError::io(path))?;
+        let gzip = start.starts_with(&[0x1f, 0x8b]);
+        if !gzip && path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gz")) {
+            return Err(PrepareError::unreadable(
+                path,
+                "it is named .gz but is no gzip file; rename it or get it again",
+            ));
+        }
+        let mut reader: Box<dyn BufRead + Send> =
+            if gzip { Box::new(BufReader::with_capacity(PIECE, MultiGzDecoder::new(raw))) } else { Box::new(raw) };
+        if reader.fill_buf().map_err(broken(path))?.starts_with(b"\xef\xbb\xbf") {
+            reader.consume(3);
+        }
+        Ok(Self { reader, consumed, reported: 0 })
+    }
+
+    /// Compressed bytes read since the last call.
+    pub(super) fn consumed(&mut self) -> u64 {
+        progress(&self.consumed, &mut self.reported)
+    }
+
+    /// The reader, and what counts its bytes.
+    pub(super) fn split(self) -> (Box<dyn BufRead + Send>, Arc<AtomicU64>) {
+        (self.reader, self.consumed)
+    }
+
+    /// Reads one line into `line`, without its end; false at the end of the file.
+    pub(super) fn line(&mut self, path: &Path, line: &mut Vec<u8>) -> Result<bool, PrepareError> {
+        line.clear();
+        let read = self.reader.by_ref().take(MAX_LINE).read_until(b'\n', line).map_err(broken(path))?;
+        if read as u64 == MAX_LINE && line.last() != Some(&b'\n') {
+            return Err(PrepareError::unreadable(path, "a line is longer than 64 MiB; is it one JSON object a line?"));
+        }
+        while matches!(line.last(), Some(b'\n' | b'\r')) {
+            line.pop();
+        }
+        Ok(read > 0)
+    }
+}
+
+/// What `consumed` grew by since `reported`.
+pub(super) fn progress(consumed: &AtomicU64, reported: &mut u64) -> u64 {
+    let now = consumed.load(Ordering::Relaxed);
+    now - std::mem::replace(reported, now)
+}
+
+/// The error of a file that breaks off or is not what it looks like.
+pub(super) fn broken(path: &Path) -> impl FnOnce(io::Error) -> PrepareError + '_ {
+    move |error| PrepareError::unreadable(path, format!("it breaks off or is damaged ({error}); get the file again"))
+}

@@ -1,0 +1,109 @@
+//! The interactions files: ids to numbers, and every interaction to its partition on disk.
+//!
+//! One thread decodes the next chunks while users and items of this one get their numbers side by side.
+
+use std::path::Path;
+
+use arrow_array::Array;
+use learn_domain::config::InteractionsConfig;
+
+use super::error::{BadRows, Defect, DefectKind, PrepareError};
+use super::input::{self, Cells, Chunk, Role};
+use super::interner::{Interner, NONE};
+use super::items::Catalogue;
+use super::spill::{SpillWriter, partition_of, unsorted};
+use super::time::{SCALE, Time};
+use crate::progress::Progress;
+
+/// What was read.
+#[derive(Debug)]
+pub(crate) struct Gathered {
+    pub(crate) users: Interner,
+    /// Usable interactions per partition.
+    pub(crate) counts: Vec<u64>,
+    pub(crate) time_scale: i64,
+}
+
+/// Reads all interactions files in order into partitions under `spill`.
+pub(crate) fn read(
+    config: &InteractionsConfig,
+    catalogue: &mut Catalogue,
+    spill: &Path,
+    bad: &mut BadRows,
+    progress: &dyn Progress,
+) -> Result<Gathered, PrepareError> {
+    progress.stage("read interactions", Some(super::total_bytes(&config.files)?));
+    let mut sink =
+        Sink { users: Interner::new("users"), catalogue, writer: SpillWriter::create(spill)?, fractions: false };
+    for path in &config.files {
+        input::stream(path, Role::Interactions(config), |chunk| {
+            let bytes = chunk.bytes;
+            let defects = sink.take(chunk)?;
+            bad.take(path, defects)?;
+            progress.advance(bytes);
+            Ok(())
+        })?;
+    }
+    let time_scale = if sink.fractions { SCALE } else { 1 };
+    Ok(Gathered { users: sink.users, counts: sink.writer.finish()?, time_scale })
+}
+
+struct Sink<'a> {
+    users: Interner,
+    catalogue: &'a mut Catalogue,
+    writer: SpillWriter,
+    /// Some time has a fraction.
+    fractions: bool,
+}
+
+impl Sink<'_> {
+    /// Spills the usable rows of a chunk and returns the others.
+    fn take(&mut self, chunk: Chunk) -> Result<Vec<Defect>, PrepareError> {
+        let Chunk { columns, len, rows, mut defects, .. } = chunk;
+        let column = |index: usize| columns.get(index).and_then(Option::as_ref);
+        let (Some(users), Some(items), Some(times)) = (column(0), column(1), column(2)) else { return Ok(defects) };
+        let add = !self.catalogue.closed;
+        let (user_numbers, (item_numbers, stamps)) = rayon::join(
+            || self.users.numbers(users, true),
+            || rayon::join(|| self.catalogue.ids.numbers(items, add), || stamps(times)),
+        );
+        let (user_numbers, item_numbers) = (user_numbers?, item_numbers?);
+        for position in 0..len {
+            let (user, item, time) = (user_numbers[position], item_numbers[position], stamps[position]);
+            match time {
+                Some(time) if user != NONE && item != NONE => {
+                    self.fractions |= time.scaled;
+                    self.writer.push(partition_of(self.users.hash(user)), unsorted(user, item, time))?;
+                }
+                _ => {
+                    let (kind, problem) = describe(users.text(position), items.text(position), times.text(position));
+                    defects.push(Defect { row: rows.at(position), kind, problem });
+                }
+            }
+        }
+        Ok(defects)
+    }
+}
+
+/// Why an interaction cannot be used, given its cells; the item is unknown where nothing else is wrong.
+fn describe(user: Option<String>, item: Option<String>, time: Option<String>) -> (DefectKind, String) {
+    match (user, item, time) {
+        (None, ..) => (DefectKind::MissingId, "it has no user id".into()),
+        (_, None, _) => (DefectKind::MissingId, "it has no item id".into()),
+        (.., None) => (DefectKind::BadTime, "it has no time".into()),
+        (_, _, Some(time)) if Time::parse(&time).is_none() => (DefectKind::BadTime, format!("its time is {time}")),
+        (_, Some(item), _) => (DefectKind::UnknownItem, format!("no items file has the item \"{item}\"")),
+    }
+}
+
+fn stamps(times: &Cells) -> Vec<Option<Time>> {
+    match times {
+        Cells::Int(cells) => (0..cells.len()).map(|i| cells.is_valid(i).then(|| Time::whole(cells.value(i)))).collect(),
+        Cells::Real(cells) => {
+            (0..cells.len()).map(|i| if cells.is_valid(i) { Time::real(cells.value(i)) } else { None }).collect()
+        }
+        Cells::Text(cells) => {
+            (0..cells.len()).map(|i| if cells.is_valid(i) { Time::parse(cells.value(i)) } else { None }).collect()
+        }
+    }
+}

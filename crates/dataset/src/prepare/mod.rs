@@ -1,0 +1,277 @@
+//! From the files people have to a dataset directory.
+//!
+//! Stages: items files -> catalogue; interactions files -> partitions on disk -> sorted, exact repeats removed ->
+//! k-core -> minimum and maximum length -> split -> dataset files -> renamed into place.
+//! Invariants: memory grows with users and items, not with interactions or input bytes; the result depends on the
+//! content alone (item index = order of ids, user number = order of (stable hash, id)); nothing half-written is ever
+//! under the output's name.
+
+mod error;
+mod input;
+mod interactions;
+mod interner;
+mod items;
+mod output;
+mod publish;
+mod spill;
+mod split;
+mod store;
+mod time;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use error::BadRows;
+pub use error::{DefectKind, FilterStep, PrepareError, Skipped};
+use interner::{LIMIT, NONE};
+use items::Catalogue;
+use learn_domain::config::{PrepareConfig, SplitPolicy};
+pub use output::Layout;
+use output::{Output, Written};
+use publish::WorkDir;
+use serde::{Deserialize, Serialize};
+use split::Rule;
+use store::{Left, Lengths, Store};
+
+use crate::catalogue::Item;
+use crate::manifest::{FilterInfo, Manifest, SplitInfo, VERSION};
+use crate::progress::Progress;
+
+/// How `prepare` writes, besides its configuration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PrepareOptions {
+    /// Put the new dataset in the place of another one (whose embeddings go with it), or of a damaged one.
+    pub replace: bool,
+    pub layout: Layout,
+}
+
+/// A dataset to be made.
+#[derive(Clone, Copy, Debug)]
+pub struct Preparation<'a> {
+    pub config: &'a PrepareConfig,
+    pub name: &'a str,
+    pub out: &'a Path,
+    pub options: PrepareOptions,
+}
+
+/// What `prepare` did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PrepareReport {
+    /// The dataset that is there now.
+    pub manifest: Manifest,
+    /// The same dataset was there before, whole, and was kept with its embeddings.
+    pub kept: bool,
+    /// What was left after reading and after each filter.
+    pub steps: Vec<FilterStep>,
+    /// Rows that `skip_bad_rows` left out.
+    pub skipped: Vec<Skipped>,
+    /// By-time: users left out of valid since they have no interaction before it.
+    pub valid_without_history: u64,
+    /// The same for test.
+    pub test_without_history: u64,
+    /// Temporary directories of killed runs for the same output; they can be removed.
+    pub leftovers: Vec<PathBuf>,
+    pub seconds: f64,
+}
+
+/// Makes a dataset at `out`.
+///
+/// # Errors
+/// Bad settings, unreadable files, the first bad row (unless `skip_bad_rows`), nothing left after the filters, another
+/// dataset at `out`, or a failing disk. `out` is then as it was.
+pub fn prepare(
+    config: &PrepareConfig,
+    name: &str,
+    out: &Path,
+    progress: &dyn Progress,
+) -> Result<PrepareReport, PrepareError> {
+    prepare_with(&Preparation { config, name, out, options: PrepareOptions::default() }, progress)
+}
+
+/// [`prepare`] with options.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn prepare_with(preparation: &Preparation, progress: &dyn Progress) -> Result<PrepareReport, PrepareError> {
+    let start = Instant::now();
+    let Preparation { config, name, out, options } = *preparation;
+    check(config)?;
+    let work = WorkDir::create(out, options.replace)?;
+    let mut bad = BadRows::new(config.skip_bad_rows);
+    let mut catalogue = items::read(&config.items, &mut bad, progress)?;
+    let gathered = interactions::read(&config.interactions, &mut catalogue, &work.spill(), &mut bad, progress)?;
+    let time_scale = gathered.time_scale;
+    let mut steps = vec![FilterStep {
+        name: "read".into(),
+        interactions: gathered.counts.iter().sum(),
+        users: gathered.users.len() as u64,
+        items: catalogue.ids.len() as u64,
+    }];
+    let mut store = Store::build(gathered, catalogue.ids.len(), &work.spill(), progress)?;
+    let filtered = filter(&mut store, config, &mut steps, progress)?;
+    let rule = match config.split {
+        SplitPolicy::LeaveOneOut => Rule::LeaveOneOut,
+        SplitPolicy::ByTime => {
+            let shares = (config.valid_share, config.test_share);
+            Rule::ByTime(split::by_time(&store, filtered.left.interactions, shares, progress)?)
+        }
+    };
+    let (items, item_index) = index_items(&mut catalogue, &store, &filtered, config.keep_unseen_items)?;
+    let written = Output {
+        root: &work.dataset(),
+        store: &store,
+        rule: &rule,
+        item_index: &item_index,
+        items: &items,
+        users_left: &filtered.users_left,
+        time_scale,
+        layout: options.layout,
+    }
+    .write(progress)?;
+    refuse_empty(&written, &steps)?;
+    let leftovers = work.leftovers.clone();
+    let manifest = Manifest {
+        version: VERSION,
+        name: name.into(),
+        fingerprint: written.fingerprint,
+        counts: written.counts,
+        time_scale,
+        split: SplitInfo {
+            policy: rule.policy(),
+            by_time: match rule {
+                Rule::LeaveOneOut => None,
+                Rule::ByTime(by_time) => Some(by_time),
+            },
+        },
+        filters: FilterInfo {
+            k_core: config.k_core,
+            min_length: config.min_length,
+            max_length: config.max_length,
+            keep_unseen_items: config.keep_unseen_items,
+        },
+        files: written.files,
+        embeddings: None,
+    };
+    let (manifest, kept) = work.publish(manifest, options.replace)?;
+    let [valid_without_history, test_without_history] = written.without_history;
+    let skipped = bad.report();
+    let seconds = start.elapsed().as_secs_f64();
+    Ok(PrepareReport {
+        manifest,
+        kept,
+        steps,
+        skipped,
+        valid_without_history,
+        test_without_history,
+        leftovers,
+        seconds,
+    })
+}
+
+/// What the filters left.
+struct Filtered {
+    /// Interactions per item after exact repeats were removed.
+    seen: Vec<u64>,
+    /// Interactions per item after all filters.
+    item_counts: Vec<u64>,
+    users_left: Vec<u64>,
+    left: Left,
+}
+
+fn filter(
+    store: &mut Store,
+    config: &PrepareConfig,
+    steps: &mut Vec<FilterStep>,
+    progress: &dyn Progress,
+) -> Result<Filtered, PrepareError> {
+    let mut measure = |store: &Store, name: String| -> Result<(Vec<u64>, Vec<u64>, Left), PrepareError> {
+        progress.stage("count", None);
+        let (items, users) = (store.item_counts()?, store.users_left()?);
+        let left = Store::left(&items, &users);
+        let Left { interactions, users: user_count, items: item_count } = left;
+        steps.push(FilterStep { name, interactions, users: user_count, items: item_count });
+        Ok((items, users, left))
+    };
+    let (seen, ..) = measure(store, "exact repeats".into())?;
+    if config.k_core > 1 {
+        store.k_core(config.k_core, progress)?;
+        measure(store, format!("k_core {}", config.k_core))?;
+    }
+    store.lengths = Lengths { min: config.min_length.max(1) as usize, max: config.max_length as usize };
+    let name = match config.max_length {
+        0 => format!("min_length {}", config.min_length),
+        max => format!("min_length {}, max_length {max}", config.min_length),
+    };
+    let (item_counts, users_left, left) = measure(store, name)?;
+    if left.users == 0 {
+        let problem = "no user is left; check the files, or lower prepare.k_core or prepare.min_length".into();
+        return Err(PrepareError::Empty { problem, steps: std::mem::take(steps) });
+    }
+    Ok(Filtered { seen, item_counts, users_left, left })
+}
+
+/// The catalogue in order of ids, and the index of each item number in it.
+///
+/// An item belongs to it when interactions with it are left, or when it is to be kept unseen and k-core did not remove
+/// it.
+fn index_items(
+    catalogue: &mut Catalogue,
+    store: &Store,
+    filtered: &Filtered,
+    keep_unseen: bool,
+) -> Result<(Vec<Item>, Vec<u32>), PrepareError> {
+    let belongs = |&number: &u32| {
+        let number = number as usize;
+        let removed = filtered.seen[number] > 0 && !store.item_alive[number];
+        filtered.item_counts[number] > 0 || (keep_unseen && !removed)
+    };
+    let mut order: Vec<u32> = (0..catalogue.ids.len() as u32).filter(belongs).collect();
+    if order.len() > LIMIT as usize {
+        return Err(PrepareError::TooMany { what: "items", limit: u64::from(LIMIT) });
+    }
+    order.sort_unstable_by(|&a, &b| catalogue.ids.get(a).cmp(catalogue.ids.get(b)));
+    let mut index = vec![NONE; catalogue.ids.len()];
+    for (position, &number) in order.iter().enumerate() {
+        index[number as usize] = position as u32;
+    }
+    Ok((order.into_iter().map(|number| catalogue.item(number)).collect(), index))
+}
+
+/// A dataset without one of the splits cannot be trained on, or not be judged.
+fn refuse_empty(written: &Written, steps: &[FilterStep]) -> Result<(), PrepareError> {
+    let counts = &written.counts;
+    let problem = if counts.train_users == 0 {
+        "no user has two training items; train on longer sequences, or hold out less"
+    } else if counts.valid_users == 0 {
+        "no user with a history has valid items; raise prepare.valid_share, or check that the times differ"
+    } else if counts.test_users == 0 {
+        "no user with a history has test items; raise prepare.test_share, or check that the times differ"
+    } else {
+        return Ok(());
+    };
+    Err(PrepareError::Empty { problem: problem.into(), steps: steps.to_vec() })
+}
+
+/// The settings that reading a configuration does not check, or that another caller may have missed.
+fn check(config: &PrepareConfig) -> Result<(), PrepareError> {
+    let fail = |key, problem: &str| Err(PrepareError::Setting { key, problem: problem.into() });
+    if config.interactions.files.is_empty() {
+        return fail("prepare.interactions.files", "names no file; give at least one");
+    }
+    if config.split == SplitPolicy::LeaveOneOut && config.min_length < 3 {
+        return fail("prepare.min_length", "leave-one-out needs at least 3");
+    }
+    if config.max_length != 0 && config.max_length < config.min_length {
+        return fail("prepare.max_length", "is below prepare.min_length; raise it or set 0 for no limit");
+    }
+    let share = |share: f64| share > 0.0 && share < 0.5;
+    if config.split == SplitPolicy::ByTime && !(share(config.valid_share) && share(config.test_share)) {
+        return fail("prepare.valid_share", "and prepare.test_share must lie between 0 and 0.5");
+    }
+    Ok(())
+}
+
+/// The size of all files, for progress; the first missing one is an error.
+fn total_bytes(files: &[PathBuf]) -> Result<u64, PrepareError> {
+    files.iter().map(|path| std::fs::metadata(path).map(|file| file.len()).map_err(PrepareError::io(path))).sum()
+}

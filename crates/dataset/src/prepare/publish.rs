@@ -1,0 +1,156 @@
+//! Where `prepare` works, and how the finished directory takes its place.
+//!
+//! Everything is written under `OUT.tmp-PID`, which no reader takes for a dataset, synced, and renamed to `OUT` as the
+//! last act. What a killed run leaves behind stays until it is removed, and is reported.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::error::PrepareError;
+use super::output::FOLDERS;
+use crate::dataset::Dataset;
+use crate::error::DatasetError;
+use crate::files;
+use crate::manifest::Manifest;
+
+/// The temporary directory of one run; removed when dropped.
+#[derive(Debug)]
+pub(crate) struct WorkDir {
+    out: PathBuf,
+    root: PathBuf,
+    /// Temporary directories of earlier runs for the same output.
+    pub(crate) leftovers: Vec<PathBuf>,
+}
+
+impl WorkDir {
+    /// Makes the directory beside `out`, and checks that `out` may be written.
+    pub(crate) fn create(out: &Path, replace: bool) -> Result<Self, PrepareError> {
+        let name = out.file_name().ok_or_else(|| PrepareError::Setting {
+            key: "data.dataset",
+            problem: format!("{} does not end in the name of a directory", out.display()),
+        })?;
+        if occupied(out)? {
+            match Manifest::read(out) {
+                Err(DatasetError::NotADataset { .. }) => return Err(PrepareError::NotOurs { path: out.to_path_buf() }),
+                Err(error) if !replace => return Err(error.into()),
+                _ => {}
+            }
+        }
+        let parent = parent(out);
+        fs::create_dir_all(parent).map_err(PrepareError::io(parent))?;
+        let mut prefix = name.to_owned();
+        prefix.push(".tmp-");
+        let leftovers = siblings(parent, &prefix).map_err(PrepareError::io(parent))?;
+        let mut attempt = 0;
+        loop {
+            let mut name = prefix.clone();
+            name.push(std::process::id().to_string());
+            if attempt > 0 {
+                name.push(format!("-{attempt}"));
+            }
+            let root = parent.join(name);
+            match fs::create_dir(&root) {
+                Ok(()) => {
+                    let this = Self { out: out.to_path_buf(), root, leftovers };
+                    for folder in FOLDERS {
+                        let path = this.dataset().join(folder);
+                        fs::create_dir_all(&path).map_err(PrepareError::io(&path))?;
+                    }
+                    return Ok(this);
+                }
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => attempt += 1,
+                Err(source) => return Err(PrepareError::Io { path: root, source }),
+            }
+        }
+    }
+
+    /// The directory that becomes the dataset.
+    pub(crate) fn dataset(&self) -> PathBuf {
+        self.root.join("dataset")
+    }
+
+    /// The folder of the partitions.
+    pub(crate) fn spill(&self) -> PathBuf {
+        self.root.join("partitions")
+    }
+
+    /// Puts the finished dataset in its place. Returns what counts from now on, and whether it is the one that was
+    /// there before.
+    pub(crate) fn publish(self, manifest: Manifest, replace: bool) -> Result<(Manifest, bool), PrepareError> {
+        let occupied = occupied(&self.out)?;
+        if occupied {
+            match self.compare(&manifest) {
+                Ok(Some(found)) => return Ok((found, true)),
+                Err(error) if !replace => return Err(error),
+                _ => {}
+            }
+        }
+        let dataset = self.dataset();
+        manifest.write(&dataset)?;
+        for folder in FOLDERS.map(|folder| dataset.join(folder)).iter().chain([&dataset]) {
+            files::sync_directory(folder).map_err(PrepareError::io(folder))?;
+        }
+        if occupied {
+            let old = self.root.join("old");
+            fs::rename(&self.out, &old).map_err(PrepareError::io(&self.out))?;
+        }
+        fs::rename(&dataset, &self.out).map_err(PrepareError::io(&self.out))?;
+        let parent = parent(&self.out);
+        files::sync_directory(parent).map_err(PrepareError::io(parent))?;
+        Ok((manifest, false))
+    }
+
+    /// The manifest of the dataset that is there, if it is whole and the same.
+    fn compare(&self, new: &Manifest) -> Result<Option<Manifest>, PrepareError> {
+        let found = Dataset::open(&self.out)?;
+        if found.manifest().fingerprint != new.fingerprint {
+            return Err(PrepareError::Taken {
+                path: self.out.clone(),
+                found: found.manifest().fingerprint.clone(),
+                new: new.fingerprint.clone(),
+            });
+        }
+        found.verify()?;
+        Ok(Some(found.manifest().clone()))
+    }
+}
+
+impl Drop for WorkDir {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.root) {
+            tracing::warn!(path = %self.root.display(), %error, "a temporary directory stays behind; remove it");
+        }
+    }
+}
+
+fn parent(out: &Path) -> &Path {
+    match out.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Whether something other than an empty directory is there.
+fn occupied(out: &Path) -> Result<bool, PrepareError> {
+    match fs::read_dir(out) {
+        Ok(mut entries) => Ok(entries.next().is_some()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => Err(PrepareError::NotOurs { path: out.into() }),
+        Err(source) => Err(PrepareError::Io { path: out.into(), source }),
+    }
+}
+
+fn siblings(parent: &Path, prefix: &OsString) -> io::Result<Vec<PathBuf>> {
+    let prefix = prefix.to_string_lossy();
+    let mut found = Vec::new();
+    for entry in fs::read_dir(parent)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(&*prefix) {
+            found.push(entry.path());
+        }
+    }
+    found.sort();
+    Ok(found)
+}

@@ -1,0 +1,288 @@
+//! The interactions after reading: sorted, without repeats, and what the filters leave of them.
+//!
+//! Input: spilled partitions. Users are ranked by (stable hash, id), a rule that depends on the ids alone; each
+//! partition holds a consecutive range of ranks. Every pass streams the partitions, several at once, and keeps per
+//! user and per item only a flag and a count.
+//! Output: [`Store::for_each_user`], the users that are left in rank order with what is left of their interactions.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rayon::prelude::*;
+
+use super::error::PrepareError;
+use super::interactions::Gathered;
+use super::interner::Interner;
+use super::spill::{self, Record, item_and_time, partition_of};
+use crate::progress::Progress;
+
+/// Interactions of equal time beyond which a hash set finds repeats, not a search.
+const LONG_RUN: usize = 16;
+
+/// A partition, sorted by (rank, time), input order where times are equal.
+#[derive(Debug)]
+pub(crate) struct Partition {
+    path: PathBuf,
+    /// Ranks of its users.
+    ranks: Range<u32>,
+    /// By rank within the range: the user has interactions and no filter removed it.
+    alive: Vec<bool>,
+    records: u64,
+}
+
+/// What of each user counts, besides the alive flags.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Lengths {
+    pub(crate) min: usize,
+    /// Only the latest this many; 0 = all.
+    pub(crate) max: usize,
+}
+
+/// Users, items and interactions that are left.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Left {
+    pub(crate) interactions: u64,
+    pub(crate) users: u64,
+    pub(crate) items: u64,
+}
+
+/// All partitions.
+#[derive(Debug)]
+pub(crate) struct Store {
+    pub(crate) users: Interner,
+    /// User number by rank.
+    pub(crate) order: Vec<u32>,
+    pub(crate) partitions: Vec<Partition>,
+    /// By item number: k-core did not remove it.
+    pub(crate) item_alive: Vec<bool>,
+    pub(crate) lengths: Lengths,
+}
+
+impl Store {
+    /// Sorts every partition and removes exact repeats (same user, item and time).
+    pub(crate) fn build(
+        gathered: Gathered,
+        items: usize,
+        spill: &Path,
+        progress: &dyn Progress,
+    ) -> Result<Self, PrepareError> {
+        let Gathered { users, counts, time_scale } = gathered;
+        progress.stage("sort", Some(counts.iter().sum()));
+        let mut order: Vec<u32> = (0..users.len() as u32).collect();
+        order.par_sort_unstable_by(|&a, &b| (users.hash(a), users.get(a)).cmp(&(users.hash(b), users.get(b))));
+        let mut ranks = vec![0_u32; order.len()];
+        for (rank, &user) in order.iter().enumerate() {
+            ranks[user as usize] = rank as u32;
+        }
+        let partitions = counts
+            .par_iter()
+            .enumerate()
+            .map(|(number, &read)| {
+                let start = order.partition_point(|&user| partition_of(users.hash(user)) < number) as u32;
+                let end = order.partition_point(|&user| partition_of(users.hash(user)) <= number) as u32;
+                let path = spill::partition_path(spill, number);
+                let mut records = spill::read(&path, read)?;
+                for record in &mut records {
+                    let (item, time) = item_and_time(*record);
+                    let at_scale = time.at_scale(time_scale).ok_or_else(|| PrepareError::TimeRange {
+                        user: users.get(record.user).to_owned(),
+                        time: time.value,
+                    })?;
+                    *record = Record { user: ranks[record.user as usize], item, time: at_scale };
+                }
+                records.sort_by_key(|record| (record.user, record.time));
+                remove_repeats(&mut records);
+                spill::write(&path, &records)?;
+                let mut alive = vec![false; (end - start) as usize];
+                for record in &records {
+                    alive[(record.user - start) as usize] = true;
+                }
+                progress.advance(read);
+                Ok(Partition { path, ranks: start..end, alive, records: records.len() as u64 })
+            })
+            .collect::<Result<_, PrepareError>>()?;
+        let lengths = Lengths { min: 1, max: 0 };
+        Ok(Self { users, order, partitions, item_alive: vec![true; items], lengths })
+    }
+
+    /// Interactions in the partitions, whatever the filters left of them.
+    pub(crate) fn records(&self) -> u64 {
+        self.partitions.iter().map(|partition| partition.records).sum()
+    }
+
+    /// Removes users and items with fewer than `k` interactions until none is left (the largest such set, which is
+    /// the same in whatever order they go).
+    pub(crate) fn k_core(&mut self, k: u32, progress: &dyn Progress) -> Result<(), PrepareError> {
+        for pass in 1.. {
+            progress.stage(&format!("k-core, pass {pass}"), Some(self.records()));
+            let counts = counters(self.item_alive.len());
+            let item_alive = &self.item_alive;
+            let users_left = self
+                .partitions
+                .par_iter_mut()
+                .map(|partition| partition.k_core_pass(k as usize, item_alive, &counts, progress))
+                .try_reduce(|| false, |a, b| Ok(a || b))?;
+            let mut changed = users_left;
+            for (alive, count) in self.item_alive.iter_mut().zip(counts) {
+                if *alive && count.into_inner() < u64::from(k) {
+                    *alive = false;
+                    changed = true;
+                }
+            }
+            if !changed {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Interactions per item that are left.
+    pub(crate) fn item_counts(&self) -> Result<Vec<u64>, PrepareError> {
+        let counts = counters(self.item_alive.len());
+        self.partitions.par_iter().try_for_each(|partition| {
+            self.for_each_user(partition, |_, records| {
+                for record in records {
+                    counts[record.item as usize].fetch_add(1, Ordering::Relaxed);
+                }
+            })
+        })?;
+        Ok(counts.into_iter().map(AtomicU64::into_inner).collect())
+    }
+
+    /// How many users of each partition are left.
+    pub(crate) fn users_left(&self) -> Result<Vec<u64>, PrepareError> {
+        let count = |partition: &Partition| {
+            let mut users = 0;
+            self.for_each_user(partition, |_, _| users += 1)?;
+            Ok(users)
+        };
+        self.partitions.par_iter().map(count).collect()
+    }
+
+    /// How much is left, given the counts per item and the users per partition.
+    pub(crate) fn left(item_counts: &[u64], users: &[u64]) -> Left {
+        Left {
+            interactions: item_counts.iter().sum(),
+            users: users.iter().sum(),
+            items: item_counts.iter().filter(|&&count| count > 0).count() as u64,
+        }
+    }
+
+    /// Calls `each` with the rank and the interactions of every user that is left, in order.
+    pub(crate) fn for_each_user(
+        &self,
+        partition: &Partition,
+        mut each: impl FnMut(u32, &[Record]),
+    ) -> Result<(), PrepareError> {
+        let records = spill::read(&partition.path, partition.records)?;
+        let mut kept = Vec::new();
+        for run in records.chunk_by(|a, b| a.user == b.user) {
+            let rank = run[0].user;
+            if !partition.alive[(rank - partition.ranks.start) as usize] {
+                continue;
+            }
+            kept.clear();
+            kept.extend(run.iter().copied().filter(|record| self.item_alive[record.item as usize]));
+            if kept.len() < self.lengths.min {
+                continue;
+            }
+            let cut = if self.lengths.max == 0 { 0 } else { kept.len().saturating_sub(self.lengths.max) };
+            each(rank, &kept[cut..]);
+        }
+        Ok(())
+    }
+}
+
+impl Partition {
+    /// Marks the users below `k`, counts the items of the others, and says whether a user was marked.
+    fn k_core_pass(
+        &mut self,
+        k: usize,
+        item_alive: &[bool],
+        counts: &[AtomicU64],
+        progress: &dyn Progress,
+    ) -> Result<bool, PrepareError> {
+        let mut changed = false;
+        for run in spill::read(&self.path, self.records)?.chunk_by(|a, b| a.user == b.user) {
+            let alive = &mut self.alive[(run[0].user - self.ranks.start) as usize];
+            if !*alive {
+                continue;
+            }
+            let kept = || run.iter().map(|record| record.item as usize).filter(|&item| item_alive[item]);
+            if kept().count() < k {
+                *alive = false;
+                changed = true;
+                continue;
+            }
+            kept().for_each(|item| {
+                counts[item].fetch_add(1, Ordering::Relaxed);
+            });
+        }
+        progress.advance(self.records);
+        Ok(changed)
+    }
+}
+
+fn counters(items: usize) -> Vec<AtomicU64> {
+    std::iter::repeat_with(|| AtomicU64::new(0)).take(items).collect()
+}
+
+/// Keeps the first of equal (user, item, time) in records sorted by (user, time).
+fn remove_repeats(records: &mut Vec<Record>) {
+    let mut kept = 0;
+    let mut run_start = 0;
+    let mut long_run = HashSet::new();
+    for position in 0..records.len() {
+        let record = records[position];
+        let same_run = kept > run_start && {
+            let first = records[run_start];
+            (first.user, first.time) == (record.user, record.time)
+        };
+        if !same_run {
+            run_start = kept;
+            long_run.clear();
+        }
+        let run = &records[run_start..kept];
+        let repeat = if run.len() < LONG_RUN {
+            run.iter().any(|earlier| earlier.item == record.item)
+        } else {
+            if long_run.is_empty() {
+                long_run.extend(run.iter().map(|earlier| earlier.item));
+            }
+            !long_run.insert(record.item)
+        };
+        if !repeat {
+            records[kept] = record;
+            kept += 1;
+        }
+    }
+    records.truncate(kept);
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn repeats_go_and_the_first_stays(
+            rows in proptest::collection::vec((0_u32..3, 0_u32..40, 0_i64..2), 0..400),
+        ) {
+            let mut records: Vec<Record> =
+                rows.iter().map(|&(user, item, time)| Record { user, item, time }).collect();
+            records.sort_by_key(|record| (record.user, record.time));
+            let mut expected: Vec<Record> = Vec::new();
+            for record in &records {
+                if !expected.contains(record) {
+                    expected.push(*record);
+                }
+            }
+            remove_repeats(&mut records);
+            prop_assert_eq!(records, expected);
+        }
+    }
+}

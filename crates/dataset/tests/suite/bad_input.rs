@@ -1,0 +1,230 @@
+//! Every bad input stops with the file, the row or key, and what to do; or is counted.
+
+use std::sync::Arc;
+
+use arrow_array::{ArrayRef, BooleanArray, Float64Array, Int64Array};
+use learn_dataset::DefectKind;
+use learn_domain::config::SplitPolicy;
+
+use crate::builders::{Fixture, csv, grid, gzip, json_lines, parquet, text_column};
+
+fn refused(change: impl FnOnce(&mut Fixture)) -> String {
+    let mut fixture = Fixture::new();
+    change(&mut fixture);
+    fixture.refused()
+}
+
+fn says(message: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(message.contains(part), "\"{part}\" is missing in: {message}");
+    }
+}
+
+const HEAD: &str = "user_id,item_id,timestamp\n";
+
+#[test]
+fn a_missing_column_names_those_that_are_there() {
+    let csv = refused(|fixture| fixture.interactions("a.csv", "user_id,item_id,ts\n1,2,3\n"));
+    says(&csv, &["a.csv has no column timestamp", "user_id, item_id, ts", "prepare.interactions.timestamp"]);
+    let json = refused(|fixture| fixture.interactions("a.jsonl", "{\"user_id\": 1, \"item\": 2, \"timestamp\": 3}\n"));
+    says(&json, &["a.jsonl has no column item_id", "item", "prepare.interactions.item"]);
+    let table = refused(|fixture| {
+        let path = fixture.path("a.parquet");
+        parquet(&path, vec![("user_id", text_column(["a"])), ("item_id", text_column(["a"]))]);
+        fixture.config.interactions.files.push(path);
+    });
+    says(&table, &["a.parquet has no column timestamp", "user_id, item_id"]);
+    let named = refused(|fixture| {
+        fixture.interactions("a.csv", csv_of_grid());
+        fixture.items("i.csv", "item_id,name\ni0,x\n");
+        fixture.config.items.title = Some("label".into());
+    });
+    says(&named, &["i.csv has no column label", "item_id, name", "prepare.items.title"]);
+    let named = refused(|fixture| {
+        fixture.interactions("a.csv", csv_of_grid());
+        fixture.items("i.jsonl", "{\"item_id\": \"i0\"}\n{\"item_id\": \"i1\"}\n");
+        fixture.config.items.title = Some("label".into());
+    });
+    says(&named, &["i.jsonl has no column label"]);
+}
+
+fn csv_of_grid() -> String {
+    csv(&grid(5, 5, 4))
+}
+
+#[test]
+fn a_column_of_the_wrong_type_is_named() {
+    let message = refused(|fixture| {
+        let path = fixture.path("a.parquet");
+        let columns: Vec<(&str, ArrayRef)> = vec![
+            ("user_id", text_column(["a"])),
+            ("item_id", Arc::new(Float64Array::from(vec![1.0]))),
+            ("timestamp", Arc::new(Int64Array::from(vec![1]))),
+        ];
+        parquet(&path, columns);
+        fixture.config.interactions.files.push(path);
+    });
+    says(&message, &["a.parquet: column item_id is Float64", "an id is an integer or text"]);
+    let message = refused(|fixture| {
+        let path = fixture.path("a.parquet");
+        let columns: Vec<(&str, ArrayRef)> = vec![
+            ("user_id", text_column(["a"])),
+            ("item_id", text_column(["a"])),
+            ("timestamp", Arc::new(BooleanArray::from(vec![true]))),
+        ];
+        parquet(&path, columns);
+        fixture.config.interactions.files.push(path);
+    });
+    says(&message, &["column timestamp is Boolean", "a number or a timestamp"]);
+}
+
+#[test]
+fn bad_rows_are_named_by_file_and_line() {
+    let with = |line: &str| refused(|fixture| fixture.interactions("a.csv", format!("{HEAD}1,2,3\n{line}\n1,2,4\n")));
+    says(&with("1,2"), &["a.csv, line 3", "2 cells, the header has 3", "--skip-bad-rows"]);
+    says(&with("1,2,nan"), &["a.csv, line 3", "its time is nan"]);
+    says(&with("1,2,"), &["a.csv, line 3", "it has no time"]);
+    says(&with("1,2,2018-01-01"), &["a.csv, line 3", "its time is 2018-01-01", "finite number"]);
+    says(&with(",2,3"), &["a.csv, line 3", "no user id"]);
+    says(&with("1,,3"), &["a.csv, line 3", "no item id"]);
+    let bytes = [HEAD.as_bytes(), b"1,\xff,3\n"].concat();
+    says(&refused(|fixture| fixture.interactions("a.csv", bytes)), &["a.csv, line 2", "not UTF-8"]);
+    let json = |line: &str| {
+        let good = json_lines(&grid(1, 1, 1));
+        refused(|fixture| fixture.interactions("a.jsonl", format!("{good}\n{line}\n")))
+    };
+    says(&json("{\"user_id\": 1"), &["a.jsonl, line 3", "EOF"]);
+    says(&json("[1]"), &["a.jsonl, line 3", "one JSON object a line"]);
+    says(&json("{\"user_id\": 1, \"item_id\": 2}"), &["a.jsonl, line 3", "it has no time"]);
+    says(&json("{\"user_id\": [1], \"item_id\": 2, \"timestamp\": 1}"), &["a.jsonl, line 3", "user_id is [1]"]);
+    says(&json("{\"user_id\": 1, \"item_id\": 2, \"timestamp\": {\"a\": 1}}"), &["a.jsonl, line 3", "not a number"]);
+    let table = refused(|fixture| {
+        let path = fixture.path("a.parquet");
+        let columns: Vec<(&str, ArrayRef)> = vec![
+            ("user_id", text_column(["a", "b"])),
+            ("item_id", text_column(["a", "b"])),
+            ("timestamp", Arc::new(Float64Array::from(vec![1.0, f64::NAN]))),
+        ];
+        parquet(&path, columns);
+        fixture.config.interactions.files.push(path);
+    });
+    says(&table, &["a.parquet, row 2", "its time is NaN"]);
+}
+
+#[test]
+fn an_unknown_item_and_a_duplicate_one_are_named_by_key() {
+    let unknown = refused(|fixture| {
+        fixture.interactions("a.csv", csv_of_grid() + "u1,stranger,9\n");
+        fixture.items("i.csv", "item_id\ni0\ni1\ni2\ni3\n");
+    });
+    says(&unknown, &["a.csv, line 27", "\"stranger\"", "add the item to an items file", "--skip-bad-rows"]);
+    let duplicate = refused(|fixture| {
+        fixture.interactions("a.csv", csv_of_grid());
+        fixture.items("i.csv", "item_id\ni0\ni1\ni0\n");
+    });
+    says(&duplicate, &["i.csv, line 4", "\"i0\"", "keep one"]);
+    let nameless = refused(|fixture| {
+        fixture.interactions("a.csv", csv_of_grid());
+        fixture.items("i.csv", "item_id,title\n,x\n");
+    });
+    says(&nameless, &["i.csv, line 2", "no item id"]);
+}
+
+#[test]
+fn skip_bad_rows_counts_each_kind_and_keeps_the_rest() {
+    let good = grid(5, 5, 4);
+    let clean = Fixture::with_rows(&good).prepare().0.manifest.fingerprint;
+    let mut fixture = Fixture::new();
+    fixture.config.skip_bad_rows = true;
+    let bad = "u1,i1\nu1,i1,nan\nu1,i1,\n,i1,3\nu1,,3\nu1,stranger,3\nu1,other,3\n";
+    let all = csv(&good).replacen("u0,", &format!("{bad}u0,"), 1);
+    fixture.interactions("a.csv", all);
+    fixture.items("i.csv", "item_id,title\ni0,\ni1,\ni1,again\ni2,\ni3,\n,nameless\n");
+    let (report, _) = fixture.prepare();
+    assert_eq!(report.manifest.fingerprint, clean);
+    let counts: Vec<(DefectKind, u64)> = report.skipped.iter().map(|skipped| (skipped.kind, skipped.count)).collect();
+    let expected = [
+        (DefectKind::Unparsable, 1),
+        (DefectKind::MissingId, 3),
+        (DefectKind::BadTime, 2),
+        (DefectKind::UnknownItem, 2),
+        (DefectKind::DuplicateItem, 1),
+    ];
+    assert_eq!(counts, expected);
+    says(&report.skipped[3].first, &["a.csv, line 7", "stranger"]);
+}
+
+#[test]
+fn files_that_are_not_what_they_look_like_are_named() {
+    let missing = refused(|fixture| fixture.config.interactions.files.push(fixture.path("none.csv")));
+    says(&missing, &["none.csv", "No such file"]);
+    let none = refused(|_| ());
+    says(&none, &["prepare.interactions.files"]);
+    let name = refused(|fixture| fixture.interactions("a.dat", "x"));
+    says(&name, &["a.dat", "prepare.interactions.format", "json-lines"]);
+    let gz = refused(|fixture| fixture.interactions("a.csv.gz", "user_id"));
+    says(&gz, &["a.csv.gz", "no gzip file"]);
+    let whole = gzip(csv(&grid(400, 9, 50)));
+    let cut = whole[..whole.len() / 2].to_vec();
+    says(&refused(|fixture| fixture.interactions("a.csv.gz", &cut)), &["a.csv.gz", "breaks off"]);
+    let cut = refused(|fixture| {
+        fixture.config.skip_bad_rows = true;
+        fixture.interactions("a.jsonl.gz", &gzip(json_lines(&grid(400, 9, 50)))[..900]);
+    });
+    says(&cut, &["a.jsonl.gz", "breaks off"]);
+    let table = refused(|fixture| fixture.interactions("a.parquet", "PAR1 and no more PAR1"));
+    says(&table, &["a.parquet", "get the file again"]);
+}
+
+#[test]
+fn an_empty_result_says_what_was_left_after_each_filter() {
+    let message = refused(|fixture| {
+        fixture.interactions("a.csv", csv_of_grid());
+        fixture.config.k_core = 50;
+    });
+    says(&message, &["no user is left", "read: 25 interactions of 5 users", "k_core 50: 0 interactions", "min_length"]);
+    let message = refused(|fixture| fixture.interactions("a.csv", HEAD));
+    says(&message, &["no user is left", "read: 0 interactions"]);
+    let message = refused(|fixture| fixture.interactions("a.csv", csv(&grid(5, 3, 4))));
+    says(&message, &["no user has two training items"]);
+    let message = refused(|fixture| {
+        let same_time: Vec<_> = grid(5, 6, 9).into_iter().map(|(user, item, _)| (user, item, 7)).collect();
+        fixture.interactions("a.csv", csv(&same_time));
+        fixture.config.split = SplitPolicy::ByTime;
+    });
+    says(&message, &["no user has two training items"]);
+}
+
+#[test]
+fn settings_that_make_no_sense_are_named() {
+    let setting = |change: fn(&mut Fixture)| {
+        refused(|fixture| {
+            fixture.interactions("a.csv", csv_of_grid());
+            change(fixture);
+        })
+    };
+    says(&setting(|fixture| fixture.config.min_length = 2), &["prepare.min_length"]);
+    says(&setting(|fixture| fixture.config.max_length = 2), &["prepare.max_length"]);
+    let shares = setting(|fixture| {
+        fixture.config.split = SplitPolicy::ByTime;
+        fixture.config.test_share = 0.7;
+    });
+    says(&shares, &["prepare.valid_share"]);
+    let range = setting(|fixture| {
+        fixture.interactions("b.csv", format!("{HEAD}u1,i1,1.5\nu1,i2,9223372036854775807\n"));
+    });
+    says(&range, &["time 9223372036854775807 of user u1"]);
+}
+
+#[test]
+fn what_is_no_dataset_is_never_overwritten() {
+    let fixture = Fixture::with_rows(&grid(5, 5, 4));
+    std::fs::create_dir(fixture.out()).unwrap();
+    std::fs::write(fixture.out().join("thesis.txt"), "precious").unwrap();
+    let error = fixture.try_prepare().unwrap_err().to_string();
+    says(&error, &["is not a dataset", "another directory"]);
+    assert!(fixture.out().join("thesis.txt").exists());
+    let file = Fixture::with_rows(&grid(5, 5, 4));
+    file.write("out", "a file");
+    says(&file.try_prepare().unwrap_err().to_string(), &["is not a dataset"]);
+}

@@ -1,0 +1,183 @@
+//! Damaged, foreign and half-written datasets.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use half::f16;
+use learn_dataset::embeddings::{EmbeddingSpec, EmbeddingStore};
+use learn_dataset::{Dataset, DatasetError, PrepareOptions};
+use learn_domain::config::Precision;
+use learn_domain::report::Split;
+
+use crate::builders::{Fixture, grid};
+
+fn embedded() -> (Fixture, Dataset) {
+    let fixture = Fixture::with_rows(&grid(30, 6, 12));
+    let (_, dataset) = fixture.prepare();
+    let texts: Vec<String> = (0..12).map(|item| format!("text {item}")).collect();
+    let spec = EmbeddingSpec { dim: 4, model_fingerprint: "m".into(), precision: Precision::F32, shard_items: 5 };
+    let store = EmbeddingStore::new(&dataset, spec, &texts).unwrap();
+    for shard in 0..store.shards().len() {
+        let rows = store.shards()[shard].items.clone().flat_map(|item| [f16::from_f32(item as f32 + 1.0); 4]);
+        store.write_shard(shard, &rows.collect::<Vec<_>>()).unwrap();
+    }
+    store.commit("model").unwrap();
+    let dataset = Dataset::open(&fixture.out()).unwrap();
+    (fixture, dataset)
+}
+
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { found.extend(files(&path)) } else { found.push(path) }
+    }
+    found.sort();
+    found
+}
+
+/// Everything that reads: opening, verifying, every accessor.
+fn read_all(dir: &Path) -> Result<(), DatasetError> {
+    let dataset = Dataset::open(dir)?;
+    let train = dataset.train();
+    let mut sum = 0_u64;
+    for row in 0..train.len() {
+        sum += u64::from(train.user(row)) + train.items(row).len() as u64 + train.times(row).len() as u64;
+    }
+    for split in [Split::Valid, Split::Test] {
+        let held_out = dataset.held_out(split);
+        for row in 0..held_out.len() {
+            sum += held_out.history(row).len() as u64 + held_out.targets(row).len() as u64;
+        }
+    }
+    std::hint::black_box((sum, dataset.popularity()));
+    let found = dataset.items().and_then(|_| dataset.user_ids()).and_then(|_| dataset.embeddings());
+    if let Ok(embeddings) = &found {
+        for row in 0..embeddings.rows() {
+            std::hint::black_box(embeddings.row(row));
+        }
+    }
+    dataset.verify()?;
+    found.map(|_| ())
+}
+
+#[test]
+fn every_missing_or_cut_file_is_named() {
+    let (fixture, dataset) = embedded();
+    dataset.verify().unwrap();
+    read_all(&fixture.out()).unwrap();
+    let all = files(&fixture.out());
+    assert_eq!(all.len(), 1 + 1 + 1 + 3 + 3, "manifest, items, users, sequences, embeddings: {all:?}");
+    for path in all {
+        let whole = fs::read(&path).unwrap();
+        for damaged in [None, Some(&whole[..0]), Some(&whole[..whole.len() / 2]), Some(&whole[..whole.len() - 1])] {
+            // Without its last line break the manifest is whole.
+            if path.ends_with("dataset.json") && damaged.is_some_and(|bytes| bytes.len() == whole.len() - 1) {
+                continue;
+            }
+            match damaged {
+                None => fs::remove_file(&path).unwrap(),
+                Some(bytes) => fs::write(&path, bytes).unwrap(),
+            }
+            let error = read_all(&fixture.out()).unwrap_err().to_string();
+            if damaged.is_some() || !path.ends_with("dataset.json") {
+                assert!(error.contains(path.file_name().unwrap().to_str().unwrap()), "{error}");
+            }
+            assert!(error.contains("prepare"), "the remedy is missing: {error}");
+            fs::write(&path, &whole).unwrap();
+        }
+    }
+    read_all(&fixture.out()).unwrap();
+}
+
+#[test]
+fn no_flipped_byte_goes_unnoticed_and_none_panics() {
+    let (fixture, _) = embedded();
+    for path in files(&fixture.out()) {
+        if path.ends_with("dataset.json") {
+            continue;
+        }
+        let whole = fs::read(&path).unwrap();
+        let step = (whole.len() / 150).max(1);
+        for at in (0..whole.len()).step_by(step).chain(whole.len().saturating_sub(250)..whole.len()) {
+            for flip in [0xff, 0x01] {
+                let mut bytes = whole.clone();
+                bytes[at] ^= flip;
+                fs::write(&path, &bytes).unwrap();
+                let error = read_all(&fixture.out()).expect_err("the SHA-256 differs").to_string();
+                assert!(error.contains("is damaged"), "{error}");
+            }
+        }
+        fs::write(&path, &whole).unwrap();
+    }
+}
+
+#[test]
+fn an_item_index_out_of_range_is_an_error_even_with_a_right_checksum() {
+    use sha2::Digest;
+    let (fixture, dataset) = embedded();
+    let path = fixture.out().join("sequences/train-00000.arrow");
+    let mut bytes = fs::read(&path).unwrap();
+    let sequences: Vec<u8> =
+        [0, 1].iter().flat_map(|&row| dataset.train().items(row)).flat_map(|i| i.to_le_bytes()).collect();
+    let at = bytes.windows(sequences.len()).position(|window| window == sequences).unwrap();
+    bytes[at..at + 4].copy_from_slice(&9999_u32.to_le_bytes());
+    let before: String = hex(&sha2::Sha256::digest(fs::read(&path).unwrap()));
+    fs::write(&path, &bytes).unwrap();
+    let manifest = fixture.out().join("dataset.json");
+    let text = fs::read_to_string(&manifest).unwrap().replace(&before, &hex(&sha2::Sha256::digest(&bytes)));
+    fs::write(&manifest, text).unwrap();
+    let error = Dataset::open(&fixture.out()).unwrap().verify().unwrap_err().to_string();
+    assert!(error.contains("item index 9999 is not below 12"), "{error}");
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[test]
+fn foreign_and_future_manifests_are_refused() {
+    let (fixture, _) = embedded();
+    let path = fixture.out().join("dataset.json");
+    let whole = fs::read_to_string(&path).unwrap();
+    let with = |from: &str, to: &str| {
+        let changed = whole.replacen(from, to, 1);
+        assert_ne!(changed, whole);
+        fs::write(&path, changed).unwrap();
+        Dataset::open(&fixture.out()).map(|_| ()).unwrap_err().to_string()
+    };
+    let future = with("\"version\": 1", "\"version\": 2");
+    assert!(future.contains("schema version 2, this program reads version 1"), "{future}");
+    assert!(with("\"version\": 1,", "").contains("no schema version"));
+    assert!(with("items/part", "../../etc/part").contains("outside of the dataset"));
+    assert!(with("\"items\": 12", "\"items\": 13").contains("states 13 items, the files hold 12"));
+    assert!(with("\"counts\"", "\"accounts\"").contains("accounts"));
+    let none = Dataset::open(fixture.dir.path()).unwrap_err();
+    assert!(matches!(none, DatasetError::NotADataset { .. }) && none.to_string().contains("learn-launch prepare"));
+}
+
+#[test]
+fn what_a_killed_run_leaves_is_no_dataset_and_is_reported() {
+    let fixture = Fixture::with_rows(&grid(8, 5, 6));
+    let leftover = fixture.path("out.tmp-1");
+    fs::create_dir_all(leftover.join("dataset/sequences")).unwrap();
+    fs::write(leftover.join("dataset/sequences/train-00000.arrow"), "half").unwrap();
+    assert!(matches!(Dataset::open(&leftover), Err(DatasetError::NotADataset { .. })));
+    assert!(matches!(Dataset::open(&leftover.join("dataset")), Err(DatasetError::NotADataset { .. })));
+    let (report, _) = fixture.prepare();
+    assert_eq!(report.leftovers, [leftover]);
+}
+
+#[test]
+fn a_damaged_dataset_is_not_kept_and_replace_mends_it() {
+    let mut fixture = Fixture::with_rows(&grid(8, 5, 6));
+    fixture.prepare();
+    let path = fixture.out().join("users/part-00000.parquet");
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[20] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let error = fixture.try_prepare().unwrap_err().to_string();
+    assert!(error.contains("users/part-00000.parquet is damaged") && error.contains("--replace"), "{error}");
+    fixture.options = PrepareOptions { replace: true, ..PrepareOptions::default() };
+    assert!(!fixture.prepare().0.kept);
+}
