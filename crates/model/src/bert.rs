@@ -84,10 +84,10 @@ impl<'a> LayerWeights<'a> {
 }
 
 impl Linear<'_> {
-    /// `x W^T + b` in the arithmetic of `precision`; the result has that kind.
+    /// `x W^T + b` for `x` of any floating kind, in bf16 or in the weight's kind; the result has that kind.
     pub fn forward(&self, x: &Tensor, precision: Precision) -> Tensor {
         match precision {
-            Precision::F32 => x.linear(self.weight, Some(self.bias)),
+            Precision::F32 => x.to_kind(self.weight.kind()).linear(self.weight, Some(self.bias)),
             Precision::Bf16 => {
                 let cast = |tensor: &Tensor| tensor.to_kind(Kind::BFloat16);
                 cast(x).linear(&cast(self.weight), Some(cast(self.bias)))

@@ -5,7 +5,32 @@
 //! large job may have none in a step.
 //!
 //! - [`bert`]: one post-LN transformer layer, also used for the frozen text encoder.
+//! - [`parameters`]: named leaf tensors that are views into one flat buffer.
+//! - [`pch`]: the user tower and the item towers.
+//! - [`objective`]: InfoNCE by hand in tiles, and the CVR head.
+//! - [`optimizer`]: AdamW over the flat buffer, clipping.
 //! - [`safetensors`]: tensors to and from files, without pickles.
+//! - [`golden`]: checks all of this against cases that PyTorch computed.
 
 pub mod bert;
+pub mod golden;
+pub mod objective;
+pub mod optimizer;
+pub mod parameters;
+pub mod pch;
 pub mod safetensors;
+
+pub use optimizer::AdamW;
+pub use parameters::{ParameterSpec, Parameters, Role};
+pub use pch::{Forward, Pch, PchShape, Sequences};
+
+/// A model that cannot be made as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    #[error("{key}: {problem}")]
+    Shape { key: &'static str, problem: String },
+    #[error("the weights do not fit the model, use the settings that they were made with:{0}")]
+    Weights(parameters::Mismatch),
+    #[error(transparent)]
+    Torch(#[from] tch::TchError),
+}

@@ -14,11 +14,11 @@ mod raw;
 use std::path::PathBuf;
 
 use learn_domain::config::DeviceKind;
-use tch::{Cuda, Device};
+use tch::{Cuda, Device, Kind};
 
 pub use facts::{Facts, describe};
 pub use host::{from_host, to_host};
-pub use raw::{RawTensor, raw};
+pub use raw::{RawTensor, buffer, raw};
 
 /// Something about libtorch that does not work, with the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +33,8 @@ pub enum TorchError {
     Load { path: PathBuf, reason: String },
     #[error("a tensor of shape {0:?} is not contiguous; call `contiguous()` before taking its address")]
     NotContiguous(Vec<i64>),
+    #[error("a tensor of kind {0:?} cannot be sent; collectives carry f32, f64, i64 and u8, so convert it first")]
+    NotCarried(Kind),
     #[error("{values} values do not fill a tensor of shape {shape:?}")]
     WrongShape { values: usize, shape: Vec<i64> },
     #[error(transparent)]
@@ -77,7 +79,7 @@ pub fn synchronize(device: Device) {
 
 #[cfg(test)]
 mod tests {
-    use tch::{Kind, Tensor};
+    use tch::Tensor;
 
     use super::*;
 

@@ -1,0 +1,253 @@
+//! Checks the towers and the losses against a golden case: a small float64 case that Hugging Face's `BertEncoder` and
+//! PyTorch's autograd computed (`tests/golden/make_golden.py` writes them and describes the layout).
+//!
+//! The check goes the way of a training step: towers, InfoNCE by hand in tiles, and a backward pass of
+//! sum(user * d_user) + sum(item * d_item), whose gradient is that of the loss. Output: the largest absolute error of
+//! each group of tensors.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use learn_domain::config::{ItemTower, ModelConfig, PositionEmbedding, Precision};
+use serde::Deserialize;
+use tch::{Device, Kind, Tensor};
+
+use crate::ModelError;
+use crate::objective::{InfoNce, cvr, local_pairs};
+use crate::parameters::Parameters;
+use crate::pch::{Forward, LAYER_NORM_EPS, Pch, PchShape, Sequences};
+use crate::safetensors::{self, SafetensorsError};
+
+/// Smaller than any case's batch, so that there are several tiles and a last one that is not full.
+const TILE: i64 = 3;
+
+/// A golden file that cannot be checked.
+#[derive(Debug, thiserror::Error)]
+pub enum GoldenError {
+    #[error(transparent)]
+    File(#[from] SafetensorsError),
+    #[error("{}: {problem}; write it again with make_golden.py", path.display())]
+    Layout { path: PathBuf, problem: String },
+    #[error("{}: {source}", path.display())]
+    Model { path: PathBuf, source: ModelError },
+}
+
+/// The metadata key `config`.
+#[derive(Debug, Deserialize)]
+struct CaseConfig {
+    layers: u32,
+    heads: u32,
+    hidden: u32,
+    input_dim: u32,
+    output_dim: u32,
+    item_tower: ItemTower,
+    logit_scale: f64,
+    #[serde(default)]
+    cvr_weight: f64,
+    layer_norm_eps: f64,
+    position_embedding: PositionEmbedding,
+}
+
+/// The file, taken apart.
+struct Case {
+    path: PathBuf,
+    config: CaseConfig,
+    tensors: BTreeMap<String, Tensor>,
+    device: Device,
+}
+
+/// One side (history or targets) of the case: sequences, and what belongs to each sampled position.
+struct Side {
+    sequences: Sequences,
+    /// User of each sampled position.
+    user: Vec<i64>,
+    /// Item id at each sampled position.
+    id: Vec<i64>,
+    /// Place of each sampled position in the flattened `[B, N]` of the outputs.
+    place: Vec<i64>,
+}
+
+/// Largest absolute error by group of tensors: `out.user`, `grad.adaptor`, `grad.summary_encoder.layer.0`, …
+///
+/// # Errors
+/// The file cannot be read or does not have the layout.
+pub fn check(path: &Path, device: Device) -> Result<BTreeMap<String, f64>, GoldenError> {
+    let case = Case::open(path, device)?;
+    let (model, mut parameters) = case.model()?;
+    let (history, target) = (case.side("hist", "user_pos")?, case.side("tar", "item_pos")?);
+    let table = case.tensor("in.table")?;
+    let forward = Forward { train: false, precision: Precision::F32 };
+
+    let adapted = model.adapt(&parameters, table, &forward);
+    let user = model.user(&parameters, &adapted, &history.sequences, &forward);
+    let item = model.item(&parameters, table, &adapted, &target.sequences, &forward);
+    let index = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+    let (row_user, item_user) = (index(&history.user), index(&target.user));
+    let infonce = InfoNce {
+        user: &user.detach(),
+        row_user: &row_user,
+        item: &item.detach(),
+        item_id: &index(&target.id),
+        item_user: &item_user,
+        logit_scale: model.logit_scale(&parameters),
+        pairs: local_pairs(&row_user, &item_user),
+        tile: TILE,
+    }
+    .compute();
+
+    let mut errors = Errors { case: &case, largest: BTreeMap::new() };
+    let mut loss = infonce.loss.shallow_clone();
+    let mut surrogate = (&user * &infonce.d_user + 0.0).sum(Kind::Double) + (&item * &infonce.d_item).sum(Kind::Double);
+    if case.tensors.contains_key("in.label") {
+        let last = |of: i64| history.user.iter().rposition(|user| *user == of).unwrap_or_default() as i64;
+        let users: Vec<i64> = target.user.iter().map(|user| last(*user)).collect();
+        let logits = cvr::logits(&parameters, &user.index_select(0, &index(&users)), &item);
+        let labels = case.tensor("in.label")?.reshape([-1]).index_select(0, &index(&target.place));
+        let cvr_loss = cvr::loss(&logits, &labels, target.user.len() as i64);
+        errors.compare_at("out.cvr_logit", &logits.unsqueeze(1), &index(&target.place))?;
+        errors.compare("out.cvr_loss", &cvr_loss)?;
+        surrogate += &cvr_loss * case.config.cvr_weight;
+        loss += cvr_loss.detach() * case.config.cvr_weight;
+    }
+    surrogate.backward();
+    let gradient = parameters.gradients_into_flat();
+
+    errors.compare_at("out.user", &user, &index(&history.place))?;
+    errors.compare_at("out.item", &item, &index(&target.place))?;
+    errors.compare("out.infonce", &infonce.loss)?;
+    errors.compare("out.loss", &loss)?;
+    for (name, part) in parameters.parts(&gradient) {
+        errors.compare(&format!("grad.{name}"), &part)?;
+    }
+    Ok(errors.largest)
+}
+
+impl Case {
+    fn open(path: &Path, device: Device) -> Result<Self, GoldenError> {
+        let contents = safetensors::read_all(path)?;
+        let layout = |problem: String| GoldenError::Layout { path: path.into(), problem };
+        let text =
+            contents.metadata.get("config").ok_or_else(|| layout("there is no metadata key \"config\"".into()))?;
+        let config: CaseConfig =
+            serde_json::from_str(text).map_err(|error| layout(format!("the metadata key \"config\": {error}")))?;
+        if config.layer_norm_eps != LAYER_NORM_EPS {
+            return Err(layout(format!("layer_norm_eps is {} instead of {LAYER_NORM_EPS}", config.layer_norm_eps)));
+        }
+        let tensors = contents.tensors.into_iter().map(|(name, tensor)| (name, tensor.to_device(device))).collect();
+        Ok(Self { path: path.into(), config, tensors, device })
+    }
+
+    fn model(&self) -> Result<(Pch, Parameters), GoldenError> {
+        let config = &self.config;
+        let failed = |source| GoldenError::Model { path: self.path.clone(), source };
+        let model = Pch::new(PchShape {
+            input_dim: config.input_dim.into(),
+            model: ModelConfig {
+                layers: config.layers,
+                heads: config.heads,
+                hidden: config.hidden,
+                output_dim: config.output_dim,
+                item_tower: config.item_tower,
+                position_embedding: config.position_embedding,
+                logit_scale: config.logit_scale,
+                dropout: 0.0,
+                ..ModelConfig::default()
+            },
+            max_history: self.tensor("in.hist_id")?.size2().map_err(|error| failed(error.into()))?.1,
+        })
+        .map_err(failed)?;
+        let mut specs = model.shape().specs();
+        if let Some(head) = self.tensors.get("param.cvr.0.bias") {
+            specs.extend(cvr::specs(model.output_dim(), head.numel() as i64, 0.0));
+        }
+        let given = self.tensors.iter().filter_map(|(name, tensor)| {
+            name.strip_prefix("param.").map(|name| (name.to_owned(), tensor.shallow_clone()))
+        });
+        let parameters = Parameters::load_specs(specs, given.collect(), Kind::Double, self.device).map_err(failed)?;
+        Ok((model, parameters))
+    }
+
+    fn tensor(&self, name: &str) -> Result<&Tensor, GoldenError> {
+        self.tensors.get(name).ok_or_else(|| GoldenError::Layout {
+            path: self.path.clone(),
+            problem: format!("there is no tensor {name}"),
+        })
+    }
+
+    /// `[B, N]` integers, by row.
+    fn integers(&self, name: &str) -> Result<Vec<Vec<i64>>, GoldenError> {
+        Vec::try_from(self.tensor(name)?).map_err(|error: tch::TchError| GoldenError::Layout {
+            path: self.path.clone(),
+            problem: format!("{name}: {error}"),
+        })
+    }
+
+    fn side(&self, sequence: &str, sampled: &str) -> Result<Side, GoldenError> {
+        let items = self.tensor(&format!("in.{sequence}_id"))?;
+        let ids = self.integers(&format!("in.{sequence}_id"))?;
+        let positions = self.integers(&format!("in.{sampled}"))?;
+        let mut side = Side {
+            sequences: Sequences {
+                items: items.shallow_clone(),
+                lengths: self.tensor(&format!("in.{sequence}_len"))?.shallow_clone(),
+                positions: Tensor::new(),
+            },
+            user: Vec::new(),
+            id: Vec::new(),
+            place: Vec::new(),
+        };
+        let mut flat = Vec::new();
+        for (user, (ids, positions)) in ids.iter().zip(&positions).enumerate() {
+            for (nth, &position) in positions.iter().enumerate().filter(|(_, position)| **position >= 0) {
+                let item = usize::try_from(position).ok().and_then(|at| ids.get(at)).ok_or_else(|| {
+                    let problem = format!("in.{sampled} has position {position} in a sequence of {}", ids.len());
+                    GoldenError::Layout { path: self.path.clone(), problem }
+                })?;
+                flat.push((user * ids.len()) as i64 + position);
+                side.user.push(user as i64);
+                side.id.push(*item);
+                side.place.push((user * positions.len() + nth) as i64);
+            }
+        }
+        side.sequences.positions = Tensor::from_slice(&flat).to_device(self.device);
+        Ok(side)
+    }
+}
+
+/// Collects the largest error of each group.
+struct Errors<'a> {
+    case: &'a Case,
+    largest: BTreeMap<String, f64>,
+}
+
+impl Errors<'_> {
+    /// Compares with the file's tensor of this name.
+    fn compare(&mut self, name: &str, ours: &Tensor) -> Result<(), GoldenError> {
+        let theirs = self.case.tensor(name)?;
+        let gap = if theirs.numel() == ours.numel() {
+            (ours.detach().reshape([-1]) - theirs.reshape([-1])).abs().max().double_value(&[])
+        } else {
+            f64::INFINITY
+        };
+        let largest = self.largest.entry(group(name)).or_insert(0.0);
+        // a NaN is the worst error there is
+        *largest = if gap.is_nan() { f64::INFINITY } else { largest.max(gap) };
+        Ok(())
+    }
+
+    /// Compares rows with the places of `[B, N, ..]` that they belong to, and the other places with 0.
+    fn compare_at(&mut self, name: &str, rows: &Tensor, places: &Tensor) -> Result<(), GoldenError> {
+        let size = self.case.tensor(name)?.size();
+        let whole = Tensor::zeros([size[0] * size[1], rows.size()[1]], (rows.kind(), rows.device()));
+        self.compare(name, &whole.index_copy(0, places, &rows.detach()))
+    }
+}
+
+/// `grad.mlp.0.bias` belongs to `grad.mlp`, a layer's tensors to their layer, an output to itself.
+fn group(name: &str) -> String {
+    let parts = match name.starts_with("grad.summary_encoder.layer.") {
+        true => 4,
+        false => 2,
+    };
+    name.split('.').take(parts).collect::<Vec<_>>().join(".")
+}

@@ -1,0 +1,188 @@
+//! InfoNCE with its gradient, by hand, in tiles of items.
+//!
+//! Input: this rank's user rows `[R, d]` and the sampled targets `[M, d]` of *all* ranks. Output: this rank's share of
+//! the loss of the global batch, and the gradient of that share for its rows and for all items. For user i, row j, own
+//! target k, with s = logit scale * cosine:
+//!
+//! loss_ijk = log(e^{s_k} + sum over negatives e^{s_m}) - s_k = softplus(lse - s_k), 0 if no negative is left.
+//!
+//! Negatives of i are the items of other users whose id is not among i's own targets. i's own items are in the gathered
+//! list too (that is how its targets are known) and carry own ids, so "id is not an own id" is the whole rule.
+//!
+//! Invariants: memory is O(rows x tile), never `[R, M]`; the sum of the shares (and of their item gradients) over the
+//! ranks is the loss (the gradient) of the whole batch on one device. Every rank sees a learned logit scale in full, so
+//! its gradient here is the share of the own rows, to be summed over ranks like the rest.
+
+use tch::{Kind, Tensor};
+
+use super::groups::Groups;
+
+/// An id that no item has.
+const NO_ITEM: i64 = i64::MIN;
+
+/// One rank's part of the loss of a global batch.
+#[derive(Debug)]
+pub struct InfoNce<'a> {
+    /// `[R, d]`, L2-normalised; rows of the same user need not be neighbours.
+    pub user: &'a Tensor,
+    /// `[R]` i64: the user's place in the global batch.
+    pub row_user: &'a Tensor,
+    /// `[M, d]`, L2-normalised, of all ranks.
+    pub item: &'a Tensor,
+    /// `[M]` i64: item ids, not negative.
+    pub item_id: &'a Tensor,
+    /// `[M]` i64: place in the global batch of the user whose target it is.
+    pub item_user: &'a Tensor,
+    /// Scalar tensor; see [`crate::Pch::logit_scale`].
+    pub logit_scale: Tensor,
+    /// Valid (i, j, k) of the whole global batch.
+    pub pairs: i64,
+    /// Items whose similarities are in memory at once; at least 1.
+    pub tile: i64,
+}
+
+/// What [`InfoNce::compute`] gives.
+#[derive(Debug)]
+pub struct InfoNceOutput {
+    /// Scalar: the sum over own (i, j, k) divided by `pairs`.
+    pub loss: Tensor,
+    /// Scalar i64: own (i, j, k) whose target scores above every negative.
+    pub correct: Tensor,
+    /// `[R, d]`.
+    pub d_user: Tensor,
+    /// `[M, d]`, for the items of all ranks.
+    pub d_item: Tensor,
+    /// Scalar: derivative with respect to the logarithm of the logit scale.
+    pub d_log_scale: Tensor,
+}
+
+/// (i, j, k) of the users of these rows: the sum over users of rows times own targets.
+#[must_use]
+pub fn local_pairs(row_user: &Tensor, item_user: &Tensor) -> i64 {
+    let (users, ..) = row_user.internal_unique2(true, false, false);
+    let (rows, targets) = (Groups::new(row_user, &users), Groups::new(item_user, &users));
+    (rows.counts() * targets.counts()).sum(Kind::Int64).int64_value(&[])
+}
+
+impl InfoNce<'_> {
+    /// Loss and gradient; no graph is needed or made.
+    #[must_use]
+    pub fn compute(&self) -> InfoNceOutput {
+        tch::no_grad(|| {
+            let mut output = InfoNceOutput {
+                loss: Tensor::zeros([0_i64; 0], (self.user.kind(), self.user.device())),
+                correct: Tensor::zeros([0_i64; 0], (Kind::Int64, self.user.device())),
+                d_user: self.user.zeros_like(),
+                d_item: self.item.zeros_like(),
+                d_log_scale: Tensor::zeros([0_i64; 0], (self.user.kind(), self.user.device())),
+            };
+            if self.user.size()[0] > 0 && self.item.size()[0] > 0 && self.pairs > 0 {
+                Batch::new(self).run(&mut output);
+            }
+            output
+        })
+    }
+}
+
+/// The own rows and targets as tables. G local users, J = most rows of one, K = most targets of one.
+struct Batch<'a> {
+    input: &'a InfoNce<'a>,
+    rows: Groups,
+    targets: Groups,
+    /// `[G, J, d]`: user rows times the logit scale.
+    scaled: Tensor,
+    /// `[G, K, d]`.
+    own_item: Tensor,
+    /// `[G, K, 1]`.
+    own_id: Tensor,
+    /// `[G, J, K]` bool: row and target are both there.
+    valid: Tensor,
+}
+
+impl<'a> Batch<'a> {
+    fn new(input: &'a InfoNce<'a>) -> Self {
+        let (users, ..) = input.row_user.internal_unique2(true, false, false);
+        let rows = Groups::new(input.row_user, &users);
+        let targets = Groups::new(input.item_user, &users);
+        Self {
+            scaled: rows.table(input.user) * input.logit_scale.detach().to_kind(input.user.kind()),
+            own_item: targets.table(input.item),
+            own_id: targets.table(input.item_id).masked_fill(&targets.present.logical_not(), NO_ITEM).unsqueeze(2),
+            valid: rows.present.unsqueeze(2).logical_and(&targets.present.unsqueeze(1)),
+            input,
+            rows,
+            targets,
+        }
+    }
+
+    fn run(&self, output: &mut InfoNceOutput) {
+        let (lse, hardest) = self.forward();
+        // [G, J, K]
+        let own = self.scaled.bmm(&self.own_item.transpose(1, 2));
+        let margin = lse.unsqueeze(2) - &own;
+        let absent = self.valid.logical_not();
+        // softplus without the cut-off of libtorch's, which is wrong in the ninth digit
+        let loss = margin.logaddexp(&margin.zeros_like()).masked_fill(&absent, 0.0);
+        output.loss = loss.sum(loss.kind()) / self.input.pairs;
+        output.correct = own.gt_tensor(&hardest.unsqueeze(2)).logical_and(&self.valid).sum(Kind::Int64);
+
+        let miss = margin.sigmoid().masked_fill(&absent, 0.0) / self.input.pairs;
+        // [G, J]: how much the negatives of a row weigh; their softmax is exp(s - lse)
+        let weight = miss.sum_dim_intlist([2_i64].as_slice(), false, miss.kind());
+        let mut d_scaled = -miss.bmm(&self.own_item);
+        self.targets.add_to_rows(&mut output.d_item, &-miss.transpose(1, 2).bmm(&self.scaled));
+        self.backward(&lse, &weight, &mut d_scaled, &mut output.d_item);
+
+        // s = scale * u.v, so the sum of d loss / d s * s is the sum of d loss / d (scale * u) * (scale * u)
+        output.d_log_scale = (&d_scaled * &self.scaled).sum(d_scaled.kind());
+        let scale = self.input.logit_scale.detach().to_kind(d_scaled.kind());
+        self.rows.add_to_rows(&mut output.d_user, &(d_scaled * scale));
+    }
+
+    /// Per row, over its negatives: log-sum-exp and maximum of the scores, both `[G, J]`; -inf where there is none.
+    fn forward(&self) -> (Tensor, Tensor) {
+        let size = &self.scaled.size()[..2];
+        let mut lse = Tensor::full(size, f64::NEG_INFINITY, (self.scaled.kind(), self.scaled.device()));
+        let mut hardest = lse.copy();
+        for (start, length) in self.tiles() {
+            let scores = self.negatives(start, length);
+            lse = lse.logaddexp(&scores.logsumexp([2_i64].as_slice(), false));
+            hardest = hardest.maximum(&scores.amax([2_i64].as_slice(), false));
+        }
+        (lse, hardest)
+    }
+
+    /// Adds what the negatives contribute to the gradients of the scaled rows and of the items.
+    fn backward(&self, lse: &Tensor, weight: &Tensor, d_scaled: &mut Tensor, d_item: &mut Tensor) {
+        let (groups, rows, d) = self.scaled.size3().unwrap_or_default();
+        let flat = self.scaled.view([groups * rows, d]);
+        let mut d_flat = d_scaled.view([groups * rows, d]);
+        // without a negative every score is -inf, and exp(-inf - inf) is the wanted 0
+        let none = lse.eq(f64::NEG_INFINITY);
+        let lse = lse.masked_fill(&none, f64::INFINITY).unsqueeze(2);
+        for (start, length) in self.tiles() {
+            let scores = self.negatives(start, length);
+            let gradient = ((scores - &lse).exp() * weight.unsqueeze(2)).view([groups * rows, length]);
+            let _ = d_flat.addmm_(&gradient, &self.input.item.narrow(0, start, length));
+            let _ = d_item.narrow(0, start, length).addmm_(&gradient.tr(), &flat);
+        }
+    }
+
+    fn tiles(&self) -> impl Iterator<Item = (i64, i64)> {
+        let (items, tile) = (self.input.item.size()[0], self.input.tile.max(1));
+        (0..items)
+            .step_by(usize::try_from(tile).unwrap_or(usize::MAX))
+            .map(move |start| (start, tile.min(items - start)))
+    }
+
+    /// `[G, J, length]`: scores of a tile, -inf where an item is no negative of the user.
+    fn negatives(&self, start: i64, length: i64) -> Tensor {
+        let ids = self.input.item_id.narrow(0, start, length).view([1, 1, length]);
+        let excluded = self.own_id.eq_tensor(&ids).any_dim(1, true);
+        let scores = self.scaled.matmul(&self.input.item.narrow(0, start, length).tr());
+        scores.masked_fill(&excluded, f64::NEG_INFINITY)
+    }
+}
+
+#[cfg(test)]
+mod tests;

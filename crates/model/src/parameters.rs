@@ -1,0 +1,370 @@
+//! Named parameters as views into one flat buffer.
+//!
+//! Input: specifications, and a seed or tensors. Output: leaf tensors for the towers, and flat buffers `[P]` of values
+//! and gradients for the collective and the optimizer. Invariants: names are sorted, so every rank has the same layout;
+//! the initial values are a pure function of (seed, name, shape), whatever the device and the other parameters.
+
+mod mismatch;
+
+use std::f64::consts::TAU;
+
+use learn_domain::random::{self, Draws};
+pub use mismatch::Mismatch;
+use tch::{Device, Kind, Tensor};
+
+use crate::{ModelError, PchShape};
+
+/// What a parameter is; decides its initial value and whether weight decay applies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Role {
+    /// Normal with this standard deviation; the only role that decays.
+    Weight { std: f64 },
+    /// A vector per position: normal with this standard deviation.
+    Position { std: f64 },
+    /// Starts at 0.
+    Bias,
+    /// The scale of a layer norm: starts at 1.
+    NormScale,
+    /// The logarithm of the logit scale: starts at this value.
+    LogitScale { start: f64 },
+}
+
+/// Name, shape and role of a parameter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ParameterSpec {
+    pub name: String,
+    pub shape: Vec<i64>,
+    pub role: Role,
+}
+
+/// The parameters of a model.
+#[derive(Debug)]
+pub struct Parameters {
+    /// Sorted by name.
+    specs: Vec<ParameterSpec>,
+    /// `[P]`, the values.
+    flat: Tensor,
+    /// `[P]`, the latest gradient.
+    gradient: Tensor,
+    /// Views into `flat`, by the order of `specs`; they collect gradients.
+    leaves: Vec<Tensor>,
+    /// Views into `gradient`.
+    slots: Vec<Tensor>,
+}
+
+impl Role {
+    /// Whether weight decay applies.
+    #[must_use]
+    pub fn decays(self) -> bool {
+        matches!(self, Self::Weight { .. })
+    }
+
+    fn values(self, draws: Draws, count: usize) -> Vec<f32> {
+        match self {
+            Self::Weight { std } | Self::Position { std } => normals(draws, count, std),
+            Self::Bias => vec![0.0; count],
+            Self::NormScale => vec![1.0; count],
+            Self::LogitScale { start } => vec![start as f32; count],
+        }
+    }
+}
+
+impl ParameterSpec {
+    #[must_use]
+    pub fn new(name: impl Into<String>, shape: &[i64], role: Role) -> Self {
+        Self { name: name.into(), shape: shape.to_vec(), role }
+    }
+
+    fn count(&self) -> i64 {
+        self.shape.iter().product()
+    }
+}
+
+impl Parameters {
+    /// New parameters of a PCH in f32.
+    #[must_use]
+    pub fn init(shape: &PchShape, seed: u64, device: Device) -> Self {
+        Self::init_specs(shape.specs(), seed, device)
+    }
+
+    /// New parameters in f32.
+    #[must_use]
+    pub fn init_specs(specs: Vec<ParameterSpec>, seed: u64, device: Device) -> Self {
+        let specs = sorted(specs);
+        let values: Vec<f32> = specs
+            .iter()
+            .flat_map(|spec| {
+                let draws = Draws::new(&[seed, random::text_key(&spec.name)]);
+                spec.role.values(draws, usize::try_from(spec.count()).unwrap_or_default())
+            })
+            .collect();
+        Self::over(specs, Tensor::from_slice(&values).to_device(device))
+    }
+
+    /// Parameters of a PCH from tensors of any floating kind.
+    ///
+    /// # Errors
+    /// Names are missing or unexpected, or shapes differ; all of them are listed.
+    pub fn load(
+        shape: &PchShape,
+        tensors: Vec<(String, Tensor)>,
+        kind: Kind,
+        device: Device,
+    ) -> Result<Self, ModelError> {
+        Self::load_specs(shape.specs(), tensors, kind, device)
+    }
+
+    /// As [`Parameters::load`], of any model.
+    ///
+    /// # Errors
+    /// As [`Parameters::load`].
+    pub fn load_specs(
+        specs: Vec<ParameterSpec>,
+        tensors: Vec<(String, Tensor)>,
+        kind: Kind,
+        device: Device,
+    ) -> Result<Self, ModelError> {
+        let specs = sorted(specs);
+        let count = specs.iter().map(ParameterSpec::count).sum::<i64>();
+        let mut parameters = Self::over(specs, Tensor::zeros([count], (kind, device)));
+        parameters.assign(tensors)?;
+        Ok(parameters)
+    }
+
+    /// Replaces every value in place; on an error nothing is changed.
+    ///
+    /// # Errors
+    /// As [`Parameters::load`].
+    pub fn assign(&mut self, tensors: Vec<(String, Tensor)>) -> Result<(), ModelError> {
+        copy_by_name(&self.specs, &mut self.flat, tensors)
+    }
+
+    fn over(specs: Vec<ParameterSpec>, flat: Tensor) -> Self {
+        let gradient = flat.zeros_like();
+        let leaves = views(&specs, &flat).map(|view| view.detach().set_requires_grad(true)).collect();
+        let slots = views(&specs, &gradient).collect();
+        Self { specs, flat, gradient, leaves, slots }
+    }
+
+    /// Sorted by name.
+    pub fn specs(&self) -> &[ParameterSpec] {
+        &self.specs
+    }
+
+    /// Sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.specs.iter().map(|spec| spec.name.as_str())
+    }
+
+    /// The leaf of this name.
+    ///
+    /// # Panics
+    /// There is none: the parameters belong to a model of another shape.
+    pub fn get(&self, name: &str) -> &Tensor {
+        self.find(name).unwrap_or_else(|| panic!("the model has no parameter {name}"))
+    }
+
+    /// The leaf of this name, if there is one.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<&Tensor> {
+        let at = self.specs.binary_search_by(|spec| spec.name.as_str().cmp(name)).ok()?;
+        Some(&self.leaves[at])
+    }
+
+    /// Names and leaves, sorted by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.names().zip(&self.leaves)
+    }
+
+    /// Names and the parts of another buffer of this layout (moments, gradients), as views.
+    pub fn parts<'a>(&'a self, flat: &'a Tensor) -> impl Iterator<Item = (&'a str, Tensor)> {
+        self.names().zip(views(&self.specs, flat))
+    }
+
+    /// `[P]`: all values; the leaves are views into it.
+    pub fn flat(&self) -> &Tensor {
+        &self.flat
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.flat.kind()
+    }
+
+    pub fn device(&self) -> Device {
+        self.flat.device()
+    }
+
+    /// P, the number of values.
+    pub fn count(&self) -> i64 {
+        self.flat.size()[0]
+    }
+
+    /// A digest of names and shapes: ranks that have the same one may add their flat gradients.
+    #[must_use]
+    pub fn signature(&self) -> u64 {
+        let parts = self.specs.iter().flat_map(|spec| {
+            let sizes = spec.shape.iter().map(|size| size.cast_unsigned());
+            [random::text_key(&spec.name), spec.shape.len() as u64].into_iter().chain(sizes)
+        });
+        random::key(&parts.collect::<Vec<_>>())
+    }
+
+    /// Moves what backward passes have collected since the last call into one buffer `[P]` and returns it; 0 where a
+    /// parameter took no part. The buffer is reused by the next call.
+    pub fn gradients_into_flat(&mut self) -> Tensor {
+        tch::no_grad(|| {
+            for (leaf, slot) in self.leaves.iter_mut().zip(&mut self.slots) {
+                let gradient = leaf.grad();
+                if gradient.defined() {
+                    slot.copy_(&gradient);
+                    leaf.zero_grad();
+                } else {
+                    let _ = slot.zero_();
+                }
+            }
+        });
+        self.gradient.shallow_clone()
+    }
+
+    /// Adds to the collected gradient of a learned logit scale; nothing if it is not learned.
+    ///
+    /// Each rank adds the part that its own rows made (`d_log_scale` of InfoNCE), so the sum over ranks is the whole.
+    pub fn add_logit_scale_gradient(&self, gradient: &Tensor) {
+        if let Some(leaf) = self.find(crate::pch::LOGIT_SCALE) {
+            (leaf * gradient.detach().to_kind(leaf.kind())).backward();
+        }
+    }
+}
+
+fn sorted(mut specs: Vec<ParameterSpec>) -> Vec<ParameterSpec> {
+    specs.sort_by(|left, right| left.name.cmp(&right.name));
+    specs
+}
+
+/// The parts of a flat buffer in their shapes.
+fn views(specs: &[ParameterSpec], flat: &Tensor) -> impl Iterator<Item = Tensor> {
+    specs.iter().scan(0, |start, spec| {
+        let part = flat.narrow(0, *start, spec.count()).view(spec.shape.as_slice());
+        *start += spec.count();
+        Some(part)
+    })
+}
+
+/// Fills a flat buffer of this layout from named tensors; on an error nothing is changed.
+pub(crate) fn copy_by_name(
+    specs: &[ParameterSpec],
+    flat: &mut Tensor,
+    tensors: Vec<(String, Tensor)>,
+) -> Result<(), ModelError> {
+    let given = mismatch::compare(specs, tensors).map_err(ModelError::Weights)?;
+    tch::no_grad(|| {
+        for (mut part, tensor) in views(specs, flat).zip(&given) {
+            part.copy_(&tensor.detach());
+        }
+    });
+    Ok(())
+}
+
+/// Standard normals times `std` (Box and Muller, 1958).
+fn normals(mut draws: Draws, count: usize, std: f64) -> Vec<f32> {
+    let mut values = Vec::with_capacity(count + 1);
+    while values.len() < count {
+        let radius = (-2.0 * draws.unit().ln()).sqrt() * std;
+        let (sin, cos) = (TAU * draws.unit()).sin_cos();
+        values.extend([(radius * cos) as f32, (radius * sin) as f32]);
+    }
+    values.truncate(count);
+    values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn specs() -> Vec<ParameterSpec> {
+        vec![
+            ParameterSpec::new("z.weight", &[300, 40], Role::Weight { std: 0.02 }),
+            ParameterSpec::new("a.bias", &[7], Role::Bias),
+            ParameterSpec::new("norm.weight", &[5], Role::NormScale),
+            ParameterSpec::new("logit_scale", &[], Role::LogitScale { start: 3.0 }),
+        ]
+    }
+
+    #[test]
+    fn initial_values_depend_on_seed_and_name_only() {
+        let all = Parameters::init_specs(specs(), 4, Device::Cpu);
+        let alone = Parameters::init_specs(specs().drain(..1).collect(), 4, Device::Cpu);
+        assert_eq!(all.get("z.weight"), alone.get("z.weight"));
+        let other = Parameters::init_specs(specs(), 5, Device::Cpu);
+        assert_ne!(all.get("z.weight"), other.get("z.weight"));
+        let weight = all.get("z.weight");
+        // 12,000 draws: the mean is within 4 standard errors, the deviation within 4 of its own
+        assert!(weight.mean(Kind::Double).double_value(&[]).abs() < 4.0 * 0.02 / 12_000_f64.sqrt());
+        assert!((weight.std(true).double_value(&[]) / 0.02 - 1.0).abs() < 4.0 / 24_000_f64.sqrt());
+        assert_eq!(all.get("a.bias").sum(Kind::Float).double_value(&[]), 0.0);
+        assert_eq!(all.get("norm.weight").sum(Kind::Float).double_value(&[]), 5.0);
+        assert_eq!(all.get("logit_scale").double_value(&[]), 3.0);
+        assert_eq!(all.names().collect::<Vec<_>>(), ["a.bias", "logit_scale", "norm.weight", "z.weight"]);
+        assert_eq!(all.count(), 12_013);
+    }
+
+    #[test]
+    fn leaves_and_flat_are_the_same_memory() {
+        let all = Parameters::init_specs(specs(), 1, Device::Cpu);
+        let _ = tch::no_grad(|| all.flat().shallow_clone().fill_(2.0));
+        assert_eq!(all.get("z.weight").double_value(&[17, 3]), 2.0);
+        assert!(all.get("z.weight").requires_grad() && all.get("z.weight").is_leaf());
+    }
+
+    #[test]
+    fn gradients_are_collected_once_and_zero_where_there_is_none() {
+        let mut all = Parameters::init_specs(specs(), 1, Device::Cpu);
+        for _ in 0..2 {
+            (all.get("a.bias") * 3.0).sum(Kind::Float).backward();
+        }
+        all.add_logit_scale_gradient(&Tensor::from(0.5_f32));
+        let first = all.gradients_into_flat().copy();
+        let bias: Vec<f32> = (&first.narrow(0, 0, 7)).try_into().unwrap();
+        assert_eq!(bias, [6.0; 7]);
+        assert_eq!(first.double_value(&[7]), 0.5);
+        assert_eq!(first.narrow(0, 8, 12_005).abs().max().double_value(&[]), 0.0);
+        assert_eq!(all.gradients_into_flat().abs().max().double_value(&[]), 0.0);
+    }
+
+    #[test]
+    fn loading_lists_everything_that_does_not_fit_and_changes_nothing() {
+        let mut all = Parameters::init_specs(specs(), 1, Device::Cpu);
+        let before = all.flat().copy();
+        let copies: Vec<_> = all.iter().map(|(name, leaf)| (name.to_owned(), leaf.detach().copy())).collect();
+        let again = Parameters::load_specs(specs(), copies, Kind::Double, Device::Cpu).unwrap();
+        assert_eq!(again.flat().to_kind(Kind::Float), before);
+        assert_eq!(again.signature(), all.signature());
+
+        let bad = vec![
+            ("a.bias".into(), Tensor::ones([8], (Kind::Float, Device::Cpu))),
+            ("norm.weight".into(), Tensor::ones([5], (Kind::Float, Device::Cpu))),
+            ("stranger".into(), Tensor::ones([1], (Kind::Float, Device::Cpu))),
+            ("z.weight".into(), Tensor::ones([300, 40], (Kind::Int64, Device::Cpu))),
+        ];
+        let error = all.assign(bad).unwrap_err().to_string();
+        for part in
+            ["missing: logit_scale", "unexpected: stranger", "a.bias is [8] instead of [7]", "z.weight is Int64"]
+        {
+            assert!(error.contains(part), "{error}");
+        }
+        assert_eq!(*all.flat(), before);
+    }
+
+    #[test]
+    fn the_signature_tells_layouts_apart() {
+        let of = |change: fn(&mut Vec<ParameterSpec>)| {
+            let mut changed = specs();
+            change(&mut changed);
+            Parameters::init_specs(changed, 1, Device::Cpu).signature()
+        };
+        let same = of(|_| ());
+        assert_eq!(same, of(|specs| specs.reverse()));
+        assert_ne!(same, of(|specs| specs[0].shape = vec![40, 300]));
+        assert_ne!(same, of(|specs| specs[1].name = "b.bias".into()));
+    }
+}

@@ -1,0 +1,230 @@
+//! Tests of the towers that the golden cases do not make: padding, positions, empty shares, precision, the catalogue.
+
+use learn_torch::seed;
+use tch::Device;
+
+use super::*;
+use crate::objective::{InfoNce, local_pairs};
+
+const STILL: Forward = Forward { train: false, precision: Precision::F32 };
+
+fn config() -> ModelConfig {
+    ModelConfig {
+        layers: 2,
+        heads: 2,
+        hidden: 8,
+        output_dim: 6,
+        dropout: 0.2,
+        init_std: 0.3,
+        item_tower: ItemTower::Causal,
+        ..ModelConfig::default()
+    }
+}
+
+fn towers(model: ModelConfig) -> (Pch, Parameters) {
+    let model = Pch::new(PchShape { input_dim: 6, model, max_history: 4 }).unwrap();
+    let parameters = Parameters::init(model.shape(), 2, Device::Cpu);
+    (model, parameters)
+}
+
+fn rows(count: i64) -> Tensor {
+    seed(9);
+    Tensor::randn([count, 6], (Kind::Half, Device::Cpu))
+}
+
+fn sequences(items: &[&[i64]], width: usize, padding: i64, sampled: &[i64]) -> Sequences {
+    let flat: Vec<i64> = items
+        .iter()
+        .flat_map(|user| user.iter().copied().chain(std::iter::repeat(padding)).take(width).collect::<Vec<_>>())
+        .collect();
+    let lengths: Vec<i64> = items.iter().map(|user| user.len() as i64).collect();
+    Sequences {
+        items: Tensor::from_slice(&flat).view([items.len() as i64, width as i64]),
+        lengths: Tensor::from_slice(&lengths),
+        positions: Tensor::from_slice(sampled),
+    }
+}
+
+fn gap(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.size(), b.size());
+    (a - b).abs().max().double_value(&[])
+}
+
+#[test]
+fn padding_and_neighbours_do_not_matter() {
+    for position_embedding in [PositionEmbedding::None, PositionEmbedding::Learned] {
+        let (model, parameters) = towers(ModelConfig { position_embedding, ..config() });
+        let rows = rows(7);
+        let adapted = model.adapt(&parameters, &rows, &STILL);
+        let user = |sequences: Sequences| model.user(&parameters, &adapted, &sequences, &STILL);
+        let both = user(sequences(&[&[3, 1, 4], &[5, 2]], 5, 6, &[1, 2, 5, 6]));
+        let first = user(sequences(&[&[3, 1, 4]], 3, 0, &[1, 2]));
+        let second = user(sequences(&[&[5, 2]], 2, 0, &[0, 1]));
+        assert!(gap(&both, &Tensor::cat(&[first, second], 0)) < 1e-6);
+        let lengths = both.norm_scalaropt_dim(2.0, [1_i64].as_slice(), false);
+        assert!(gap(&lengths, &lengths.ones_like()) < 1e-6);
+    }
+}
+
+#[test]
+fn learned_positions_count_from_the_newest_item_and_spare_the_item_tower() {
+    let learned = ModelConfig { position_embedding: PositionEmbedding::Learned, ..config() };
+    let (model, mut parameters) = towers(learned);
+    let table = rows(6);
+    let adapted = model.adapt(&parameters, &table, &STILL);
+    // 6 items, but only 4 positions: the three oldest share the last vector
+    let history = sequences(&[&[0, 1, 2, 3, 4, 5], &[2, 3]], 6, 0, &[5, 7]);
+    model.user(&parameters, &adapted, &history, &STILL).get(1).sum(Kind::Float).backward();
+    let gradient = parameters.gradients_into_flat();
+    let positions = |name: &str| parameters.parts(&gradient).find(|(found, _)| *found == name).unwrap().1;
+    let moved: Vec<bool> =
+        positions(POSITION).abs().sum_dim_intlist([1_i64].as_slice(), false, Kind::Float).gt(0.0).try_into().unwrap();
+    assert_eq!(moved, [true, true, false, false]);
+
+    let before = model.item(&parameters, &table, &adapted, &history, &STILL);
+    let _ = tch::no_grad(|| parameters.get(POSITION).shallow_clone().fill_(1.0));
+    assert_eq!(before, model.item(&parameters, &table, &adapted, &history, &STILL));
+}
+
+#[test]
+fn an_item_alone_is_the_same_by_every_way() {
+    for item_tower in [ItemTower::Causal, ItemTower::PerItem, ItemTower::Content] {
+        let (model, parameters) = towers(ModelConfig { item_tower, ..config() });
+        let rows = rows(4);
+        let adapted = model.adapt(&parameters, &rows, &STILL);
+        let singles = sequences(&[&[0], &[1], &[2], &[3]], 1, 0, &[0, 1, 2, 3]);
+        let one_by_one = model.item(&parameters, &rows, &adapted, &singles, &STILL);
+        assert!(gap(&one_by_one, &model.catalogue(&parameters, &rows, &STILL)) < 1e-6, "{item_tower:?}");
+        let together = sequences(&[&[0, 1, 2, 3]], 4, 0, &[0, 1, 2, 3]);
+        let together = model.item(&parameters, &rows, &adapted, &together, &STILL);
+        let context_matters = gap(&one_by_one, &together) > 1e-4;
+        assert_eq!(context_matters, item_tower == ItemTower::Causal, "{item_tower:?}");
+    }
+}
+
+#[test]
+fn an_empty_share_has_shapes_and_zero_gradients() {
+    for item_tower in [ItemTower::Causal, ItemTower::PerItem, ItemTower::Content] {
+        for position_embedding in [PositionEmbedding::None, PositionEmbedding::Learned] {
+            let (model, mut parameters) = towers(ModelConfig { item_tower, position_embedding, ..config() });
+            let training = Forward { train: true, precision: Precision::Bf16 };
+            for (rows, sequences) in [
+                (rows(0), sequences(&[], 0, 0, &[])),
+                (rows(0), sequences(&[], 3, 0, &[])),
+                (rows(2), sequences(&[&[0, 1]], 2, 0, &[])),
+            ] {
+                let adapted = model.adapt(&parameters, &rows, &training);
+                let user = model.user(&parameters, &adapted, &sequences, &training);
+                let item = model.item(&parameters, &rows, &adapted, &sequences, &training);
+                assert_eq!((user.size(), item.size()), (vec![0, 6], vec![0, 6]));
+                (user.sum(Kind::Float) + item.sum(Kind::Float)).backward();
+                assert_eq!(parameters.gradients_into_flat().abs().max().double_value(&[]), 0.0);
+                assert_eq!(model.catalogue(&parameters, &rows, &training).size(), [rows.size()[0], 6]);
+            }
+        }
+    }
+}
+
+/// Loss and flat gradient of a small batch.
+fn step(model: &Pch, parameters: &mut Parameters, forward: &Forward) -> (f64, Tensor) {
+    let table = rows(12);
+    let history = sequences(&[&[0, 1, 2, 3], &[4, 5], &[6, 7, 8]], 4, 11, &[1, 3, 4, 5, 9, 10]);
+    let target = sequences(&[&[9, 4], &[10, 1], &[11, 3, 2]], 3, 0, &[0, 1, 3, 4, 6, 8]);
+    let users = Tensor::from_slice(&[0_i64, 0, 1, 1, 2, 2]);
+    let adapted = model.adapt(parameters, &table, forward);
+    let user = model.user(parameters, &adapted, &history, forward);
+    let item = model.item(parameters, &table, &adapted, &target, forward);
+    let output = InfoNce {
+        user: &user.detach(),
+        row_user: &users,
+        item: &item.detach(),
+        item_id: &Tensor::from_slice(&[9_i64, 4, 10, 1, 11, 2]),
+        item_user: &users,
+        logit_scale: model.logit_scale(parameters),
+        pairs: local_pairs(&users, &users),
+        tile: 4,
+    }
+    .compute();
+    ((&user * &output.d_user).sum(Kind::Float) + (&item * &output.d_item).sum(Kind::Float)).backward();
+    parameters.add_logit_scale_gradient(&output.d_log_scale);
+    (output.loss.double_value(&[]), parameters.gradients_into_flat().copy())
+}
+
+#[test]
+fn bf16_stays_near_f32() {
+    for item_tower in [ItemTower::Causal, ItemTower::PerItem, ItemTower::Content] {
+        let (model, mut parameters) = towers(ModelConfig { item_tower, learn_logit_scale: true, ..config() });
+        let (loss, gradient) = step(&model, &mut parameters, &STILL);
+        let bf16 = Forward { precision: Precision::Bf16, ..STILL };
+        let (coarse_loss, coarse) = step(&model, &mut parameters, &bf16);
+        assert!(coarse != gradient && (coarse_loss / loss - 1.0).abs() < 0.05, "{coarse_loss} and {loss}");
+        let cosine = (&gradient * &coarse).sum(Kind::Float) / (gradient.norm() * coarse.norm());
+        assert!(cosine.double_value(&[]) > 0.99, "{item_tower:?}: {cosine:?}");
+    }
+}
+
+#[test]
+fn dropout_follows_the_seed() {
+    let (model, mut parameters) = towers(config());
+    let training = Forward { train: true, precision: Precision::F32 };
+    let mut run = |number| {
+        // `step` makes its rows from a seed of its own, so the draws of dropout come after it
+        seed(number);
+        let adapted = model.adapt(&parameters, &Tensor::ones([3, 6], (Kind::Float, Device::Cpu)), &training);
+        let user = model.user(&parameters, &adapted, &sequences(&[&[0, 1, 2]], 3, 0, &[0, 2]), &training);
+        user.sum(Kind::Float).backward();
+        (user.detach(), parameters.gradients_into_flat().copy())
+    };
+    let first = run(1);
+    assert_eq!(first, run(1));
+    assert_ne!(first.0, run(2).0);
+}
+
+#[test]
+fn the_logit_scale_is_learned_or_fixed() {
+    let (model, parameters) = towers(config());
+    assert_eq!(model.logit_scale(&parameters).double_value(&[]), 20.0);
+    let (model, mut parameters) = towers(ModelConfig { learn_logit_scale: true, ..config() });
+    assert!((model.logit_scale(&parameters).double_value(&[]) - 20.0).abs() < 1e-4);
+    let (_, gradient) = step(&model, &mut parameters, &STILL);
+    let slope = parameters.parts(&gradient).find(|(name, _)| *name == LOGIT_SCALE).unwrap().1.double_value(&[]);
+    let loss_at = |logarithm: f64| {
+        let (model, mut parameters) = towers(ModelConfig { learn_logit_scale: true, ..config() });
+        let _ = tch::no_grad(|| parameters.get(LOGIT_SCALE).shallow_clone().fill_(logarithm));
+        step(&model, &mut parameters, &STILL).0
+    };
+    let expected = (loss_at(20_f64.ln() + 1e-2) - loss_at(20_f64.ln() - 1e-2)) / 2e-2;
+    assert!((slope - expected).abs() < 1e-3 * expected.abs().max(1.0), "{slope} and {expected}");
+}
+
+#[test]
+fn names_are_those_of_the_published_checkpoint() {
+    let all = ModelConfig { position_embedding: PositionEmbedding::Learned, learn_logit_scale: true, ..config() };
+    let (_, parameters) = towers(all);
+    let names: Vec<_> = parameters.names().collect();
+    assert_eq!(names.len(), 2 + 2 * 16 + 2 + 2);
+    for name in [
+        "adaptor.weight",
+        "summary_encoder.layer.1.attention.self.query.bias",
+        "summary_encoder.layer.0.attention.output.LayerNorm.weight",
+        "mlp.0.bias",
+        POSITION,
+        LOGIT_SCALE,
+    ] {
+        assert!(names.contains(&name), "{name}");
+    }
+    let decaying = |name: &str| parameters.specs().iter().find(|spec| spec.name == name).unwrap().role.decays();
+    assert!(decaying("mlp.0.weight"));
+    assert!(
+        !decaying("summary_encoder.layer.0.output.LayerNorm.weight") && !decaying(POSITION) && !decaying(LOGIT_SCALE)
+    );
+}
+
+#[test]
+fn shapes_that_make_no_sense_are_refused() {
+    let refused = |model, input_dim| Pch::new(PchShape { input_dim, model, max_history: 4 }).unwrap_err().to_string();
+    assert!(refused(ModelConfig { heads: 3, ..config() }, 6).contains("model.heads"));
+    let error = refused(ModelConfig { item_tower: ItemTower::Content, ..config() }, 7);
+    assert!(error.contains("model.output_dim") && error.contains('7'), "{error}");
+    assert!(refused(config(), 0).contains("learn-launch embed"));
+}

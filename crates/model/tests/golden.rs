@@ -1,0 +1,58 @@
+//! The golden cases beside this file, in float64, through the code that training runs.
+
+#![allow(clippy::unwrap_used)]
+
+use std::path::PathBuf;
+
+use learn_domain::config::DeviceKind;
+use learn_model::golden;
+use tch::Device;
+
+const TOLERANCE: f64 = 1e-9;
+
+fn files() -> Vec<PathBuf> {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let mut files: Vec<_> =
+        entries.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors")).collect();
+    files.sort();
+    files
+}
+
+fn check_all(device: Device) {
+    let files = files();
+    assert_eq!(files.len(), 6, "{files:?}");
+    for path in files {
+        let errors = golden::check(&path, device).unwrap();
+        assert!(errors.contains_key("grad.summary_encoder.layer.0") && errors.contains_key("out.loss"));
+        for (group, error) in errors {
+            assert!(error <= TOLERANCE, "{}: {group} is off by {error:e}", path.display());
+        }
+    }
+}
+
+#[test]
+fn outputs_losses_and_every_gradient_agree_with_pytorch() {
+    check_all(Device::Cpu);
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU: runs the golden cases on CUDA"]
+fn they_agree_on_cuda_too() {
+    check_all(learn_torch::device(DeviceKind::Cuda, 0).unwrap());
+}
+
+#[test]
+fn a_wrong_value_is_seen() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("wrong.safetensors");
+    let good = learn_model::safetensors::read_all(&files()[0]).unwrap();
+    let wrong: Vec<_> = good
+        .tensors
+        .into_iter()
+        .map(|(name, tensor)| if name == "grad.mlp.0.bias" { (name, tensor + 1e-6) } else { (name, tensor) })
+        .collect();
+    learn_model::safetensors::write(&path, &wrong, &good.metadata).unwrap();
+    let errors = golden::check(&path, Device::Cpu).unwrap();
+    assert!((errors["grad.mlp"] - 1e-6).abs() < 1e-9 && errors["grad.adaptor"] < TOLERANCE);
+}
