@@ -1,1 +1,24 @@
+//! `learn-launch`: everything an operator does with LEARN from one command line.
+//!
+//! Input: a configuration (see [`settings`]), a dataset, a run directory. Output: results on stdout (text, or JSON with
+//! `--json`), progress and messages on stderr, an exit code of `learn_domain::report::exit`.
+//!
+//! - [`commands`]: one file per subcommand; [`cli`] is what they have in common.
+//! - [`settings`]: defaults, TOML, environment, `--set` and flags become one typed configuration.
+//! - [`job`]: one coordinator and its workers as local processes, watched to their end.
+//! - [`process`] and [`system`]: children that never outlive their parent; the few calls into the operating system.
+//! - [`render`]: what people see, as pure functions.
+//!
+//! Invariant: nothing here links libtorch; all work on tensors is done by the sibling binaries.
 
+pub mod api;
+pub mod cli;
+pub mod commands;
+pub mod failure;
+pub mod job;
+pub mod output;
+pub mod process;
+pub mod render;
+pub mod runs;
+pub mod settings;
+pub mod system;

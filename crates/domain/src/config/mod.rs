@@ -15,8 +15,8 @@ pub use prepare::{FileFormat, InteractionsConfig, ItemsConfig, PrepareConfig, Sp
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 pub use train::{
-    CheckpointConfig, ClusterConfig, DeviceKind, EvaluationConfig, ItemTower, ModelConfig, OptimizerConfig,
-    PositionEmbedding, SamplingConfig, ScheduleKind, TrainingConfig,
+    CheckpointConfig, ClusterConfig, DeviceKind, EvaluationConfig, ItemTower, ModelConfig, ObjectiveConfig,
+    OptimizerConfig, PositionEmbedding, SamplingConfig, ScheduleKind, TrainingConfig,
 };
 pub use units::{ByteSize, Span, UnitError};
 
@@ -29,6 +29,7 @@ pub struct Config {
     pub prepare: PrepareConfig,
     pub embed: EmbedConfig,
     pub model: ModelConfig,
+    pub objective: ObjectiveConfig,
     pub sampling: SamplingConfig,
     pub optimizer: OptimizerConfig,
     pub training: TrainingConfig,

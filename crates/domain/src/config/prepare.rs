@@ -52,11 +52,17 @@ pub struct ItemsConfig {
     pub format: FileFormat,
     /// Column with the item's id; default `item_id`.
     pub item: Option<String>,
+    /// Column with the title.
     pub title: Option<String>,
+    /// Column with the category.
     pub category: Option<String>,
+    /// Column with the brand.
     pub brand: Option<String>,
+    /// Column with the price.
     pub price: Option<String>,
+    /// Column with the key words.
     pub keywords: Option<String>,
+    /// Column with the attributes.
     pub attributes: Option<String>,
 }
 

@@ -82,6 +82,16 @@ impl Default for ModelConfig {
     }
 }
 
+/// What is minimised.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ObjectiveConfig {
+    /// Subtract the logarithm of each item's share of the training interactions from its training scores. In-batch
+    /// negatives come as often as they are popular, which punishes popular items; with the correction the scores
+    /// approach those of a softmax over the catalogue (Bengio and Senécal 2008; Yi et al., RecSys 2019). Published: off.
+    pub logq_correction: bool,
+}
+
 /// How a user's sequence becomes a training sample; see `learn_domain::sampling`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -96,7 +106,9 @@ pub struct SamplingConfig {
     pub user_positions: u32,
     /// Sampled target positions (Nt).
     pub item_positions: u32,
+    /// The oldest position's weight is the logarithm of this.
     pub alpha: f64,
+    /// The newest position's weight is the logarithm of this.
     pub beta: f64,
 }
 
@@ -144,13 +156,17 @@ pub enum ScheduleKind {
 pub struct OptimizerConfig {
     /// Peak learning rate.
     pub learning_rate: f64,
+    /// Decay of the first moment.
     pub beta1: f64,
+    /// Decay of the second moment.
     pub beta2: f64,
+    /// Added to the root of the second moment.
     pub epsilon: f64,
     /// Decoupled weight decay; not applied to biases, layer norms, positions and the logit scale.
     pub weight_decay: f64,
     /// Largest global gradient norm; 0 = no clipping.
     pub clip_norm: f64,
+    /// Steps of linear warm-up to the peak.
     pub warmup_steps: u64,
     pub schedule: ScheduleKind,
     /// Floor of the cosine schedule as a share of the peak.
@@ -177,6 +193,7 @@ impl Default for OptimizerConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainingConfig {
+    /// Passes over all users.
     pub epochs: u32,
     /// Stop after this many steps even if epochs are left; 0 = no limit.
     pub max_steps: u64,

@@ -1,0 +1,54 @@
+//! The coordinator's HTTP interface as a client.
+
+use std::time::Duration;
+
+use learn_domain::report::{CoordinatorAddress, JobStatus};
+use ureq::Agent;
+
+/// Longest wait for one answer.
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The coordinator did not answer as it should.
+#[derive(Debug, thiserror::Error)]
+#[error("the coordinator at {url} did not answer: {source}")]
+pub struct ApiError {
+    url: String,
+    source: Box<ureq::Error>,
+}
+
+/// A client of one coordinator.
+#[derive(Debug)]
+pub struct Api {
+    base: String,
+    agent: Agent,
+}
+
+impl Api {
+    #[must_use]
+    pub fn new(address: &CoordinatorAddress) -> Self {
+        // Jobs are reached directly: a proxy of the environment is for the outside.
+        let agent = Agent::config_builder().timeout_global(Some(TIMEOUT)).proxy(None).build().into();
+        Self { base: address.http.trim_end_matches('/').to_owned(), agent }
+    }
+
+    /// Where the job stands.
+    ///
+    /// # Errors
+    /// No answer, or one that is no status.
+    pub fn job(&self) -> Result<JobStatus, ApiError> {
+        let url = format!("{}/api/v1/job", self.base);
+        let answer = self.agent.get(&url).call().and_then(|mut response| response.body_mut().read_json());
+        answer.map_err(|source| ApiError { url, source: Box::new(source) })
+    }
+
+    /// Asks the job to stop after the step it is in, with a checkpoint.
+    ///
+    /// # Errors
+    /// No answer, or a refusal.
+    pub fn stop(&self, secret: &str) -> Result<(), ApiError> {
+        let url = format!("{}/api/v1/stop", self.base);
+        let request = self.agent.post(&url).header("authorization", format!("Bearer {secret}"));
+        let answer = request.send_empty();
+        answer.map(|_| ()).map_err(|source| ApiError { url, source: Box::new(source) })
+    }
+}

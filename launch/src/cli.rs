@@ -1,0 +1,169 @@
+//! The command line: global flags, the subcommands, and what they share.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+use learn_domain::Config;
+
+use crate::commands::{config, doctor, embed, eval, export, prepare, recommend, resume, status, stop, train};
+use crate::settings::Resolver;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  something failed; the message says what
+  2  wrong flags or configuration
+  3  stopped by the operator; a checkpoint was written, `resume` continues
+  4  a worker was lost; `resume` continues from the last checkpoint";
+
+const EXAMPLES: &str = "\
+Examples:
+  learn-launch prepare configs/quickstart.toml
+  learn-launch embed   configs/quickstart.toml
+  learn-launch train   configs/quickstart.toml --set training.epochs=3
+  learn-launch status  runs/quickstart";
+
+/// Train, watch and use LEARN models: item texts and user histories in, embeddings and recommendations out.
+#[derive(Debug, Parser)]
+#[command(version, after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"), propagate_version = true)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Flags of every command.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Global {
+    /// Print the result on stdout as JSON, errors included
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// No progress and no messages on stderr
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Say more: -v for details, -vv for everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Turn interaction and item files into a dataset directory
+    #[command(after_help = prepare::HELP)]
+    Prepare(prepare::PrepareArgs),
+    /// Add content embeddings to a dataset: with a frozen encoder, or from a file
+    #[command(after_help = embed::HELP)]
+    Embed(embed::EmbedArgs),
+    /// Train a model with one coordinator and its workers on this machine
+    #[command(after_help = format!("{}\n\n{EXIT_CODES}", train::HELP))]
+    Train(train::TrainArgs),
+    /// Continue a run exactly where its last checkpoint is
+    #[command(after_help = format!("{}\n\n{EXIT_CODES}", resume::HELP))]
+    Resume(resume::ResumeArgs),
+    /// Evaluate a checkpoint on the valid or test split
+    #[command(after_help = eval::HELP)]
+    Eval(eval::EvalArgs),
+    /// Write user and item embeddings and the weights of a checkpoint
+    #[command(after_help = export::HELP)]
+    Export(export::ExportArgs),
+    /// Recommend items to users
+    #[command(after_help = recommend::HELP)]
+    Recommend(recommend::RecommendArgs),
+    /// Show where a run stands
+    #[command(after_help = status::HELP)]
+    Status(status::StatusArgs),
+    /// Stop a running job after its current step, with a checkpoint
+    #[command(after_help = stop::HELP)]
+    Stop(stop::StopArgs),
+    /// Show, check or document the configuration
+    #[command(after_help = config::HELP)]
+    Config(config::ConfigArgs),
+    /// Say what this machine has, what is missing and how to mend it
+    #[command(after_help = doctor::HELP)]
+    Doctor(doctor::DoctorArgs),
+}
+
+/// Where settings come from: a file and overrides.
+#[derive(Clone, Debug, Default, Args)]
+pub struct SettingsArgs {
+    /// Configuration file (TOML); without one the defaults are used
+    #[arg(value_name = "CONFIG")]
+    pub file: Option<PathBuf>,
+    /// Override one key, for example --set training.epochs=3 (repeatable)
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub sets: Vec<String>,
+}
+
+impl SettingsArgs {
+    /// Defaults, file, environment and `--set`; the caller adds its flags.
+    ///
+    /// # Errors
+    /// Anything wrong in one of them.
+    pub fn resolver(&self) -> Result<Resolver> {
+        let mut resolver = Resolver::new(&Config::default());
+        if let Some(file) = &self.file {
+            resolver = resolver.file(file)?;
+        }
+        let variables =
+            std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+        Ok(resolver.environment(variables)?.sets(&self.sets)?)
+    }
+}
+
+/// A run: its directory, or its name under the directory of all runs.
+#[derive(Clone, Debug, Args)]
+pub struct RunArgs {
+    /// Directory of the run, or its name in --runs-dir
+    #[arg(value_name = "RUN")]
+    pub run: PathBuf,
+    /// Directory of all runs
+    #[arg(long, value_name = "DIR", default_value = "runs", env = "LEARN__JOB__RUNS_DIR")]
+    pub runs_dir: PathBuf,
+}
+
+/// Makes all paths of a configuration absolute, so that the run can be continued from any directory.
+///
+/// # Errors
+/// There is no current directory.
+pub fn anchor(config: &mut Config) -> Result<()> {
+    let absolute = |path: &mut PathBuf| -> Result<()> {
+        *path = std::path::absolute(Path::new(path))?;
+        Ok(())
+    };
+    absolute(&mut config.job.runs_dir)?;
+    absolute(&mut config.data.dataset)?;
+    absolute(&mut config.embed.model)?;
+    if let Some(from) = &mut config.embed.from {
+        absolute(from)?;
+    }
+    let inputs = [&mut config.prepare.interactions.files, &mut config.prepare.items.files];
+    inputs.into_iter().flatten().try_for_each(absolute)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn anchored_paths_do_not_depend_on_the_directory() {
+        let mut config = Config::default();
+        config.prepare.items.files = vec!["a.csv".into()];
+        config.embed.from = Some("/v.npy".into());
+        anchor(&mut config).unwrap();
+        assert!(config.data.dataset.is_absolute() && config.prepare.items.files[0].is_absolute());
+        assert_eq!(config.embed.from.as_deref(), Some(Path::new("/v.npy")));
+        let once = config.clone();
+        anchor(&mut config).unwrap();
+        assert_eq!(config, once);
+    }
+}

@@ -1,0 +1,94 @@
+//! `learn-launch eval`: full ranking of a checkpoint on a split, with its own coordinator and workers.
+//!
+//! It works in a directory of its own inside the run (`eval/…`), so the run's status, metrics and summary stay as the
+//! training left them, and a run that is training can be evaluated too.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result};
+use clap::{Args, ValueEnum};
+use learn_domain::report::{Split, Task};
+
+use crate::cli::RunArgs;
+use crate::job::{self, JobSpec};
+use crate::output::Output;
+use crate::settings::Resolver;
+use crate::{render, runs};
+
+use super::resume::{checkpoints, choose, path_text};
+
+pub const HELP: &str = "\
+Examples:
+  learn-launch eval runs/quickstart
+  learn-launch eval quickstart --split valid --checkpoint last --workers 4
+  learn-launch eval quickstart --set evaluation.exclude_history=true --json
+
+summary.json of the run is not touched; logs and status of the evaluation are in RUN/eval.";
+
+/// Arguments of `eval`.
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    /// Which held-out part
+    #[arg(long, value_enum, default_value_t = SplitArg::Test)]
+    split: SplitArg,
+    /// Checkpoint: `best`, `last` or a name like step-0000000200 [default: best, else last]
+    #[arg(long, value_name = "NAME")]
+    checkpoint: Option<String>,
+    /// Workers [default: as the run]
+    #[arg(long, value_name = "N")]
+    workers: Option<u32>,
+    /// Override one key for this evaluation, for example --set evaluation.cutoffs=[20] (repeatable)
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+}
+
+/// A split as the command line names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SplitArg {
+    Valid,
+    Test,
+}
+
+impl From<SplitArg> for Split {
+    fn from(split: SplitArg) -> Self {
+        match split {
+            SplitArg::Valid => Self::Valid,
+            SplitArg::Test => Self::Test,
+        }
+    }
+}
+
+/// # Errors
+/// There is no such run or checkpoint, or the evaluation fails.
+pub fn run(args: &EvalArgs, output: &Output) -> Result<()> {
+    let run = runs::find(&args.run.run, &args.run.runs_dir)?;
+    let mut config = Resolver::new(&runs::config(&run)?)
+        .sets(&args.sets)?
+        .flag("--workers", "cluster.workers", args.workers)?
+        .finish()?;
+    // Ports that are fixed for the training may be in use by it.
+    (config.cluster.grpc_port, config.cluster.http_port) = (0, 0);
+    let all = checkpoints(&run)?;
+    let wanted = match &args.checkpoint {
+        Some(name) => Some(name.as_str()),
+        None => all.iter().any(|checkpoint| checkpoint.best).then_some("best"),
+    };
+    let checkpoint = choose(&all, wanted, &super::shown_run(&run))?;
+    let split = Split::from(args.split);
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let root = run.root().join("eval").join(format!("{split}-step-{:010}-{seconds}", checkpoint.step.0));
+    config.job.name = format!("{}-eval", config.job.name);
+    let own = runs::create(&root, &config)?;
+    let task = Task::Evaluate { checkpoint: path_text(&checkpoint.path)?, split };
+    let status = job::run(&JobSpec { run: &own, config: &config, task: &task }, output)?;
+    let evaluation = status.evaluations.last().context("the job ended without an evaluation")?;
+    let text = format!(
+        "{} users of {split}, checkpoint of step {}\n\n{}",
+        render::count(evaluation.users),
+        evaluation.step,
+        render::metrics_table(&[(&split.to_string(), &evaluation.metrics)])
+    );
+    output.result(&text, evaluation)
+}

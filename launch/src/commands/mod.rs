@@ -1,0 +1,88 @@
+//! One file per subcommand, and the one place where they are called and their errors printed.
+
+pub mod config;
+pub mod doctor;
+pub mod embed;
+pub mod eval;
+pub mod export;
+pub mod prepare;
+pub mod recommend;
+pub mod resume;
+pub mod status;
+pub mod stop;
+pub mod train;
+
+use std::path::Path;
+use std::process::Command as ChildCommand;
+
+use anyhow::{Context as _, Result};
+use learn_domain::report::exit;
+use learn_domain::run_dir::RunDir;
+
+use crate::cli::{Cli, Command};
+use crate::failure::{self, Failure};
+use crate::output::Output;
+use crate::{process, system};
+
+/// Runs one command and returns its exit code.
+pub fn run(cli: Cli) -> i32 {
+    let level = match cli.global.verbose {
+        0 => "warn",
+        1 => "info",
+        _ => "debug",
+    };
+    learn_telemetry::log::init_at("launch", false, level);
+    let output = Output::new(cli.global.json, cli.global.quiet);
+    let ended = match cli.command {
+        Command::Prepare(args) => prepare::run(&args, &output),
+        Command::Embed(args) => embed::run(&args, &output),
+        Command::Train(args) => train::run(&args, &output),
+        Command::Resume(args) => resume::run(&args, &output),
+        Command::Eval(args) => eval::run(&args, &output),
+        Command::Export(args) => export::run(&args, &output),
+        Command::Recommend(args) => recommend::run(&args, &output),
+        Command::Status(args) => status::run(&args, &output),
+        Command::Stop(args) => stop::run(&args, &output),
+        Command::Config(args) => config::run(&args, &output),
+        Command::Doctor(args) => doctor::run(&args, &output),
+    };
+    match ended {
+        Ok(()) => exit::OK,
+        Err(error) => {
+            let code = failure::exit_code(&error);
+            let message = format!("{error:#}");
+            eprintln!("learn-launch: {message}");
+            let reported = matches!(error.downcast_ref(), Some(Failure::Reported { .. }));
+            if output.json() && !reported {
+                // With stdout closed too there is nobody left to tell.
+                let _nobody = output.result("", &serde_json::json!({ "error": message, "exit_code": code }));
+            }
+            code
+        }
+    }
+}
+
+/// Runs `learn-worker` to its end with this process's own input and output.
+fn worker(arguments: impl FnOnce(&mut ChildCommand)) -> Result<()> {
+    let mut command = ChildCommand::new(process::sibling("learn-worker")?);
+    arguments(&mut command);
+    if std::env::var_os("LEARN_LOG").is_none() && std::env::var_os("RUST_LOG").is_none() {
+        command.env("LEARN_LOG", "warn");
+    }
+    system::end_with_parent(&mut command);
+    let status = command.status().context("cannot start learn-worker")?;
+    if status.success() {
+        return Ok(());
+    }
+    let message = format!("learn-worker: {}; its message stands above", process::describe(status));
+    Err(Failure::Child { code: status.code().unwrap_or(exit::FAILED), message }.into())
+}
+
+fn shown(path: &Path) -> String {
+    let here = std::env::current_dir().unwrap_or_default();
+    path.strip_prefix(here).unwrap_or(path).display().to_string()
+}
+
+fn shown_run(run: &RunDir) -> String {
+    shown(run.root())
+}

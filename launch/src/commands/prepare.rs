@@ -1,0 +1,147 @@
+//! `learn-launch prepare`: from the files people have to a dataset directory.
+
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::Result;
+use clap::Args;
+use learn_dataset::{Preparation, PrepareError, PrepareOptions, PrepareReport, prepare_with};
+use learn_domain::Config;
+
+use crate::cli::SettingsArgs;
+use crate::failure::Failure;
+use crate::output::{Output, Progress, Unit};
+use crate::render;
+
+pub const HELP: &str = "\
+Examples:
+  learn-launch prepare configs/quickstart.toml
+  learn-launch prepare --set 'prepare.interactions.files=[\"clicks.parquet\"]' --set data.dataset=data/clicks
+  learn-launch prepare my.toml --skip-bad-rows --replace
+
+Reads Parquet, CSV, JSON Lines, RecBole atomic files and Amazon Reviews 2018/2023. Bad input is an error that names
+the file, the row or the key; --skip-bad-rows counts and reports it instead.";
+
+/// Arguments of `prepare`.
+#[derive(Debug, Args)]
+pub struct PrepareArgs {
+    #[command(flatten)]
+    settings: SettingsArgs,
+    /// Count and report rows that cannot be used instead of stopping at the first
+    #[arg(long)]
+    skip_bad_rows: bool,
+    /// Replace the dataset that is there
+    #[arg(long)]
+    replace: bool,
+    /// Only check the configuration and say what would be done
+    #[arg(long)]
+    dry_run: bool,
+}
+/// # Errors
+/// The configuration is wrong, the input cannot be used, or writing fails; nothing half-written stays.
+pub fn run(args: &PrepareArgs, output: &Output) -> Result<()> {
+    let skip = args.skip_bad_rows.then_some(true);
+    let resolver = args.settings.resolver()?.flag("--skip-bad-rows", "prepare.skip_bad_rows", skip)?;
+    let config = resolver.finish()?;
+    if config.prepare.interactions.files.is_empty() {
+        let message = "prepare.interactions.files is empty: name the file of interactions in the configuration, or with \
+                       --set 'prepare.interactions.files=[\"clicks.csv\"]'";
+        return Err(Failure::Usage(message.into()).into());
+    }
+    let out = config.data.dataset.clone();
+    if args.dry_run {
+        return describe(&config, &out, output);
+    }
+    let name = dataset_name(&out);
+    let bar = Bar(Mutex::new(output.progress(Unit::Count)));
+    let options = PrepareOptions { replace: args.replace, ..PrepareOptions::default() };
+    let preparation = Preparation { config: &config.prepare, name: &name, out: &out, options };
+    let report = prepare_with(&preparation, &bar);
+    bar.lock().finish();
+    let report = report.map_err(|error| match error {
+        PrepareError::Setting { .. } => Failure::Usage(error.to_string()).into(),
+        other => anyhow::Error::from(other),
+    })?;
+    output.result(&text(&report, &out), &report)
+}
+
+/// The dataset is called like its directory.
+fn dataset_name(out: &Path) -> String {
+    let absolute = std::path::absolute(out).unwrap_or_default();
+    absolute.file_name().map_or_else(|| "dataset".into(), |name| name.to_string_lossy().into_owned())
+}
+
+fn describe(config: &Config, out: &Path, output: &Output) -> Result<()> {
+    let files = config.prepare.interactions.files.iter().chain(&config.prepare.items.files);
+    let mut text = format!("would prepare {} from:\n", out.display());
+    for file in files {
+        let size = match file.metadata() {
+            Ok(facts) => render::bytes(facts.len()),
+            Err(error) => error.to_string(),
+        };
+        text += &format!("  {} ({size})\n", file.display());
+    }
+    output.result(&text, &config.prepare)
+}
+
+fn text(report: &PrepareReport, out: &Path) -> String {
+    let counts = &report.manifest.counts;
+    let verb = if report.kept { "unchanged" } else { "prepared" };
+    let mut text = format!(
+        "{}: {verb} in {}: {} users, {} items, {} interactions\n",
+        super::shown(out),
+        render::duration(report.seconds),
+        render::count(counts.users),
+        render::count(counts.items.into()),
+        render::count(counts.interactions),
+    );
+    text += &format!(
+        "  train {} users, valid {}, test {}; fingerprint {}\n",
+        render::count(counts.train_users.into()),
+        render::count(counts.valid_users.into()),
+        render::count(counts.test_users.into()),
+        report.manifest.fingerprint,
+    );
+    for step in &report.steps {
+        let (interactions, users, items) = (step.interactions, step.users, step.items);
+        text += &format!(
+            "  after {}: {} interactions, {} users, {} items\n",
+            step.name,
+            render::count(interactions),
+            render::count(users),
+            render::count(items)
+        );
+    }
+    for skipped in &report.skipped {
+        text += &format!("  left out {} rows; the first: {}\n", render::count(skipped.count), skipped.first);
+    }
+    for (without, split) in [(report.valid_without_history, "valid"), (report.test_without_history, "test")] {
+        if without > 0 {
+            text +=
+                &format!("  {} users have no history before {split} and are left out of it\n", render::count(without));
+        }
+    }
+    for left in &report.leftovers {
+        text += &format!("  a killed run left {}; it can be removed\n", left.display());
+    }
+    text + "next: learn-launch embed"
+}
+
+/// The progress of `prepare`, which comes from several threads.
+struct Bar(Mutex<Progress>);
+
+impl Bar {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Progress> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl learn_dataset::Progress for Bar {
+    fn stage(&self, name: &str, total: Option<u64>) {
+        self.lock().stage(name, total);
+    }
+
+    fn advance(&self, amount: u64) {
+        self.lock().advance(amount);
+    }
+}

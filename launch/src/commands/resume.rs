@@ -1,0 +1,230 @@
+//! `learn-launch resume`: continues a run exactly where a checkpoint of it is.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+use learn_dataset::Dataset;
+use learn_domain::Step;
+use learn_domain::report::{JobState, Task};
+use learn_domain::run_dir::RunDir;
+use serde::Deserialize;
+
+use crate::cli::RunArgs;
+use crate::failure::Failure;
+use crate::job::{self, JobSpec};
+use crate::output::Output;
+use crate::settings::Resolver;
+use crate::{process, runs, system};
+
+pub const HELP: &str = "\
+Examples:
+  learn-launch resume runs/quickstart
+  learn-launch resume quickstart --set training.epochs=40
+  learn-launch resume quickstart --checkpoint step-0000000200
+
+Keys that --set may change: training.{epochs, max_steps, micro_batch, threads}, evaluation.*, checkpoint.*, cluster.*
+(the others would make it another run). More epochs also stretch the cosine schedule.
+A damaged checkpoint is refused with its reason; --checkpoint picks the one before it.";
+
+/// Keys, and sections (ending in a dot), that a resumed run may change.
+const CHANGEABLE: [&str; 7] = [
+    "training.epochs",
+    "training.max_steps",
+    "training.micro_batch",
+    "training.threads",
+    "evaluation.",
+    "checkpoint.",
+    "cluster.",
+];
+
+/// Arguments of `resume`.
+#[derive(Debug, Args)]
+pub struct ResumeArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    /// Continue from this checkpoint instead of the latest one
+    #[arg(long, value_name = "NAME")]
+    checkpoint: Option<String>,
+    /// Change one of the keys below for the rest of the run (repeatable)
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Only say what would be done
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// A checkpoint as `learn-worker checkpoints --json` lists it.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Checkpoint {
+    pub step: Step,
+    pub path: PathBuf,
+    pub valid: bool,
+    pub reason: Option<String>,
+    pub best: bool,
+}
+
+impl Checkpoint {
+    fn name(&self) -> String {
+        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+}
+
+/// # Errors
+/// The run is alive or finished, has no usable checkpoint, or does not finish now.
+pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
+    let run = runs::find(&args.run.run, &args.run.runs_dir)?;
+    let shown = super::shown_run(&run);
+    runs::refuse_live(&run)?;
+    let before = runs::config(&run)?;
+    let resolver = Resolver::new(&before).sets(&args.sets)?;
+    refuse_unchangeable(resolver.changed())?;
+    let config = resolver.finish()?;
+    let unchanged =
+        (config.training.epochs, config.training.max_steps) == (before.training.epochs, before.training.max_steps);
+    let finished = runs::last_status(&run)?.is_some_and(|status| status.state == JobState::Finished);
+    if finished && unchanged && args.checkpoint.is_none() {
+        return Err(Failure::Usage(format!(
+            "{shown} has finished its {} epochs; `--set training.epochs=N` trains on, `--checkpoint NAME` repeats the \
+             end from an earlier checkpoint",
+            config.training.epochs
+        ))
+        .into());
+    }
+    Dataset::open(&config.data.dataset)?.embeddings()?;
+    let checkpoints = checkpoints(&run)?;
+    let checkpoint = choose(&checkpoints, args.checkpoint.as_deref(), &shown)?;
+    let text = format!("{shown}: resuming from step {}", checkpoint.step);
+    if args.dry_run {
+        return output
+            .result(&text.replace("resuming", "would resume"), &serde_json::json!({ "checkpoint": checkpoint.path }));
+    }
+    output.note(&text);
+    if config != before {
+        runs::write_config(&run, &config)?;
+    }
+    let resume_from = Some(path_text(&checkpoint.path)?);
+    job::run(&JobSpec { run: &run, config: &config, task: &Task::Train { resume_from } }, output)?;
+    super::train::report(&run, output)
+}
+
+fn refuse_unchangeable<'a>(mut keys: impl Iterator<Item = &'a str>) -> Result<()> {
+    let allowed = |key: &str| {
+        CHANGEABLE.iter().any(|allowed| if allowed.ends_with('.') { key.starts_with(allowed) } else { key == *allowed })
+    };
+    match keys.find(|key| !allowed(key)) {
+        None => Ok(()),
+        Some(key) => Err(Failure::Usage(format!(
+            "{key} cannot change when a run is resumed: it would be another run. Start one with `learn-launch train`; \
+             a resumed run may change {}",
+            CHANGEABLE.map(|key| if key.ends_with('.') { format!("{key}*") } else { key.to_owned() }).join(", ")
+        ))
+        .into()),
+    }
+}
+
+/// A path as the task carries it.
+pub(super) fn path_text(path: &std::path::Path) -> Result<String> {
+    path.to_str().map(str::to_owned).with_context(|| format!("{} is not UTF-8", path.display()))
+}
+
+/// All checkpoints of a run, oldest first, each checked by the worker binary.
+pub(super) fn checkpoints(run: &RunDir) -> Result<Vec<Checkpoint>> {
+    let mut command = Command::new(process::sibling("learn-worker")?);
+    command.arg("checkpoints").arg("--run").arg(run.root()).arg("--json").stdin(Stdio::null()).stderr(Stdio::piped());
+    system::end_with_parent(&mut command);
+    let answer = command.output().context("cannot start learn-worker")?;
+    if !answer.status.success() {
+        let said = String::from_utf8_lossy(&answer.stderr);
+        bail!("learn-worker checkpoints ended with {}: {}", process::describe(answer.status), said.trim());
+    }
+    let mut checkpoints: Vec<Checkpoint> =
+        serde_json::from_slice(&answer.stdout).context("learn-worker checkpoints printed something else than JSON")?;
+    checkpoints.sort_by_key(|checkpoint| checkpoint.step);
+    Ok(checkpoints)
+}
+
+/// The checkpoint that `wanted` names (`best`, `last` or a directory's name), or the latest; never a damaged one.
+pub(super) fn choose<'a>(checkpoints: &'a [Checkpoint], wanted: Option<&str>, shown: &str) -> Result<&'a Checkpoint> {
+    let usage = |message: String| anyhow::Error::from(Failure::Usage(message));
+    let chosen = match wanted {
+        None | Some("last") => checkpoints.last(),
+        Some("best") => checkpoints.iter().find(|checkpoint| checkpoint.best),
+        Some(name) => checkpoints.iter().find(|checkpoint| checkpoint.name() == name),
+    };
+    let Some(chosen) = chosen else {
+        let names: Vec<_> = checkpoints.iter().map(Checkpoint::name).collect();
+        return Err(usage(match (names.as_slice(), wanted) {
+            ([], _) => format!("{shown} has no checkpoint; start again with `learn-launch train … --force`"),
+            (names, wanted) => {
+                format!("{shown} has no checkpoint `{}`; it has {}", wanted.unwrap_or("last"), names.join(", "))
+            }
+        }));
+    };
+    if chosen.valid {
+        return Ok(chosen);
+    }
+    let earlier = checkpoints.iter().rfind(|checkpoint| checkpoint.valid && checkpoint.step < chosen.step);
+    let way = match earlier {
+        Some(earlier) => format!("the one before it is whole: add `--checkpoint {}`", earlier.name()),
+        None => "there is no whole one before it; start again with `learn-launch train … --force`".into(),
+    };
+    let reason = chosen.reason.as_deref().unwrap_or("it did not pass its check");
+    bail!("{} cannot be used: {reason}; {way}", chosen.path.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checkpoint(step: u64, valid: bool, best: bool) -> Checkpoint {
+        let reason = (!valid).then(|| "checksum of model.safetensors differs".to_owned());
+        Checkpoint { step: Step(step), path: format!("/r/checkpoints/step-{step:010}").into(), valid, reason, best }
+    }
+
+    #[test]
+    fn the_latest_checkpoint_is_chosen_unless_another_is_named() {
+        let all = [checkpoint(10, true, true), checkpoint(20, true, false)];
+        let step = |wanted| choose(&all, wanted, "r").unwrap().step.0;
+        assert_eq!(
+            [step(None), step(Some("last")), step(Some("best")), step(Some("step-0000000010"))],
+            [20, 20, 10, 10]
+        );
+    }
+
+    #[test]
+    fn a_damaged_one_is_refused_and_the_one_before_offered() {
+        let all = [checkpoint(10, true, false), checkpoint(20, false, false), checkpoint(30, false, false)];
+        let text = choose(&all, None, "r").unwrap_err().to_string();
+        assert!(text.contains("step-0000000030 cannot be used: checksum of model.safetensors differs"), "{text}");
+        assert!(text.contains("--checkpoint step-0000000010"), "{text}");
+        let text = choose(&all[1..2], None, "r").unwrap_err().to_string();
+        assert!(text.contains("no whole one before it"), "{text}");
+    }
+
+    #[test]
+    fn a_missing_one_lists_what_there_is() {
+        let text = choose(&[checkpoint(10, true, false)], Some("step-7"), "r").unwrap_err().to_string();
+        assert!(text.contains("no checkpoint `step-7`; it has step-0000000010"), "{text}");
+        assert!(choose(&[], None, "r").unwrap_err().to_string().contains("has no checkpoint; start again"));
+    }
+
+    #[test]
+    fn only_documented_keys_change() {
+        let check = |key: &str| refuse_unchangeable(std::iter::once(key));
+        for key in ["training.epochs", "checkpoint.keep_last", "cluster.workers", "evaluation.exclude_history"] {
+            check(key).unwrap();
+        }
+        for key in ["training.global_batch", "model.layers", "job.seed", "optimizer.learning_rate"] {
+            let text = check(key).unwrap_err().to_string();
+            assert!(text.contains(key) && text.contains("training.epochs") && text.contains("cluster.*"), "{text}");
+        }
+        for key in CHANGEABLE {
+            let section = key.trim_end_matches('.');
+            let catalogue = crate::settings::Catalogue::of_config();
+            assert!(catalogue.key(section).is_some() || catalogue.section(section).is_some(), "{key}");
+            assert!(HELP.contains(section.trim_start_matches("training.")), "{key} is not in the help");
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! `learn-launch train`: a new run with one coordinator and its workers on this machine.
+
+use std::path::Path;
+
+use anyhow::Result;
+use clap::Args;
+use learn_dataset::Dataset;
+use learn_domain::Config;
+use learn_domain::config::ItemTower;
+use learn_domain::report::{Summary, Task};
+use learn_domain::run_dir::RunDir;
+
+use crate::cli::{SettingsArgs, anchor};
+use crate::failure::Failure;
+use crate::job::{self, JobSpec};
+use crate::output::Output;
+use crate::{process, render, runs};
+
+pub const HELP: &str = "\
+Examples:
+  learn-launch train configs/quickstart.toml
+  learn-launch train configs/quickstart.toml --name wide --set model.hidden=256
+  learn-launch train configs/quickstart.toml --workers 4 --device cuda
+  LEARN__TRAINING__EPOCHS=3 learn-launch train configs/quickstart.toml
+
+The run directory is job.runs_dir/job.name. Ctrl-C (or SIGTERM) stops after the current step with a checkpoint; a
+second one kills.";
+
+/// Arguments of `train`.
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    settings: SettingsArgs,
+    /// Name of the run (job.name)
+    #[arg(long)]
+    name: Option<String>,
+    /// Workers of the job (cluster.workers)
+    #[arg(long, value_name = "N")]
+    workers: Option<u32>,
+    /// Epochs (training.epochs)
+    #[arg(long, value_name = "N")]
+    epochs: Option<u32>,
+    /// Where tensors live (cluster.device)
+    #[arg(long, value_parser = ["auto", "cpu", "cuda"])]
+    device: Option<String>,
+    /// Move an existing run of that name aside (nothing is deleted)
+    #[arg(long)]
+    force: bool,
+    /// Only check everything and say what would be done
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// # Errors
+/// The configuration, the dataset or the installation is not ready, the run exists, or the job does not finish.
+pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
+    let mut config = args
+        .settings
+        .resolver()?
+        .flag("--name", "job.name", args.name.as_ref())?
+        .flag("--workers", "cluster.workers", args.workers)?
+        .flag("--epochs", "training.epochs", args.epochs)?
+        .flag("--device", "cluster.device", args.device.as_ref())?
+        .finish()?;
+    anchor(&mut config)?;
+    check_ready(&config)?;
+    let root = config.job.runs_dir.join(&config.job.name);
+    if args.dry_run {
+        return describe(&root, &config, output);
+    }
+    if args.force
+        && let Some(aside) = runs::move_aside(&root)?
+    {
+        output.note(&format!("the run that was there is now {}", super::shown(&aside)));
+    }
+    let run = runs::create(&root, &config)?;
+    output.note(&format!(
+        "{}: {} workers with {} threads each; logs in {}",
+        super::shown(&root),
+        config.cluster.workers,
+        job::threads_per_worker(&config),
+        super::shown(&run.logs())
+    ));
+    job::run(&JobSpec { run: &run, config: &config, task: &Task::Train { resume_from: None } }, output)?;
+    report(&run, output)
+}
+
+/// Everything that can be known to fail before a run directory is made.
+fn check_ready(config: &Config) -> Result<()> {
+    let embeddings = Dataset::open(&config.data.dataset)?.embeddings()?;
+    let (dim, output_dim) = (embeddings.dim(), config.model.output_dim as usize);
+    if config.model.item_tower == ItemTower::Content && dim != output_dim {
+        return Err(Failure::Usage(format!(
+            "model.output_dim is {output_dim}, but the item tower `content` needs the dimension of the content \
+             embeddings: set model.output_dim={dim}"
+        ))
+        .into());
+    }
+    for binary in ["learn-coordinator", "learn-worker"] {
+        process::sibling(binary)?;
+    }
+    Ok(())
+}
+
+fn describe(root: &Path, config: &Config, output: &Output) -> Result<()> {
+    let text = format!(
+        "would train {} epochs in {} with {} workers ({} threads each) on {}\n{}",
+        config.training.epochs,
+        super::shown(root),
+        config.cluster.workers,
+        job::threads_per_worker(config),
+        super::shown(&config.data.dataset),
+        if root.exists() { "the run exists: train would refuse without --force" } else { "nothing is in the way" },
+    );
+    output.result(&text, config)
+}
+
+/// Shows the summary of a finished job and where everything lies.
+///
+/// # Errors
+/// There is no summary.
+pub fn report(run: &RunDir, output: &Output) -> Result<()> {
+    let summary: Summary = runs::read_json(&run.summary())?;
+    let shown = super::shown_run(run);
+    let best = run.checkpoint(summary.best_step);
+    let text = format!(
+        "\n{}\nsummary      {}\nbest weights {}\nlogs         {}\n\nnext: learn-launch export {shown} --out export\n      \
+         learn-launch recommend {shown} --users ID,ID -k 10",
+        render::summary(&summary),
+        super::shown(&run.summary()),
+        super::shown(&best),
+        super::shown(&run.logs()),
+    );
+    output.result(&text, &summary)
+}

@@ -1,0 +1,68 @@
+//! What ends a command early, and the exit code that says so.
+
+use learn_domain::report::exit;
+
+use crate::settings::SettingsError;
+
+/// A command ended for a reason that has an exit code of its own. The message carries the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The command line or the configuration is wrong.
+    #[error("{0}")]
+    Usage(String),
+    /// Stopped by the operator.
+    #[error("{0}")]
+    Stopped(String),
+    /// A worker was lost.
+    #[error("{0}")]
+    WorkerLost(String),
+    /// Another process failed and has said why.
+    #[error("{message}")]
+    Child { code: i32, message: String },
+    /// The result that was printed is itself the bad news.
+    #[error("{message}")]
+    Reported { code: i32, message: String },
+}
+
+impl Failure {
+    fn code(&self) -> i32 {
+        match self {
+            Self::Usage(_) => exit::USAGE,
+            Self::Stopped(_) => exit::STOPPED,
+            Self::WorkerLost(_) => exit::WORKER_LOST,
+            Self::Child { code, .. } | Self::Reported { code, .. } => *code,
+        }
+    }
+}
+
+/// The exit code of a command that ended with `error`.
+#[must_use]
+pub fn exit_code(error: &anyhow::Error) -> i32 {
+    if let Some(failure) = error.downcast_ref::<Failure>() {
+        failure.code()
+    } else if error.downcast_ref::<SettingsError>().is_some() {
+        exit::USAGE
+    } else {
+        exit::FAILED
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_has_its_code() {
+        let settings = SettingsError::Invalid { key: "job.name", problem: "is empty".into() };
+        for (error, code) in [
+            (anyhow::anyhow!("disk full"), exit::FAILED),
+            (Failure::Usage("no such run".into()).into(), exit::USAGE),
+            (anyhow::Error::from(settings).context("while reading"), exit::USAGE),
+            (Failure::Stopped("stopped".into()).into(), exit::STOPPED),
+            (Failure::WorkerLost("lost".into()).into(), exit::WORKER_LOST),
+            (Failure::Child { code: 7, message: "x".into() }.into(), 7),
+        ] {
+            assert_eq!(exit_code(&error), code, "{error}");
+        }
+    }
+}

@@ -1,0 +1,300 @@
+//! One job on this machine: a coordinator and its workers, started, watched and reaped.
+//!
+//! Input: a run directory with its configuration and secret, and a task. Output: the job's last status, or a failure
+//! that names the cause, the guilty process with the end of its log, and what to do. Invariants: a request to stop goes
+//! to the coordinator alone, which ends the job gracefully; a second one kills; no process outlives [`run`].
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use learn_domain::Config;
+use learn_domain::ids::Rank;
+use learn_domain::report::{CoordinatorAddress, JobState, JobStatus, Task, exit};
+use learn_domain::run_dir::RunDir;
+
+use crate::api::Api;
+use crate::failure::Failure;
+use crate::output::{Output, Progress, Unit};
+use crate::process::{self, Process};
+use crate::system::{self, End};
+use crate::{render, runs};
+
+/// Pause between two looks at the processes.
+const POLL: Duration = Duration::from_millis(50);
+/// Pause between two looks at the status.
+const STATUS_INTERVAL: Duration = Duration::from_millis(500);
+/// A coordinator that is silent for this long at its start is said to be checking the dataset.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Workers may take this long to leave after their coordinator has ended.
+const LEAVE: Duration = Duration::from_secs(30);
+/// Beyond the heartbeat timeout, the coordinator may take this long to end a job that has lost a worker.
+const NOTICE: Duration = Duration::from_secs(20);
+/// Lines of a guilty log that a failure shows.
+const TAIL: usize = 15;
+
+/// What to run.
+#[derive(Clone, Copy, Debug)]
+pub struct JobSpec<'a> {
+    pub run: &'a RunDir,
+    pub config: &'a Config,
+    pub task: &'a Task,
+}
+
+/// Runs a job to its end.
+///
+/// Call it from the main thread: children are tied to the thread that starts them.
+///
+/// # Errors
+/// The job failed, was stopped or lost a worker; the failure has the exit code that says which.
+pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
+    system::catch_stop_signals();
+    let mut job = LocalJob::start(spec, output)?;
+    if let Some(address) = job.wait_for_coordinator() {
+        job.start_workers(&address)?;
+        job.watch(&Api::new(&address));
+    }
+    job.conclude()
+}
+
+/// Threads of one local worker.
+#[must_use]
+pub fn threads_per_worker(config: &Config) -> usize {
+    match config.training.threads {
+        0 => (cores() / config.cluster.workers as usize).max(1),
+        threads => threads as usize,
+    }
+}
+
+/// Cores that this process may use.
+#[must_use]
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+struct LocalJob<'a> {
+    spec: JobSpec<'a>,
+    output: &'a Output,
+    progress: Progress,
+    coordinator: Process,
+    workers: Vec<Process>,
+    /// Requests to stop that were passed on.
+    stops: usize,
+    /// The first worker that failed, before anybody asked to stop.
+    lost: Option<Lost>,
+    gathering: bool,
+    evaluations: usize,
+}
+
+struct Lost {
+    worker: usize,
+    at: Instant,
+}
+
+impl<'a> LocalJob<'a> {
+    fn start(spec: &JobSpec<'a>, output: &'a Output) -> Result<Self> {
+        let run = spec.run;
+        // A crashed coordinator leaves its address behind; it must not be taken for the new one's.
+        if run.coordinator().exists() {
+            std::fs::remove_file(run.coordinator())
+                .with_context(|| format!("cannot remove {}", run.coordinator().display()))?;
+        }
+        let mut command = Command::new(process::sibling("learn-coordinator")?);
+        command.arg("--run-dir").arg(run.root()).arg("--task-json").arg(serde_json::to_string(spec.task)?);
+        let coordinator = Process::start("coordinator", &mut command, &run.coordinator_log())?;
+        let progress = output.progress(Unit::Count);
+        Ok(Self {
+            spec: *spec,
+            output,
+            progress,
+            coordinator,
+            workers: Vec::new(),
+            stops: system::stop_requests(),
+            lost: None,
+            gathering: true,
+            evaluations: 0,
+        })
+    }
+
+    /// The coordinator's address once it serves; `None` if it has ended before.
+    fn wait_for_coordinator(&mut self) -> Option<CoordinatorAddress> {
+        let start = Instant::now();
+        let mut said = false;
+        while self.coordinator.ended().is_none() {
+            let address = runs::read_json::<CoordinatorAddress>(&self.spec.run.coordinator());
+            if let Ok(address) = address {
+                return Some(address);
+            }
+            if !said && start.elapsed() > PATIENCE {
+                self.output.note("waiting for the coordinator, which checks the dataset first");
+                said = true;
+            }
+            self.pass_on_stops();
+            std::thread::sleep(POLL);
+        }
+        None
+    }
+
+    fn start_workers(&mut self, address: &CoordinatorAddress) -> Result<()> {
+        let binary = process::sibling("learn-worker")?;
+        let JobSpec { run, config, .. } = self.spec;
+        let threads = threads_per_worker(config).to_string();
+        let device = serde_json::to_value(config.cluster.device)?;
+        for number in 0..config.cluster.workers {
+            let mut command = Command::new(&binary);
+            command
+                .arg("join")
+                .args(["--coordinator", &address.grpc])
+                .arg("--secret-file")
+                .arg(run.secret())
+                .args(["--device", device.as_str().unwrap_or("auto")])
+                .args(["--ordinal", &number.to_string()])
+                .args(["--threads", &threads])
+                .args(["--bind", &config.cluster.bind])
+                .env("OMP_NUM_THREADS", &threads);
+            let log = run.worker_log(Rank(number));
+            self.workers.push(Process::start(format!("worker {number}"), &mut command, &log)?);
+        }
+        Ok(())
+    }
+
+    fn watch(&mut self, api: &Api) {
+        let mut asked: Option<Instant> = None;
+        while self.coordinator.ended().is_none() {
+            if asked.is_none_or(|at| at.elapsed() >= STATUS_INTERVAL) {
+                if let Ok(status) = api.job() {
+                    self.show(&status);
+                }
+                asked = Some(Instant::now());
+            }
+            self.pass_on_stops();
+            self.look_after_lost();
+            std::thread::sleep(POLL);
+        }
+        // The last evaluations and steps came after the last look.
+        if let Ok(Some(status)) = runs::last_status(self.spec.run) {
+            self.show(&status);
+        }
+        self.progress.finish();
+    }
+
+    fn show(&mut self, status: &JobStatus) {
+        self.gathering = status.state == JobState::Gathering;
+        // A restarted coordinator may know fewer evaluations than were shown.
+        for evaluation in status.evaluations.iter().skip(self.evaluations) {
+            self.progress.line(&render::evaluation(evaluation));
+        }
+        self.evaluations = self.evaluations.max(status.evaluations.len());
+        match &status.last_step {
+            Some(step) => self.progress.at(step.step.0, status.total_steps, render::step(step)),
+            None => self.progress.at(0, status.total_steps, render::state(&status.state).to_owned()),
+        }
+    }
+
+    fn pass_on_stops(&mut self) {
+        let requests = system::stop_requests();
+        if requests == self.stops {
+            return;
+        }
+        if self.stops == 0 && requests == 1 {
+            self.progress.line("stopping after the current step, with a checkpoint; once more to kill");
+            self.coordinator.ask_to_end(End::Gracefully);
+        } else {
+            self.progress.line("killing all processes of the job");
+            self.end_all(End::AtOnce);
+        }
+        self.stops = requests;
+    }
+
+    fn end_all(&mut self, how: End) {
+        for process in self.workers.iter_mut().chain([&mut self.coordinator]) {
+            process.ask_to_end(how);
+        }
+    }
+
+    /// The coordinator learns of a dead worker from heartbeats; before all have joined, or when it does not act in
+    /// time, this side ends the job.
+    fn look_after_lost(&mut self) {
+        if self.lost.is_none() && self.stops == 0 {
+            let worker = (0..self.workers.len()).find(|number| self.workers[*number].failed());
+            self.lost = worker.map(|worker| Lost { worker, at: Instant::now() });
+            if self.lost.is_some() && self.gathering {
+                self.coordinator.ask_to_end(End::Gracefully);
+            }
+        }
+        let limit = self.spec.config.cluster.heartbeat_timeout.0 + NOTICE;
+        if self.lost.as_ref().is_some_and(|lost| lost.at.elapsed() > limit) {
+            self.end_all(End::AtOnce);
+        }
+    }
+
+    fn conclude(mut self) -> Result<JobStatus> {
+        self.progress.finish();
+        let leave = Instant::now();
+        for worker in &mut self.workers {
+            worker.wait(LEAVE.saturating_sub(leave.elapsed()));
+        }
+        let status = runs::last_status(self.spec.run)?;
+        let Some(ended) = self.coordinator.ended() else {
+            // Unreachable by construction (all callers wait for it); dropping `self` kills it all the same.
+            anyhow::bail!("the coordinator did not end");
+        };
+        let shown = self.spec.run.root().display();
+        let step = status.as_ref().and_then(|status| status.last_step.as_ref()).map_or(0, |step| step.step.0);
+        let cause = status.as_ref().and_then(|status| status.cause.clone());
+        if self.stops > 1 {
+            let message = format!("{shown}: killed at step {step}; {}", self.way_on(status.as_ref()));
+            return Err(Failure::Child { code: exit::FAILED, message }.into());
+        }
+        match (ended.code(), &self.lost, status) {
+            (Some(exit::OK), _, Some(status)) => Ok(status),
+            (Some(exit::STOPPED), None, status) => {
+                let cause = cause.map(|cause| format!(" ({cause})")).unwrap_or_default();
+                let message = format!("{shown}: stopped at step {step}{cause}; {}", self.way_on(status.as_ref()));
+                Err(Failure::Stopped(message).into())
+            }
+            (code, _, status) => {
+                let message = self.explain(cause, status.as_ref());
+                Err(match code {
+                    Some(exit::WORKER_LOST) => Failure::WorkerLost(message),
+                    _ if self.lost.is_some() => Failure::WorkerLost(message),
+                    code => Failure::Child { code: code.filter(|code| *code != 0).unwrap_or(exit::FAILED), message },
+                }
+                .into())
+            }
+        }
+    }
+
+    /// The cause, the guilty process, the end of its log, the way on.
+    fn explain(&mut self, cause: Option<String>, status: Option<&JobStatus>) -> String {
+        let failed = self.lost.as_ref().map(|lost| lost.worker);
+        let failed = failed.or_else(|| (0..self.workers.len()).find(|number| self.workers[*number].failed()));
+        let guilty = match failed {
+            Some(number) => &mut self.workers[number],
+            None => &mut self.coordinator,
+        };
+        let how = guilty.ended().map_or("did not end".into(), process::describe);
+        let mut message = format!(
+            "the job failed: {}\n{} ended with {how}; the end of {}:\n",
+            cause.unwrap_or_else(|| format!("{} ended early", guilty.name)),
+            guilty.name,
+            guilty.log.display(),
+        );
+        for line in process::tail(&guilty.log, TAIL) {
+            message += &format!("  | {line}\n");
+        }
+        message + &self.way_on(status)
+    }
+
+    fn way_on(&self, status: Option<&JobStatus>) -> String {
+        let shown = self.spec.run.root().display();
+        match (self.spec.task, status.and_then(|status| status.last_checkpoint)) {
+            (Task::Evaluate { .. }, _) => "run the evaluation again once the cause is mended".into(),
+            (Task::Train { .. }, Some(step)) => format!("`learn-launch resume {shown}` continues from step {step}"),
+            (Task::Train { resume_from: Some(_) }, None) => format!("`learn-launch resume {shown}` continues it"),
+            (Task::Train { resume_from: None }, None) => {
+                "there is no checkpoint yet: mend the cause and start again with `--force`".into()
+            }
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! What people see of jobs and metrics, as pure functions.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use learn_domain::report::{Evaluation, JobState, JobStatus, StepRecord, Summary};
+
+type Metrics = BTreeMap<String, f64>;
+
+/// Whether the numbers of a status are those of a running job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Freshness {
+    /// A coordinator answers for them.
+    Live,
+    /// The job has ended, these are its last words.
+    Ended,
+    /// The coordinator is gone without having ended the job.
+    Stale,
+}
+
+/// `1234567` as `1,234,567`.
+#[must_use]
+pub fn count(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (place, digit) in digits.chars().enumerate() {
+        if place > 0 && (digits.len() - place).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// Seconds as `1h 02m`, `3m 04s` or `5.6s`.
+#[must_use]
+pub fn duration(seconds: f64) -> String {
+    if !seconds.is_finite() || seconds < 0.0 {
+        return "?".into();
+    }
+    if seconds < 60.0 {
+        return format!("{seconds:.1}s");
+    }
+    let whole = std::time::Duration::from_secs_f64(seconds.min(1e15)).as_secs();
+    if whole < 3600 {
+        format!("{}m {:02}s", whole / 60, whole % 60)
+    } else {
+        format!("{}h {:02}m", whole / 3600, whole % 3600 / 60)
+    }
+}
+
+/// Bytes as `1.5 GiB`.
+#[must_use]
+pub fn bytes(number: u64) -> String {
+    indicatif::BinaryBytes(number).to_string()
+}
+
+#[must_use]
+pub fn users_per_second(step: &StepRecord) -> f64 {
+    if step.seconds > 0.0 { f64::from(step.users) / step.seconds } else { 0.0 }
+}
+
+/// The state as its JSON has it.
+#[must_use]
+pub fn state(state: &JobState) -> &'static str {
+    match state {
+        JobState::Gathering => "gathering",
+        JobState::Running => "running",
+        JobState::Stopping => "stopping",
+        JobState::Finished => "finished",
+        JobState::Stopped => "stopped",
+        JobState::Failed => "failed",
+    }
+}
+
+/// The words beside the progress bar of a step.
+#[must_use]
+pub fn step(step: &StepRecord) -> String {
+    format!(
+        "epoch {} loss {:.4} accuracy {:.3} {:.0} users/s",
+        step.epoch + 1,
+        step.loss,
+        step.accuracy,
+        users_per_second(step)
+    )
+}
+
+/// One line for one evaluation.
+#[must_use]
+pub fn evaluation(evaluation: &Evaluation) -> String {
+    let mut line = format!("{} at step {} (epoch {}):", evaluation.split, evaluation.step, evaluation.epoch);
+    for (name, value) in ordered(&evaluation.metrics) {
+        let _infallible = write!(line, " {name} {value:.4}");
+    }
+    let _infallible = write!(line, " ({} users, {})", count(evaluation.users), duration(evaluation.seconds));
+    line
+}
+
+/// Metrics by name, then by the number after `@`.
+fn ordered(metrics: &Metrics) -> Vec<(&str, f64)> {
+    let mut rows: Vec<_> = metrics.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+    rows.sort_by_key(|(name, _)| {
+        let (kind, cutoff) = name.split_once('@').unwrap_or((name, "0"));
+        (kind.to_owned(), cutoff.parse::<u64>().unwrap_or(u64::MAX))
+    });
+    rows
+}
+
+/// A table of metrics, one column each; the rows are those of all columns together.
+#[must_use]
+pub fn metrics_table(columns: &[(&str, &Metrics)]) -> String {
+    let mut all = Metrics::new();
+    for (_, metrics) in columns {
+        all.extend(metrics.iter().map(|(name, value)| (name.clone(), *value)));
+    }
+    let mut out = format!("{:<12}", "metric");
+    for (title, _) in columns {
+        let _infallible = write!(out, "{title:>12}");
+    }
+    out.push('\n');
+    for (name, _) in ordered(&all) {
+        let _infallible = write!(out, "{name:<12}");
+        for (_, metrics) in columns {
+            let cell = metrics.get(name).map_or("-".to_owned(), |value| format!("{value:.4}"));
+            let _infallible = write!(out, "{cell:>12}");
+        }
+        out.push('\n');
+    }
+    out
+}
+
+/// The table of a finished job: valid, test, popularity and how many times better than it the model is.
+#[must_use]
+pub fn summary(summary: &Summary) -> String {
+    let mut out = format!(
+        "{}: {} users, {} items, {} interactions\n{} steps on {} workers in {} ({:.0} users/s); best checkpoint: step {}\n\n",
+        summary.dataset,
+        count(summary.users),
+        count(summary.items.into()),
+        count(summary.interactions),
+        count(summary.steps),
+        summary.world_size,
+        duration(summary.seconds),
+        summary.samples_per_second,
+        summary.best_step,
+    );
+    let table =
+        metrics_table(&[("valid", &summary.valid), ("test", &summary.test), ("popularity", &summary.popularity)]);
+    for (number, row) in table.lines().enumerate() {
+        let name = row.split_whitespace().next().unwrap_or_default();
+        let factor = match (summary.test.get(name), summary.popularity.get(name)) {
+            (Some(test), Some(popularity)) if *popularity > 0.0 => format!("{:.2}x", test / popularity),
+            _ if number == 0 => "test/pop.".into(),
+            _ => "-".into(),
+        };
+        let _infallible = writeln!(out, "{row}{factor:>12}");
+    }
+    out
+}
+
+/// A whole status.
+#[must_use]
+pub fn status(status: &JobStatus, freshness: Freshness) -> String {
+    let mut out = format!("{}: {}", status.name, state(&status.state));
+    match freshness {
+        Freshness::Live => {}
+        Freshness::Ended => out.push_str(" (ended)"),
+        Freshness::Stale => out.push_str(" (STALE: its coordinator is gone; `learn-launch resume` continues the job)"),
+    }
+    out.push('\n');
+    let mut row = |name: &str, value: String| {
+        let _infallible = writeln!(out, "  {name:<12}{value}");
+    };
+    if let Some(cause) = &status.cause {
+        row("cause", cause.clone());
+    }
+    let dataset = &status.dataset;
+    row("dataset", format!("{}: {} users, {} items", dataset.name, count(dataset.users), count(dataset.items.into())));
+    let done = status.last_step.as_ref().map_or(0, |step| step.step.0);
+    let epochs = status.total_steps.checked_div(status.steps_per_epoch).unwrap_or(0);
+    row("steps", format!("{} of {} ({} epochs)", count(done), count(status.total_steps), epochs));
+    if let Some(last) = &status.last_step {
+        row("last step", step(last));
+    }
+    if let Some(checkpoint) = status.last_checkpoint {
+        row("checkpoint", format!("step {checkpoint}"));
+    }
+    if let Some(best) = &status.best {
+        row("best", evaluation(best));
+    }
+    for epoch in &status.ledger.epochs {
+        let verdict = match epoch {
+            epoch if epoch.exact() => "exact".into(),
+            epoch if epoch.repeated == 0 && epoch.unknown == 0 => "open".into(),
+            epoch => format!("{} repeated, {} unknown", epoch.repeated, epoch.unknown),
+        };
+        let seen = format!("{} of {} users seen: {verdict}", count(epoch.seen.into()), count(epoch.users.into()));
+        row("ledger", format!("epoch {}: {seen}", epoch.epoch + 1));
+    }
+    row("generation", format!("{} with {} workers", status.generation, status.world_size));
+    for worker in &status.workers {
+        let rank = worker.rank.map_or("-".to_owned(), |rank| rank.to_string());
+        let place = format!("{} pid {} {}", worker.host, worker.pid, worker.device);
+        let doing = format!("step {} {}", worker.step, worker.phase);
+        let silent = format!("heard {:.1}s ago", worker.seconds_since_heartbeat);
+        row("worker", format!("rank {rank} {place}: {doing}, {silent}"));
+    }
+    row("running for", duration(status.seconds));
+    out
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,145 @@
+use learn_domain::ids::{Generation, Rank, Step, WorkerId};
+use learn_domain::ledger::{EpochCount, LedgerSummary};
+use learn_domain::report::{DatasetFacts, Split, Task, WorkerStatus};
+
+use super::*;
+
+fn metrics(pairs: &[(&str, f64)]) -> Metrics {
+    pairs.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
+}
+
+fn job() -> JobStatus {
+    let last_step = StepRecord {
+        step: Step(30),
+        epoch: 1,
+        loss: 3.25,
+        accuracy: 0.125,
+        users: 256,
+        seconds: 0.5,
+        ..StepRecord::default()
+    };
+    let epoch = |epoch, seen| EpochCount { epoch, users: 943, seen, repeated: 0, unknown: 0 };
+    JobStatus {
+        name: "quickstart".into(),
+        task: Task::Train { resume_from: None },
+        state: JobState::Running,
+        cause: None,
+        generation: Generation(2),
+        world_size: 2,
+        dataset: DatasetFacts { name: "ml-100k".into(), users: 943, items: 1682, ..DatasetFacts::default() },
+        steps_per_epoch: 20,
+        total_steps: 2000,
+        last_step: Some(last_step),
+        last_checkpoint: Some(Step(20)),
+        best: None,
+        evaluations: vec![],
+        workers: vec![WorkerStatus {
+            worker: WorkerId(7),
+            rank: Some(Rank(1)),
+            host: "here".into(),
+            pid: 42,
+            device: "cpu".into(),
+            step: Step(30),
+            phase: "backward".into(),
+            metrics_url: String::new(),
+            seconds_since_heartbeat: 0.25,
+        }],
+        ledger: LedgerSummary { exact: true, epochs: vec![epoch(0, 943), epoch(1, 512)] },
+        seconds: 61.0,
+    }
+}
+
+#[test]
+fn numbers_read_well() {
+    for (number, text) in [(0, "0"), (999, "999"), (1_000, "1,000"), (1_234_567, "1,234,567")] {
+        assert_eq!(count(number), text);
+    }
+    for (seconds, text) in [(5.64, "5.6s"), (184.0, "3m 04s"), (3723.0, "1h 02m"), (f64::NAN, "?"), (-1.0, "?")] {
+        assert_eq!(duration(seconds), text);
+    }
+}
+
+#[test]
+fn a_live_job_shows_its_progress_ledger_and_workers() {
+    let text = status(&job(), Freshness::Live);
+    for part in [
+        "quickstart: running\n",
+        "ml-100k: 943 users, 1,682 items",
+        "30 of 2,000 (100 epochs)",
+        "epoch 2 loss 3.2500 accuracy 0.125 512 users/s",
+        "epoch 1: 943 of 943 users seen: exact",
+        "epoch 2: 512 of 943 users seen: open",
+        "2 with 2 workers",
+        "rank 1 here pid 42 cpu: step 30 backward, heard 0.2s ago",
+        "1m 01s",
+    ] {
+        assert!(text.contains(part), "{part} is not in:\n{text}");
+    }
+}
+
+#[test]
+fn a_stale_or_failed_job_says_so() {
+    let mut failed = job();
+    failed.state = JobState::Failed;
+    failed.cause = Some("worker 1 was silent for 15s".into());
+    failed.ledger.epochs[1].repeated = 3;
+    let text = status(&failed, Freshness::Ended);
+    assert!(text.starts_with("quickstart: failed (ended)\n"), "{text}");
+    assert!(text.contains("worker 1 was silent for 15s") && text.contains("3 repeated, 0 unknown"), "{text}");
+    assert!(status(&job(), Freshness::Stale).contains("STALE"));
+}
+
+#[test]
+fn a_job_before_its_first_step_can_be_shown() {
+    let mut new = job();
+    (new.last_step, new.steps_per_epoch, new.total_steps) = (None, 0, 0);
+    assert!(status(&new, Freshness::Live).contains("0 of 0 (0 epochs)"));
+}
+
+#[test]
+fn metrics_are_ordered_by_their_cutoff() {
+    let test = metrics(&[("recall@10", 0.2), ("recall@5", 0.1), ("mrr", 0.3), ("recall@50", 0.4)]);
+    let table = metrics_table(&[("test", &test), ("other", &metrics(&[("ndcg@10", 0.5)]))]);
+    let names: Vec<_> = table.lines().map(|line| line.split_whitespace().next().unwrap()).collect();
+    assert_eq!(names, ["metric", "mrr", "ndcg@10", "recall@5", "recall@10", "recall@50"]);
+    let cells: Vec<_> = table.lines().nth(2).unwrap().split_whitespace().collect();
+    assert_eq!(cells, ["ndcg@10", "-", "0.5000"]);
+    let line = evaluation(&Evaluation {
+        split: Split::Valid,
+        step: Step(20),
+        epoch: 1,
+        users: 943,
+        metrics: test,
+        seconds: 1.5,
+    });
+    let wanted =
+        "valid at step 20 (epoch 1): mrr 0.3000 recall@5 0.1000 recall@10 0.2000 recall@50 0.4000 (943 users, 1.5s)";
+    assert_eq!(line, wanted);
+}
+
+#[test]
+fn the_summary_compares_with_popularity() {
+    let text = summary(&Summary {
+        dataset: "ml-100k".into(),
+        fingerprint: "f".into(),
+        users: 943,
+        items: 1682,
+        interactions: 100_000,
+        world_size: 2,
+        steps: 400,
+        seconds: 100.0,
+        samples_per_second: 820.4,
+        best_step: Step(380),
+        valid: metrics(&[("recall@10", 0.21)]),
+        test: metrics(&[("recall@10", 0.2), ("mrr", 0.1)]),
+        popularity: metrics(&[("recall@10", 0.08), ("mrr", 0.0)]),
+    });
+    let row = |name: &str| text.lines().find(|line| line.starts_with(name)).unwrap().to_owned();
+    assert_eq!(
+        row("recall@10").split_whitespace().collect::<Vec<_>>(),
+        ["recall@10", "0.2100", "0.2000", "0.0800", "2.50x"]
+    );
+    assert!(row("mrr").ends_with(" -"));
+    assert!(row("metric").ends_with("test/pop."));
+    assert!(text.contains("400 steps on 2 workers in 1m 40s (820 users/s); best checkpoint: step 380"));
+}

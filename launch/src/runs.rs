@@ -1,0 +1,221 @@
+//! Run directories on disk: making one, finding one, knowing whether its job is alive.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result, anyhow};
+use learn_domain::Config;
+use learn_domain::report::{CoordinatorAddress, JobStatus};
+use learn_domain::run_dir::RunDir;
+use serde::de::DeserializeOwned;
+
+use crate::failure::Failure;
+use crate::process;
+
+/// Bytes of a job's secret.
+const SECRET_BYTES: usize = 32;
+
+/// Reads a JSON file.
+///
+/// # Errors
+/// It is not there or not what it should be.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))
+}
+
+/// Makes the directory of a new run: configuration, secret, folder for logs.
+///
+/// # Errors
+/// It exists already (the message names the ways out) or cannot be written.
+pub fn create(root: &Path, config: &Config) -> Result<RunDir> {
+    if let Some(parent) = root.parent() {
+        fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+    }
+    if let Err(error) = fs::create_dir(root) {
+        if error.kind() != io::ErrorKind::AlreadyExists {
+            return Err(error).with_context(|| format!("cannot make {}", root.display()));
+        }
+        let shown = root.display();
+        return Err(Failure::Usage(format!(
+            "the run {shown} exists already. Continue it with `learn-launch resume {shown}`, give the new one another \
+             name with `--set job.name=NAME`, or move the old one aside with `--force`"
+        ))
+        .into());
+    }
+    let run = RunDir::new(root);
+    for folder in [run.logs(), run.checkpoints()] {
+        fs::create_dir(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    write_config(&run, config)?;
+    write_secret(&run)?;
+    Ok(run)
+}
+
+/// Writes the resolved configuration in one go.
+///
+/// # Errors
+/// It cannot be written.
+pub fn write_config(run: &RunDir, config: &Config) -> Result<()> {
+    let path = run.config();
+    let aside = path.with_extension("json.tmp");
+    let mut bytes = serde_json::to_vec_pretty(config)?;
+    bytes.push(b'\n');
+    fs::write(&aside, bytes)
+        .and_then(|()| fs::rename(&aside, &path))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn write_secret(run: &RunDir) -> Result<()> {
+    let mut bytes = [0_u8; SECRET_BYTES];
+    getrandom::fill(&mut bytes).map_err(|error| anyhow!("no random bytes for the job's secret: {error}"))?;
+    let text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let path = run.secret();
+    let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+    file.and_then(|mut file| file.write_all(text.as_bytes()))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Moves an existing run aside and says where to; `None` if there was none.
+///
+/// # Errors
+/// Its job is alive, or it cannot be moved.
+pub fn move_aside(root: &Path) -> Result<Option<PathBuf>> {
+    if !root.exists() {
+        return Ok(None);
+    }
+    refuse_live(&RunDir::new(root))?;
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let mut name = root.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".before-{seconds}"));
+    let aside = root.with_file_name(name);
+    fs::rename(root, &aside).with_context(|| format!("cannot move {} to {}", root.display(), aside.display()))?;
+    Ok(Some(aside))
+}
+
+/// Finds a run by its directory, or by its name under `runs_dir`.
+///
+/// # Errors
+/// There is none; the message lists the runs that there are.
+pub fn find(run: &Path, runs_dir: &Path) -> Result<RunDir> {
+    for root in [run.to_owned(), runs_dir.join(run)] {
+        let candidate = RunDir::new(std::path::absolute(&root)?);
+        if candidate.config().is_file() {
+            return Ok(candidate);
+        }
+    }
+    let mut known: Vec<String> = fs::read_dir(runs_dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| RunDir::new(entry.path()).config().is_file())
+        .map(|entry| entry.path().display().to_string())
+        .collect();
+    known.sort();
+    let hint = match known.as_slice() {
+        [] => format!("there are no runs in {}; `learn-launch train` makes one", runs_dir.display()),
+        known => format!("there are: {}", known.join(", ")),
+    };
+    Err(Failure::Usage(format!("{} is not a run directory; {hint}", run.display())).into())
+}
+
+/// The configuration that a run was started with.
+///
+/// # Errors
+/// It cannot be read or is not one of this version.
+pub fn config(run: &RunDir) -> Result<Config> {
+    read_json(&run.config())
+}
+
+/// The last status that was written, if any.
+///
+/// # Errors
+/// There is one that cannot be read.
+pub fn last_status(run: &RunDir) -> Result<Option<JobStatus>> {
+    if run.status().is_file() { read_json(&run.status()).map(Some) } else { Ok(None) }
+}
+
+/// The address of the run's coordinator if that process is alive on this machine.
+#[must_use]
+pub fn live(run: &RunDir) -> Option<CoordinatorAddress> {
+    let address: CoordinatorAddress = read_json(&run.coordinator()).ok()?;
+    process::runs(address.pid, "learn-coordinator").then_some(address)
+}
+
+/// # Errors
+/// The run's job is alive.
+pub fn refuse_live(run: &RunDir) -> Result<()> {
+    match live(run) {
+        None => Ok(()),
+        Some(address) => Err(Failure::Usage(format!(
+            "{shown} is running now (coordinator pid {pid}); `learn-launch status {shown}` shows it, `learn-launch stop \
+             {shown}` ends it",
+            shown = run.root().display(),
+            pid = address.pid
+        ))
+        .into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_new_run_has_its_configuration_and_a_private_secret() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("runs/one");
+        let run = create(&root, &Config::default()).unwrap();
+        assert_eq!(config(&run).unwrap(), Config::default());
+        let secret = fs::read_to_string(run.secret()).unwrap();
+        assert!(secret.len() == 64 && secret.bytes().all(|b| b.is_ascii_hexdigit()));
+        assert_eq!(fs::metadata(run.secret()).unwrap().permissions().mode() & 0o777, 0o600);
+        let other = create(&folder.path().join("runs/two"), &Config::default()).unwrap();
+        assert_ne!(secret, fs::read_to_string(other.secret()).unwrap());
+        assert!(live(&run).is_none() && last_status(&run).unwrap().is_none());
+    }
+
+    #[test]
+    fn an_existing_run_is_refused_with_the_ways_out_and_force_keeps_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("one");
+        let run = create(&root, &Config::default()).unwrap();
+        let secret = fs::read_to_string(run.secret()).unwrap();
+        let error = create(&root, &Config::default()).unwrap_err();
+        assert_eq!(crate::failure::exit_code(&error), 2);
+        let text = error.to_string();
+        assert!(text.contains("resume") && text.contains("--set job.name=") && text.contains("--force"), "{text}");
+        let aside = move_aside(&root).unwrap().unwrap();
+        assert_eq!(fs::read_to_string(RunDir::new(aside).secret()).unwrap(), secret);
+        assert!(move_aside(&root).unwrap().is_none());
+        create(&root, &Config::default()).unwrap();
+    }
+
+    #[test]
+    fn a_run_is_found_by_path_and_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("one");
+        create(&root, &Config::default()).unwrap();
+        assert_eq!(find(&root, Path::new("elsewhere")).unwrap().root(), root);
+        assert_eq!(find(Path::new("one"), folder.path()).unwrap().root(), root);
+        let text = find(Path::new("two"), folder.path()).unwrap_err().to_string();
+        assert!(text.contains("two is not a run directory") && text.contains("one"), "{text}");
+        let text = find(Path::new("two"), &folder.path().join("none")).unwrap_err().to_string();
+        assert!(text.contains("there are no runs"), "{text}");
+    }
+
+    #[test]
+    fn a_coordinator_that_is_gone_or_another_process_is_not_alive() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = create(&folder.path().join("one"), &Config::default()).unwrap();
+        let address = CoordinatorAddress { pid: std::process::id(), grpc: String::new(), http: String::new() };
+        fs::write(run.coordinator(), serde_json::to_vec(&address).unwrap()).unwrap();
+        assert!(live(&run).is_none(), "this test is no coordinator");
+        refuse_live(&run).unwrap();
+    }
+}

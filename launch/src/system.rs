@@ -1,0 +1,128 @@
+//! The few calls into the operating system that the standard library does not offer.
+//!
+//! The only `unsafe` of `learn-launch`: each block is one libc call over plain values.
+
+#![allow(unsafe_code, reason = "prctl, kill, sigaction, statvfs and getrlimit have no safe form in std")]
+
+use std::ffi::CString;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+static STOP_REQUESTS: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn count_stop_request(_signal: libc::c_int) {
+    STOP_REQUESTS.fetch_add(1, Ordering::Relaxed);
+}
+
+/// From now on SIGINT, SIGTERM and SIGHUP are counted instead of ending this process.
+pub fn catch_stop_signals() {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // SAFETY: the handler only adds to an atomic, which is async-signal-safe; an all-zero sigaction is a valid one.
+        unsafe {
+            let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
+            action.sa_sigaction = count_stop_request as extern "C" fn(libc::c_int) as usize;
+            action.sa_flags = libc::SA_RESTART;
+            libc::sigaction(signal, &raw const action, std::ptr::null_mut());
+        }
+    }
+}
+
+/// How often somebody has asked this process to stop since [`catch_stop_signals`].
+#[must_use]
+pub fn stop_requests() -> usize {
+    STOP_REQUESTS.load(Ordering::Relaxed)
+}
+
+/// A request to another process to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// SIGTERM: finish what must be finished.
+    Gracefully,
+    /// SIGKILL.
+    AtOnce,
+}
+
+/// Asks a process to end. A process that is already gone is no error.
+pub fn end(pid: u32, how: End) {
+    let signal = match how {
+        End::Gracefully => libc::SIGTERM,
+        End::AtOnce => libc::SIGKILL,
+    };
+    if let Ok(pid) = libc::pid_t::try_from(pid) {
+        // SAFETY: kill takes plain integers; the pid is positive, so exactly one process is meant.
+        unsafe { libc::kill(pid, signal) };
+    }
+}
+
+/// The child gets SIGTERM when this process ends, however it ends, and does not start if that has already happened.
+///
+/// Linux sends the signal when the *thread* that started the child ends: start children from the main thread.
+pub fn end_with_parent(command: &mut Command) {
+    let parent = std::process::id();
+    // SAFETY: between fork and exec only prctl and getppid run, both async-signal-safe; nothing is allocated.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            if libc::getppid().unsigned_abs() != parent {
+                return Err(io::Error::from_raw_os_error(libc::ECHILD));
+            }
+            Ok(())
+        });
+    }
+}
+
+/// Bytes that this user may still write on the file system of `path`.
+///
+/// # Errors
+/// The path does not exist or cannot be asked about.
+pub fn free_bytes(path: &Path) -> io::Result<u64> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut facts = MaybeUninit::<libc::statvfs>::zeroed();
+    // SAFETY: the path ends in NUL and lives through the call; `facts` is large enough and read only on success.
+    let facts = unsafe {
+        if libc::statvfs(path.as_ptr(), facts.as_mut_ptr()) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        facts.assume_init()
+    };
+    Ok(facts.f_bavail.saturating_mul(facts.f_frsize))
+}
+
+/// How many files a process may hold open (soft limit).
+#[must_use]
+pub fn open_file_limit() -> Option<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a valid place for the answer.
+    let answer = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
+    (answer == 0).then_some(limit.rlim_cur)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn facts_about_this_machine_make_sense() {
+        assert!(free_bytes(Path::new("/")).is_ok());
+        assert!(free_bytes(Path::new("/no/such/place")).is_err());
+        assert!(open_file_limit().is_some_and(|limit| limit > 0));
+    }
+
+    #[test]
+    fn a_stop_request_is_counted_instead_of_obeyed() {
+        catch_stop_signals();
+        let before = stop_requests();
+        end(std::process::id(), End::Gracefully);
+        while stop_requests() == before {
+            std::thread::yield_now();
+        }
+        assert_eq!(stop_requests(), before + 1);
+    }
+}

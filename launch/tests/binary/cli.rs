@@ -1,0 +1,206 @@
+//! The command line as a user sees it: the built binary, its words and its exit codes.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use crate::support::{TestResult, err, out, write_interactions};
+use serde_json::Value;
+
+fn launch(folder: &Path, arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_learn-launch"));
+    command.current_dir(folder).args(arguments).env_remove("LEARN_LOG").env_remove("RUST_LOG");
+    command.output().expect("the binary was built for this test")
+}
+
+#[test]
+fn every_command_explains_itself() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let top = launch(folder.path(), &["--help"]);
+    assert!(top.status.success());
+    let text = out(&top);
+    for code in ["0  done", "2  wrong flags", "3  stopped", "4  a worker was lost"] {
+        assert!(text.contains(code), "{text}");
+    }
+    for command in
+        ["prepare", "embed", "train", "resume", "eval", "export", "recommend", "status", "stop", "config", "doctor"]
+    {
+        assert!(text.contains(&format!("  {command} ")), "{command} is not listed:\n{text}");
+        let help = launch(folder.path(), &[command, "--help"]);
+        assert!(help.status.success() && err(&help).is_empty(), "{command}");
+        assert!(out(&help).contains(&format!("learn-launch {command}")), "{command} has no example:\n{}", out(&help));
+        assert!(out(&help).contains("--json") && out(&help).contains("--quiet"), "{command}");
+    }
+    Ok(())
+}
+
+#[test]
+fn wrong_usage_ends_with_2_and_names_the_way() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    for (arguments, words) in [
+        (vec!["trian"], "train"),
+        (vec!["train", "--epoch", "3"], "--epochs"),
+        (vec!["config", "show", "--set", "training.epoch=3"], "did you mean `training.epochs`?"),
+        (vec!["config", "check", "absent.toml"], "cannot read the configuration absent.toml"),
+        (vec!["status", "absent"], "absent is not a run directory; there are no runs in runs"),
+        (vec!["resume", "absent"], "absent is not a run directory"),
+        (vec!["recommend", "absent", "--users", "1", "-k", "0"], "0 is not in 1.."),
+    ] {
+        let output = launch(folder.path(), &arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {}", err(&output));
+        assert!(err(&output).contains(words), "{arguments:?}: {}", err(&output));
+        assert!(out(&output).is_empty());
+    }
+    Ok(())
+}
+
+#[test]
+fn json_errors_are_json() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let output = launch(folder.path(), &["--json", "status", "absent"]);
+    let error: Value = serde_json::from_slice(&output.stdout)?;
+    assert_eq!(error["exit_code"], 2);
+    assert!(error["error"].as_str().is_some_and(|text| text.contains("absent")), "{error}");
+    Ok(())
+}
+
+#[test]
+fn config_shows_what_all_layers_make_together() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    std::fs::write(folder.path().join("my.toml"), "[training]\nepochs = 2\nthreads = 2\n[job]\nname = \"file\"\n")?;
+    for arguments in [["config", "my.toml"].as_slice(), ["config", "show", "my.toml"].as_slice()] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_learn-launch"));
+        command.current_dir(folder.path()).args(arguments).args(["--json", "--set", "job.name=set"]);
+        let output = command.env("LEARN__TRAINING__THREADS", "3").env("LEARN__JOB__NAME", "environment").output()?;
+        assert!(output.status.success(), "{}", err(&output));
+        let config: Value = serde_json::from_slice(&output.stdout)?;
+        assert_eq!((&config["training"]["epochs"], &config["training"]["threads"]), (&2.into(), &3.into()));
+        assert_eq!(config["job"]["name"], "set");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_config_prints_is_what_config_reads() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    for printed in [["config", "show"], ["config", "reference"]] {
+        let first = launch(folder.path(), &printed);
+        std::fs::write(folder.path().join("printed.toml"), &first.stdout)?;
+        let again = launch(folder.path(), &["config", "show", "printed.toml", "--json"]);
+        let defaults = launch(folder.path(), &["config", "show", "--json"]);
+        assert!(again.status.success(), "{}", err(&again));
+        assert_eq!(out(&again), out(&defaults));
+        let check = launch(folder.path(), &["config", "check", "printed.toml"]);
+        assert!(check.status.success() && err(&check).contains("printed.toml: ok"));
+    }
+    let schema: Value = serde_json::from_slice(&launch(folder.path(), &["config", "schema"]).stdout)?;
+    assert_eq!(schema["title"], "Config");
+    assert_eq!(schema["$defs"]["TrainingConfig"]["properties"]["epochs"]["default"], 10);
+    Ok(())
+}
+
+#[test]
+fn a_wrong_line_of_a_file_is_named() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    std::fs::write(folder.path().join("my.toml"), "[training]\nepochs = 2\n\nglobal_batsh = 3\n")?;
+    let output = launch(folder.path(), &["config", "check", "my.toml"]);
+    assert_eq!(output.status.code(), Some(2));
+    let wanted = "my.toml:4: unknown key `training.global_batsh`; did you mean `training.global_batch`?";
+    assert!(err(&output).contains(wanted), "{}", err(&output));
+    Ok(())
+}
+
+#[test]
+fn doctor_reports_each_thing_with_its_remedy() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let output = launch(folder.path(), &["doctor", "--json", "--set", "cluster.device=cpu"]);
+    let checks: Vec<Value> = serde_json::from_slice(&output.stdout)?;
+    let names: Vec<_> = checks.iter().filter_map(|check| check["name"].as_str()).collect();
+    for name in ["version", "cores", "memory", "disk", "open files", "ports", "binaries", "dataset"] {
+        assert!(names.contains(&name), "{name} is not in {names:?}");
+    }
+    let missing = checks.iter().any(|check| check["verdict"] == "missing");
+    assert_eq!(output.status.code(), Some(i32::from(missing)), "{}", err(&output));
+    for check in checks.iter().filter(|check| check["verdict"] != "ok") {
+        assert!(check["remedy"].as_str().is_some_and(|remedy| !remedy.is_empty()), "{check}");
+    }
+    let dataset = checks.iter().find(|check| check["name"] == "dataset").ok_or("no dataset line")?;
+    assert_eq!(dataset["verdict"], "warning", "there is no dataset here, which is no obstacle to preparing one");
+    let text = out(&launch(folder.path(), &["doctor"]));
+    assert!(text.contains("cores") && text.contains("->"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn train_without_a_dataset_says_what_to_do() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let output = launch(folder.path(), &["train"]);
+    assert_eq!(output.status.code(), Some(1), "{}", err(&output));
+    assert!(err(&output).contains("learn-launch prepare"), "{}", err(&output));
+    assert!(!folder.path().join("runs").exists(), "nothing is made before everything is ready");
+    Ok(())
+}
+
+#[test]
+fn prepare_makes_a_dataset_once() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    write_interactions(&folder.path().join("clicks.csv"))?;
+    let arguments = ["prepare", "--json", "--set", "prepare.interactions.files=[\"clicks.csv\"]"];
+    let output = launch(folder.path(), &arguments);
+    assert!(output.status.success(), "{}", err(&output));
+    let report: Value = serde_json::from_slice(&output.stdout)?;
+    assert_eq!((&report["manifest"]["counts"]["users"], &report["kept"]), (&10.into(), &false.into()));
+    assert_eq!(report["manifest"]["name"], "dataset");
+    assert!(folder.path().join("data/dataset/dataset.json").is_file());
+    let again = launch(folder.path(), &arguments[..1].iter().chain(&arguments[2..]).copied().collect::<Vec<_>>());
+    assert!(again.status.success() && out(&again).contains("unchanged"), "{}{}", out(&again), err(&again));
+    Ok(())
+}
+
+#[test]
+fn prepare_names_what_is_wrong_with_the_input() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("clicks.csv");
+    let prepare = |more: &[&str]| {
+        let files = ["prepare", "--set", "prepare.interactions.files=[\"clicks.csv\"]"];
+        launch(folder.path(), &[&files, more].concat())
+    };
+    let none = launch(folder.path(), &["prepare"]);
+    assert_eq!(none.status.code(), Some(2));
+    assert!(err(&none).contains("prepare.interactions.files"), "{}", err(&none));
+    let absent = prepare(&[]);
+    assert_eq!(absent.status.code(), Some(1));
+    assert!(err(&absent).contains("clicks.csv"), "{}", err(&absent));
+
+    std::fs::write(&path, "who,item_id,timestamp\nu,i,1\n")?;
+    let column = prepare(&[]);
+    assert_eq!(column.status.code(), Some(1));
+    assert!(err(&column).contains("user_id") && err(&column).contains("who"), "{}", err(&column));
+
+    write_interactions(&path)?;
+    let mut text = std::fs::read_to_string(&path)?;
+    text += "u1,i1,yesterday\n";
+    std::fs::write(&path, text)?;
+    let row = prepare(&[]);
+    assert_eq!(row.status.code(), Some(1));
+    assert!(err(&row).contains("line 62") && err(&row).contains("--skip-bad-rows"), "{}", err(&row));
+    assert!(!folder.path().join("data/dataset").exists(), "nothing half-written stays");
+    let skipped = prepare(&["--skip-bad-rows"]);
+    assert!(
+        skipped.status.success() && out(&skipped).contains("left out 1 rows"),
+        "{}{}",
+        out(&skipped),
+        err(&skipped)
+    );
+    Ok(())
+}
+
+#[test]
+fn a_dry_run_changes_nothing() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    write_interactions(&folder.path().join("clicks.csv"))?;
+    let output =
+        launch(folder.path(), &["prepare", "--dry-run", "--set", "prepare.interactions.files=[\"clicks.csv\"]"]);
+    assert!(output.status.success() && out(&output).contains("would prepare data/dataset"), "{}", err(&output));
+    assert!(!folder.path().join("data").exists());
+    Ok(())
+}

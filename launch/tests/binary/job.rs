@@ -1,0 +1,261 @@
+//! Jobs as local processes: how they end, what is said about it, and that nobody is left behind.
+
+use std::process::{Child, Stdio};
+
+use crate::support::{Installation, TestResult, err, out, until};
+use learn_launch::process::runs;
+use learn_launch::system::{End, end};
+use serde_json::Value;
+
+/// A worker that says how it was started and stays until its coordinator is gone.
+const LOYAL_WORKER: &str = "
+echo worker: $* threads $OMP_NUM_THREADS
+while [ ! -e runs/learn/summary.json ]; do sleep 0.05; done";
+
+/// A coordinator that ends well once both workers have started.
+const GOOD_COORDINATOR: &str = r#"
+serve
+while ! grep -qs worker: "$run/logs/worker-0.log" || ! grep -qs worker: "$run/logs/worker-1.log"; do sleep 0.05; done
+checkpoint=7; status finished; summary"#;
+
+/// A coordinator that stops gracefully when it is told to.
+const STOPPABLE_COORDINATOR: &str = r#"
+trap 'checkpoint=7; status stopped "asked by its operator"; exit 3' TERM
+serve
+while true; do sleep 0.05; done"#;
+
+const PATIENT_WORKER: &str = "echo $$ > $$.pid; exec sleep 600";
+
+#[test]
+fn a_finished_job_shows_its_table() -> TestResult {
+    let installation = Installation::new(GOOD_COORDINATOR, LOYAL_WORKER)?;
+    let output = installation.launch(&["train", "--set", "training.threads=3", "--device", "cpu"])?;
+    assert!(output.status.success(), "{}", err(&output));
+    let text = out(&output);
+    assert!(text.contains("recall@10") && text.contains("2.00x") && text.contains("runs/learn/summary.json"), "{text}");
+    assert!(err(&output).contains("test at step 7 (epoch 1): recall@10 0.2500"), "{}", err(&output));
+
+    let log = installation.read("runs/learn/logs/worker-1.log")?;
+    let secret = installation.path("runs/learn/secret");
+    let secret = format!("--secret-file {}", secret.display());
+    for words in [
+        "join --coordinator http://127.0.0.1:9",
+        &secret,
+        "--device cpu --ordinal 1 --threads 3 --bind 127.0.0.1",
+        "threads 3",
+    ] {
+        assert!(log.contains(words), "{words} is not in {log}");
+    }
+    let log = installation.read("runs/learn/logs/coordinator.log")?;
+    assert!(log.contains(r#"--task-json {"kind":"train","resume_from":null}"#), "{log}");
+    let config: Value = serde_json::from_str(&installation.read("runs/learn/config.json")?)?;
+    assert_eq!(config["data"]["dataset"].as_str(), installation.path("data/dataset").to_str(), "paths are absolute");
+    Ok(())
+}
+
+#[test]
+fn an_existing_run_is_refused_and_force_moves_it_aside() -> TestResult {
+    let installation = Installation::new(GOOD_COORDINATOR, LOYAL_WORKER)?;
+    let dry = installation.launch(&["train", "--dry-run"])?;
+    assert!(dry.status.success() && !installation.path("runs").exists(), "{}", err(&dry));
+    assert!(installation.launch(&["train", "--json"])?.status.success());
+    let again = installation.launch(&["train"])?;
+    assert_eq!(again.status.code(), Some(2));
+    assert!(err(&again).contains("learn-launch resume"), "{}", err(&again));
+    let forced = installation.launch(&["train", "--force", "--json"])?;
+    assert!(forced.status.success(), "{}", err(&forced));
+    let summary: Value = serde_json::from_slice(&forced.stdout)?;
+    assert_eq!(summary["test"]["recall@10"], 0.2);
+    assert_eq!(std::fs::read_dir(installation.path("runs"))?.count(), 2);
+    Ok(())
+}
+
+#[test]
+fn a_worker_that_fails_before_joining_ends_the_job_at_once_with_its_log() -> TestResult {
+    let coordinator = r#"
+trap 'status stopped "asked"; exit 3' TERM
+serve
+while true; do sleep 0.05; done"#;
+    let worker = "case \"$*\" in *'--ordinal 1'*) echo 'libtorch is not there' >&2; exit 1;; *) exec sleep 600;; esac";
+    let installation = Installation::new(coordinator, worker)?;
+    let start = std::time::Instant::now();
+    let job = installation.command(&["train"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let output = job.wait_with_output()?;
+    assert_eq!(output.status.code(), Some(4), "{}", err(&output));
+    let text = err(&output);
+    for words in ["worker 1 ended with exit code 1", "worker-1.log", "| libtorch is not there", "--force"] {
+        assert!(text.contains(words), "{words} is not in {text}");
+    }
+    assert!(start.elapsed().as_secs() < 60, "it does not wait for the join timeout");
+    Ok(())
+}
+
+#[test]
+fn a_failing_coordinator_is_quoted() -> TestResult {
+    let coordinator = "echo 'the dataset is damaged' >&2; status failed 'dataset.json is damaged'; exit 1";
+    let installation = Installation::new(coordinator, LOYAL_WORKER)?;
+    let output = installation.launch(&["train", "--json"])?;
+    assert_eq!(output.status.code(), Some(1));
+    let text = err(&output);
+    assert!(
+        text.contains("the job failed: dataset.json is damaged") && text.contains("| the dataset is damaged"),
+        "{text}"
+    );
+    let error: Value = serde_json::from_slice(&output.stdout)?;
+    assert_eq!(error["exit_code"], 1);
+    Ok(())
+}
+
+#[test]
+fn a_lost_worker_has_its_own_exit_code_and_the_way_on() -> TestResult {
+    let coordinator = "serve; sleep 0.2; checkpoint=5; status failed 'worker 1 was silent'; exit 4";
+    let installation = Installation::new(coordinator, "sleep 0.4")?;
+    let output = installation.launch(&["train"])?;
+    assert_eq!(output.status.code(), Some(4));
+    let text = err(&output);
+    assert!(text.contains("worker 1 was silent") && text.contains("resume") && text.contains("step 5"), "{text}");
+    Ok(())
+}
+
+fn start(installation: &Installation) -> TestResult<(Child, Vec<u32>)> {
+    let mut command = installation.command(&["train"]);
+    let job = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let workers = until(|| {
+        let entries = std::fs::read_dir(installation.path(".")).ok()?.flatten();
+        let names = entries.filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".pid")?.parse().ok());
+        let pids: Vec<u32> = names.collect();
+        (pids.len() == 2 && pids.iter().all(|pid| runs(*pid, "sleep"))).then_some(pids)
+    })?;
+    Ok((job, workers))
+}
+
+fn coordinator_pid(installation: &Installation) -> TestResult<u32> {
+    let address: Value = serde_json::from_str(&installation.read("runs/learn/coordinator.json")?)?;
+    Ok(address["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).ok_or("no pid")?)
+}
+
+#[test]
+fn a_signal_stops_the_job_gracefully() -> TestResult {
+    // The workers of this job would stay for ever: they are ended with it.
+    let worker = "echo $$ > $$.pid; trap 'exit 0' TERM; exec sleep 600";
+    let installation = Installation::new(STOPPABLE_COORDINATOR, worker)?;
+    let (job, workers) = start(&installation)?;
+    end(job.id(), End::Gracefully);
+    let coordinator = coordinator_pid(&installation)?;
+    until(|| (!runs(coordinator, "learn-coordinator")).then_some(()))?;
+    workers.iter().for_each(|pid| end(*pid, End::Gracefully));
+    let output = job.wait_with_output()?;
+    assert_eq!(output.status.code(), Some(3), "{}", err(&output));
+    let text = err(&output);
+    assert!(
+        text.contains("stopped at step 7 (asked by its operator)") && text.contains("continues from step 7"),
+        "{text}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_second_signal_kills_everything() -> TestResult {
+    let installation = Installation::new("trap '' TERM; serve; while true; do sleep 0.05; done", PATIENT_WORKER)?;
+    let (job, workers) = start(&installation)?;
+    let coordinator = coordinator_pid(&installation)?;
+    end(job.id(), End::Gracefully);
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    end(job.id(), End::Gracefully);
+    let output = job.wait_with_output()?;
+    assert_eq!(output.status.code(), Some(1), "{}", err(&output));
+    assert!(err(&output).contains("killed at step 0"), "{}", err(&output));
+    assert!(!runs(coordinator, "learn-coordinator") && workers.iter().all(|pid| !runs(*pid, "sleep")));
+    Ok(())
+}
+
+#[test]
+fn nobody_survives_a_killed_launcher() -> TestResult {
+    let installation = Installation::new(STOPPABLE_COORDINATOR, PATIENT_WORKER)?;
+    let (mut job, workers) = start(&installation)?;
+    let coordinator = coordinator_pid(&installation)?;
+    assert!(runs(coordinator, "learn-coordinator"));
+    job.kill()?;
+    job.wait()?;
+    until(|| {
+        (!runs(coordinator, "learn-coordinator") && workers.iter().all(|pid| !runs(*pid, "sleep"))).then_some(())
+    })?;
+
+    let status = installation.launch(&["status", "learn", "--json"])?;
+    let status: Value = serde_json::from_slice(&status.stdout)?;
+    assert_eq!((&status["freshness"], &status["state"]), (&"ended".into(), &"stopped".into()));
+    assert_eq!(status["ledger"]["exact"], true);
+    Ok(())
+}
+
+#[test]
+fn a_run_whose_coordinator_vanished_is_stale() -> TestResult {
+    let installation = Installation::new("serve; status running; kill -9 $$", LOYAL_WORKER)?;
+    let output = installation.launch(&["train"])?;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(err(&output).contains("coordinator ended with killed (SIGKILL"), "{}", err(&output));
+    let status = installation.launch(&["status", "runs/learn"])?;
+    assert!(out(&status).contains("STALE"), "{}", out(&status));
+    let stop = installation.launch(&["stop", "learn"])?;
+    assert_eq!(stop.status.code(), Some(2));
+    assert!(err(&stop).contains("is not running"), "{}", err(&stop));
+    Ok(())
+}
+
+/// Plays `checkpoints` besides what a loyal worker does.
+fn worker_with(checkpoints: &str) -> String {
+    format!("if [ \"$1\" = checkpoints ]; then echo '{checkpoints}'; exit 0; fi\n{LOYAL_WORKER}")
+}
+
+#[test]
+fn a_run_is_resumed_from_its_latest_checkpoint() -> TestResult {
+    let checkpoints = r#"[{"step":7,"path":"/c/step-0000000007","valid":true,"reason":null,"best":true}]"#;
+    let coordinator = format!(
+        "if grep -q resume_from...null <<END\n$4\nEND\nthen serve; checkpoint=7; status stopped; exit 3; fi\n{GOOD_COORDINATOR}"
+    );
+    let installation = Installation::new(&coordinator, &worker_with(checkpoints))?;
+    let stopped = installation.launch(&["train"])?;
+    assert_eq!(stopped.status.code(), Some(3), "{}", err(&stopped));
+
+    let refused = installation.launch(&["resume", "learn", "--set", "model.layers=3"])?;
+    assert_eq!(refused.status.code(), Some(2), "{}", err(&refused));
+    let resumed = installation.launch(&["resume", "learn", "--set", "training.epochs=11"])?;
+    assert!(resumed.status.success(), "{}", err(&resumed));
+    assert!(err(&resumed).contains("resuming from step 7"), "{}", err(&resumed));
+    let log = installation.read("runs/learn/logs/coordinator.log")?;
+    assert!(log.contains(r#""resume_from":"/c/step-0000000007""#), "{log}");
+    let config: Value = serde_json::from_str(&installation.read("runs/learn/config.json")?)?;
+    assert_eq!(config["training"]["epochs"], 11);
+    Ok(())
+}
+
+#[test]
+fn a_damaged_checkpoint_is_refused_and_the_one_before_offered() -> TestResult {
+    let checkpoints = r#"[{"step":5,"path":"/c/step-0000000005","valid":true,"reason":null,"best":true},
+        {"step":7,"path":"/c/step-0000000007","valid":false,"reason":"model.safetensors is cut off","best":false}]"#;
+    let installation = Installation::new("serve; status failed; exit 1", &worker_with(checkpoints))?;
+    installation.launch(&["train"])?;
+    let refused = installation.launch(&["resume", "learn"])?;
+    assert_eq!(refused.status.code(), Some(1));
+    let text = err(&refused);
+    assert!(text.contains("model.safetensors is cut off") && text.contains("--checkpoint step-0000000005"), "{text}");
+    let dry = installation.launch(&["resume", "learn", "--checkpoint", "step-0000000005", "--dry-run"])?;
+    assert!(dry.status.success() && out(&dry).contains("would resume from step 5"), "{}", err(&dry));
+    Ok(())
+}
+
+#[test]
+fn an_evaluation_leaves_the_run_as_it_was() -> TestResult {
+    let checkpoints = r#"[{"step":7,"path":"/c/step-0000000007","valid":true,"reason":null,"best":true}]"#;
+    let installation = Installation::new("serve; sleep 0.2; status finished; summary", &worker_with(checkpoints))?;
+    assert!(installation.launch(&["train"])?.status.success());
+    let (summary, status) =
+        (installation.read("runs/learn/summary.json")?, installation.read("runs/learn/status.json")?);
+    let output = installation.launch(&["eval", "learn", "--split", "test", "--workers", "1", "--json"])?;
+    assert!(output.status.success(), "{}", err(&output));
+    let evaluation: Value = serde_json::from_slice(&output.stdout)?;
+    assert_eq!((&evaluation["split"], &evaluation["metrics"]["recall@10"]), (&"test".into(), &0.25.into()));
+    assert_eq!(installation.read("runs/learn/summary.json")?, summary);
+    assert_eq!(installation.read("runs/learn/status.json")?, status);
+    Ok(())
+}

@@ -1,0 +1,5 @@
+//! `learn-launch` as a built binary.
+
+mod cli;
+mod job;
+mod support;
