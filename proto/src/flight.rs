@@ -42,6 +42,8 @@ pub enum Ticket {
     Evaluation { split: Split, rank: u32, world_size: u32 },
     /// The catalogue's texts from item `first` on; 0 `count` = to the end.
     Items { first: u32, count: u32 },
+    /// Training interactions of each item, by item index.
+    Popularity {},
 }
 
 /// What `DoExchange` does, as the JSON command of the first message's descriptor.
@@ -120,7 +122,7 @@ pub struct BatchMeta {
     pub parts: u32,
 }
 
-/// `app_metadata` of a message of [`Ticket::Evaluation`] and [`Ticket::Items`].
+/// `app_metadata` of a message of every ticket but [`Ticket::Batches`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartMeta {
     /// Number of this message in the stream, from 0.
@@ -237,6 +239,13 @@ pub fn items_schema() -> Schema {
     schema("the catalogue", fields)
 }
 
+/// Columns of [`Ticket::Popularity`].
+#[must_use]
+pub fn popularity_schema() -> Schema {
+    let fields = vec![number("item", "item index"), number("interactions", "training interactions of the item")];
+    schema("how often each item occurs in the training sequences", fields)
+}
+
 /// The column of a request of [`Exchange::Rows`].
 #[must_use]
 pub fn rows_request_schema() -> Schema {
@@ -291,7 +300,14 @@ mod tests {
     #[test]
     fn every_field_explains_itself() {
         let facts = Provenance { fingerprint: "f".into(), users: 3, ..Provenance::default() };
-        for schema in [batches_schema(), evaluation_schema(), items_schema(), rows_request_schema(), rows_schema(8)] {
+        for schema in [
+            batches_schema(),
+            evaluation_schema(),
+            items_schema(),
+            popularity_schema(),
+            rows_request_schema(),
+            rows_schema(8),
+        ] {
             let described = facts.describe(schema);
             assert!(described.fields().iter().all(|field| !field.metadata()["doc"].is_empty()));
             assert_eq!(described.metadata()["learn.version"], "1");

@@ -1,1 +1,21 @@
+//! The worker: one process per GPU (or per CPU slot) that takes part in a job.
+//!
+//! - [`session`]: join, heartbeats, the task, leave. [`control`]: the connection to the coordinator.
+//! - [`feed`]: the data path, ahead of the training thread.
+//! - [`train`]: steps; reads like `forward -> gather -> loss -> scatter -> backward -> reduce -> update`.
+//! - [`checkpoint`]: the state on disk. [`evaluate`]: full ranking.
+//! - [`offline`], [`export`], [`recommend`]: a finished model without a job.
+//! - [`bench`], [`doctor`]: what the machine can do.
 
+pub mod bench;
+pub mod checkpoint;
+pub mod control;
+pub mod doctor;
+pub mod error;
+pub mod evaluate;
+pub mod export;
+pub mod feed;
+pub mod offline;
+pub mod recommend;
+pub mod session;
+pub mod train;

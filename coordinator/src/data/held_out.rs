@@ -1,4 +1,4 @@
-//! A rank's rows of a held-out split, and the catalogue: streams without a plan.
+//! A rank's rows of a held-out split, the catalogue and its popularity: streams without a plan.
 //!
 //! Output: messages of at most 2 MiB, numbered from 0; a stream without rows is one empty message.
 
@@ -115,6 +115,20 @@ pub fn items_stream(items: Vec<Item>, schema: Arc<Schema>, first: usize, end: us
         let batch = RecordBatch::try_new(Arc::clone(&schema), columns)
             .map_err(|error| Status::internal(format!("the catalogue does not fit its schema: {error}")))?;
         let message = batch_message(&batch, &PartMeta { part: cursor.part })?;
+        Ok((message, rows.len(), next))
+    })
+}
+
+/// Training interactions of each item, by item index; more than a u32 holds count as its largest value.
+pub fn popularity_stream(counts: Vec<u64>, schema: Arc<Schema>) -> impl Stream<Item = Messages> {
+    let cursor = Cursor { from: 0, stride: 1, end: counts.len(), part: 0 };
+    paged(cursor, move |cursor| {
+        let (rows, next) = cursor.take(|_| 8);
+        let columns = vec![
+            Column::Numbers(rows.iter().map(|&row| row as u32).collect()),
+            Column::Numbers(rows.iter().map(|&row| u32::try_from(counts[row]).unwrap_or(u32::MAX)).collect()),
+        ];
+        let message = batch_message(&batch(&schema, columns)?, &PartMeta { part: cursor.part })?;
         Ok((message, rows.len(), next))
     })
 }

@@ -24,7 +24,7 @@ pub use batches::Place;
 use futures::stream::{self, BoxStream, Stream, StreamExt, TryStreamExt};
 use learn_domain::report::Split;
 use learn_proto::flight::{
-    Exchange, Ticket, TicketError, batches_schema, evaluation_schema, items_schema, rows_schema,
+    Exchange, Ticket, TicketError, batches_schema, evaluation_schema, items_schema, popularity_schema, rows_schema,
 };
 use learn_telemetry::CoordinatorMetrics;
 pub use source::{Source, SourceError};
@@ -63,12 +63,14 @@ enum Flight {
     Train,
     HeldOut(Split),
     Items,
+    Popularity,
     Rows,
 }
 
 impl Flight {
     /// The flights that `ListFlights` shows; rows are exchanged, not got.
-    const LISTED: [Self; 4] = [Self::Train, Self::HeldOut(Split::Valid), Self::HeldOut(Split::Test), Self::Items];
+    const LISTED: [Self; 5] =
+        [Self::Train, Self::HeldOut(Split::Valid), Self::HeldOut(Split::Test), Self::Items, Self::Popularity];
 
     fn name(self) -> &'static str {
         match self {
@@ -76,6 +78,7 @@ impl Flight {
             Self::HeldOut(Split::Valid) => "valid",
             Self::HeldOut(Split::Test) => "test",
             Self::Items => "items",
+            Self::Popularity => "popularity",
             Self::Rows => "rows",
         }
     }
@@ -100,6 +103,7 @@ impl DataService {
             Flight::Train => batches_schema(),
             Flight::HeldOut(_) => evaluation_schema(),
             Flight::Items => items_schema(),
+            Flight::Popularity => popularity_schema(),
             Flight::Rows => rows_schema(self.source.dim()),
         })
     }
@@ -110,6 +114,7 @@ impl DataService {
             Flight::Train => Some(Ticket::Batches { rank, world_size, from_step: 0, steps: 0 }),
             Flight::HeldOut(split) => Some(Ticket::Evaluation { split, rank, world_size }),
             Flight::Items => (rank == 0).then_some(Ticket::Items { first: 0, count: 0 }),
+            Flight::Popularity => (rank == 0).then_some(Ticket::Popularity {}),
             Flight::Rows => None,
         };
         let endpoint = |ticket: Ticket| {
@@ -119,7 +124,7 @@ impl DataService {
         let records = match flight {
             Flight::Train => self.records(),
             Flight::HeldOut(split) => self.source.dataset.held_out(split).len() as u64,
-            Flight::Items | Flight::Rows => u64::from(self.source.facts.items),
+            Flight::Items | Flight::Popularity | Flight::Rows => u64::from(self.source.facts.items),
         };
         FlightInfo::new()
             .try_with_schema(&self.schema(flight))
@@ -194,6 +199,11 @@ impl DataService {
                 let end = if count == 0 { items.len() } else { items.len().min(first + count as usize) };
                 let schema = self.schema(Flight::Items);
                 Ok(self.respond("items", &schema, held_out::items_stream(items, Arc::clone(&schema), first, end)))
+            }
+            Ticket::Popularity {} => {
+                let counts = off_thread(move || Ok(source.dataset.popularity())).await?;
+                let schema = self.schema(Flight::Popularity);
+                Ok(self.respond("popularity", &schema, held_out::popularity_stream(counts, Arc::clone(&schema))))
             }
         }
     }

@@ -89,6 +89,7 @@ pub fn check(path: &Path, device: Device) -> Result<BTreeMap<String, f64>, Golde
         item: &item.detach(),
         item_id: &index(&target.id),
         item_user: &item_user,
+        correction: None,
         logit_scale: model.logit_scale(&parameters),
         pairs: local_pairs(&row_user, &item_user),
         tile: TILE,
@@ -107,7 +108,7 @@ pub fn check(path: &Path, device: Device) -> Result<BTreeMap<String, f64>, Golde
         errors.compare_at("out.cvr_logit", &logits.unsqueeze(1), &index(&target.place))?;
         errors.compare("out.cvr_loss", &cvr_loss)?;
         surrogate += &cvr_loss * case.config.cvr_weight;
-        loss += cvr_loss.detach() * case.config.cvr_weight;
+        loss = loss + cvr_loss.detach() * case.config.cvr_weight;
     }
     surrogate.backward();
     let gradient = parameters.gradients_into_flat();

@@ -9,6 +9,9 @@
 //! Negatives of i are the items of other users whose id is not among i's own targets. i's own items are in the gathered
 //! list too (that is how its targets are known) and carry own ids, so "id is not an own id" is the whole rule.
 //!
+//! With a correction, s = logit scale * cosine - correction of the item (logQ correction: the logarithm of the chance to
+//! meet the item as a negative).
+//!
 //! Invariants: memory is O(rows x tile), never `[R, M]`; the sum of the shares (and of their item gradients) over the
 //! ranks is the loss (the gradient) of the whole batch on one device. Every rank sees a learned logit scale in full, so
 //! its gradient here is the share of the own rows, to be summed over ranks like the rest.
@@ -33,6 +36,8 @@ pub struct InfoNce<'a> {
     pub item_id: &'a Tensor,
     /// `[M]` i64: place in the global batch of the user whose target it is.
     pub item_user: &'a Tensor,
+    /// `[M]`: subtracted from every score of the item.
+    pub correction: Option<&'a Tensor>,
     /// Scalar tensor; see [`crate::Pch::logit_scale`].
     pub logit_scale: Tensor,
     /// Valid (i, j, k) of the whole global batch.
@@ -118,7 +123,10 @@ impl<'a> Batch<'a> {
     fn run(&self, output: &mut InfoNceOutput) {
         let (lse, hardest) = self.forward();
         // [G, J, K]
-        let own = self.scaled.bmm(&self.own_item.transpose(1, 2));
+        let mut own = self.scaled.bmm(&self.own_item.transpose(1, 2));
+        if let Some(correction) = self.input.correction {
+            own -= self.targets.table(correction).unsqueeze(1);
+        }
         let margin = lse.unsqueeze(2) - &own;
         let absent = self.valid.logical_not();
         // softplus without the cut-off of libtorch's, which is wrong in the ninth digit
@@ -133,7 +141,7 @@ impl<'a> Batch<'a> {
         self.targets.add_to_rows(&mut output.d_item, &-miss.transpose(1, 2).bmm(&self.scaled));
         self.backward(&lse, &weight, &mut d_scaled, &mut output.d_item);
 
-        // s = scale * u.v, so the sum of d loss / d s * s is the sum of d loss / d (scale * u) * (scale * u)
+        // cosine part of s = scale * u.v, so the sum of d loss / d s * it is that of d loss / d (scale * u) * (scale * u)
         output.d_log_scale = (&d_scaled * &self.scaled).sum(d_scaled.kind());
         let scale = self.input.logit_scale.detach().to_kind(d_scaled.kind());
         self.rows.add_to_rows(&mut output.d_user, &(d_scaled * scale));
@@ -179,7 +187,10 @@ impl<'a> Batch<'a> {
     fn negatives(&self, start: i64, length: i64) -> Tensor {
         let ids = self.input.item_id.narrow(0, start, length).view([1, 1, length]);
         let excluded = self.own_id.eq_tensor(&ids).any_dim(1, true);
-        let scores = self.scaled.matmul(&self.input.item.narrow(0, start, length).tr());
+        let mut scores = self.scaled.matmul(&self.input.item.narrow(0, start, length).tr());
+        if let Some(correction) = self.input.correction {
+            scores -= correction.narrow(0, start, length);
+        }
         scores.masked_fill(&excluded, f64::NEG_INFINITY)
     }
 }

@@ -140,6 +140,7 @@ fn step(model: &Pch, parameters: &mut Parameters, forward: &Forward) -> (f64, Te
         item: &item.detach(),
         item_id: &Tensor::from_slice(&[9_i64, 4, 10, 1, 11, 2]),
         item_user: &users,
+        correction: None,
         logit_scale: model.logit_scale(parameters),
         pairs: local_pairs(&users, &users),
         tile: 4,

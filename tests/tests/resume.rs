@@ -1,0 +1,119 @@
+//! Promise 3: a stopped run that is resumed ends where an undisturbed one does.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Command, Stdio};
+
+use learn_tests::{SMALL, Site, is_alive, succeeds, text};
+
+const STEPS: &str = "training.max_steps=24";
+
+/// Starts a run and stops it gracefully as soon as its metrics show `step`.
+fn stop_after(site: &Site, run: &str, step: usize, overrides: &[&str]) -> (Option<i32>, String) {
+    let job = format!("job.name={run}");
+    let mut all = vec![job.as_str()];
+    all.extend(overrides);
+    let child = site.start(&site.train(&all));
+    let metrics = site.run_dir(run).join("metrics.jsonl");
+    // follows the file as a person would; ends when the step is there
+    let mut follow = Command::new("tail")
+        .args(["--retry", "-n", "+1", "-F"])
+        .arg(&metrics)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(follow.stdout.take().unwrap()).lines();
+    assert_eq!(lines.take(step).count(), step);
+    follow.kill().unwrap();
+    follow.wait().unwrap();
+    let signalled = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert!(signalled.success());
+    let output = child.wait_with_output().unwrap();
+    (output.status.code(), text(&output))
+}
+
+#[test]
+fn a_run_stopped_by_sigterm_and_resumed_equals_an_undisturbed_one_bitwise() {
+    let site = Site::new(SMALL);
+    // dropout on: its draws must continue too; slowed down so that the signal arrives in the middle
+    let slow = ["model.dropout=0.1", "model.layers=3", "training.max_steps=60", "training.epochs=20"];
+    let mut undisturbed = vec!["job.name=whole"];
+    undisturbed.extend(slow);
+    succeeds(&site.launch(&site.train(&undisturbed)));
+
+    let (code, output) = stop_after(&site, "cut", 8, &slow);
+    assert_eq!(code, Some(3), "{output}");
+    let stopped = site.status("cut");
+    assert_eq!(stopped["state"], "stopped", "{stopped}");
+    let at = stopped["last_step"]["step"].as_u64().unwrap();
+    assert!((8..60).contains(&at), "stopped at {at}");
+    assert_eq!(stopped["last_checkpoint"].as_u64(), Some(at));
+
+    succeeds(&site.launch(&["resume", "runs/cut"]));
+    for file in ["model.safetensors", "optimizer.safetensors"] {
+        assert!(site.checkpoint_file("whole", 60, file) == site.checkpoint_file("cut", 60, file), "{file} differs");
+    }
+    let numbers = |run: &str| -> Vec<u64> { site.steps(run).iter().map(|r| r["step"].as_u64().unwrap()).collect() };
+    assert_eq!(numbers("cut"), (1..=60).collect::<Vec<_>>(), "no step is missing or there twice");
+    assert_eq!(site.losses("whole"), site.losses("cut"));
+    let ledger = &site.status("cut")["ledger"];
+    assert_eq!(ledger["exact"], true, "{ledger}");
+    let epochs = ledger["epochs"].as_array().unwrap();
+    assert_eq!(epochs.len(), 10);
+    assert!(epochs.iter().all(|epoch| epoch["seen"] == epoch["users"] && epoch["repeated"] == 0), "{ledger}");
+}
+
+#[test]
+fn a_damaged_checkpoint_is_refused_and_the_one_before_is_offered() {
+    let site = Site::new(SMALL);
+    let arguments = ["job.name=run", STEPS, "checkpoint.every_steps=6"];
+    succeeds(&site.launch(&site.train(&arguments)));
+    let model = site.run_dir("run").join("checkpoints").join("step-0000000024").join("model.safetensors");
+    let mut bytes = fs::read(&model).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x40;
+    fs::write(&model, bytes).unwrap();
+
+    let refused = site.launch(&["resume", "runs/run", "--set", "training.max_steps=30", "--set", "training.epochs=6"]);
+    let message = text(&refused);
+    assert_eq!(refused.status.code(), Some(1), "{message}");
+    assert!(message.contains("model.safetensors is damaged"), "{message}");
+    assert!(message.contains("--checkpoint step-0000000018"), "{message}");
+
+    let resumed = ["resume", "runs/run", "--checkpoint", "step-0000000018"];
+    succeeds(&site.launch(&resumed));
+    assert_eq!(site.status("run")["last_step"]["step"], 24);
+}
+
+#[test]
+fn a_lost_worker_ends_the_job_with_its_cause_and_leaves_no_process() {
+    let site = Site::new(SMALL);
+    let overrides = ["job.name=lost", "cluster.workers=2", "training.epochs=2000", "model.layers=2"];
+    let mut child = site.start(&site.train(&overrides));
+    let metrics = site.run_dir("lost").join("metrics.jsonl");
+    let mut follow = Command::new("tail")
+        .args(["--retry", "-n", "+1", "-F"])
+        .arg(&metrics)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    assert_eq!(BufReader::new(follow.stdout.take().unwrap()).lines().take(3).count(), 3);
+    follow.kill().unwrap();
+    follow.wait().unwrap();
+    let status = site.status("lost");
+    assert_eq!(status["state"], "running", "{status}");
+    let pids: Vec<u64> =
+        status["workers"].as_array().unwrap().iter().map(|worker| worker["pid"].as_u64().unwrap()).collect();
+    assert_eq!(pids.len(), 2);
+    assert!(Command::new("kill").args(["-KILL", &pids[1].to_string()]).status().unwrap().success());
+
+    let mut printed = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut printed).unwrap();
+    let code = child.wait().unwrap().code();
+    assert_eq!(code, Some(4), "{printed}");
+    assert!(printed.contains("rank") && printed.contains("resume"), "{printed}");
+    assert_eq!(site.status("lost")["state"], "failed");
+    assert!(!pids.iter().any(|&pid| is_alive(pid)), "no worker outlives its job");
+}

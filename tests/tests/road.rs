@@ -1,0 +1,77 @@
+//! The whole road on a small dataset: prepare, embed, train with two workers, evaluate, export, recommend.
+
+use std::fs;
+
+use learn_tests::{SMALL, Site, succeeds, text};
+use serde_json::Value;
+
+#[test]
+fn from_files_to_recommendations() {
+    let site = Site::new(SMALL);
+    let trained = site.launch(&site.train(&["job.name=road", "cluster.workers=2", "training.epochs=12"]));
+    succeeds(&trained);
+
+    let summary: Value = serde_json::from_slice(&fs::read(site.run_dir("road").join("summary.json")).unwrap()).unwrap();
+    assert_eq!((&summary["world_size"], &summary["users"]), (&Value::from(2), &Value::from(SMALL.users)));
+    assert_eq!(summary["steps"], 12 * 6);
+    for part in ["test", "popularity"] {
+        for metric in ["recall@10", "ndcg@10", "mrr"] {
+            let value = summary[part][metric].as_f64().unwrap();
+            assert!((0.0..=1.0).contains(&value), "{part} {metric} {value}");
+        }
+    }
+    let recall = |part: &str| summary[part]["recall@10"].as_f64().unwrap();
+    assert!(recall("test") > 1.5 * recall("popularity"), "the groups are easy to learn: {summary}");
+
+    let status = site.status("road");
+    assert_eq!((&status["state"], &status["ledger"]["exact"]), (&Value::from("finished"), &Value::from(true)));
+    let epochs = status["ledger"]["epochs"].as_array().unwrap();
+    assert_eq!(epochs.len(), 12);
+    assert!(epochs.iter().all(|epoch| epoch["seen"] == epoch["users"]), "{epochs:?}");
+
+    // the same checkpoint on the same split gives the same numbers, with another number of workers too
+    let evaluated = site.launch(&["eval", "runs/road", "--split", "test", "--workers", "1", "--json"]);
+    succeeds(&evaluated);
+    let evaluation: Value = serde_json::from_slice(&evaluated.stdout).unwrap();
+    let again = evaluation["metrics"]["recall@10"].as_f64().unwrap();
+    assert!((again - recall("test")).abs() < 0.02, "{again} against {}", recall("test"));
+
+    succeeds(&site.launch(&["export", "runs/road", "--out", "exported"]));
+    for file in ["items.npy", "items.parquet", "users.npy", "users.parquet", "model.safetensors"] {
+        assert!(fs::metadata(site.path("exported").join(file)).unwrap().len() > 0, "{file}");
+    }
+    let again = site.launch(&["export", "runs/road", "--out", "exported"]);
+    assert!(!again.status.success() && text(&again).contains("exists already"), "{}", text(&again));
+
+    let recommended = site.launch(&["recommend", "runs/road", "--users", "user-003,user-004", "-k", "4", "--json"]);
+    succeeds(&recommended);
+    let lists: Value = serde_json::from_slice(&recommended.stdout).unwrap();
+    assert_eq!(lists.as_array().unwrap().len(), 2);
+    let titles: Vec<&str> =
+        lists[0]["items"].as_array().unwrap().iter().map(|item| item["title"].as_str().unwrap()).collect();
+    assert_eq!(titles.len(), 4);
+    assert!(titles.iter().filter(|title| title.ends_with("group 3")).count() >= 2, "{titles:?}");
+
+    let unknown = site.launch(&["recommend", "runs/road", "--users", "nobody"]);
+    assert!(!unknown.status.success() && text(&unknown).contains("nobody"), "{}", text(&unknown));
+}
+
+#[test]
+fn a_run_is_never_overwritten_and_bad_settings_are_named() {
+    let site = Site::new(SMALL);
+    let first = site.train(&["job.name=one", "training.max_steps=2"]);
+    succeeds(&site.launch(&first));
+    let summary = fs::read(site.run_dir("one").join("summary.json")).unwrap();
+    let second = site.launch(&first);
+    assert!(!second.status.success() && text(&second).contains("resume"), "{}", text(&second));
+    assert_eq!(fs::read(site.run_dir("one").join("summary.json")).unwrap(), summary);
+
+    let refused = |overrides: &[&str], wanted: &str| {
+        let output = site.launch(&site.train(overrides));
+        assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+        assert!(text(&output).contains(wanted), "{}", text(&output));
+    };
+    refused(&["training.epoch=3"], "training.epochs");
+    refused(&["training.global_batch=0"], "training.global_batch");
+    refused(&["model.heads=3"], "model.heads");
+}

@@ -1,0 +1,41 @@
+//! Promise 2: the loss curve and the parameters do not depend on the number of workers.
+
+use learn_tests::{SMALL, Site, f32_values, succeeds};
+
+const STEPS: u64 = 20;
+
+#[test]
+fn one_two_and_four_workers_train_the_same() {
+    let site = Site::new(SMALL);
+    let mut runs = Vec::new();
+    for (workers, micro_batch) in [(1, 0), (2, 0), (4, 0), (2, 3)] {
+        let name = format!("w{workers}-m{micro_batch}");
+        let overrides = [
+            format!("job.name={name}"),
+            format!("cluster.workers={workers}"),
+            format!("training.micro_batch={micro_batch}"),
+            format!("training.max_steps={STEPS}"),
+        ];
+        let overrides: Vec<&str> = overrides.iter().map(String::as_str).collect();
+        succeeds(&site.launch(&site.train(&overrides)));
+        let status = site.status(&name);
+        assert_eq!(status["world_size"], workers);
+        assert_eq!(status["ledger"]["exact"], true, "{}", status["ledger"]);
+        runs.push((
+            name.clone(),
+            site.losses(&name),
+            f32_values(&site.checkpoint_file(&name, STEPS, "model.safetensors")),
+        ));
+    }
+    let (_, losses, parameters) = &runs[0];
+    assert_eq!(losses.len() as u64, STEPS);
+    assert!(losses[19] < losses[0], "it learns: {losses:?}");
+    for (name, other_losses, other_parameters) in &runs[1..] {
+        assert_eq!(other_losses.len(), losses.len());
+        for (step, (one, other)) in losses.iter().zip(other_losses).enumerate() {
+            assert!((one - other).abs() < 1e-5, "{name}, step {step}: loss {other} instead of {one}");
+        }
+        let largest = parameters.iter().zip(other_parameters).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(largest < 1e-5, "{name}: parameters differ by {largest}");
+    }
+}

@@ -1,0 +1,158 @@
+//! `learn-worker bench-step`: seconds of a training step on synthetic data, one rank, no network.
+//!
+//! Input: a model shape and a batch. Output: users and tokens per second of each repetition. Lengths are uniform in
+//! `1..=history`, so about half of a padded batch is padding.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use half::f16;
+use learn_collective::{Group, connect_tcp};
+use learn_domain::UserIndex;
+use learn_domain::config::{Config, Precision};
+use learn_domain::random::Draws;
+use learn_domain::sampling::{SampleKey, sample};
+use learn_model::{AdamW, Forward, Parameters, Pch};
+use learn_proto::flight::BatchMeta;
+use learn_telemetry::WorkerMetrics;
+use serde::Serialize;
+
+use crate::control::Progress;
+use crate::error::WorkerError;
+use crate::feed::PreparedStep;
+use crate::feed::assemble::{UserShare, assemble};
+use crate::train::{Exchange, PhaseClock, Stepper, shape};
+
+/// What is measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct BenchSettings {
+    pub config: Config,
+    pub input_dim: u32,
+    pub items: u32,
+    pub repetitions: u32,
+    #[serde(skip)]
+    pub device: tch::Device,
+}
+
+/// What came out.
+#[derive(Clone, Debug, Serialize)]
+pub struct BenchResult {
+    pub device: String,
+    pub precision: Precision,
+    pub users: u32,
+    pub tokens: u64,
+    pub parameters: i64,
+    /// Seconds of each repetition after one warm-up.
+    pub seconds: Vec<f64>,
+    pub median_users_per_second: f64,
+    pub loss: f64,
+}
+
+/// Measures steps.
+///
+/// # Errors
+/// If the device or the step fails.
+pub fn bench_step(settings: &BenchSettings) -> Result<BenchResult, WorkerError> {
+    let config = &settings.config;
+    let metrics = WorkerMetrics::new();
+    let model = Pch::new(shape(config, settings.input_dim))?;
+    let parameters = Parameters::init(model.shape(), config.job.seed, settings.device);
+    let mut stepper = Stepper {
+        optimizer: AdamW::new(&parameters, &config.optimizer),
+        model,
+        parameters,
+        optimizer_config: config.optimizer.clone(),
+        forward: Forward { train: true, precision: config.training.precision },
+        device: settings.device,
+        input_dim: settings.input_dim as usize,
+        log_q: None,
+        draw_seed: config.job.seed,
+        clock: PhaseClock::new(metrics.clone(), Arc::new(Progress::default())),
+    };
+    let group = Group {
+        rank: 0,
+        world_size: 1,
+        generation: 1,
+        secret: b"a world of one has no peers".to_vec(),
+        bind: "127.0.0.1".into(),
+        advertise: "127.0.0.1".into(),
+        timeout: config.cluster.collective_timeout.0,
+    };
+    let mut exchange = Exchange::new(connect_tcp(group, &Alone)?, metrics);
+    let step = synthetic_step(settings);
+    let tokens = step.micro_batches.iter().map(|(batch, _)| batch.tokens).sum();
+    let mut seconds = Vec::new();
+    let mut loss = 0.0;
+    for repetition in 0..=settings.repetitions {
+        learn_torch::synchronize(settings.device);
+        let started = Instant::now();
+        let outcome = stepper.step(&step, &mut exchange, config.optimizer.learning_rate, false)?;
+        learn_torch::synchronize(settings.device);
+        loss = outcome.map_or(loss, |outcome| outcome.loss);
+        if repetition > 0 {
+            seconds.push(started.elapsed().as_secs_f64());
+        }
+    }
+    let mut sorted = seconds.clone();
+    sorted.sort_by(f64::total_cmp);
+    let median = sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN);
+    Ok(BenchResult {
+        device: format!("{:?}", settings.device),
+        precision: config.training.precision,
+        users: config.training.global_batch,
+        tokens,
+        parameters: stepper.parameters.count(),
+        seconds,
+        median_users_per_second: f64::from(config.training.global_batch) / median,
+        loss,
+    })
+}
+
+/// A world of one needs no rendezvous.
+struct Alone;
+
+impl learn_collective::Rendezvous for Alone {
+    fn put(&self, _: &str, _: Vec<u8>) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn get(&self, key: &str, _: std::time::Duration) -> Result<Vec<u8>, String> {
+        Err(format!("nobody else is there to set `{key}`"))
+    }
+}
+
+fn synthetic_step(settings: &BenchSettings) -> PreparedStep {
+    let config = &settings.config;
+    let sampling = config.sampling.shape();
+    let users = config.training.global_batch;
+    let mut draws = Draws::new(&[config.job.seed]);
+    let share: Vec<UserShare> = (0..users)
+        .filter_map(|user| {
+            let length = 2 + draws.below(u64::from(sampling.history + sampling.targets - 1)) as u32;
+            let items: Vec<u32> = (0..length).map(|_| draws.below(u64::from(settings.items)) as u32).collect();
+            let drawn = sample(SampleKey { seed: 1, epoch: 0, user: UserIndex(user) }, length, &sampling)?;
+            let pick = |indices: &[u32]| indices.iter().map(|&index| items[index as usize]).collect();
+            Some(UserShare {
+                user,
+                place: user,
+                history: pick(&drawn.history),
+                targets: pick(&drawn.targets),
+                user_positions: drawn.user_positions,
+                item_positions: drawn.item_positions,
+            })
+        })
+        .collect();
+    let pairs = share.iter().map(|user| (user.user_positions.len() * user.item_positions.len()) as u64).sum();
+    let dim = settings.input_dim as usize;
+    let scale = 1.0 / (dim as f64).sqrt();
+    let micro_batches = assemble(&share, config.training.micro_batch)
+        .into_iter()
+        .map(|batch| {
+            let values = batch.unique_items.len() * dim;
+            let rows = (0..values).map(|_| f16::from_f64((2.0 * draws.unit() - 1.0) * 1.7 * scale)).collect();
+            (batch, rows)
+        })
+        .collect();
+    let meta = BatchMeta { step: 0, epoch: 0, global_users: users, global_pairs: pairs, part: 0, parts: 1 };
+    PreparedStep { meta, users: share.iter().map(|user| user.user).collect(), micro_batches }
+}

@@ -1,0 +1,281 @@
+//! Checkpoints: the whole state of a training job after a step, on disk.
+//!
+//! Input: a [`Snapshot`]. Output: a directory `step-NNNNNNNNNN` with `model.safetensors` (published LEARN parameter
+//! names), `optimizer.safetensors` and `state.json` (version, counters, configuration, size and SHA-256 of the other
+//! files). Invariants: a directory of that name is whole (it is written aside, synced and renamed); a killed write never
+//! touches an earlier checkpoint; nothing that is read is trusted before its checksum agrees.
+
+mod keep;
+mod writer;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use learn_domain::run_dir::{RunDir, checkpoint_step};
+use learn_domain::{Config, Step};
+use learn_model::safetensors;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tch::Tensor;
+pub use writer::Writer;
+
+/// Version of the directory's layout.
+pub const VERSION: u32 = 1;
+
+const MODEL: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+
+/// A checkpoint could not be written or must not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("checkpoint {}: {reason}", path.display())]
+    Refused { path: PathBuf, reason: String },
+    #[error("the checkpoint writer ended early")]
+    WriterGone,
+}
+
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> CheckpointError {
+    let path = path.to_owned();
+    move |source| CheckpointError::Io { path, source }
+}
+
+/// Size and checksum of one file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileDigest {
+    pub bytes: u64,
+    pub sha256: String,
+}
+
+/// The best evaluation on valid so far.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    pub step: Step,
+    pub metric: String,
+    pub value: f64,
+}
+
+/// `state.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    pub version: u32,
+    pub step: Step,
+    pub epoch: u32,
+    /// Dataset that it was trained on.
+    pub fingerprint: String,
+    /// Dimension of the content embeddings.
+    pub input_dim: u32,
+    /// Hash of the parameters' names and shapes.
+    pub signature: String,
+    /// Updates that the optimizer's bias correction counts.
+    pub optimizer_step: u64,
+    pub best: Option<Best>,
+    pub config: Config,
+    pub files: BTreeMap<String, FileDigest>,
+}
+
+/// Everything a checkpoint holds; tensors on the CPU.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// `files` is filled in when it is written.
+    pub state: State,
+    pub model: Vec<(String, Tensor)>,
+    pub optimizer: Vec<(String, Tensor)>,
+}
+
+/// What a checkpoint must match to be continued from.
+#[derive(Clone, Debug)]
+pub struct Expected<'a> {
+    pub fingerprint: &'a str,
+    pub signature: &'a str,
+}
+
+/// Writes a checkpoint into `folder` and returns its directory.
+///
+/// # Errors
+/// If the disk refuses; what was half written is removed.
+pub fn write(folder: &Path, mut snapshot: Snapshot) -> Result<PathBuf, CheckpointError> {
+    let target = RunDir::new(folder.parent().unwrap_or(folder)).checkpoint(snapshot.state.step);
+    let aside = target.with_extension(format!("tmp-{}", std::process::id()));
+    let written = write_aside(&aside, &mut snapshot).and_then(|()| {
+        if target.exists() {
+            fs::remove_dir_all(&target).map_err(io(&target))?;
+        }
+        fs::rename(&aside, &target).map_err(io(&target))?;
+        sync(folder)
+    });
+    if written.is_err() {
+        // the write error is the one to report
+        let _ = fs::remove_dir_all(&aside);
+    }
+    written.map(|()| target)
+}
+
+fn write_aside(aside: &Path, snapshot: &mut Snapshot) -> Result<(), CheckpointError> {
+    if aside.exists() {
+        fs::remove_dir_all(aside).map_err(io(aside))?;
+    }
+    fs::create_dir_all(aside).map_err(io(aside))?;
+    for (name, tensors) in [(MODEL, &snapshot.model), (OPTIMIZER, &snapshot.optimizer)] {
+        let path = aside.join(name);
+        safetensors::write(&path, tensors, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))
+            .map_err(|error| CheckpointError::Refused { path: path.clone(), reason: error.to_string() })?;
+        sync(&path)?;
+        snapshot.state.files.insert(name.to_owned(), digest(&path)?);
+    }
+    let path = aside.join(STATE);
+    let text = serde_json::to_vec_pretty(&snapshot.state).map_err(|error| io(&path)(error.into()))?;
+    File::create(&path).and_then(|mut file| file.write_all(&text)).map_err(io(&path))?;
+    sync(&path)?;
+    sync(aside)
+}
+
+/// Makes a file or a directory's entries durable.
+fn sync(path: &Path) -> Result<(), CheckpointError> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(io(path))
+}
+
+fn digest(path: &Path) -> Result<FileDigest, CheckpointError> {
+    let mut file = File::open(path).map_err(io(path))?;
+    let mut hasher = Sha256::new();
+    let mut block = vec![0; 1 << 20];
+    let mut bytes = 0;
+    loop {
+        let read = file.read(&mut block).map_err(io(path))?;
+        if read == 0 {
+            break;
+        }
+        hasher.update(&block[..read]);
+        bytes += read as u64;
+    }
+    let sha256 = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(FileDigest { bytes, sha256 })
+}
+
+/// Reads `state.json` and compares every file with its checksum.
+///
+/// # Errors
+/// If anything is missing, damaged or of another version.
+pub fn check(path: &Path) -> Result<State, CheckpointError> {
+    let refuse = |reason: String| CheckpointError::Refused { path: path.to_owned(), reason };
+    let text = fs::read(path.join(STATE)).map_err(|error| refuse(format!("{STATE} cannot be read ({error})")))?;
+    let state: State =
+        serde_json::from_slice(&text).map_err(|error| refuse(format!("{STATE} is not understood ({error})")))?;
+    if state.version != VERSION {
+        return Err(refuse(format!("it has layout version {}, this program reads {VERSION}", state.version)));
+    }
+    for name in [MODEL, OPTIMIZER] {
+        let wanted = state.files.get(name).ok_or_else(|| refuse(format!("{STATE} does not list {name}")))?;
+        let found = digest(&path.join(name)).map_err(|error| refuse(error.to_string()))?;
+        if found != *wanted {
+            return Err(refuse(format!(
+                "{name} is damaged ({} bytes, SHA-256 {}; {STATE} says {} bytes, {})",
+                found.bytes, found.sha256, wanted.bytes, wanted.sha256
+            )));
+        }
+    }
+    Ok(state)
+}
+
+/// Reads a whole checkpoint after checking it.
+///
+/// # Errors
+/// As [`check`], and if it belongs to another dataset or model.
+pub fn read(path: &Path, expected: Option<&Expected<'_>>) -> Result<Snapshot, CheckpointError> {
+    let refuse = |reason: String| CheckpointError::Refused { path: path.to_owned(), reason };
+    let state = check(path)?;
+    if let Some(expected) = expected {
+        if state.fingerprint != expected.fingerprint {
+            return Err(refuse(format!(
+                "it was trained on the dataset {}, this is {}; point data.dataset to the former",
+                state.fingerprint, expected.fingerprint
+            )));
+        }
+        if state.signature != expected.signature {
+            return Err(refuse("its parameters have other names or shapes; use the run's own [model] settings".into()));
+        }
+    }
+    let load = |name: &str| safetensors::read(&path.join(name)).map_err(|error| refuse(error.to_string()));
+    Ok(Snapshot { model: load(MODEL)?, optimizer: load(OPTIMIZER)?, state })
+}
+
+/// A checkpoint directory as `learn-worker checkpoints` lists it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Listed {
+    pub step: Step,
+    pub path: PathBuf,
+    pub valid: bool,
+    /// Why it is not valid.
+    pub reason: Option<String>,
+    pub best: bool,
+}
+
+/// All checkpoints of a run, oldest first, each checked.
+///
+/// # Errors
+/// If the directory exists but cannot be read.
+pub fn list(run: &RunDir) -> Result<Vec<Listed>, CheckpointError> {
+    let best = read_best(run).map(|best| best.step);
+    let mut listed: Vec<Listed> = steps(&run.checkpoints())?
+        .into_iter()
+        .map(|step| {
+            let path = run.checkpoint(step);
+            let reason = check(&path).err().map(|error| error.to_string());
+            Listed { step, path, valid: reason.is_none(), reason, best: best == Some(step) }
+        })
+        .collect();
+    listed.sort_by_key(|one| one.step);
+    Ok(listed)
+}
+
+/// Steps of the checkpoint directories in `folder`; none if it does not exist.
+fn steps(folder: &Path) -> Result<Vec<Step>, CheckpointError> {
+    if !folder.exists() {
+        return Ok(Vec::new());
+    }
+    let mut steps = Vec::new();
+    for entry in fs::read_dir(folder).map_err(io(folder))? {
+        let name = entry.map_err(io(folder))?.file_name();
+        steps.extend(name.to_str().and_then(checkpoint_step));
+    }
+    Ok(steps)
+}
+
+/// The best evaluation's checkpoint, if the run has one.
+#[must_use]
+pub fn read_best(run: &RunDir) -> Option<Best> {
+    serde_json::from_slice(&fs::read(run.best()).ok()?).ok()
+}
+
+/// The checkpoint that `name` means: a directory name, `best`, `last`, or none = the best, else the last valid one.
+///
+/// # Errors
+/// If there is no such checkpoint.
+pub fn resolve(run: &RunDir, name: Option<&str>) -> Result<PathBuf, CheckpointError> {
+    let refuse = |reason: &str| CheckpointError::Refused { path: run.checkpoints(), reason: reason.into() };
+    let last = || -> Result<PathBuf, CheckpointError> {
+        let valid = list(run)?.into_iter().rfind(|one| one.valid);
+        valid.map(|one| one.path).ok_or_else(|| refuse("there is no valid checkpoint in this run"))
+    };
+    let best = || read_best(run).map(|best| run.checkpoint(best.step)).filter(|path| path.exists());
+    match name {
+        Some("last") => last(),
+        Some("best") => best().ok_or_else(|| refuse("the run has no best checkpoint yet")),
+        None => best().map_or_else(last, Ok),
+        Some(name) => {
+            let step = checkpoint_step(name).ok_or_else(|| {
+                refuse(&format!("`{name}` is no checkpoint name; use best, last or a name like step-0000000100"))
+            })?;
+            Some(run.checkpoint(step))
+                .filter(|path| path.exists())
+                .ok_or_else(|| refuse(&format!("there is no {name}")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

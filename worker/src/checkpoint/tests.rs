@@ -1,0 +1,111 @@
+use std::sync::mpsc::channel;
+
+use super::*;
+
+fn snapshot(step: u64, value: f32, best: Option<u64>) -> Snapshot {
+    Snapshot {
+        state: State {
+            version: VERSION,
+            step: Step(step),
+            epoch: 0,
+            fingerprint: "data".into(),
+            input_dim: 4,
+            signature: "shape".into(),
+            optimizer_step: step,
+            best: best.map(|best| Best { step: Step(best), metric: "mrr".into(), value: 0.5 }),
+            config: Config::default(),
+            files: BTreeMap::new(),
+        },
+        model: vec![("adaptor.bias".into(), Tensor::from_slice(&[value, 2.0]))],
+        optimizer: vec![("exp_avg.adaptor.bias".into(), Tensor::from_slice(&[0.0_f32, value]))],
+    }
+}
+
+fn run() -> (tempfile::TempDir, RunDir) {
+    let folder = tempfile::tempdir().unwrap();
+    let run = RunDir::new(folder.path());
+    fs::create_dir_all(run.checkpoints()).unwrap();
+    (folder, run)
+}
+
+const SAME: Expected<'_> = Expected { fingerprint: "data", signature: "shape" };
+
+#[test]
+fn what_is_written_is_read_back() {
+    let (_folder, run) = run();
+    let path = write(&run.checkpoints(), snapshot(7, 1.5, None)).unwrap();
+    assert_eq!(path, run.checkpoint(Step(7)));
+    let back = read(&path, Some(&SAME)).unwrap();
+    assert_eq!((back.state.step, back.state.files.len()), (Step(7), 2));
+    assert_eq!(Vec::<f32>::try_from(&back.model[0].1).unwrap(), [1.5, 2.0]);
+    assert_eq!(Vec::<f32>::try_from(&back.optimizer[0].1).unwrap(), [0.0, 1.5]);
+}
+
+#[test]
+fn damage_and_strangers_are_refused_with_their_reason() {
+    let (_folder, run) = run();
+    let path = write(&run.checkpoints(), snapshot(7, 1.5, None)).unwrap();
+    let reason = |expected: &Expected<'_>| read(&path, Some(expected)).unwrap_err().to_string();
+    assert!(reason(&Expected { fingerprint: "other", ..SAME }).contains("data.dataset"));
+    assert!(reason(&Expected { signature: "other", ..SAME }).contains("[model]"));
+
+    let model = path.join(MODEL);
+    let mut bytes = fs::read(&model).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&model, &bytes).unwrap();
+    assert!(reason(&SAME).contains("model.safetensors is damaged"));
+    fs::write(&model, &bytes[..last]).unwrap();
+    assert!(reason(&SAME).contains("is damaged"));
+    fs::remove_file(&model).unwrap();
+    assert!(reason(&SAME).contains("model.safetensors"));
+    fs::write(path.join(STATE), "{").unwrap();
+    assert!(reason(&SAME).contains("state.json is not understood"));
+
+    let listed = list(&run).unwrap();
+    assert_eq!((listed.len(), listed[0].valid), (1, false));
+    assert!(resolve(&run, None).unwrap_err().to_string().contains("no valid checkpoint"));
+}
+
+#[test]
+fn a_killed_write_is_never_taken_for_a_checkpoint() {
+    let (_folder, run) = run();
+    write(&run.checkpoints(), snapshot(1, 1.0, None)).unwrap();
+    // what a kill leaves: the directory aside, without or with all its files
+    fs::create_dir(run.checkpoints().join("step-0000000002.tmp-99")).unwrap();
+    fs::write(run.checkpoints().join("step-0000000002.tmp-99").join(MODEL), "half").unwrap();
+    assert_eq!(list(&run).unwrap().iter().map(|one| one.step).collect::<Vec<_>>(), [Step(1)]);
+    assert_eq!(resolve(&run, Some("last")).unwrap(), run.checkpoint(Step(1)));
+}
+
+#[test]
+fn the_writer_commits_in_order_and_keeps_the_latest_and_the_best() {
+    let (_folder, run) = run();
+    let (told, commits) = channel();
+    let mut writer = Writer::start(run.clone(), 2, move |commit| told.send(commit.step).unwrap()).unwrap();
+    for step in 1..=5 {
+        writer.save(snapshot(step, step as f32, (step >= 2).then_some(2))).unwrap();
+    }
+    writer.finish().unwrap();
+    assert_eq!(commits.iter().collect::<Vec<_>>(), (1..=5).map(Step).collect::<Vec<_>>());
+    let listed = list(&run).unwrap();
+    let kept: Vec<(u64, bool)> = listed.iter().map(|one| (one.step.0, one.best)).collect();
+    assert_eq!(kept, [(2, true), (4, false), (5, false)]);
+    assert_eq!(resolve(&run, None).unwrap(), run.checkpoint(Step(2)), "the best by default");
+    assert_eq!(resolve(&run, Some("step-0000000004")).unwrap(), run.checkpoint(Step(4)));
+    assert!(resolve(&run, Some("step-4")).is_err() && resolve(&run, Some("step-0000000003")).is_err());
+}
+
+#[test]
+fn a_write_that_fails_is_reported_and_harms_nothing() {
+    let (_folder, run) = run();
+    write(&run.checkpoints(), snapshot(1, 1.0, None)).unwrap();
+    let mut writer = Writer::start(run.clone(), 3, |_| ()).unwrap();
+    // a file stands where the directory aside would go
+    let aside = run.checkpoint(Step(2)).with_extension(format!("tmp-{}", std::process::id()));
+    fs::write(&aside, "in the way").unwrap();
+    writer.save(snapshot(2, 2.0, None)).unwrap();
+    assert!(matches!(writer.finish(), Err(CheckpointError::Io { .. })));
+    assert!(matches!(writer.save(snapshot(3, 3.0, None)), Err(CheckpointError::WriterGone)));
+    assert!(list(&run).unwrap()[0].valid);
+}

@@ -1,0 +1,332 @@
+//! The worker's side of the control plane.
+//!
+//! Input: what the training thread has to say. Output: the coordinator's directives. Calls that training waits for
+//! (join, rendezvous, leave) block; step reports and checkpoint commits go through a queue that one task drains in
+//! order, so that a slow network does not hold the step back until the queue is full.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
+
+use learn_collective::Rendezvous;
+use learn_domain::membership::Departure;
+use learn_domain::report::{Evaluation, StepRecord};
+use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
+use learn_proto::auth::{BearerInterceptor, Secret};
+use learn_proto::convert::{Admission, Applicant, ConvertError, Order, StepReport, evaluation_json};
+use learn_proto::v1;
+use learn_proto::v1::control_client::ControlClient;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
+
+/// Messages of the report queue; a full queue holds the training thread back.
+const REPORT_QUEUE: usize = 256;
+
+/// The coordinator could not be talked to.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    #[error("the coordinator at {url} cannot be reached: {reason}; is it running, and is the address right?")]
+    Connect { url: String, reason: String },
+    #[error("the coordinator refused {call}: {message}")]
+    Refused { call: &'static str, message: String },
+    #[error("{call}: {source}; are the coordinator and this worker of the same version?")]
+    Answer { call: &'static str, source: ConvertError },
+    #[error("the report queue has ended before the job: {0}")]
+    Reports(String),
+}
+
+fn refused(call: &'static str) -> impl Fn(tonic::Status) -> ControlError {
+    move |status| ControlError::Refused { call, message: format!("{} ({})", status.message(), status.code()) }
+}
+
+/// A worker's place in a generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub generation: Generation,
+    pub rank: Rank,
+    pub world_size: u32,
+}
+
+/// The phases of a worker, as heartbeats name them.
+pub const PHASES: [&str; 12] = [
+    "starting",
+    "data_wait",
+    "forward",
+    "gather",
+    "loss",
+    "backward",
+    "reduce",
+    "optimizer",
+    "checkpoint",
+    "evaluation",
+    "finishing",
+    "bench",
+];
+
+/// Where the training thread is, readable from the heartbeat task.
+#[derive(Debug, Default)]
+pub struct Progress {
+    step: AtomicU64,
+    phase: AtomicU8,
+}
+
+impl Progress {
+    pub fn enter(&self, phase: &'static str) {
+        let index = PHASES.iter().position(|known| *known == phase).unwrap_or(0);
+        self.phase.store(index as u8, Ordering::Relaxed);
+    }
+
+    pub fn finished(&self, step: Step) {
+        self.step.store(step.0, Ordering::Relaxed);
+    }
+
+    #[must_use]
+    pub fn phase(&self) -> &'static str {
+        PHASES[usize::from(self.phase.load(Ordering::Relaxed))]
+    }
+
+    #[must_use]
+    pub fn step(&self) -> Step {
+        Step(self.step.load(Ordering::Relaxed))
+    }
+}
+
+/// One rank's part of a finished step.
+#[derive(Clone, Debug)]
+pub struct FinishedStep {
+    /// Finished steps, this one included.
+    pub step: Step,
+    pub epoch: u32,
+    pub users: Vec<UserIndex>,
+    pub record: Option<StepRecord>,
+}
+
+enum Report {
+    Step(v1::ReportStepRequest),
+    Checkpoint(v1::CommitCheckpointRequest),
+    Evaluation(v1::ReportEvaluationRequest),
+}
+
+type Client = ControlClient<InterceptedService<Channel, BearerInterceptor>>;
+
+/// A connection to the coordinator.
+#[derive(Clone)]
+pub struct Control {
+    handle: Handle,
+    client: Client,
+}
+
+impl Control {
+    /// Connects to `url`.
+    ///
+    /// # Errors
+    /// If nobody listens there.
+    pub fn connect(handle: Handle, url: &str, secret: &Secret) -> Result<Self, ControlError> {
+        let failed = |reason: String| ControlError::Connect { url: url.to_owned(), reason };
+        let endpoint = Channel::from_shared(url.to_owned())
+            .map_err(|error| failed(error.to_string()))?
+            .connect_timeout(Duration::from_secs(10))
+            .tcp_nodelay(true);
+        let channel = handle.block_on(endpoint.connect()).map_err(|error| failed(error_chain(&error)))?;
+        let bearer = BearerInterceptor::try_from(secret).map_err(|error| failed(error.to_string()))?;
+        let client = ControlClient::with_interceptor(channel, bearer);
+        Ok(Self { handle, client })
+    }
+
+    /// Joins the job.
+    ///
+    /// # Errors
+    /// If the coordinator refuses, or its answer cannot be read.
+    pub fn join(&self, applicant: Applicant) -> Result<Admission, ControlError> {
+        let answer = self.handle.block_on(self.client.clone().join(v1::JoinRequest::from(applicant)));
+        let answer = answer.map_err(refused("join"))?.into_inner();
+        answer.try_into().map_err(|source| ControlError::Answer { call: "join", source })
+    }
+
+    /// One heartbeat.
+    ///
+    /// # Errors
+    /// If the coordinator cannot be reached or no longer knows the worker.
+    pub async fn heartbeat(
+        &self,
+        worker: WorkerId,
+        generation: Generation,
+        progress: &Progress,
+    ) -> Result<Order, ControlError> {
+        let request = v1::HeartbeatRequest {
+            worker_id: worker.0,
+            generation: generation.0,
+            step: progress.step().0,
+            phase: progress.phase().to_owned(),
+        };
+        let answer = self.client.clone().heartbeat(request).await.map_err(refused("heartbeat"))?;
+        answer.into_inner().try_into().map_err(|source| ControlError::Answer { call: "heartbeat", source })
+    }
+
+    /// Leaves the job.
+    ///
+    /// # Errors
+    /// If the coordinator cannot be reached.
+    pub fn leave(&self, worker: WorkerId, generation: Generation, departure: Departure) -> Result<(), ControlError> {
+        let request =
+            v1::LeaveRequest { worker_id: worker.0, generation: generation.0, departure: Some(departure.into()) };
+        self.handle.block_on(self.client.clone().leave(request)).map_err(refused("leave"))?;
+        Ok(())
+    }
+
+    /// A member's connection: reports and the rendezvous of its generation.
+    #[must_use]
+    pub fn member(&self, worker: WorkerId, place: Place) -> Member {
+        let (queue, mut reports) = mpsc::channel::<Report>(REPORT_QUEUE);
+        let mut client = self.client.clone();
+        let drain = self.handle.spawn(async move {
+            while let Some(report) = reports.recv().await {
+                match report {
+                    Report::Step(request) => drop(client.report_step(request).await.map_err(refused("report-step"))?),
+                    Report::Checkpoint(request) => {
+                        drop(client.commit_checkpoint(request).await.map_err(refused("commit-checkpoint"))?);
+                    }
+                    Report::Evaluation(request) => {
+                        drop(client.report_evaluation(request).await.map_err(refused("report-evaluation"))?);
+                    }
+                }
+            }
+            Ok(())
+        });
+        Member { control: self.clone(), worker, place, queue, drain: Arc::new(std::sync::Mutex::new(Some(drain))) }
+    }
+
+    /// The runtime that calls run on.
+    #[must_use]
+    pub fn handle(&self) -> &Handle {
+        &self.handle
+    }
+}
+
+/// A member of one generation.
+#[derive(Clone)]
+pub struct Member {
+    control: Control,
+    pub worker: WorkerId,
+    pub place: Place,
+    queue: mpsc::Sender<Report>,
+    drain: Arc<std::sync::Mutex<Option<JoinHandle<Result<(), ControlError>>>>>,
+}
+
+impl Member {
+    #[must_use]
+    pub fn handle(&self) -> &Handle {
+        self.control.handle()
+    }
+
+    #[must_use]
+    pub fn is_first(&self) -> bool {
+        self.place.rank == Rank(0)
+    }
+
+    fn send(&self, report: Report) -> Result<(), ControlError> {
+        self.queue.blocking_send(report).map_err(|_| match self.finish_reports() {
+            Err(error) => error,
+            Ok(()) => ControlError::Reports("it was closed".into()),
+        })
+    }
+
+    /// Reports this rank's part of a finished step; rank 0 adds the record of the whole step.
+    ///
+    /// # Errors
+    /// If an earlier report failed.
+    pub fn report_step(&self, finished: FinishedStep) -> Result<(), ControlError> {
+        let FinishedStep { step, epoch, users, record } = finished;
+        let report = StepReport { worker: self.worker, generation: self.place.generation, step, epoch, users, record };
+        self.send(Report::Step(report.into()))
+    }
+
+    /// Reports a durable checkpoint.
+    ///
+    /// # Errors
+    /// If an earlier report failed.
+    pub fn commit_checkpoint(&self, step: Step, path: String) -> Result<(), ControlError> {
+        self.send(Report::Checkpoint(v1::CommitCheckpointRequest {
+            worker_id: self.worker.0,
+            generation: self.place.generation.0,
+            step: step.0,
+            path,
+        }))
+    }
+
+    /// Reports an evaluation.
+    ///
+    /// # Errors
+    /// If an earlier report failed.
+    pub fn report_evaluation(&self, evaluation: &Evaluation) -> Result<(), ControlError> {
+        let evaluation_json =
+            evaluation_json(evaluation).map_err(|source| ControlError::Answer { call: "report-evaluation", source })?;
+        self.send(Report::Evaluation(v1::ReportEvaluationRequest {
+            worker_id: self.worker.0,
+            generation: self.place.generation.0,
+            evaluation_json,
+        }))
+    }
+
+    /// Waits until every report has arrived; nothing can be reported afterwards.
+    ///
+    /// # Errors
+    /// The first report that failed.
+    pub fn finish(self) -> Result<(), ControlError> {
+        let Self { queue, drain, control, .. } = self;
+        drop(queue);
+        join_drain(&control.handle, &drain)
+    }
+
+    fn finish_reports(&self) -> Result<(), ControlError> {
+        join_drain(&self.control.handle, &self.drain)
+    }
+}
+
+type Drain = std::sync::Mutex<Option<JoinHandle<Result<(), ControlError>>>>;
+
+fn join_drain(handle: &Handle, drain: &Drain) -> Result<(), ControlError> {
+    let task = drain.lock().map_err(|_| ControlError::Reports("a thread panicked".into()))?.take();
+    match task {
+        Some(task) => handle.block_on(task).map_err(|error| ControlError::Reports(error.to_string()))?,
+        None => Ok(()),
+    }
+}
+
+impl Rendezvous for Member {
+    fn put(&self, key: &str, value: Vec<u8>) -> Result<(), String> {
+        let request = v1::PutRequest {
+            worker_id: self.worker.0,
+            generation: self.place.generation.0,
+            key: key.to_owned(),
+            value,
+        };
+        let sent = self.control.handle.block_on(self.control.client.clone().put(request));
+        sent.map(drop).map_err(|status| status.message().to_owned())
+    }
+
+    fn get(&self, key: &str, wait: Duration) -> Result<Vec<u8>, String> {
+        let request = v1::GetRequest {
+            worker_id: self.worker.0,
+            generation: self.place.generation.0,
+            key: key.to_owned(),
+            wait_millis: u32::try_from(wait.as_millis()).unwrap_or(u32::MAX),
+        };
+        let answer = self.control.handle.block_on(self.control.client.clone().get(request));
+        answer.map(|answer| answer.into_inner().value).map_err(|status| status.message().to_owned())
+    }
+}
+
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        text.push_str(": ");
+        text.push_str(&inner.to_string());
+        source = inner.source();
+    }
+    text
+}

@@ -1,0 +1,185 @@
+//! `learn-worker export`: embeddings and weights for other systems.
+//!
+//! Output directory: `items.parquet` and `users.parquet` (columns `id`, `embedding`), `items.npy` and `users.npy` (the
+//! same rows, `[n, d]` f32), `model.safetensors` (published LEARN names) and `export.json`. Written aside and renamed.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arrow_array::{ArrayRef, FixedSizeListArray, Float32Array, RecordBatch, StringArray};
+use arrow_schema::{DataType, Field, Schema};
+use learn_domain::run_dir::RunDir;
+use parquet::arrow::ArrowWriter;
+use tch::Tensor;
+
+use crate::error::WorkerError;
+use crate::offline::{Histories, Offline};
+
+/// Users whose embeddings are in memory at once, besides the output.
+const USER_BLOCK: usize = 4096;
+
+/// What to export where.
+#[derive(Clone, Debug)]
+pub struct ExportSettings {
+    pub run: PathBuf,
+    pub out: PathBuf,
+    pub checkpoint: Option<String>,
+}
+
+/// What was exported.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Exported {
+    pub checkpoint: String,
+    pub step: u64,
+    pub items: usize,
+    pub users: usize,
+    pub dim: usize,
+    pub out: PathBuf,
+}
+
+/// Exports a run's model.
+///
+/// # Errors
+/// If the run cannot be read, the output exists already or cannot be written.
+pub fn export(settings: &ExportSettings) -> Result<Exported, WorkerError> {
+    let out = &settings.out;
+    if out.exists() {
+        return Err(failed(out)("it exists already; name a new directory with --out"));
+    }
+    let offline = Offline::open(&RunDir::new(&settings.run), settings.checkpoint.as_deref())?;
+    let aside = out.with_extension(format!("tmp-{}", std::process::id()));
+    let exported = write_all(&offline, &aside, out);
+    match &exported {
+        Ok(_) => fs::rename(&aside, out).map_err(|error| failed(out)(error))?,
+        // the write error is the one to report
+        Err(_) => drop(fs::remove_dir_all(&aside)),
+    }
+    exported
+}
+
+fn write_all(offline: &Offline, aside: &Path, out: &Path) -> Result<Exported, WorkerError> {
+    fs::create_dir_all(aside).map_err(|error| failed(aside)(error))?;
+    let items = offline.items();
+    let dim = items.size()[1] as usize;
+    let item_ids: Vec<String> = offline.dataset.items()?.into_iter().map(|item| item.id).collect();
+    let mut table = Table::create(aside, "items", dim)?;
+    table.append(&item_ids, &items)?;
+    let item_count = table.finish()?;
+
+    let histories = Histories::new(&offline.dataset);
+    let user_ids = offline.dataset.user_ids()?;
+    let mut table = Table::create(aside, "users", dim)?;
+    for first in (0..user_ids.len()).step_by(USER_BLOCK) {
+        let numbers = first..(first + USER_BLOCK).min(user_ids.len());
+        let known: Vec<(String, Vec<u32>)> =
+            numbers.filter_map(|number| Some((user_ids[number].clone(), histories.of(number)?))).collect();
+        let (ids, sequences): (Vec<String>, Vec<Vec<u32>>) = known.into_iter().unzip();
+        if !ids.is_empty() {
+            table.append(&ids, &offline.users(&sequences))?;
+        }
+    }
+    let users = table.finish()?;
+
+    let weights = aside.join("model.safetensors");
+    fs::copy(offline.checkpoint.join("model.safetensors"), &weights).map_err(|error| failed(&weights)(error))?;
+    let exported = Exported {
+        checkpoint: offline.checkpoint.display().to_string(),
+        step: offline.state.step.0,
+        items: item_count,
+        users,
+        dim,
+        out: out.to_owned(),
+    };
+    let facts = aside.join("export.json");
+    let text = serde_json::to_vec_pretty(&exported).map_err(|error| failed(&facts)(error))?;
+    fs::write(&facts, text).map_err(|error| failed(&facts)(error))?;
+    Ok(exported)
+}
+
+fn failed<E: ToString>(path: &Path) -> impl Fn(E) -> WorkerError + '_ {
+    move |reason| WorkerError::File { path: path.display().to_string(), reason: reason.to_string() }
+}
+
+/// One Parquet file and one `.npy` file of the same rows.
+struct Table {
+    name: PathBuf,
+    schema: Arc<Schema>,
+    parquet: ArrowWriter<File>,
+    npy: BufWriter<File>,
+    dim: usize,
+    rows: usize,
+}
+
+impl Table {
+    fn create(folder: &Path, name: &str, dim: usize) -> Result<Self, WorkerError> {
+        let path = folder.join(name);
+        let value = Arc::new(Field::new("item", DataType::Float32, false));
+        let embedding = DataType::FixedSizeList(value, dim as i32);
+        let fields = vec![Field::new("id", DataType::Utf8, false), Field::new("embedding", embedding, false)];
+        let schema = Arc::new(Schema::new(fields));
+        let create = |suffix: &str| File::create(path.with_extension(suffix)).map_err(|error| failed(&path)(error));
+        let parquet = ArrowWriter::try_new(create("parquet")?, schema.clone(), None);
+        let parquet = parquet.map_err(|error| failed(&path)(error))?;
+        let mut npy = BufWriter::new(create("npy")?);
+        npy.write_all(&npy_header(0, dim)).map_err(|error| failed(&path)(error))?;
+        Ok(Self { name: path, schema, parquet, npy, dim, rows: 0 })
+    }
+
+    /// Appends `ids` with their embeddings `[ids, d]`.
+    fn append(&mut self, ids: &[String], embeddings: &Tensor) -> Result<(), WorkerError> {
+        let values: Vec<f32> = Vec::try_from(embeddings.contiguous().view([-1]))?;
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        self.npy.write_all(&bytes).map_err(|error| failed(&self.name)(error))?;
+        let value = Arc::new(Field::new("item", DataType::Float32, false));
+        let list = FixedSizeListArray::try_new(value, self.dim as i32, Arc::new(Float32Array::from(values)), None);
+        let list: ArrayRef = Arc::new(list.map_err(|error| failed(&self.name)(error))?);
+        let names: ArrayRef = Arc::new(StringArray::from_iter_values(ids));
+        let batch = RecordBatch::try_new(self.schema.clone(), vec![names, list]);
+        let batch = batch.map_err(|error| failed(&self.name)(error))?;
+        self.parquet.write(&batch).map_err(|error| failed(&self.name)(error))?;
+        self.rows += ids.len();
+        Ok(())
+    }
+
+    fn finish(self) -> Result<usize, WorkerError> {
+        use std::io::{Seek, SeekFrom};
+        self.parquet.close().map_err(|error| failed(&self.name)(error))?;
+        let mut file = self.npy.into_inner().map_err(|error| failed(&self.name)(error.into_error()))?;
+        // the number of rows is known only now; the header has a fixed size
+        file.seek(SeekFrom::Start(0))
+            .and_then(|_| file.write_all(&npy_header(self.rows, self.dim)))
+            .and_then(|()| file.sync_all())
+            .map_err(|error| failed(&self.name)(error))?;
+        Ok(self.rows)
+    }
+}
+
+/// Header of a version 1.0 `.npy` file of `[rows, dim]` little-endian f32, 128 bytes for any number of rows
+/// (<https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html>).
+fn npy_header(rows: usize, dim: usize) -> Vec<u8> {
+    let mut dict = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {dim}), }}");
+    let padding = 128 - 10 - 1 - dict.len();
+    dict.extend(std::iter::repeat_n(' ', padding));
+    dict.push('\n');
+    let mut header = b"\x93NUMPY\x01\x00".to_vec();
+    header.extend((dict.len() as u16).to_le_bytes());
+    header.extend(dict.as_bytes());
+    header
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_npy_header_has_one_size() {
+        for (rows, dim) in [(0, 1), (1682, 64), (usize::MAX, 4096)] {
+            let header = npy_header(rows, dim);
+            assert_eq!(header.len(), 128);
+            assert_eq!(header[127], b'\n');
+            assert_eq!(u16::from_le_bytes([header[8], header[9]]), 118);
+        }
+    }
+}

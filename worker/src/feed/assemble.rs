@@ -1,0 +1,165 @@
+//! From a rank's share of a step to the arrays of its forward passes.
+//!
+//! Input: the share's users with their histories, targets and sampled positions, as item indices. Output: per
+//! micro-batch, the unique items and right-padded index matrices `[B, L]` into them. Pure; no tensor, no network.
+
+use std::collections::HashMap;
+
+/// One user of a share.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UserShare {
+    /// Row of the dataset's training sequences.
+    pub user: u32,
+    /// Place in the global batch; the InfoNCE mask compares it.
+    pub place: u32,
+    /// Item indices, oldest first, never empty.
+    pub history: Vec<u32>,
+    /// Item indices, oldest first, never empty.
+    pub targets: Vec<u32>,
+    /// Sampled positions of the history, ascending.
+    pub user_positions: Vec<u32>,
+    /// Sampled positions of the targets, ascending.
+    pub item_positions: Vec<u32>,
+}
+
+/// Right-padded sequences and the sampled positions in them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PaddedSequences {
+    /// `[B, L]` row-major indices into the unique items; padding is 0.
+    pub items: Vec<i64>,
+    /// `[B]`.
+    pub lengths: Vec<i64>,
+    /// `L`, the longest sequence.
+    pub width: i64,
+    /// Flat positions `b * L + position`, by user, then position.
+    pub positions: Vec<i64>,
+}
+
+/// What one forward pass needs besides the rows of its unique items.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MicroBatch {
+    /// Item indices whose content embeddings are needed, ascending, each once.
+    pub unique_items: Vec<u32>,
+    pub history: PaddedSequences,
+    pub targets: PaddedSequences,
+    /// `[R]`: place in the global batch of each sampled history position's user.
+    pub row_user: Vec<i64>,
+    /// `[M]`: item index of each sampled target.
+    pub item_id: Vec<i64>,
+    /// `[M]`: place in the global batch of each sampled target's user.
+    pub item_user: Vec<i64>,
+    /// Real tokens of both towers.
+    pub tokens: u64,
+    /// Tokens that the padded matrices hold.
+    pub padded_tokens: u64,
+}
+
+/// Divides a share into micro-batches of at most `micro_batch` users (0 = one) and lays each out.
+#[must_use]
+pub fn assemble(share: &[UserShare], micro_batch: u32) -> Vec<MicroBatch> {
+    let size = if micro_batch == 0 { share.len().max(1) } else { micro_batch as usize };
+    share.chunks(size).map(lay_out).collect()
+}
+
+fn lay_out(users: &[UserShare]) -> MicroBatch {
+    let mut unique_items: Vec<u32> =
+        users.iter().flat_map(|user| user.history.iter().chain(&user.targets)).copied().collect();
+    unique_items.sort_unstable();
+    unique_items.dedup();
+    let index: HashMap<u32, i64> = unique_items.iter().zip(0..).map(|(&item, row)| (item, row)).collect();
+    let history = pad(users.iter().map(|user| (&user.history[..], &user.user_positions[..])), &index);
+    let targets = pad(users.iter().map(|user| (&user.targets[..], &user.item_positions[..])), &index);
+    let repeat = |user: &UserShare, count: usize| std::iter::repeat_n(i64::from(user.place), count);
+    MicroBatch {
+        row_user: users.iter().flat_map(|user| repeat(user, user.user_positions.len())).collect(),
+        item_user: users.iter().flat_map(|user| repeat(user, user.item_positions.len())).collect(),
+        item_id: users
+            .iter()
+            .flat_map(|user| user.item_positions.iter().map(|&position| i64::from(user.targets[position as usize])))
+            .collect(),
+        tokens: users.iter().map(|user| (user.history.len() + user.targets.len()) as u64).sum(),
+        padded_tokens: (history.items.len() + targets.items.len()) as u64,
+        unique_items,
+        history,
+        targets,
+    }
+}
+
+fn pad<'a>(
+    sequences: impl Iterator<Item = (&'a [u32], &'a [u32])> + Clone,
+    index: &HashMap<u32, i64>,
+) -> PaddedSequences {
+    let width = sequences.clone().map(|(items, _)| items.len()).max().unwrap_or(0);
+    let mut padded = PaddedSequences { width: width as i64, ..PaddedSequences::default() };
+    for (row, (items, positions)) in sequences.enumerate() {
+        padded.items.extend(items.iter().map(|item| index[item]));
+        padded.items.extend(std::iter::repeat_n(0, width - items.len()));
+        padded.lengths.push(items.len() as i64);
+        padded.positions.extend(positions.iter().map(|&position| (row * width) as i64 + i64::from(position)));
+    }
+    padded
+}
+
+/// The sequences of users whose embedding is wanted at their newest item only (evaluation, export, recommendation).
+#[must_use]
+pub fn newest_positions(histories: &[&[u32]]) -> (Vec<u32>, PaddedSequences) {
+    let users: Vec<UserShare> = histories
+        .iter()
+        .map(|history| UserShare {
+            history: history.to_vec(),
+            user_positions: vec![history.len() as u32 - 1],
+            ..UserShare::default()
+        })
+        .collect();
+    let batch = lay_out(&users);
+    (batch.unique_items, batch.history)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn share() -> Vec<UserShare> {
+        let user =
+            |place, history: &[u32], targets: &[u32], user_positions: &[u32], item_positions: &[u32]| UserShare {
+                user: place + 100,
+                place,
+                history: history.to_vec(),
+                targets: targets.to_vec(),
+                user_positions: user_positions.to_vec(),
+                item_positions: item_positions.to_vec(),
+            };
+        vec![user(0, &[7, 3], &[9], &[0, 1], &[0]), user(4, &[3, 3, 5], &[7, 2], &[2], &[0, 1])]
+    }
+
+    #[test]
+    fn a_batch_by_hand() {
+        let batches = assemble(&share(), 0);
+        let [batch] = &batches[..] else { panic!("one micro-batch") };
+        assert_eq!(batch.unique_items, [2, 3, 5, 7, 9]);
+        assert_eq!((batch.history.width, &batch.history.items[..]), (3, &[3, 1, 0, 1, 1, 2][..]));
+        assert_eq!(batch.history.lengths, [2, 3]);
+        assert_eq!(batch.history.positions, [0, 1, 5]);
+        assert_eq!((batch.targets.width, &batch.targets.items[..]), (2, &[4, 0, 3, 0][..]));
+        assert_eq!(batch.targets.positions, [0, 2, 3]);
+        assert_eq!((&batch.row_user[..], &batch.item_user[..]), (&[0, 0, 4][..], &[0, 4, 4][..]));
+        assert_eq!(batch.item_id, [9, 7, 2]);
+        assert_eq!((batch.tokens, batch.padded_tokens), (8, 10));
+    }
+
+    #[test]
+    fn micro_batches_hold_the_same_users_and_an_empty_share_is_empty() {
+        let batches = assemble(&share(), 1);
+        assert_eq!(batches.len(), 2);
+        assert_eq!(batches[1].unique_items, [2, 3, 5, 7]);
+        assert_eq!(batches.iter().map(|batch| batch.tokens).sum::<u64>(), 8);
+        assert!(assemble(&[], 0).is_empty());
+    }
+
+    #[test]
+    fn newest_position_is_the_last_real_one() {
+        let (unique, padded) = newest_positions(&[&[4], &[4, 8, 6]]);
+        assert_eq!(unique, [4, 6, 8]);
+        assert_eq!((padded.width, padded.positions), (3, vec![0, 5]));
+    }
+}

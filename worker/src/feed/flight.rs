@@ -1,0 +1,286 @@
+//! The worker's side of Arrow Flight: a rank's batches, held-out users, and content embedding rows.
+//!
+//! Input: tickets and item indices. Output: plain shares and rows. Everything received is checked against its schema
+//! before it is used; a server that answers something else is an error that names it.
+
+use std::sync::Arc;
+
+use arrow_array::cast::AsArray;
+use arrow_array::types::{Float16Type, UInt32Type};
+use arrow_array::{ListArray, RecordBatch, UInt32Array};
+use arrow_flight::decode::{DecodedFlightData, DecodedPayload, FlightDataDecoder};
+use arrow_flight::encode::FlightDataEncoderBuilder;
+use arrow_flight::error::FlightError;
+use arrow_flight::flight_service_client::FlightServiceClient;
+use arrow_flight::{FlightData, FlightDescriptor};
+use arrow_schema::SchemaRef;
+use futures::channel::mpsc;
+use futures::{SinkExt, StreamExt, TryStreamExt};
+use half::f16;
+use learn_proto::auth::{BearerInterceptor, Secret};
+use learn_proto::flight::{BatchMeta, Exchange, RowsMeta, Ticket, rows_request_schema};
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
+
+use super::assemble::UserShare;
+
+/// Reading from the data service failed.
+#[derive(Debug, thiserror::Error)]
+pub enum FlightClientError {
+    #[error("the data service at {location} cannot be reached: {source}")]
+    Connect { location: String, source: tonic::transport::Error },
+    #[error("the data service refused: {0}")]
+    Refused(String),
+    #[error("the data stream broke: {0}")]
+    Broken(String),
+    #[error("the data service sent something else than agreed: {0}")]
+    Unexpected(String),
+}
+
+impl From<tonic::Status> for FlightClientError {
+    fn from(status: tonic::Status) -> Self {
+        Self::Refused(format!("{} ({})", status.message(), status.code()))
+    }
+}
+
+impl From<FlightError> for FlightClientError {
+    fn from(error: FlightError) -> Self {
+        Self::Broken(error.to_string())
+    }
+}
+
+fn unexpected(what: impl Into<String>) -> FlightClientError {
+    FlightClientError::Unexpected(what.into())
+}
+
+/// One held-out user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldOutUser {
+    pub history: Vec<u32>,
+    pub targets: Vec<u32>,
+}
+
+/// A connection to one data service.
+#[derive(Clone)]
+pub struct DataClient {
+    inner: FlightServiceClient<InterceptedService<Channel, BearerInterceptor>>,
+}
+
+/// The shares of a rank, step after step.
+pub struct ShareStream {
+    decoder: FlightDataDecoder,
+}
+
+/// Content embedding rows over one long exchange.
+pub struct RowExchange {
+    requests: mpsc::Sender<RecordBatch>,
+    answers: FlightDataDecoder,
+    schema: SchemaRef,
+    sent: u64,
+    dim: usize,
+}
+
+impl DataClient {
+    /// Connects to the first location that answers.
+    ///
+    /// # Errors
+    /// The last location's failure if none does.
+    pub async fn connect(locations: &[String], secret: &Secret) -> Result<Self, FlightClientError> {
+        let bearer = BearerInterceptor::try_from(secret).map_err(|error| unexpected(error.to_string()))?;
+        let mut failure = unexpected("the coordinator named no data location");
+        for location in locations {
+            let endpoint = Channel::from_shared(location.clone()).map_err(|error| unexpected(error.to_string()))?;
+            match endpoint.tcp_nodelay(true).connect().await {
+                Ok(channel) => {
+                    let inner = FlightServiceClient::with_interceptor(channel, bearer);
+                    return Ok(Self { inner });
+                }
+                Err(source) => failure = FlightClientError::Connect { location: location.clone(), source },
+            }
+        }
+        Err(failure)
+    }
+
+    async fn do_get(&self, ticket: &Ticket) -> Result<FlightDataDecoder, FlightClientError> {
+        let response = self.inner.clone().do_get(arrow_flight::Ticket { ticket: ticket.encode().into() }).await?;
+        Ok(FlightDataDecoder::new(response.into_inner().map_err(FlightError::from)))
+    }
+
+    /// The shares of `rank` from the step after `from_step` finished ones to the end of the job.
+    ///
+    /// # Errors
+    /// If the service refuses the ticket.
+    pub async fn shares(&self, rank: u32, world_size: u32, from_step: u64) -> Result<ShareStream, FlightClientError> {
+        let decoder = self.do_get(&Ticket::Batches { rank, world_size, from_step, steps: 0 }).await?;
+        Ok(ShareStream { decoder })
+    }
+
+    /// All held-out users of a ticket.
+    ///
+    /// # Errors
+    /// If the service refuses the ticket or the stream breaks.
+    pub async fn held_out(&self, ticket: &Ticket) -> Result<Vec<HeldOutUser>, FlightClientError> {
+        let mut decoder = self.do_get(ticket).await?;
+        let mut users = Vec::new();
+        while let Some((batch, _)) = next_batch(&mut decoder).await? {
+            let (history, targets) = (lists(&batch, "history")?, lists(&batch, "targets")?);
+            for row in 0..batch.num_rows() {
+                users.push(HeldOutUser { history: values(history, row)?, targets: values(targets, row)? });
+            }
+        }
+        Ok(users)
+    }
+
+    /// Training interactions of each item, by item index.
+    ///
+    /// # Errors
+    /// If the service refuses or the stream breaks.
+    pub async fn popularity(&self) -> Result<Vec<u32>, FlightClientError> {
+        let mut decoder = self.do_get(&Ticket::Popularity {}).await?;
+        let mut counts = Vec::new();
+        while let Some((batch, _)) = next_batch(&mut decoder).await? {
+            counts.extend_from_slice(numbers(&batch, "interactions")?.values());
+        }
+        Ok(counts)
+    }
+
+    /// Opens an exchange for rows of `dim` values.
+    ///
+    /// # Errors
+    /// If the service refuses it.
+    pub async fn rows(&self, dim: usize) -> Result<RowExchange, FlightClientError> {
+        let (requests, received) = mpsc::channel::<RecordBatch>(1);
+        let schema = Arc::new(rows_request_schema());
+        let stream = FlightDataEncoderBuilder::new()
+            .with_schema(schema.clone())
+            .with_flight_descriptor(Some(FlightDescriptor::new_cmd(Exchange::Rows {}.encode())))
+            .build(received.map(Ok))
+            // encoding one u32 column cannot fail; if it did, the exchange would end and the reader says so
+            .filter_map(|message: Result<FlightData, FlightError>| futures::future::ready(message.ok()));
+        let response = self.inner.clone().do_exchange(stream).await?;
+        let answers = FlightDataDecoder::new(response.into_inner().map_err(FlightError::from));
+        Ok(RowExchange { requests, answers, schema, sent: 0, dim })
+    }
+}
+
+impl ShareStream {
+    /// The next step's share; `None` after the last step of the job.
+    ///
+    /// # Errors
+    /// If the stream breaks or holds something else.
+    pub async fn next(&mut self) -> Result<Option<(BatchMeta, Vec<UserShare>)>, FlightClientError> {
+        let mut share = Vec::new();
+        loop {
+            let Some((batch, metadata)) = next_batch(&mut self.decoder).await? else {
+                return if share.is_empty() { Ok(None) } else { Err(unexpected("the stream ended within a step")) };
+            };
+            let meta: BatchMeta =
+                serde_json::from_slice(&metadata).map_err(|error| unexpected(format!("batch metadata: {error}")))?;
+            read_share(&batch, &mut share)?;
+            if meta.part + 1 >= meta.parts {
+                return Ok(Some((meta, share)));
+            }
+        }
+    }
+}
+
+impl RowExchange {
+    /// The rows `[items, dim]` of `items`, in their order.
+    ///
+    /// # Errors
+    /// If the exchange breaks or answers something else.
+    pub async fn fetch(&mut self, items: &[u32]) -> Result<Vec<f16>, FlightClientError> {
+        let column = UInt32Array::from(items.to_vec());
+        let request = RecordBatch::try_new(self.schema.clone(), vec![Arc::new(column)])
+            .map_err(|error| unexpected(error.to_string()))?;
+        self.requests
+            .send(request)
+            .await
+            .map_err(|_| FlightClientError::Broken("the row exchange has ended".into()))?;
+        let number = self.sent;
+        self.sent += 1;
+        let mut rows = Vec::with_capacity(items.len() * self.dim);
+        loop {
+            let Some((batch, metadata)) = next_batch(&mut self.answers).await? else {
+                return Err(FlightClientError::Broken("the row exchange ended before its answer".into()));
+            };
+            let meta: RowsMeta =
+                serde_json::from_slice(&metadata).map_err(|error| unexpected(format!("rows metadata: {error}")))?;
+            if meta.request != number {
+                return Err(unexpected(format!("rows of request {} instead of {number}", meta.request)));
+            }
+            let column = batch.column_by_name("embedding").ok_or_else(|| unexpected("no column `embedding`"))?;
+            let list =
+                column.as_fixed_size_list_opt().ok_or_else(|| unexpected("`embedding` is no fixed-size list"))?;
+            let part = list
+                .values()
+                .as_primitive_opt::<Float16Type>()
+                .ok_or_else(|| unexpected("`embedding` does not hold f16"))?;
+            if list.value_length() as usize != self.dim {
+                return Err(unexpected(format!("rows of {} values instead of {}", list.value_length(), self.dim)));
+            }
+            rows.extend_from_slice(part.values());
+            if meta.part + 1 >= meta.parts {
+                break;
+            }
+        }
+        if rows.len() == items.len() * self.dim {
+            Ok(rows)
+        } else {
+            Err(unexpected(format!("{} values for {} rows of {}", rows.len(), items.len(), self.dim)))
+        }
+    }
+}
+
+async fn next_batch(decoder: &mut FlightDataDecoder) -> Result<Option<(RecordBatch, bytes::Bytes)>, FlightClientError> {
+    while let Some(DecodedFlightData { inner, payload }) = decoder.try_next().await? {
+        if let DecodedPayload::RecordBatch(batch) = payload {
+            return Ok(Some((batch, inner.app_metadata)));
+        }
+    }
+    Ok(None)
+}
+
+fn read_share(batch: &RecordBatch, share: &mut Vec<UserShare>) -> Result<(), FlightClientError> {
+    let (users, places) = (numbers(batch, "user")?, numbers(batch, "place")?);
+    let [history, targets, user_positions, item_positions] =
+        ["history", "targets", "user_positions", "item_positions"].map(|name| lists(batch, name));
+    let (history, targets) = (history?, targets?);
+    let (user_positions, item_positions) = (user_positions?, item_positions?);
+    for row in 0..batch.num_rows() {
+        let user = UserShare {
+            user: users.value(row),
+            place: places.value(row),
+            history: values(history, row)?,
+            targets: values(targets, row)?,
+            user_positions: values(user_positions, row)?,
+            item_positions: values(item_positions, row)?,
+        };
+        let inside = |positions: &[u32], items: &[u32]| positions.iter().all(|&p| (p as usize) < items.len());
+        if user.history.is_empty()
+            || user.targets.is_empty()
+            || !inside(&user.user_positions, &user.history)
+            || !inside(&user.item_positions, &user.targets)
+        {
+            return Err(unexpected(format!("the sample of user {} has no items or positions outside them", user.user)));
+        }
+        share.push(user);
+    }
+    Ok(())
+}
+
+fn numbers<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a UInt32Array, FlightClientError> {
+    let column = batch.column_by_name(name).and_then(|column| column.as_primitive_opt::<UInt32Type>());
+    column.ok_or_else(|| unexpected(format!("no u32 column `{name}`")))
+}
+
+fn lists<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a ListArray, FlightClientError> {
+    let column = batch.column_by_name(name).and_then(|column| column.as_list_opt::<i32>());
+    column.ok_or_else(|| unexpected(format!("no list column `{name}`")))
+}
+
+fn values(list: &ListArray, row: usize) -> Result<Vec<u32>, FlightClientError> {
+    let array = list.value(row);
+    let values = array.as_primitive_opt::<UInt32Type>().ok_or_else(|| unexpected("a list that does not hold u32"))?;
+    Ok(values.values().to_vec())
+}

@@ -1,0 +1,190 @@
+//! The data path of a worker: stream -> row cache -> assembly, ahead of the training thread.
+//!
+//! Input: a rank's ticket. Output: [`PreparedStep`]s in step order, as plain arrays. One thread works ahead; the
+//! capacity of the channel between it and the training thread is the prefetch depth.
+
+pub mod assemble;
+pub mod cache;
+pub mod flight;
+
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use assemble::{MicroBatch, assemble};
+use cache::RowCache;
+use flight::{DataClient, FlightClientError, RowExchange};
+use half::f16;
+use learn_proto::flight::BatchMeta;
+use learn_telemetry::WorkerMetrics;
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+
+/// The feed could not deliver.
+#[derive(Debug, thiserror::Error)]
+pub enum FeedError {
+    #[error(transparent)]
+    Flight(#[from] FlightClientError),
+    #[error(transparent)]
+    Cache(#[from] cache::CacheTooSmall),
+    #[error("the data stream ended before the job did")]
+    Ended,
+    #[error("the data stream is at step {got}, but step {wanted} is due")]
+    OutOfStep { wanted: u64, got: u64 },
+}
+
+/// Everything one step of this rank needs.
+#[derive(Debug)]
+pub struct PreparedStep {
+    pub meta: BatchMeta,
+    /// Rows of the training sequences in this rank's share.
+    pub users: Vec<u32>,
+    /// The forward passes, each with the rows `[unique items, dim]` it needs.
+    pub micro_batches: Vec<(MicroBatch, Vec<f16>)>,
+}
+
+/// Where a feed starts and how it works.
+#[derive(Clone, Debug)]
+pub struct FeedSettings {
+    pub rank: u32,
+    pub world_size: u32,
+    pub from_step: u64,
+    pub micro_batch: u32,
+    pub prefetch_steps: u32,
+    pub dim: usize,
+    pub cache_bytes: u64,
+}
+
+/// Rows by item index, from the cache or else from the data service.
+pub struct RowSource {
+    exchange: RowExchange,
+    cache: RowCache,
+    metrics: WorkerMetrics,
+}
+
+impl RowSource {
+    /// # Errors
+    /// If the data service refuses the exchange.
+    pub async fn open(client: &DataClient, settings: &RowSettings, metrics: WorkerMetrics) -> Result<Self, FeedError> {
+        let exchange = client.rows(settings.dim).await?;
+        Ok(Self { exchange, cache: RowCache::new(settings.dim, settings.cache_bytes), metrics })
+    }
+
+    /// The rows `[items, dim]` of distinct items; what was not there stays in the cache.
+    ///
+    /// # Errors
+    /// If they do not fit into the cache or cannot be fetched.
+    pub async fn rows(&mut self, items: &[u32]) -> Result<Vec<f16>, FeedError> {
+        let missing = self.cache.missing(items)?;
+        self.metrics.cache_hits_total.inc_by((items.len() - missing.len()) as u64);
+        self.metrics.cache_misses_total.inc_by(missing.len() as u64);
+        if !missing.is_empty() {
+            let rows = self.fetch(&missing).await?;
+            self.cache.insert(&missing, &rows);
+        }
+        Ok(self.cache.gather(items))
+    }
+
+    /// Rows that pass by the cache: the catalogue, read once from end to end.
+    ///
+    /// # Errors
+    /// If they cannot be fetched.
+    pub async fn fetch(&mut self, items: &[u32]) -> Result<Vec<f16>, FeedError> {
+        let rows = self.exchange.fetch(items).await?;
+        self.metrics.received_bytes_total.with_label_values(&["rows"]).inc_by(2 * rows.len() as u64);
+        Ok(rows)
+    }
+}
+
+/// Shape and budget of a [`RowSource`].
+#[derive(Clone, Copy, Debug)]
+pub struct RowSettings {
+    pub dim: usize,
+    pub cache_bytes: u64,
+}
+
+/// The running feed; dropping it stops its thread after the step it is at.
+pub struct Feed {
+    steps: Option<Receiver<Result<PreparedStep, FeedError>>>,
+    thread: Option<JoinHandle<()>>,
+    /// Dropping it cancels a fetch that waits for the network.
+    cancel: Option<oneshot::Sender<()>>,
+    next_step: u64,
+}
+
+impl Feed {
+    /// Starts to fetch from `settings.from_step` on.
+    #[must_use]
+    pub fn start(handle: Handle, client: DataClient, settings: FeedSettings, metrics: WorkerMetrics) -> Self {
+        let (sender, steps) = sync_channel(settings.prefetch_steps as usize);
+        let next_step = settings.from_step;
+        let (cancel, cancelled) = oneshot::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            let fetched = handle.block_on(async {
+                tokio::select! {
+                    fetched = fetch_steps(client, settings, metrics, &sender) => fetched,
+                    _ = cancelled => Ok(()),
+                }
+            });
+            if let Err(error) = fetched {
+                // the training thread may be gone already; then nobody needs to know
+                let _ = sender.send(Err(error));
+            }
+        });
+        Self { steps: Some(steps), thread: Some(thread), cancel: Some(cancel), next_step }
+    }
+
+    /// Waits for the next step.
+    ///
+    /// # Errors
+    /// If the stream broke, ended early or is out of step.
+    pub fn next(&mut self) -> Result<PreparedStep, FeedError> {
+        let steps = self.steps.as_ref().ok_or(FeedError::Ended)?;
+        let step = steps.recv().map_err(|_| FeedError::Ended)??;
+        if step.meta.step != self.next_step {
+            return Err(FeedError::OutOfStep { wanted: self.next_step, got: step.meta.step });
+        }
+        self.next_step += 1;
+        Ok(step)
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        // the thread waits either for a place in the channel or for the network: close both
+        self.steps = None;
+        self.cancel = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the feed thread panicked");
+        }
+    }
+}
+
+async fn fetch_steps(
+    client: DataClient,
+    settings: FeedSettings,
+    metrics: WorkerMetrics,
+    sender: &SyncSender<Result<PreparedStep, FeedError>>,
+) -> Result<(), FeedError> {
+    let row_settings = RowSettings { dim: settings.dim, cache_bytes: settings.cache_bytes };
+    let mut source = RowSource::open(&client, &row_settings, metrics.clone()).await?;
+    let mut shares = client.shares(settings.rank, settings.world_size, settings.from_step).await?;
+    while let Some((meta, share)) = shares.next().await? {
+        let started = Instant::now();
+        let indices: usize = share.iter().map(|user| user.history.len() + user.targets.len()).sum();
+        metrics.received_bytes_total.with_label_values(&["batches"]).inc_by(4 * indices as u64);
+        let mut micro_batches = Vec::new();
+        for batch in assemble(&share, settings.micro_batch) {
+            let rows = source.rows(&batch.unique_items).await?;
+            micro_batches.push((batch, rows));
+        }
+        metrics.phase_seconds.with_label_values(&["assemble"]).observe(started.elapsed().as_secs_f64());
+        let users = share.iter().map(|user| user.user).collect();
+        if sender.send(Ok(PreparedStep { meta, users, micro_batches })).is_err() {
+            return Ok(());
+        }
+    }
+    Ok(())
+}

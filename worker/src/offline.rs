@@ -1,0 +1,157 @@
+//! A finished model without a job: embeddings of users and items read from the run directory and the dataset's files.
+//!
+//! Input: a run directory and a checkpoint name. Output: embeddings in tensors. Used by `export` and `recommend`; one
+//! process, no coordinator.
+
+use std::fs;
+use std::path::PathBuf;
+
+use half::f16;
+use learn_dataset::{Dataset, Embeddings};
+use learn_domain::Config;
+use learn_domain::report::Split;
+use learn_domain::run_dir::RunDir;
+use learn_model::{Forward, Parameters, Pch};
+use tch::{Device, Kind, Tensor};
+
+use crate::checkpoint::{self, State};
+use crate::error::WorkerError;
+use crate::evaluate::{Catalogue, embed_histories, newest};
+use crate::feed::assemble::newest_positions;
+use crate::train::{rows_tensor, sequences, shape};
+
+const ITEM_CHUNK: usize = 4096;
+const USER_CHUNK: usize = 256;
+
+/// A checkpoint with its dataset.
+pub struct Offline {
+    pub config: Config,
+    pub dataset: Dataset,
+    pub state: State,
+    pub checkpoint: PathBuf,
+    table: Embeddings,
+    model: Pch,
+    parameters: Parameters,
+    device: Device,
+}
+
+/// Where a user's newest sequence lies in the dataset.
+#[derive(Clone, Copy, Debug)]
+enum Known {
+    Train(usize),
+    HeldOut(Split, usize),
+}
+
+/// The newest sequence of each user that has one, by global user number.
+pub struct Histories<'a> {
+    dataset: &'a Dataset,
+    known: Vec<Option<Known>>,
+}
+
+impl Offline {
+    /// Opens a run.
+    ///
+    /// # Errors
+    /// If configuration, checkpoint or dataset are missing, damaged or do not belong together.
+    pub fn open(run: &RunDir, checkpoint: Option<&str>) -> Result<Self, WorkerError> {
+        let path = run.config();
+        let failed = |reason: String| WorkerError::File { path: path.display().to_string(), reason };
+        let text = fs::read(&path).map_err(|error| failed(format!("{error}; is this a run directory?")))?;
+        let config: Config = serde_json::from_slice(&text).map_err(|error| failed(error.to_string()))?;
+        let checkpoint = checkpoint::resolve(run, checkpoint)?;
+        let snapshot = checkpoint::read(&checkpoint, None)?;
+        let dataset = Dataset::open(&config.data.dataset)?;
+        let facts = dataset.facts();
+        if facts.fingerprint != snapshot.state.fingerprint {
+            return Err(WorkerError::File {
+                path: config.data.dataset.display().to_string(),
+                reason: format!(
+                    "its fingerprint is {}, but the checkpoint was trained on {}",
+                    facts.fingerprint, snapshot.state.fingerprint
+                ),
+            });
+        }
+        let table = dataset.embeddings()?;
+        let device = learn_torch::device(config.cluster.device, 0)?;
+        let model = Pch::new(shape(&config, facts.embedding_dim))?;
+        let parameters = Parameters::load(model.shape(), snapshot.model, Kind::Float, device)?;
+        Ok(Self { config, dataset, state: snapshot.state, checkpoint, table, model, parameters, device })
+    }
+
+    fn catalogue(&self) -> Catalogue<'_> {
+        Catalogue { model: &self.model, parameters: &self.parameters }
+    }
+
+    fn forward(&self) -> Forward {
+        Forward { train: false, precision: self.config.training.precision }
+    }
+
+    fn rows(&self, items: impl Iterator<Item = usize>) -> Tensor {
+        let rows: Vec<f16> = items.flat_map(|item| self.table.row(item)).copied().collect();
+        rows_tensor(&rows, self.table.dim(), self.device)
+    }
+
+    /// Item embeddings `[N, d]` on the CPU, row = item index.
+    #[must_use]
+    pub fn items(&self) -> Tensor {
+        let count = self.table.rows();
+        let chunks: Vec<Tensor> = (0..count)
+            .step_by(ITEM_CHUNK)
+            .map(|first| {
+                let rows = self.rows(first..(first + ITEM_CHUNK).min(count));
+                let embedded = tch::no_grad(|| self.model.catalogue(&self.parameters, &rows, &self.forward()));
+                embedded.to_device(Device::Cpu)
+            })
+            .collect();
+        Tensor::cat(&chunks, 0)
+    }
+
+    /// User embeddings `[B, d]` on the CPU, after the whole of each history.
+    #[must_use]
+    pub fn users(&self, histories: &[Vec<u32>]) -> Tensor {
+        let most = self.config.sampling.history as usize;
+        let chunks: Vec<Tensor> = histories
+            .chunks(USER_CHUNK)
+            .map(|chunk| {
+                let newest: Vec<&[u32]> = chunk.iter().map(|history| newest(history, most)).collect();
+                let (unique, padded) = newest_positions(&newest);
+                let rows = self.rows(unique.iter().map(|&item| item as usize));
+                let padded = sequences(&padded, self.device);
+                let embedded = tch::no_grad(|| embed_histories(&self.catalogue(), &rows, &padded, &self.forward()));
+                embedded.to_device(Device::Cpu)
+            })
+            .collect();
+        Tensor::cat(&chunks, 0)
+    }
+}
+
+impl<'a> Histories<'a> {
+    /// Finds the newest sequence of every user.
+    #[must_use]
+    pub fn new(dataset: &'a Dataset) -> Self {
+        let mut known = vec![None; dataset.facts().users as usize];
+        for row in 0..dataset.train().len() {
+            known[dataset.train().user(row) as usize] = Some(Known::Train(row));
+        }
+        // valid, then test: each history holds the one before
+        for split in [Split::Valid, Split::Test] {
+            let held_out = dataset.held_out(split);
+            for row in 0..held_out.len() {
+                known[held_out.user(row) as usize] = Some(Known::HeldOut(split, row));
+            }
+        }
+        Self { dataset, known }
+    }
+
+    /// All items of a user, oldest first; `None` if there are none.
+    #[must_use]
+    pub fn of(&self, user: usize) -> Option<Vec<u32>> {
+        match (*self.known.get(user)?)? {
+            Known::Train(row) => Some(self.dataset.train().items(row).to_vec()),
+            Known::HeldOut(split, row) => {
+                let held_out = self.dataset.held_out(split);
+                Some([held_out.history(row), held_out.targets(row)].concat())
+            }
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! Tensors over the collective.
+//!
+//! Input: this rank's tensors. Output: the same on every rank, or this rank's part. Invariant: every rank calls the
+//! same operations in the same order with the same counts, which [`Exchange::announce`] has made known.
+
+use learn_collective::{Buffer, Collective, CollectiveError};
+use learn_telemetry::WorkerMetrics;
+use tch::Tensor;
+
+use crate::error::WorkerError;
+
+/// What a rank tells the others before a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Announcement {
+    /// Sampled targets of its share (`M` of this rank).
+    pub targets: i64,
+    pub tokens: i64,
+    pub padded_tokens: i64,
+    /// It was asked to stop before this step.
+    pub stop: bool,
+}
+
+/// The tensor side of a collective.
+pub struct Exchange {
+    collective: Box<dyn Collective>,
+    metrics: WorkerMetrics,
+    counted_bytes: u64,
+}
+
+impl Exchange {
+    #[must_use]
+    pub fn new(collective: Box<dyn Collective>, metrics: WorkerMetrics) -> Self {
+        Self { collective, metrics, counted_bytes: 0 }
+    }
+
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.collective.rank()
+    }
+
+    #[must_use]
+    pub fn world_size(&self) -> usize {
+        self.collective.world_size()
+    }
+
+    /// What every rank has to say about the next step, by rank.
+    ///
+    /// # Errors
+    /// If the collective fails.
+    pub fn announce(&mut self, mine: Announcement) -> Result<Vec<Announcement>, WorkerError> {
+        let mut send = [mine.targets, mine.tokens, mine.padded_tokens, i64::from(mine.stop)];
+        let all = self.gather_i64(&mut send, &vec![4; self.world_size()])?;
+        Ok(all
+            .chunks_exact(4)
+            .map(|said| Announcement { targets: said[0], tokens: said[1], padded_tokens: said[2], stop: said[3] != 0 })
+            .collect())
+    }
+
+    /// Unequal parts of integers, by rank.
+    ///
+    /// # Errors
+    /// If the collective fails.
+    pub fn gather_i64(&mut self, mine: &mut [i64], counts: &[usize]) -> Result<Vec<i64>, WorkerError> {
+        let mut all = vec![0; counts.iter().sum()];
+        self.collective.all_gather(counts, &mut Buffer::i64(mine), &mut Buffer::i64(&mut all))?;
+        self.count_bytes();
+        Ok(all)
+    }
+
+    /// Element-wise sums over the ranks, in place.
+    ///
+    /// # Errors
+    /// If the collective fails.
+    pub fn sum(&mut self, values: &mut [f64]) -> Result<(), WorkerError> {
+        self.collective.all_reduce_sum(&mut Buffer::f64(values))?;
+        self.count_bytes();
+        Ok(())
+    }
+
+    /// Sums a flat tensor over the ranks, in place.
+    ///
+    /// # Errors
+    /// If the collective fails.
+    pub fn sum_tensor(&mut self, tensor: &mut Tensor) -> Result<(), WorkerError> {
+        self.collective.all_reduce_sum(&mut learn_torch::buffer(tensor)?)?;
+        self.count_bytes();
+        Ok(())
+    }
+
+    /// Gathers rows `[m, d]` of every rank into `[sum of counts, d]`, in rank order; `counts` are rows.
+    ///
+    /// # Errors
+    /// If the collective fails.
+    pub fn gather_rows(&mut self, mine: &Tensor, counts: &[usize]) -> Result<Tensor, WorkerError> {
+        let width = mine.size()[1];
+        let rows: usize = counts.iter().sum();
+        let mut all = Tensor::empty([rows as i64, width], (mine.kind(), mine.device()));
+        let mut send = mine.contiguous();
+        let elements = elements(counts, width);
+        self.collective.all_gather(
+            &elements,
+            &mut learn_torch::buffer(&mut send)?,
+            &mut learn_torch::buffer(&mut all)?,
+        )?;
+        self.count_bytes();
+        Ok(all)
+    }
+
+    /// Sums rows `[sum of counts, d]` over the ranks and returns this rank's part `[counts[rank], d]`.
+    ///
+    /// # Errors
+    /// If the collective fails.
+    pub fn scatter_rows(&mut self, all: &Tensor, counts: &[usize]) -> Result<Tensor, WorkerError> {
+        let width = all.size()[1];
+        let mut mine = Tensor::empty([counts[self.rank()] as i64, width], (all.kind(), all.device()));
+        let mut send = all.contiguous();
+        let elements = elements(counts, width);
+        self.collective.reduce_scatter_sum(
+            &elements,
+            &mut learn_torch::buffer(&mut send)?,
+            &mut learn_torch::buffer(&mut mine)?,
+        )?;
+        self.count_bytes();
+        Ok(mine)
+    }
+
+    /// Waits for every rank.
+    ///
+    /// # Errors
+    /// If the collective fails.
+    pub fn barrier(&mut self) -> Result<(), CollectiveError> {
+        self.collective.barrier()
+    }
+
+    fn count_bytes(&mut self) {
+        let moved = self.collective.bytes_moved();
+        self.metrics.collective_bytes_total.inc_by(moved - self.counted_bytes);
+        self.counted_bytes = moved;
+    }
+}
+
+fn elements(rows: &[usize], width: i64) -> Vec<usize> {
+    rows.iter().map(|count| count * width as usize).collect()
+}

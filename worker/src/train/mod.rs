@@ -1,0 +1,342 @@
+//! The training task of a member: steps, evaluations and checkpoints until the job's last step or a stop.
+//!
+//! Input: the feed's prepared steps. Output: step reports, evaluations, checkpoints. Invariants: every rank runs the
+//! same sequence of collectives, because each decision (stop, evaluate, save, best) follows from values that all ranks
+//! share; only rank 0 writes and speaks for the whole batch.
+
+mod exchange;
+mod passes;
+mod step;
+
+use std::path::Path;
+use std::time::Instant;
+
+pub use exchange::Exchange;
+use learn_domain::config::Config;
+use learn_domain::plan::{Plan, PlanKey};
+use learn_domain::report::{Evaluation, Split, StepRecord};
+use learn_domain::schedule::learning_rate;
+use learn_domain::{Step, UserIndex};
+use learn_model::{AdamW, Forward, Parameters, Pch, PchShape};
+use learn_telemetry::Phase;
+pub use passes::{rows_tensor, sequences};
+pub use step::{PhaseClock, Stepper};
+use step::{StepOutcome, compare_start, log_shares};
+
+use crate::checkpoint::{self, Best, Snapshot, State, Writer};
+use crate::control::FinishedStep;
+use crate::error::WorkerError;
+use crate::evaluate::{Catalogue, Evaluator};
+use crate::feed::flight::DataClient;
+use crate::feed::{Feed, FeedSettings};
+use crate::session::{Ended, Membership};
+
+/// The shape of the model that a configuration and a dataset make.
+#[must_use]
+pub fn shape(config: &Config, input_dim: u32) -> PchShape {
+    PchShape {
+        input_dim: i64::from(input_dim),
+        model: config.model.clone(),
+        max_history: i64::from(config.sampling.history),
+    }
+}
+
+/// Trains, from a checkpoint directory if one is given.
+///
+/// # Errors
+/// Anything that keeps the job from going on; what is already durable stays.
+pub fn run(membership: &Membership, exchange: Exchange, resume_from: Option<&str>) -> Result<Ended, WorkerError> {
+    let mut trainer = Trainer::new(membership, exchange)?;
+    if let Some(path) = resume_from {
+        trainer.restore(Path::new(path))?;
+    }
+    compare_start(&trainer.stepper.parameters, &mut trainer.exchange)?;
+    let ended = trainer.train()?;
+    if ended == Ended::Done {
+        trainer.test()?;
+    }
+    trainer.finish()?;
+    Ok(ended)
+}
+
+struct Trainer<'a> {
+    membership: &'a Membership,
+    config: &'a Config,
+    exchange: Exchange,
+    stepper: Stepper,
+    evaluator: Evaluator,
+    data: DataClient,
+    /// On rank 0 only.
+    writer: Option<Writer>,
+    steps_per_epoch: u64,
+    total_steps: u64,
+    finished: Step,
+    best: Option<Best>,
+    saved: Option<Step>,
+}
+
+impl<'a> Trainer<'a> {
+    fn new(membership: &'a Membership, exchange: Exchange) -> Result<Self, WorkerError> {
+        let admission = &membership.admission;
+        let (config, dataset) = (&admission.config, &admission.dataset);
+        let plan = Plan::new(PlanKey {
+            fingerprint: dataset.fingerprint.clone(),
+            seed: config.job.seed,
+            users: dataset.train_users,
+            global_batch: config.training.global_batch,
+        })?;
+        let model = Pch::new(shape(config, dataset.embedding_dim))?;
+        let parameters = Parameters::init(model.shape(), config.job.seed, membership.device);
+        let optimizer = AdamW::new(&parameters, &config.optimizer);
+        let handle = membership.member.handle();
+        let data = handle.block_on(DataClient::connect(&admission.data_locations, &membership.secret))?;
+        let evaluator = Evaluator::new(membership, data.clone())?;
+        let writer = if membership.member.is_first() { Some(start_writer(membership)?) } else { None };
+        let log_q = if config.objective.logq_correction {
+            Some(log_shares(&handle.block_on(data.popularity())?, membership.device))
+        } else {
+            None
+        };
+        let stepper = Stepper {
+            model,
+            parameters,
+            optimizer,
+            optimizer_config: config.optimizer.clone(),
+            forward: Forward { train: true, precision: config.training.precision },
+            device: membership.device,
+            input_dim: dataset.embedding_dim as usize,
+            log_q,
+            draw_seed: plan.draw_seed(),
+            clock: PhaseClock::new(membership.metrics.clone(), membership.progress.clone()),
+        };
+        let steps_per_epoch = plan.steps_per_epoch();
+        Ok(Self {
+            membership,
+            config,
+            exchange,
+            stepper,
+            evaluator,
+            data,
+            writer,
+            steps_per_epoch,
+            total_steps: config.training.total_steps(steps_per_epoch),
+            finished: Step(0),
+            best: None,
+            saved: None,
+        })
+    }
+
+    /// Takes over parameters, moments and counters of a checkpoint.
+    fn restore(&mut self, path: &Path) -> Result<(), WorkerError> {
+        let signature = signature(&self.stepper.parameters);
+        let fingerprint = &self.membership.admission.dataset.fingerprint;
+        let expected = checkpoint::Expected { fingerprint, signature: &signature };
+        let Snapshot { state, model, optimizer } = checkpoint::read(path, Some(&expected))?;
+        self.stepper.parameters.assign(model)?;
+        self.stepper.optimizer.load_state(&self.stepper.parameters, optimizer, state.optimizer_step)?;
+        self.finished = state.step;
+        self.saved = Some(state.step);
+        self.best = state.best;
+        self.membership.progress.finished(self.finished);
+        tracing::info!(step = %self.finished, checkpoint = %path.display(), "resumed");
+        Ok(())
+    }
+
+    fn train(&mut self) -> Result<Ended, WorkerError> {
+        if self.finished.0 >= self.total_steps {
+            return Ok(Ended::Done);
+        }
+        let mut feed = self.start_feed();
+        let mut last_finished = Instant::now();
+        while self.finished.0 < self.total_steps {
+            self.stepper.clock.enter(Phase::DataWait);
+            let prepared = feed.next()?;
+            let rate = learning_rate(&self.config.optimizer, self.finished, self.total_steps);
+            let stop = self.membership.stops.requested();
+            let Some(outcome) = self.stepper.step(&prepared, &mut self.exchange, rate, stop)? else {
+                self.save()?;
+                return Ok(Ended::Stopped);
+            };
+            self.finished.0 += 1;
+            let seconds = last_finished.elapsed().as_secs_f64();
+            last_finished = Instant::now();
+            let record = StepRecord {
+                step: self.finished,
+                epoch: prepared.meta.epoch,
+                generation: self.membership.member.place.generation,
+                loss: outcome.loss,
+                accuracy: outcome.accuracy,
+                learning_rate: rate,
+                gradient_norm: outcome.gradient_norm,
+                users: prepared.meta.global_users,
+                tokens: outcome.tokens,
+                padding_share: outcome.padding_share,
+                seconds,
+            };
+            self.report(record, outcome, prepared.users)?;
+            self.after_step()?;
+            // evaluating and saving are not part of the next step
+            if self.finished.0.is_multiple_of(self.steps_per_epoch) {
+                last_finished = Instant::now();
+            }
+        }
+        Ok(Ended::Done)
+    }
+
+    fn start_feed(&self) -> Feed {
+        let place = self.membership.member.place;
+        let settings = FeedSettings {
+            rank: place.rank.0,
+            world_size: place.world_size,
+            from_step: self.finished.0,
+            micro_batch: self.config.training.micro_batch,
+            prefetch_steps: self.config.cluster.prefetch_steps,
+            dim: self.stepper.input_dim,
+            cache_bytes: self.config.cluster.row_cache.0,
+        };
+        let handle = self.membership.member.handle().clone();
+        Feed::start(handle, self.data.clone(), settings, self.membership.metrics.clone())
+    }
+
+    fn report(&self, record: StepRecord, outcome: StepOutcome, users: Vec<u32>) -> Result<(), WorkerError> {
+        let metrics = &self.membership.metrics;
+        self.membership.progress.finished(record.step);
+        metrics.step.set(record.step.0 as i64);
+        metrics.loss.set(record.loss);
+        metrics.accuracy.set(record.accuracy);
+        metrics.learning_rate.set(record.learning_rate);
+        metrics.gradient_norm.set(record.gradient_norm);
+        metrics.padding_share.set(record.padding_share);
+        metrics.users_total.inc_by(users.len() as u64);
+        metrics.tokens_total.inc_by(outcome.tokens / self.exchange.world_size().max(1) as u64);
+        metrics.samples_per_second.set(f64::from(record.users) / record.seconds);
+        metrics.tokens_per_second.set(record.tokens as f64 / record.seconds);
+        self.membership.member.report_step(FinishedStep {
+            step: record.step,
+            epoch: record.epoch,
+            users: users.into_iter().map(UserIndex).collect(),
+            record: self.membership.member.is_first().then_some(record),
+        })?;
+        Ok(())
+    }
+
+    /// Evaluates and saves where the configuration says so.
+    fn after_step(&mut self) -> Result<(), WorkerError> {
+        let step = self.finished.0;
+        let last = step == self.total_steps;
+        let epochs = if step.is_multiple_of(self.steps_per_epoch) { (step / self.steps_per_epoch) as u32 } else { 0 };
+        let due = |every: u32| every > 0 && epochs > 0 && epochs.is_multiple_of(every);
+        let mut is_best = false;
+        if due(self.config.evaluation.every_epochs) || last {
+            let evaluation = self.evaluate(Split::Valid)?;
+            is_best = self.note_best(&evaluation);
+        }
+        let every_steps = self.config.checkpoint.every_steps;
+        let by_steps = every_steps > 0 && step.is_multiple_of(every_steps);
+        if by_steps || due(self.config.checkpoint.every_epochs) || last || (is_best && self.config.checkpoint.keep_best)
+        {
+            self.save()?;
+        }
+        Ok(())
+    }
+
+    /// Every rank comes to the same verdict, because the evaluation is summed over ranks.
+    fn note_best(&mut self, evaluation: &Evaluation) -> bool {
+        let metric = &self.config.checkpoint.metric;
+        let value = evaluation.metrics.get(metric).copied().unwrap_or(0.0);
+        let better = self.best.as_ref().is_none_or(|best| value > best.value);
+        if better && self.config.checkpoint.keep_best {
+            self.best = Some(Best { step: self.finished, metric: metric.clone(), value });
+        }
+        better
+    }
+
+    fn evaluate(&mut self, split: Split) -> Result<Evaluation, WorkerError> {
+        self.membership.progress.enter("evaluation");
+        let (step, epoch) = (self.finished, self.epochs_done());
+        let catalogue = Catalogue { model: &self.stepper.model, parameters: &self.stepper.parameters };
+        let evaluation = self.evaluator.evaluate(&catalogue, &mut self.exchange, split, (step, epoch))?;
+        if self.membership.member.is_first() {
+            self.membership.member.report_evaluation(&evaluation)?;
+        }
+        Ok(evaluation)
+    }
+
+    fn epochs_done(&self) -> u32 {
+        (self.finished.0 / self.steps_per_epoch) as u32
+    }
+
+    /// Hands the state after the last finished step to the writer, once.
+    fn save(&mut self) -> Result<(), WorkerError> {
+        if self.saved.replace(self.finished) == Some(self.finished) {
+            return Ok(());
+        }
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        self.membership.progress.enter("checkpoint");
+        let on_cpu = |tensors: Vec<(String, tch::Tensor)>| {
+            let copy = |(name, tensor): (String, tch::Tensor)| (name, tensor.to_device(tch::Device::Cpu).copy());
+            tensors.into_iter().map(copy).collect()
+        };
+        let state = State {
+            version: checkpoint::VERSION,
+            step: self.finished,
+            epoch: (self.finished.0 / self.steps_per_epoch) as u32,
+            fingerprint: self.membership.admission.dataset.fingerprint.clone(),
+            input_dim: self.membership.admission.dataset.embedding_dim,
+            signature: signature(&self.stepper.parameters),
+            optimizer_step: self.stepper.optimizer.steps(),
+            best: self.best.clone(),
+            config: self.config.clone(),
+            files: std::collections::BTreeMap::new(),
+        };
+        let model = self.stepper.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.detach()));
+        writer.save(Snapshot {
+            state,
+            model: on_cpu(model.collect()),
+            optimizer: on_cpu(self.stepper.optimizer.state(&self.stepper.parameters)),
+        })?;
+        Ok(())
+    }
+
+    /// Tests with the best checkpoint, or with the last parameters if none is kept.
+    fn test(&mut self) -> Result<(), WorkerError> {
+        // every checkpoint must be durable before any rank reads one
+        self.finish()?;
+        self.exchange.barrier()?;
+        if let Some(best) = self.best.clone()
+            && best.step != self.finished
+        {
+            let path = self.membership.run_dir().checkpoint(best.step);
+            let snapshot = checkpoint::read(&path, None)?;
+            self.stepper.parameters.assign(snapshot.model)?;
+            self.finished = best.step;
+        }
+        self.evaluate(Split::Test)?;
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<(), WorkerError> {
+        self.membership.progress.enter("finishing");
+        if let Some(writer) = &mut self.writer {
+            writer.finish()?;
+        }
+        Ok(())
+    }
+}
+
+fn signature(parameters: &Parameters) -> String {
+    format!("{:016x}", parameters.signature())
+}
+
+fn start_writer(membership: &Membership) -> Result<Writer, WorkerError> {
+    let (member, metrics) = (membership.member.clone(), membership.metrics.clone());
+    let keep_last = membership.admission.config.checkpoint.keep_last;
+    let writer = Writer::start(membership.run_dir(), keep_last, move |committed| {
+        metrics.checkpoint_age_seconds.mark();
+        metrics.checkpoint_seconds.observe(committed.duration.as_secs_f64());
+        if let Err(error) = member.commit_checkpoint(committed.step, committed.path.display().to_string()) {
+            tracing::warn!(%error, step = %committed.step, "the coordinator was not told of a checkpoint");
+        }
+    })?;
+    Ok(writer)
+}

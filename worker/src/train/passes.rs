@@ -1,0 +1,154 @@
+//! A step's forward passes on the device.
+//!
+//! Input: prepared arrays. Output: tower embeddings with or without a graph. A share larger than
+//! `training.micro_batch` is embedded twice: first without a graph to know every embedding that the loss needs, then
+//! pass by pass with a graph, each fed with its part of the loss's gradient. The gradient equals that of one large
+//! pass (Gao et al., "Scaling deep contrastive learning batch size under memory limited setup", RepL4NLP 2021), and
+//! dropout draws the same masks in both because each pass has a seed of its own.
+
+use half::f16;
+use learn_domain::random;
+use learn_model::{Forward, Parameters, Pch, Sequences};
+use tch::{Device, Kind, Tensor};
+
+use crate::feed::assemble::{MicroBatch, PaddedSequences};
+
+/// The tensors of one forward pass.
+pub struct Pass {
+    /// Content embeddings of the unique items, `[U, input_dim]`.
+    rows: Tensor,
+    history: Sequences,
+    targets: Sequences,
+    seed: u64,
+    /// Sampled history positions and targets of this pass.
+    counts: (i64, i64),
+}
+
+/// What a step's loss is made of, on this rank.
+pub struct Share {
+    pub passes: Vec<Pass>,
+    /// `[R]`: place in the global batch of each user row.
+    pub row_user: Tensor,
+    /// `[M]`: item index of each target row.
+    pub item_id: Tensor,
+    /// `[M]`: place in the global batch of each target row's user.
+    pub item_user: Tensor,
+    pub tokens: u64,
+    pub padded_tokens: u64,
+}
+
+/// User rows `[R, d]` and item rows `[M, d]`.
+pub struct Embeddings {
+    pub user: Tensor,
+    pub item: Tensor,
+}
+
+/// Right-padded sequences as tensors.
+#[must_use]
+pub fn sequences(padded: &PaddedSequences, device: Device) -> Sequences {
+    let users = padded.lengths.len() as i64;
+    Sequences {
+        items: Tensor::from_slice(&padded.items).view([users, padded.width]).to_device(device),
+        lengths: Tensor::from_slice(&padded.lengths).to_device(device),
+        positions: Tensor::from_slice(&padded.positions).to_device(device),
+    }
+}
+
+/// Rows `[items, dim]` as a tensor.
+#[must_use]
+pub fn rows_tensor(rows: &[f16], dim: usize, device: Device) -> Tensor {
+    Tensor::from_slice(rows).view([(rows.len() / dim) as i64, dim as i64]).to_device(device)
+}
+
+impl Share {
+    /// Moves a prepared step to the device; `seed` is the step's on this rank.
+    #[must_use]
+    pub fn load(micro_batches: &[(MicroBatch, Vec<f16>)], dim: usize, seed: u64, device: Device) -> Self {
+        let passes = micro_batches.iter().enumerate().map(|(number, (batch, rows))| Pass {
+            rows: rows_tensor(rows, dim, device),
+            history: sequences(&batch.history, device),
+            targets: sequences(&batch.targets, device),
+            seed: random::key(&[seed, number as u64]),
+            counts: (batch.row_user.len() as i64, batch.item_id.len() as i64),
+        });
+        let joined = |part: fn(&MicroBatch) -> &[i64]| {
+            let all: Vec<i64> = micro_batches.iter().flat_map(|(batch, _)| part(batch)).copied().collect();
+            Tensor::from_slice(&all).to_device(device)
+        };
+        Self {
+            passes: passes.collect(),
+            row_user: joined(|batch| &batch.row_user),
+            item_id: joined(|batch| &batch.item_id),
+            item_user: joined(|batch| &batch.item_user),
+            tokens: micro_batches.iter().map(|(batch, _)| batch.tokens).sum(),
+            padded_tokens: micro_batches.iter().map(|(batch, _)| batch.padded_tokens).sum(),
+        }
+    }
+}
+
+impl Pass {
+    /// Both towers.
+    pub fn embed(&self, model: &Pch, parameters: &Parameters, forward: &Forward) -> Embeddings {
+        if forward.train {
+            learn_torch::seed(self.seed);
+        }
+        let adapted = model.adapt(parameters, &self.rows, forward);
+        Embeddings {
+            user: model.user(parameters, &adapted, &self.history, forward),
+            item: model.item(parameters, &self.rows, &adapted, &self.targets, forward),
+        }
+    }
+}
+
+/// The embeddings of a share, and whether they carry the graph of its only pass.
+pub struct Forwarded {
+    pub embeddings: Embeddings,
+    graph: bool,
+}
+
+/// Embeds a share: with the graph if it is one pass, without if it is several, empty if it has no user.
+pub fn forward(share: &Share, model: &Pch, parameters: &Parameters, forward: &Forward) -> Forwarded {
+    match &share.passes[..] {
+        [] => {
+            let none = || Tensor::zeros([0, model.output_dim()], (Kind::Float, share.row_user.device()));
+            Forwarded { embeddings: Embeddings { user: none(), item: none() }, graph: false }
+        }
+        [pass] => Forwarded { embeddings: pass.embed(model, parameters, forward), graph: true },
+        passes => {
+            let parts: Vec<Embeddings> =
+                tch::no_grad(|| passes.iter().map(|pass| pass.embed(model, parameters, forward)).collect());
+            let join = |part: fn(&Embeddings) -> &Tensor| Tensor::cat(&parts.iter().map(part).collect::<Vec<_>>(), 0);
+            Forwarded { embeddings: Embeddings { user: join(|e| &e.user), item: join(|e| &e.item) }, graph: false }
+        }
+    }
+}
+
+/// Brings the gradient of the loss with respect to the share's embeddings back to the parameters.
+pub fn backward(
+    share: &Share,
+    forwarded: Forwarded,
+    gradient: &Embeddings,
+    (model, parameters, settings): (&Pch, &Parameters, &Forward),
+) {
+    if forwarded.graph {
+        pull(&forwarded.embeddings, &gradient.user, &gradient.item);
+        return;
+    }
+    let (mut first_user, mut first_item) = (0, 0);
+    for pass in &share.passes {
+        let (users, items) = pass.counts;
+        let embeddings = pass.embed(model, parameters, settings);
+        pull(&embeddings, &gradient.user.narrow(0, first_user, users), &gradient.item.narrow(0, first_item, items));
+        first_user += users;
+        first_item += items;
+    }
+}
+
+/// `sum(embedding * gradient)` has `gradient` as its derivative, so its backward is the wanted one.
+fn pull(embeddings: &Embeddings, user_gradient: &Tensor, item_gradient: &Tensor) {
+    let mut surrogate = (&embeddings.user * user_gradient).sum(embeddings.user.kind());
+    if embeddings.item.requires_grad() {
+        surrogate = surrogate + (&embeddings.item * item_gradient).sum(embeddings.item.kind());
+    }
+    surrogate.backward();
+}

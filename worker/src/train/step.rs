@@ -1,0 +1,209 @@
+//! One training step: prepared arrays in, updated parameters out.
+//!
+//! forward -> gather negatives -> loss of the own rows -> scatter item gradients to their owners -> backward ->
+//! all-reduce -> clip -> update. Invariants: the loss and the gradient are those of the whole global batch whatever
+//! the number of ranks (promise 2); on an error nothing of the step has been applied, because the update comes last.
+//!
+//! The learned logit scale is seen in full by every rank: each rank's part of its gradient comes from its own rows,
+//! so the all-reduce of the flat gradient sums it up like any other parameter.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use learn_domain::config::OptimizerConfig;
+use learn_domain::random;
+use learn_model::objective::{InfoNce, InfoNceOutput};
+use learn_model::{AdamW, Forward, Parameters, Pch, optimizer};
+use learn_telemetry::{Phase, WorkerMetrics};
+use tch::{Device, Kind, Tensor};
+
+use super::exchange::{Announcement, Exchange};
+use super::passes::{self, Embeddings, Share};
+use crate::control::Progress;
+use crate::error::WorkerError;
+use crate::feed::PreparedStep;
+
+/// Items of the gathered batch whose similarities are in memory at once.
+const LOSS_TILE: i64 = 1024;
+
+/// The trainable state and what a step needs besides it.
+pub struct Stepper {
+    pub model: Pch,
+    pub parameters: Parameters,
+    pub optimizer: AdamW,
+    pub optimizer_config: OptimizerConfig,
+    pub forward: Forward,
+    pub device: Device,
+    pub input_dim: usize,
+    /// `[N]`: logarithm of each item's share of the training interactions, if the scores are corrected by it.
+    pub log_q: Option<Tensor>,
+    /// Seed of dropout; the step and the rank are mixed in.
+    pub draw_seed: u64,
+    pub clock: PhaseClock,
+}
+
+/// Numbers of a finished step over the whole global batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepOutcome {
+    pub loss: f64,
+    pub accuracy: f64,
+    pub gradient_norm: f64,
+    pub tokens: u64,
+    pub padding_share: f64,
+}
+
+/// Measures the phases of steps on the host; on a GPU a phase ends when its work is enqueued.
+pub struct PhaseClock {
+    metrics: WorkerMetrics,
+    progress: Arc<Progress>,
+    current: Option<(Phase, Instant)>,
+}
+
+impl PhaseClock {
+    #[must_use]
+    pub fn new(metrics: WorkerMetrics, progress: Arc<Progress>) -> Self {
+        Self { metrics, progress, current: None }
+    }
+
+    /// Ends the running phase and starts `phase`.
+    pub fn enter(&mut self, phase: Phase) {
+        self.stop();
+        self.progress.enter(phase.as_str());
+        self.current = Some((phase, Instant::now()));
+    }
+
+    /// Ends the running phase.
+    pub fn stop(&mut self) -> Option<Duration> {
+        let (phase, started) = self.current.take()?;
+        let duration = started.elapsed();
+        self.metrics.observe(phase, duration);
+        Some(duration)
+    }
+}
+
+impl Stepper {
+    /// Does one step; `None` if a rank was asked to stop before it, then nothing was done on any rank.
+    ///
+    /// # Errors
+    /// If the collective fails or the loss is not finite.
+    pub fn step(
+        &mut self,
+        prepared: &PreparedStep,
+        exchange: &mut Exchange,
+        learning_rate: f64,
+        stop: bool,
+    ) -> Result<Option<StepOutcome>, WorkerError> {
+        let seed = random::key(&[self.draw_seed, prepared.meta.step, exchange.rank() as u64]);
+        let share = Share::load(&prepared.micro_batches, self.input_dim, seed, self.device);
+        let announced = exchange.announce(Announcement {
+            targets: share.item_id.size()[0],
+            tokens: share.tokens as i64,
+            padded_tokens: share.padded_tokens as i64,
+            stop,
+        })?;
+        if announced.iter().any(|said| said.stop) {
+            return Ok(None);
+        }
+        let counts: Vec<usize> = announced.iter().map(|said| said.targets as usize).collect();
+
+        self.clock.enter(Phase::Forward);
+        let forwarded = passes::forward(&share, &self.model, &self.parameters, &self.forward);
+        let loss = self.loss(&share, &forwarded.embeddings, &counts, prepared, exchange)?;
+
+        self.clock.enter(Phase::Gather);
+        let gradient = Embeddings { user: loss.d_user, item: exchange.scatter_rows(&loss.d_item, &counts)? };
+
+        self.clock.enter(Phase::Backward);
+        passes::backward(&share, forwarded, &gradient, (&self.model, &self.parameters, &self.forward));
+        self.parameters.add_logit_scale_gradient(&loss.d_log_scale);
+
+        self.clock.enter(Phase::Reduce);
+        let mut flat = self.parameters.gradients_into_flat();
+        exchange.sum_tensor(&mut flat)?;
+        let mut sums = [loss.loss.double_value(&[]), loss.correct.double_value(&[])];
+        exchange.sum(&mut sums)?;
+        let [loss, correct] = sums;
+        if !loss.is_finite() {
+            return Err(WorkerError::NonFiniteLoss { step: prepared.meta.step + 1, loss });
+        }
+
+        self.clock.enter(Phase::Optimizer);
+        let gradient_norm = optimizer::clip(&mut flat, self.optimizer_config.clip_norm);
+        if !gradient_norm.is_finite() {
+            return Err(WorkerError::NonFiniteLoss { step: prepared.meta.step + 1, loss: gradient_norm });
+        }
+        self.optimizer.step(&mut self.parameters, &flat, learning_rate);
+        self.clock.stop();
+
+        let total = |part: fn(&Announcement) -> i64| announced.iter().map(part).sum::<i64>().max(0) as u64;
+        let (tokens, padded) = (total(|said| said.tokens), total(|said| said.padded_tokens));
+        Ok(Some(StepOutcome {
+            loss,
+            accuracy: correct / (prepared.meta.global_pairs.max(1)) as f64,
+            gradient_norm,
+            tokens,
+            padding_share: 1.0 - tokens as f64 / padded.max(1) as f64,
+        }))
+    }
+
+    /// The loss of this rank's rows against the targets of every rank.
+    fn loss(
+        &mut self,
+        share: &Share,
+        embeddings: &Embeddings,
+        counts: &[usize],
+        prepared: &PreparedStep,
+        exchange: &mut Exchange,
+    ) -> Result<InfoNceOutput, WorkerError> {
+        self.clock.enter(Phase::Gather);
+        let item = exchange.gather_rows(&embeddings.item.detach(), counts)?;
+        // ids and owners travel together as [m, 2]
+        let mine = Tensor::stack(&[&share.item_id, &share.item_user], 1);
+        let identities = exchange.gather_rows(&mine, counts)?;
+        self.clock.enter(Phase::Loss);
+        let item_id = identities.select(1, 0).contiguous();
+        let correction = self.log_q.as_ref().map(|log_q| log_q.index_select(0, &item_id));
+        let loss = InfoNce {
+            user: &embeddings.user.detach(),
+            row_user: &share.row_user,
+            item: &item,
+            item_id: &item_id,
+            item_user: &identities.select(1, 1).contiguous(),
+            correction: correction.as_ref(),
+            logit_scale: self.model.logit_scale(&self.parameters),
+            pairs: prepared.meta.global_pairs as i64,
+            tile: LOSS_TILE,
+        };
+        Ok(tch::no_grad(|| loss.compute()))
+    }
+}
+
+/// `[N]`: `log(share of the interactions)` of each item; an item without any counts as having one.
+#[must_use]
+pub fn log_shares(counts: &[u32], device: Device) -> Tensor {
+    let total: f64 = counts.iter().map(|&count| f64::from(count.max(1))).sum();
+    let shares: Vec<f32> = counts.iter().map(|&count| (f64::from(count.max(1)) / total).ln() as f32).collect();
+    Tensor::from_slice(&shares).to_device(device)
+}
+
+/// Compares what every rank starts a generation with: names, shapes and values of the parameters.
+///
+/// # Errors
+/// If a rank starts with something else, or the collective fails.
+pub fn compare_start(parameters: &Parameters, exchange: &mut Exchange) -> Result<(), WorkerError> {
+    let values = parameters.flat().sum(Kind::Double).double_value(&[]);
+    let mut mine = [parameters.signature() as i64, values.to_bits() as i64];
+    let all = exchange.gather_i64(&mut mine, &vec![2; exchange.world_size()])?;
+    if all.chunks_exact(2).all(|theirs| theirs == mine) { Ok(()) } else { Err(WorkerError::Signature) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_add_up_to_one() {
+        let shares = log_shares(&[3, 0, 4], Device::Cpu).exp();
+        assert_eq!(Vec::<f32>::try_from(&(shares * 8.0).round()).unwrap(), [3.0, 1.0, 4.0]);
+    }
+}
