@@ -4,13 +4,14 @@
 //! are) to a temporary directory, prepares them in a process of its own and prints one line of JSON: interactions per
 //! second of wall-clock, the same per core of the machine and per second of processor time, and the peak memory.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use arrow_array::{ArrayRef, Int64Array, RecordBatch};
-use learn_dataset::prepare;
+use learn_dataset::{Progress, prepare};
 use learn_domain::config::PrepareConfig;
 use parquet::arrow::ArrowWriter;
 
@@ -68,12 +69,40 @@ fn generate(path: &Path, count: u64) -> Result<(), Failure> {
     Ok(())
 }
 
+/// When each stage began.
+#[derive(Default)]
+struct Stages(Mutex<Vec<(String, Instant)>>);
+
+impl Progress for Stages {
+    fn stage(&self, name: &str, _total: Option<u64>) {
+        if let Ok(mut stages) = self.0.lock() {
+            stages.push((name.to_owned(), Instant::now()));
+        }
+    }
+
+    fn advance(&self, _amount: u64) {}
+}
+
+impl Stages {
+    /// Seconds of each stage until the next; equal names together.
+    fn seconds(self) -> BTreeMap<String, f64> {
+        let stages = self.0.into_inner().unwrap_or_default();
+        let ends = stages.iter().skip(1).map(|stage| stage.1).chain([Instant::now()]);
+        let mut seconds = BTreeMap::new();
+        for ((name, start), end) in stages.iter().zip(ends) {
+            *seconds.entry(name.clone()).or_default() += end.duration_since(*start).as_secs_f64();
+        }
+        seconds
+    }
+}
+
 fn measure(input: &Path, out: &Path) -> Result<(), Failure> {
     let mut config = PrepareConfig::default();
     config.interactions.files = vec![input.to_path_buf()];
     config.k_core = 5;
+    let stages = Stages::default();
     let start = Instant::now();
-    let report = prepare(&config, "speed", out, &())?;
+    let report = prepare(&config, "speed", out, &stages)?;
     let seconds = start.elapsed().as_secs_f64();
     let read = report.steps.first().map_or(0, |step| step.interactions);
     let cores = std::thread::available_parallelism()?.get();
@@ -83,6 +112,7 @@ fn measure(input: &Path, out: &Path) -> Result<(), Failure> {
         "users": report.manifest.counts.users,
         "items": report.manifest.counts.items,
         "seconds": seconds,
+        "stages": stages.seconds(),
         "cores": cores,
         "interactions_per_second": read as f64 / seconds,
         "interactions_per_second_per_core": read as f64 / seconds / cores as f64,

@@ -11,7 +11,7 @@ use super::error::{BadRows, Defect, DefectKind, PrepareError};
 use super::input::{self, Cells, Chunk, Role};
 use super::interner::{Interner, NONE};
 use super::items::Catalogue;
-use super::spill::{SpillWriter, partition_of, unsorted};
+use super::spill::{SpillWriter, Spilled, unsorted};
 use super::time::{SCALE, Time};
 use crate::progress::Progress;
 
@@ -19,8 +19,8 @@ use crate::progress::Progress;
 #[derive(Debug)]
 pub(crate) struct Gathered {
     pub(crate) users: Interner,
-    /// Usable interactions per partition.
-    pub(crate) counts: Vec<u64>,
+    /// The usable interactions.
+    pub(crate) spilled: Vec<Spilled>,
     pub(crate) time_scale: i64,
 }
 
@@ -45,7 +45,7 @@ pub(crate) fn read(
         })?;
     }
     let time_scale = if sink.fractions { SCALE } else { 1 };
-    Ok(Gathered { users: sink.users, counts: sink.writer.finish()?, time_scale })
+    Ok(Gathered { users: sink.users, spilled: sink.writer.finish()?, time_scale })
 }
 
 struct Sink<'a> {
@@ -62,18 +62,28 @@ impl Sink<'_> {
         let Chunk { columns, len, rows, mut defects, .. } = chunk;
         let column = |index: usize| columns.get(index).and_then(Option::as_ref);
         let (Some(users), Some(items), Some(times)) = (column(0), column(1), column(2)) else { return Ok(defects) };
-        let add = !self.catalogue.closed;
+        // Columns of ids are read as text, whatever they are in the file.
+        let (Cells::Text(user_ids), Cells::Text(item_ids)) = (users, items) else { return Ok(defects) };
+        let Self { users: user_table, catalogue, .. } = self;
+        let add = !catalogue.closed;
         let (user_numbers, (item_numbers, stamps)) = rayon::join(
-            || self.users.numbers(users, true),
-            || rayon::join(|| self.catalogue.ids.numbers(items, add), || stamps(times)),
+            || {
+                let mut numbers = Vec::with_capacity(len);
+                user_table.numbers(user_ids, true, |number, hash| numbers.push((number, hash))).map(|()| numbers)
+            },
+            || {
+                let mut numbers = Vec::with_capacity(len);
+                let numbered = catalogue.ids.numbers(item_ids, add, |number, _| numbers.push(number));
+                (numbered.map(|()| numbers), stamps(times))
+            },
         );
         let (user_numbers, item_numbers) = (user_numbers?, item_numbers?);
         for position in 0..len {
-            let (user, item, time) = (user_numbers[position], item_numbers[position], stamps[position]);
+            let ((user, hash), item, time) = (user_numbers[position], item_numbers[position], stamps[position]);
             match time {
                 Some(time) if user != NONE && item != NONE => {
                     self.fractions |= time.scaled;
-                    self.writer.push(partition_of(self.users.hash(user)), unsorted(user, item, time))?;
+                    self.writer.push(hash, unsorted(user, item, time))?;
                 }
                 _ => {
                     let (kind, problem) = describe(users.text(position), items.text(position), times.text(position));

@@ -31,7 +31,7 @@ use output::{Output, Written};
 use publish::WorkDir;
 use serde::{Deserialize, Serialize};
 use split::Rule;
-use store::{Left, Lengths, Store};
+use store::{Lengths, Measured, Store};
 
 use crate::catalogue::Item;
 use crate::manifest::{FilterInfo, Manifest, SplitInfo, VERSION};
@@ -103,17 +103,17 @@ pub fn prepare_with(preparation: &Preparation, progress: &dyn Progress) -> Resul
     let time_scale = gathered.time_scale;
     let mut steps = vec![FilterStep {
         name: "read".into(),
-        interactions: gathered.counts.iter().sum(),
+        interactions: gathered.spilled.iter().map(|part| part.count).sum(),
         users: gathered.users.len() as u64,
         items: catalogue.ids.len() as u64,
     }];
-    let mut store = Store::build(gathered, catalogue.ids.len(), &work.spill(), progress)?;
+    let mut store = Store::build(gathered, catalogue.ids.len(), options.layout.partition_rows, progress)?;
     let filtered = filter(&mut store, config, &mut steps, progress)?;
     let rule = match config.split {
         SplitPolicy::LeaveOneOut => Rule::LeaveOneOut,
         SplitPolicy::ByTime => {
             let shares = (config.valid_share, config.test_share);
-            Rule::ByTime(split::by_time(&store, filtered.left.interactions, shares, progress)?)
+            Rule::ByTime(split::by_time(&store, filtered.left.interactions(), shares, progress)?)
         }
     };
     let (items, item_index) = index_items(&mut catalogue, &store, &filtered, config.keep_unseen_items)?;
@@ -123,7 +123,7 @@ pub fn prepare_with(preparation: &Preparation, progress: &dyn Progress) -> Resul
         rule: &rule,
         item_index: &item_index,
         items: &items,
-        users_left: &filtered.users_left,
+        users_left: &filtered.left.users,
         time_scale,
         layout: options.layout,
     }
@@ -170,12 +170,9 @@ pub fn prepare_with(preparation: &Preparation, progress: &dyn Progress) -> Resul
 
 /// What the filters left.
 struct Filtered {
-    /// Interactions per item after exact repeats were removed.
-    seen: Vec<u64>,
-    /// Interactions per item after all filters.
-    item_counts: Vec<u64>,
-    users_left: Vec<u64>,
-    left: Left,
+    /// Before the filters, after exact repeats were removed.
+    seen: Measured,
+    left: Measured,
 }
 
 fn filter(
@@ -184,15 +181,13 @@ fn filter(
     steps: &mut Vec<FilterStep>,
     progress: &dyn Progress,
 ) -> Result<Filtered, PrepareError> {
-    let mut measure = |store: &Store, name: String| -> Result<(Vec<u64>, Vec<u64>, Left), PrepareError> {
+    let mut measure = |store: &Store, name: String| {
         progress.stage("count", None);
-        let (items, users) = (store.item_counts()?, store.users_left()?);
-        let left = Store::left(&items, &users);
-        let Left { interactions, users: user_count, items: item_count } = left;
-        steps.push(FilterStep { name, interactions, users: user_count, items: item_count });
-        Ok((items, users, left))
+        let measured = store.measure()?;
+        steps.push(measured.step(name));
+        Ok::<_, PrepareError>(measured)
     };
-    let (seen, ..) = measure(store, "exact repeats".into())?;
+    let seen = measure(store, "exact repeats".into())?;
     if config.k_core > 1 {
         store.k_core(config.k_core, progress)?;
         measure(store, format!("k_core {}", config.k_core))?;
@@ -202,12 +197,12 @@ fn filter(
         0 => format!("min_length {}", config.min_length),
         max => format!("min_length {}, max_length {max}", config.min_length),
     };
-    let (item_counts, users_left, left) = measure(store, name)?;
-    if left.users == 0 {
+    let left = measure(store, name)?;
+    if left.interactions() == 0 {
         let problem = "no user is left; check the files, or lower prepare.k_core or prepare.min_length".into();
         return Err(PrepareError::Empty { problem, steps: std::mem::take(steps) });
     }
-    Ok(Filtered { seen, item_counts, users_left, left })
+    Ok(Filtered { seen, left })
 }
 
 /// The catalogue in order of ids, and the index of each item number in it.
@@ -222,8 +217,8 @@ fn index_items(
 ) -> Result<(Vec<Item>, Vec<u32>), PrepareError> {
     let belongs = |&number: &u32| {
         let number = number as usize;
-        let removed = filtered.seen[number] > 0 && !store.item_alive[number];
-        filtered.item_counts[number] > 0 || (keep_unseen && !removed)
+        let removed = filtered.seen.items[number] > 0 && !store.item_alive[number];
+        filtered.left.items[number] > 0 || (keep_unseen && !removed)
     };
     let mut order: Vec<u32> = (0..catalogue.ids.len() as u32).filter(belongs).collect();
     if order.len() > LIMIT as usize {

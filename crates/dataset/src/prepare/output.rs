@@ -25,7 +25,7 @@ use crate::manifest::{Counts, FileEntry};
 use crate::progress::Progress;
 use crate::sequences::{HELD_OUT_FIELDS, TRAIN_FIELDS};
 
-/// How rows are grouped into batches and files; no reader depends on it.
+/// How rows are grouped while working and into batches and files; neither content nor fingerprint depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Most rows of a batch of sequences.
@@ -36,11 +36,19 @@ pub struct Layout {
     pub file_batches: usize,
     /// Rows of one file of items or users.
     pub file_rows: usize,
+    /// Interactions that are held in memory at once, per thread.
+    pub partition_rows: u64,
 }
 
 impl Default for Layout {
     fn default() -> Self {
-        Self { batch_rows: 1 << 16, batch_items: 1 << 20, file_batches: 256, file_rows: 1 << 20 }
+        Self {
+            batch_rows: 1 << 16,
+            batch_items: 1 << 20,
+            file_batches: 256,
+            file_rows: 1 << 20,
+            partition_rows: 1 << 21,
+        }
     }
 }
 
@@ -117,7 +125,8 @@ struct Divided {
     test: Rows<u32>,
     without_history: [u64; 2],
     interactions: u64,
-    digest: Sha256,
+    /// SHA-256 of each user.
+    digests: Vec<u8>,
 }
 
 impl Output<'_> {
@@ -164,15 +173,16 @@ impl Output<'_> {
             let index = |at: usize| self.item_index[records[at].item as usize];
             let parts = self.rule.divide(records);
             let id = self.store.users.get(self.store.order[rank as usize]);
-            divided.digest.update((id.len() as u64).to_le_bytes());
-            divided.digest.update(id);
-            divided.digest.update((records.len() as u64).to_le_bytes());
+            let mut digest = Sha256::new();
+            digest.update((id.len() as u64).to_le_bytes());
+            digest.update(id);
             for (at, record) in records.iter().enumerate() {
                 let mut bytes = [0; 12];
                 bytes[..4].copy_from_slice(&index(at).to_le_bytes());
                 bytes[4..].copy_from_slice(&record.time.to_le_bytes());
-                divided.digest.update(bytes);
+                digest.update(bytes);
             }
+            divided.digests.extend_from_slice(&digest.finalize());
             if parts.train >= 2 {
                 divided.train.users.push(user);
                 divided.train.first.push((0..parts.train).map(index));
@@ -253,7 +263,7 @@ impl Sink<'_> {
         );
         first.0.and(first.1).and(second.0).and(second.1)?;
         for part in divided {
-            self.digest.update(part.digest.clone().finalize());
+            self.digest.update(&part.digests);
             self.interactions += part.interactions;
             self.train_interactions += part.train.first.values.len() as u64;
             for (sum, count) in self.without_history.iter_mut().zip(part.without_history) {

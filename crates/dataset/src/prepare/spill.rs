@@ -1,24 +1,25 @@
-//! Interactions on disk while they are filtered: 256 partitions by the top byte of the user's hash.
+//! Interactions on disk while they are filtered, in partitions by the user's hash.
 //!
-//! Invariants: a user's interactions lie in one partition, in input order; a partition is the unit that is held in
-//! memory, so memory is about a 256th of the interactions per thread at most, 16 bytes each.
+//! Invariants: a user's interactions lie in one partition, in input order; partitions are in order of hashes. A
+//! partition is what is held in memory at once, so one with too many interactions is divided further: memory does not
+//! grow with the interactions (a single user's aside).
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use super::error::PrepareError;
+use super::interner::Interner;
 use super::time::Time;
 
-pub(crate) const PARTITIONS: usize = 256;
+/// Bits of the hash that one division looks at.
+const BITS: u32 = 8;
+const FAN_OUT: usize = 1 << BITS;
+const BUFFER: usize = 1 << 16;
 const RECORD: usize = 16;
 /// Marks a time in millionths, in the bit of the item number that [`super::interner::LIMIT`] keeps free.
 const SCALED: u32 = 1 << 31;
-
-/// The partition of a user.
-pub(crate) fn partition_of(hash: u64) -> usize {
-    (hash >> 56) as usize
-}
 
 /// An interaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,64 +61,153 @@ pub(crate) fn item_and_time(record: Record) -> (u32, Time) {
 /// Partitions being filled; the file of one begins with its first record.
 pub(crate) struct SpillWriter {
     dir: PathBuf,
+    /// The hashes that all partitions cover together.
+    hashes: RangeInclusive<u64>,
+    /// The bits of the hash that tell the partitions begin here.
+    shift: u32,
     files: Vec<Option<BufWriter<File>>>,
     counts: Vec<u64>,
 }
 
+/// A partition on disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Spilled {
+    pub(crate) path: PathBuf,
+    /// Hashes of its users.
+    pub(crate) hashes: RangeInclusive<u64>,
+    pub(crate) count: u64,
+}
+
 impl SpillWriter {
+    /// Partitions of all users, in a new folder.
     pub(crate) fn create(dir: &Path) -> Result<Self, PrepareError> {
+        Self::over(dir, 0..=u64::MAX, u64::BITS - BITS)
+    }
+
+    fn over(dir: &Path, hashes: RangeInclusive<u64>, shift: u32) -> Result<Self, PrepareError> {
         fs::create_dir(dir).map_err(PrepareError::io(dir))?;
-        let files = std::iter::repeat_with(|| None).take(PARTITIONS).collect();
-        Ok(Self { dir: dir.to_path_buf(), files, counts: vec![0; PARTITIONS] })
+        let files = std::iter::repeat_with(|| None).take(FAN_OUT).collect();
+        Ok(Self { dir: dir.to_path_buf(), hashes, shift, files, counts: vec![0; FAN_OUT] })
     }
 
-    pub(crate) fn push(&mut self, partition: usize, record: Record) -> Result<(), PrepareError> {
+    fn path(&self, partition: usize) -> PathBuf {
+        self.dir.join(format!("{partition:03}"))
+    }
+
+    /// Adds an interaction of a user with this hash.
+    pub(crate) fn push(&mut self, hash: u64, record: Record) -> Result<(), PrepareError> {
+        let partition = (hash >> self.shift) as usize % FAN_OUT;
         self.counts[partition] += 1;
-        let file = match &mut self.files[partition] {
-            Some(file) => file,
-            none => {
-                let path = partition_path(&self.dir, partition);
-                let file = File::create(&path).map_err(PrepareError::io(&path))?;
-                none.insert(BufWriter::with_capacity(1 << 16, file))
-            }
-        };
-        file.write_all(&record.bytes()).map_err(PrepareError::io(&self.dir))
+        if self.files[partition].is_none() {
+            let path = self.path(partition);
+            let file = File::create(&path).map_err(PrepareError::io(&path))?;
+            self.files[partition] = Some(BufWriter::with_capacity(BUFFER, file));
+        }
+        match &mut self.files[partition] {
+            Some(file) => file.write_all(&record.bytes()).map_err(PrepareError::io(&self.dir)),
+            None => Ok(()),
+        }
     }
 
-    /// The number of records of each partition.
-    pub(crate) fn finish(mut self) -> Result<Vec<u64>, PrepareError> {
+    /// The partitions that have records, in order of hashes.
+    pub(crate) fn finish(mut self) -> Result<Vec<Spilled>, PrepareError> {
         for file in self.files.iter_mut().flatten() {
             file.flush().map_err(PrepareError::io(&self.dir))?;
         }
-        Ok(self.counts)
+        let filled = (0_u64..).zip(&self.counts).filter(|(_, count)| **count > 0);
+        let spilled = filled.map(|(partition, &count)| {
+            let first = self.hashes.start() + (partition << self.shift);
+            let hashes = first..=first + ((1 << self.shift) - 1);
+            Spilled { path: self.path(partition as usize), hashes, count }
+        });
+        Ok(spilled.collect())
     }
 }
 
-pub(crate) fn partition_path(dir: &Path, partition: usize) -> PathBuf {
-    dir.join(format!("{partition:03}"))
+/// Divides the partitions with more than `limit` records by further bits of the hash, until none has more or it is
+/// one hash; the order of hashes is kept.
+pub(crate) fn divide(spilled: Vec<Spilled>, limit: u64, users: &Interner) -> Result<Vec<Spilled>, PrepareError> {
+    let mut parts = Vec::with_capacity(spilled.len());
+    for part in spilled {
+        let span = part.hashes.end() - part.hashes.start();
+        if part.count <= limit || span == 0 {
+            parts.push(part);
+            continue;
+        }
+        let shift = (u64::BITS - span.leading_zeros()) - BITS;
+        let mut writer = SpillWriter::over(&part.path.with_extension("parts"), part.hashes.clone(), shift)?;
+        each_record(&part, |record| writer.push(users.hash(record.user), record))?;
+        fs::remove_file(&part.path).map_err(PrepareError::io(&part.path))?;
+        parts.extend(divide(writer.finish()?, limit, users)?);
+    }
+    Ok(parts)
 }
 
-/// All records of a partition of `count`.
-pub(crate) fn read(path: &Path, count: u64) -> Result<Vec<Record>, PrepareError> {
-    if count == 0 {
-        return Ok(Vec::new());
-    }
-    let bytes = fs::read(path).map_err(PrepareError::io(path))?;
-    let (records, rest) = bytes.as_chunks::<RECORD>();
-    if !rest.is_empty() || records.len() as u64 != count {
-        return Err(PrepareError::unreadable(
-            path,
-            "a temporary file was changed by another program; run prepare again",
-        ));
-    }
-    Ok(records.iter().map(Record::from_bytes).collect())
+/// All records of a partition, in order.
+pub(crate) fn read(part: &Spilled) -> Result<Vec<Record>, PrepareError> {
+    let mut records = Vec::with_capacity(part.count as usize);
+    each_record(part, |record| {
+        records.push(record);
+        Ok(())
+    })?;
+    Ok(records)
 }
 
-/// Replaces a partition file.
-pub(crate) fn write(path: &Path, records: &[Record]) -> Result<(), PrepareError> {
-    if records.is_empty() {
-        return Ok(());
+fn each_record(part: &Spilled, mut each: impl FnMut(Record) -> Result<(), PrepareError>) -> Result<(), PrepareError> {
+    let failed = || PrepareError::io(&part.path);
+    let mut file = BufReader::with_capacity(BUFFER, File::open(&part.path).map_err(failed())?);
+    let mut bytes = [0; RECORD];
+    for _ in 0..part.count {
+        file.read_exact(&mut bytes).map_err(failed())?;
+        each(Record::from_bytes(&bytes))?;
     }
-    let bytes: Vec<u8> = records.iter().flat_map(|record| record.bytes()).collect();
-    fs::write(path, bytes).map_err(PrepareError::io(path))
+    Ok(())
+}
+
+/// Replaces the records of a partition.
+pub(crate) fn write(part: &mut Spilled, records: &[Record]) -> Result<(), PrepareError> {
+    let write = || {
+        let mut file = BufWriter::with_capacity(BUFFER, File::create(&part.path)?);
+        records.iter().try_for_each(|record| file.write_all(&record.bytes()))?;
+        file.flush()
+    };
+    write().map_err(PrepareError::io(&part.path))?;
+    part.count = records.len() as u64;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divided_partitions_hold_the_same_in_the_same_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut users = Interner::new("users");
+        let mut writer = SpillWriter::create(&dir.path().join("spill")).unwrap();
+        for at in 0..5000_i64 {
+            let name = if at % 3 == 0 { "busy".to_owned() } else { format!("u{}", at % 400) };
+            let (user, _) = users.intern(&name).unwrap();
+            writer.push(users.hash(user), Record { user, item: at as u32, time: -at }).unwrap();
+        }
+        let whole = writer.finish().unwrap();
+        let contents = |parts: &[Spilled]| parts.iter().flat_map(|part| read(part).unwrap()).collect::<Vec<_>>();
+        let by_user = |mut records: Vec<Record>| {
+            records.sort_by_key(|record| (users.hash(record.user), record.item));
+            records
+        };
+        let before = by_user(contents(&whole));
+        let parts = divide(whole, 20, &users).unwrap();
+        assert!(parts.windows(2).all(|pair| pair[0].hashes.end() < pair[1].hashes.start()));
+        for part in &parts {
+            let records = read(part).unwrap();
+            let mut names: Vec<u32> = records.iter().map(|record| record.user).collect();
+            names.sort_unstable();
+            names.dedup();
+            assert!(part.count <= 20 || names.len() == 1, "only a single user exceeds the limit");
+            assert!(records.iter().all(|record| part.hashes.contains(&users.hash(record.user))));
+            assert!(records.is_sorted_by_key(|record| (record.user, record.item)) || names.len() > 1, "input order");
+        }
+        assert_eq!(by_user(contents(&parts)), before);
+    }
 }

@@ -7,15 +7,14 @@
 
 use std::collections::HashSet;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
-use super::error::PrepareError;
+use super::error::{FilterStep, PrepareError};
 use super::interactions::Gathered;
 use super::interner::Interner;
-use super::spill::{self, Record, item_and_time, partition_of};
+use super::spill::{self, Record, Spilled, item_and_time};
 use crate::progress::Progress;
 
 /// Interactions of equal time beyond which a hash set finds repeats, not a search.
@@ -24,12 +23,11 @@ const LONG_RUN: usize = 16;
 /// A partition, sorted by (rank, time), input order where times are equal.
 #[derive(Debug)]
 pub(crate) struct Partition {
-    path: PathBuf,
+    spilled: Spilled,
     /// Ranks of its users.
     ranks: Range<u32>,
     /// By rank within the range: the user has interactions and no filter removed it.
     alive: Vec<bool>,
-    records: u64,
 }
 
 /// What of each user counts, besides the alive flags.
@@ -40,12 +38,24 @@ pub(crate) struct Lengths {
     pub(crate) max: usize,
 }
 
-/// Users, items and interactions that are left.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Left {
-    pub(crate) interactions: u64,
-    pub(crate) users: u64,
-    pub(crate) items: u64,
+/// What is left.
+#[derive(Clone, Debug)]
+pub(crate) struct Measured {
+    /// Interactions by item number.
+    pub(crate) items: Vec<u64>,
+    /// Users by partition.
+    pub(crate) users: Vec<u64>,
+}
+
+impl Measured {
+    pub(crate) fn interactions(&self) -> u64 {
+        self.items.iter().sum()
+    }
+
+    pub(crate) fn step(&self, name: String) -> FilterStep {
+        let items = self.items.iter().filter(|&&count| count > 0).count() as u64;
+        FilterStep { name, interactions: self.interactions(), users: self.users.iter().sum(), items }
+    }
 }
 
 /// All partitions.
@@ -61,29 +71,28 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// Sorts every partition and removes exact repeats (same user, item and time).
+    /// Sorts every partition, of at most about `partition_rows` interactions each, and removes exact repeats (same user, item and time).
     pub(crate) fn build(
         gathered: Gathered,
         items: usize,
-        spill: &Path,
+        partition_rows: u64,
         progress: &dyn Progress,
     ) -> Result<Self, PrepareError> {
-        let Gathered { users, counts, time_scale } = gathered;
-        progress.stage("sort", Some(counts.iter().sum()));
+        let Gathered { users, spilled, time_scale } = gathered;
+        progress.stage("sort", Some(spilled.iter().map(|part| part.count).sum()));
+        let spilled = spill::divide(spilled, partition_rows, &users)?;
         let mut order: Vec<u32> = (0..users.len() as u32).collect();
         order.par_sort_unstable_by(|&a, &b| (users.hash(a), users.get(a)).cmp(&(users.hash(b), users.get(b))));
         let mut ranks = vec![0_u32; order.len()];
         for (rank, &user) in order.iter().enumerate() {
             ranks[user as usize] = rank as u32;
         }
-        let partitions = counts
-            .par_iter()
-            .enumerate()
-            .map(|(number, &read)| {
-                let start = order.partition_point(|&user| partition_of(users.hash(user)) < number) as u32;
-                let end = order.partition_point(|&user| partition_of(users.hash(user)) <= number) as u32;
-                let path = spill::partition_path(spill, number);
-                let mut records = spill::read(&path, read)?;
+        let partitions = spilled
+            .into_par_iter()
+            .map(|mut spilled| {
+                let start = order.partition_point(|&user| users.hash(user) < *spilled.hashes.start()) as u32;
+                let end = order.partition_point(|&user| users.hash(user) <= *spilled.hashes.end()) as u32;
+                let mut records = spill::read(&spilled)?;
                 for record in &mut records {
                     let (item, time) = item_and_time(*record);
                     let at_scale = time.at_scale(time_scale).ok_or_else(|| PrepareError::TimeRange {
@@ -93,14 +102,14 @@ impl Store {
                     *record = Record { user: ranks[record.user as usize], item, time: at_scale };
                 }
                 records.sort_by_key(|record| (record.user, record.time));
+                progress.advance(records.len() as u64);
                 remove_repeats(&mut records);
-                spill::write(&path, &records)?;
+                spill::write(&mut spilled, &records)?;
                 let mut alive = vec![false; (end - start) as usize];
                 for record in &records {
                     alive[(record.user - start) as usize] = true;
                 }
-                progress.advance(read);
-                Ok(Partition { path, ranks: start..end, alive, records: records.len() as u64 })
+                Ok(Partition { spilled, ranks: start..end, alive })
             })
             .collect::<Result<_, PrepareError>>()?;
         let lengths = Lengths { min: 1, max: 0 };
@@ -109,7 +118,7 @@ impl Store {
 
     /// Interactions in the partitions, whatever the filters left of them.
     pub(crate) fn records(&self) -> u64 {
-        self.partitions.iter().map(|partition| partition.records).sum()
+        self.partitions.iter().map(|partition| partition.spilled.count).sum()
     }
 
     /// Removes users and items with fewer than `k` interactions until none is left (the largest such set, which is
@@ -138,36 +147,21 @@ impl Store {
         Ok(())
     }
 
-    /// Interactions per item that are left.
-    pub(crate) fn item_counts(&self) -> Result<Vec<u64>, PrepareError> {
+    /// Counts what is left.
+    pub(crate) fn measure(&self) -> Result<Measured, PrepareError> {
         let counts = counters(self.item_alive.len());
-        self.partitions.par_iter().try_for_each(|partition| {
+        let count = |partition: &Partition| {
+            let mut users = 0;
             self.for_each_user(partition, |_, records| {
+                users += 1;
                 for record in records {
                     counts[record.item as usize].fetch_add(1, Ordering::Relaxed);
                 }
-            })
-        })?;
-        Ok(counts.into_iter().map(AtomicU64::into_inner).collect())
-    }
-
-    /// How many users of each partition are left.
-    pub(crate) fn users_left(&self) -> Result<Vec<u64>, PrepareError> {
-        let count = |partition: &Partition| {
-            let mut users = 0;
-            self.for_each_user(partition, |_, _| users += 1)?;
-            Ok(users)
+            })?;
+            Ok::<_, PrepareError>(users)
         };
-        self.partitions.par_iter().map(count).collect()
-    }
-
-    /// How much is left, given the counts per item and the users per partition.
-    pub(crate) fn left(item_counts: &[u64], users: &[u64]) -> Left {
-        Left {
-            interactions: item_counts.iter().sum(),
-            users: users.iter().sum(),
-            items: item_counts.iter().filter(|&&count| count > 0).count() as u64,
-        }
+        let users = self.partitions.par_iter().map(count).collect::<Result<_, _>>()?;
+        Ok(Measured { items: counts.into_iter().map(AtomicU64::into_inner).collect(), users })
     }
 
     /// Calls `each` with the rank and the interactions of every user that is left, in order.
@@ -176,7 +170,7 @@ impl Store {
         partition: &Partition,
         mut each: impl FnMut(u32, &[Record]),
     ) -> Result<(), PrepareError> {
-        let records = spill::read(&partition.path, partition.records)?;
+        let records = spill::read(&partition.spilled)?;
         let mut kept = Vec::new();
         for run in records.chunk_by(|a, b| a.user == b.user) {
             let rank = run[0].user;
@@ -205,7 +199,7 @@ impl Partition {
         progress: &dyn Progress,
     ) -> Result<bool, PrepareError> {
         let mut changed = false;
-        for run in spill::read(&self.path, self.records)?.chunk_by(|a, b| a.user == b.user) {
+        for run in spill::read(&self.spilled)?.chunk_by(|a, b| a.user == b.user) {
             let alive = &mut self.alive[(run[0].user - self.ranks.start) as usize];
             if !*alive {
                 continue;
@@ -220,7 +214,7 @@ impl Partition {
                 counts[item].fetch_add(1, Ordering::Relaxed);
             });
         }
-        progress.advance(self.records);
+        progress.advance(self.spilled.count);
         Ok(changed)
     }
 }

@@ -8,4 +8,6 @@ mod builders;
 mod damage;
 mod embeddings;
 mod formats;
+mod progress;
 mod rules;
+mod versions;

@@ -88,7 +88,7 @@ proptest! {
         config.split = if by_time { SplitPolicy::ByTime } else { SplitPolicy::LeaveOneOut };
         config.valid_share = 0.2;
         config.test_share = 0.15;
-        fixture.options.layout = Layout { batch_rows, batch_items: 20, file_batches: 2, file_rows: 5 };
+        fixture.options.layout = Layout { batch_rows, batch_items: 20, file_batches: 2, file_rows: 5, partition_rows: 8 };
         let expected = divided(filtered(&rows, &fixture.config), &fixture.config);
         let complete = expected.iter().any(|user| !user.train.is_empty())
             && expected.iter().any(|user| user.valid.is_some())
@@ -156,7 +156,10 @@ fn the_fingerprint_follows_the_content_and_nothing_else() {
     };
     let base = fingerprint(&rows, |_| ());
     let same: [fn(&mut Fixture); 3] = [
-        |fixture| fixture.options.layout = Layout { batch_rows: 3, batch_items: 50, file_batches: 1, file_rows: 4 },
+        |fixture| {
+            fixture.options.layout =
+                Layout { batch_rows: 3, batch_items: 50, file_batches: 1, file_rows: 4, partition_rows: 5 }
+        },
         |fixture| fixture.config.max_length = 60,
         |fixture| fixture.config.k_core = 2,
     ];

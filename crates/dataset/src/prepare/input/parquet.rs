@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use arrow_array::builder::StringBuilder;
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Float64Type, Int64Type};
-use arrow_array::{Array, ArrayRef, StringArray};
+use arrow_array::{Array, ArrayRef, Int64Array, StringArray};
 use arrow_cast::display::{ArrayFormatter, FormatOptions};
 use arrow_cast::{CastOptions, cast_with_options};
 use arrow_schema::{ArrowError, DataType};
@@ -102,17 +103,50 @@ fn cells(values: &ArrayRef, kind: Kind) -> Result<Cells, ArrowError> {
     let to = |data_type| cast_with_options(&plain, &data_type, &options);
     let cells = match (kind, plain.data_type()) {
         (Kind::Id | Kind::Time, DataType::UInt64) => Cells::Text(to(DataType::Utf8)?.as_string().clone()),
-        (Kind::Id, kind) if kind.is_integer() => Cells::Int(to(DataType::Int64)?.as_primitive::<Int64Type>().clone()),
+        (Kind::Id, kind) if kind.is_integer() => Cells::Text(decimals(to(DataType::Int64)?.as_primitive())),
         (Kind::Time, kind) if kind.is_floating() => {
             Cells::Real(to(DataType::Float64)?.as_primitive::<Float64Type>().clone())
         }
         (_, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View) => {
             Cells::Text(trimmed(to(DataType::Utf8)?.as_string(), kind))
         }
-        (Kind::Time | Kind::Id, _) => Cells::Int(to(DataType::Int64)?.as_primitive::<Int64Type>().clone()),
+        (Kind::Id | Kind::Time, _) => Cells::Int(to(DataType::Int64)?.as_primitive::<Int64Type>().clone()),
         (Kind::Text, _) => Cells::Text(texts(&plain)?),
     };
     Ok(cells)
+}
+
+/// Integer ids as texts.
+fn decimals(ids: &Int64Array) -> StringArray {
+    let mut texts = StringBuilder::with_capacity(ids.len(), ids.len() * 8);
+    let mut digits = [0; DIGITS];
+    for row in 0..ids.len() {
+        texts.append_option(ids.is_valid(row).then(|| decimal(ids.value(row), &mut digits)));
+    }
+    texts.finish()
+}
+
+/// Room for the longest `i64`.
+const DIGITS: usize = 20;
+
+/// Writes a number without the formatting machinery, which would cost more than the rest of a row.
+fn decimal(value: i64, digits: &mut [u8; DIGITS]) -> &str {
+    let mut rest = value.unsigned_abs();
+    let mut start = DIGITS;
+    loop {
+        start -= 1;
+        digits[start] = b'0' + (rest % 10) as u8;
+        rest /= 10;
+        if rest == 0 {
+            break;
+        }
+    }
+    if value < 0 {
+        start -= 1;
+        digits[start] = b'-';
+    }
+    // Digits and a sign are ASCII, so this cannot fail.
+    std::str::from_utf8(&digits[start..]).unwrap_or_default()
 }
 
 /// Empty text is an empty cell; spaces around a text are not part of it, those around an id are.
@@ -151,4 +185,26 @@ fn texts(values: &ArrayRef) -> Result<StringArray, ArrowError> {
     (0..values.len())
         .map(|row| values.is_valid(row).then(|| formatter.value(row).try_to_string()).transpose())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn decimals_are_what_format_writes(value: i64) {
+            let mut digits = [0; DIGITS];
+            prop_assert_eq!(decimal(value, &mut digits), value.to_string());
+        }
+    }
+
+    #[test]
+    fn the_longest_decimals_fit() {
+        for value in [i64::MIN, i64::MAX, 0, -1] {
+            assert_eq!(decimal(value, &mut [0; DIGITS]), value.to_string());
+        }
+    }
 }
