@@ -102,7 +102,12 @@ impl<'a> LocalJob<'a> {
         let mut command = Command::new(process::sibling("learn-coordinator")?);
         command.arg("--run-dir").arg(run.root()).arg("--task-json").arg(serde_json::to_string(spec.task)?);
         let coordinator = Process::start("coordinator", &mut command, &run.coordinator_log())?;
-        let progress = output.progress(Unit::Count);
+        let mut progress = output.progress(Unit::Count);
+        let title = match spec.task {
+            Task::Train { .. } => "train",
+            Task::Evaluate { .. } => "evaluate",
+        };
+        progress.stage(title, None);
         Ok(Self {
             spec: *spec,
             output,
@@ -230,6 +235,9 @@ impl<'a> LocalJob<'a> {
 
     fn conclude(mut self) -> Result<JobStatus> {
         self.progress.finish();
+        if self.lost.is_some() {
+            self.workers.iter_mut().for_each(|worker| worker.ask_to_end(End::Gracefully));
+        }
         let leave = Instant::now();
         for worker in &mut self.workers {
             worker.wait(LEAVE.saturating_sub(leave.elapsed()));

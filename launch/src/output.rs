@@ -135,9 +135,11 @@ impl Progress {
         }
     }
 
-    /// The end: the bar goes, the last plain line stays.
+    /// The end: the bar goes, the last plain line stays. A second call changes nothing.
     pub fn finish(&mut self) {
-        self.say(true);
-        self.bar.finish_and_clear();
+        if !self.bar.is_finished() {
+            self.say(true);
+            self.bar.finish_and_clear();
+        }
     }
 }

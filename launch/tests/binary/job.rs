@@ -210,9 +210,8 @@ fn worker_with(checkpoints: &str) -> String {
 #[test]
 fn a_run_is_resumed_from_its_latest_checkpoint() -> TestResult {
     let checkpoints = r#"[{"step":7,"path":"/c/step-0000000007","valid":true,"reason":null,"best":true}]"#;
-    let coordinator = format!(
-        "if grep -q resume_from...null <<END\n$4\nEND\nthen serve; checkpoint=7; status stopped; exit 3; fi\n{GOOD_COORDINATOR}"
-    );
+    let first = "case \"$4\" in *null*) serve; checkpoint=7; status stopped; exit 3;; esac";
+    let coordinator = format!("{first}\n{GOOD_COORDINATOR}");
     let installation = Installation::new(&coordinator, &worker_with(checkpoints))?;
     let stopped = installation.launch(&["train"])?;
     assert_eq!(stopped.status.code(), Some(3), "{}", err(&stopped));

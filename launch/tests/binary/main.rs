@@ -1,5 +1,6 @@
 //! `learn-launch` as a built binary.
 
 mod cli;
+mod docs;
 mod job;
 mod support;
