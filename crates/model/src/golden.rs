@@ -97,8 +97,8 @@ pub fn check(path: &Path, device: Device) -> Result<BTreeMap<String, f64>, Golde
     .compute();
 
     let mut errors = Errors { case: &case, largest: BTreeMap::new() };
-    let mut loss = infonce.loss.shallow_clone();
-    let mut surrogate = (&user * &infonce.d_user + 0.0).sum(Kind::Double) + (&item * &infonce.d_item).sum(Kind::Double);
+    let mut loss = infonce.loss.copy();
+    let mut surrogate = (&user * &infonce.d_user).sum(Kind::Double) + (&item * &infonce.d_item).sum(Kind::Double);
     if case.tensors.contains_key("in.label") {
         let last = |of: i64| history.user.iter().rposition(|user| *user == of).unwrap_or_default() as i64;
         let users: Vec<i64> = target.user.iter().map(|user| last(*user)).collect();
@@ -108,7 +108,7 @@ pub fn check(path: &Path, device: Device) -> Result<BTreeMap<String, f64>, Golde
         errors.compare_at("out.cvr_logit", &logits.unsqueeze(1), &index(&target.place))?;
         errors.compare("out.cvr_loss", &cvr_loss)?;
         surrogate += &cvr_loss * case.config.cvr_weight;
-        loss = loss + cvr_loss.detach() * case.config.cvr_weight;
+        loss += cvr_loss.detach() * case.config.cvr_weight;
     }
     surrogate.backward();
     let gradient = parameters.gradients_into_flat();

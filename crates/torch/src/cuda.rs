@@ -55,9 +55,14 @@ fn load() -> Result<(), TorchError> {
         // libtorch_cpu.so that this process already runs, so they belong to the same build.
         let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) };
         // The registered operators point into the library, so it stays for the rest of the process.
-        std::mem::forget(library.map_err(|error| failed(error.to_string()))?);
+        std::mem::forget(library.map_err(|error| failed(reason(&error)))?);
     }
     Ok(())
+}
+
+/// What the dynamic linker said, for example which library is missing; it stands in the error's source.
+fn reason(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// The folder of the `libtorch_cpu.so` that this process runs, else the one that `LIBTORCH` names.
