@@ -5,7 +5,7 @@
 
 use learn_domain::Step;
 use learn_domain::ledger::Ledger;
-use learn_domain::report::{Evaluation, JobStatus, StepRecord, Summary, Task};
+use learn_domain::report::{Evaluation, JobStatus, StepRecord, Summary};
 use learn_domain::run_dir::RunDir;
 use tokio::sync::{mpsc, oneshot};
 
@@ -35,8 +35,6 @@ pub enum Entry {
 pub struct Journal {
     run_dir: RunDir,
     fingerprint: String,
-    /// A training's status outlives it; an evaluation of its checkpoints does not write over it.
-    keeps_status: bool,
     steps: JsonLines,
     evaluations: JsonLines,
     entries: mpsc::Receiver<Entry>,
@@ -47,12 +45,11 @@ impl Journal {
     ///
     /// # Errors
     /// If the run directory is not writable.
-    pub fn open(run_dir: RunDir, fingerprint: String, task: &Task) -> Result<(mpsc::Sender<Entry>, Self), FileError> {
-        let keeps_status = matches!(task, Task::Train { .. });
+    pub fn open(run_dir: RunDir, fingerprint: String) -> Result<(mpsc::Sender<Entry>, Self), FileError> {
         let (sender, entries) = mpsc::channel(QUEUE);
         let steps = JsonLines::open(run_dir.metrics())?;
         let evaluations = JsonLines::open(run_dir.evaluations())?;
-        Ok((sender, Self { run_dir, fingerprint, keeps_status, steps, evaluations, entries }))
+        Ok((sender, Self { run_dir, fingerprint, steps, evaluations, entries }))
     }
 
     /// Writes until every sender is gone. Blocks: for a thread of its own.
@@ -64,8 +61,7 @@ impl Journal {
             match entry {
                 Entry::Step(record) => self.steps.append(&record)?,
                 Entry::Evaluation(evaluation) => self.evaluations.append(&evaluation)?,
-                Entry::Status(status) if self.keeps_status => write_json(&self.run_dir.status(), &status)?,
-                Entry::Status(_) => {}
+                Entry::Status(status) => write_json(&self.run_dir.status(), &status)?,
                 Entry::Summary(summary) => write_json(&self.run_dir.summary(), &summary)?,
                 Entry::Ledger { step, ledger, done } => {
                     LedgerFile::write(&self.run_dir, step, &self.fingerprint, *ledger)?;

@@ -113,7 +113,7 @@ impl Coordinator {
         let source = Arc::new(source);
         let Settings { run_dir, config, task, .. } = &settings;
         let history = History::load(run_dir, task, &source.facts.fingerprint)?;
-        let (entries, journal) = Journal::open(run_dir.clone(), source.facts.fingerprint.clone(), task)?;
+        let (entries, journal) = Journal::open(run_dir.clone(), source.facts.fingerprint.clone())?;
 
         let cluster = &config.cluster;
         let (grpc, grpc_port) = listen(&cluster.bind, cluster.grpc_port, "grpc_port").await?;

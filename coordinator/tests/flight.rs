@@ -11,8 +11,8 @@ use arrow_array::cast::AsArray;
 use arrow_array::types::{Float16Type, UInt32Type};
 use arrow_array::{RecordBatch, UInt32Array};
 use arrow_flight::decode::{DecodedPayload, FlightDataDecoder};
-use arrow_flight::encode::FlightDataEncoderBuilder;
 use arrow_flight::error::FlightError;
+use arrow_flight::utils::batches_to_flight_data;
 use arrow_flight::{Action, Criteria, FlightData, FlightDescriptor, Ticket as RawTicket};
 use arrow_schema::Schema;
 use futures::{StreamExt, TryStreamExt};
@@ -174,21 +174,24 @@ async fn held_out_rows_and_the_catalogue() {
     let items = dataset.items().unwrap();
     assert_eq!(found[0].1.column_by_name("id").unwrap().as_string::<i32>().value(0), items[3].id);
     assert_eq!(schema.metadata()["learn.fingerprint"], dataset.facts().fingerprint);
+    let (found, _) = messages(&mut flight, Ticket::Popularity {}.encode()).await.unwrap();
+    let counts = found[0].1.column_by_name("interactions").unwrap().as_primitive::<UInt32Type>().values().to_vec();
+    assert_eq!(counts.into_iter().map(u64::from).collect::<Vec<_>>(), dataset.popularity());
     assert!(schema.field_with_name("title").unwrap().metadata().contains_key("doc"));
     running.stop().await;
 }
 
+/// The messages of an exchange; an empty batch is sent too.
+fn exchange(batches: &[RecordBatch], command: Vec<u8>) -> impl futures::Stream<Item = FlightData> + use<> {
+    let mut messages = batches_to_flight_data(&batches[0].schema(), batches).unwrap();
+    messages[0].flight_descriptor = Some(FlightDescriptor::new_cmd(command));
+    futures::stream::iter(messages)
+}
+
 fn requests(batches: Vec<Vec<u32>>, command: Vec<u8>) -> impl futures::Stream<Item = FlightData> {
     let schema = Arc::new(rows_request_schema());
-    let batches = batches.into_iter().map({
-        let schema = Arc::clone(&schema);
-        move |items| Ok(RecordBatch::try_new(Arc::clone(&schema), vec![Arc::new(UInt32Array::from(items))]).unwrap())
-    });
-    FlightDataEncoderBuilder::new()
-        .with_schema(schema)
-        .with_flight_descriptor(Some(FlightDescriptor::new_cmd(command)))
-        .build(futures::stream::iter(batches))
-        .map(Result::unwrap)
+    let batch = |items| RecordBatch::try_new(Arc::clone(&schema), vec![Arc::new(UInt32Array::from(items))]).unwrap();
+    exchange(&batches.into_iter().map(batch).collect::<Vec<_>>(), command)
 }
 
 async fn rows(flight: &mut Flight, batches: Vec<Vec<u32>>) -> Result<Vec<(RowsMeta, Vec<half::f16>)>, tonic::Status> {
@@ -257,14 +260,9 @@ async fn malformed_requests_are_refused_by_name() {
     }
     let command = flight.do_exchange(requests(vec![vec![1]], b"rows".to_vec())).await.unwrap_err();
     assert_eq!(command.code(), Code::InvalidArgument);
-    let wrong_column = FlightDataEncoderBuilder::new()
-        .with_flight_descriptor(Some(FlightDescriptor::new_cmd(Exchange::Rows {}.encode())))
-        .build(futures::stream::iter([Ok(RecordBatch::try_from_iter([(
-            "item",
-            Arc::new(arrow_array::Int64Array::from(vec![1])) as arrow_array::ArrayRef,
-        )])
-        .unwrap())]))
-        .map(Result::unwrap);
+    let column: arrow_array::ArrayRef = Arc::new(arrow_array::Int64Array::from(vec![1]));
+    let wrong_column = RecordBatch::try_from_iter([("item", column)]).unwrap();
+    let wrong_column = exchange(&[wrong_column], Exchange::Rows {}.encode());
     let mut answer = flight.do_exchange(wrong_column).await.unwrap().into_inner();
     assert!(answer.message().await.unwrap().is_some(), "the schema of the answer");
     let refused = answer.message().await.unwrap_err();
@@ -282,7 +280,7 @@ async fn flights_are_described() {
     let listed: Vec<_> =
         flight.list_flights(Criteria::default()).await.unwrap().into_inner().try_collect().await.unwrap();
     let name = |info: &arrow_flight::FlightInfo| info.flight_descriptor.as_ref().unwrap().path[0].clone();
-    assert_eq!(listed.iter().map(name).collect::<Vec<_>>(), ["train", "valid", "test", "items"]);
+    assert_eq!(listed.iter().map(name).collect::<Vec<_>>(), ["train", "valid", "test", "items", "popularity"]);
     assert_eq!(listed[0].endpoint.len(), 2);
     assert!(listed[0].endpoint[0].location[0].uri.starts_with("grpc+tcp://127.0.0.1:"));
     let mut rows = 0;
@@ -318,7 +316,7 @@ async fn pyarrow_reads_batches_and_rows() {
     let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(found["flights"], serde_json::json!(["train", "valid", "test", "items"]));
+    assert_eq!(found["flights"], serde_json::json!(["train", "valid", "test", "items", "popularity"]));
     assert_eq!(found["users"], ground.dataset().facts().train_users);
     assert_eq!(found["dim"], DIM);
     assert!(found["rows"].as_u64().unwrap() > 20);

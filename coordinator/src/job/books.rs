@@ -49,6 +49,8 @@ pub struct Books {
     current: Ledger,
     /// Steps that some rank has not reported yet.
     open: BTreeMap<Step, Open>,
+    /// Ranks that report no more.
+    gone: BTreeSet<Rank>,
 }
 
 impl Books {
@@ -62,6 +64,7 @@ impl Books {
             since: VecDeque::new(),
             current: ledger,
             open: BTreeMap::new(),
+            gone: BTreeSet::new(),
         }
     }
 
@@ -97,10 +100,21 @@ impl Books {
             return Ok(false);
         }
         open.users.extend(users);
-        while self.open.get(&self.next()).is_some_and(|open| open.ranks.len() as u32 >= self.world_size) {
+        self.enter_complete();
+        Ok(true)
+    }
+
+    /// A rank has left: nothing waits for its reports.
+    pub fn leave(&mut self, rank: Rank) {
+        self.gone.insert(rank);
+        self.enter_complete();
+    }
+
+    fn enter_complete(&mut self) {
+        let all = self.world_size as usize;
+        while self.open.get(&self.next()).is_some_and(|open| open.ranks.union(&self.gone).count() >= all) {
             self.enter();
         }
-        Ok(true)
     }
 
     /// The ledger as it was after `step`; `None` while a rank's report is missing.
@@ -201,6 +215,16 @@ mod tests {
         books.give_up_waiting(Step(2));
         let ledger = books.commit(Step(2)).unwrap().unwrap();
         assert_eq!(ledger.summary().epochs[0].seen, 1);
+    }
+
+    #[test]
+    fn a_rank_that_has_left_holds_nothing_up() {
+        let mut books = books();
+        books.report(entry(0, 1, 0, &[0])).unwrap();
+        books.leave(Rank(1));
+        assert_eq!(books.complete(), Step(1));
+        books.report(entry(0, 2, 0, &[1])).unwrap();
+        assert_eq!((books.complete(), books.summary().epochs[0].seen), (Step(2), 2));
     }
 
     #[test]

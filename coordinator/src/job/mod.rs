@@ -268,6 +268,9 @@ impl Job {
     pub fn leave(&mut self, now: Duration, id: WorkerId, departure: Departure) -> Result<Vec<Effect>, JobError> {
         let worker = self.workers.get_mut(&id).ok_or(JobError::UnknownWorker(id))?;
         worker.left = true;
+        if let Some(rank) = worker.rank {
+            self.books.leave(rank);
+        }
         worker.phase = match departure {
             Departure::Done => "done".into(),
             Departure::Stopped => "stopped".into(),
