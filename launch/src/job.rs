@@ -158,7 +158,7 @@ impl<'a> LocalJob<'a> {
                 .args(["--bind", &config.cluster.bind])
                 .env("OMP_NUM_THREADS", &threads);
             let log = run.worker_log(Rank(number));
-            self.workers.push(Process::start(format!("worker {number}"), &mut command, &log)?);
+            self.workers.push(Process::start(format!("worker process {number}"), &mut command, &log)?);
         }
         Ok(())
     }
@@ -190,9 +190,13 @@ impl<'a> LocalJob<'a> {
             self.progress.line(&render::evaluation(evaluation));
         }
         self.evaluations = self.evaluations.max(status.evaluations.len());
-        match &status.last_step {
-            Some(step) => self.progress.at(step.step.0, status.total_steps, render::step(step)),
-            None => self.progress.at(0, status.total_steps, render::state(&status.state).to_owned()),
+        match (self.spec.task, &status.last_step) {
+            // An evaluation has no steps of its own.
+            (Task::Evaluate { .. }, _) => {}
+            (Task::Train { .. }, Some(step)) => self.progress.at(step.step.0, status.total_steps, render::step(step)),
+            (Task::Train { .. }, None) => {
+                self.progress.at(0, status.total_steps, render::state(&status.state).to_owned());
+            }
         }
     }
 

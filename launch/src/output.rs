@@ -138,7 +138,9 @@ impl Progress {
     /// The end: the bar goes, the last plain line stays. A second call changes nothing.
     pub fn finish(&mut self) {
         if !self.bar.is_finished() {
-            self.say(true);
+            if self.said.is_some() {
+                self.say(true);
+            }
             self.bar.finish_and_clear();
         }
     }

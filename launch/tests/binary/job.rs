@@ -83,7 +83,7 @@ while true; do sleep 0.05; done"#;
     let output = job.wait_with_output()?;
     assert_eq!(output.status.code(), Some(4), "{}", err(&output));
     let text = err(&output);
-    for words in ["worker 1 ended with exit code 1", "worker-1.log", "| libtorch is not there", "--force"] {
+    for words in ["worker process 1 ended with exit code 1", "worker-1.log", "| libtorch is not there", "--force"] {
         assert!(text.contains(words), "{words} is not in {text}");
     }
     assert!(start.elapsed().as_secs() < 60, "it does not wait for the join timeout");
