@@ -122,6 +122,18 @@ impl Evaluator {
         Ok(Evaluation { split, step, epoch, users: totals.users(), metrics: totals.metrics(), seconds })
     }
 
+    /// Content embeddings `[S, input_dim]` of at most `count` items, evenly spread over the catalogue: the same on every
+    /// rank and for any number of them.
+    ///
+    /// # Errors
+    /// If they cannot be fetched.
+    pub fn sample_items(&mut self, count: usize) -> Result<Tensor, WorkerError> {
+        let stride = self.items.div_ceil(count).max(1);
+        let sample: Vec<u32> = (0..self.items as u32).step_by(stride).collect();
+        let rows = self.handle.block_on(self.rows.fetch(&sample))?;
+        Ok(rows_tensor(&rows, self.dim, self.device))
+    }
+
     /// All item embeddings `[N, d]`, each rank having embedded an equal part.
     fn embed_items(&mut self, catalogue: &Catalogue<'_>, exchange: &mut Exchange) -> Result<Tensor, WorkerError> {
         let world = exchange.world_size();

@@ -155,6 +155,21 @@ impl Pch {
         }
     }
 
+    /// Lets the adaptor start as if the content embeddings had mean 0 and variance 1, judged by a `sample`
+    /// `[S, input_dim]`: `W <- W / std`, `b <- -W mean`, with one standard deviation over all dimensions.
+    pub fn standardize_adaptor(&self, parameters: &mut Parameters, sample: &Tensor) {
+        let weight = parameters.get("adaptor.weight");
+        let sample = sample.to_kind(Kind::Double).to_device(weight.device());
+        let mean = sample.mean_dim([0_i64].as_slice(), false, Kind::Double);
+        let variance = (sample - &mean).square().mean(Kind::Double);
+        tch::no_grad(|| {
+            let scaled = weight.to_kind(Kind::Double) / variance.sqrt().clamp_min(1e-12);
+            let bias = -scaled.mv(&mean);
+            weight.shallow_clone().copy_(&scaled);
+            parameters.get("adaptor.bias").shallow_clone().copy_(&bias);
+        });
+    }
+
     /// The adaptor: content embeddings `[U, input_dim]` of any floating kind to `[U, D]`.
     pub fn adapt(&self, parameters: &Parameters, rows: &Tensor, forward: &Forward) -> Tensor {
         linear(parameters, "adaptor").forward(rows, forward.precision).to_kind(parameters.kind())

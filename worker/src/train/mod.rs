@@ -12,7 +12,7 @@ use std::path::Path;
 use std::time::Instant;
 
 pub use exchange::Exchange;
-use learn_domain::config::Config;
+use learn_domain::config::{AdaptorInit, Config};
 use learn_domain::plan::{Plan, PlanKey};
 use learn_domain::report::{Evaluation, Split, StepRecord};
 use learn_domain::schedule::learning_rate;
@@ -31,6 +31,9 @@ use crate::feed::flight::DataClient;
 use crate::feed::{Feed, FeedSettings};
 use crate::session::{Ended, Membership};
 
+/// Items of the catalogue that a standardized adaptor is measured on.
+const INIT_SAMPLE: usize = 4096;
+
 /// The shape of the model that a configuration and a dataset make.
 #[must_use]
 pub fn shape(config: &Config, input_dim: u32) -> PchShape {
@@ -47,8 +50,9 @@ pub fn shape(config: &Config, input_dim: u32) -> PchShape {
 /// Anything that keeps the job from going on; what is already durable stays.
 pub fn run(membership: &Membership, exchange: Exchange, resume_from: Option<&str>) -> Result<Ended, WorkerError> {
     let mut trainer = Trainer::new(membership, exchange)?;
-    if let Some(path) = resume_from {
-        trainer.restore(Path::new(path))?;
+    match resume_from {
+        Some(path) => trainer.restore(Path::new(path))?,
+        None => trainer.initialize()?,
     }
     compare_start(&trainer.stepper.parameters, &mut trainer.exchange)?;
     let ended = trainer.train()?;
@@ -124,6 +128,15 @@ impl<'a> Trainer<'a> {
             best: None,
             saved: None,
         })
+    }
+
+    /// What a fresh start does beyond random weights.
+    fn initialize(&mut self) -> Result<(), WorkerError> {
+        if self.config.model.adaptor_init == AdaptorInit::Standardized {
+            let sample = self.evaluator.sample_items(INIT_SAMPLE)?;
+            self.stepper.model.standardize_adaptor(&mut self.stepper.parameters, &sample);
+        }
+        Ok(())
     }
 
     /// Takes over parameters, moments and counters of a checkpoint.

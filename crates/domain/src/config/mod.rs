@@ -15,8 +15,8 @@ pub use prepare::{FileFormat, InteractionsConfig, ItemsConfig, PrepareConfig, Sp
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 pub use train::{
-    CheckpointConfig, ClusterConfig, DeviceKind, EvaluationConfig, ItemTower, ModelConfig, ObjectiveConfig,
-    OptimizerConfig, PositionEmbedding, SamplingConfig, ScheduleKind, TrainingConfig,
+    AdaptorInit, CheckpointConfig, ClusterConfig, DeviceKind, EvaluationConfig, ItemTower, ModelConfig,
+    ObjectiveConfig, OptimizerConfig, PositionEmbedding, SamplingConfig, ScheduleKind, TrainingConfig,
 };
 pub use units::{ByteSize, Span, UnitError};
 

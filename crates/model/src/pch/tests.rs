@@ -229,3 +229,18 @@ fn shapes_that_make_no_sense_are_refused() {
     assert!(error.contains("model.output_dim") && error.contains('7'), "{error}");
     assert!(refused(config(), 0).contains("learn-launch embed"));
 }
+
+#[test]
+fn a_standardized_adaptor_sees_mean_0_and_variance_1() {
+    let shape = PchShape { input_dim: 24, model: config(), max_history: 4 };
+    let model = Pch::new(shape).unwrap();
+    let mut parameters = Parameters::init(model.shape(), 3, Device::Cpu);
+    let before = parameters.get("adaptor.weight").detach().copy();
+    let sample = Tensor::randn([500, 24], (Kind::Float, Device::Cpu)) * 0.01 + 0.3;
+    model.standardize_adaptor(&mut parameters, &sample);
+    let forward = Forward { train: false, precision: Precision::F32 };
+    let ours = model.adapt(&parameters, &sample, &forward);
+    let standardized = (&sample - sample.mean_dim([0_i64].as_slice(), false, Kind::Float)) / 0.01;
+    let wanted = standardized.matmul(&before.tr());
+    assert!((ours - &wanted).abs().max().double_value(&[]) < 0.05 * wanted.abs().max().double_value(&[]));
+}
