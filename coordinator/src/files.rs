@@ -9,16 +9,22 @@ use serde::de::DeserializeOwned;
 
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
+    #[error("cannot read {path}: {source}")]
+    Read { path: PathBuf, source: io::Error },
     #[error("cannot {action} {path}: {source}; is the disk full, or the directory not writable?")]
-    Io { action: &'static str, path: PathBuf, source: io::Error },
+    Write { action: &'static str, path: PathBuf, source: io::Error },
     #[error("{path}, line {line}: {source}; the file was changed or is of another version")]
     Line { path: PathBuf, line: usize, source: serde_json::Error },
     #[error("{path}: {source}; the file was changed or is of another version")]
     Json { path: PathBuf, source: serde_json::Error },
 }
 
-fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FileError {
-    move |source| FileError::Io { action, path: path.to_owned(), source }
+fn read_error(path: &Path) -> impl FnOnce(io::Error) -> FileError {
+    move |source| FileError::Read { path: path.to_owned(), source }
+}
+
+fn write_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FileError {
+    move |source| FileError::Write { action, path: path.to_owned(), source }
 }
 
 /// Replaces a file as a whole: a reader, or a kill, sees the old or the new text.
@@ -27,7 +33,7 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> File
 /// If the directory is not writable.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
     let folder = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(folder).map_err(io_error("make the directory", folder))?;
+    fs::create_dir_all(folder).map_err(write_error("make the directory", folder))?;
     let mut aside = path.as_os_str().to_owned();
     aside.push(".tmp");
     let aside = PathBuf::from(aside);
@@ -36,9 +42,9 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
         file.write_all(bytes)?;
         file.sync_all()
     };
-    write().map_err(io_error("write", &aside))?;
-    fs::rename(&aside, path).map_err(io_error("replace", path))?;
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(io_error("sync", folder))
+    write().map_err(write_error("write", &aside))?;
+    fs::rename(&aside, path).map_err(write_error("replace", path))?;
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(write_error("sync", folder))
 }
 
 /// [`write_atomic`] of a value as JSON.
@@ -54,7 +60,7 @@ pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), FileError>
 /// # Errors
 /// If the file cannot be read or is not the JSON of a `T`.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, FileError> {
-    let bytes = fs::read(path).map_err(io_error("read", path))?;
+    let bytes = fs::read(path).map_err(read_error(path))?;
     serde_json::from_slice(&bytes).map_err(json_error(path))
 }
 
@@ -73,7 +79,7 @@ impl JsonLines {
     /// # Errors
     /// If the file can be neither made nor extended.
     pub fn open(path: PathBuf) -> Result<Self, FileError> {
-        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(io_error("open", &path))?;
+        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(write_error("open", &path))?;
         Ok(Self { path, file })
     }
 
@@ -84,7 +90,7 @@ impl JsonLines {
     pub fn append<T: Serialize>(&mut self, value: &T) -> Result<(), FileError> {
         let mut line = serde_json::to_vec(value).map_err(json_error(&self.path))?;
         line.push(b'\n');
-        self.file.write_all(&line).map_err(io_error("append to", &self.path))
+        self.file.write_all(&line).map_err(write_error("append to", &self.path))
     }
 }
 
@@ -96,7 +102,7 @@ pub fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, FileError>
     let text = match fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(io_error("read", path)(error)),
+        Err(error) => return Err(read_error(path)(error)),
     };
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     let parse = |(index, line): (usize, &str)| {

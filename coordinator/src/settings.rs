@@ -21,7 +21,7 @@ pub struct Settings {
 
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
-    #[error("{0}; the run directory needs the resolved configuration, `learn-launch train` writes it")]
+    #[error("{0}; a run directory holds the resolved configuration, which `learn-launch train` writes")]
     Unreadable(FileError),
     #[error(transparent)]
     Config(#[from] ConfigError),
