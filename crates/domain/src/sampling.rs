@@ -5,15 +5,28 @@
 //! 1. **Cut.** A cut point is drawn uniformly: the items before it are the full history (at least one), the
 //!    [`SamplingShape::window`] items from it on are the target window (at least one).
 //! 2. **Stage 1** draws `history` items from the full history and `targets` items from the target window, uniformly
-//!    without replacement, keeping their order; a shorter sequence is taken whole.
+//!    without replacement, keeping their order; a shorter sequence is taken whole. With [`StageOne::Nearest`] it takes
+//!    the items nearest to the cut instead, which is what an evaluation's history looks like.
 //! 3. **Stage 2** draws `user_positions` positions of the kept history and `item_positions` of the kept targets
 //!    without replacement, with the recency weights of [`recency_weight`] (LEARN, arXiv 2405.03988, section "sample
 //!    construction"; the exact form of the weight is our reading).
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::UserIndex;
 use crate::random::Draws;
+
+/// How stage 1 shortens a sequence.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StageOne {
+    /// Items drawn uniformly without replacement, as published.
+    #[default]
+    Uniform,
+    /// The newest items of the history, the first ones of the target window.
+    Nearest,
+}
 
 /// Lengths of a sample.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -24,6 +37,7 @@ pub struct SamplingShape {
     pub targets: u32,
     /// Items after the cut that targets are drawn from; 0 = all of them.
     pub window: u32,
+    pub stage_one: StageOne,
     /// `Nh`: sampled positions of the history.
     pub user_positions: u32,
     /// `Nt`: sampled positions of the targets.
@@ -106,8 +120,16 @@ pub fn sample(key: SampleKey, length: u32, shape: &SamplingShape) -> Option<Samp
     }
     let mut draws = draws(key);
     let (cut, end) = cut(&mut draws, length, shape);
-    let history = uniform_subset(&mut draws, 0..cut, shape.history);
-    let targets = uniform_subset(&mut draws, cut..end, shape.targets);
+    let (history, targets) = match shape.stage_one {
+        StageOne::Uniform => {
+            let history = uniform_subset(&mut draws, 0..cut, shape.history);
+            (history, uniform_subset(&mut draws, cut..end, shape.targets))
+        }
+        StageOne::Nearest => {
+            let history = (cut.saturating_sub(shape.history)..cut).collect();
+            (history, (cut..end.min(cut.saturating_add(shape.targets))).collect())
+        }
+    };
     let user_positions = recent_positions(&mut draws, history.len(), shape.user_positions, shape);
     let item_positions = recent_positions(&mut draws, targets.len(), shape.item_positions, shape);
     Some(Sample { history, targets, user_positions, item_positions })
@@ -162,6 +184,7 @@ mod tests {
         history: 40,
         targets: 20,
         window: 0,
+        stage_one: StageOne::Uniform,
         user_positions: 10,
         item_positions: 10,
         alpha: 10.0,
@@ -175,9 +198,10 @@ mod tests {
     proptest! {
         #[test]
         fn a_sample_is_ordered_in_range_and_never_sees_the_future(
-            length in 2_u32..300, user: u32, epoch in 0_u32..50, window in 0_u32..20,
+            length in 2_u32..300, user: u32, epoch in 0_u32..50, window in 0_u32..20, nearest: bool,
         ) {
-            let shape = SamplingShape { window, ..SHAPE };
+            let stage_one = if nearest { StageOne::Nearest } else { StageOne::Uniform };
+            let shape = SamplingShape { window, stage_one, ..SHAPE };
             let s = draw(user, epoch, length, &shape);
             prop_assert_eq!(&s, &draw(user, epoch, length, &shape));
             let ascending = |values: &[u32], bound: usize| {
@@ -193,6 +217,10 @@ mod tests {
             let size = sample_size(SampleKey { seed: 1, epoch, user: UserIndex(user) }, length, &shape).unwrap();
             prop_assert_eq!((size.history, size.targets), (s.history.len() as u32, s.targets.len() as u32));
             prop_assert_eq!(size.pairs, (s.user_positions.len() * s.item_positions.len()) as u64);
+            if nearest {
+                let together: Vec<u32> = s.history.iter().chain(&s.targets).copied().collect();
+                prop_assert!(together.windows(2).all(|pair| pair[0] + 1 == pair[1]), "a run without gaps");
+            }
             if window > 0 {
                 prop_assert!(s.targets.last().unwrap() - s.targets.first().unwrap() < window);
             }

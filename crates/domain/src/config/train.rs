@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{ByteSize, Config, ConfigError, Precision, Span};
-use crate::sampling::SamplingShape;
+use crate::sampling::{SamplingShape, StageOne};
 
 /// Where tensors live.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -116,6 +116,8 @@ pub struct SamplingConfig {
     pub targets: u32,
     /// Targets come from this many items after the cut; 0 = from all later ones.
     pub window: u32,
+    /// How a longer sequence is shortened to `history` and `targets`.
+    pub stage_one: StageOne,
     /// Sampled history positions (Nh).
     pub user_positions: u32,
     /// Sampled target positions (Nt).
@@ -132,6 +134,7 @@ impl Default for SamplingConfig {
             history: 80,
             targets: 20,
             window: 0,
+            stage_one: StageOne::Uniform,
             user_positions: 10,
             item_positions: 10,
             alpha: 10.0,
@@ -147,6 +150,7 @@ impl SamplingConfig {
             history: self.history,
             targets: self.targets,
             window: self.window,
+            stage_one: self.stage_one,
             user_positions: self.user_positions,
             item_positions: self.item_positions,
             alpha: self.alpha,
