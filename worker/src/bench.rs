@@ -20,7 +20,7 @@ use serde::Serialize;
 use crate::control::Progress;
 use crate::error::WorkerError;
 use crate::feed::PreparedStep;
-use crate::feed::assemble::{UserShare, assemble};
+use crate::feed::assemble::{Layout, UserShare, assemble};
 use crate::train::{Exchange, PhaseClock, Stepper, shape};
 
 /// What is measured.
@@ -145,7 +145,7 @@ fn synthetic_step(settings: &BenchSettings) -> PreparedStep {
     let pairs = share.iter().map(|user| (user.user_positions.len() * user.item_positions.len()) as u64).sum();
     let dim = settings.input_dim as usize;
     let scale = 1.0 / (dim as f64).sqrt();
-    let micro_batches = assemble(&share, config.training.micro_batch)
+    let micro_batches = assemble(&share, Layout { micro_batch: config.training.micro_batch, ..Layout::default() })
         .into_iter()
         .map(|batch| {
             let values = batch.unique_items.len() * dim;

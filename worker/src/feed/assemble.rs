@@ -42,11 +42,13 @@ pub struct MicroBatch {
     pub unique_items: Vec<u32>,
     pub history: PaddedSequences,
     pub targets: PaddedSequences,
+    /// Further items that are negatives for every user, each as a sequence of one.
+    pub negatives: PaddedSequences,
     /// `[R]`: place in the global batch of each sampled history position's user.
     pub row_user: Vec<i64>,
-    /// `[M]`: item index of each sampled target.
+    /// `[M]`: item index of each sampled target, then of each negative.
     pub item_id: Vec<i64>,
-    /// `[M]`: place in the global batch of each sampled target's user.
+    /// `[M]`: place in the global batch of each sampled target's user, [`NOBODY`] for a negative.
     pub item_user: Vec<i64>,
     /// Real tokens of both towers.
     pub tokens: u64,
@@ -54,14 +56,26 @@ pub struct MicroBatch {
     pub padded_tokens: u64,
 }
 
-/// Divides a share into micro-batches of at most `micro_batch` users (0 = one) and lays each out.
-#[must_use]
-pub fn assemble(share: &[UserShare], micro_batch: u32) -> Vec<MicroBatch> {
-    let size = if micro_batch == 0 { share.len().max(1) } else { micro_batch as usize };
-    share.chunks(size).map(lay_out).collect()
+/// The owner of an item that is nobody's target.
+pub const NOBODY: i64 = -1;
+
+/// How a share is divided and laid out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Layout {
+    /// Most users of a micro-batch; 0 = one micro-batch.
+    pub micro_batch: u32,
+    /// Newest history items of each user that become negatives.
+    pub history_negatives: u32,
 }
 
-fn lay_out(users: &[UserShare]) -> MicroBatch {
+/// Divides a share into micro-batches and lays each out.
+#[must_use]
+pub fn assemble(share: &[UserShare], layout: Layout) -> Vec<MicroBatch> {
+    let size = if layout.micro_batch == 0 { share.len().max(1) } else { layout.micro_batch as usize };
+    share.chunks(size).map(|users| lay_out(users, layout.history_negatives as usize)).collect()
+}
+
+fn lay_out(users: &[UserShare], history_negatives: usize) -> MicroBatch {
     let mut unique_items: Vec<u32> =
         users.iter().flat_map(|user| user.history.iter().chain(&user.targets)).copied().collect();
     unique_items.sort_unstable();
@@ -69,16 +83,25 @@ fn lay_out(users: &[UserShare]) -> MicroBatch {
     let index: HashMap<u32, i64> = unique_items.iter().zip(0..).map(|(&item, row)| (item, row)).collect();
     let history = pad(users.iter().map(|user| (&user.history[..], &user.user_positions[..])), &index);
     let targets = pad(users.iter().map(|user| (&user.targets[..], &user.item_positions[..])), &index);
+    let newest = |user: &UserShare| user.history.len().saturating_sub(history_negatives)..user.history.len();
+    let negative_items: Vec<u32> = users.iter().flat_map(|user| user.history[newest(user)].iter().copied()).collect();
+    let negatives = pad(negative_items.iter().map(|item| (std::slice::from_ref(item), &[0][..])), &index);
     let repeat = |user: &UserShare, count: usize| std::iter::repeat_n(i64::from(user.place), count);
     MicroBatch {
         row_user: users.iter().flat_map(|user| repeat(user, user.user_positions.len())).collect(),
-        item_user: users.iter().flat_map(|user| repeat(user, user.item_positions.len())).collect(),
+        item_user: users
+            .iter()
+            .flat_map(|user| repeat(user, user.item_positions.len()))
+            .chain(negative_items.iter().map(|_| NOBODY))
+            .collect(),
         item_id: users
             .iter()
             .flat_map(|user| user.item_positions.iter().map(|&position| i64::from(user.targets[position as usize])))
+            .chain(negative_items.iter().map(|&item| i64::from(item)))
             .collect(),
         tokens: users.iter().map(|user| (user.history.len() + user.targets.len()) as u64).sum(),
         padded_tokens: (history.items.len() + targets.items.len()) as u64,
+        negatives,
         unique_items,
         history,
         targets,
@@ -111,7 +134,7 @@ pub fn newest_positions(histories: &[&[u32]]) -> (Vec<u32>, PaddedSequences) {
             ..UserShare::default()
         })
         .collect();
-    let batch = lay_out(&users);
+    let batch = lay_out(&users, 0);
     (batch.unique_items, batch.history)
 }
 
@@ -134,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_batch_by_hand() {
-        let batches = assemble(&share(), 0);
+        let batches = assemble(&share(), Layout::default());
         let [batch] = &batches[..] else { panic!("one micro-batch") };
         assert_eq!(batch.unique_items, [2, 3, 5, 7, 9]);
         assert_eq!((batch.history.width, &batch.history.items[..]), (3, &[3, 1, 0, 1, 1, 2][..]));
@@ -149,11 +172,21 @@ mod tests {
 
     #[test]
     fn micro_batches_hold_the_same_users_and_an_empty_share_is_empty() {
-        let batches = assemble(&share(), 1);
+        let batches = assemble(&share(), Layout { micro_batch: 1, ..Layout::default() });
         assert_eq!(batches.len(), 2);
         assert_eq!(batches[1].unique_items, [2, 3, 5, 7]);
         assert_eq!(batches.iter().map(|batch| batch.tokens).sum::<u64>(), 8);
-        assert!(assemble(&[], 0).is_empty());
+        assert!(assemble(&[], Layout::default()).is_empty());
+    }
+
+    #[test]
+    fn the_newest_history_items_become_nobodys_items() {
+        let batches = assemble(&share(), Layout { history_negatives: 2, ..Layout::default() });
+        let batch = &batches[0];
+        assert_eq!(batch.item_id, [9, 7, 2, 7, 3, 3, 5]);
+        assert_eq!(batch.item_user, [0, 4, 4, NOBODY, NOBODY, NOBODY, NOBODY]);
+        assert_eq!((batch.negatives.width, &batch.negatives.items[..]), (1, &[3, 1, 1, 2][..]));
+        assert_eq!(batch.negatives.positions, [0, 1, 2, 3]);
     }
 
     #[test]

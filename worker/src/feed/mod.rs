@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use assemble::{MicroBatch, assemble};
+use assemble::{Layout, MicroBatch, assemble};
 use cache::RowCache;
 use flight::{DataClient, FlightClientError, RowExchange};
 use half::f16;
@@ -49,7 +49,7 @@ pub struct FeedSettings {
     pub rank: u32,
     pub world_size: u32,
     pub from_step: u64,
-    pub micro_batch: u32,
+    pub layout: Layout,
     pub prefetch_steps: u32,
     pub dim: usize,
     pub cache_bytes: u64,
@@ -176,7 +176,7 @@ async fn fetch_steps(
         let indices: usize = share.iter().map(|user| user.history.len() + user.targets.len()).sum();
         metrics.received_bytes_total.with_label_values(&["batches"]).inc_by(4 * indices as u64);
         let mut micro_batches = Vec::new();
-        for batch in assemble(&share, settings.micro_batch) {
+        for batch in assemble(&share, settings.layout) {
             let rows = source.rows(&batch.unique_items).await?;
             micro_batches.push((batch, rows));
         }

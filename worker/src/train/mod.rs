@@ -27,6 +27,7 @@ use crate::checkpoint::{self, Best, Snapshot, State, Writer};
 use crate::control::FinishedStep;
 use crate::error::WorkerError;
 use crate::evaluate::{Catalogue, Evaluator};
+use crate::feed::assemble::Layout;
 use crate::feed::flight::DataClient;
 use crate::feed::{Feed, FeedSettings};
 use crate::session::{Ended, Membership};
@@ -202,7 +203,10 @@ impl<'a> Trainer<'a> {
             rank: place.rank.0,
             world_size: place.world_size,
             from_step: self.finished.0,
-            micro_batch: self.config.training.micro_batch,
+            layout: Layout {
+                micro_batch: self.config.training.micro_batch,
+                history_negatives: self.config.objective.history_negatives,
+            },
             prefetch_steps: self.config.cluster.prefetch_steps,
             dim: self.stepper.input_dim,
             cache_bytes: self.config.cluster.row_cache.0,

@@ -19,8 +19,10 @@ pub struct Pass {
     rows: Tensor,
     history: Sequences,
     targets: Sequences,
+    /// Negatives that are nobody's targets, `[n, 1]`, if there are any.
+    negatives: Option<Sequences>,
     seed: u64,
-    /// Sampled history positions and targets of this pass.
+    /// Sampled history positions, and targets with negatives, of this pass.
     counts: (i64, i64),
 }
 
@@ -29,7 +31,7 @@ pub struct Share {
     pub passes: Vec<Pass>,
     /// `[R]`: place in the global batch of each user row.
     pub row_user: Tensor,
-    /// `[M]`: item index of each target row.
+    /// `[M]`: item index of each target and negative row.
     pub item_id: Tensor,
     /// `[M]`: place in the global batch of each target row's user.
     pub item_user: Tensor,
@@ -68,6 +70,7 @@ impl Share {
             rows: rows_tensor(rows, dim, device),
             history: sequences(&batch.history, device),
             targets: sequences(&batch.targets, device),
+            negatives: (!batch.negatives.lengths.is_empty()).then(|| sequences(&batch.negatives, device)),
             seed: random::key(&[seed, number as u64]),
             counts: (batch.row_user.len() as i64, batch.item_id.len() as i64),
         });
@@ -93,9 +96,14 @@ impl Pass {
             learn_torch::seed(self.seed);
         }
         let adapted = model.adapt(parameters, &self.rows, forward);
+        let item = |sequences| model.item(parameters, &self.rows, &adapted, sequences, forward);
+        let targets = item(&self.targets);
         Embeddings {
             user: model.user(parameters, &adapted, &self.history, forward),
-            item: model.item(parameters, &self.rows, &adapted, &self.targets, forward),
+            item: match &self.negatives {
+                Some(negatives) => Tensor::cat(&[targets, item(negatives)], 0),
+                None => targets,
+            },
         }
     }
 }

@@ -104,6 +104,9 @@ pub struct ObjectiveConfig {
     /// negatives come as often as they are popular, which punishes popular items; with the correction the scores
     /// approach those of a softmax over the catalogue (Bengio and Senécal 2008; Yi et al., RecSys 2019). Published: off.
     pub logq_correction: bool,
+    /// The newest this many history items of each user join the negatives, for data in which nobody takes an item
+    /// twice: the towers learn not to recommend what is already there. Published: 0.
+    pub history_negatives: u32,
 }
 
 /// How a user's sequence becomes a training sample; see `learn_domain::sampling`.
