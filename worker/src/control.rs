@@ -22,6 +22,11 @@ use tokio::task::JoinHandle;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 
+/// Longest wait for a connection to the coordinator or a data service.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// A connection whose peer answers no ping for this long, twice over, is broken: a frozen host ends every wait.
+pub const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
 /// Messages of the report queue; a full queue holds the training thread back.
 const REPORT_QUEUE: usize = 256;
 
@@ -34,6 +39,8 @@ pub enum ControlError {
     Refused { call: &'static str, message: String },
     #[error("{call}: {source}; are the coordinator and this worker of the same version?")]
     Answer { call: &'static str, source: ConvertError },
+    #[error("the coordinator does not answer")]
+    Silent,
     #[error("the report queue has ended before the job: {0}")]
     Reports(String),
 }
@@ -106,7 +113,6 @@ pub struct FinishedStep {
 
 enum Report {
     Step(v1::ReportStepRequest),
-    Checkpoint(v1::CommitCheckpointRequest),
     Evaluation(v1::ReportEvaluationRequest),
 }
 
@@ -128,7 +134,10 @@ impl Control {
         let failed = |reason: String| ControlError::Connect { url: url.to_owned(), reason };
         let endpoint = Channel::from_shared(url.to_owned())
             .map_err(|error| failed(error.to_string()))?
-            .connect_timeout(Duration::from_secs(10))
+            .connect_timeout(CONNECT_TIMEOUT)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE)
+            .keep_alive_while_idle(true)
             .tcp_nodelay(true);
         let channel = handle.block_on(endpoint.connect()).map_err(|error| failed(error_chain(&error)))?;
         let bearer = BearerInterceptor::try_from(secret).map_err(|error| failed(error.to_string()))?;
@@ -186,9 +195,6 @@ impl Control {
             while let Some(report) = reports.recv().await {
                 match report {
                     Report::Step(request) => drop(client.report_step(request).await.map_err(refused("report-step"))?),
-                    Report::Checkpoint(request) => {
-                        drop(client.commit_checkpoint(request).await.map_err(refused("commit-checkpoint"))?);
-                    }
                     Report::Evaluation(request) => {
                         drop(client.report_evaluation(request).await.map_err(refused("report-evaluation"))?);
                     }
@@ -244,17 +250,19 @@ impl Member {
         self.send(Report::Step(report.into()))
     }
 
-    /// Reports a durable checkpoint.
+    /// Reports a durable checkpoint and waits until the coordinator has recorded it.
     ///
     /// # Errors
-    /// If an earlier report failed.
+    /// If the coordinator refuses or cannot be reached.
     pub fn commit_checkpoint(&self, step: Step, path: String) -> Result<(), ControlError> {
-        self.send(Report::Checkpoint(v1::CommitCheckpointRequest {
+        let request = v1::CommitCheckpointRequest {
             worker_id: self.worker.0,
             generation: self.place.generation.0,
             step: step.0,
             path,
-        }))
+        };
+        let committed = self.control.handle.block_on(self.control.client.clone().commit_checkpoint(request));
+        committed.map(drop).map_err(refused("commit-checkpoint"))
     }
 
     /// Reports an evaluation.

@@ -13,6 +13,7 @@ use learn_domain::ranking::{RankTotals, rank};
 use learn_domain::report::{Evaluation, Split};
 use learn_model::{Forward, Parameters, Pch};
 use learn_proto::flight::Ticket;
+use learn_telemetry::WorkerMetrics;
 use tch::{Device, IndexOp, Kind, Tensor};
 use tokio::runtime::Handle;
 
@@ -26,8 +27,8 @@ use crate::train::{Exchange, rows_tensor, sequences, shape};
 
 /// Items whose content embeddings are fetched and embedded at once.
 const ITEM_CHUNK: usize = 4096;
-/// Items that users are scored against at once.
-const SCORE_TILE: i64 = 1 << 16;
+/// Scores that are in memory at once, for the users or their targets, whichever are more.
+const SCORES: i64 = 1 << 24;
 
 /// A model with parameters, as evaluation sees it.
 #[derive(Clone, Copy)]
@@ -47,6 +48,7 @@ pub struct Evaluator {
     dim: usize,
     items: usize,
     max_history: usize,
+    metrics: WorkerMetrics,
 }
 
 /// Runs an evaluation task.
@@ -63,7 +65,8 @@ pub fn run(
     let handle = membership.member.handle();
     let data = handle.block_on(DataClient::connect(&admission.data_locations, &membership.secret))?;
     let model = Pch::new(shape(&admission.config, admission.dataset.embedding_dim))?;
-    let snapshot = checkpoint::read(checkpoint.as_ref(), None)?;
+    let expected = checkpoint::Expected { dataset: &admission.dataset, signature: None };
+    let snapshot = checkpoint::read(checkpoint.as_ref(), Some(&expected))?;
     let parameters = Parameters::load(model.shape(), snapshot.model, Kind::Float, membership.device)?;
     let mut evaluator = Evaluator::new(membership, data)?;
     let catalogue = Catalogue { model: &model, parameters: &parameters };
@@ -81,7 +84,8 @@ impl Evaluator {
     pub fn new(membership: &Membership, data: DataClient) -> Result<Self, WorkerError> {
         let (config, dataset) = (&membership.admission.config, &membership.admission.dataset);
         let handle = membership.member.handle().clone();
-        let settings = RowSettings { dim: dataset.embedding_dim as usize, cache_bytes: config.cluster.row_cache.0 };
+        // the feed has the cache; evaluation reads past it
+        let settings = RowSettings { dim: dataset.embedding_dim as usize, cache_bytes: 0 };
         let rows = handle.block_on(RowSource::open(&data, &settings, membership.metrics.clone()))?;
         Ok(Self {
             handle,
@@ -93,6 +97,7 @@ impl Evaluator {
             dim: settings.dim,
             items: dataset.items as usize,
             max_history: config.sampling.history as usize,
+            metrics: membership.metrics.clone(),
         })
     }
 
@@ -112,6 +117,8 @@ impl Evaluator {
         let ticket =
             Ticket::Evaluation { split, rank: exchange.rank() as u32, world_size: exchange.world_size() as u32 };
         let users = self.handle.block_on(self.data.held_out(&ticket))?;
+        let indices: usize = users.iter().map(|user| user.history.len() + user.targets.len()).sum();
+        self.metrics.received_bytes_total.with_label_values(&["evaluation"]).inc_by(4 * indices as u64);
         let mut totals = RankTotals::new(&self.settings.cutoffs);
         for batch in users.chunks(self.settings.batch_users as usize) {
             let embedded = tch::no_grad(|| self.embed_users(catalogue, batch))?;
@@ -153,7 +160,7 @@ impl Evaluator {
     fn embed_users(&mut self, catalogue: &Catalogue<'_>, users: &[HeldOutUser]) -> Result<Tensor, WorkerError> {
         let histories: Vec<&[u32]> = users.iter().map(|user| newest(&user.history, self.max_history)).collect();
         let (unique, padded) = newest_positions(&histories);
-        let rows = self.handle.block_on(self.rows.rows(&unique))?;
+        let rows = self.handle.block_on(self.rows.fetch(&unique))?;
         let rows = rows_tensor(&rows, self.dim, self.device);
         Ok(embed_histories(catalogue, &rows, &sequences(&padded, self.device), &self.forward))
     }
@@ -194,9 +201,10 @@ fn rank_batch(
     let count = pairs.len() as i64;
     let options = (Kind::Int64, users.device());
     let (mut higher, mut equal) = (Tensor::zeros([count], options), Tensor::zeros([count], options));
-    let wanted = target_scores(users, items, &pair_user, &pair_item)?;
-    for first in (0..items.size()[0]).step_by(SCORE_TILE as usize) {
-        let mut scores = score_tile(users, items, first)?;
+    let tile = (SCORES / count.max(batch.len() as i64).max(1)).max(1);
+    let wanted = target_scores(users, items, (&pair_user, &pair_item), tile)?;
+    for first in (0..items.size()[0]).step_by(tile as usize) {
+        let mut scores = score_tile(users, items, first, tile)?;
         let width = scores.size()[1];
         if settings.exclude_history {
             exclude(&mut scores, batch, first);
@@ -217,8 +225,8 @@ fn rank_batch(
     Ok(())
 }
 
-fn score_tile(users: &Tensor, items: &Tensor, first: i64) -> Result<Tensor, WorkerError> {
-    let width = SCORE_TILE.min(items.size()[0] - first);
+fn score_tile(users: &Tensor, items: &Tensor, first: i64, tile: i64) -> Result<Tensor, WorkerError> {
+    let width = tile.min(items.size()[0] - first);
     let scores = users.matmul(&items.narrow(0, first, width).transpose(0, 1));
     if scores.isfinite().all().int64_value(&[]) == 0 {
         return Err(WorkerError::NonFiniteScores);
@@ -231,12 +239,12 @@ fn score_tile(users: &Tensor, items: &Tensor, first: i64) -> Result<Tensor, Work
 fn target_scores(
     users: &Tensor,
     items: &Tensor,
-    pair_user: &Tensor,
-    pair_item: &Tensor,
+    (pair_user, pair_item): (&Tensor, &Tensor),
+    tile: i64,
 ) -> Result<Tensor, WorkerError> {
     let mut wanted = Tensor::zeros(pair_user.size(), (users.kind(), users.device()));
-    for first in (0..items.size()[0]).step_by(SCORE_TILE as usize) {
-        let scores = score_tile(users, items, first)?;
+    for first in (0..items.size()[0]).step_by(tile as usize) {
+        let scores = score_tile(users, items, first, tile)?;
         let width = scores.size()[1];
         let column = pair_item - first;
         let inside = column.ge(0).logical_and(&column.lt(width));

@@ -14,7 +14,7 @@ use learn_domain::run_dir::RunDir;
 use learn_model::{Forward, Parameters, Pch};
 use tch::{Device, Kind, Tensor};
 
-use crate::checkpoint::{self, State};
+use crate::checkpoint::{self, Expected, State};
 use crate::error::WorkerError;
 use crate::evaluate::{Catalogue, embed_histories, newest};
 use crate::feed::assemble::newest_positions;
@@ -59,18 +59,9 @@ impl Offline {
         let text = fs::read(&path).map_err(|error| failed(format!("{error}; is this a run directory?")))?;
         let config: Config = serde_json::from_slice(&text).map_err(|error| failed(error.to_string()))?;
         let checkpoint = checkpoint::resolve(run, checkpoint)?;
-        let snapshot = checkpoint::read(&checkpoint, None)?;
         let dataset = Dataset::open(&config.data.dataset)?;
         let facts = dataset.facts();
-        if facts.fingerprint != snapshot.state.fingerprint {
-            return Err(WorkerError::File {
-                path: config.data.dataset.display().to_string(),
-                reason: format!(
-                    "its fingerprint is {}, but the checkpoint was trained on {}",
-                    facts.fingerprint, snapshot.state.fingerprint
-                ),
-            });
-        }
+        let snapshot = checkpoint::read(&checkpoint, Some(&Expected { dataset: &facts, signature: None }))?;
         let table = dataset.embeddings()?;
         let device = learn_torch::device(config.cluster.device, 0)?;
         let model = Pch::new(shape(&config, facts.embedding_dim))?;

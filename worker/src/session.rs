@@ -22,7 +22,7 @@ use learn_telemetry::WorkerMetrics;
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 
-use crate::control::{Control, Member, Place, Progress};
+use crate::control::{Control, ControlError, Member, Place, Progress};
 use crate::error::WorkerError;
 use crate::evaluate;
 use crate::train::{self, Exchange};
@@ -133,7 +133,7 @@ pub fn join(settings: &JoinSettings) -> Result<i32, WorkerError> {
         host: host_name(),
         pid: std::process::id(),
         device: device_name(device),
-        metrics_url: format!("http://{metrics_address}/metrics"),
+        metrics_url: format!("http://{}:{}/metrics", advertised(&settings.bind), metrics_address.port()),
     })?;
     let worker = admission.worker;
     tracing::info!(%worker, coordinator = settings.coordinator, "joined");
@@ -194,9 +194,15 @@ fn take_part(membership: &Membership, settings: &JoinSettings) -> Result<Ended, 
         advertise: advertised(&settings.bind),
         timeout: cluster.collective_timeout.0,
     };
-    let collective = match membership.device {
-        tch::Device::Cuda(ordinal) => learn_collective::connect_nccl(group, ordinal as i32, &membership.member)?,
-        _ => learn_collective::connect_tcp(group, &membership.member)?,
+    let connected = match membership.device {
+        tch::Device::Cuda(ordinal) => learn_collective::connect_nccl(group, ordinal as i32, &membership.member),
+        _ => learn_collective::connect_tcp(group, &membership.member),
+    };
+    let collective = match connected {
+        Ok(collective) => collective,
+        // a rank that was told to stop did not come
+        Err(_) if membership.stops.requested() && membership.stops.aborted().is_none() => return Ok(Ended::Stopped),
+        Err(error) => return Err(error.into()),
     };
     membership.stops.watch(collective.aborter());
     let exchange = Exchange::new(collective, membership.metrics.clone());
@@ -225,7 +231,9 @@ impl Heartbeats {
         let mut last_answer = Instant::now();
         loop {
             ticks.tick().await;
-            match self.control.heartbeat(self.worker, generation, &self.progress).await {
+            let heartbeat = self.control.heartbeat(self.worker, generation, &self.progress);
+            let answer = tokio::time::timeout(self.timeout, heartbeat).await;
+            match answer.unwrap_or(Err(ControlError::Silent)) {
                 Ok(order) => {
                     last_answer = Instant::now();
                     match &order {

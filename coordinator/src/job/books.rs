@@ -159,7 +159,7 @@ mod tests {
     use super::*;
 
     fn books() -> Books {
-        Books::new(2, Step(0), Ledger::new(8))
+        Books::new(2, Step(0), Ledger::new(8, 100))
     }
 
     fn entry(rank: u32, step: u64, epoch: u32, users: &[u32]) -> Entry {

@@ -158,7 +158,7 @@ mod tests {
         for step in 1..=5 {
             steps.append(&StepRecord { step: Step(step), users: 2, ..StepRecord::default() }).unwrap();
         }
-        let mut ledger = Ledger::new(9);
+        let mut ledger = Ledger::new(9, 3);
         ledger.record(0, &[UserIndex(3)]);
         LedgerFile::write(&run_dir, Step(3), "f", ledger.clone()).unwrap();
         let checkpoint = run_dir.checkpoint(Step(3));
@@ -197,7 +197,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let run_dir = RunDir::new(folder.path());
         for step in 1..=3 {
-            LedgerFile::write(&run_dir, Step(step), "f", Ledger::new(1)).unwrap();
+            LedgerFile::write(&run_dir, Step(step), "f", Ledger::new(1, 1)).unwrap();
         }
         std::fs::create_dir_all(run_dir.checkpoint(Step(2))).unwrap();
         prune_ledgers(&run_dir, Step(3)).unwrap();

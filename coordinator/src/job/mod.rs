@@ -109,7 +109,8 @@ impl Job {
         let history = std::mem::take(&mut settings.history);
         let step_seconds = history.steps.iter().map(|record| record.seconds).sum();
         let evaluation_seconds: f64 = history.evaluations.iter().map(|evaluation| evaluation.seconds).sum();
-        let ledger = history.ledger.unwrap_or_else(|| Ledger::new(settings.dataset.train_users));
+        let ledger =
+            history.ledger.unwrap_or_else(|| Ledger::new(settings.dataset.train_users, settings.steps_per_epoch));
         Self {
             membership: Membership::new(membership_settings(&settings.config)),
             books: Books::new(settings.config.cluster.workers, history.step, ledger),

@@ -181,7 +181,7 @@ fn the_summary_shows_the_tested_weights() {
 #[test]
 fn a_resumed_job_goes_on_counting() {
     let mut settings = settings(1);
-    let mut ledger = Ledger::new(8);
+    let mut ledger = Ledger::new(8, 2);
     ledger.record(0, &(0..4).map(UserIndex).collect::<Vec<_>>());
     let steps = vec![StepRecord { step: Step(1), users: 4, seconds: 2.0, ..StepRecord::default() }];
     let evaluations = vec![evaluation(Split::Valid, 1, 0.2)];

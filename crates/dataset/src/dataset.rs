@@ -110,6 +110,11 @@ impl Dataset {
             items: counts.items,
             interactions: counts.interactions,
             embedding_dim: self.manifest.embeddings.as_ref().map_or(0, |info| info.dim),
+            embeddings_fingerprint: self
+                .manifest
+                .embeddings
+                .as_ref()
+                .map_or_else(String::new, |i| i.fingerprint.clone()),
         }
     }
 

@@ -1,6 +1,7 @@
 //! The proof that an epoch used every user exactly once.
 //!
-//! Input: the users that the ranks report they have trained, step by step. Output: counts per epoch. The ledger
+//! Input: the users that the ranks report they have trained, one call a step. Output: counts per epoch. An epoch is
+//! closed after its last step, whether or not another follows. The ledger
 //! trusts the reports and nothing else: it never asks the plan, so a wrong plan or a wrong split shows here.
 
 use serde::{Deserialize, Serialize};
@@ -33,8 +34,17 @@ impl EpochCount {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ledger {
     users: u32,
+    steps_per_epoch: u64,
     finished: Vec<EpochCount>,
-    current: Option<(EpochCount, Vec<u64>)>,
+    current: Option<OpenEpoch>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct OpenEpoch {
+    count: EpochCount,
+    steps: u64,
+    /// One bit a user.
+    seen: Vec<u64>,
 }
 
 /// The ledger as reports show it.
@@ -48,18 +58,20 @@ pub struct LedgerSummary {
 
 impl Ledger {
     #[must_use]
-    pub fn new(users: u32) -> Self {
-        Self { users, finished: Vec::new(), current: None }
+    pub fn new(users: u32, steps_per_epoch: u64) -> Self {
+        Self { users, steps_per_epoch, finished: Vec::new(), current: None }
     }
 
-    /// Records that one step of `epoch` has trained `users`. A report for another epoch than the open one closes it.
+    /// Records that one step of `epoch` has trained `users`. The epoch's last step closes it, and so does a step of
+    /// another epoch.
     pub fn record(&mut self, epoch: u32, users: &[UserIndex]) {
-        if self.current.as_ref().is_none_or(|(count, _)| count.epoch != epoch) {
+        if self.current.as_ref().is_none_or(|open| open.count.epoch != epoch) {
             self.close();
             let count = EpochCount { epoch, users: self.users, ..EpochCount::default() };
-            self.current = Some((count, vec![0; (self.users as usize).div_ceil(64)]));
+            self.current = Some(OpenEpoch { count, steps: 0, seen: vec![0; (self.users as usize).div_ceil(64)] });
         }
-        let Some((count, seen)) = &mut self.current else { return };
+        let Some(OpenEpoch { count, steps, seen }) = &mut self.current else { return };
+        *steps += 1;
         for user in users {
             if user.0 >= self.users {
                 count.unknown += 1;
@@ -73,18 +85,21 @@ impl Ledger {
                 count.repeated += 1;
             }
         }
+        if *steps >= self.steps_per_epoch {
+            self.close();
+        }
     }
 
     fn close(&mut self) {
-        if let Some((count, _)) = self.current.take() {
-            self.finished.push(count);
+        if let Some(open) = self.current.take() {
+            self.finished.push(open.count);
         }
     }
 
     #[must_use]
     pub fn summary(&self) -> LedgerSummary {
         let mut epochs = self.finished.clone();
-        let open = self.current.as_ref().map(|(count, _)| *count);
+        let open = self.current.as_ref().map(|open| open.count);
         epochs.extend(open);
         let open_clean = open.is_none_or(|count| count.repeated == 0 && count.unknown == 0);
         LedgerSummary { exact: self.finished.iter().all(EpochCount::exact) && open_clean, epochs }
@@ -101,7 +116,7 @@ mod tests {
 
     #[test]
     fn an_exact_epoch_is_exact() {
-        let mut ledger = Ledger::new(100);
+        let mut ledger = Ledger::new(100, 2);
         ledger.record(0, &users(50..100));
         ledger.record(0, &users(0..50));
         assert!(ledger.summary().exact && ledger.summary().epochs[0].exact());
@@ -112,18 +127,18 @@ mod tests {
 
     #[test]
     fn a_repeat_a_gap_and_a_stranger_show() {
-        let mut repeat = Ledger::new(10);
+        let mut repeat = Ledger::new(10, 3);
         repeat.record(0, &users(0..10));
         repeat.record(0, &users(9..10));
         assert_eq!((repeat.summary().exact, repeat.summary().epochs[0].repeated), (false, 1));
 
-        let mut gap = Ledger::new(10);
+        let mut gap = Ledger::new(10, 2);
         gap.record(0, &users(0..9));
         assert!(gap.summary().exact, "an open epoch may still be completed");
-        gap.record(1, &users(0..10));
-        assert!(!gap.summary().exact);
+        gap.record(0, &[]);
+        assert!(!gap.summary().exact, "its last step is over and one user is missing");
 
-        let mut stranger = Ledger::new(10);
+        let mut stranger = Ledger::new(10, 2);
         stranger.record(0, &users(10..11));
         assert_eq!((stranger.summary().exact, stranger.summary().epochs[0].unknown), (false, 1));
     }

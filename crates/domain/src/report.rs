@@ -49,6 +49,8 @@ pub struct DatasetFacts {
     pub interactions: u64,
     /// Dimension of the content embeddings.
     pub embedding_dim: u32,
+    /// Fingerprint of the content embeddings' values; empty without any.
+    pub embeddings_fingerprint: String,
 }
 
 /// Where a live coordinator listens.

@@ -13,6 +13,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
+use learn_domain::report::DatasetFacts;
 use learn_domain::run_dir::{RunDir, checkpoint_step};
 use learn_domain::{Config, Step};
 use learn_model::safetensors;
@@ -67,6 +68,8 @@ pub struct State {
     pub epoch: u32,
     /// Dataset that it was trained on.
     pub fingerprint: String,
+    /// Content embeddings that it was trained on.
+    pub embeddings_fingerprint: String,
     /// Dimension of the content embeddings.
     pub input_dim: u32,
     /// Hash of the parameters' names and shapes.
@@ -90,8 +93,9 @@ pub struct Snapshot {
 /// What a checkpoint must match to be continued from.
 #[derive(Clone, Debug)]
 pub struct Expected<'a> {
-    pub fingerprint: &'a str,
-    pub signature: &'a str,
+    pub dataset: &'a DatasetFacts,
+    /// Of the parameters; none = whatever the checkpoint holds.
+    pub signature: Option<&'a str>,
 }
 
 /// Writes a checkpoint into `folder` and returns its directory.
@@ -102,11 +106,17 @@ pub fn write(folder: &Path, mut snapshot: Snapshot) -> Result<PathBuf, Checkpoin
     let target = RunDir::new(folder.parent().unwrap_or(folder)).checkpoint(snapshot.state.step);
     let aside = target.with_extension(format!("tmp-{}", std::process::id()));
     let written = write_aside(&aside, &mut snapshot).and_then(|()| {
+        // a checkpoint of the same step stays whole until the new one stands in its place
+        let old = target.with_extension("old");
         if target.exists() {
-            fs::remove_dir_all(&target).map_err(io(&target))?;
+            fs::rename(&target, &old).map_err(io(&old))?;
         }
         fs::rename(&aside, &target).map_err(io(&target))?;
-        sync(folder)
+        sync(folder)?;
+        if old.exists() {
+            fs::remove_dir_all(&old).map_err(io(&old))?;
+        }
+        Ok(())
     });
     if written.is_err() {
         // the write error is the one to report
@@ -189,13 +199,21 @@ pub fn read(path: &Path, expected: Option<&Expected<'_>>) -> Result<Snapshot, Ch
     let refuse = |reason: String| CheckpointError::Refused { path: path.to_owned(), reason };
     let state = check(path)?;
     if let Some(expected) = expected {
-        if state.fingerprint != expected.fingerprint {
+        let DatasetFacts { fingerprint, embeddings_fingerprint, .. } = expected.dataset;
+        if state.fingerprint != *fingerprint {
             return Err(refuse(format!(
-                "it was trained on the dataset {}, this is {}; point data.dataset to the former",
-                state.fingerprint, expected.fingerprint
+                "it was trained on the dataset {}, this is {fingerprint}; point data.dataset to the former",
+                state.fingerprint
             )));
         }
-        if state.signature != expected.signature {
+        if state.embeddings_fingerprint != *embeddings_fingerprint {
+            return Err(refuse(format!(
+                "it was trained on the content embeddings {}, the dataset has {embeddings_fingerprint} now; embed it with \
+                 the encoder of then",
+                state.embeddings_fingerprint
+            )));
+        }
+        if expected.signature.is_some_and(|signature| state.signature != signature) {
             return Err(refuse("its parameters have other names or shapes; use the run's own [model] settings".into()));
         }
     }
@@ -243,6 +261,40 @@ fn steps(folder: &Path) -> Result<Vec<Step>, CheckpointError> {
         steps.extend(name.to_str().and_then(checkpoint_step));
     }
     Ok(steps)
+}
+
+/// Records which checkpoint is the best one; none = there is none yet.
+fn write_best(run: &RunDir, best: Option<&Best>) -> Result<(), CheckpointError> {
+    let path = run.best();
+    let Some(best) = best else {
+        return if path.exists() { fs::remove_file(&path).map_err(io(&path)) } else { Ok(()) };
+    };
+    let text = serde_json::to_vec(best).map_err(|error| io(&path)(error.into()))?;
+    let aside = path.with_extension("tmp");
+    fs::write(&aside, text).map_err(io(&aside))?;
+    sync(&aside)?;
+    fs::rename(&aside, &path).map_err(io(&path))?;
+    sync(&run.checkpoints())
+}
+
+/// Makes the checkpoint of `resumed` the newest one: later ones belong to a past that is not continued. They move to
+/// `checkpoints/superseded`, where only a person looks for them, and `best` is what it was then.
+///
+/// # Errors
+/// If the disk refuses.
+pub fn supersede_later(run: &RunDir, resumed: &State) -> Result<(), CheckpointError> {
+    let later: Vec<Step> = steps(&run.checkpoints())?.into_iter().filter(|step| *step > resumed.step).collect();
+    let folder = run.checkpoints().join("superseded");
+    for step in later {
+        fs::create_dir_all(&folder).map_err(io(&folder))?;
+        let from = run.checkpoint(step);
+        let to = folder.join(from.file_name().unwrap_or_default());
+        if to.exists() {
+            fs::remove_dir_all(&to).map_err(io(&to))?;
+        }
+        fs::rename(&from, &to).map_err(io(&from))?;
+    }
+    write_best(run, resumed.best.as_ref())
 }
 
 /// The best evaluation's checkpoint, if the run has one.

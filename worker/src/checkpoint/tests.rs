@@ -9,6 +9,7 @@ fn snapshot(step: u64, value: f32, best: Option<u64>) -> Snapshot {
             step: Step(step),
             epoch: 0,
             fingerprint: "data".into(),
+            embeddings_fingerprint: "vectors".into(),
             input_dim: 4,
             signature: "shape".into(),
             optimizer_step: step,
@@ -28,14 +29,16 @@ fn run() -> (tempfile::TempDir, RunDir) {
     (folder, run)
 }
 
-const SAME: Expected<'_> = Expected { fingerprint: "data", signature: "shape" };
+fn dataset() -> DatasetFacts {
+    DatasetFacts { fingerprint: "data".into(), embeddings_fingerprint: "vectors".into(), ..DatasetFacts::default() }
+}
 
 #[test]
 fn what_is_written_is_read_back() {
     let (_folder, run) = run();
     let path = write(&run.checkpoints(), snapshot(7, 1.5, None)).unwrap();
     assert_eq!(path, run.checkpoint(Step(7)));
-    let back = read(&path, Some(&SAME)).unwrap();
+    let back = read(&path, Some(&Expected { dataset: &dataset(), signature: Some("shape") })).unwrap();
     assert_eq!((back.state.step, back.state.files.len()), (Step(7), 2));
     assert_eq!(Vec::<f32>::try_from(&back.model[0].1).unwrap(), [1.5, 2.0]);
     assert_eq!(Vec::<f32>::try_from(&back.optimizer[0].1).unwrap(), [0.0, 1.5]);
@@ -45,22 +48,27 @@ fn what_is_written_is_read_back() {
 fn damage_and_strangers_are_refused_with_their_reason() {
     let (_folder, run) = run();
     let path = write(&run.checkpoints(), snapshot(7, 1.5, None)).unwrap();
-    let reason = |expected: &Expected<'_>| read(&path, Some(expected)).unwrap_err().to_string();
-    assert!(reason(&Expected { fingerprint: "other", ..SAME }).contains("data.dataset"));
-    assert!(reason(&Expected { signature: "other", ..SAME }).contains("[model]"));
+    let reason = |dataset: &DatasetFacts, signature| {
+        read(&path, Some(&Expected { dataset, signature: Some(signature) })).unwrap_err().to_string()
+    };
+    let same = dataset();
+    let other = || "other".to_owned();
+    assert!(reason(&DatasetFacts { fingerprint: other(), ..dataset() }, "shape").contains("data.dataset"));
+    assert!(reason(&DatasetFacts { embeddings_fingerprint: other(), ..dataset() }, "shape").contains("embed it"));
+    assert!(reason(&same, "other").contains("[model]"));
 
     let model = path.join(MODEL);
     let mut bytes = fs::read(&model).unwrap();
     let last = bytes.len() - 1;
     bytes[last] ^= 1;
     fs::write(&model, &bytes).unwrap();
-    assert!(reason(&SAME).contains("model.safetensors is damaged"));
+    assert!(reason(&same, "shape").contains("model.safetensors is damaged"));
     fs::write(&model, &bytes[..last]).unwrap();
-    assert!(reason(&SAME).contains("is damaged"));
+    assert!(reason(&same, "shape").contains("is damaged"));
     fs::remove_file(&model).unwrap();
-    assert!(reason(&SAME).contains("model.safetensors"));
+    assert!(reason(&same, "shape").contains("model.safetensors"));
     fs::write(path.join(STATE), "{").unwrap();
-    assert!(reason(&SAME).contains("state.json is not understood"));
+    assert!(reason(&same, "shape").contains("state.json is not understood"));
 
     let listed = list(&run).unwrap();
     assert_eq!((listed.len(), listed[0].valid), (1, false));
@@ -94,6 +102,25 @@ fn the_writer_commits_in_order_and_keeps_the_latest_and_the_best() {
     assert_eq!(resolve(&run, None).unwrap(), run.checkpoint(Step(2)), "the best by default");
     assert_eq!(resolve(&run, Some("step-0000000004")).unwrap(), run.checkpoint(Step(4)));
     assert!(resolve(&run, Some("step-4")).is_err() && resolve(&run, Some("step-0000000003")).is_err());
+}
+
+#[test]
+fn a_resume_from_an_earlier_checkpoint_leaves_the_later_ones_behind() {
+    let (_folder, run) = run();
+    for step in 1..=3 {
+        write(&run.checkpoints(), snapshot(step, step as f32, Some(3))).unwrap();
+    }
+    write_best(&run, snapshot(3, 0.0, Some(3)).state.best.as_ref()).unwrap();
+    supersede_later(&run, &snapshot(1, 1.0, Some(1)).state).unwrap();
+    assert_eq!(list(&run).unwrap().iter().map(|one| (one.step, one.best)).collect::<Vec<_>>(), [(Step(1), true)]);
+    assert!(run.checkpoints().join("superseded").join("step-0000000003").join(MODEL).exists());
+    // what is written now is not surplus beside them
+    let mut writer = Writer::start(run.clone(), 1, |_| ()).unwrap();
+    writer.save(snapshot(2, 2.0, None)).unwrap();
+    writer.finish().unwrap();
+    assert_eq!(resolve(&run, Some("last")).unwrap(), run.checkpoint(Step(2)));
+    supersede_later(&run, &snapshot(2, 2.0, None).state).unwrap();
+    assert_eq!(read_best(&run), None);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use learn_domain::Step;
 use learn_domain::run_dir::RunDir;
 
-use super::{CheckpointError, Snapshot, io, keep, read_best, steps, write};
+use super::{CheckpointError, Snapshot, io, keep, steps, write, write_best};
 
 /// What is told when a checkpoint is durable.
 #[derive(Clone, Debug)]
@@ -46,15 +46,13 @@ impl Writer {
             for snapshot in queue {
                 let started = Instant::now();
                 let step = snapshot.state.step;
-                let best = snapshot.state.best.clone().filter(|best| best.step == step);
+                let best = snapshot.state.best.clone();
                 let path = write(&folder, snapshot)?;
-                if let Some(best) = best {
-                    let text = serde_json::to_vec(&best).map_err(|error| io(&run.best())(error.into()))?;
-                    let aside = run.best().with_extension("tmp");
-                    fs::write(&aside, text).and_then(|()| fs::rename(&aside, run.best())).map_err(io(&aside))?;
+                if best.as_ref().is_some_and(|best| best.step == step) {
+                    write_best(&run, best.as_ref())?;
                 }
                 committed(Committed { step, path, duration: started.elapsed() });
-                for step in keep::surplus(&steps(&folder)?, keep_last, read_best(&run).map(|best| best.step)) {
+                for step in keep::surplus(&steps(&folder)?, keep_last, best.map(|best| best.step)) {
                     let old = run.checkpoint(step);
                     fs::remove_dir_all(&old).map_err(io(&old))?;
                 }

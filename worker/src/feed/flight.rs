@@ -23,6 +23,7 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 
 use super::assemble::UserShare;
+use crate::control::{CONNECT_TIMEOUT, KEEP_ALIVE};
 
 /// Reading from the data service failed.
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +91,13 @@ impl DataClient {
         let mut failure = unexpected("the coordinator named no data location");
         for location in locations {
             let endpoint = Channel::from_shared(location.clone()).map_err(|error| unexpected(error.to_string()))?;
-            match endpoint.tcp_nodelay(true).connect().await {
+            let endpoint = endpoint
+                .connect_timeout(CONNECT_TIMEOUT)
+                .http2_keep_alive_interval(KEEP_ALIVE)
+                .keep_alive_timeout(KEEP_ALIVE)
+                .keep_alive_while_idle(true)
+                .tcp_nodelay(true);
+            match endpoint.connect().await {
                 Ok(channel) => {
                     let inner = FlightServiceClient::with_interceptor(channel, bearer);
                     return Ok(Self { inner });

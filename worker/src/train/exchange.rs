@@ -124,6 +124,16 @@ impl Exchange {
         Ok(mine)
     }
 
+    /// Gives every rank the first one's values, in place.
+    ///
+    /// # Errors
+    /// If the collective fails.
+    pub fn broadcast(&mut self, tensor: &mut Tensor) -> Result<(), WorkerError> {
+        self.collective.broadcast(0, &mut learn_torch::buffer(tensor)?)?;
+        self.count_bytes();
+        Ok(())
+    }
+
     /// Waits for every rank.
     ///
     /// # Errors

@@ -21,7 +21,7 @@ use learn_model::{AdamW, Forward, Parameters, Pch, PchShape};
 use learn_telemetry::Phase;
 pub use passes::{rows_tensor, sequences};
 pub use step::{PhaseClock, Stepper};
-use step::{StepOutcome, compare_start, log_shares};
+use step::{agree_on_start, log_shares};
 
 use crate::checkpoint::{self, Best, Snapshot, State, Writer};
 use crate::control::FinishedStep;
@@ -55,7 +55,10 @@ pub fn run(membership: &Membership, exchange: Exchange, resume_from: Option<&str
         Some(path) => trainer.restore(Path::new(path))?,
         None => trainer.initialize()?,
     }
-    compare_start(&trainer.stepper.parameters, &mut trainer.exchange)?;
+    agree_on_start(&trainer.stepper.parameters, &mut trainer.exchange)?;
+    if membership.member.is_first() {
+        trainer.writer = Some(start_writer(membership)?);
+    }
     let ended = trainer.train()?;
     if ended == Ended::Done {
         trainer.test()?;
@@ -96,7 +99,6 @@ impl<'a> Trainer<'a> {
         let handle = membership.member.handle();
         let data = handle.block_on(DataClient::connect(&admission.data_locations, &membership.secret))?;
         let evaluator = Evaluator::new(membership, data.clone())?;
-        let writer = if membership.member.is_first() { Some(start_writer(membership)?) } else { None };
         let log_q = if config.objective.logq_correction {
             Some(log_shares(&handle.block_on(data.popularity())?, membership.device))
         } else {
@@ -122,7 +124,7 @@ impl<'a> Trainer<'a> {
             stepper,
             evaluator,
             data,
-            writer,
+            writer: None,
             steps_per_epoch,
             total_steps: config.training.total_steps(steps_per_epoch),
             finished: Step(0),
@@ -143,9 +145,14 @@ impl<'a> Trainer<'a> {
     /// Takes over parameters, moments and counters of a checkpoint.
     fn restore(&mut self, path: &Path) -> Result<(), WorkerError> {
         let signature = signature(&self.stepper.parameters);
-        let fingerprint = &self.membership.admission.dataset.fingerprint;
-        let expected = checkpoint::Expected { fingerprint, signature: &signature };
+        let dataset = &self.membership.admission.dataset;
+        let expected = checkpoint::Expected { dataset, signature: Some(&signature) };
         let Snapshot { state, model, optimizer } = checkpoint::read(path, Some(&expected))?;
+        // no rank may still read a checkpoint that the first one moves
+        self.exchange.barrier()?;
+        if self.membership.member.is_first() {
+            checkpoint::supersede_later(&self.membership.run_dir(), &state)?;
+        }
         self.stepper.parameters.assign(model)?;
         self.stepper.optimizer.load_state(&self.stepper.parameters, optimizer, state.optimizer_step)?;
         self.finished = state.step;
@@ -187,7 +194,8 @@ impl<'a> Trainer<'a> {
                 padding_share: outcome.padding_share,
                 seconds,
             };
-            self.report(record, outcome, prepared.users)?;
+            let tokens = prepared.micro_batches.iter().map(|(batch, _)| batch.tokens).sum();
+            self.report(record, tokens, prepared.users)?;
             self.after_step()?;
             // evaluating and saving are not part of the next step
             if self.finished.0.is_multiple_of(self.steps_per_epoch) {
@@ -215,7 +223,8 @@ impl<'a> Trainer<'a> {
         Feed::start(handle, self.data.clone(), settings, self.membership.metrics.clone())
     }
 
-    fn report(&self, record: StepRecord, outcome: StepOutcome, users: Vec<u32>) -> Result<(), WorkerError> {
+    /// `tokens` and `users` are this rank's share of the step.
+    fn report(&self, record: StepRecord, tokens: u64, users: Vec<u32>) -> Result<(), WorkerError> {
         let metrics = &self.membership.metrics;
         self.membership.progress.finished(record.step);
         metrics.step.set(record.step.0 as i64);
@@ -225,9 +234,9 @@ impl<'a> Trainer<'a> {
         metrics.gradient_norm.set(record.gradient_norm);
         metrics.padding_share.set(record.padding_share);
         metrics.users_total.inc_by(users.len() as u64);
-        metrics.tokens_total.inc_by(outcome.tokens / self.exchange.world_size().max(1) as u64);
-        metrics.samples_per_second.set(f64::from(record.users) / record.seconds);
-        metrics.tokens_per_second.set(record.tokens as f64 / record.seconds);
+        metrics.tokens_total.inc_by(tokens);
+        metrics.samples_per_second.set(users.len() as f64 / record.seconds);
+        metrics.tokens_per_second.set(tokens as f64 / record.seconds);
         self.membership.member.report_step(FinishedStep {
             step: record.step,
             epoch: record.epoch,
@@ -299,6 +308,7 @@ impl<'a> Trainer<'a> {
             step: self.finished,
             epoch: (self.finished.0 / self.steps_per_epoch) as u32,
             fingerprint: self.membership.admission.dataset.fingerprint.clone(),
+            embeddings_fingerprint: self.membership.admission.dataset.embeddings_fingerprint.clone(),
             input_dim: self.membership.admission.dataset.embedding_dim,
             signature: signature(&self.stepper.parameters),
             optimizer_step: self.stepper.optimizer.steps(),
@@ -324,9 +334,13 @@ impl<'a> Trainer<'a> {
             && best.step != self.finished
         {
             let path = self.membership.run_dir().checkpoint(best.step);
-            let snapshot = checkpoint::read(&path, None)?;
-            self.stepper.parameters.assign(snapshot.model)?;
-            self.finished = best.step;
+            if path.exists() {
+                let snapshot = checkpoint::read(&path, None)?;
+                self.stepper.parameters.assign(snapshot.model)?;
+                self.finished = best.step;
+            } else {
+                tracing::warn!(path = %path.display(), "the best checkpoint is gone; testing the last parameters");
+            }
         }
         self.evaluate(Split::Test)?;
         Ok(())

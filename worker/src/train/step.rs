@@ -15,7 +15,7 @@ use learn_domain::random;
 use learn_model::objective::{InfoNce, InfoNceOutput};
 use learn_model::{AdamW, Forward, Parameters, Pch, optimizer};
 use learn_telemetry::{Phase, WorkerMetrics};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::exchange::{Announcement, Exchange};
 use super::passes::{self, Embeddings, Share};
@@ -186,15 +186,18 @@ pub fn log_shares(counts: &[u32], device: Device) -> Tensor {
     Tensor::from_slice(&shares).to_device(device)
 }
 
-/// Compares what every rank starts a generation with: names, shapes and values of the parameters.
+/// Makes every rank start with the first one's parameters, after a comparison of their names and shapes. Ranks would come
+/// to the same values by themselves, but for rounding on different processors.
 ///
 /// # Errors
-/// If a rank starts with something else, or the collective fails.
-pub fn compare_start(parameters: &Parameters, exchange: &mut Exchange) -> Result<(), WorkerError> {
-    let values = parameters.flat().sum(Kind::Double).double_value(&[]);
-    let mut mine = [parameters.signature() as i64, values.to_bits() as i64];
-    let all = exchange.gather_i64(&mut mine, &vec![2; exchange.world_size()])?;
-    if all.chunks_exact(2).all(|theirs| theirs == mine) { Ok(()) } else { Err(WorkerError::Signature) }
+/// If a rank has other parameters, or the collective fails.
+pub fn agree_on_start(parameters: &Parameters, exchange: &mut Exchange) -> Result<(), WorkerError> {
+    let mut mine = [parameters.signature() as i64];
+    let all = exchange.gather_i64(&mut mine, &vec![1; exchange.world_size()])?;
+    if all.iter().any(|theirs| *theirs != mine[0]) {
+        return Err(WorkerError::Signature);
+    }
+    exchange.broadcast(&mut parameters.flat().shallow_clone())
 }
 
 #[cfg(test)]
