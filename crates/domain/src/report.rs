@@ -50,6 +50,7 @@ pub struct DatasetFacts {
     /// Dimension of the content embeddings.
     pub embedding_dim: u32,
     /// Fingerprint of the content embeddings' values; empty without any.
+    #[serde(default)]
     pub embeddings_fingerprint: String,
 }
 
