@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use learn_domain::report::exit;
+
 use crate::system::{self, End};
 
 /// Most bytes of a log that are read for its tail.
@@ -96,9 +98,9 @@ impl Process {
         self.ended
     }
 
-    /// It has ended, and not with exit code 0.
+    /// It has ended, and neither done nor stopped as it was asked to.
     pub fn failed(&mut self) -> bool {
-        self.ended().is_some_and(|status| !status.success())
+        self.ended().is_some_and(|status| !matches!(status.code(), Some(exit::OK | exit::STOPPED)))
     }
 
     pub fn ask_to_end(&mut self, how: End) {

@@ -8,28 +8,36 @@ use learn_tests::{SMALL, Site, is_alive, succeeds, text};
 
 const STEPS: &str = "training.max_steps=24";
 
+/// Waits until the metrics of a run hold `steps` lines, as a person would follow them.
+fn follow(site: &Site, run: &str, steps: usize) {
+    let mut follow = Command::new("tail")
+        .args(["--retry", "-n", "+1", "-F"])
+        .arg(site.run_dir(run).join("metrics.jsonl"))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("tail starts");
+    let lines = BufReader::new(follow.stdout.take().expect("it is piped")).lines();
+    assert_eq!(lines.take(steps).count(), steps);
+    follow.kill().expect("tail runs");
+    follow.wait().expect("tail ends");
+}
+
+fn signal(name: &str, pid: u64) {
+    // the shell has `kill` built in; a program of that name may not be there
+    let sent = Command::new("sh").args(["-c", &format!("kill -{name} {pid}")]).status().expect("sh starts");
+    assert!(sent.success());
+}
+
 /// Starts a run and stops it gracefully as soon as its metrics show `step`.
 fn stop_after(site: &Site, run: &str, step: usize, overrides: &[&str]) -> (Option<i32>, String) {
     let job = format!("job.name={run}");
     let mut all = vec![job.as_str()];
     all.extend(overrides);
     let child = site.start(&site.train(&all));
-    let metrics = site.run_dir(run).join("metrics.jsonl");
-    // follows the file as a person would; ends when the step is there
-    let mut follow = Command::new("tail")
-        .args(["--retry", "-n", "+1", "-F"])
-        .arg(&metrics)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let lines = BufReader::new(follow.stdout.take().unwrap()).lines();
-    assert_eq!(lines.take(step).count(), step);
-    follow.kill().unwrap();
-    follow.wait().unwrap();
-    let signalled = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
-    assert!(signalled.success());
-    let output = child.wait_with_output().unwrap();
+    follow(site, run, step);
+    signal("TERM", child.id().into());
+    let output = child.wait_with_output().expect("the job ends");
     (output.status.code(), text(&output))
 }
 
@@ -91,23 +99,13 @@ fn a_lost_worker_ends_the_job_with_its_cause_and_leaves_no_process() {
     let site = Site::new(SMALL);
     let overrides = ["job.name=lost", "cluster.workers=2", "training.epochs=2000", "model.layers=2"];
     let mut child = site.start(&site.train(&overrides));
-    let metrics = site.run_dir("lost").join("metrics.jsonl");
-    let mut follow = Command::new("tail")
-        .args(["--retry", "-n", "+1", "-F"])
-        .arg(&metrics)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    assert_eq!(BufReader::new(follow.stdout.take().unwrap()).lines().take(3).count(), 3);
-    follow.kill().unwrap();
-    follow.wait().unwrap();
+    follow(&site, "lost", 3);
     let status = site.status("lost");
     assert_eq!(status["state"], "running", "{status}");
     let pids: Vec<u64> =
         status["workers"].as_array().unwrap().iter().map(|worker| worker["pid"].as_u64().unwrap()).collect();
     assert_eq!(pids.len(), 2);
-    assert!(Command::new("kill").args(["-KILL", &pids[1].to_string()]).status().unwrap().success());
+    signal("KILL", pids[1]);
 
     let mut printed = String::new();
     child.stderr.take().unwrap().read_to_string(&mut printed).unwrap();
@@ -116,4 +114,26 @@ fn a_lost_worker_ends_the_job_with_its_cause_and_leaves_no_process() {
     assert!(printed.contains("rank") && printed.contains("resume"), "{printed}");
     assert_eq!(site.status("lost")["state"], "failed");
     assert!(!pids.iter().any(|&pid| is_alive(pid)), "no worker outlives its job");
+}
+
+#[test]
+fn a_job_of_two_workers_that_is_stopped_from_outside_ends_with_a_checkpoint() {
+    let site = Site::new(SMALL);
+    let overrides = ["job.name=stopped", "cluster.workers=2", "training.epochs=2000", "model.layers=2"];
+    let child = site.start(&site.train(&overrides));
+    follow(&site, "stopped", 3);
+    succeeds(&site.launch(&["stop", "runs/stopped"]));
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", text(&output));
+    let status = site.status("stopped");
+    assert_eq!(status["state"], "stopped", "{status}");
+    assert_eq!(status["last_checkpoint"], status["last_step"]["step"]);
+
+    // and two workers go on from it as if nothing had happened
+    let step = status["last_step"]["step"].as_u64().unwrap();
+    let more = format!("training.max_steps={}", step + 3);
+    succeeds(&site.launch(&["resume", "runs/stopped", "--set", &more]));
+    let status = site.status("stopped");
+    assert_eq!(status["last_step"]["step"].as_u64(), Some(step + 3));
+    assert_eq!(status["ledger"]["exact"], true, "{status}");
 }

@@ -219,7 +219,7 @@ pub struct Member {
     pub worker: WorkerId,
     pub place: Place,
     queue: mpsc::Sender<Report>,
-    drain: Arc<std::sync::Mutex<Option<JoinHandle<Result<(), ControlError>>>>>,
+    drain: Arc<Drain>,
 }
 
 impl Member {

@@ -173,7 +173,6 @@ pub fn newest(history: &[u32], most: usize) -> &[u32] {
 }
 
 /// User embeddings `[B, d]` of padded histories over rows `[U, input_dim]`.
-#[must_use]
 pub fn embed_histories(
     catalogue: &Catalogue<'_>,
     rows: &Tensor,

@@ -83,7 +83,6 @@ impl Offline {
     }
 
     /// Item embeddings `[N, d]` on the CPU, row = item index.
-    #[must_use]
     pub fn items(&self) -> Tensor {
         let count = self.table.rows();
         let chunks: Vec<Tensor> = (0..count)
@@ -98,7 +97,6 @@ impl Offline {
     }
 
     /// User embeddings `[B, d]` on the CPU, after the whole of each history.
-    #[must_use]
     pub fn users(&self, histories: &[Vec<u32>]) -> Tensor {
         let most = self.config.sampling.history as usize;
         let chunks: Vec<Tensor> = histories

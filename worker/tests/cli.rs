@@ -3,7 +3,7 @@
 use std::process::Command;
 
 fn worker(arguments: &[&str]) -> std::process::Output {
-    Command::new(env!("CARGO_BIN_EXE_learn-worker")).args(arguments).env_clear().output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_learn-worker")).args(arguments).env_clear().output().expect("the worker starts")
 }
 
 #[test]

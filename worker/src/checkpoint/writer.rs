@@ -67,8 +67,8 @@ impl Writer {
     /// # Errors
     /// If an earlier write has failed.
     pub fn save(&mut self, snapshot: Snapshot) -> Result<(), CheckpointError> {
-        let sent = self.snapshots.as_ref().map(|queue| queue.send(snapshot));
-        if matches!(sent, Some(Ok(()))) { Ok(()) } else { self.finish().and(Err(CheckpointError::WriterGone)) }
+        let sent = self.snapshots.as_ref().is_some_and(|queue| queue.send(snapshot).is_ok());
+        if sent { Ok(()) } else { self.finish().and(Err(CheckpointError::WriterGone)) }
     }
 
     /// Waits until everything handed over is durable.

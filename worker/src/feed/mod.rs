@@ -138,7 +138,7 @@ impl Feed {
     ///
     /// # Errors
     /// If the stream broke, ended early or is out of step.
-    pub fn next(&mut self) -> Result<PreparedStep, FeedError> {
+    pub fn next_step(&mut self) -> Result<PreparedStep, FeedError> {
         let steps = self.steps.as_ref().ok_or(FeedError::Ended)?;
         let step = steps.recv().map_err(|_| FeedError::Ended)??;
         if step.meta.step != self.next_step {

@@ -171,7 +171,7 @@ impl<'a> Trainer<'a> {
         let mut last_finished = Instant::now();
         while self.finished.0 < self.total_steps {
             self.stepper.clock.enter(Phase::DataWait);
-            let prepared = feed.next()?;
+            let prepared = feed.next_step()?;
             let rate = learning_rate(&self.config.optimizer, self.finished, self.total_steps);
             let stop = self.membership.stops.requested();
             let Some(outcome) = self.stepper.step(&prepared, &mut self.exchange, rate, stop)? else {

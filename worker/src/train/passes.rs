@@ -57,7 +57,6 @@ pub fn sequences(padded: &PaddedSequences, device: Device) -> Sequences {
 }
 
 /// Rows `[items, dim]` as a tensor.
-#[must_use]
 pub fn rows_tensor(rows: &[f16], dim: usize, device: Device) -> Tensor {
     Tensor::from_slice(rows).view([(rows.len() / dim) as i64, dim as i64]).to_device(device)
 }
@@ -156,7 +155,7 @@ pub fn backward(
 fn pull(embeddings: &Embeddings, user_gradient: &Tensor, item_gradient: &Tensor) {
     let mut surrogate = (&embeddings.user * user_gradient).sum(embeddings.user.kind());
     if embeddings.item.requires_grad() {
-        surrogate = surrogate + (&embeddings.item * item_gradient).sum(embeddings.item.kind());
+        surrogate += (&embeddings.item * item_gradient).sum(embeddings.item.kind());
     }
     surrogate.backward();
 }

@@ -179,7 +179,6 @@ impl Stepper {
 }
 
 /// `[N]`: `log(share of the interactions)` of each item; an item without any counts as having one.
-#[must_use]
 pub fn log_shares(counts: &[u32], device: Device) -> Tensor {
     let total: f64 = counts.iter().map(|&count| f64::from(count.max(1))).sum();
     let shares: Vec<f32> = counts.iter().map(|&count| (f64::from(count.max(1)) / total).ln() as f32).collect();
