@@ -44,8 +44,14 @@ fn stop_after(site: &Site, run: &str, step: usize, overrides: &[&str]) -> (Optio
 #[test]
 fn a_run_stopped_by_sigterm_and_resumed_equals_an_undisturbed_one_bitwise() {
     let site = Site::new(SMALL);
-    // dropout on: its draws must continue too; slowed down so that the signal arrives in the middle
-    let slow = ["model.dropout=0.1", "model.layers=3", "training.max_steps=60", "training.epochs=20"];
+    // dropout on: its draws must continue too; long enough for the signal to arrive in the middle
+    let slow = [
+        "model.dropout=0.1",
+        "model.layers=3",
+        "training.epochs=100",
+        "evaluation.every_epochs=20",
+        "checkpoint.every_epochs=20",
+    ];
     let mut undisturbed = vec!["job.name=whole"];
     undisturbed.extend(slow);
     succeeds(&site.launch(&site.train(&undisturbed)));
@@ -55,20 +61,20 @@ fn a_run_stopped_by_sigterm_and_resumed_equals_an_undisturbed_one_bitwise() {
     let stopped = site.status("cut");
     assert_eq!(stopped["state"], "stopped", "{stopped}");
     let at = stopped["last_step"]["step"].as_u64().unwrap();
-    assert!((8..60).contains(&at), "stopped at {at}");
+    assert!((8..600).contains(&at), "stopped at {at}");
     assert_eq!(stopped["last_checkpoint"].as_u64(), Some(at));
 
     succeeds(&site.launch(&["resume", "runs/cut"]));
     for file in ["model.safetensors", "optimizer.safetensors"] {
-        assert!(site.checkpoint_file("whole", 60, file) == site.checkpoint_file("cut", 60, file), "{file} differs");
+        assert!(site.checkpoint_file("whole", 600, file) == site.checkpoint_file("cut", 600, file), "{file} differs");
     }
     let numbers = |run: &str| -> Vec<u64> { site.steps(run).iter().map(|r| r["step"].as_u64().unwrap()).collect() };
-    assert_eq!(numbers("cut"), (1..=60).collect::<Vec<_>>(), "no step is missing or there twice");
+    assert_eq!(numbers("cut"), (1..=600).collect::<Vec<_>>(), "no step is missing or there twice");
     assert_eq!(site.losses("whole"), site.losses("cut"));
     let ledger = &site.status("cut")["ledger"];
     assert_eq!(ledger["exact"], true, "{ledger}");
     let epochs = ledger["epochs"].as_array().unwrap();
-    assert_eq!(epochs.len(), 10);
+    assert_eq!(epochs.len(), 100);
     assert!(epochs.iter().all(|epoch| epoch["seen"] == epoch["users"] && epoch["repeated"] == 0), "{ledger}");
 }
 
