@@ -21,7 +21,7 @@ use crate::control::Progress;
 use crate::error::WorkerError;
 use crate::feed::PreparedStep;
 use crate::feed::assemble::{Layout, UserShare, assemble};
-use crate::train::{Exchange, PhaseClock, Stepper, shape};
+use crate::train::{Exchange, InBatch, Objective, PhaseClock, Stepper, shape};
 
 /// What is measured.
 #[derive(Clone, Debug, Serialize)]
@@ -65,7 +65,7 @@ pub fn bench_step(settings: &BenchSettings) -> Result<BenchResult, WorkerError> 
         forward: Forward { train: true, precision: config.training.precision },
         device: settings.device,
         input_dim: settings.input_dim as usize,
-        log_q: None,
+        objective: Objective::InBatch(InBatch::default()),
         draw_seed: config.job.seed,
         clock: PhaseClock::new(metrics.clone(), Arc::new(Progress::default())),
     };

@@ -5,6 +5,7 @@
 //! share; only rank 0 writes and speaks for the whole batch.
 
 mod exchange;
+mod objective;
 mod passes;
 mod step;
 
@@ -19,9 +20,10 @@ use learn_domain::schedule::learning_rate;
 use learn_domain::{Step, UserIndex};
 use learn_model::{AdamW, Forward, Parameters, Pch, PchShape};
 use learn_telemetry::Phase;
+pub use objective::{InBatch, Objective};
 pub use passes::{rows_tensor, sequences};
+use step::agree_on_start;
 pub use step::{PhaseClock, Stepper};
-use step::{agree_on_start, log_shares};
 
 use crate::checkpoint::{self, Best, Snapshot, State, Writer};
 use crate::control::FinishedStep;
@@ -99,11 +101,9 @@ impl<'a> Trainer<'a> {
         let handle = membership.member.handle();
         let data = handle.block_on(DataClient::connect(&admission.data_locations, &membership.secret))?;
         let evaluator = Evaluator::new(membership, data.clone())?;
-        let log_q = if config.objective.logq_correction {
-            Some(log_shares(&handle.block_on(data.popularity())?, membership.device))
-        } else {
-            None
-        };
+        let popularity =
+            if config.objective.logq_correction { Some(handle.block_on(data.popularity())?) } else { None };
+        let objective = Objective::InBatch(InBatch::new(popularity.as_deref(), membership.device));
         let stepper = Stepper {
             model,
             parameters,
@@ -112,7 +112,7 @@ impl<'a> Trainer<'a> {
             forward: Forward { train: true, precision: config.training.precision },
             device: membership.device,
             input_dim: dataset.embedding_dim as usize,
-            log_q,
+            objective,
             draw_seed: plan.draw_seed(),
             clock: PhaseClock::new(membership.metrics.clone(), membership.progress.clone()),
         };

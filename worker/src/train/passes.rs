@@ -8,9 +8,10 @@
 
 use half::f16;
 use learn_domain::random;
-use learn_model::{Forward, Parameters, Pch, Sequences};
+use learn_model::Sequences;
 use tch::{Device, Kind, Tensor};
 
+use super::objective::Towers;
 use crate::feed::assemble::{MicroBatch, PaddedSequences};
 
 /// The tensors of one forward pass.
@@ -40,6 +41,7 @@ pub struct Share {
 }
 
 /// User rows `[R, d]` and item rows `[M, d]`.
+#[derive(Debug)]
 pub struct Embeddings {
     pub user: Tensor,
     pub item: Tensor,
@@ -90,7 +92,8 @@ impl Share {
 
 impl Pass {
     /// Both towers.
-    pub fn embed(&self, model: &Pch, parameters: &Parameters, forward: &Forward) -> Embeddings {
+    pub fn embed(&self, towers: Towers<'_>) -> Embeddings {
+        let Towers { model, parameters, forward } = towers;
         if forward.train {
             learn_torch::seed(self.seed);
         }
@@ -113,17 +116,24 @@ pub struct Forwarded {
     graph: bool,
 }
 
+impl Forwarded {
+    /// The embeddings without a graph.
+    #[must_use]
+    pub fn detached(&self) -> Embeddings {
+        Embeddings { user: self.embeddings.user.detach(), item: self.embeddings.item.detach() }
+    }
+}
+
 /// Embeds a share: with the graph if it is one pass, without if it is several, empty if it has no user.
-pub fn forward(share: &Share, model: &Pch, parameters: &Parameters, forward: &Forward) -> Forwarded {
+pub fn forward(share: &Share, towers: Towers<'_>) -> Forwarded {
     match &share.passes[..] {
         [] => {
-            let none = || Tensor::zeros([0, model.output_dim()], (Kind::Float, share.row_user.device()));
+            let none = || Tensor::zeros([0, towers.model.output_dim()], (Kind::Float, share.row_user.device()));
             Forwarded { embeddings: Embeddings { user: none(), item: none() }, graph: false }
         }
-        [pass] => Forwarded { embeddings: pass.embed(model, parameters, forward), graph: true },
+        [pass] => Forwarded { embeddings: pass.embed(towers), graph: true },
         passes => {
-            let parts: Vec<Embeddings> =
-                tch::no_grad(|| passes.iter().map(|pass| pass.embed(model, parameters, forward)).collect());
+            let parts: Vec<Embeddings> = tch::no_grad(|| passes.iter().map(|pass| pass.embed(towers)).collect());
             let join = |part: fn(&Embeddings) -> &Tensor| Tensor::cat(&parts.iter().map(part).collect::<Vec<_>>(), 0);
             Forwarded { embeddings: Embeddings { user: join(|e| &e.user), item: join(|e| &e.item) }, graph: false }
         }
@@ -131,12 +141,7 @@ pub fn forward(share: &Share, model: &Pch, parameters: &Parameters, forward: &Fo
 }
 
 /// Brings the gradient of the loss with respect to the share's embeddings back to the parameters.
-pub fn backward(
-    share: &Share,
-    forwarded: Forwarded,
-    gradient: &Embeddings,
-    (model, parameters, settings): (&Pch, &Parameters, &Forward),
-) {
+pub fn backward(share: &Share, forwarded: Forwarded, gradient: &Embeddings, towers: Towers<'_>) {
     if forwarded.graph {
         pull(&forwarded.embeddings, &gradient.user, &gradient.item);
         return;
@@ -144,7 +149,7 @@ pub fn backward(
     let (mut first_user, mut first_item) = (0, 0);
     for pass in &share.passes {
         let (users, items) = pass.counts;
-        let embeddings = pass.embed(model, parameters, settings);
+        let embeddings = pass.embed(towers);
         pull(&embeddings, &gradient.user.narrow(0, first_user, users), &gradient.item.narrow(0, first_item, items));
         first_user += users;
         first_item += items;

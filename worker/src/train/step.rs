@@ -1,7 +1,7 @@
 //! One training step: prepared arrays in, updated parameters out.
 //!
-//! forward -> gather negatives -> loss of the own rows -> scatter item gradients to their owners -> backward ->
-//! all-reduce -> clip -> update. Invariants: the loss and the gradient are those of the whole global batch whatever
+//! forward -> objective (gather, loss of the own rows, item gradients to their owners) -> backward -> all-reduce -> clip ->
+//! update. Invariants: the loss and the gradient are those of the whole global batch whatever
 //! the number of ranks (promise 2); on an error nothing of the step has been applied, because the update comes last.
 //!
 //! The learned logit scale is seen in full by every rank: each rank's part of its gradient comes from its own rows,
@@ -12,19 +12,16 @@ use std::time::{Duration, Instant};
 
 use learn_domain::config::OptimizerConfig;
 use learn_domain::random;
-use learn_model::objective::{InfoNce, InfoNceOutput};
 use learn_model::{AdamW, Forward, Parameters, Pch, optimizer};
 use learn_telemetry::{Phase, WorkerMetrics};
-use tch::{Device, Tensor};
+use tch::Device;
 
 use super::exchange::{Announcement, Exchange};
-use super::passes::{self, Embeddings, Share};
+use super::objective::{Contribution, Objective, Towers};
+use super::passes::{self, Share};
 use crate::control::Progress;
 use crate::error::WorkerError;
 use crate::feed::PreparedStep;
-
-/// Items of the gathered batch whose similarities are in memory at once.
-const LOSS_TILE: i64 = 1024;
 
 /// The trainable state and what a step needs besides it.
 pub struct Stepper {
@@ -35,8 +32,7 @@ pub struct Stepper {
     pub forward: Forward,
     pub device: Device,
     pub input_dim: usize,
-    /// `[N]`: logarithm of each item's share of the training interactions, if the scores are corrected by it.
-    pub log_q: Option<Tensor>,
+    pub objective: Objective,
     /// Seed of dropout; the step and the rank are mixed in.
     pub draw_seed: u64,
     pub clock: PhaseClock,
@@ -104,17 +100,21 @@ impl Stepper {
         if announced.iter().any(|said| said.stop) {
             return Ok(None);
         }
-        let counts: Vec<usize> = announced.iter().map(|said| said.targets as usize).collect();
+        let item_counts: Vec<usize> = announced.iter().map(|said| said.targets as usize).collect();
 
         self.clock.enter(Phase::Forward);
-        let forwarded = passes::forward(&share, &self.model, &self.parameters, &self.forward);
-        let loss = self.loss(&share, &forwarded.embeddings, &counts, prepared, exchange)?;
-
-        self.clock.enter(Phase::Gather);
-        let gradient = Embeddings { user: loss.d_user, item: exchange.scatter_rows(&loss.d_item, &counts)? };
+        let towers = Towers { model: &self.model, parameters: &self.parameters, forward: &self.forward };
+        let forwarded = passes::forward(&share, towers);
+        let mine = Contribution {
+            share: &share,
+            embeddings: &forwarded.detached(),
+            item_counts: &item_counts,
+            pairs: prepared.meta.global_pairs as i64,
+        };
+        let loss = self.objective.loss(&mine, towers, exchange, &mut self.clock)?;
 
         self.clock.enter(Phase::Backward);
-        passes::backward(&share, forwarded, &gradient, (&self.model, &self.parameters, &self.forward));
+        passes::backward(&share, forwarded, &loss.gradient, towers);
         self.parameters.add_logit_scale_gradient(&loss.d_log_scale);
 
         self.clock.enter(Phase::Reduce);
@@ -145,44 +145,6 @@ impl Stepper {
             padding_share: 1.0 - tokens as f64 / padded.max(1) as f64,
         }))
     }
-
-    /// The loss of this rank's rows against the targets of every rank.
-    fn loss(
-        &mut self,
-        share: &Share,
-        embeddings: &Embeddings,
-        counts: &[usize],
-        prepared: &PreparedStep,
-        exchange: &mut Exchange,
-    ) -> Result<InfoNceOutput, WorkerError> {
-        self.clock.enter(Phase::Gather);
-        let item = exchange.gather_rows(&embeddings.item.detach(), counts)?;
-        // ids and owners travel together as [m, 2]
-        let mine = Tensor::stack(&[&share.item_id, &share.item_user], 1);
-        let identities = exchange.gather_rows(&mine, counts)?;
-        self.clock.enter(Phase::Loss);
-        let item_id = identities.select(1, 0).contiguous();
-        let correction = self.log_q.as_ref().map(|log_q| log_q.index_select(0, &item_id));
-        let loss = InfoNce {
-            user: &embeddings.user.detach(),
-            row_user: &share.row_user,
-            item: &item,
-            item_id: &item_id,
-            item_user: &identities.select(1, 1).contiguous(),
-            correction: correction.as_ref(),
-            logit_scale: self.model.logit_scale(&self.parameters),
-            pairs: prepared.meta.global_pairs as i64,
-            tile: LOSS_TILE,
-        };
-        Ok(tch::no_grad(|| loss.compute()))
-    }
-}
-
-/// `[N]`: `log(share of the interactions)` of each item; an item without any counts as having one.
-pub fn log_shares(counts: &[u32], device: Device) -> Tensor {
-    let total: f64 = counts.iter().map(|&count| f64::from(count.max(1))).sum();
-    let shares: Vec<f32> = counts.iter().map(|&count| (f64::from(count.max(1)) / total).ln() as f32).collect();
-    Tensor::from_slice(&shares).to_device(device)
 }
 
 /// Makes every rank start with the first one's parameters, after a comparison of their names and shapes. Ranks would come
@@ -197,15 +159,4 @@ pub fn agree_on_start(parameters: &Parameters, exchange: &mut Exchange) -> Resul
         return Err(WorkerError::Signature);
     }
     exchange.broadcast(&mut parameters.flat().shallow_clone())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shares_add_up_to_one() {
-        let shares = log_shares(&[3, 0, 4], Device::Cpu).exp();
-        assert_eq!(Vec::<f32>::try_from(&(shares * 8.0).round()).unwrap(), [3.0, 1.0, 4.0]);
-    }
 }
