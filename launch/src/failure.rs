@@ -47,9 +47,32 @@ pub fn exit_code(error: &anyhow::Error) -> i32 {
     }
 }
 
+/// An error with its causes. Many an error says its cause itself; a cause that was said is not said again.
+#[must_use]
+pub fn message(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |said, cause| match said.as_str() {
+        "" => cause,
+        before if before.contains(&cause) => said,
+        before => format!("{before}: {cause}"),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("config.json: {source}")]
+        struct Unreadable {
+            source: std::io::Error,
+        }
+        let cause = || std::io::Error::other("disk full");
+        let error = anyhow::Error::from(Unreadable { source: cause() }).context("cannot start");
+        assert_eq!(message(&error), "cannot start: config.json: disk full");
+        assert_eq!(message(&anyhow::Error::from(cause()).context("cannot start")), "cannot start: disk full");
+    }
 
     #[test]
     fn each_kind_has_its_code() {

@@ -50,7 +50,7 @@ pub fn run(cli: Cli) -> i32 {
         Ok(()) => exit::OK,
         Err(error) => {
             let code = failure::exit_code(&error);
-            let message = format!("{error:#}");
+            let message = failure::message(&error);
             eprintln!("learn-launch: {message}");
             let reported = matches!(error.downcast_ref(), Some(Failure::Reported { .. }));
             if output.json() && !reported {
