@@ -41,29 +41,26 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     if options.no_extras {
         report.not_run.push("tests that need downloads: left out with --no-extras".into());
     } else {
-        extras(workspace, &mut report)?;
+        extras(workspace, &mut report);
     }
     report.close(workspace)
 }
 
+/// The tests of [`extras`], as nextest selects them.
+const EXTRAS: &str = "test(minilm) | test(pyarrow)";
+
 /// Tests that need more than the sources: marked ignored, run here with what they need.
-fn extras(workspace: &Workspace, report: &mut Report) -> Result<()> {
-    let mut filter = "test(minilm)".to_owned();
-    if setup::pyarrow(workspace)? {
-        filter.push_str(" | test(pyarrow)");
-    } else {
-        report.not_run.push("test(pyarrow): pip could not bring pyarrow".into());
-    }
+fn extras(workspace: &Workspace, report: &mut Report) {
+    report.stage("pyarrow", || setup::pyarrow(workspace));
     let nextest = setup::nextest(workspace);
     report.tests("tests that need downloads", workspace, || {
         let mut tests = nextest?;
         tests
-            .args(["run", "--release", "--workspace", "--no-fail-fast", "--run-ignored", "only", "-E", &filter])
+            .args(["run", "--release", "--workspace", "--no-fail-fast", "--run-ignored", "only", "-E", EXTRAS])
             .env("LEARN_PYTHON", workspace.venv().join("bin").join("python"))
             .env("LEARN_MINILM", workspace.minilm());
         process::visible("the tests that need downloads", &mut tests)
     });
-    Ok(())
 }
 
 /// Runs the doc tests in view and counts them from their closing lines.

@@ -10,7 +10,7 @@ mod tools;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 
 use crate::python::Python;
@@ -43,20 +43,19 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Brings `pyarrow` into the virtual environment; `false` if no registry has it for this machine.
+/// Brings `pyarrow` into the virtual environment.
 ///
 /// # Errors
-/// If there is no Python.
-pub fn pyarrow(workspace: &Workspace) -> Result<bool> {
+/// If there is no Python, or no registry has it for this machine; `--no-extras` leaves out what needs it.
+pub fn pyarrow(workspace: &Workspace) -> Result<()> {
     let python = Python::prepare(workspace)?;
-    if python.has("pyarrow.flight") {
-        return Ok(true);
+    if !python.has("pyarrow.flight") {
+        python
+            .install("Installing pyarrow for the Arrow Flight test", "pyarrow")
+            .context("the Arrow Flight test needs pyarrow; `cargo xtask test --no-extras` leaves it out")?;
+        ensure!(python.has("pyarrow.flight"), "pyarrow was installed but cannot be imported");
     }
-    if let Err(error) = python.install("Installing pyarrow for the Arrow Flight test", "pyarrow") {
-        eprintln!("{error:#}");
-        return Ok(false);
-    }
-    Ok(python.has("pyarrow.flight"))
+    Ok(())
 }
 
 /// Two set-ups at once would step on each other's half-made folders.
