@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -34,10 +34,10 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     build(workspace)?;
     let quickstart = Quickstart::new(workspace, options.epochs)?;
     if options.force {
-        quickstart.clear()?;
+        quickstart.remove_dataset()?;
     }
     quickstart.dataset()?;
-    quickstart.train()?;
+    quickstart.train(options.force)?;
     quickstart.show()
 }
 
@@ -84,15 +84,10 @@ impl<'a> Quickstart<'a> {
         Ok(Self { workspace, overrides, dataset, run, config })
     }
 
-    fn launch(&self, verb: &str) -> Result<()> {
+    fn launch(&self, verb: &str, flags: &[&str]) -> Result<()> {
         let mut command = Command::new(self.workspace.binary("learn-launch"));
-        command.current_dir(self.workspace.root()).args([verb, CONFIG]).args(&self.overrides);
+        command.current_dir(self.workspace.root()).args([verb, CONFIG]).args(&self.overrides).args(flags);
         process::visible(&format!("learn-launch {verb}"), &mut command)
-    }
-
-    fn clear(&self) -> Result<()> {
-        self.remove(&self.dataset, "dataset.json")?;
-        self.remove_run()
     }
 
     /// Prepares and embeds, unless it was done with these settings.
@@ -105,8 +100,8 @@ impl<'a> Quickstart<'a> {
         if made.prepare == wanted.prepare && self.dataset.join("dataset.json").is_file() {
             eprintln!("prepare: {} is there already", self.workspace.shown(&self.dataset));
         } else {
-            self.remove(&self.dataset, "dataset.json")?;
-            self.launch("prepare")?;
+            self.remove_dataset()?;
+            self.launch("prepare", &[])?;
             made = Made { prepare: wanted.prepare, embed: Value::Null };
             self.note(&made)?;
         }
@@ -114,20 +109,20 @@ impl<'a> Quickstart<'a> {
             eprintln!("embed: {} has its content embeddings already", self.workspace.shown(&self.dataset));
             return Ok(());
         }
-        self.launch("embed")?;
+        self.launch("embed", &[])?;
         made.embed = wanted.embed;
         self.note(&made)
     }
 
-    fn train(&self) -> Result<()> {
-        let finished = self.run.join("summary.json").is_file();
+    /// Trains, unless a run with this configuration is finished; another run of the name is moved aside.
+    fn train(&self, again: bool) -> Result<()> {
+        let finished = !again && self.run.join("summary.json").is_file();
         let same = |config: Value| self.anchorless(config) == self.anchorless(self.config.clone());
         if finished && read_json(&self.run.join("config.json")).is_ok_and(same) {
             eprintln!("train: {} is finished already", self.workspace.shown(&self.run));
             return Ok(());
         }
-        self.remove_run()?;
-        self.launch("train")
+        self.launch("train", &["--force"])
     }
 
     /// A configuration with paths as they are seen from the repository's root; runs keep them absolute.
@@ -174,16 +169,9 @@ impl<'a> Quickstart<'a> {
         fs::write(&path, serde_json::to_vec_pretty(made)?).with_context(|| format!("{}: cannot write", path.display()))
     }
 
-    fn remove_run(&self) -> Result<()> {
-        if let Ok(coordinator) = read_json(&self.run.join("coordinator.json")) {
-            let alive = coordinator["pid"].as_u64().is_some_and(|pid| Path::new(&format!("/proc/{pid}")).exists());
-            ensure!(!alive, "{} is still running; wait for its end, or stop it", self.workspace.shown(&self.run));
-        }
-        self.remove(&self.run, "config.json")
-    }
-
-    /// Removes a folder of the quickstart's own, recognised by a file of it.
-    fn remove(&self, folder: &Path, mark: &str) -> Result<()> {
+    /// Removes the quickstart's own dataset, recognised by a file of it: it can be made again from the sample.
+    fn remove_dataset(&self) -> Result<()> {
+        let (folder, mark) = (&self.dataset, "dataset.json");
         if !folder.exists() {
             return Ok(());
         }
@@ -293,10 +281,10 @@ esac
             fs::write(root.join("calls"), "").unwrap();
             let quickstart = Quickstart::new(&self.0, None).unwrap();
             if force {
-                quickstart.clear().unwrap();
+                quickstart.remove_dataset().unwrap();
             }
             quickstart.dataset().unwrap();
-            quickstart.train().unwrap();
+            quickstart.train(force).unwrap();
             fs::read_to_string(root.join("calls")).unwrap().lines().map(str::to_owned).collect()
         }
     }
