@@ -16,6 +16,9 @@ struct Arguments {
     /// The run directory, with config.json and secret
     #[arg(long, value_name = "DIR")]
     run_dir: PathBuf,
+    /// Another configuration than DIR/config.json; replaces it once it is being served
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// What the workers are there for, like {"kind":"train","resume_from":null}
     #[arg(long, value_name = "JSON", value_parser = task)]
     task_json: Task,
@@ -52,7 +55,8 @@ fn main() {
 
 async fn serve(arguments: Arguments) -> anyhow::Result<Outcome> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let settings = Settings::load(&arguments.run_dir, arguments.task_json).map_err(CoordinatorError::from)?;
+    let settings =
+        Settings::load(&arguments.run_dir, arguments.config, arguments.task_json).map_err(CoordinatorError::from)?;
     let shutdown = async move {
         tokio::select! {
             _ = terminate.recv() => {}

@@ -26,7 +26,7 @@ use tonic::transport::server::TcpIncoming;
 
 use crate::control::ControlService;
 use crate::data::{DataService, Source, SourceError};
-use crate::files::write_json;
+use crate::files::{FileError, write_json};
 use crate::job::actor::{Command, JobHandle, JobOwner, OwnerError, OwnerParts, PopularityBaseline, STATES};
 use crate::job::{History, Job, JobSettings};
 use crate::journal::Journal;
@@ -66,9 +66,10 @@ pub struct Coordinator {
     _lock: File,
 }
 
-/// One coordinator a run: an advisory lock on its configuration, which the system drops with the process.
+/// One coordinator a run: an advisory lock on its secret, a file that is never replaced; the system drops it with the
+/// process.
 fn lock(run_dir: &RunDir) -> Result<File, ServeError> {
-    let path = run_dir.config();
+    let path = run_dir.secret();
     let locked = File::open(&path).map_err(TryLockError::Error).and_then(|file| file.try_lock().map(|()| file));
     locked.map_err(|error| match error {
         TryLockError::WouldBlock => ServeError::Locked(run_dir.root().to_owned()),
@@ -154,6 +155,10 @@ impl Coordinator {
     /// # Errors
     /// If a server fails, or the run's files cannot be written any more.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<Outcome, CoordinatorError> {
+        let (from, to) = (&self.settings.config_file, self.settings.run_dir.config());
+        if *from != to {
+            std::fs::rename(from, &to).map_err(|source| FileError::Write { action: "replace", path: to, source })?;
+        }
         let file = self.settings.run_dir.coordinator();
         write_json(&file, &self.address)?;
         tracing::info!(grpc = self.address.grpc, http = self.address.http, "serving");

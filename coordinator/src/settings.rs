@@ -1,6 +1,6 @@
 //! What a coordinator is started with.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use learn_domain::Config;
 use learn_domain::config::ConfigError;
@@ -14,6 +14,8 @@ use crate::files::{FileError, read_json};
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub run_dir: RunDir,
+    /// Holds `config`; it becomes the run's own once everything was checked.
+    pub config_file: PathBuf,
     pub config: Config,
     pub secret: Secret,
     pub task: Task,
@@ -30,15 +32,16 @@ pub enum SettingsError {
 }
 
 impl Settings {
-    /// Reads configuration and secret of a run directory.
+    /// Reads configuration and secret of a run directory; `config_file` is another configuration than its own.
     ///
     /// # Errors
     /// If one of them is missing or makes no sense.
-    pub fn load(run_dir: &Path, task: Task) -> Result<Self, SettingsError> {
+    pub fn load(run_dir: &Path, config_file: Option<PathBuf>, task: Task) -> Result<Self, SettingsError> {
         let run_dir = RunDir::new(run_dir);
-        let config: Config = read_json(&run_dir.config()).map_err(SettingsError::Unreadable)?;
+        let config_file = config_file.unwrap_or_else(|| run_dir.config());
+        let config: Config = read_json(&config_file).map_err(SettingsError::Unreadable)?;
         config.validate()?;
         let secret = Secret::read(&run_dir.secret())?;
-        Ok(Self { run_dir, config, secret, task })
+        Ok(Self { run_dir, config_file, config, secret, task })
     }
 }

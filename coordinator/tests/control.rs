@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use learn_coordinator::files::{read_json, read_lines};
-use learn_coordinator::{CoordinatorError, Outcome, StopCause};
+use learn_coordinator::{Coordinator, CoordinatorError, Outcome, Settings, StopCause};
+use learn_domain::Config;
 use learn_domain::membership::Departure;
 use learn_domain::report::{Evaluation, JobState, JobStatus, Split, StepRecord, Summary, Task};
 use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
@@ -255,6 +256,27 @@ async fn what_does_not_go_together_is_refused_before_anything_starts() {
     let resume_from = Some(ground.run_dir().checkpoint(Step(7)).to_string_lossy().into_owned());
     let missing = ground.refusal(Task::Train { resume_from }).await.to_string();
     assert!(missing.contains("step-0000000007"), "{missing}");
+}
+
+#[tokio::test]
+async fn a_new_configuration_is_taken_over_only_when_it_is_served() {
+    let ground = Ground::new(1);
+    let run_dir = ground.settings(train()).run_dir;
+    let before: Config = read_json(&run_dir.config()).unwrap();
+    let propose = |change: fn(&mut Config)| {
+        let mut config = before.clone();
+        change(&mut config);
+        std::fs::write(run_dir.next_config(), serde_json::to_string(&config).unwrap()).unwrap();
+        Settings::load(run_dir.root(), Some(run_dir.next_config()), train()).unwrap()
+    };
+    let refused = Coordinator::bind(propose(|config| config.data.dataset = "nowhere".into())).await;
+    assert!(matches!(refused.err(), Some(CoordinatorError::Source(_))));
+    assert_eq!(read_json::<Config>(&run_dir.config()).unwrap(), before);
+
+    let coordinator = Coordinator::bind(propose(|config| config.training.epochs = 7)).await.unwrap();
+    assert_eq!(coordinator.run(async {}).await.unwrap(), Outcome::Stopped(StopCause::Operator));
+    assert_eq!(read_json::<Config>(&run_dir.config()).unwrap().training.epochs, 7);
+    assert!(!run_dir.next_config().exists());
 }
 
 #[tokio::test]

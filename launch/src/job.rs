@@ -4,6 +4,7 @@
 //! that names the cause, the guilty process with the end of its log, and what to do. Invariants: a request to stop goes
 //! to the coordinator alone, which ends the job gracefully; a second one kills; no process outlives [`run`].
 
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -37,6 +38,8 @@ const TAIL: usize = 15;
 #[derive(Clone, Copy, Debug)]
 pub struct JobSpec<'a> {
     pub run: &'a RunDir,
+    /// Holds `config`; becomes the run's own once the coordinator has accepted it.
+    pub config_file: &'a Path,
     pub config: &'a Config,
     pub task: &'a Task,
 }
@@ -101,6 +104,7 @@ impl<'a> LocalJob<'a> {
         }
         let mut command = Command::new(process::sibling("learn-coordinator")?);
         command.arg("--run-dir").arg(run.root()).arg("--task-json").arg(serde_json::to_string(spec.task)?);
+        command.arg("--config").arg(spec.config_file);
         let coordinator = Process::start("coordinator", &mut command, &run.coordinator_log())?;
         let mut progress = output.progress(Unit::Count);
         let title = match spec.task {

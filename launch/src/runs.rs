@@ -50,22 +50,21 @@ pub fn create(root: &Path, config: &Config) -> Result<RunDir> {
     for folder in [run.logs(), run.checkpoints()] {
         fs::create_dir(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     }
-    write_config(&run, config)?;
+    write_config(&run.config(), config)?;
     write_secret(&run)?;
     Ok(run)
 }
 
-/// Writes the resolved configuration in one go.
+/// Writes a resolved configuration in one go.
 ///
 /// # Errors
 /// It cannot be written.
-pub fn write_config(run: &RunDir, config: &Config) -> Result<()> {
-    let path = run.config();
+pub fn write_config(path: &Path, config: &Config) -> Result<()> {
     let aside = path.with_extension("json.tmp");
     let mut bytes = serde_json::to_vec_pretty(config)?;
     bytes.push(b'\n');
     fs::write(&aside, bytes)
-        .and_then(|()| fs::rename(&aside, &path))
+        .and_then(|()| fs::rename(&aside, path))
         .with_context(|| format!("cannot write {}", path.display()))
 }
 

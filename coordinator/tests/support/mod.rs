@@ -110,7 +110,7 @@ impl Ground {
         std::fs::create_dir_all(run_dir.root()).unwrap();
         std::fs::write(run_dir.config(), serde_json::to_string(&self.config).unwrap()).unwrap();
         std::fs::write(run_dir.secret(), format!("{SECRET}\n")).unwrap();
-        Settings::load(run_dir.root(), task).unwrap()
+        Settings::load(run_dir.root(), None, task).unwrap()
     }
 
     pub async fn start(&self, task: Task) -> Running {

@@ -24,6 +24,12 @@ impl RunDir {
         self.0.join("config.json")
     }
 
+    /// The configuration of a resume that no coordinator has accepted yet; then it becomes [`RunDir::config`].
+    #[must_use]
+    pub fn next_config(&self) -> PathBuf {
+        self.0.join("config.next.json")
+    }
+
     /// The job's secret, readable by its owner only.
     #[must_use]
     pub fn secret(&self) -> PathBuf {

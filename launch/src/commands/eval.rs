@@ -82,7 +82,8 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<()> {
     config.job.name = format!("{}-eval", config.job.name);
     let own = runs::create(&root, &config)?;
     let task = Task::Evaluate { checkpoint: path_text(&checkpoint.path)?, split };
-    let status = job::run(&JobSpec { run: &own, config: &config, task: &task }, output)?;
+    let spec = JobSpec { run: &own, config_file: &own.config(), config: &config, task: &task };
+    let status = job::run(&spec, output)?;
     let evaluation = status.evaluations.last().context("the job ended without an evaluation")?;
     let text = format!(
         "{} users of {split}, checkpoint of step {}\n\n{}",

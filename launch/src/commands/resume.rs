@@ -93,7 +93,7 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
         .into());
     }
     Dataset::open(&config.data.dataset)?.embeddings()?;
-    let checkpoints = checkpoints(&run)?;
+    let checkpoints = with_ledgers(&run, checkpoints(&run)?);
     let checkpoint = choose(&checkpoints, args.checkpoint.as_deref(), &shown)?;
     let text = format!("{shown}: resuming from step {}", checkpoint.step);
     if args.dry_run {
@@ -101,11 +101,9 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
             .result(&text.replace("resuming", "would resume"), &serde_json::json!({ "checkpoint": checkpoint.path }));
     }
     output.note(&text);
-    if config != before {
-        runs::write_config(&run, &config)?;
-    }
-    let resume_from = Some(path_text(&checkpoint.path)?);
-    job::run(&JobSpec { run: &run, config: &config, task: &Task::Train { resume_from } }, output)?;
+    runs::write_config(&run.next_config(), &config)?;
+    let task = Task::Train { resume_from: Some(path_text(&checkpoint.path)?) };
+    job::run(&JobSpec { run: &run, config_file: &run.next_config(), config: &config, task: &task }, output)?;
     super::train::report(&run, output)
 }
 
@@ -143,6 +141,19 @@ pub(super) fn checkpoints(run: &RunDir) -> Result<Vec<Checkpoint>> {
         serde_json::from_slice(&answer.stdout).context("learn-worker checkpoints printed something else than JSON")?;
     checkpoints.sort_by_key(|checkpoint| checkpoint.step);
     Ok(checkpoints)
+}
+
+/// A training goes on only from a checkpoint whose ledger is there: a kill may come between the two.
+fn with_ledgers(run: &RunDir, checkpoints: Vec<Checkpoint>) -> Vec<Checkpoint> {
+    let check = |checkpoint: Checkpoint| {
+        let ledger = run.ledger(checkpoint.step);
+        if !checkpoint.valid || ledger.is_file() {
+            return checkpoint;
+        }
+        let reason = format!("its ledger {} is missing, which says whom the epoch has used", ledger.display());
+        Checkpoint { valid: false, reason: Some(reason), ..checkpoint }
+    };
+    checkpoints.into_iter().map(check).collect()
 }
 
 /// The checkpoint that `wanted` names (`best`, `last` or a directory's name), or the latest; never a damaged one.
@@ -201,6 +212,17 @@ mod tests {
         assert!(text.contains("--checkpoint step-0000000010"), "{text}");
         let text = choose(&all[1..2], None, "r").unwrap_err().to_string();
         assert!(text.contains("no whole one before it"), "{text}");
+    }
+
+    #[test]
+    fn one_without_its_ledger_is_refused_and_the_one_before_offered() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::new(folder.path());
+        std::fs::create_dir_all(run.ledger(Step(10)).parent().unwrap()).unwrap();
+        std::fs::write(run.ledger(Step(10)), "{}").unwrap();
+        let all = with_ledgers(&run, vec![checkpoint(10, true, false), checkpoint(20, true, false)]);
+        let text = choose(&all, None, "r").unwrap_err().to_string();
+        assert!(text.contains("its ledger") && text.contains("--checkpoint step-0000000010"), "{text}");
     }
 
     #[test]

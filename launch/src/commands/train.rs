@@ -81,7 +81,8 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         job::threads_per_worker(&config),
         super::shown(&run.logs())
     ));
-    job::run(&JobSpec { run: &run, config: &config, task: &Task::Train { resume_from: None } }, output)?;
+    let task = Task::Train { resume_from: None };
+    job::run(&JobSpec { run: &run, config_file: &run.config(), config: &config, task: &task }, output)?;
     report(&run, output)
 }
 

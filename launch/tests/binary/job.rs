@@ -232,7 +232,7 @@ fn a_run_is_resumed_from_its_latest_checkpoint() -> TestResult {
 fn a_damaged_checkpoint_is_refused_and_the_one_before_offered() -> TestResult {
     let checkpoints = r#"[{"step":5,"path":"/c/step-0000000005","valid":true,"reason":null,"best":true},
         {"step":7,"path":"/c/step-0000000007","valid":false,"reason":"model.safetensors is cut off","best":false}]"#;
-    let installation = Installation::new("serve; status failed; exit 1", &worker_with(checkpoints))?;
+    let installation = Installation::new("serve; checkpoint=5; status failed; exit 1", &worker_with(checkpoints))?;
     installation.launch(&["train"])?;
     let refused = installation.launch(&["resume", "learn"])?;
     assert_eq!(refused.status.code(), Some(1));

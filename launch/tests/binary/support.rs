@@ -14,16 +14,18 @@ use tempfile::TempDir;
 
 pub type TestResult<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
-/// What every fake coordinator begins with: `$run` is the run directory; `serve` announces it, `status STATE [CAUSE]`
-/// writes a status with one finished step.
+/// What every fake coordinator begins with: `$run` is the run directory; `serve` takes its configuration over and
+/// announces it, `status STATE [CAUSE]` writes a status with one finished step, and the ledger of `$checkpoint`.
 const COORDINATOR: &str = r#"#!/bin/sh
-run=$2
+run=$2 config=$6
 echo "coordinator: $*"
 serve() {
+  [ "$config" = "$run/config.json" ] || mv "$config" "$run/config.json"
   printf '{"pid":%s,"grpc":"http://127.0.0.1:9","http":"http://127.0.0.1:9"}' $$ > "$run/coordinator.tmp"
   mv "$run/coordinator.tmp" "$run/coordinator.json"
 }
 status() {
+  if [ -n "$checkpoint" ]; then mkdir -p "$run/ledger"; echo '{}' > "$run/ledger/step-000000000$checkpoint.json"; fi
   cause=null; if [ -n "$2" ]; then cause="\"$2\""; fi
   cat > "$run/status.json" <<END
 {"name":"n","task":{"kind":"train","resume_from":null},"state":"$1","cause":$cause,"generation":1,"world_size":2,
