@@ -14,6 +14,7 @@ use half::f16;
 use learn_dataset::embeddings::{EmbeddingSpec, EmbeddingStore};
 use learn_dataset::{Dataset, DatasetError, EmbeddingInfo, Item};
 use learn_domain::config::{Config, DeviceKind, EmbedConfig, Precision};
+use learn_domain::prompt::PromptTemplate;
 
 use crate::encoder::bert::{BertEncoder, BertSettings};
 use crate::encoder::{EncoderError, ModelDirectory, TextEncoder};
@@ -30,10 +31,13 @@ pub enum EmbedError {
     Encoder(#[from] EncoderError),
     #[error(transparent)]
     Vectors(#[from] VectorError),
+    #[error("embed.prompt.sentences: {0}")]
+    Prompt(String),
     #[error("shard {shard} (items {} to {}): {source}", items.start, items.end - 1)]
     Shard { shard: usize, items: Range<usize>, source: Box<EncoderError> },
     #[error(
-        "{}: no item has any text; name the items file and its columns in prepare.items, or bring vectors with embed.from",
+        "{}: no item has a field that the prompt names; name the items file and its columns in prepare.items, look at \
+         embed.prompt, or bring vectors with embed.from",
         dataset.display()
     )]
     NoTexts { dataset: PathBuf },
@@ -106,12 +110,13 @@ impl Source {
     }
 
     /// What a shard's rows depend on besides the source: the prompts, or whose rows they are.
-    fn texts(&self, items: &[Item], dataset: &Dataset) -> Result<Vec<String>, EmbedError> {
+    fn texts(&self, items: &[Item], dataset: &Dataset, config: &EmbedConfig) -> Result<Vec<String>, EmbedError> {
         if matches!(self, Self::File(_)) {
             return Ok(items.iter().map(|item| item.id.clone()).collect());
         }
-        let texts: Vec<String> = items.iter().map(prompt).collect();
-        let nothing = prompt(&Item::default());
+        let template = PromptTemplate::new(&config.prompt).map_err(EmbedError::Prompt)?;
+        let texts: Vec<String> = items.iter().map(|item| prompt(&template, item)).collect();
+        let nothing = template.without_fields();
         let silent = texts.iter().filter(|text| **text == nothing).count();
         if silent == texts.len() {
             return Err(EmbedError::NoTexts { dataset: dataset.dir().into() });
@@ -155,7 +160,7 @@ pub fn run(config: &Config, part: Part, progress: &mut Progress) -> Result<(), E
     let source = Source::open(&config.embed)?;
     let dataset = Dataset::open(&config.data.dataset)?;
     let items = dataset.items()?;
-    let texts = source.texts(&items, &dataset)?;
+    let texts = source.texts(&items, &dataset, &config.embed)?;
     let store = EmbeddingStore::new(&dataset, source.spec(config.embed.shard_items)?, &texts)?;
     let (finished, missing): (Vec<_>, Vec<_>) =
         store.shards().iter().filter(|shard| part.owns(shard.index)).partition(|shard| store.finished(shard.index));
@@ -205,7 +210,7 @@ fn gpu_of(part: Part, device: DeviceKind) -> usize {
 pub fn commit(config: &Config) -> Result<EmbeddingInfo, EmbedError> {
     let source = Source::open(&config.embed)?;
     let dataset = Dataset::open(&config.data.dataset)?;
-    let texts = source.texts(&dataset.items()?, &dataset)?;
+    let texts = source.texts(&dataset.items()?, &dataset, &config.embed)?;
     let store = EmbeddingStore::new(&dataset, source.spec(config.embed.shard_items)?, &texts)?;
     Ok(store.commit(&source.name())?)
 }

@@ -15,7 +15,7 @@ use std::time::SystemTime;
 use half::f16;
 use learn_dataset::Dataset;
 use learn_domain::Config;
-use learn_domain::config::{DeviceKind, PrepareConfig};
+use learn_domain::config::{DeviceKind, PrepareConfig, Sentence};
 
 const ITEMS: usize = 1500;
 const SHARD: usize = 50;
@@ -194,6 +194,22 @@ fn prompts_can_be_looked_at() {
     let shown = Workplace::new().done(&["--show", "2"]);
     assert_eq!(shown.lines().count(), 2);
     assert!(shown.contains("Item title is \"lamp number 0\". The brand is \"red 0\"."), "{shown}");
+}
+
+#[test]
+fn another_prompt_is_shown_and_starts_anew() {
+    let mut work = Workplace::new();
+    work.done(&[]);
+    work.config.embed.prompt.sentences = vec![Sentence::One("{brand}: {title}".into())];
+    let shown = work.done(&["--show", "3"]);
+    assert!(shown.starts_with("i0\tred 0: lamp number 0\n"), "{shown}");
+    assert_eq!(shown.lines().count(), 3);
+    assert_eq!(first_and_last(&work.done(&["--progress-json"])), ((0, ITEMS), (ITEMS, ITEMS)));
+    // A prompt that says the same in other settings makes the same texts, whose vectors are there.
+    work.config.embed.prompt.sentences = vec![Sentence::FirstThatFits(vec!["{Brand}: {Title}".into()])];
+    assert_eq!(first_and_last(&work.done(&["--progress-json"])).0, (ITEMS, ITEMS));
+    work.config.embed.prompt.sentences = vec![Sentence::One("{price}".into())];
+    assert!(work.refused(&[]).contains("embed.prompt"));
 }
 
 #[test]

@@ -5,11 +5,13 @@
 //!
 //! - [`config`]: the one typed configuration of a job.
 //! - [`plan`]: which users form step `s` of epoch `e`, and which rank takes which of them.
+//! - [`prompt`]: how an item's fields become a text.
 //! - [`sampling`]: how one user's sequence becomes history, targets and sampled positions.
 //! - [`membership`]: who belongs to a job, as a state machine with explicit generations.
 //! - [`ledger`]: the proof that an epoch used every user exactly once.
 //! - [`schedule`]: the learning rate of a step.
 //! - [`ranking`]: what a rank is (ties included) and the metrics made of ranks.
+//! - [`spelling`]: what a misspelt name was meant to be.
 //! - [`run_dir`] and [`report`]: where a run keeps what, and the values that its processes exchange about it.
 
 pub mod config;
@@ -17,12 +19,14 @@ pub mod ids;
 pub mod ledger;
 pub mod membership;
 pub mod plan;
+pub mod prompt;
 pub mod random;
 pub mod ranking;
 pub mod report;
 pub mod run_dir;
 pub mod sampling;
 pub mod schedule;
+pub mod spelling;
 
 pub use config::Config;
 pub use ids::{Generation, Incarnation, Rank, Step, UserIndex, WorkerId};

@@ -93,6 +93,8 @@ fn wrong_values_name_their_place_and_what_is_expected() {
         ("cluster.heartbeat_timeout=15", "`15` is not a duration like"),
         ("evaluation.cutoffs=10", "10 is not a list like [1, 2]"),
         ("prepare.items.files=a.csv", "`a.csv` is not a list like [\"a\", \"b\"]"),
+        ("embed.prompt.sentences=[3]", "a sentence is text, or a list of texts"),
+        ("embed.prompt.sentences=[\"{titel}\"]", "did you mean {title}?"),
         ("model.dropout=nan", "not a finite number"),
         ("model.dropout=1.5", "must lie in [0, 1)"),
     ] {

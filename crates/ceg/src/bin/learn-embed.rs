@@ -14,6 +14,7 @@ use learn_ceg::progress::Progress;
 use learn_ceg::prompt::prompt;
 use learn_dataset::Dataset;
 use learn_domain::Config;
+use learn_domain::prompt::PromptTemplate;
 use learn_domain::report::exit;
 
 /// Embeds the items of a dataset with a frozen encoder, or takes over vectors made elsewhere.
@@ -83,10 +84,11 @@ fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
 }
 
 fn show(config: &Config, count: usize) -> anyhow::Result<()> {
+    let template = PromptTemplate::new(&config.embed.prompt).map_err(|problem| anyhow!("embed.prompt: {problem}"))?;
     let items = Dataset::open(&config.data.dataset)?.items()?;
     let mut out = std::io::stdout().lock();
     for item in items.iter().take(count) {
-        writeln!(out, "{}\t{}", item.id, prompt(item))?;
+        writeln!(out, "{}\t{}", item.id, prompt(&template, item))?;
     }
     Ok(())
 }

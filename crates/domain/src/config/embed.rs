@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
 use super::train::DeviceKind;
+use crate::prompt::PromptTemplate;
 
 /// Arithmetic of the matrix products; parameters and reductions stay f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -15,6 +16,59 @@ pub enum Precision {
     #[default]
     F32,
     Bf16,
+}
+
+/// A sentence of the prompt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged, expecting = "a sentence is text, or a list of texts of which the first that fits is taken")]
+pub enum Sentence {
+    One(String),
+    /// Wordings in order of preference.
+    FirstThatFits(Vec<String>),
+}
+
+impl Sentence {
+    #[must_use]
+    pub fn wordings(&self) -> &[String] {
+        match self {
+            Self::One(text) => std::slice::from_ref(text),
+            Self::FirstThatFits(texts) => texts,
+        }
+    }
+}
+
+/// The text of an item: what the language model reads. The default is the published prompt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct PromptConfig {
+    /// The sentences, in order, with placeholders for what `prepare.items` has brought: `{title}`, `{category}`, `{brand}`,
+    /// `{price}`, `{keywords}`, `{attributes}`. A sentence whose field is missing is left out; where several wordings
+    /// stand in a list, the first one with all its fields is taken. `{{` and `}}` are the braces themselves.
+    pub sentences: Vec<Sentence>,
+    /// What stands between two sentences.
+    pub separator: String,
+}
+
+impl Default for PromptConfig {
+    fn default() -> Self {
+        let one = |text: &str| Sentence::One(text.into());
+        let category_and_brand = [
+            r#"This item belongs to "{category}" and brand is "{brand}"."#,
+            r#"This item belongs to "{category}"."#,
+            r#"The brand is "{brand}"."#,
+        ];
+        Self {
+            sentences: vec![
+                one("The item information is given as follows."),
+                one(r#"Item title is "{title}"."#),
+                Sentence::FirstThatFits(category_and_brand.map(Into::into).into()),
+                one(r#"The price is "{price}"."#),
+                one(r#"The key words of items are "{keywords}"."#),
+                one(r#"The item supports "{attributes}"."#),
+            ],
+            separator: " ".into(),
+        }
+    }
 }
 
 /// Settings of `embed`.
@@ -35,6 +89,7 @@ pub struct EmbedConfig {
     pub processes: u32,
     pub precision: Precision,
     pub device: DeviceKind,
+    pub prompt: PromptConfig,
 }
 
 impl Default for EmbedConfig {
@@ -48,6 +103,7 @@ impl Default for EmbedConfig {
             processes: 1,
             precision: Precision::F32,
             device: DeviceKind::Auto,
+            prompt: PromptConfig::default(),
         }
     }
 }
@@ -64,6 +120,7 @@ impl EmbedConfig {
                 return Err(ConfigError { key, problem: "must be at least 1".into() });
             }
         }
+        PromptTemplate::new(&self.prompt).map_err(|problem| ConfigError { key: "embed.prompt.sentences", problem })?;
         Ok(())
     }
 }

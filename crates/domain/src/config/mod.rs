@@ -10,7 +10,7 @@ mod units;
 
 use std::path::PathBuf;
 
-pub use embed::{EmbedConfig, Precision};
+pub use embed::{EmbedConfig, Precision, PromptConfig, Sentence};
 pub use prepare::{FileFormat, InteractionsConfig, ItemsConfig, PrepareConfig, SplitPolicy};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -124,6 +124,7 @@ mod tests {
             config.validate().unwrap_err().key
         };
         assert_eq!(refused(|c| c.job.name = "a/b".into()), "job.name");
+        assert_eq!(refused(|c| c.embed.prompt.sentences.clear()), "embed.prompt.sentences");
         assert_eq!(refused(|c| c.training.global_batch = 0), "training.global_batch");
         assert_eq!(refused(|c| c.model.heads = 7), "model.heads");
         assert_eq!(refused(|c| c.model.dropout = 1.0), "model.dropout");
