@@ -179,8 +179,8 @@ pub fn embed_histories(
     histories: &learn_model::Sequences,
     forward: &Forward,
 ) -> Tensor {
-    let adapted = catalogue.model.adapt(catalogue.parameters, rows, forward);
-    catalogue.model.user(catalogue.parameters, &adapted, histories, forward)
+    let items = catalogue.model.items(catalogue.parameters, rows, forward);
+    catalogue.model.user(catalogue.parameters, &items, histories, forward)
 }
 
 /// Ranks the targets of a batch of users `[B, d]` among all items `[N, d]`.

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use learn_domain::config::{ItemTower, ModelConfig, PositionEmbedding, Precision};
+use learn_domain::config::{ItemTower, ModelConfig, PositionEmbedding, Precision, Residual};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
@@ -46,6 +46,12 @@ struct CaseConfig {
     cvr_weight: f64,
     layer_norm_eps: f64,
     position_embedding: PositionEmbedding,
+    #[serde(default)]
+    centring: bool,
+    #[serde(default)]
+    residual: Residual,
+    #[serde(default)]
+    residual_decay: f64,
 }
 
 /// The file, taken apart.
@@ -78,9 +84,9 @@ pub fn check(path: &Path, device: Device) -> Result<BTreeMap<String, f64>, Golde
     let table = case.tensor("in.table")?;
     let forward = Forward { train: false, precision: Precision::F32 };
 
-    let adapted = model.adapt(&parameters, table, &forward);
-    let user = model.user(&parameters, &adapted, &history.sequences, &forward);
-    let item = model.item(&parameters, table, &adapted, &target.sequences, &forward);
+    let items = model.items(&parameters, table, &forward);
+    let user = model.user(&parameters, &items, &history.sequences, &forward);
+    let item = model.item(&parameters, &items, &target.sequences, &forward);
     let index = |values: &[i64]| Tensor::from_slice(values).to_device(device);
     let (row_user, item_user) = (index(&history.user), index(&target.user));
     let infonce = InfoNce {
@@ -152,6 +158,10 @@ impl Case {
                 position_embedding: config.position_embedding,
                 logit_scale: config.logit_scale,
                 dropout: 0.0,
+                centring: config.centring,
+                residual: config.residual,
+                residual_decay: config.residual_decay,
+                residual_trained: true,
                 ..ModelConfig::default()
             },
             max_history: self.tensor("in.hist_id")?.size2().map_err(|error| failed(error.into()))?.1,

@@ -22,7 +22,7 @@ pub mod safetensors;
 
 pub use optimizer::AdamW;
 pub use parameters::{ParameterSpec, Parameters, Role};
-pub use pch::{Forward, Pch, PchShape, Sequences};
+pub use pch::{Forward, Items, Pch, PchShape, Sequences};
 
 /// A model that cannot be made as asked.
 #[derive(Debug, thiserror::Error)]

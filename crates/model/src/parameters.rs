@@ -27,6 +27,10 @@ pub enum Role {
     NormScale,
     /// The logarithm of the logit scale: starts at this value.
     LogitScale { start: f64 },
+    /// The projection of a residual path: 0 until it is measured. Decay would pull it away from where it starts.
+    Residual,
+    /// Measured once and never trained: 0 until then. Its gradient is 0, so the optimizer leaves it as it is.
+    Measured,
 }
 
 /// Name, shape and role of a parameter.
@@ -59,10 +63,14 @@ impl Role {
         matches!(self, Self::Weight { .. })
     }
 
+    fn trains(self) -> bool {
+        self != Self::Measured
+    }
+
     fn values(self, draws: Draws, count: usize) -> Vec<f32> {
         match self {
             Self::Weight { std } | Self::Position { std } => normals(draws, count, std),
-            Self::Bias => vec![0.0; count],
+            Self::Bias | Self::Residual | Self::Measured => vec![0.0; count],
             Self::NormScale => vec![1.0; count],
             Self::LogitScale { start } => vec![start as f32; count],
         }
@@ -141,7 +149,8 @@ impl Parameters {
 
     fn over(specs: Vec<ParameterSpec>, flat: Tensor) -> Self {
         let gradient = flat.zeros_like();
-        let leaves = views(&specs, &flat).map(|view| view.detach().set_requires_grad(true)).collect();
+        let leaf = |(view, spec): (Tensor, &ParameterSpec)| view.detach().set_requires_grad(spec.role.trains());
+        let leaves = views(&specs, &flat).zip(&specs).map(leaf).collect();
         let slots = views(&specs, &gradient).collect();
         Self { specs, flat, gradient, leaves, slots }
     }

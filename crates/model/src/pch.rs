@@ -3,8 +3,14 @@
 //! adaptor (linear) -> encoder (post-LN BERT layers, causal) -> mlp (linear) -> L2 normalisation. Shapes: U unique items,
 //! B users, L padded length, R sampled history positions, M sampled targets, D hidden, d output. Invariants: an output
 //! does not depend on padding or on the other users of the batch; a tower without positions gives `[0, d]` with a graph.
+//!
+//! With `model.residual = "content"` the mlp's output is a correction of the content embedding c `[input_dim]`: an item is
+//! normalise(R c + mlp(..)), a user at position p is normalise(R m + mlp(..)) with m = sum_j w^(p - j) c_j / sum_j w^(p - j)
+//! over the history up to p and w = `model.residual_decay`.
 
-use learn_domain::config::{ItemTower, ModelConfig, PositionEmbedding, Precision};
+mod start;
+
+use learn_domain::config::{ItemTower, ModelConfig, PositionEmbedding, Precision, Residual};
 use tch::{Kind, Tensor};
 
 use crate::ModelError;
@@ -14,6 +20,12 @@ use crate::parameters::{ParameterSpec, Parameters, Role};
 /// Name of the learned logarithm of the logit scale.
 pub const LOGIT_SCALE: &str = "logit_scale";
 const POSITION: &str = "position_embedding.weight";
+const ADAPTOR_WEIGHT: &str = "adaptor.weight";
+const ADAPTOR_BIAS: &str = "adaptor.bias";
+/// The catalogue's mean content embedding, measured at the start.
+const CONTENT_MEAN: &str = "content_mean";
+/// R, the projection of the residual path.
+const RESIDUAL: &str = "residual.weight";
 /// Added to the variance in the encoder's layer norms, as published.
 pub const LAYER_NORM_EPS: f64 = 1e-12;
 /// Shortest length that normalisation divides by.
@@ -48,6 +60,17 @@ pub struct Forward {
     pub precision: Precision,
 }
 
+/// The unique items of a pass as the towers read them.
+#[derive(Debug)]
+pub struct Items {
+    /// `[U, D]`: what the encoder reads.
+    adapted: Tensor,
+    /// `[U, input_dim]`, L2-normalised; for the item tower `content` only.
+    content: Option<Tensor>,
+    /// `[U, d]`: R c, with a residual path.
+    projected: Option<Tensor>,
+}
+
 /// The towers without their parameters.
 #[derive(Clone, Debug)]
 pub struct Pch {
@@ -75,6 +98,9 @@ impl PchShape {
         };
         let mut specs = Vec::new();
         specs.extend(linear("adaptor", hidden, self.input_dim));
+        if model.centring {
+            specs.push(ParameterSpec::new(CONTENT_MEAN, &[self.input_dim], Role::Measured));
+        }
         for layer in 0..model.layers {
             let at = |name: &str| format!("{}.{name}", layer_prefix(layer));
             for part in ["query", "key", "value"] {
@@ -86,7 +112,16 @@ impl PchShape {
             specs.extend(linear(&at("output.dense"), hidden, wide));
             specs.extend(norm(&at("output.LayerNorm")));
         }
-        specs.extend(linear("mlp.0", output, hidden));
+        match model.residual {
+            Residual::None => specs.extend(linear("mlp.0", output, hidden)),
+            Residual::Content => {
+                let role = if model.residual_trained { Role::Residual } else { Role::Measured };
+                specs.push(ParameterSpec::new(RESIDUAL, &[output, self.input_dim], role));
+                // no correction before the first step
+                specs.push(ParameterSpec::new("mlp.0.weight", &[output, hidden], Role::Weight { std: 0.0 }));
+                specs.push(ParameterSpec::new("mlp.0.bias", &[output], Role::Bias));
+            }
+        }
         if model.position_embedding == PositionEmbedding::Learned {
             specs.push(ParameterSpec::new(POSITION, &[self.max_history, hidden], Role::Position { std }));
         }
@@ -155,58 +190,72 @@ impl Pch {
         }
     }
 
-    /// Lets the adaptor start as if the content embeddings had mean 0 and variance 1, judged by a `sample`
-    /// `[S, input_dim]`: `W <- W / std`, `b <- -W mean`, with one standard deviation over all dimensions.
-    pub fn standardize_adaptor(&self, parameters: &mut Parameters, sample: &Tensor) {
-        let weight = parameters.get("adaptor.weight");
-        let sample = sample.to_kind(Kind::Double).to_device(weight.device());
-        let mean = sample.mean_dim([0_i64].as_slice(), false, Kind::Double);
-        let variance = (sample - &mean).square().mean(Kind::Double);
-        tch::no_grad(|| {
-            let scaled = weight.to_kind(Kind::Double) / variance.sqrt().clamp_min(1e-12);
-            let bias = -scaled.mv(&mean);
-            weight.shallow_clone().copy_(&scaled);
-            parameters.get("adaptor.bias").shallow_clone().copy_(&bias);
-        });
+    /// The unique items of a pass from their content embeddings `[U, input_dim]` of any floating kind.
+    pub fn items(&self, parameters: &Parameters, rows: &Tensor, forward: &Forward) -> Items {
+        let content = self.content(parameters, rows);
+        let adapted = linear(parameters, "adaptor").forward(&content, forward.precision).to_kind(parameters.kind());
+        let unit = |content: &Tensor| normalise(&content.to_kind(parameters.kind()));
+        Items {
+            adapted,
+            // like the mlp never in bf16
+            projected: parameters.find(RESIDUAL).map(|projection| unit(&content).matmul(&projection.tr())),
+            content: (self.shape.model.item_tower == ItemTower::Content).then(|| unit(&content)),
+        }
     }
 
-    /// The adaptor: content embeddings `[U, input_dim]` of any floating kind to `[U, D]`.
-    pub fn adapt(&self, parameters: &Parameters, rows: &Tensor, forward: &Forward) -> Tensor {
-        linear(parameters, "adaptor").forward(rows, forward.precision).to_kind(parameters.kind())
+    /// Content embeddings as everything reads them: as they are, or without the catalogue's mean.
+    fn content(&self, parameters: &Parameters, rows: &Tensor) -> Tensor {
+        match parameters.find(CONTENT_MEAN) {
+            Some(mean) => normalise(&(rows.to_kind(parameters.kind()) - mean)),
+            None => rows.shallow_clone(),
+        }
     }
 
     /// The user tower at the sampled positions: `[R, d]`.
-    pub fn user(&self, parameters: &Parameters, adapted: &Tensor, histories: &Sequences, forward: &Forward) -> Tensor {
+    pub fn user(&self, parameters: &Parameters, items: &Items, histories: &Sequences, forward: &Forward) -> Tensor {
         let positions = parameters.find(POSITION).map(|table| self.position_vectors(table, histories));
-        self.causal(parameters, adapted, (histories, positions), forward)
+        let hidden = self.causal(parameters, items, (histories, positions), forward);
+        let recent = items.projected.as_ref().map(|projected| self.recent(projected, histories));
+        self.project(parameters, &hidden, recent)
     }
 
-    /// The item tower at the sampled targets: `[M, d]`. `rows` are the content embeddings, `adapted` what [`Pch::adapt`]
-    /// made of them.
-    pub fn item(
-        &self,
-        parameters: &Parameters,
-        rows: &Tensor,
-        adapted: &Tensor,
-        targets: &Sequences,
-        forward: &Forward,
-    ) -> Tensor {
-        let sampled = || targets.items.reshape([-1]).index_select(0, &targets.positions);
-        match self.shape.model.item_tower {
-            ItemTower::Causal => self.causal(parameters, adapted, (targets, None), forward),
-            ItemTower::PerItem => self.alone(parameters, &take(adapted, &sampled()), forward),
-            ItemTower::Content => normalise(&take(rows, &sampled()).to_kind(parameters.kind())),
+    /// The item tower at the sampled targets: `[M, d]`.
+    pub fn item(&self, parameters: &Parameters, items: &Items, targets: &Sequences, forward: &Forward) -> Tensor {
+        let sampled = targets.items.reshape([-1]).index_select(0, &targets.positions);
+        let own = |rows: &Tensor| take(rows, &sampled);
+        if let Some(content) = &items.content {
+            return own(content);
         }
+        let hidden = match self.shape.model.item_tower {
+            ItemTower::Causal => self.causal(parameters, items, (targets, None), forward),
+            ItemTower::PerItem | ItemTower::Content => self.alone(parameters, &own(&items.adapted), forward),
+        };
+        self.project(parameters, &hidden, items.projected.as_ref().map(own))
     }
 
     /// The item tower over a catalogue `[N, input_dim]`, each item as a sequence of one: `[N, d]`.
     pub fn catalogue(&self, parameters: &Parameters, rows: &Tensor, forward: &Forward) -> Tensor {
-        match self.shape.model.item_tower {
-            ItemTower::Causal | ItemTower::PerItem => {
-                self.alone(parameters, &self.adapt(parameters, rows, forward), forward)
+        let items = self.items(parameters, rows, forward);
+        match items.content {
+            Some(content) => content,
+            None => {
+                let hidden = self.alone(parameters, &items.adapted, forward);
+                self.project(parameters, &hidden, items.projected)
             }
-            ItemTower::Content => normalise(&rows.to_kind(parameters.kind())),
         }
+    }
+
+    /// `[R, d]`: at each sampled position the mean of the history up to it, the newest item with weight 1 and each older one
+    /// with `residual_decay` times the weight of the next.
+    fn recent(&self, projected: &Tensor, histories: &Sequences) -> Tensor {
+        let options = (projected.kind(), projected.device());
+        let place = Tensor::arange(histories.items.size()[1], options);
+        let age = place.unsqueeze(1) - &place;
+        let decay = Tensor::full([1], self.shape.model.residual_decay, options);
+        let weights = decay.pow(&age.clamp_min(0)).tril(0);
+        let weights = &weights / weights.sum_dim_intlist([1_i64].as_slice(), true, projected.kind());
+        let means = weights.matmul(&take(projected, &histories.items));
+        means.reshape([-1, self.output_dim()]).index_select(0, &histories.positions)
     }
 
     /// `[B, L, D]`: the learned vector of each position's distance from the newest item. Items older than the learned
@@ -218,30 +267,28 @@ impl Pch {
         take(table, &distance.clamp(0, self.shape.max_history - 1))
     }
 
-    /// Causal encoding of whole sequences, projected at the sampled positions.
+    /// Causal encoding of whole sequences, at the sampled positions: `[R, D]`.
     fn causal(
         &self,
         parameters: &Parameters,
-        adapted: &Tensor,
+        items: &Items,
         (sequences, positions): (&Sequences, Option<Tensor>),
         forward: &Forward,
     ) -> Tensor {
         if sequences.positions.size()[0] == 0 {
-            return self.project(parameters, &adapted.narrow(0, 0, 0));
+            return items.adapted.narrow(0, 0, 0);
         }
-        let mut x = take(adapted, &sequences.items);
+        let mut x = take(&items.adapted, &sequences.items);
         if let Some(positions) = positions {
             x += positions;
         }
         let hidden = self.encode(parameters, x, &Attention::Causal, forward);
-        let sampled = hidden.reshape([-1, self.shape.hidden()]).index_select(0, &sequences.positions);
-        self.project(parameters, &sampled)
+        hidden.reshape([-1, self.shape.hidden()]).index_select(0, &sequences.positions)
     }
 
-    /// Items `[M, D]`, each encoded as a sequence of one.
+    /// Items `[M, D]`, each encoded as a sequence of one: `[M, D]`.
     fn alone(&self, parameters: &Parameters, adapted: &Tensor, forward: &Forward) -> Tensor {
-        let hidden = self.encode(parameters, adapted.unsqueeze(1), &Attention::Alone, forward);
-        self.project(parameters, &hidden.squeeze_dim(1))
+        self.encode(parameters, adapted.unsqueeze(1), &Attention::Alone, forward).squeeze_dim(1)
     }
 
     fn encode(&self, parameters: &Parameters, x: Tensor, attention: &Attention, forward: &Forward) -> Tensor {
@@ -262,10 +309,14 @@ impl Pch {
         })
     }
 
-    /// Hidden states `[R, D]` to embeddings `[R, d]`. Never in bf16: it is a small product, and the loss multiplies its
-    /// rounding by the logit scale.
-    fn project(&self, parameters: &Parameters, hidden: &Tensor) -> Tensor {
-        normalise(&linear(parameters, "mlp.0").forward(hidden, Precision::F32))
+    /// Hidden states `[R, D]` to embeddings `[R, d]`, as a correction of `base` `[R, d]` if there is one. Never in bf16: it
+    /// is a small product, and the loss multiplies its rounding by the logit scale.
+    fn project(&self, parameters: &Parameters, hidden: &Tensor, base: Option<Tensor>) -> Tensor {
+        let output = linear(parameters, "mlp.0").forward(hidden, Precision::F32);
+        normalise(&match base {
+            Some(base) => output + base,
+            None => output,
+        })
     }
 }
 

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::time::Instant;
 
 pub use exchange::Exchange;
-use learn_domain::config::{AdaptorInit, Config};
+use learn_domain::config::Config;
 use learn_domain::plan::{Plan, PlanKey};
 use learn_domain::report::{Evaluation, Split, StepRecord};
 use learn_domain::schedule::learning_rate;
@@ -34,8 +34,8 @@ use crate::feed::flight::DataClient;
 use crate::feed::{Feed, FeedSettings};
 use crate::session::{Ended, Membership};
 
-/// Items of the catalogue that a standardized adaptor is measured on.
-const INIT_SAMPLE: usize = 4096;
+/// Most items of the catalogue that a fresh start measures.
+const INIT_SAMPLE: usize = 16_384;
 
 /// The shape of the model that a configuration and a dataset make.
 #[must_use]
@@ -135,9 +135,9 @@ impl<'a> Trainer<'a> {
 
     /// What a fresh start does beyond random weights.
     fn initialize(&mut self) -> Result<(), WorkerError> {
-        if self.config.model.adaptor_init == AdaptorInit::Standardized {
+        if !self.stepper.model.measured().is_empty() {
             let sample = self.evaluator.sample_items(INIT_SAMPLE)?;
-            self.stepper.model.standardize_adaptor(&mut self.stepper.parameters, &sample);
+            self.stepper.model.measure(&mut self.stepper.parameters, &sample);
         }
         Ok(())
     }

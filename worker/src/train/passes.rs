@@ -97,11 +97,11 @@ impl Pass {
         if forward.train {
             learn_torch::seed(self.seed);
         }
-        let adapted = model.adapt(parameters, &self.rows, forward);
-        let item = |sequences| model.item(parameters, &self.rows, &adapted, sequences, forward);
+        let items = model.items(parameters, &self.rows, forward);
+        let item = |sequences| model.item(parameters, &items, sequences, forward);
         let targets = item(&self.targets);
         Embeddings {
-            user: model.user(parameters, &adapted, &self.history, forward),
+            user: model.user(parameters, &items, &self.history, forward),
             item: match &self.negatives {
                 Some(negatives) => Tensor::cat(&[targets, item(negatives)], 0),
                 None => targets,

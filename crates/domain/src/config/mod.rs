@@ -16,7 +16,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 pub use train::{
     AdaptorInit, CheckpointConfig, ClusterConfig, DeviceKind, EvaluationConfig, ItemTower, ModelConfig,
-    ObjectiveConfig, OptimizerConfig, PositionEmbedding, SamplingConfig, ScheduleKind, TrainingConfig,
+    ObjectiveConfig, OptimizerConfig, PositionEmbedding, Residual, SamplingConfig, ScheduleKind, TrainingConfig,
 };
 pub use units::{ByteSize, Span, UnitError};
 
@@ -128,6 +128,7 @@ mod tests {
         assert_eq!(refused(|c| c.training.global_batch = 0), "training.global_batch");
         assert_eq!(refused(|c| c.model.heads = 7), "model.heads");
         assert_eq!(refused(|c| c.model.dropout = 1.0), "model.dropout");
+        assert_eq!(refused(|c| c.model.residual_decay = 1.5), "model.residual_decay");
         assert_eq!(refused(|c| c.optimizer.learning_rate = f64::NAN), "optimizer.learning_rate");
         assert_eq!(refused(|c| c.sampling.history = 0), "sampling.history");
         assert_eq!(refused(|c| c.evaluation.cutoffs = vec![]), "evaluation.cutoffs");

@@ -53,6 +53,20 @@ pub enum AdaptorInit {
     Standardized,
 }
 
+/// What user and item embeddings are a correction of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Residual {
+    /// Nothing: they are what the towers make of the content embeddings, as published.
+    #[default]
+    None,
+    /// The content embeddings through a projection: the item's own, and for a user the mean of the history's, weighted by
+    /// `residual_decay`. The towers' last layer starts at 0 and the projection keeps cosines (exactly if `output_dim` is
+    /// the embeddings' dimension, else as well as the catalogue's principal directions can), so before the first step the
+    /// model is that training-free recommender.
+    Content,
+}
+
 /// The preference comprehension towers (PCH).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -76,6 +90,15 @@ pub struct ModelConfig {
     /// Standard deviation of the initial weights.
     pub init_std: f64,
     pub adaptor_init: AdaptorInit,
+    /// Subtract the catalogue's mean from content embeddings and L2-normalise them again before anything reads them: what
+    /// a text encoder gives to all items no longer hides what tells them apart. The mean is measured at a fresh start and
+    /// kept with the weights. Published: off.
+    pub centring: bool,
+    pub residual: Residual,
+    /// Weight of a history item relative to the next newer one in the mean of `residual = "content"`; 1 = all the same.
+    pub residual_decay: f64,
+    /// Train the projection of `residual = "content"` with the towers; else it stays as it starts.
+    pub residual_trained: bool,
 }
 
 impl Default for ModelConfig {
@@ -92,6 +115,10 @@ impl Default for ModelConfig {
             learn_logit_scale: false,
             init_std: 0.02,
             adaptor_init: AdaptorInit::Normal,
+            centring: false,
+            residual: Residual::None,
+            residual_decay: 0.5,
+            residual_trained: false,
         }
     }
 }
@@ -382,6 +409,9 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         if !(value.is_finite() && value >= 0.0) {
             return fail(key, "must be 0 or a positive number");
         }
+    }
+    if !(0.0..=1.0).contains(&model.residual_decay) {
+        return fail("model.residual_decay", "must lie in [0, 1]");
     }
     if !model.hidden.is_multiple_of(model.heads) {
         return fail("model.heads", "must divide model.hidden");

@@ -1,5 +1,6 @@
 //! Tests of the towers that the golden cases do not make: padding, positions, empty shares, precision, the catalogue.
 
+use learn_domain::config::AdaptorInit;
 use learn_torch::seed;
 use tch::Device;
 
@@ -55,8 +56,8 @@ fn padding_and_neighbours_do_not_matter() {
     for position_embedding in [PositionEmbedding::None, PositionEmbedding::Learned] {
         let (model, parameters) = towers(ModelConfig { position_embedding, ..config() });
         let rows = rows(7);
-        let adapted = model.adapt(&parameters, &rows, &STILL);
-        let user = |sequences: Sequences| model.user(&parameters, &adapted, &sequences, &STILL);
+        let items = model.items(&parameters, &rows, &STILL);
+        let user = |sequences: Sequences| model.user(&parameters, &items, &sequences, &STILL);
         let both = user(sequences(&[&[3, 1, 4], &[5, 2]], 5, 6, &[1, 2, 5, 6]));
         let first = user(sequences(&[&[3, 1, 4]], 3, 0, &[1, 2]));
         let second = user(sequences(&[&[5, 2]], 2, 0, &[0, 1]));
@@ -71,19 +72,19 @@ fn learned_positions_count_from_the_newest_item_and_spare_the_item_tower() {
     let learned = ModelConfig { position_embedding: PositionEmbedding::Learned, ..config() };
     let (model, mut parameters) = towers(learned);
     let table = rows(6);
-    let adapted = model.adapt(&parameters, &table, &STILL);
+    let items = model.items(&parameters, &table, &STILL);
     // 6 items, but only 4 positions: the three oldest share the last vector
     let history = sequences(&[&[0, 1, 2, 3, 4, 5], &[2, 3]], 6, 0, &[5, 7]);
-    model.user(&parameters, &adapted, &history, &STILL).get(1).sum(Kind::Float).backward();
+    model.user(&parameters, &items, &history, &STILL).get(1).sum(Kind::Float).backward();
     let gradient = parameters.gradients_into_flat();
     let positions = |name: &str| parameters.parts(&gradient).find(|(found, _)| *found == name).unwrap().1;
     let moved: Vec<bool> =
         positions(POSITION).abs().sum_dim_intlist([1_i64].as_slice(), false, Kind::Float).gt(0.0).try_into().unwrap();
     assert_eq!(moved, [true, true, false, false]);
 
-    let before = model.item(&parameters, &table, &adapted, &history, &STILL);
+    let before = model.item(&parameters, &items, &history, &STILL);
     let _ = tch::no_grad(|| parameters.get(POSITION).shallow_clone().fill_(1.0));
-    assert_eq!(before, model.item(&parameters, &table, &adapted, &history, &STILL));
+    assert_eq!(before, model.item(&parameters, &items, &history, &STILL));
 }
 
 #[test]
@@ -91,12 +92,12 @@ fn an_item_alone_is_the_same_by_every_way() {
     for item_tower in [ItemTower::Causal, ItemTower::PerItem, ItemTower::Content] {
         let (model, parameters) = towers(ModelConfig { item_tower, ..config() });
         let rows = rows(4);
-        let adapted = model.adapt(&parameters, &rows, &STILL);
+        let items = model.items(&parameters, &rows, &STILL);
         let singles = sequences(&[&[0], &[1], &[2], &[3]], 1, 0, &[0, 1, 2, 3]);
-        let one_by_one = model.item(&parameters, &rows, &adapted, &singles, &STILL);
+        let one_by_one = model.item(&parameters, &items, &singles, &STILL);
         assert!(gap(&one_by_one, &model.catalogue(&parameters, &rows, &STILL)) < 1e-6, "{item_tower:?}");
         let together = sequences(&[&[0, 1, 2, 3]], 4, 0, &[0, 1, 2, 3]);
-        let together = model.item(&parameters, &rows, &adapted, &together, &STILL);
+        let together = model.item(&parameters, &items, &together, &STILL);
         let context_matters = gap(&one_by_one, &together) > 1e-4;
         assert_eq!(context_matters, item_tower == ItemTower::Causal, "{item_tower:?}");
     }
@@ -113,9 +114,9 @@ fn an_empty_share_has_shapes_and_zero_gradients() {
                 (rows(0), sequences(&[], 3, 0, &[])),
                 (rows(2), sequences(&[&[0, 1]], 2, 0, &[])),
             ] {
-                let adapted = model.adapt(&parameters, &rows, &training);
-                let user = model.user(&parameters, &adapted, &sequences, &training);
-                let item = model.item(&parameters, &rows, &adapted, &sequences, &training);
+                let items = model.items(&parameters, &rows, &training);
+                let user = model.user(&parameters, &items, &sequences, &training);
+                let item = model.item(&parameters, &items, &sequences, &training);
                 assert_eq!((user.size(), item.size()), (vec![0, 6], vec![0, 6]));
                 (user.sum(Kind::Float) + item.sum(Kind::Float)).backward();
                 assert_eq!(parameters.gradients_into_flat().abs().max().double_value(&[]), 0.0);
@@ -131,9 +132,9 @@ fn step(model: &Pch, parameters: &mut Parameters, forward: &Forward) -> (f64, Te
     let history = sequences(&[&[0, 1, 2, 3], &[4, 5], &[6, 7, 8]], 4, 11, &[1, 3, 4, 5, 9, 10]);
     let target = sequences(&[&[9, 4], &[10, 1], &[11, 3, 2]], 3, 0, &[0, 1, 3, 4, 6, 8]);
     let users = Tensor::from_slice(&[0_i64, 0, 1, 1, 2, 2]);
-    let adapted = model.adapt(parameters, &table, forward);
-    let user = model.user(parameters, &adapted, &history, forward);
-    let item = model.item(parameters, &table, &adapted, &target, forward);
+    let items = model.items(parameters, &table, forward);
+    let user = model.user(parameters, &items, &history, forward);
+    let item = model.item(parameters, &items, &target, forward);
     let output = InfoNce {
         user: &user.detach(),
         row_user: &users,
@@ -171,8 +172,8 @@ fn dropout_follows_the_seed() {
     let mut run = |number| {
         // `step` makes its rows from a seed of its own, so the draws of dropout come after it
         seed(number);
-        let adapted = model.adapt(&parameters, &Tensor::ones([3, 6], (Kind::Float, Device::Cpu)), &training);
-        let user = model.user(&parameters, &adapted, &sequences(&[&[0, 1, 2]], 3, 0, &[0, 2]), &training);
+        let items = model.items(&parameters, &Tensor::ones([3, 6], (Kind::Float, Device::Cpu)), &training);
+        let user = model.user(&parameters, &items, &sequences(&[&[0, 1, 2]], 3, 0, &[0, 2]), &training);
         user.sum(Kind::Float).backward();
         (user.detach(), parameters.gradients_into_flat().copy())
     };
@@ -232,15 +233,115 @@ fn shapes_that_make_no_sense_are_refused() {
 
 #[test]
 fn a_standardized_adaptor_sees_mean_0_and_variance_1() {
-    let shape = PchShape { input_dim: 24, model: config(), max_history: 4 };
+    let standardized = ModelConfig { adaptor_init: AdaptorInit::Standardized, ..config() };
+    let shape = PchShape { input_dim: 24, model: standardized, max_history: 4 };
     let model = Pch::new(shape).unwrap();
     let mut parameters = Parameters::init(model.shape(), 3, Device::Cpu);
     let before = parameters.get("adaptor.weight").detach().copy();
     let sample = Tensor::randn([500, 24], (Kind::Float, Device::Cpu)) * 0.01 + 0.3;
-    model.standardize_adaptor(&mut parameters, &sample);
-    let forward = Forward { train: false, precision: Precision::F32 };
-    let ours = model.adapt(&parameters, &sample, &forward);
+    model.measure(&mut parameters, &sample);
+    let ours = model.items(&parameters, &sample, &STILL).adapted;
     let standardized = (&sample - sample.mean_dim([0_i64].as_slice(), false, Kind::Float)) / 0.01;
     let wanted = standardized.matmul(&before.tr());
     assert!((ours - &wanted).abs().max().double_value(&[]) < 0.05 * wanted.abs().max().double_value(&[]));
+}
+
+/// `[count, dim]`: unit vectors with a large part in common, as a text encoder gives them.
+fn common(count: i64, dim: i64) -> Tensor {
+    seed(9);
+    normalise(&(Tensor::randn([count, dim], (Kind::Float, Device::Cpu)) + 2.0)).to_kind(Kind::Half)
+}
+
+/// The training-free recommender, spelled out: centred rows, and their mean with weights 1, decay, decay^2, … from the
+/// newest item back.
+fn training_free(rows: &Tensor, history: &[i64], decay: f64) -> (Tensor, Tensor) {
+    let rows = rows.to_kind(Kind::Double);
+    let centred = normalise(&(&rows - rows.mean_dim([0_i64].as_slice(), false, Kind::Double)));
+    let weighed = history.iter().rev().enumerate().map(|(age, item)| centred.get(*item) * decay.powi(age as i32));
+    let user = normalise(&weighed.fold(Tensor::zeros([rows.size()[1]], (Kind::Double, Device::Cpu)), |a, b| a + b));
+    (user, centred)
+}
+
+fn residual(output_dim: u32, item_tower: ItemTower) -> ModelConfig {
+    ModelConfig {
+        centring: true,
+        residual: Residual::Content,
+        residual_decay: 0.6,
+        residual_trained: true,
+        output_dim,
+        item_tower,
+        ..config()
+    }
+}
+
+#[test]
+fn a_residual_model_starts_as_the_training_free_recommender() {
+    for (output_dim, item_tower) in
+        [(6, ItemTower::PerItem), (6, ItemTower::Causal), (6, ItemTower::Content), (9, ItemTower::PerItem)]
+    {
+        let (model, mut parameters) = towers(residual(output_dim, item_tower));
+        let rows = common(7, 6);
+        model.measure(&mut parameters, &rows);
+        let history = [3, 1, 4, 1];
+        let items = model.items(&parameters, &rows, &STILL);
+        let padded = sequences(&[&history, &[2, 6]], 6, 0, &[1, 3, 7]);
+        let user = model.user(&parameters, &items, &padded, &STILL);
+        let catalogue = model.catalogue(&parameters, &rows, &STILL);
+        let target = model.item(&parameters, &items, &sequences(&[&[5, 0, 2]], 3, 0, &[0, 2]), &STILL);
+        for (row, history) in [&history[..2], &history[..], &[2, 6][..]].into_iter().enumerate() {
+            let (free_user, free_items) = training_free(&rows, history, 0.6);
+            let user = user.get(row as i64).to_kind(Kind::Double);
+            let embedded = catalogue.to_kind(Kind::Double);
+            let scores = embedded.mv(&user) - free_items.mv(&free_user);
+            assert!(scores.abs().max().double_value(&[]) < 1e-6, "{output_dim} {item_tower:?}, history {history:?}");
+            let own = gap(&target.narrow(0, 0, 1), &catalogue.narrow(0, 5, 1));
+            assert!(own < 1e-6 && gap(&target.narrow(0, 1, 1), &catalogue.narrow(0, 2, 1)) < 1e-6, "{item_tower:?}");
+        }
+    }
+}
+
+#[test]
+fn a_residual_model_learns_projection_and_correction_but_not_the_mean() {
+    let (model, mut parameters) = towers(residual(4, ItemTower::PerItem));
+    model.measure(&mut parameters, &common(12, 6));
+    let mean = parameters.get(CONTENT_MEAN).copy();
+    let (_, gradient) = step(&model, &mut parameters, &STILL);
+    let size = |name: &str| parameters.parts(&gradient).find(|(found, _)| *found == name).unwrap().1.norm();
+    for (name, moves) in [(RESIDUAL, true), ("mlp.0.weight", true), ("mlp.0.bias", true), (CONTENT_MEAN, false)] {
+        assert_eq!(size(name).double_value(&[]) > 0.0, moves, "{name}");
+    }
+    let mut optimizer = crate::AdamW::new(&parameters, &learn_domain::config::OptimizerConfig::default());
+    optimizer.step(&mut parameters, &gradient, 0.1);
+    assert_eq!(*parameters.get(CONTENT_MEAN), mean);
+    // the correction is there now, so the encoder learns too
+    let (_, gradient) = step(&model, &mut parameters, &STILL);
+    let query =
+        parameters.parts(&gradient).find(|(name, _)| name.ends_with("0.attention.self.query.weight")).unwrap().1;
+    assert!(query.norm().double_value(&[]) > 0.0);
+}
+
+#[test]
+fn a_projection_that_is_not_trained_has_no_gradient() {
+    let frozen = ModelConfig { residual_trained: false, ..residual(4, ItemTower::PerItem) };
+    let (model, mut parameters) = towers(frozen);
+    model.measure(&mut parameters, &common(12, 6));
+    let (_, gradient) = step(&model, &mut parameters, &STILL);
+    let moved = parameters.parts(&gradient).filter(|(_, part)| part.norm().double_value(&[]) > 0.0);
+    assert_eq!(moved.map(|(name, _)| name.to_owned()).collect::<Vec<_>>(), ["mlp.0.bias", "mlp.0.weight"]);
+}
+
+#[test]
+fn padding_and_neighbours_do_not_matter_to_a_residual_model() {
+    let (model, mut parameters) = towers(residual(4, ItemTower::PerItem));
+    let rows = common(7, 6);
+    model.measure(&mut parameters, &rows);
+    let items = model.items(&parameters, &rows, &STILL);
+    let user = |sequences: Sequences| model.user(&parameters, &items, &sequences, &STILL);
+    let both = user(sequences(&[&[3, 1, 4], &[5, 2]], 5, 6, &[1, 2, 5, 6]));
+    let first = user(sequences(&[&[3, 1, 4]], 3, 0, &[1, 2]));
+    let second = user(sequences(&[&[5, 2]], 2, 0, &[0, 1]));
+    assert!(gap(&both, &Tensor::cat(&[first, second], 0)) < 1e-6);
+    let empty = user(sequences(&[], 0, 0, &[]));
+    empty.sum(Kind::Float).backward();
+    assert_eq!(empty.size(), [0, 4]);
 }
