@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{Float16Type, UInt32Type};
+use arrow_array::types::{Float16Type, Int64Type, UInt8Type, UInt32Type};
 use arrow_array::{RecordBatch, UInt32Array};
 use arrow_flight::decode::{DecodedPayload, FlightDataDecoder};
 use arrow_flight::error::FlightError;
@@ -90,7 +90,7 @@ async fn steps(flight: &mut Flight, ticket: Ticket, into: &mut Steps) -> usize {
 async fn job(flight: &mut Flight, world_size: u32, from_step: u64) -> Steps {
     let mut all = Steps::default();
     for rank in 0..world_size {
-        let ticket = Ticket::Batches { rank, world_size, from_step, steps: 0 };
+        let ticket = Ticket::Batches { rank, world_size, from_step, steps: 0, times: false };
         steps(flight, ticket, &mut all).await;
     }
     all
@@ -117,8 +117,12 @@ async fn every_world_gets_the_same_job_and_each_user_once_per_epoch() {
     let (tail, _) = job(&mut flight, 2, 5).await;
     assert_eq!(tail, rows.range((5, 0)..).map(|(&key, row)| (key, row.clone())).collect());
     let mut some = Steps::default();
-    let count =
-        steps(&mut flight, Ticket::Batches { rank: 39, world_size: 40, from_step: 3, steps: 2 }, &mut some).await;
+    let count = steps(
+        &mut flight,
+        Ticket::Batches { rank: 39, world_size: 40, from_step: 3, steps: 2, times: false },
+        &mut some,
+    )
+    .await;
     assert_eq!((count, some.0.len(), some.1.len()), (2, 0, 2), "an empty share still says so for each step");
     assert_eq!(job(&mut flight, 1, 2 * per_epoch).await, Steps::default());
 
@@ -152,7 +156,7 @@ async fn held_out_rows_and_the_catalogue() {
     let test = dataset.held_out(Split::Test);
     let mut seen = 0;
     for rank in 0..3 {
-        let ticket = Ticket::Evaluation { split: Split::Test, rank, world_size: 3 };
+        let ticket = Ticket::Evaluation { split: Split::Test, rank, world_size: 3, times: false };
         let (found, _) = messages(&mut flight, ticket.encode()).await.unwrap();
         let meta: PartMeta = serde_json::from_slice(&found[0].0).unwrap();
         assert_eq!((meta.part, found.len()), (0, 1));
@@ -178,6 +182,67 @@ async fn held_out_rows_and_the_catalogue() {
     let counts = found[0].1.column_by_name("interactions").unwrap().as_primitive::<UInt32Type>().values().to_vec();
     assert_eq!(counts.into_iter().map(u64::from).collect::<Vec<_>>(), dataset.popularity());
     assert!(schema.field_with_name("title").unwrap().metadata().contains_key("doc"));
+    running.stop().await;
+}
+
+fn wide(batch: &RecordBatch, column: &str, row: usize) -> Vec<i64> {
+    let values = batch.column_by_name(column).unwrap().as_list::<i32>().value(row);
+    values.as_primitive::<Int64Type>().values().to_vec()
+}
+
+fn labels(batch: &RecordBatch, row: usize) -> Vec<u8> {
+    let values = batch.column_by_name("target_labels").unwrap().as_list::<i32>().value(row);
+    values.as_primitive::<UInt8Type>().values().to_vec()
+}
+
+#[tokio::test]
+async fn times_and_labels_go_with_their_items() {
+    let ground = Ground::labelled(1);
+    let running = ground.start(train()).await;
+    let mut flight = running.flight();
+    let dataset = ground.dataset();
+    let plain = Ticket::Batches { rank: 0, world_size: 1, from_step: 0, steps: 3, times: false };
+    let (found, schema) = messages(&mut flight, plain.encode()).await.unwrap();
+    assert!(schema.field_with_name("history_times").is_err() && schema.field_with_name("target_labels").is_ok());
+    let timed = Ticket::Batches { rank: 0, world_size: 1, from_step: 0, steps: 3, times: true };
+    let (timed, _) = messages(&mut flight, timed.encode()).await.unwrap();
+    let mut seen = [0; 2];
+    for ((metadata, batch), (_, other)) in timed.iter().zip(&found) {
+        let meta: BatchMeta = serde_json::from_slice(metadata).unwrap();
+        for row in 0..batch.num_rows() {
+            let user = number(batch, "user", row);
+            let (train, at) = (dataset.train(), user as usize);
+            let items = train.items(at);
+            let seed = Plan::new(PlanKey {
+                fingerprint: dataset.facts().fingerprint,
+                seed: ground.config.job.seed,
+                users: dataset.facts().train_users,
+                global_batch: 16,
+            });
+            let key = SampleKey { seed: seed.unwrap().draw_seed(), epoch: meta.epoch, user: UserIndex(user) };
+            let sample = sample(key, items.len() as u32, &ground.config.sampling.shape()).unwrap();
+            let times = |indices: &[u32]| indices.iter().map(|&i| train.times(at)[i as usize]).collect::<Vec<_>>();
+            assert_eq!(wide(batch, "history_times", row), times(&sample.history));
+            assert_eq!(wide(batch, "target_times", row), times(&sample.targets));
+            let wanted: Vec<u8> =
+                sample.targets.iter().map(|&index| train.labels(at).unwrap()[index as usize]).collect();
+            assert_eq!(labels(batch, row), wanted);
+            assert_eq!(labels(other, row), wanted);
+            wanted.iter().for_each(|&label| seen[label as usize] += 1);
+        }
+    }
+    assert!(seen[0] > 0 && seen[1] > 0, "{seen:?}");
+    let ticket = Ticket::Evaluation { split: Split::Valid, rank: 0, world_size: 1, times: true };
+    let (found, _) = messages(&mut flight, ticket.encode()).await.unwrap();
+    let valid = dataset.held_out(Split::Valid);
+    let batch = &found[0].1;
+    assert_eq!(batch.num_rows(), valid.len());
+    for row in 0..valid.len() {
+        let (history, targets) = valid.times(row).unwrap();
+        assert_eq!(wide(batch, "history_times", row), history);
+        assert_eq!(wide(batch, "target_times", row), targets);
+        assert_eq!(labels(batch, row), valid.labels(row).unwrap().1);
+    }
     running.stop().await;
 }
 

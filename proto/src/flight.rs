@@ -36,14 +36,33 @@ pub enum TicketError {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind", deny_unknown_fields)]
 pub enum Ticket {
-    /// A rank's share of `steps` steps after `from_step` finished ones; 0 steps = to the end of the job.
-    Batches { rank: u32, world_size: u32, from_step: u64, steps: u64 },
-    /// Rows `rank`, `rank + world_size`, … of a held-out split.
-    Evaluation { split: Split, rank: u32, world_size: u32 },
+    /// A rank's share of `steps` steps after `from_step` finished ones; 0 steps = to the end of the job. With `times`
+    /// the rows say when each interaction was.
+    Batches {
+        rank: u32,
+        world_size: u32,
+        from_step: u64,
+        steps: u64,
+        #[serde(default, skip_serializing_if = "is_false")]
+        times: bool,
+    },
+    /// Rows `rank`, `rank + world_size`, … of a held-out split; `times` as above.
+    Evaluation {
+        split: Split,
+        rank: u32,
+        world_size: u32,
+        #[serde(default, skip_serializing_if = "is_false")]
+        times: bool,
+    },
     /// The catalogue's texts from item `first` on; 0 `count` = to the end.
     Items { first: u32, count: u32 },
     /// Training interactions of each item, by item index.
     Popularity {},
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// What `DoExchange` does, as the JSON command of the first message's descriptor.
@@ -181,14 +200,39 @@ fn number(name: &str, doc: &str) -> Field {
     field(name, DataType::UInt32, false, doc)
 }
 
-fn numbers(name: &str, doc: &str) -> Field {
-    field(name, DataType::List(element()), false, doc)
+fn list(name: &str, data_type: DataType, doc: &str) -> Field {
+    field(name, DataType::List(element(data_type)), false, doc)
 }
 
-/// The element of every list column.
+/// The element of a list column.
 #[must_use]
-pub fn element() -> std::sync::Arc<Field> {
-    Field::new("item", DataType::UInt32, false).into()
+pub fn element(data_type: DataType) -> std::sync::Arc<Field> {
+    Field::new("item", data_type, false).into()
+}
+
+/// Columns of interactions that are there or not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extras {
+    /// The ticket asks for times.
+    pub times: bool,
+    /// The dataset has labels.
+    pub labels: bool,
+}
+
+impl Extras {
+    fn fields(self) -> Vec<Field> {
+        let mut fields = Vec::new();
+        if self.times {
+            let doc = "times of the items in `history`, in the input's unit times the dataset's time scale";
+            fields.push(list("history_times", DataType::Int64, doc));
+            fields.push(list("target_times", DataType::Int64, "times of the items in `targets`"));
+        }
+        if self.labels {
+            let doc = "labels of the items in `targets`: 1 = converted, 0 = shown without conversion";
+            fields.push(list("target_labels", DataType::UInt8, doc));
+        }
+        fields
+    }
 }
 
 fn schema(doc: &str, fields: Vec<Field>) -> Schema {
@@ -198,8 +242,9 @@ fn schema(doc: &str, fields: Vec<Field>) -> Schema {
 
 /// Columns of [`Ticket::Batches`].
 #[must_use]
-pub fn batches_schema() -> Schema {
-    let fields = vec![
+pub fn batches_schema(extras: Extras) -> Schema {
+    let numbers = |name, doc| list(name, DataType::UInt32, doc);
+    let mut fields = vec![
         number("user", "row of the training sequences"),
         number("place", "place of the user in the step's global batch, from 0"),
         numbers("history", "item indices that the user tower sees, oldest first"),
@@ -207,18 +252,21 @@ pub fn batches_schema() -> Schema {
         numbers("user_positions", "sampled positions in `history`, ascending"),
         numbers("item_positions", "sampled positions in `targets`, ascending"),
     ];
+    fields.extend(extras.fields());
     schema("one row per user of a rank's share of a training step; app_metadata is JSON and names the step", fields)
 }
 
 /// Columns of [`Ticket::Evaluation`].
 #[must_use]
-pub fn evaluation_schema() -> Schema {
-    let fields = vec![
+pub fn evaluation_schema(extras: Extras) -> Schema {
+    let numbers = |name, doc| list(name, DataType::UInt32, doc);
+    let mut fields = vec![
         number("row", "row of the split"),
         number("user", "number of the user over all splits"),
         numbers("history", "item indices before the targets, oldest first"),
         numbers("targets", "item indices to be ranked, oldest first"),
     ];
+    fields.extend(extras.fields());
     schema("one row per user of a rank's share of a held-out split", fields)
 }
 
@@ -269,13 +317,15 @@ mod tests {
 
     #[test]
     fn a_ticket_is_plain_versioned_json() {
-        let ticket = Ticket::Batches { rank: 1, world_size: 2, from_step: 3, steps: 0 };
+        let ticket = Ticket::Batches { rank: 1, world_size: 2, from_step: 3, steps: 0, times: false };
         let json: serde_json::Value = serde_json::from_slice(&ticket.encode()).unwrap();
         let plain = r#"{"version":1,"kind":"batches","rank":1,"world_size":2,"from_step":3,"steps":0}"#;
         assert_eq!(json, serde_json::from_str::<serde_json::Value>(plain).unwrap());
         let evaluation = r#"{"version":1,"kind":"evaluation","split":"test","rank":0,"world_size":1}"#;
-        let wanted = Ticket::Evaluation { split: Split::Test, rank: 0, world_size: 1 };
+        let wanted = Ticket::Evaluation { split: Split::Test, rank: 0, world_size: 1, times: false };
         assert_eq!(Ticket::decode(evaluation.as_bytes()).unwrap(), wanted);
+        let timed = Ticket::Evaluation { split: Split::Test, rank: 0, world_size: 1, times: true };
+        assert_eq!(Ticket::decode(evaluation.replace('}', ",\"times\":true}").as_bytes()).unwrap(), timed);
         assert_eq!(Exchange::decode(br#"{"version":1,"kind":"rows"}"#).unwrap(), Exchange::Rows {});
         assert_eq!(Exchange::decode(&Exchange::Rows {}.encode()).unwrap(), Exchange::Rows {});
     }
@@ -301,8 +351,8 @@ mod tests {
     fn every_field_explains_itself() {
         let facts = Provenance { fingerprint: "f".into(), users: 3, ..Provenance::default() };
         for schema in [
-            batches_schema(),
-            evaluation_schema(),
+            batches_schema(Extras { times: true, labels: true }),
+            evaluation_schema(Extras { times: true, labels: true }),
             items_schema(),
             popularity_schema(),
             rows_request_schema(),
@@ -324,10 +374,10 @@ mod tests {
         }
 
         #[test]
-        fn tickets_survive(rank: u32, more in 1_u32..9, from_step: u64, steps: u64) {
+        fn tickets_survive(rank: u32, more in 1_u32..9, from_step: u64, steps: u64, times: bool) {
             let world_size = rank.saturating_add(more);
             prop_assume!(rank < world_size);
-            let ticket = Ticket::Batches { rank, world_size, from_step, steps };
+            let ticket = Ticket::Batches { rank, world_size, from_step, steps, times };
             prop_assert_eq!(Ticket::decode(&ticket.encode()).unwrap(), ticket);
         }
     }

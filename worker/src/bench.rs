@@ -139,6 +139,7 @@ fn synthetic_step(settings: &BenchSettings) -> PreparedStep {
                 targets: pick(&drawn.targets),
                 user_positions: drawn.user_positions,
                 item_positions: drawn.item_positions,
+                ..UserShare::default()
             })
         })
         .collect();

@@ -114,8 +114,12 @@ impl Evaluator {
     ) -> Result<Evaluation, WorkerError> {
         let started = Instant::now();
         let items = tch::no_grad(|| self.embed_items(catalogue, exchange))?;
-        let ticket =
-            Ticket::Evaluation { split, rank: exchange.rank() as u32, world_size: exchange.world_size() as u32 };
+        let ticket = Ticket::Evaluation {
+            split,
+            rank: exchange.rank() as u32,
+            world_size: exchange.world_size() as u32,
+            times: false,
+        };
         let users = self.handle.block_on(self.data.held_out(&ticket))?;
         let indices: usize = users.iter().map(|user| user.history.len() + user.targets.len()).sum();
         self.metrics.received_bytes_total.with_label_values(&["evaluation"]).inc_by(4 * indices as u64);
@@ -278,7 +282,7 @@ mod tests {
     fn metrics(scores: &[f32], history: &[u32], target: u32, exclude_history: bool) -> (f64, f64) {
         // users [1, 1] and items [N, 1] make the scores the items themselves
         let items = Tensor::from_slice(scores).view([-1, 1]);
-        let batch = [HeldOutUser { history: history.to_vec(), targets: vec![target] }];
+        let batch = [HeldOutUser { history: history.to_vec(), targets: vec![target], ..HeldOutUser::default() }];
         let mut totals = RankTotals::new(&[1, 3]);
         rank_batch(
             &Tensor::ones([1, 1], (Kind::Float, Device::Cpu)),
@@ -303,7 +307,7 @@ mod tests {
     #[test]
     fn scores_that_are_not_numbers_are_refused() {
         let items = Tensor::from_slice(&[0.1_f32, f32::NAN]).view([-1, 1]);
-        let batch = [HeldOutUser { history: vec![0], targets: vec![0] }];
+        let batch = [HeldOutUser { history: vec![0], targets: vec![0], ..HeldOutUser::default() }];
         let users = Tensor::ones([1, 1], (Kind::Float, Device::Cpu));
         let ranked = rank_batch(&users, &items, &batch, &settings(false), &mut RankTotals::new(&[1]));
         assert!(matches!(ranked, Err(WorkerError::NonFiniteScores)));

@@ -13,7 +13,7 @@ use futures::stream::{self, Stream, StreamExt, TryStreamExt};
 use learn_domain::plan::split_by_tokens;
 use learn_domain::sampling::SampleSize;
 use learn_domain::{Step, UserIndex};
-use learn_proto::flight::{BatchMeta, MAX_MESSAGE_BYTES};
+use learn_proto::flight::{BatchMeta, Extras, MAX_MESSAGE_BYTES};
 use tonic::Status;
 
 use super::encode::{Column, HEADROOM_BYTES, Lists, batch, batch_message};
@@ -34,14 +34,17 @@ pub struct Part {
 }
 
 /// Arrow bytes of one user's row, at most.
-fn row_bytes(size: SampleSize) -> usize {
-    let numbers = 2 + 4 + 2 * (size.history + size.targets) as usize;
-    4 * numbers
+fn row_bytes(size: SampleSize, extras: Extras) -> usize {
+    let (history, targets) = (size.history as usize, size.targets as usize);
+    let numbers = 2 + 4 + 2 * (history + targets);
+    let times = if extras.times { 2 * 4 + 8 * (history + targets) } else { 0 };
+    let labels = if extras.labels { 4 + targets } else { 0 };
+    4 * numbers + times + labels
 }
 
 /// Cuts a rank's share of the step after `finished` ones into parts; a share without users is one empty part.
 #[must_use]
-pub fn outline(source: &Source, finished: Step, place: Place) -> Vec<Part> {
+pub fn outline(source: &Source, finished: Step, place: Place, extras: Extras) -> Vec<Part> {
     let (position, users) = source.step(finished);
     let tokens: Vec<u32> = users.iter().map(|(_, size)| size.history + size.targets).collect();
     let share = split_by_tokens(&tokens, place.world_size as usize).swap_remove(place.rank as usize);
@@ -49,7 +52,7 @@ pub fn outline(source: &Source, finished: Step, place: Place) -> Vec<Part> {
     let mut bytes = 0;
     for place in share {
         let (user, size) = users[place as usize];
-        let row = row_bytes(size);
+        let row = row_bytes(size, extras);
         if bytes + row > MAX_MESSAGE_BYTES - HEADROOM_BYTES && bytes > 0 {
             parts.push(Vec::new());
             bytes = 0;
@@ -71,18 +74,29 @@ pub fn outline(source: &Source, finished: Step, place: Place) -> Vec<Part> {
     parts.into_iter().enumerate().map(number).collect()
 }
 
-fn encode(source: &Source, schema: &Arc<Schema>, part: &Part) -> Result<FlightData, Status> {
+fn encode(source: &Source, (schema, extras): (&Arc<Schema>, Extras), part: &Part) -> Result<FlightData, Status> {
     let (mut history, mut targets) = (Lists::default(), Lists::default());
     let (mut user_positions, mut item_positions) = (Lists::default(), Lists::default());
+    let (mut history_times, mut target_times, mut target_labels) =
+        (Lists::default(), Lists::default(), Lists::default());
     for &(user, _) in &part.users {
-        let items = source.dataset.train().items(user.0 as usize);
+        let train = source.dataset.train();
+        let items = train.items(user.0 as usize);
         let sample = source.sample(part.meta.epoch, user);
         history.push(sample.history.iter().map(|&index| items[index as usize]));
         targets.push(sample.targets.iter().map(|&index| items[index as usize]));
+        if extras.times {
+            let times = train.times(user.0 as usize);
+            history_times.push(sample.history.iter().map(|&index| times[index as usize]));
+            target_times.push(sample.targets.iter().map(|&index| times[index as usize]));
+        }
+        if let Some(labels) = train.labels(user.0 as usize) {
+            target_labels.push(sample.targets.iter().map(|&index| labels[index as usize]));
+        }
         user_positions.push(sample.user_positions);
         item_positions.push(sample.item_positions);
     }
-    let columns = vec![
+    let mut columns = vec![
         Column::Numbers(part.users.iter().map(|(user, _)| user.0).collect()),
         Column::Numbers(part.users.iter().map(|&(_, place)| place).collect()),
         Column::Lists(history),
@@ -90,13 +104,15 @@ fn encode(source: &Source, schema: &Arc<Schema>, part: &Part) -> Result<FlightDa
         Column::Lists(user_positions),
         Column::Lists(item_positions),
     ];
+    columns.extend(extras.times.then_some([history_times, target_times]).into_iter().flatten().map(Column::Times));
+    columns.extend(extras.labels.then_some(target_labels).map(Column::Labels));
     batch_message(&batch(schema, columns)?, &part.meta)
 }
 
 /// The messages of the steps in `steps` (numbers of finished steps before each).
 pub fn stream(
     source: Arc<Source>,
-    schema: Arc<Schema>,
+    (schema, extras): (Arc<Schema>, Extras),
     place: Place,
     steps: Range<u64>,
 ) -> impl Stream<Item = Result<(FlightData, usize), Status>> {
@@ -104,7 +120,7 @@ pub fn stream(
         let source = Arc::clone(&source);
         stream::iter(steps).then(move |finished| {
             let source = Arc::clone(&source);
-            off_thread(move || Ok(outline(&source, Step(finished), place)))
+            off_thread(move || Ok(outline(&source, Step(finished), place, extras)))
         })
     };
     outlines
@@ -112,7 +128,7 @@ pub fn stream(
         .try_flatten()
         .map_ok(move |part| {
             let (source, schema) = (Arc::clone(&source), Arc::clone(&schema));
-            off_thread(move || Ok((encode(&source, &schema, &part)?, part.users.len())))
+            off_thread(move || Ok((encode(&source, (&schema, extras), &part)?, part.users.len())))
         })
         .try_buffered(READ_AHEAD)
         .boxed()

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use arrow_array::{ArrayRef, ListArray, RecordBatch, UInt32Array};
+use arrow_array::types::{ArrowPrimitiveType, Int64Type, UInt8Type, UInt32Type};
+use arrow_array::{ArrayRef, ListArray, PrimitiveArray, RecordBatch, UInt32Array};
 use arrow_buffer::OffsetBuffer;
 use arrow_flight::{FlightData, SchemaAsIpc};
 use arrow_ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteContext, IpcWriteOptions};
@@ -16,27 +17,28 @@ pub const HEADROOM_BYTES: usize = 16 << 10;
 
 /// A column of lists that grows value by value.
 #[derive(Debug)]
-pub struct Lists {
+pub struct Lists<T: ArrowPrimitiveType> {
     offsets: Vec<i32>,
-    values: Vec<u32>,
+    values: Vec<T::Native>,
 }
 
-impl Default for Lists {
+impl<T: ArrowPrimitiveType> Default for Lists<T> {
     fn default() -> Self {
         Self { offsets: vec![0], values: Vec::new() }
     }
 }
 
-impl Lists {
-    pub fn push(&mut self, values: impl IntoIterator<Item = u32>) {
+impl<T: ArrowPrimitiveType> Lists<T> {
+    pub fn push(&mut self, values: impl IntoIterator<Item = T::Native>) {
         self.values.extend(values);
         // cannot wrap: a message holds 2 MiB
         self.offsets.push(self.values.len() as i32);
     }
 
     fn finish(self) -> Result<ArrayRef, ArrowError> {
-        let values = Arc::new(UInt32Array::from(self.values));
-        Ok(Arc::new(ListArray::try_new(element(), OffsetBuffer::new(self.offsets.into()), values, None)?))
+        let values = Arc::new(PrimitiveArray::<T>::new(self.values.into(), None));
+        let element = element(T::DATA_TYPE);
+        Ok(Arc::new(ListArray::try_new(element, OffsetBuffer::new(self.offsets.into()), values, None)?))
     }
 }
 
@@ -44,7 +46,9 @@ impl Lists {
 #[derive(Debug)]
 pub enum Column {
     Numbers(Vec<u32>),
-    Lists(Lists),
+    Lists(Lists<UInt32Type>),
+    Times(Lists<Int64Type>),
+    Labels(Lists<UInt8Type>),
 }
 
 /// # Errors
@@ -53,6 +57,8 @@ pub fn batch(schema: &Arc<Schema>, columns: Vec<Column>) -> Result<RecordBatch, 
     let arrays = columns.into_iter().map(|column| match column {
         Column::Numbers(values) => Ok(Arc::new(UInt32Array::from(values)) as ArrayRef),
         Column::Lists(lists) => lists.finish(),
+        Column::Times(lists) => lists.finish(),
+        Column::Labels(lists) => lists.finish(),
     });
     arrays
         .collect::<Result<Vec<_>, _>>()

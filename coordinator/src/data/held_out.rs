@@ -10,7 +10,7 @@ use arrow_schema::Schema;
 use futures::stream::{self, Stream, StreamExt};
 use learn_dataset::Item;
 use learn_domain::report::Split;
-use learn_proto::flight::{MAX_MESSAGE_BYTES, PartMeta};
+use learn_proto::flight::{Extras, MAX_MESSAGE_BYTES, PartMeta};
 use tonic::Status;
 
 use super::batches::Place;
@@ -69,7 +69,7 @@ fn paged(
 /// Rows `rank, rank + world size, …` of a split.
 pub fn split_stream(
     source: Arc<Source>,
-    schema: Arc<Schema>,
+    (schema, extras): (Arc<Schema>, Extras),
     split: Split,
     place: Place,
 ) -> impl Stream<Item = Messages> {
@@ -77,19 +77,34 @@ pub fn split_stream(
     let cursor = Cursor { from: place.rank as usize, stride: place.world_size as usize, end, part: 0 };
     paged(cursor, move |cursor| {
         let held_out = source.dataset.held_out(split);
-        let bytes = |row| 4 * (4 + held_out.history(row).len() + held_out.targets(row).len());
+        let bytes = |row| {
+            let (history, targets) = (held_out.history(row).len(), held_out.targets(row).len());
+            let times = if extras.times { 2 * 4 + 8 * (history + targets) } else { 0 };
+            4 * (4 + history + targets) + times + if extras.labels { 4 + targets } else { 0 }
+        };
         let (rows, next) = cursor.take(bytes);
         let (mut history, mut targets) = (Lists::default(), Lists::default());
+        let (mut history_times, mut target_times, mut target_labels) =
+            (Lists::default(), Lists::default(), Lists::default());
         for &row in &rows {
             history.push(held_out.history(row).iter().copied());
             targets.push(held_out.targets(row).iter().copied());
+            if let Some((before, wanted)) = held_out.times(row).filter(|_| extras.times) {
+                history_times.push(before.iter().copied());
+                target_times.push(wanted.iter().copied());
+            }
+            if let Some((_, labels)) = held_out.labels(row) {
+                target_labels.push(labels.iter().copied());
+            }
         }
-        let columns = vec![
+        let mut columns = vec![
             Column::Numbers(rows.iter().map(|&row| row as u32).collect()),
             Column::Numbers(rows.iter().map(|&row| held_out.user(row)).collect()),
             Column::Lists(history),
             Column::Lists(targets),
         ];
+        columns.extend(extras.times.then_some([history_times, target_times]).into_iter().flatten().map(Column::Times));
+        columns.extend(extras.labels.then_some(target_labels).map(Column::Labels));
         let message = batch_message(&batch(&schema, columns)?, &PartMeta { part: cursor.part })?;
         Ok((message, rows.len(), next))
     })

@@ -24,7 +24,8 @@ pub use batches::Place;
 use futures::stream::{self, BoxStream, Stream, StreamExt, TryStreamExt};
 use learn_domain::report::Split;
 use learn_proto::flight::{
-    Exchange, Ticket, TicketError, batches_schema, evaluation_schema, items_schema, popularity_schema, rows_schema,
+    Exchange, Extras, Ticket, TicketError, batches_schema, evaluation_schema, items_schema, popularity_schema,
+    rows_schema,
 };
 use learn_telemetry::CoordinatorMetrics;
 pub use source::{Source, SourceError};
@@ -98,10 +99,20 @@ impl Flight {
 type Messages = BoxStream<'static, Result<FlightData, Status>>;
 
 impl DataService {
+    /// The columns of a stream that are not always there.
+    fn extras(&self, times: bool) -> Extras {
+        Extras { times, labels: self.source.dataset.has_labels() }
+    }
+
+    /// The schema of a flight as its endpoints' tickets stream it.
     fn schema(&self, flight: Flight) -> Arc<Schema> {
+        self.schema_with(flight, self.extras(false))
+    }
+
+    fn schema_with(&self, flight: Flight, extras: Extras) -> Arc<Schema> {
         self.source.describe(match flight {
-            Flight::Train => batches_schema(),
-            Flight::HeldOut(_) => evaluation_schema(),
+            Flight::Train => batches_schema(extras),
+            Flight::HeldOut(_) => evaluation_schema(extras),
             Flight::Items => items_schema(),
             Flight::Popularity => popularity_schema(),
             Flight::Rows => rows_schema(self.source.dim()),
@@ -111,8 +122,8 @@ impl DataService {
     fn info(&self, flight: Flight) -> Result<FlightInfo, Status> {
         let world_size = self.world_size;
         let ticket = |rank| match flight {
-            Flight::Train => Some(Ticket::Batches { rank, world_size, from_step: 0, steps: 0 }),
-            Flight::HeldOut(split) => Some(Ticket::Evaluation { split, rank, world_size }),
+            Flight::Train => Some(Ticket::Batches { rank, world_size, from_step: 0, steps: 0, times: false }),
+            Flight::HeldOut(split) => Some(Ticket::Evaluation { split, rank, world_size, times: false }),
             Flight::Items => (rank == 0).then_some(Ticket::Items { first: 0, count: 0 }),
             Flight::Popularity => (rank == 0).then_some(Ticket::Popularity {}),
             Flight::Rows => None,
@@ -167,23 +178,30 @@ impl DataService {
     async fn get(&self, ticket: Ticket) -> Result<Response<Messages>, Status> {
         let source = Arc::clone(&self.source);
         match ticket {
-            Ticket::Batches { rank, world_size, from_step, steps } => {
+            Ticket::Batches { rank, world_size, from_step, steps, times } => {
                 let total = source.total_steps;
                 if from_step > total {
                     let text = format!("from_step {from_step} is beyond the job, which has {total} steps");
                     return Err(Status::invalid_argument(text));
                 }
                 let end = if steps == 0 { total } else { total.min(from_step.saturating_add(steps)) };
-                let (schema, place) = (self.schema(Flight::Train), place(rank, world_size)?);
+                let (extras, place) = (self.extras(times), place(rank, world_size)?);
+                let schema = self.schema_with(Flight::Train, extras);
                 Ok(self.respond(
                     "batches",
                     &schema,
-                    batches::stream(source, Arc::clone(&schema), place, from_step..end),
+                    batches::stream(source, (Arc::clone(&schema), extras), place, from_step..end),
                 ))
             }
-            Ticket::Evaluation { split, rank, world_size } => {
-                let (schema, place) = (self.schema(Flight::HeldOut(split)), place(rank, world_size)?);
-                let messages = held_out::split_stream(source, Arc::clone(&schema), split, place);
+            Ticket::Evaluation { split, rank, world_size, times } => {
+                if times && !source.dataset.has_held_out_times() {
+                    let text = "the dataset is of version 1, whose held-out rows have no times; prepare it again with \
+                                `--replace`, then embed it";
+                    return Err(Status::failed_precondition(text));
+                }
+                let (extras, place) = (self.extras(times), place(rank, world_size)?);
+                let schema = self.schema_with(Flight::HeldOut(split), extras);
+                let messages = held_out::split_stream(source, (Arc::clone(&schema), extras), split, place);
                 Ok(self.respond("evaluation", &schema, messages))
             }
             Ticket::Items { first, count } => {

@@ -45,17 +45,19 @@ pub fn train() -> Task {
     Task::Train { resume_from: None }
 }
 
-fn write_dataset(folder: &Path) -> PathBuf {
-    let mut csv = String::from("user_id,item_id,timestamp\n");
+fn write_dataset(folder: &Path, label: Option<&str>) -> PathBuf {
+    let mut csv = String::from("user_id,item_id,timestamp,label\n");
     for user in 0..USERS {
         for step in 0..4 + user % 13 {
-            csv += &format!("u{user},i{},{}\n", (user * 7 + step * step * 3 + step) % ITEMS, 1000 + step);
+            let item = (user * 7 + step * step * 3 + step) % ITEMS;
+            csv += &format!("u{user},i{item},{},{}\n", 1000 + step, u32::from((user + step) % 3 == 0));
         }
     }
     let input = folder.join("interactions.csv");
     std::fs::write(&input, csv).unwrap();
     let mut config = Config::default().prepare;
     config.interactions.files = vec![input];
+    config.interactions.label = label.map(str::to_owned);
     let out = folder.join("dataset");
     learn_dataset::prepare(&config, "tiny", &out, &()).unwrap();
     out
@@ -68,9 +70,13 @@ pub fn vector(item: u32) -> Vec<f16> {
 
 impl Ground {
     pub fn bare(workers: u32) -> Self {
+        Self::without_embeddings(workers, None)
+    }
+
+    fn without_embeddings(workers: u32, label: Option<&str>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut config = Config::default();
-        config.data.dataset = write_dataset(folder.path());
+        config.data.dataset = write_dataset(folder.path(), label);
         config.job.name = "test".into();
         config.cluster.workers = workers;
         config.training.global_batch = 16;
@@ -83,7 +89,16 @@ impl Ground {
     }
 
     pub fn new(workers: u32) -> Self {
-        let ground = Self::bare(workers);
+        Self::bare(workers).embedded()
+    }
+
+    /// With conversion labels.
+    pub fn labelled(workers: u32) -> Self {
+        Self::without_embeddings(workers, Some("label")).embedded()
+    }
+
+    fn embedded(self) -> Self {
+        let ground = self;
         let dataset = ground.dataset();
         let items = dataset.manifest().counts.items;
         let spec =

@@ -11,7 +11,7 @@ use crate::error::DatasetError;
 use crate::files;
 use crate::manifest::{FileEntry, Manifest};
 use crate::progress::Progress;
-use crate::sequences::{HeldOut, Sequences};
+use crate::sequences::{Columns, HeldOut, Sequences};
 
 /// A dataset: the sequences are memory-mapped, items and user ids are read when asked for.
 #[derive(Debug)]
@@ -34,9 +34,10 @@ impl Dataset {
         for entry in &manifest.files {
             check_size(dir, entry)?;
         }
-        let train = Sequences::open(dir, manifest.files_of("sequences/train-"))?;
-        let valid = HeldOut::open(dir, manifest.files_of("sequences/valid-"))?;
-        let test = HeldOut::open(dir, manifest.files_of("sequences/test-"))?;
+        let columns = Columns::of(&manifest);
+        let train = Sequences::open(dir, manifest.files_of("sequences/train-"), columns)?;
+        let valid = HeldOut::open(dir, manifest.files_of("sequences/valid-"), columns)?;
+        let test = HeldOut::open(dir, manifest.files_of("sequences/test-"), columns)?;
         let rows_of = |prefix| manifest.files_of(prefix).map(|entry| entry.rows).sum::<u64>();
         let counts = &manifest.counts;
         for (what, stated, found) in [
@@ -116,6 +117,18 @@ impl Dataset {
                 .as_ref()
                 .map_or_else(String::new, |i| i.fingerprint.clone()),
         }
+    }
+
+    /// Whether interactions have conversion labels.
+    #[must_use]
+    pub fn has_labels(&self) -> bool {
+        Columns::of(&self.manifest).labels
+    }
+
+    /// Whether held-out rows have times, as those of every dataset but one of version 1.
+    #[must_use]
+    pub fn has_held_out_times(&self) -> bool {
+        Columns::of(&self.manifest).held_out_times
     }
 
     /// The training sequences; row = [`learn_domain::UserIndex`].

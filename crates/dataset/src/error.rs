@@ -10,7 +10,7 @@ pub enum DatasetError {
     #[error("{} is not a dataset: it holds no dataset.json; make one with `learn-launch prepare`", .path.display())]
     NotADataset { path: PathBuf },
     #[error(
-        "{} has schema version {found}, this program reads version {known}; prepare the dataset again, or use the \
+        "{} has schema version {found}, this program reads versions 1 to {known}; prepare the dataset again, or use the \
          program that wrote it", .path.display()
     )]
     Version { path: PathBuf, found: u64, known: u32 },

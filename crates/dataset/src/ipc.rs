@@ -56,9 +56,11 @@ fn decode(buffer: &Buffer, fields: &Fields) -> Result<MappedBatches, String> {
         trailer.checked_sub(footer_length).filter(|&at| at >= HEADER).ok_or("its footer is cut short")?;
     let footer = root_as_footer(&buffer[footer_start..trailer]).map_err(|error| text(&error))?;
     let schema = convert::try_fb_to_schema(footer.schema().ok_or("it has no schema")?).map_err(|error| text(&error))?;
-    let version = schema.metadata().get(VERSION_KEY).map(String::as_str);
-    if version != Some(crate::manifest::VERSION.to_string().as_str()) {
-        return Err(format!("its schema version is {}", version.unwrap_or("missing")));
+    let version = schema.metadata().get(VERSION_KEY);
+    let known =
+        |version: &String| version.parse().is_ok_and(|version| (1..=crate::manifest::VERSION).contains(&version));
+    if !version.is_some_and(known) {
+        return Err(format!("its schema version is {}", version.map_or("missing", String::as_str)));
     }
     if schema.fields() != fields {
         return Err(format!("its columns are {:?} instead of {fields:?}", schema.fields()));

@@ -30,7 +30,7 @@ pub use catalogue::Item;
 pub use dataset::Dataset;
 pub use embeddings::Embeddings;
 pub use error::DatasetError;
-pub use manifest::{Counts, EmbeddingInfo, FileEntry, FilterInfo, Manifest, SplitInfo, VERSION};
+pub use manifest::{Counts, EmbeddingInfo, FileEntry, FilterInfo, LabelInfo, Manifest, SplitInfo, VERSION};
 pub use prepare::{
     DefectKind, FilterStep, Layout, Preparation, PrepareError, PrepareOptions, PrepareReport, Skipped, prepare,
     prepare_with,

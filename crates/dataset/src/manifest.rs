@@ -10,8 +10,9 @@ use serde::{Deserialize, Serialize};
 use crate::error::DatasetError;
 use crate::files;
 
-/// Schema version that this program writes and reads.
-pub const VERSION: u32 = 1;
+/// Schema version that this program writes. It reads this one and all before it: version 2 adds times to the held-out
+/// rows, and labels.
+pub const VERSION: u32 = 2;
 
 /// Name of the manifest inside a dataset directory.
 pub(crate) const FILE: &str = "dataset.json";
@@ -29,6 +30,9 @@ pub struct Manifest {
     pub time_scale: i64,
     pub split: SplitInfo,
     pub filters: FilterInfo,
+    /// What the labels of the interactions mean; `None` = they have none.
+    #[serde(default)]
+    pub labels: Option<LabelInfo>,
     /// Every file but this one and the embeddings, in reading order.
     pub files: Vec<FileEntry>,
     pub embeddings: Option<EmbeddingInfo>,
@@ -80,6 +84,16 @@ pub struct FilterInfo {
     pub keep_unseen_items: bool,
 }
 
+/// The conversion labels.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LabelInfo {
+    /// Input labels of at least this are conversions; `None` = they were 0 and 1.
+    pub at_least: Option<f64>,
+    /// Interactions that converted, of [`Counts::interactions`].
+    pub conversions: u64,
+}
+
 /// One file of the dataset.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -96,7 +110,7 @@ pub struct FileEntry {
 #[serde(deny_unknown_fields)]
 pub struct EmbeddingInfo {
     pub dim: u32,
-    /// Always `f16` in version 1.
+    /// Always `f16`.
     pub dtype: String,
     /// The encoder or the file that made them, for people.
     pub model: String,
@@ -120,7 +134,7 @@ impl Manifest {
         let value: serde_json::Value = serde_json::from_slice(&text).map_err(|error| damaged(&error))?;
         let found = value.get("version").and_then(serde_json::Value::as_u64);
         let found = found.ok_or_else(|| damaged(&"it has no schema version"))?;
-        if found != u64::from(VERSION) {
+        if !(1..=u64::from(VERSION)).contains(&found) {
             return Err(DatasetError::Version { path, found, known: VERSION });
         }
         let manifest: Self = serde_json::from_value(value).map_err(|error| damaged(&error))?;

@@ -5,10 +5,10 @@
 //! item index is below the number of items is checked by [`crate::Dataset::verify`], which reads all pages.
 
 use std::path::Path;
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{ArrowPrimitiveType, Int64Type, UInt32Type};
+use arrow_array::types::{ArrowPrimitiveType, Int64Type, UInt8Type, UInt32Type};
 use arrow_array::{Array, RecordBatch};
 use arrow_buffer::{OffsetBuffer, ScalarBuffer};
 use arrow_schema::{DataType, Field, Fields};
@@ -16,27 +16,54 @@ use rayon::prelude::*;
 
 use crate::error::DatasetError;
 use crate::ipc;
-use crate::manifest::FileEntry;
+use crate::manifest::{FileEntry, Manifest};
 
 fn list(name: &str, values: DataType) -> Field {
     Field::new(name, DataType::List(Arc::new(Field::new_list_field(values, false))), false)
 }
 
+/// What the sequence files of a dataset have besides items.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Columns {
+    /// Held-out rows have times, as training rows always do: from version 2 on.
+    pub(crate) held_out_times: bool,
+    pub(crate) labels: bool,
+}
+
+impl Columns {
+    pub(crate) fn of(manifest: &Manifest) -> Self {
+        Self { held_out_times: manifest.version >= 2, labels: manifest.labels.is_some() }
+    }
+}
+
 /// Columns of `sequences/train-*.arrow`.
-pub(crate) static TRAIN_FIELDS: LazyLock<Fields> = LazyLock::new(|| {
-    vec![Field::new("user", DataType::UInt32, false), list("items", DataType::UInt32), list("times", DataType::Int64)]
-        .into()
-});
+pub(crate) fn train_fields(columns: Columns) -> Fields {
+    let mut fields = vec![
+        Field::new("user", DataType::UInt32, false),
+        list("items", DataType::UInt32),
+        list("times", DataType::Int64),
+    ];
+    if columns.labels {
+        fields.push(list("labels", DataType::UInt8));
+    }
+    fields.into()
+}
 
 /// Columns of `sequences/valid-*.arrow` and `sequences/test-*.arrow`.
-pub(crate) static HELD_OUT_FIELDS: LazyLock<Fields> = LazyLock::new(|| {
-    vec![
+pub(crate) fn held_out_fields(columns: Columns) -> Fields {
+    let mut fields = vec![
         Field::new("user", DataType::UInt32, false),
         list("history", DataType::UInt32),
         list("targets", DataType::UInt32),
-    ]
-    .into()
-});
+    ];
+    if columns.held_out_times {
+        fields.extend(["history_times", "target_times"].map(|name| list(name, DataType::Int64)));
+    }
+    if columns.labels {
+        fields.extend(["history_labels", "target_labels"].map(|name| list(name, DataType::UInt8)));
+    }
+    fields.into()
+}
 
 /// One list column of one batch.
 #[derive(Debug)]
@@ -46,12 +73,22 @@ struct Lists<T: ArrowPrimitiveType> {
 }
 
 impl<T: ArrowPrimitiveType> Lists<T> {
-    fn new(batch: &RecordBatch, column: usize) -> Result<Self, &'static str> {
-        let list = batch.column(column).as_list::<i32>();
+    /// A column that the file's schema is known to have.
+    fn new(batch: &RecordBatch, column: &str) -> Result<Self, &'static str> {
+        let list = batch.column_by_name(column).ok_or("a column is missing")?.as_list::<i32>();
         if list.values().null_count() > 0 {
             return Err("a list has missing values");
         }
         Ok(Self { offsets: list.offsets().clone(), values: list.values().as_primitive::<T>().values().clone() })
+    }
+
+    /// A column about the same interactions as `items`.
+    fn beside(batch: &RecordBatch, column: &str, items: &Lists<UInt32Type>) -> Result<Self, &'static str> {
+        let lists = Self::new(batch, column)?;
+        if lists.offsets != items.offsets {
+            return Err("a row has more items than times or labels, or fewer");
+        }
+        Ok(lists)
     }
 
     fn row(&self, row: usize) -> &[T::Native] {
@@ -116,6 +153,7 @@ struct TrainPart {
     users: ScalarBuffer<u32>,
     items: Lists<UInt32Type>,
     times: Lists<Int64Type>,
+    labels: Option<Lists<UInt8Type>>,
 }
 
 /// The training sequences: a row per user with at least two training items, oldest item first.
@@ -123,15 +161,21 @@ struct TrainPart {
 pub struct Sequences(Batches<TrainPart>);
 
 impl Sequences {
-    pub(crate) fn open<'a>(dir: &Path, files: impl Iterator<Item = &'a FileEntry>) -> Result<Self, DatasetError> {
+    pub(crate) fn open<'a>(
+        dir: &Path,
+        files: impl Iterator<Item = &'a FileEntry>,
+        columns: Columns,
+    ) -> Result<Self, DatasetError> {
         let part = |batch: &RecordBatch| {
-            let (items, times) = (Lists::new(batch, 1)?, Lists::new(batch, 2)?);
-            if items.offsets != times.offsets {
-                return Err("a row has more items than times, or fewer");
-            }
-            Ok(TrainPart { users: users(batch), items, times })
+            let items = Lists::new(batch, "items")?;
+            Ok(TrainPart {
+                users: users(batch),
+                times: Lists::beside(batch, "times", &items)?,
+                labels: columns.labels.then(|| Lists::beside(batch, "labels", &items)).transpose()?,
+                items,
+            })
         };
-        Batches::open(dir, files, &TRAIN_FIELDS, part).map(Self)
+        Batches::open(dir, files, &train_fields(columns), part).map(Self)
     }
 
     /// Number of rows.
@@ -165,6 +209,16 @@ impl Sequences {
         part.times.row(row)
     }
 
+    /// The labels of [`Self::items`], 1 = converted; `None` in a dataset without labels.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    #[must_use]
+    pub fn labels(&self, row: usize) -> Option<&[u8]> {
+        let (part, row) = self.0.find(row);
+        part.labels.as_ref().map(|labels| labels.row(row))
+    }
+
     /// The global user number of a row.
     ///
     /// # Panics
@@ -184,6 +238,7 @@ impl Sequences {
         check_users(self.0.parts.iter().map(|part| &part.users[..]), users)?;
         self.0.parts.par_iter().try_for_each(|part| {
             check_items(part.items.all(), items)?;
+            check_labels(part.labels.as_ref())?;
             match part.items.offsets.windows(2).all(|pair| pair[1] - pair[0] >= 2) {
                 true => Ok(()),
                 false => Err("a training sequence has fewer than two items".into()),
@@ -197,6 +252,9 @@ struct HeldOutPart {
     users: ScalarBuffer<u32>,
     history: Lists<UInt32Type>,
     targets: Lists<UInt32Type>,
+    /// Of history and targets.
+    times: Option<[Lists<Int64Type>; 2]>,
+    labels: Option<[Lists<UInt8Type>; 2]>,
 }
 
 /// The rows of a held-out split: what a user did before, and what is to be predicted.
@@ -204,11 +262,30 @@ struct HeldOutPart {
 pub struct HeldOut(Batches<HeldOutPart>);
 
 impl HeldOut {
-    pub(crate) fn open<'a>(dir: &Path, files: impl Iterator<Item = &'a FileEntry>) -> Result<Self, DatasetError> {
+    pub(crate) fn open<'a>(
+        dir: &Path,
+        files: impl Iterator<Item = &'a FileEntry>,
+        columns: Columns,
+    ) -> Result<Self, DatasetError> {
         let part = |batch: &RecordBatch| {
-            Ok(HeldOutPart { users: users(batch), history: Lists::new(batch, 1)?, targets: Lists::new(batch, 2)? })
+            let (history, targets) = (Lists::new(batch, "history")?, Lists::new(batch, "targets")?);
+            let times = || -> Result<_, &'static str> {
+                let history = Lists::beside(batch, "history_times", &history)?;
+                Ok([history, Lists::beside(batch, "target_times", &targets)?])
+            };
+            let labels = || -> Result<_, &'static str> {
+                let history = Lists::beside(batch, "history_labels", &history)?;
+                Ok([history, Lists::beside(batch, "target_labels", &targets)?])
+            };
+            Ok(HeldOutPart {
+                users: users(batch),
+                times: columns.held_out_times.then(times).transpose()?,
+                labels: columns.labels.then(labels).transpose()?,
+                history,
+                targets,
+            })
         };
-        Batches::open(dir, files, &HELD_OUT_FIELDS, part).map(Self)
+        Batches::open(dir, files, &held_out_fields(columns), part).map(Self)
     }
 
     /// Number of rows.
@@ -252,9 +329,33 @@ impl HeldOut {
         part.targets.row(row)
     }
 
+    /// The times of [`Self::history`] and of [`Self::targets`], in the input's unit times the manifest's `time_scale`;
+    /// `None` in a dataset of version 1.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    #[must_use]
+    pub fn times(&self, row: usize) -> Option<(&[i64], &[i64])> {
+        let (part, row) = self.0.find(row);
+        part.times.as_ref().map(|[history, targets]| (history.row(row), targets.row(row)))
+    }
+
+    /// The labels of [`Self::history`] and of [`Self::targets`], 1 = converted; `None` in a dataset without labels.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    #[must_use]
+    pub fn labels(&self, row: usize) -> Option<(&[u8], &[u8])> {
+        let (part, row) = self.0.find(row);
+        part.labels.as_ref().map(|[history, targets]| (history.row(row), targets.row(row)))
+    }
+
     pub(crate) fn check(&self, users: u64, items: u32) -> Result<(), String> {
         check_users(self.0.parts.iter().map(|part| &part.users[..]), users)?;
         self.0.parts.par_iter().try_for_each(|part| {
+            for labels in part.labels.iter().flatten() {
+                check_labels(Some(labels))?;
+            }
             for lists in [&part.history, &part.targets] {
                 check_items(lists.all(), items)?;
                 if lists.offsets.windows(2).any(|pair| pair[0] == pair[1]) {
@@ -279,6 +380,13 @@ fn check_users<'a>(parts: impl Iterator<Item = &'a [u32]>, users: u64) -> Result
         before = Some(user);
     }
     Ok(())
+}
+
+fn check_labels(labels: Option<&Lists<UInt8Type>>) -> Result<(), String> {
+    match labels.and_then(|labels| labels.all().iter().max()) {
+        Some(&largest) if largest > 1 => Err(format!("label {largest} is neither 0 nor 1")),
+        _ => Ok(()),
+    }
 }
 
 fn check_items(indices: &[u32], items: u32) -> Result<(), String> {

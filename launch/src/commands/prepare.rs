@@ -102,6 +102,13 @@ fn text(report: &PrepareReport, out: &Path) -> String {
         render::count(counts.test_users.into()),
         report.manifest.fingerprint,
     );
+    if let Some(labels) = &report.manifest.labels {
+        text += &format!(
+            "  {} of the interactions converted ({:.1} %)\n",
+            render::count(labels.conversions),
+            100.0 * labels.conversions as f64 / counts.interactions.max(1) as f64
+        );
+    }
     for step in &report.steps {
         let (interactions, users, items) = (step.interactions, step.users, step.items);
         text += &format!(

@@ -20,6 +20,12 @@ pub struct UserShare {
     pub user_positions: Vec<u32>,
     /// Sampled positions of the targets, ascending.
     pub item_positions: Vec<u32>,
+    /// Times of `history`, if the ticket asked for them.
+    pub history_times: Vec<i64>,
+    /// Times of `targets`, likewise.
+    pub target_times: Vec<i64>,
+    /// Labels of `targets`, 1 = converted, if the dataset has labels.
+    pub target_labels: Vec<u8>,
 }
 
 /// Right-padded sequences and the sampled positions in them.
@@ -151,6 +157,7 @@ mod tests {
                 targets: targets.to_vec(),
                 user_positions: user_positions.to_vec(),
                 item_positions: item_positions.to_vec(),
+                ..UserShare::default()
             };
         vec![user(0, &[7, 3], &[9], &[0, 1], &[0]), user(4, &[3, 3, 5], &[7, 2], &[2], &[0, 1])]
     }

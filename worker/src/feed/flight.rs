@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{Float16Type, UInt32Type};
+use arrow_array::types::{ArrowPrimitiveType, Float16Type, Int64Type, UInt8Type, UInt32Type};
 use arrow_array::{ListArray, RecordBatch, UInt32Array};
 use arrow_flight::decode::{DecodedFlightData, DecodedPayload, FlightDataDecoder};
 use arrow_flight::encode::FlightDataEncoderBuilder;
@@ -55,10 +55,16 @@ fn unexpected(what: impl Into<String>) -> FlightClientError {
 }
 
 /// One held-out user.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HeldOutUser {
     pub history: Vec<u32>,
     pub targets: Vec<u32>,
+    /// Times of `history`, if the ticket asked for them.
+    pub history_times: Vec<i64>,
+    /// Times of `targets`, likewise.
+    pub target_times: Vec<i64>,
+    /// Labels of `targets`, if the dataset has labels.
+    pub target_labels: Vec<u8>,
 }
 
 /// A connection to one data service.
@@ -113,13 +119,12 @@ impl DataClient {
         Ok(FlightDataDecoder::new(response.into_inner().map_err(FlightError::from)))
     }
 
-    /// The shares of `rank` from the step after `from_step` finished ones to the end of the job.
+    /// The shares of a rank, by its ticket for batches.
     ///
     /// # Errors
     /// If the service refuses the ticket.
-    pub async fn shares(&self, rank: u32, world_size: u32, from_step: u64) -> Result<ShareStream, FlightClientError> {
-        let decoder = self.do_get(&Ticket::Batches { rank, world_size, from_step, steps: 0 }).await?;
-        Ok(ShareStream { decoder })
+    pub async fn shares(&self, ticket: &Ticket) -> Result<ShareStream, FlightClientError> {
+        Ok(ShareStream { decoder: self.do_get(ticket).await? })
     }
 
     /// All held-out users of a ticket.
@@ -131,8 +136,20 @@ impl DataClient {
         let mut users = Vec::new();
         while let Some((batch, _)) = next_batch(&mut decoder).await? {
             let (history, targets) = (lists(&batch, "history")?, lists(&batch, "targets")?);
+            let extras = Extras::of(&batch)?;
             for row in 0..batch.num_rows() {
-                users.push(HeldOutUser { history: values(history, row)?, targets: values(targets, row)? });
+                let user = HeldOutUser {
+                    history: values(history, row)?,
+                    targets: values(targets, row)?,
+                    history_times: extras.history_times(row)?,
+                    target_times: extras.target_times(row)?,
+                    target_labels: extras.target_labels(row)?,
+                };
+                let lengths = (user.history.len(), user.targets.len());
+                if !extras.fit(lengths, (&user.history_times, &user.target_times), &user.target_labels) {
+                    return Err(unexpected("a held-out user has other numbers of times or labels than items"));
+                }
+                users.push(user);
             }
         }
         Ok(users)
@@ -254,6 +271,7 @@ fn read_share(batch: &RecordBatch, share: &mut Vec<UserShare>) -> Result<(), Fli
         ["history", "targets", "user_positions", "item_positions"].map(|name| lists(batch, name));
     let (history, targets) = (history?, targets?);
     let (user_positions, item_positions) = (user_positions?, item_positions?);
+    let extras = Extras::of(batch)?;
     for row in 0..batch.num_rows() {
         let user = UserShare {
             user: users.value(row),
@@ -262,7 +280,14 @@ fn read_share(batch: &RecordBatch, share: &mut Vec<UserShare>) -> Result<(), Fli
             targets: values(targets, row)?,
             user_positions: values(user_positions, row)?,
             item_positions: values(item_positions, row)?,
+            history_times: extras.history_times(row)?,
+            target_times: extras.target_times(row)?,
+            target_labels: extras.target_labels(row)?,
         };
+        let lengths = (user.history.len(), user.targets.len());
+        if !extras.fit(lengths, (&user.history_times, &user.target_times), &user.target_labels) {
+            return Err(unexpected(format!("user {} has other numbers of times or labels than items", user.user)));
+        }
         let inside = |positions: &[u32], items: &[u32]| positions.iter().all(|&p| (p as usize) < items.len());
         if user.history.is_empty()
             || user.targets.is_empty()
@@ -287,7 +312,46 @@ fn lists<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a ListArray, Flight
 }
 
 fn values(list: &ListArray, row: usize) -> Result<Vec<u32>, FlightClientError> {
+    values_of::<UInt32Type>(list, row)
+}
+
+fn values_of<T: ArrowPrimitiveType>(list: &ListArray, row: usize) -> Result<Vec<T::Native>, FlightClientError> {
     let array = list.value(row);
-    let values = array.as_primitive_opt::<UInt32Type>().ok_or_else(|| unexpected("a list that does not hold u32"))?;
-    Ok(values.values().to_vec())
+    let wrong = || unexpected(format!("a list that does not hold {}", T::DATA_TYPE));
+    Ok(array.as_primitive_opt::<T>().ok_or_else(wrong)?.values().to_vec())
+}
+
+/// The columns of a message that are there or not.
+struct Extras<'a> {
+    times: Option<[&'a ListArray; 2]>,
+    labels: Option<&'a ListArray>,
+}
+
+impl<'a> Extras<'a> {
+    fn of(batch: &'a RecordBatch) -> Result<Self, FlightClientError> {
+        let has = |name| batch.column_by_name(name).is_some();
+        let times = || Ok::<_, FlightClientError>([lists(batch, "history_times")?, lists(batch, "target_times")?]);
+        Ok(Self {
+            times: has("history_times").then(times).transpose()?,
+            labels: has("target_labels").then(|| lists(batch, "target_labels")).transpose()?,
+        })
+    }
+
+    fn history_times(&self, row: usize) -> Result<Vec<i64>, FlightClientError> {
+        self.times.map_or(Ok(Vec::new()), |[history, _]| values_of::<Int64Type>(history, row))
+    }
+
+    fn target_times(&self, row: usize) -> Result<Vec<i64>, FlightClientError> {
+        self.times.map_or(Ok(Vec::new()), |[_, targets]| values_of::<Int64Type>(targets, row))
+    }
+
+    fn target_labels(&self, row: usize) -> Result<Vec<u8>, FlightClientError> {
+        self.labels.map_or(Ok(Vec::new()), |labels| values_of::<UInt8Type>(labels, row))
+    }
+
+    /// Whether what is there has one value per item.
+    fn fit(&self, (history, targets): (usize, usize), times: (&[i64], &[i64]), labels: &[u8]) -> bool {
+        (self.times.is_none() || (times.0.len(), times.1.len()) == (history, targets))
+            && (self.labels.is_none() || labels.len() == targets)
+    }
 }

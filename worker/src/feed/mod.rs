@@ -15,7 +15,7 @@ use assemble::{Layout, MicroBatch, assemble};
 use cache::RowCache;
 use flight::{DataClient, FlightClientError, RowExchange};
 use half::f16;
-use learn_proto::flight::BatchMeta;
+use learn_proto::flight::{BatchMeta, Ticket};
 use learn_telemetry::WorkerMetrics;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -170,7 +170,9 @@ async fn fetch_steps(
 ) -> Result<(), FeedError> {
     let row_settings = RowSettings { dim: settings.dim, cache_bytes: settings.cache_bytes };
     let mut source = RowSource::open(&client, &row_settings, metrics.clone()).await?;
-    let mut shares = client.shares(settings.rank, settings.world_size, settings.from_step).await?;
+    let FeedSettings { rank, world_size, from_step, .. } = settings;
+    let ticket = Ticket::Batches { rank, world_size, from_step, steps: 0, times: false };
+    let mut shares = client.shares(&ticket).await?;
     while let Some((meta, share)) = shares.next().await? {
         let started = Instant::now();
         let indices: usize = share.iter().map(|user| user.history.len() + user.targets.len()).sum();

@@ -34,7 +34,7 @@ pub enum PrepareError {
         "time {time} of user {user} is too large to be kept with the fractions that other times have; use one unit"
     )]
     TimeRange { user: String, time: i64 },
-    #[error("there are more than {limit} {what}, which version 1 of the dataset cannot number")]
+    #[error("there are more than {limit} {what}, which this version of the dataset cannot number")]
     TooMany { what: &'static str, limit: u64 },
     #[error(
         "{} exists and is not a dataset; name another directory with data.dataset, or remove it", .path.display()
@@ -92,6 +92,8 @@ pub enum DefectKind {
     MissingId,
     /// No time, or one that is no finite number.
     BadTime,
+    /// No label, or one that says neither yes nor no.
+    BadLabel,
     /// An interaction with an item that no items file has.
     UnknownItem,
     /// A second item with the same id.
@@ -104,6 +106,9 @@ impl DefectKind {
             Self::Unparsable => "correct the row, or set the right format",
             Self::MissingId => "fill it in",
             Self::BadTime => "a time is a finite number",
+            Self::BadLabel => {
+                "a label is true, false, 1 or 0, or any finite number with prepare.interactions.label_at_least"
+            }
             Self::UnknownItem => "add the item to an items file",
             Self::DuplicateItem => "keep one of them",
         }

@@ -1,4 +1,4 @@
-//! The interactions files: ids to numbers, and every interaction to its partition on disk.
+//! The interactions files: ids to numbers, labels to yes or no, and every interaction to its partition on disk.
 //!
 //! One thread decodes the next chunks while users and items of this one get their numbers side by side.
 
@@ -11,6 +11,7 @@ use super::error::{BadRows, Defect, DefectKind, PrepareError};
 use super::input::{self, Cells, Chunk, Role};
 use super::interner::{Interner, NONE};
 use super::items::Catalogue;
+use super::label::LabelRule;
 use super::spill::{SpillWriter, Spilled, unsorted};
 use super::time::{SCALE, Time};
 use crate::progress::Progress;
@@ -33,8 +34,13 @@ pub(crate) fn read(
     progress: &dyn Progress,
 ) -> Result<Gathered, PrepareError> {
     progress.stage("read interactions", Some(super::total_bytes(&config.files)?));
-    let mut sink =
-        Sink { users: Interner::new("users"), catalogue, writer: SpillWriter::create(spill)?, fractions: false };
+    let mut sink = Sink {
+        users: Interner::new("users"),
+        catalogue,
+        writer: SpillWriter::create(spill)?,
+        fractions: false,
+        labels: LabelRule { at_least: config.label_at_least },
+    };
     for path in &config.files {
         input::stream(path, Role::Interactions(config), |chunk| {
             let bytes = chunk.bytes;
@@ -54,6 +60,7 @@ struct Sink<'a> {
     writer: SpillWriter,
     /// Some time has a fraction.
     fractions: bool,
+    labels: LabelRule,
 }
 
 impl Sink<'_> {
@@ -62,11 +69,12 @@ impl Sink<'_> {
         let Chunk { columns, len, rows, mut defects, .. } = chunk;
         let column = |index: usize| columns.get(index).and_then(Option::as_ref);
         let (Some(users), Some(items), Some(times)) = (column(0), column(1), column(2)) else { return Ok(defects) };
+        let labels = column(3);
         // Columns of ids are read as text, whatever they are in the file.
         let (Cells::Text(user_ids), Cells::Text(item_ids)) = (users, items) else { return Ok(defects) };
-        let Self { users: user_table, catalogue, .. } = self;
+        let Self { users: user_table, catalogue, labels: rule, .. } = self;
         let add = !catalogue.closed;
-        let (user_numbers, (item_numbers, stamps)) = rayon::join(
+        let (user_numbers, (item_numbers, stamps, conversions)) = rayon::join(
             || {
                 let mut numbers = Vec::with_capacity(len);
                 user_table.numbers(user_ids, true, |number, hash| numbers.push((number, hash))).map(|()| numbers)
@@ -74,19 +82,23 @@ impl Sink<'_> {
             || {
                 let mut numbers = Vec::with_capacity(len);
                 let numbered = catalogue.ids.numbers(item_ids, add, |number, _| numbers.push(number));
-                (numbered.map(|()| numbers), stamps(times))
+                // without a column of labels nothing is a conversion
+                let conversions = labels.map_or_else(|| vec![Some(false); len], |labels| rule.all(labels));
+                (numbered.map(|()| numbers), stamps(times), conversions)
             },
         );
         let (user_numbers, item_numbers) = (user_numbers?, item_numbers?);
         for position in 0..len {
             let ((user, hash), item, time) = (user_numbers[position], item_numbers[position], stamps[position]);
-            match time {
-                Some(time) if user != NONE && item != NONE => {
+            match (time, conversions[position]) {
+                (Some(time), Some(converted)) if user != NONE && item != NONE => {
                     self.fractions |= time.scaled;
-                    self.writer.push(hash, unsorted(user, item, time))?;
+                    self.writer.push(hash, unsorted((user, item), time, converted))?;
                 }
                 _ => {
-                    let (kind, problem) = describe(users.text(position), items.text(position), times.text(position));
+                    let label = labels.filter(|_| conversions[position].is_none()).map(|cells| cells.text(position));
+                    let (user, item) = (users.text(position), items.text(position));
+                    let (kind, problem) = describe((user, item), times.text(position), label);
                     defects.push(Defect { row: rows.at(position), kind, problem });
                 }
             }
@@ -95,14 +107,21 @@ impl Sink<'_> {
     }
 }
 
-/// Why an interaction cannot be used, given its cells; the item is unknown where nothing else is wrong.
-fn describe(user: Option<String>, item: Option<String>, time: Option<String>) -> (DefectKind, String) {
-    match (user, item, time) {
+/// Why an interaction cannot be used, given its cells, and that of the label if it is a bad one; the item is unknown
+/// where nothing else is wrong.
+fn describe(
+    (user, item): (Option<String>, Option<String>),
+    time: Option<String>,
+    bad_label: Option<Option<String>>,
+) -> (DefectKind, String) {
+    match (user, item, time, bad_label) {
         (None, ..) => (DefectKind::MissingId, "it has no user id".into()),
-        (_, None, _) => (DefectKind::MissingId, "it has no item id".into()),
-        (.., None) => (DefectKind::BadTime, "it has no time".into()),
-        (_, _, Some(time)) if Time::parse(&time).is_none() => (DefectKind::BadTime, format!("its time is {time}")),
-        (_, Some(item), _) => (DefectKind::UnknownItem, format!("no items file has the item \"{item}\"")),
+        (_, None, ..) => (DefectKind::MissingId, "it has no item id".into()),
+        (_, _, None, _) => (DefectKind::BadTime, "it has no time".into()),
+        (_, _, Some(time), _) if Time::parse(&time).is_none() => (DefectKind::BadTime, format!("its time is {time}")),
+        (.., Some(None)) => (DefectKind::BadLabel, "it has no label".into()),
+        (.., Some(Some(label))) => (DefectKind::BadLabel, format!("its label is {label}")),
+        (_, Some(item), ..) => (DefectKind::UnknownItem, format!("no items file has the item \"{item}\"")),
     }
 }
 

@@ -11,8 +11,10 @@ mod input;
 mod interactions;
 mod interner;
 mod items;
+mod label;
 mod output;
 mod publish;
+mod sequences;
 mod spill;
 mod split;
 mod store;
@@ -125,6 +127,7 @@ pub fn prepare_with(preparation: &Preparation, progress: &dyn Progress) -> Resul
         items: &items,
         users_left: &filtered.left.users,
         time_scale,
+        labels: config.interactions.label.as_ref().map(|_| config.interactions.label_at_least),
         layout: options.layout,
     }
     .write(progress)?;
@@ -149,6 +152,7 @@ pub fn prepare_with(preparation: &Preparation, progress: &dyn Progress) -> Resul
             max_length: config.max_length,
             keep_unseen_items: config.keep_unseen_items,
         },
+        labels: written.labels,
         files: written.files,
         embeddings: None,
     };

@@ -1,29 +1,24 @@
 //! Writes the dataset's files and computes its fingerprint in one pass over what the filters left.
 //!
 //! Partitions are divided and numbered in parallel, a few at a time, and written in order while the next are divided.
-//! The fingerprint hashes ids, texts, sequences, times and the split rule, in the order of item indices and user
-//! numbers; file layout, input format and names of files do not enter.
+//! The fingerprint hashes ids, texts, sequences, times, labels if there are any, and the split rule, in the order of item
+//! indices and user numbers; file layout, input format and names of files do not enter.
 
 use std::path::Path;
-use std::sync::Arc;
 
-use arrow_array::types::{ArrowPrimitiveType, Int64Type, UInt32Type};
-use arrow_array::{Array, ListArray, PrimitiveArray, RecordBatch, UInt32Array};
-use arrow_buffer::{OffsetBuffer, ScalarBuffer};
-use arrow_ipc::writer::FileWriter;
-use arrow_schema::{ArrowError, Field, Fields, Schema};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::error::PrepareError;
+use super::sequences::{Rows, SequenceWriter};
+use super::spill::Record;
 use super::split::Rule;
 use super::store::{Partition, Store};
 use crate::catalogue::{Item, UserWriter, write_items};
-use crate::files::{HashingFile, hex};
-use crate::ipc;
-use crate::manifest::{Counts, FileEntry};
+use crate::files::hex;
+use crate::manifest::{Counts, FileEntry, LabelInfo};
 use crate::progress::Progress;
-use crate::sequences::{HELD_OUT_FIELDS, TRAIN_FIELDS};
+use crate::sequences::{Columns, held_out_fields, train_fields};
 
 /// How rows are grouped while working and into batches and files; neither content nor fingerprint depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +59,8 @@ pub(crate) struct Output<'a> {
     pub(crate) items: &'a [Item],
     pub(crate) users_left: &'a [u64],
     pub(crate) time_scale: i64,
+    /// The interactions have labels, and this threshold if they are numbers.
+    pub(crate) labels: Option<Option<f64>>,
     pub(crate) layout: Layout,
 }
 
@@ -72,6 +69,7 @@ pub(crate) struct Written {
     pub(crate) files: Vec<FileEntry>,
     pub(crate) counts: Counts,
     pub(crate) fingerprint: String,
+    pub(crate) labels: Option<LabelInfo>,
     /// Rows of valid and test that were left out since the user has no history before them.
     pub(crate) without_history: [u64; 2],
 }
@@ -79,52 +77,18 @@ pub(crate) struct Written {
 /// The folders of a dataset that `prepare` writes.
 pub(crate) const FOLDERS: [&str; 3] = ["items", "users", "sequences"];
 
-/// A list column of a few rows.
-struct Lists<T> {
-    ends: Vec<usize>,
-    values: Vec<T>,
-}
-
-impl<T> Default for Lists<T> {
-    fn default() -> Self {
-        Self { ends: Vec::new(), values: Vec::new() }
-    }
-}
-
-impl<T: Copy> Lists<T> {
-    fn push(&mut self, values: impl Iterator<Item = T>) {
-        self.values.extend(values);
-        self.ends.push(self.values.len());
-    }
-
-    fn rows(&self) -> impl Iterator<Item = &[T]> {
-        let mut start = 0;
-        self.ends.iter().map(move |&end| &self.values[std::mem::replace(&mut start, end)..end])
-    }
-}
-
-/// Rows of a sequence file: user, items or history, times or targets.
-struct Rows<T> {
-    users: Vec<u32>,
-    first: Lists<u32>,
-    second: Lists<T>,
-}
-
-impl<T> Default for Rows<T> {
-    fn default() -> Self {
-        Self { users: Vec::new(), first: Lists::default(), second: Lists::default() }
-    }
-}
-
 /// A partition, divided.
 #[derive(Default)]
 struct Divided {
     ranks: Vec<u32>,
-    train: Rows<i64>,
-    valid: Rows<u32>,
-    test: Rows<u32>,
+    /// The sequence.
+    train: Rows<1>,
+    /// History and targets.
+    valid: Rows<2>,
+    test: Rows<2>,
     without_history: [u64; 2],
     interactions: u64,
+    conversions: u64,
     /// SHA-256 of each user.
     digests: Vec<u8>,
 }
@@ -135,13 +99,15 @@ impl Output<'_> {
         progress.stage("write", Some(self.users_left.iter().sum()));
         let failed = |error| PrepareError::write(self.root)(error);
         let mut files = write_items(self.root, self.items.iter(), self.layout.file_rows).map_err(failed)?;
+        let columns = Columns { held_out_times: true, labels: self.labels.is_some() };
         let mut sink = Sink {
             users: UserWriter::new(self.root, self.layout.file_rows),
-            train: SequenceWriter::new(self.root, "train", &TRAIN_FIELDS, self.layout),
-            valid: SequenceWriter::new(self.root, "valid", &HELD_OUT_FIELDS, self.layout),
-            test: SequenceWriter::new(self.root, "test", &HELD_OUT_FIELDS, self.layout),
+            train: SequenceWriter::new(self.root, ("train", train_fields(columns)), self.layout),
+            valid: SequenceWriter::new(self.root, ("valid", held_out_fields(columns)), self.layout),
+            test: SequenceWriter::new(self.root, ("test", held_out_fields(columns)), self.layout),
             digest: Sha256::new(),
             interactions: 0,
+            conversions: 0,
             train_interactions: 0,
             without_history: [0; 2],
             output: self,
@@ -170,23 +136,22 @@ impl Output<'_> {
         // `prepare` refuses more users than 32 bits number.
         let mut user = start as u32;
         self.store.for_each_user(partition, |rank, records| {
-            let index = |at: usize| self.item_index[records[at].item as usize];
+            let index = |record: &Record| self.item_index[record.item as usize];
             let parts = self.rule.divide(records);
             let id = self.store.users.get(self.store.order[rank as usize]);
             let mut digest = Sha256::new();
             digest.update((id.len() as u64).to_le_bytes());
             digest.update(id);
-            for (at, record) in records.iter().enumerate() {
-                let mut bytes = [0; 12];
-                bytes[..4].copy_from_slice(&index(at).to_le_bytes());
-                bytes[4..].copy_from_slice(&record.time.to_le_bytes());
-                digest.update(bytes);
+            for record in records {
+                let mut bytes = [0; 13];
+                bytes[..4].copy_from_slice(&index(record).to_le_bytes());
+                bytes[4..12].copy_from_slice(&record.time.to_le_bytes());
+                bytes[12] = u8::from(record.converted);
+                digest.update(if self.labels.is_some() { &bytes } else { &bytes[..12] });
             }
             divided.digests.extend_from_slice(&digest.finalize());
             if parts.train >= 2 {
-                divided.train.users.push(user);
-                divided.train.first.push((0..parts.train).map(index));
-                divided.train.second.push(records[..parts.train].iter().map(|record| record.time));
+                divided.train.push(user, [&records[..parts.train]], index);
             }
             for (split, rows, targets) in [(0, &mut divided.valid, parts.valid), (1, &mut divided.test, parts.test)] {
                 if targets.is_empty() {
@@ -196,12 +161,11 @@ impl Output<'_> {
                     divided.without_history[split] += 1;
                     continue;
                 }
-                rows.users.push(user);
-                rows.first.push((0..targets.start).map(index));
-                rows.second.push(targets.map(index));
+                rows.push(user, [&records[..targets.start], &records[targets]], index);
             }
             divided.ranks.push(rank);
             divided.interactions += records.len() as u64;
+            divided.conversions += records.iter().filter(|record| record.converted).count() as u64;
             user += 1;
         })?;
         Ok(divided)
@@ -214,6 +178,9 @@ impl Output<'_> {
         match self.rule {
             Rule::LeaveOneOut => digest.update(b"leave-one-out\n"),
             Rule::ByTime(by) => digest.update(format!("by-time {} {}\n", by.valid_from, by.test_from)),
+        }
+        if self.labels.is_some() {
+            digest.update(b"labels\n");
         }
         digest.update(self.time_scale.to_le_bytes());
         digest.update((self.items.len() as u64).to_le_bytes());
@@ -230,11 +197,12 @@ impl Output<'_> {
 /// The open files.
 struct Sink<'a> {
     users: UserWriter<'a>,
-    train: SequenceWriter<'a, Int64Type>,
-    valid: SequenceWriter<'a, UInt32Type>,
-    test: SequenceWriter<'a, UInt32Type>,
+    train: SequenceWriter<'a, 1>,
+    valid: SequenceWriter<'a, 2>,
+    test: SequenceWriter<'a, 2>,
     digest: Sha256,
     interactions: u64,
+    conversions: u64,
     train_interactions: u64,
     without_history: [u64; 2],
     output: &'a Output<'a>,
@@ -265,7 +233,8 @@ impl Sink<'_> {
         for part in divided {
             self.digest.update(&part.digests);
             self.interactions += part.interactions;
-            self.train_interactions += part.train.first.values.len() as u64;
+            self.conversions += part.conversions;
+            self.train_interactions += part.train.interactions();
             for (sum, count) in self.without_history.iter_mut().zip(part.without_history) {
                 *sum += count;
             }
@@ -298,115 +267,8 @@ impl Sink<'_> {
                 train_interactions: self.train_interactions,
             },
             fingerprint: hex(&fingerprint.finalize()),
+            labels: output.labels.map(|at_least| LabelInfo { at_least, conversions: self.conversions }),
             without_history: self.without_history,
         })
     }
-}
-
-/// Writes `sequences/NAME-*.arrow`.
-struct SequenceWriter<'a, T: ArrowPrimitiveType> {
-    root: &'a Path,
-    name: &'static str,
-    fields: &'a Fields,
-    layout: Layout,
-    file: Option<(FileWriter<HashingFile>, usize, u64)>,
-    entries: Vec<FileEntry>,
-    users: Vec<u32>,
-    offsets: [Vec<i32>; 2],
-    first: Vec<u32>,
-    second: Vec<T::Native>,
-}
-
-impl<'a, T: ArrowPrimitiveType> SequenceWriter<'a, T> {
-    fn new(root: &'a Path, name: &'static str, fields: &'a Fields, layout: Layout) -> Self {
-        Self {
-            root,
-            name,
-            fields,
-            layout,
-            file: None,
-            entries: Vec::new(),
-            users: Vec::new(),
-            offsets: [vec![0], vec![0]],
-            first: Vec::new(),
-            second: Vec::new(),
-        }
-    }
-
-    fn append(&mut self, rows: &Rows<T::Native>) -> Result<(), PrepareError> {
-        for ((&user, first), second) in rows.users.iter().zip(rows.first.rows()).zip(rows.second.rows()) {
-            let longest = self.first.len().max(self.second.len()) + first.len().max(second.len());
-            if self.users.len() >= self.layout.batch_rows || longest > self.layout.batch_items {
-                self.flush()?;
-            }
-            self.users.push(user);
-            self.first.extend_from_slice(first);
-            self.second.extend_from_slice(second);
-            let end = |length: usize| {
-                let limit = i32::MAX as u64;
-                i32::try_from(length).map_err(|_| PrepareError::TooMany { what: "interactions of one user", limit })
-            };
-            self.offsets[0].push(end(self.first.len())?);
-            self.offsets[1].push(end(self.second.len())?);
-        }
-        Ok(())
-    }
-
-    /// Writes what waits as a batch.
-    fn flush(&mut self) -> Result<(), PrepareError> {
-        if !self.users.is_empty() {
-            self.write_batch().map_err(PrepareError::write(self.root))?;
-        }
-        Ok(())
-    }
-
-    fn write_batch(&mut self) -> Result<(), ArrowError> {
-        let schema = Arc::new(self.schema());
-        let [first, second] = std::mem::replace(&mut self.offsets, [vec![0], vec![0]]);
-        let users = UInt32Array::from(std::mem::take(&mut self.users));
-        let rows = users.len() as u64;
-        let columns: Vec<Arc<dyn Array>> = vec![
-            Arc::new(users),
-            Arc::new(list::<UInt32Type>(first, std::mem::take(&mut self.first))?),
-            Arc::new(list::<T>(second, std::mem::take(&mut self.second))?),
-        ];
-        let batch = RecordBatch::try_new(schema.clone(), columns)?;
-        let (writer, batches, file_rows) = match &mut self.file {
-            Some(file) => file,
-            none => {
-                let relative = format!("sequences/{}-{:05}.arrow", self.name, self.entries.len());
-                none.insert((FileWriter::try_new(HashingFile::create(self.root, relative)?, &schema)?, 0, 0))
-            }
-        };
-        writer.write(&batch)?;
-        *batches += 1;
-        *file_rows += rows;
-        if *batches >= self.layout.file_batches {
-            self.close()?;
-        }
-        Ok(())
-    }
-
-    fn schema(&self) -> Schema {
-        ipc::schema(self.fields, [("learn.split".to_owned(), self.name.to_owned())])
-    }
-
-    fn close(&mut self) -> Result<(), ArrowError> {
-        if let Some((writer, _, rows)) = self.file.take() {
-            self.entries.push(writer.into_inner()?.finish(rows)?);
-        }
-        Ok(())
-    }
-
-    fn finish(mut self) -> Result<Vec<FileEntry>, PrepareError> {
-        self.flush()?;
-        self.close().map_err(PrepareError::write(self.root))?;
-        Ok(self.entries)
-    }
-}
-
-fn list<T: ArrowPrimitiveType>(offsets: Vec<i32>, values: Vec<T::Native>) -> Result<ListArray, ArrowError> {
-    let element = Arc::new(Field::new_list_field(T::DATA_TYPE, false));
-    let values = PrimitiveArray::<T>::new(ScalarBuffer::from(values), None);
-    ListArray::try_new(element, OffsetBuffer::new(ScalarBuffer::from(offsets)), Arc::new(values), None)
 }

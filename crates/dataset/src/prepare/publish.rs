@@ -82,7 +82,8 @@ impl WorkDir {
         let occupied = occupied(&self.out)?;
         if occupied {
             match self.compare(&manifest) {
-                Ok(Some(found)) => return Ok((found, true)),
+                // an older version may lack what this one writes, so `--replace` brings it up to date
+                Ok(found) if found.version == manifest.version || !replace => return Ok((found, true)),
                 Err(error) if !replace => return Err(error),
                 _ => {}
             }
@@ -102,8 +103,8 @@ impl WorkDir {
         Ok((manifest, false))
     }
 
-    /// The manifest of the dataset that is there, if it is whole and the same.
-    fn compare(&self, new: &Manifest) -> Result<Option<Manifest>, PrepareError> {
+    /// The manifest of the dataset that is there, which must be whole and the same.
+    fn compare(&self, new: &Manifest) -> Result<Manifest, PrepareError> {
         let found = Dataset::open(&self.out)?;
         if found.manifest().fingerprint != new.fingerprint {
             return Err(PrepareError::Taken {
@@ -113,7 +114,7 @@ impl WorkDir {
             });
         }
         found.verify()?;
-        Ok(Some(found.manifest().clone()))
+        Ok(found.manifest().clone())
     }
 }
 

@@ -20,6 +20,8 @@ const BUFFER: usize = 1 << 16;
 const RECORD: usize = 16;
 /// Marks a time in millionths, in the bit of the item number that [`super::interner::LIMIT`] keeps free.
 const SCALED: u32 = 1 << 31;
+/// Marks a conversion on disk, in the same bit of the user number.
+const CONVERTED: u32 = 1 << 31;
 
 /// An interaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,12 +29,15 @@ pub(crate) struct Record {
     pub(crate) user: u32,
     pub(crate) item: u32,
     pub(crate) time: i64,
+    /// Its label; false in a dataset without labels.
+    pub(crate) converted: bool,
 }
 
 impl Record {
     fn bytes(self) -> [u8; RECORD] {
         let mut bytes = [0; RECORD];
-        bytes[..4].copy_from_slice(&self.user.to_le_bytes());
+        let user = if self.converted { self.user | CONVERTED } else { self.user };
+        bytes[..4].copy_from_slice(&user.to_le_bytes());
         bytes[4..8].copy_from_slice(&self.item.to_le_bytes());
         bytes[8..].copy_from_slice(&self.time.to_le_bytes());
         bytes
@@ -40,17 +45,19 @@ impl Record {
 
     fn from_bytes(bytes: &[u8; RECORD]) -> Self {
         let [a, b, c, d, e, f, g, h, time @ ..] = *bytes;
+        let user = u32::from_le_bytes([a, b, c, d]);
         Self {
-            user: u32::from_le_bytes([a, b, c, d]),
+            user: user & !CONVERTED,
             item: u32::from_le_bytes([e, f, g, h]),
             time: i64::from_le_bytes(time),
+            converted: user & CONVERTED != 0,
         }
     }
 }
 
 /// A read interaction, before times have one unit.
-pub(crate) fn unsorted(user: u32, item: u32, time: Time) -> Record {
-    Record { user, item: if time.scaled { item | SCALED } else { item }, time: time.value }
+pub(crate) fn unsorted((user, item): (u32, u32), time: Time, converted: bool) -> Record {
+    Record { user, item: if time.scaled { item | SCALED } else { item }, time: time.value, converted }
 }
 
 /// The item and the time of [`unsorted`].
@@ -188,7 +195,7 @@ mod tests {
         for at in 0..5000_i64 {
             let name = if at % 3 == 0 { "busy".to_owned() } else { format!("u{}", at % 400) };
             let (user, _) = users.intern(&name).unwrap();
-            writer.push(users.hash(user), Record { user, item: at as u32, time: -at }).unwrap();
+            writer.push(users.hash(user), Record { user, item: at as u32, time: -at, converted: at % 5 == 0 }).unwrap();
         }
         let whole = writer.finish().unwrap();
         let contents = |parts: &[Spilled]| parts.iter().flat_map(|part| read(part).unwrap()).collect::<Vec<_>>();

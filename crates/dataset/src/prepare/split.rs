@@ -125,7 +125,7 @@ mod tests {
     use super::*;
 
     fn records(times: &[i64]) -> Vec<Record> {
-        times.iter().map(|&time| Record { user: 0, item: 0, time }).collect()
+        times.iter().map(|&time| Record { user: 0, item: 0, time, converted: false }).collect()
     }
 
     #[test]

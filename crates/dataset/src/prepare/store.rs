@@ -5,7 +5,7 @@
 //! user and per item only a flag and a count.
 //! Output: [`Store::for_each_user`], the users that are left in rank order with what is left of their interactions.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -99,7 +99,8 @@ impl Store {
                         user: users.get(record.user).to_owned(),
                         time: time.value,
                     })?;
-                    *record = Record { user: ranks[record.user as usize], item, time: at_scale };
+                    let user = ranks[record.user as usize];
+                    *record = Record { user, item, time: at_scale, ..*record };
                 }
                 records.sort_by_key(|record| (record.user, record.time));
                 progress.advance(records.len() as u64);
@@ -223,11 +224,11 @@ fn counters(items: usize) -> Vec<AtomicU64> {
     std::iter::repeat_with(|| AtomicU64::new(0)).take(items).collect()
 }
 
-/// Keeps the first of equal (user, item, time) in records sorted by (user, time).
+/// Keeps the first of equal (user, item, time) in records sorted by (user, time); it converted if one of them did.
 fn remove_repeats(records: &mut Vec<Record>) {
     let mut kept = 0;
     let mut run_start = 0;
-    let mut long_run = HashSet::new();
+    let mut long_run = HashMap::new();
     for position in 0..records.len() {
         let record = records[position];
         let same_run = kept > run_start && {
@@ -240,16 +241,20 @@ fn remove_repeats(records: &mut Vec<Record>) {
         }
         let run = &records[run_start..kept];
         let repeat = if run.len() < LONG_RUN {
-            run.iter().any(|earlier| earlier.item == record.item)
+            run.iter().position(|earlier| earlier.item == record.item)
         } else {
             if long_run.is_empty() {
-                long_run.extend(run.iter().map(|earlier| earlier.item));
+                long_run.extend(run.iter().zip(0..).map(|(earlier, place)| (earlier.item, place)));
             }
-            !long_run.insert(record.item)
+            let place = *long_run.entry(record.item).or_insert(run.len());
+            (place < run.len()).then_some(place)
         };
-        if !repeat {
-            records[kept] = record;
-            kept += 1;
+        match repeat {
+            Some(place) => records[run_start + place].converted |= record.converted,
+            None => {
+                records[kept] = record;
+                kept += 1;
+            }
         }
     }
     records.truncate(kept);
@@ -264,15 +269,19 @@ mod tests {
     proptest! {
         #[test]
         fn repeats_go_and_the_first_stays(
-            rows in proptest::collection::vec((0_u32..3, 0_u32..40, 0_i64..2), 0..400),
+            rows in proptest::collection::vec((0_u32..3, 0_u32..40, 0_i64..2, any::<bool>()), 0..400),
         ) {
             let mut records: Vec<Record> =
-                rows.iter().map(|&(user, item, time)| Record { user, item, time }).collect();
+                rows.iter().map(|&(user, item, time, converted)| Record { user, item, time, converted }).collect();
             records.sort_by_key(|record| (record.user, record.time));
             let mut expected: Vec<Record> = Vec::new();
             for record in &records {
-                if !expected.contains(record) {
-                    expected.push(*record);
+                let same = |other: &&mut Record| {
+                    (other.user, other.item, other.time) == (record.user, record.item, record.time)
+                };
+                match expected.iter_mut().find(same) {
+                    Some(first) => first.converted |= record.converted,
+                    None => expected.push(*record),
                 }
             }
             remove_repeats(&mut records);

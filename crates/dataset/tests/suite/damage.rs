@@ -146,9 +146,9 @@ fn foreign_and_future_manifests_are_refused() {
         fs::write(&path, changed).unwrap();
         Dataset::open(&fixture.out()).map(|_| ()).unwrap_err().to_string()
     };
-    let future = with("\"version\": 1", "\"version\": 2");
-    assert!(future.contains("schema version 2, this program reads version 1"), "{future}");
-    assert!(with("\"version\": 1,", "").contains("no schema version"));
+    let future = with("\"version\": 2", "\"version\": 3");
+    assert!(future.contains("schema version 3, this program reads versions 1 to 2"), "{future}");
+    assert!(with("\"version\": 2,", "").contains("no schema version"));
     assert!(with("items/part", "../../etc/part").contains("outside of the dataset"));
     assert!(with("\"items\": 12", "\"items\": 13").contains("states 13 items, the files hold 12"));
     assert!(with("\"counts\"", "\"accounts\"").contains("accounts"));

@@ -8,6 +8,7 @@ mod builders;
 mod damage;
 mod embeddings;
 mod formats;
+mod labels;
 mod progress;
 mod rules;
 mod versions;

@@ -41,6 +41,12 @@ pub struct InteractionsConfig {
     pub item: Option<String>,
     /// Column with the time, an integer or a real number of any unit; default `timestamp`.
     pub timestamp: Option<String>,
+    /// Column that says whether the interaction converted (a click that became an order, a view to the end): true or
+    /// false, 1 or 0, or a number with `label_at_least`. Every row joins the user's sequence, converted or not. Not set
+    /// = the dataset has no labels.
+    pub label: Option<String>,
+    /// A label of at least this is a conversion, for example 4 for ratings; not set = labels are 0 and 1.
+    pub label_at_least: Option<f64>,
 }
 
 /// The items file and its columns. A column that is not set and not there is left out of the prompt.
@@ -126,6 +132,12 @@ impl PrepareConfig {
         }
         if self.max_length != 0 && self.max_length < self.min_length {
             return fail("prepare.max_length", "is below prepare.min_length; raise it or set 0 for no limit");
+        }
+        if self.interactions.label_at_least.is_some_and(|at_least| !at_least.is_finite()) {
+            return fail("prepare.interactions.label_at_least", "must be a finite number");
+        }
+        if self.interactions.label_at_least.is_some() && self.interactions.label.is_none() {
+            return fail("prepare.interactions.label_at_least", "needs the column in prepare.interactions.label");
         }
         for (key, share) in [("prepare.valid_share", self.valid_share), ("prepare.test_share", self.test_share)] {
             if !(share > 0.0 && share < 0.5) {

@@ -93,7 +93,7 @@ fn cell(value: Value, want: &Want) -> Result<Option<String>, String> {
         (Kind::Id, Value::String(text)) => text,
         (Kind::Id, Value::Number(number)) if number.is_i64() || number.is_u64() => number.to_string(),
         (Kind::Id, other) => return Err(format!("{} is {other}, not a string or an integer", want.names[0])),
-        (Kind::Time, value @ (Value::Array(_) | Value::Object(_))) => {
+        (Kind::Time | Kind::Label, value @ (Value::Array(_) | Value::Object(_))) => {
             return Err(format!("{} is {value}, not a number", want.names[0]));
         }
         (_, value) => flat(&value).trim().to_owned(),

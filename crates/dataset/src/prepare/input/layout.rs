@@ -17,7 +17,7 @@ pub(crate) enum Role<'a> {
 }
 
 impl Role<'_> {
-    /// The columns that are wanted of a file: user, item and time, or id and texts.
+    /// The columns that are wanted of a file: user, item, time and label, or id and texts.
     pub(super) fn columns(self, format: FileFormat) -> Vec<Want> {
         match self {
             Self::Interactions(config) => interaction_columns(config, format),
@@ -89,18 +89,22 @@ fn want(kind: Kind, key: &'static str, named: &Option<String>, usual: &[&str]) -
     Want { kind, key, names, required: kind != Kind::Text || named.is_some() }
 }
 
-/// User, item and time of an interactions file.
+/// User, item and time of an interactions file, and the label if one is named.
 fn interaction_columns(config: &InteractionsConfig, format: FileFormat) -> Vec<Want> {
     let [user, item, time] = match format {
         FileFormat::Amazon2018 => ["reviewerID", "asin", "unixReviewTime"],
         FileFormat::Amazon2023 => ["user_id", "parent_asin", "timestamp"],
         _ => ["user_id", "item_id", "timestamp"],
     };
-    vec![
+    let mut wants = vec![
         want(Kind::Id, "prepare.interactions.user", &config.user, &[user]),
         want(Kind::Id, "prepare.interactions.item", &config.item, &[item]),
         want(Kind::Time, "prepare.interactions.timestamp", &config.timestamp, &[time]),
-    ]
+    ];
+    if config.label.is_some() {
+        wants.push(want(Kind::Label, "prepare.interactions.label", &config.label, &[]));
+    }
+    wants
 }
 
 /// Id and texts of an items file; the texts in the order of [`crate::catalogue::TEXTS`].

@@ -24,6 +24,7 @@ use super::error::{Defect, PrepareError, Row};
 pub(crate) enum Kind {
     Id,
     Time,
+    Label,
     Text,
 }
 

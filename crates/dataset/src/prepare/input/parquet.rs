@@ -81,6 +81,10 @@ fn check_type(path: &Path, want: &Want, field: &arrow_schema::Field) -> Result<(
             let time = matches!(values, DataType::Timestamp(..) | DataType::Date32 | DataType::Date64);
             (text || values.is_integer() || values.is_floating() || time, "a time is a number or a timestamp")
         }
+        Kind::Label => {
+            let truth = *values == DataType::Boolean;
+            (text || truth || values.is_integer() || values.is_floating(), "a label is a truth value or a number")
+        }
         Kind::Text => (true, ""),
     };
     if fits {
@@ -102,15 +106,17 @@ fn cells(values: &ArrayRef, kind: Kind) -> Result<Cells, ArrowError> {
     };
     let to = |data_type| cast_with_options(&plain, &data_type, &options);
     let cells = match (kind, plain.data_type()) {
-        (Kind::Id | Kind::Time, DataType::UInt64) => Cells::Text(to(DataType::Utf8)?.as_string().clone()),
+        (Kind::Id | Kind::Time | Kind::Label, DataType::UInt64) => Cells::Text(to(DataType::Utf8)?.as_string().clone()),
         (Kind::Id, kind) if kind.is_integer() => Cells::Text(decimals(to(DataType::Int64)?.as_primitive())),
-        (Kind::Time, kind) if kind.is_floating() => {
+        (Kind::Time | Kind::Label, kind) if kind.is_floating() => {
             Cells::Real(to(DataType::Float64)?.as_primitive::<Float64Type>().clone())
         }
         (_, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View) => {
             Cells::Text(trimmed(to(DataType::Utf8)?.as_string(), kind))
         }
-        (Kind::Id | Kind::Time, _) => Cells::Int(to(DataType::Int64)?.as_primitive::<Int64Type>().clone()),
+        (Kind::Id | Kind::Time | Kind::Label, _) => {
+            Cells::Int(to(DataType::Int64)?.as_primitive::<Int64Type>().clone())
+        }
         (Kind::Text, _) => Cells::Text(texts(&plain)?),
     };
     Ok(cells)
