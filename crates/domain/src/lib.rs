@@ -11,10 +11,12 @@
 //! - [`ledger`]: the proof that an epoch used every user exactly once.
 //! - [`schedule`]: the learning rate of a step.
 //! - [`ranking`]: what a rank is (ties included) and the metrics made of ranks.
+//! - [`conversion`]: how good predicted conversions are.
 //! - [`spelling`]: what a misspelt name was meant to be.
 //! - [`run_dir`] and [`report`]: where a run keeps what, and the values that its processes exchange about it.
 
 pub mod config;
+pub mod conversion;
 pub mod ids;
 pub mod ledger;
 pub mod membership;
