@@ -136,8 +136,8 @@ pub fn anchor(config: &mut Config) -> Result<()> {
     absolute(&mut config.job.runs_dir)?;
     absolute(&mut config.data.dataset)?;
     absolute(&mut config.embed.model)?;
-    if let Some(from) = &mut config.embed.from {
-        absolute(from)?;
+    for path in [&mut config.embed.from, &mut config.training.start_from].into_iter().flatten() {
+        absolute(path)?;
     }
     let inputs = [&mut config.prepare.interactions.files, &mut config.prepare.items.files];
     inputs.into_iter().flatten().try_for_each(absolute)

@@ -255,6 +255,7 @@ impl From<StepReport> for ReportStepRequest {
                 tokens: record.tokens,
                 padding_share: record.padding_share,
                 seconds: record.seconds,
+                cvr_loss: record.cvr_loss,
             }),
         }
     }
@@ -281,6 +282,7 @@ impl From<ReportStepRequest> for StepReport {
                 tokens: numbers.tokens,
                 padding_share: numbers.padding_share,
                 seconds: numbers.seconds,
+                cvr_loss: numbers.cvr_loss,
             }),
         }
     }
@@ -368,7 +370,14 @@ mod tests {
         assert!(departure_from(None).is_err());
         let long = leave_request::Departure::from(Departure::Failed("é".repeat(MAX_TEXT_BYTES)));
         assert!(departure_from(Some(long)).is_ok(), "a long cause is cut at a character, not refused");
-        let record = StepRecord { step: Step(4), epoch: 1, generation: Generation(2), loss: 0.5, ..Default::default() };
+        let record = StepRecord {
+            step: Step(4),
+            epoch: 1,
+            generation: Generation(2),
+            loss: 0.5,
+            cvr_loss: Some(0.25),
+            ..Default::default()
+        };
         let report = StepReport {
             worker: WorkerId(1),
             generation: Generation(2),

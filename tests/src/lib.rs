@@ -3,6 +3,7 @@
 //! The binaries are those of this build (`cargo test --workspace` builds them all); everything is written to a
 //! temporary directory.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -46,11 +47,25 @@ impl Site {
     /// If a command fails.
     #[must_use]
     pub fn new(shape: Shape) -> Self {
+        Self::with(shape, CONFIG)
+    }
+
+    /// With conversion labels: a user likes the items of its group.
+    ///
+    /// # Panics
+    /// If a command fails.
+    #[must_use]
+    pub fn labelled(shape: Shape) -> Self {
+        let files = "files = [\"interactions.csv\"]\n";
+        Self::with(shape, &CONFIG.replace(files, &format!("{files}label = \"liked\"\n")))
+    }
+
+    fn with(shape: Shape, config: &str) -> Self {
         let site = Self { folder: tempfile::tempdir().expect("a temporary directory") };
         fs::write(site.path("interactions.csv"), interactions(shape)).expect("the folder is writable");
         fs::write(site.path("items.csv"), items(shape)).expect("the folder is writable");
         fs::write(site.path("vectors.npy"), vectors(shape)).expect("the folder is writable");
-        fs::write(site.path("job.toml"), CONFIG).expect("the folder is writable");
+        fs::write(site.path("job.toml"), config).expect("the folder is writable");
         for command in ["prepare", "embed"] {
             succeeds(&site.launch(&[command, "job.toml"]));
         }
@@ -155,6 +170,23 @@ pub fn text(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
+/// The f32 tensors of a `.safetensors` file by name.
+///
+/// # Panics
+/// If it is no such file.
+#[must_use]
+pub fn f32_tensors(bytes: &[u8]) -> BTreeMap<String, Vec<f32>> {
+    let header_bytes = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + header_bytes]).expect("a JSON header");
+    let values = f32_values(bytes);
+    let tensors = header.as_object().expect("an object").iter().filter(|(name, _)| *name != "__metadata__");
+    let part = |tensor: &Value| {
+        let offset = |at: usize| tensor["data_offsets"][at].as_u64().expect("an offset") as usize / 4;
+        values[offset(0)..offset(1)].to_vec()
+    };
+    tensors.map(|(name, tensor)| (name.clone(), part(tensor))).collect()
+}
+
 /// The f32 tensors of a `.safetensors` file, all values in file order.
 ///
 /// # Panics
@@ -182,7 +214,7 @@ fn noise(parts: &[usize]) -> u64 {
 
 /// Each user walks through one of five groups of items, with some steps outside.
 fn interactions(shape: Shape) -> String {
-    let mut text = String::from("user_id,item_id,timestamp\n");
+    let mut text = String::from("user_id,item_id,timestamp,liked\n");
     for user in 0..shape.users {
         let group = user % 5;
         let length = 6 + noise(&[user, 1]) as usize % 14;
@@ -190,7 +222,8 @@ fn interactions(shape: Shape) -> String {
             let stray = noise(&[user, place, 2]).is_multiple_of(5);
             let draw = noise(&[user, place, 3]) as usize;
             let item = if stray { draw % shape.items } else { (draw % (shape.items / 5)) * 5 + group };
-            text.push_str(&format!("user-{user:03},item-{item:03},{}\n", 1000 * place + user));
+            let (time, liked) = (1000 * place + user, u8::from(item % 5 == group));
+            text.push_str(&format!("user-{user:03},item-{item:03},{time},{liked}\n"));
         }
     }
     text

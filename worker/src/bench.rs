@@ -66,6 +66,7 @@ pub fn bench_step(settings: &BenchSettings) -> Result<BenchResult, WorkerError> 
         device: settings.device,
         input_dim: settings.input_dim as usize,
         objective: Objective::InBatch(InBatch::default()),
+        conversion: None,
         draw_seed: config.job.seed,
         clock: PhaseClock::new(metrics.clone(), Arc::new(Progress::default())),
     };

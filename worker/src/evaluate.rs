@@ -3,7 +3,8 @@
 //! Input: a split and the parameters. Output: Recall@k, NDCG@k and MRR over all its users, the same on every rank.
 //! Each rank embeds its part of the catalogue and of the users; item embeddings are gathered, metric sums added up.
 //! The rank of a target counts every item of the catalogue (`learn_domain::ranking` has the rule for ties); items of
-//! the history are left out if `evaluation.exclude_history` says so, the target never is.
+//! the history are left out if `evaluation.exclude_history` says so, the target never is. With a CVR head, its metrics on
+//! the targets as exposures come with them.
 
 use std::time::Instant;
 
@@ -18,6 +19,7 @@ use tch::{Device, IndexOp, Kind, Tensor};
 use tokio::runtime::Handle;
 
 use crate::checkpoint;
+use crate::conversions::{Conversions, Place};
 use crate::error::WorkerError;
 use crate::feed::assemble::newest_positions;
 use crate::feed::flight::{DataClient, HeldOutUser};
@@ -124,13 +126,26 @@ impl Evaluator {
         let indices: usize = users.iter().map(|user| user.history.len() + user.targets.len()).sum();
         self.metrics.received_bytes_total.with_label_values(&["evaluation"]).inc_by(4 * indices as u64);
         let mut totals = RankTotals::new(&self.settings.cutoffs);
-        for batch in users.chunks(self.settings.batch_users as usize) {
-            let embedded = tch::no_grad(|| self.embed_users(catalogue, batch))?;
-            tch::no_grad(|| rank_batch(&embedded, &items, batch, &self.settings, &mut totals))?;
+        let mut conversions = catalogue.model.shape().cvr_hidden.map(|_| Conversions::default());
+        let (rank, world_size) = (exchange.rank(), exchange.world_size());
+        for (number, batch) in users.chunks(self.settings.batch_users as usize).enumerate() {
+            let _no_grad = tch::no_grad_guard();
+            let embedded = self.embed_users(catalogue, batch)?;
+            rank_batch(&embedded, &items, batch, &self.settings, &mut totals)?;
+            if let Some(conversions) = &mut conversions {
+                // the service deals the split's rows out by turns
+                let first = number * self.settings.batch_users as usize;
+                let place = |at: usize, _| Place { row: rank + (first + at) * world_size, groups: 1 };
+                conversions.add(catalogue.parameters, (&embedded, &items), batch, place)?;
+            }
         }
         exchange.sum(totals.sums_mut())?;
+        let mut metrics = totals.metrics();
+        if let Some(conversions) = conversions {
+            metrics.extend(conversions.gather(exchange)?.metrics(0));
+        }
         let seconds = started.elapsed().as_secs_f64();
-        Ok(Evaluation { split, step, epoch, users: totals.users(), metrics: totals.metrics(), seconds })
+        Ok(Evaluation { split, step, epoch, users: totals.users(), metrics, seconds })
     }
 
     /// Content embeddings `[S, input_dim]` of at most `count` items, evenly spread over the catalogue: the same on every

@@ -1,7 +1,8 @@
 //! `learn-worker export`: embeddings and weights for other systems.
 //!
 //! Output directory: `items.parquet` and `users.parquet` (columns `id`, `embedding`), `items.npy` and `users.npy` (the
-//! same rows, `[n, d]` f32), `model.safetensors` (published LEARN names) and `export.json`. Written aside and renamed.
+//! same rows, `[n, d]` f32), `model.safetensors` (published LEARN names), `export.json`, and on request
+//! `cvr-features.parquet` (see [`crate::cvr_features`]). Written aside and renamed.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -10,10 +11,12 @@ use std::sync::Arc;
 
 use arrow_array::{ArrayRef, FixedSizeListArray, Float32Array, RecordBatch, StringArray};
 use arrow_schema::{DataType, Field, Schema};
+use learn_domain::report::Split;
 use learn_domain::run_dir::RunDir;
 use parquet::arrow::ArrowWriter;
 use tch::Tensor;
 
+use crate::cvr_features;
 use crate::error::WorkerError;
 use crate::offline::{Histories, Offline};
 
@@ -26,6 +29,8 @@ pub struct ExportSettings {
     pub run: PathBuf,
     pub out: PathBuf,
     pub checkpoint: Option<String>,
+    /// Write the CVR head's features of the pairs of this split, too.
+    pub cvr_features: Option<Split>,
 }
 
 /// What was exported.
@@ -36,6 +41,9 @@ pub struct Exported {
     pub items: usize,
     pub users: usize,
     pub dim: usize,
+    /// Pairs in `cvr-features.parquet`, if they were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cvr_pairs: Option<usize>,
     pub out: PathBuf,
 }
 
@@ -50,7 +58,7 @@ pub fn export(settings: &ExportSettings) -> Result<Exported, WorkerError> {
     }
     let offline = Offline::open(&RunDir::new(&settings.run), settings.checkpoint.as_deref())?;
     let aside = out.with_extension(format!("tmp-{}", std::process::id()));
-    let exported = write_all(&offline, &aside, out);
+    let exported = write_all(&offline, settings.cvr_features, &aside, out);
     match &exported {
         Ok(_) => fs::rename(&aside, out).map_err(|error| failed(out)(error))?,
         // the write error is the one to report
@@ -59,7 +67,12 @@ pub fn export(settings: &ExportSettings) -> Result<Exported, WorkerError> {
     exported
 }
 
-fn write_all(offline: &Offline, aside: &Path, out: &Path) -> Result<Exported, WorkerError> {
+fn write_all(
+    offline: &Offline,
+    cvr_features: Option<Split>,
+    aside: &Path,
+    out: &Path,
+) -> Result<Exported, WorkerError> {
     fs::create_dir_all(aside).map_err(|error| failed(aside)(error))?;
     let items = offline.items();
     let dim = items.size()[1] as usize;
@@ -81,6 +94,7 @@ fn write_all(offline: &Offline, aside: &Path, out: &Path) -> Result<Exported, Wo
         }
     }
     let users = table.finish()?;
+    let cvr_pairs = cvr_features.map(|split| cvr_features::write(offline, &items, split, aside)).transpose()?;
 
     let weights = aside.join("model.safetensors");
     fs::copy(offline.checkpoint.join("model.safetensors"), &weights).map_err(|error| failed(&weights)(error))?;
@@ -90,6 +104,7 @@ fn write_all(offline: &Offline, aside: &Path, out: &Path) -> Result<Exported, Wo
         items: item_count,
         users,
         dim,
+        cvr_pairs,
         out: out.to_owned(),
     };
     let facts = aside.join("export.json");

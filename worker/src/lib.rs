@@ -10,6 +10,8 @@
 pub mod bench;
 pub mod checkpoint;
 pub mod control;
+pub mod conversions;
+pub mod cvr_features;
 pub mod doctor;
 pub mod error;
 pub mod evaluate;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use learn_domain::config::{ByteSize, Config, DeviceKind, Precision};
-use learn_domain::report::exit;
+use learn_domain::report::{Split, exit};
 use learn_domain::run_dir::RunDir;
 use learn_worker::bench::{BenchSettings, bench_step};
 use learn_worker::error::WorkerError;
@@ -39,6 +39,9 @@ enum Command {
         /// `best`, `last` or a directory name; the best by default.
         #[arg(long)]
         checkpoint: Option<String>,
+        /// Write the CVR head's features of the pairs of this split, too.
+        #[arg(long, value_enum)]
+        cvr_features: Option<SplitName>,
         #[arg(long)]
         json: bool,
     },
@@ -92,6 +95,21 @@ impl From<Device> for DeviceKind {
             Device::Auto => Self::Auto,
             Device::Cpu => Self::Cpu,
             Device::Cuda => Self::Cuda,
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum SplitName {
+    Valid,
+    Test,
+}
+
+impl From<SplitName> for Split {
+    fn from(split: SplitName) -> Self {
+        match split {
+            SplitName::Valid => Self::Valid,
+            SplitName::Test => Self::Test,
         }
     }
 }
@@ -176,8 +194,9 @@ fn run(command: Command) -> Result<i32, WorkerError> {
                 bind: args.bind,
             });
         }
-        Command::Export { run, out, checkpoint, json } => {
-            let exported = export(&ExportSettings { run, out, checkpoint })?;
+        Command::Export { run, out, checkpoint, cvr_features, json } => {
+            let cvr_features = cvr_features.map(Split::from);
+            let exported = export(&ExportSettings { run, out, checkpoint, cvr_features })?;
             if json {
                 print_json(&exported)?;
             } else {

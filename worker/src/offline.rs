@@ -11,6 +11,7 @@ use learn_dataset::{Dataset, Embeddings};
 use learn_domain::Config;
 use learn_domain::report::Split;
 use learn_domain::run_dir::RunDir;
+use learn_model::objective::cvr;
 use learn_model::{Forward, Parameters, Pch};
 use tch::{Device, Kind, Tensor};
 
@@ -75,6 +76,19 @@ impl Offline {
 
     fn forward(&self) -> Forward {
         Forward { train: false, precision: self.config.training.precision }
+    }
+
+    /// Width of the CVR head's hidden layer, if the model has a head.
+    #[must_use]
+    pub fn cvr_hidden(&self) -> Option<i64> {
+        self.model.shape().cvr_hidden
+    }
+
+    /// The CVR head's hidden layer `[K, W]` on the CPU of pairs of embeddings `[K, d]`.
+    pub fn cvr_middle(&self, user: &Tensor, item: &Tensor) -> Tensor {
+        let on_device = |tensor: &Tensor| tensor.to_device(self.device);
+        let middle = tch::no_grad(|| cvr::middle(&self.parameters, &on_device(user), &on_device(item)));
+        middle.to_device(Device::Cpu)
     }
 
     fn rows(&self, items: impl Iterator<Item = usize>) -> Tensor {

@@ -24,6 +24,11 @@ pub enum SourceError {
          it is {output_dim}"
     )]
     ContentTower { output_dim: u32, dim: usize },
+    #[error(
+        "objective.cvr_weight is {weight}, but the dataset has no conversion labels; name their column with \
+         prepare.interactions.label and prepare it again, or set the weight to 0"
+    )]
+    NoLabels { weight: f64 },
     #[error("the dataset has {users} training users but its sequences have {rows} rows; prepare it again")]
     Users { users: u32, rows: usize },
 }
@@ -51,6 +56,10 @@ impl Source {
         let output_dim = config.model.output_dim;
         if config.model.item_tower == ItemTower::Content && output_dim as usize != dim {
             return Err(SourceError::ContentTower { output_dim, dim });
+        }
+        let weight = config.objective.cvr_weight;
+        if weight > 0.0 && !dataset.has_labels() {
+            return Err(SourceError::NoLabels { weight });
         }
         let (users, rows) = (facts.train_users, dataset.train().len());
         if users as usize != rows {

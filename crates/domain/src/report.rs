@@ -82,6 +82,9 @@ pub struct StepRecord {
     pub padding_share: f64,
     /// Seconds from the end of the step before, slowest rank.
     pub seconds: f64,
+    /// Mean binary cross-entropy of the CVR head, before its weight; part of `loss`. Only with a head.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cvr_loss: Option<f64>,
 }
 
 /// Ranking quality on one split.
@@ -91,7 +94,7 @@ pub struct Evaluation {
     pub step: Step,
     pub epoch: u32,
     pub users: u64,
-    /// `recall@10`, `ndcg@10`, `mrr`, … -> value.
+    /// `recall@10`, `ndcg@10`, `mrr`, … -> value; with a CVR head `cvr.auc` and the others of [`crate::conversion`].
     pub metrics: BTreeMap<String, f64>,
     pub seconds: f64,
 }

@@ -165,16 +165,13 @@ impl Case {
                 ..ModelConfig::default()
             },
             max_history: self.tensor("in.hist_id")?.size2().map_err(|error| failed(error.into()))?.1,
+            cvr_hidden: self.tensors.get("param.cvr.0.bias").map(|bias| bias.numel() as i64),
         })
         .map_err(failed)?;
-        let mut specs = model.shape().specs();
-        if let Some(head) = self.tensors.get("param.cvr.0.bias") {
-            specs.extend(cvr::specs(model.output_dim(), head.numel() as i64, 0.0));
-        }
         let given = self.tensors.iter().filter_map(|(name, tensor)| {
             name.strip_prefix("param.").map(|name| (name.to_owned(), tensor.shallow_clone()))
         });
-        let parameters = Parameters::load_specs(specs, given.collect(), Kind::Double, self.device).map_err(failed)?;
+        let parameters = Parameters::load(model.shape(), given.collect(), Kind::Double, self.device).map_err(failed)?;
         Ok((model, parameters))
     }
 

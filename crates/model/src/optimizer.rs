@@ -49,6 +49,15 @@ impl AdamW {
         }
     }
 
+    /// Spares parameters the weight decay. Those whose gradient is always 0 then keep their values to the bit.
+    pub fn spare(&mut self, parameters: &Parameters, spared: impl Fn(&str) -> bool) {
+        for (name, mut part) in parameters.parts(&self.decays) {
+            if spared(name) {
+                let _ = part.zero_();
+            }
+        }
+    }
+
     /// One update with the gradient `[P]` of the whole global batch.
     pub fn step(&mut self, parameters: &mut Parameters, gradient: &Tensor, learning_rate: f64) {
         self.steps += 1;

@@ -15,6 +15,7 @@ use tch::{Kind, Tensor};
 
 use crate::ModelError;
 use crate::bert::{self, Attention, LayerForward, LayerWeights, Linear};
+use crate::objective::cvr;
 use crate::parameters::{ParameterSpec, Parameters, Role};
 
 /// Name of the learned logarithm of the logit scale.
@@ -39,6 +40,8 @@ pub struct PchShape {
     pub model: ModelConfig,
     /// Longest history; the number of learned positions.
     pub max_history: i64,
+    /// Width of the CVR head's hidden layer, if the model has one; see [`crate::objective::cvr`].
+    pub cvr_hidden: Option<i64>,
 }
 
 /// Right-padded sequences and the positions in them that are sampled.
@@ -122,6 +125,7 @@ impl PchShape {
                 specs.push(ParameterSpec::new("mlp.0.bias", &[output], Role::Bias));
             }
         }
+        specs.extend(self.cvr_hidden.into_iter().flat_map(|width| cvr::specs(output, width, std)));
         if model.position_embedding == PositionEmbedding::Learned {
             specs.push(ParameterSpec::new(POSITION, &[self.max_history, hidden], Role::Position { std }));
         }

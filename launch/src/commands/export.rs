@@ -13,8 +13,11 @@ pub const HELP: &str = "\
 Examples:
   learn-launch export runs/quickstart --out export
   learn-launch export quickstart --out export --checkpoint step-0000000200
+  learn-launch export ml-100k-cvr --out export --cvr-features test
 
-Writes user and item embeddings (Parquet and .npy) and the weights (safetensors, names of the published checkpoint).";
+Writes user and item embeddings (Parquet and .npy) and the weights (safetensors, names of the published checkpoint). --cvr-features
+adds, for a ranking model, a row per held-out pair: user, item, label, user_embedding, item_embedding, middle (the CVR
+head's hidden layer).";
 
 /// Arguments of `export`.
 #[derive(Debug, Args)]
@@ -27,6 +30,9 @@ pub struct ExportArgs {
     /// Checkpoint: `best`, `last` or a name like step-0000000200 [default: best, else last]
     #[arg(long, value_name = "NAME")]
     checkpoint: Option<String>,
+    /// Write what the CVR head makes of each held-out pair of this split, too: cvr-features.parquet
+    #[arg(long, value_name = "SPLIT", value_parser = ["valid", "test"])]
+    cvr_features: Option<String>,
 }
 
 /// # Errors
@@ -37,6 +43,9 @@ pub fn run(args: &ExportArgs, output: &Output) -> Result<()> {
         command.arg("export").arg("--run").arg(run.root()).arg("--out").arg(&args.out);
         if let Some(checkpoint) = &args.checkpoint {
             command.args(["--checkpoint", checkpoint]);
+        }
+        if let Some(split) = &args.cvr_features {
+            command.args(["--cvr-features", split]);
         }
         if output.json() {
             command.arg("--json");

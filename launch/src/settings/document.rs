@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn the_configurations_of_the_repository_are_valid() {
-        for name in ["quickstart", "published", "reference"] {
+        for name in ["quickstart", "published", "reference", "ml-100k-cvr"] {
             let path = repository_file(&format!("configs/{name}.toml"));
             let resolver = super::super::Resolver::new(&Config::default()).file(&path);
             resolver.unwrap().finish().unwrap();

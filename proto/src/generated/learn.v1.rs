@@ -155,6 +155,9 @@ pub struct StepNumbers {
     /// Seconds since the step before was finished.
     #[prost(double, tag = "8")]
     pub seconds: f64,
+    /// Only with a CVR head.
+    #[prost(double, optional, tag = "9")]
+    pub cvr_loss: ::core::option::Option<f64>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReportStepResponse {}

@@ -56,10 +56,43 @@ pub struct MicroBatch {
     pub item_id: Vec<i64>,
     /// `[M]`: place in the global batch of each sampled target's user, [`NOBODY`] for a negative.
     pub item_user: Vec<i64>,
+    pub exposures: Exposures,
     /// Real tokens of both towers.
     pub tokens: u64,
     /// Tokens that the padded matrices hold.
     pub padded_tokens: u64,
+}
+
+/// The sampled targets with a label, each with its user's newest sampled history position; empty without labels.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Exposures {
+    /// `[K]`: row of the pass's user embeddings.
+    pub user_row: Vec<i64>,
+    /// `[K]`: row of the pass's item embeddings.
+    pub item_row: Vec<i64>,
+    /// `[K]`: 1 = converted.
+    pub label: Vec<u8>,
+}
+
+impl Exposures {
+    fn of(users: &[UserShare]) -> Self {
+        let mut exposures = Self::default();
+        let (mut rows, mut items) = (0, 0);
+        for user in users {
+            rows += user.user_positions.len() as i64;
+            for &position in &user.item_positions {
+                if let Some(&label) = user.target_labels.get(position as usize)
+                    && !user.user_positions.is_empty()
+                {
+                    exposures.user_row.push(rows - 1);
+                    exposures.item_row.push(items);
+                    exposures.label.push(label);
+                }
+                items += 1;
+            }
+        }
+        exposures
+    }
 }
 
 /// The owner of an item that is nobody's target.
@@ -105,6 +138,7 @@ fn lay_out(users: &[UserShare], history_negatives: usize) -> MicroBatch {
             .flat_map(|user| user.item_positions.iter().map(|&position| i64::from(user.targets[position as usize])))
             .chain(negative_items.iter().map(|&item| i64::from(item)))
             .collect(),
+        exposures: Exposures::of(users),
         tokens: users.iter().map(|user| (user.history.len() + user.targets.len()) as u64).sum(),
         padded_tokens: (history.items.len() + targets.items.len()) as u64,
         negatives,
@@ -175,6 +209,23 @@ mod tests {
         assert_eq!((&batch.row_user[..], &batch.item_user[..]), (&[0, 0, 4][..], &[0, 4, 4][..]));
         assert_eq!(batch.item_id, [9, 7, 2]);
         assert_eq!((batch.tokens, batch.padded_tokens), (8, 10));
+    }
+
+    #[test]
+    fn exposures_pair_targets_with_the_newest_sampled_position() {
+        let mut users = share();
+        assert_eq!(assemble(&users, Layout::default())[0].exposures, Exposures::default(), "nobody has a label");
+        users[0].target_labels = vec![1];
+        users[1].target_labels = vec![0, 1];
+        let exposures = &assemble(&users, Layout { history_negatives: 1, ..Layout::default() })[0].exposures;
+        assert_eq!((&exposures.user_row[..], &exposures.item_row[..]), (&[1, 2, 2][..], &[0, 1, 2][..]));
+        assert_eq!(exposures.label, [1, 0, 1]);
+        users[1].item_positions = vec![1];
+        let exposures = &assemble(&users, Layout { micro_batch: 1, ..Layout::default() })[1].exposures;
+        assert_eq!(
+            (&exposures.user_row[..], &exposures.item_row[..], &exposures.label[..]),
+            (&[0][..], &[0][..], &[1][..])
+        );
     }
 
     #[test]

@@ -16,9 +16,14 @@ pub struct Announcement {
     pub targets: i64,
     pub tokens: i64,
     pub padded_tokens: i64,
+    /// Sampled targets with a label.
+    pub exposures: i64,
     /// It was asked to stop before this step.
     pub stop: bool,
 }
+
+/// Numbers of an [`Announcement`].
+const SAID: usize = 5;
 
 /// The tensor side of a collective.
 pub struct Exchange {
@@ -48,11 +53,18 @@ impl Exchange {
     /// # Errors
     /// If the collective fails.
     pub fn announce(&mut self, mine: Announcement) -> Result<Vec<Announcement>, WorkerError> {
-        let mut send = [mine.targets, mine.tokens, mine.padded_tokens, i64::from(mine.stop)];
-        let all = self.gather_i64(&mut send, &vec![4; self.world_size()])?;
+        let mut send: [i64; SAID] =
+            [mine.targets, mine.tokens, mine.padded_tokens, mine.exposures, i64::from(mine.stop)];
+        let all = self.gather_i64(&mut send, &vec![SAID; self.world_size()])?;
         Ok(all
-            .chunks_exact(4)
-            .map(|said| Announcement { targets: said[0], tokens: said[1], padded_tokens: said[2], stop: said[3] != 0 })
+            .chunks_exact(SAID)
+            .map(|said| Announcement {
+                targets: said[0],
+                tokens: said[1],
+                padded_tokens: said[2],
+                exposures: said[3],
+                stop: said[4] != 0,
+            })
             .collect())
     }
 

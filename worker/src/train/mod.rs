@@ -7,6 +7,7 @@
 mod exchange;
 mod objective;
 mod passes;
+mod start;
 mod step;
 
 use std::path::Path;
@@ -18,9 +19,10 @@ use learn_domain::plan::{Plan, PlanKey};
 use learn_domain::report::{Evaluation, Split, StepRecord};
 use learn_domain::schedule::learning_rate;
 use learn_domain::{Step, UserIndex};
+use learn_model::objective::cvr;
 use learn_model::{AdamW, Forward, Parameters, Pch, PchShape};
 use learn_telemetry::Phase;
-pub use objective::{InBatch, Objective};
+pub use objective::{Conversion, InBatch, Objective};
 pub use passes::{rows_tensor, sequences};
 use step::agree_on_start;
 pub use step::{PhaseClock, Stepper};
@@ -44,6 +46,7 @@ pub fn shape(config: &Config, input_dim: u32) -> PchShape {
         input_dim: i64::from(input_dim),
         model: config.model.clone(),
         max_history: i64::from(config.sampling.history),
+        cvr_hidden: config.objective.cvr_head().map(i64::from),
     }
 }
 
@@ -97,22 +100,31 @@ impl<'a> Trainer<'a> {
         })?;
         let model = Pch::new(shape(config, dataset.embedding_dim))?;
         let parameters = Parameters::init(model.shape(), config.job.seed, membership.device);
-        let optimizer = AdamW::new(&parameters, &config.optimizer);
+        let mut optimizer = AdamW::new(&parameters, &config.optimizer);
+        if config.training.freeze_towers {
+            optimizer.spare(&parameters, |name| !cvr::owns(name));
+        }
         let handle = membership.member.handle();
         let data = handle.block_on(DataClient::connect(&admission.data_locations, &membership.secret))?;
         let evaluator = Evaluator::new(membership, data.clone())?;
         let popularity =
             if config.objective.logq_correction { Some(handle.block_on(data.popularity())?) } else { None };
-        let objective = Objective::InBatch(InBatch::new(popularity.as_deref(), membership.device));
+        let objective = if config.training.freeze_towers {
+            Objective::Frozen
+        } else {
+            Objective::InBatch(InBatch::new(popularity.as_deref(), membership.device))
+        };
+        let weight = config.objective.cvr_weight;
         let stepper = Stepper {
             model,
             parameters,
             optimizer,
             optimizer_config: config.optimizer.clone(),
-            forward: Forward { train: true, precision: config.training.precision },
+            forward: Forward { train: !config.training.freeze_towers, precision: config.training.precision },
             device: membership.device,
             input_dim: dataset.embedding_dim as usize,
             objective,
+            conversion: config.objective.cvr_head().map(|_| Conversion { weight }),
             draw_seed: plan.draw_seed(),
             clock: PhaseClock::new(membership.metrics.clone(), membership.progress.clone()),
         };
@@ -135,7 +147,11 @@ impl<'a> Trainer<'a> {
 
     /// What a fresh start does beyond random weights.
     fn initialize(&mut self) -> Result<(), WorkerError> {
-        if !self.stepper.model.measured().is_empty() {
+        if let Some(path) = &self.config.training.start_from {
+            if self.membership.member.is_first() {
+                start::from_run(&mut self.stepper.parameters, path)?;
+            }
+        } else if !self.stepper.model.measured().is_empty() {
             let sample = self.evaluator.sample_items(INIT_SAMPLE)?;
             self.stepper.model.measure(&mut self.stepper.parameters, &sample);
         }
@@ -193,6 +209,7 @@ impl<'a> Trainer<'a> {
                 tokens: outcome.tokens,
                 padding_share: outcome.padding_share,
                 seconds,
+                cvr_loss: outcome.cvr_loss,
             };
             let tokens = prepared.micro_batches.iter().map(|(batch, _)| batch.tokens).sum();
             self.report(record, tokens, prepared.users)?;

@@ -36,8 +36,18 @@ pub struct Share {
     pub item_id: Tensor,
     /// `[M]`: place in the global batch of each target row's user.
     pub item_user: Tensor,
+    pub exposures: Exposures,
     pub tokens: u64,
     pub padded_tokens: u64,
+}
+
+/// The sampled targets that have a label.
+pub struct Exposures {
+    /// `[K]`: user row and item row of each.
+    pub user_row: Tensor,
+    pub item_row: Tensor,
+    /// `[K]`: 1 = converted.
+    pub label: Tensor,
 }
 
 /// User rows `[R, d]` and item rows `[M, d]`.
@@ -80,6 +90,7 @@ impl Share {
             Tensor::from_slice(&all).to_device(device)
         };
         Self {
+            exposures: Exposures::load(micro_batches, device),
             passes: passes.collect(),
             row_user: joined(|batch| &batch.row_user),
             item_id: joined(|batch| &batch.item_id),
@@ -87,6 +98,32 @@ impl Share {
             tokens: micro_batches.iter().map(|(batch, _)| batch.tokens).sum(),
             padded_tokens: micro_batches.iter().map(|(batch, _)| batch.padded_tokens).sum(),
         }
+    }
+}
+
+impl Exposures {
+    /// Those of all passes, with rows counted over the whole share.
+    fn load(micro_batches: &[(MicroBatch, Vec<f16>)], device: Device) -> Self {
+        let (mut user_row, mut item_row, mut label) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut users, mut items) = (0, 0);
+        for (batch, _) in micro_batches {
+            user_row.extend(batch.exposures.user_row.iter().map(|row| users + row));
+            item_row.extend(batch.exposures.item_row.iter().map(|row| items + row));
+            label.extend(batch.exposures.label.iter().map(|&label| f32::from(label)));
+            users += batch.row_user.len() as i64;
+            items += batch.item_id.len() as i64;
+        }
+        let on_device = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+        Self {
+            user_row: on_device(&user_row),
+            item_row: on_device(&item_row),
+            label: Tensor::from_slice(&label).to_device(device),
+        }
+    }
+
+    /// K.
+    pub fn count(&self) -> i64 {
+        self.label.size()[0]
     }
 }
 

@@ -1,7 +1,8 @@
 //! One training step: prepared arrays in, updated parameters out.
 //!
-//! forward -> objective (gather, loss of the own rows, item gradients to their owners) -> backward -> all-reduce -> clip ->
-//! update. Invariants: the loss and the gradient are those of the whole global batch whatever
+//! forward -> objective (gather, loss of the own rows, item gradients to their owners) -> CVR head, if any -> backward ->
+//! all-reduce -> clip -> update. With frozen towers only the head learns.
+//! Invariants: the loss and the gradient are those of the whole global batch whatever
 //! the number of ranks (promise 2); on an error nothing of the step has been applied, because the update comes last.
 //!
 //! The learned logit scale is seen in full by every rank: each rank's part of its gradient comes from its own rows,
@@ -17,7 +18,7 @@ use learn_telemetry::{Phase, WorkerMetrics};
 use tch::Device;
 
 use super::exchange::{Announcement, Exchange};
-use super::objective::{Contribution, Objective, Towers};
+use super::objective::{Contribution, Conversion, Objective, Towers};
 use super::passes::{self, Share};
 use crate::control::Progress;
 use crate::error::WorkerError;
@@ -33,6 +34,8 @@ pub struct Stepper {
     pub device: Device,
     pub input_dim: usize,
     pub objective: Objective,
+    /// The CVR head, if the model has one.
+    pub conversion: Option<Conversion>,
     /// Seed of dropout; the step and the rank are mixed in.
     pub draw_seed: u64,
     pub clock: PhaseClock,
@@ -43,6 +46,8 @@ pub struct Stepper {
 pub struct StepOutcome {
     pub loss: f64,
     pub accuracy: f64,
+    /// The CVR head's part of the loss before its weight, if there is a head.
+    pub cvr_loss: Option<f64>,
     pub gradient_norm: f64,
     pub tokens: u64,
     pub padding_share: f64,
@@ -95,6 +100,7 @@ impl Stepper {
             targets: share.item_id.size()[0],
             tokens: share.tokens as i64,
             padded_tokens: share.padded_tokens as i64,
+            exposures: share.exposures.count(),
             stop,
         })?;
         if announced.iter().any(|said| said.stop) {
@@ -104,25 +110,36 @@ impl Stepper {
 
         self.clock.enter(Phase::Forward);
         let towers = Towers { model: &self.model, parameters: &self.parameters, forward: &self.forward };
-        let forwarded = passes::forward(&share, towers);
+        let trains_towers = self.objective.trains_towers();
+        let forwarded = if trains_towers {
+            passes::forward(&share, towers)
+        } else {
+            tch::no_grad(|| passes::forward(&share, towers))
+        };
         let mine = Contribution {
             share: &share,
             embeddings: &forwarded.detached(),
             item_counts: &item_counts,
             pairs: prepared.meta.global_pairs as i64,
+            exposures: announced.iter().map(|said| said.exposures).sum(),
         };
-        let loss = self.objective.loss(&mine, towers, exchange, &mut self.clock)?;
+        let mut loss = self.objective.loss(&mine, towers, exchange, &mut self.clock)?;
+
+        let cvr = self.conversion.map(|head| head.add(&mut loss, &mine, towers));
 
         self.clock.enter(Phase::Backward);
-        passes::backward(&share, forwarded, &loss.gradient, towers);
-        self.parameters.add_logit_scale_gradient(&loss.d_log_scale);
+        if trains_towers {
+            passes::backward(&share, forwarded, &loss.gradient, towers);
+            self.parameters.add_logit_scale_gradient(&loss.d_log_scale);
+        }
 
         self.clock.enter(Phase::Reduce);
         let mut flat = self.parameters.gradients_into_flat();
         exchange.sum_tensor(&mut flat)?;
-        let mut sums = [loss.loss.double_value(&[]), loss.correct.double_value(&[])];
+        let own_cvr = cvr.as_ref().map_or(0.0, |cvr| cvr.double_value(&[]));
+        let mut sums = [loss.loss.double_value(&[]), loss.correct.double_value(&[]), own_cvr];
         exchange.sum(&mut sums)?;
-        let [loss, correct] = sums;
+        let [loss, correct, cvr_loss] = sums;
         if !loss.is_finite() {
             return Err(WorkerError::NonFiniteLoss { step: prepared.meta.step + 1, loss });
         }
@@ -140,6 +157,7 @@ impl Stepper {
         Ok(Some(StepOutcome {
             loss,
             accuracy: correct / (prepared.meta.global_pairs.max(1)) as f64,
+            cvr_loss: cvr.map(|_| cvr_loss),
             gradient_norm,
             tokens,
             padding_share: 1.0 - tokens as f64 / padded.max(1) as f64,

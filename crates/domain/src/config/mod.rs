@@ -134,5 +134,14 @@ mod tests {
         assert_eq!(refused(|c| c.evaluation.cutoffs = vec![]), "evaluation.cutoffs");
         assert_eq!(refused(|c| c.cluster.workers = 0), "cluster.workers");
         assert_eq!(refused(|c| c.checkpoint.metric = "loss".into()), "checkpoint.metric");
+        assert_eq!(refused(|c| c.checkpoint.metric = "cvr.auc".into()), "checkpoint.metric");
+        assert_eq!(refused(|c| c.objective.cvr_weight = -1.0), "objective.cvr_weight");
+        assert_eq!(refused(|c| c.training.freeze_towers = true), "training.freeze_towers");
+        let adapter = |c: &mut Config| (c.training.freeze_towers, c.objective.cvr_weight) = (true, 1.0);
+        assert_eq!(refused(adapter), "checkpoint.metric");
+        assert_eq!(
+            refused(|c| c.prepare.interactions.label_at_least = Some(4.0)),
+            "prepare.interactions.label_at_least"
+        );
     }
 }

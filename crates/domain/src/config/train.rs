@@ -1,5 +1,7 @@
 //! Settings of training: model, samples, optimizer, evaluation, checkpoints and the cluster.
 
+use std::path::PathBuf;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -124,7 +126,7 @@ impl Default for ModelConfig {
 }
 
 /// What is minimised.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ObjectiveConfig {
     /// Subtract the logarithm of each item's share of the training interactions from its training scores. In-batch
@@ -134,6 +136,26 @@ pub struct ObjectiveConfig {
     /// The newest this many history items of each user join the negatives, for data in which nobody takes an item
     /// twice: the towers learn not to recommend what is already there. Published: 0.
     pub history_negatives: u32,
+    /// Weight of the loss of the CVR head, which predicts from user and item embedding whether an exposure converts:
+    /// binary cross-entropy over the sampled targets, added to the main loss. Needs a dataset with labels
+    /// (`prepare.interactions.label`). 0 = no head.
+    pub cvr_weight: f64,
+    /// Width of the CVR head's hidden layer.
+    pub cvr_hidden: u32,
+}
+
+impl Default for ObjectiveConfig {
+    fn default() -> Self {
+        Self { logq_correction: false, history_negatives: 0, cvr_weight: 0.0, cvr_hidden: 64 }
+    }
+}
+
+impl ObjectiveConfig {
+    /// Width of the CVR head's hidden layer, if there is a head.
+    #[must_use]
+    pub fn cvr_head(&self) -> Option<u32> {
+        (self.cvr_weight > 0.0).then_some(self.cvr_hidden)
+    }
 }
 
 /// How a user's sequence becomes a training sample; see `learn_domain::sampling`.
@@ -251,13 +273,28 @@ pub struct TrainingConfig {
     /// gradient (negatives stay those of the whole global batch). 0 = one pass.
     pub micro_batch: u32,
     pub precision: Precision,
+    /// Train the CVR head alone (the adapter stage): the towers keep the weights they start with, run without dropout,
+    /// and the loss is that of the head. Start from a trained run.
+    pub freeze_towers: bool,
+    /// Start with the weights of this run (its best checkpoint, else its last) or of this checkpoint directory instead of
+    /// random ones. The model settings must be the same; a CVR head that is not there yet starts at random.
+    pub start_from: Option<PathBuf>,
     /// Threads of a worker; 0 = cores divided by local workers.
     pub threads: u32,
 }
 
 impl Default for TrainingConfig {
     fn default() -> Self {
-        Self { epochs: 10, max_steps: 0, global_batch: 256, micro_batch: 0, precision: Precision::F32, threads: 0 }
+        Self {
+            epochs: 10,
+            max_steps: 0,
+            global_batch: 256,
+            micro_batch: 0,
+            precision: Precision::F32,
+            freeze_towers: false,
+            start_from: None,
+            threads: 0,
+        }
     }
 }
 
@@ -302,7 +339,8 @@ pub struct CheckpointConfig {
     pub keep_last: u32,
     /// Keep the one with the best `metric` on valid, and test with it at the end.
     pub keep_best: bool,
-    /// `recall@K`, `ndcg@K` (K among `evaluation.cutoffs`) or `mrr`.
+    /// `recall@K`, `ndcg@K` (K among `evaluation.cutoffs`) or `mrr`; with a CVR head also `cvr.auc`, `cvr.uauc` or
+    /// `cvr.wuauc`.
     pub metric: String,
 }
 
@@ -358,12 +396,13 @@ impl Default for ClusterConfig {
 }
 
 pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
-    let Config { model, sampling, optimizer, training, evaluation, checkpoint, cluster, .. } = config;
+    let Config { model, objective, sampling, optimizer, training, evaluation, checkpoint, cluster, .. } = config;
     let at_least_one = [
         ("model.layers", u64::from(model.layers)),
         ("model.heads", model.heads.into()),
         ("model.hidden", model.hidden.into()),
         ("model.output_dim", model.output_dim.into()),
+        ("objective.cvr_hidden", objective.cvr_hidden.into()),
         ("sampling.history", sampling.history.into()),
         ("sampling.targets", sampling.targets.into()),
         ("sampling.user_positions", sampling.user_positions.into()),
@@ -403,9 +442,11 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
             return fail(key, "must lie in [0, 1)");
         }
     }
-    for (key, value) in
-        [("optimizer.weight_decay", optimizer.weight_decay), ("optimizer.clip_norm", optimizer.clip_norm)]
-    {
+    for (key, value) in [
+        ("optimizer.weight_decay", optimizer.weight_decay),
+        ("optimizer.clip_norm", optimizer.clip_norm),
+        ("objective.cvr_weight", objective.cvr_weight),
+    ] {
         if !(value.is_finite() && value >= 0.0) {
             return fail(key, "must be 0 or a positive number");
         }
@@ -427,8 +468,24 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         return fail("evaluation.cutoffs", "must name at least one k, each at least 1");
     }
     let known = evaluation.cutoffs.iter().flat_map(|k| [format!("recall@{k}"), format!("ndcg@{k}")]);
-    if !known.chain(["mrr".to_owned()]).any(|name| name == checkpoint.metric) {
-        return fail("checkpoint.metric", "must be mrr, recall@K or ndcg@K with K among evaluation.cutoffs");
+    let of_head = ["cvr.auc", "cvr.uauc", "cvr.wuauc"].contains(&checkpoint.metric.as_str());
+    if of_head && objective.cvr_head().is_none() {
+        return fail("checkpoint.metric", "is one of the CVR head, so set objective.cvr_weight above 0");
+    }
+    if !of_head && !known.chain(["mrr".to_owned()]).any(|name| name == checkpoint.metric) {
+        return fail(
+            "checkpoint.metric",
+            "must be mrr, recall@K or ndcg@K with K among evaluation.cutoffs, or, with a CVR head, cvr.auc, cvr.uauc or \
+             cvr.wuauc",
+        );
+    }
+    if training.freeze_towers {
+        if objective.cvr_head().is_none() {
+            return fail("training.freeze_towers", "leaves nothing to train; set objective.cvr_weight above 0");
+        }
+        if checkpoint.keep_best && !of_head {
+            return fail("checkpoint.metric", "does not change with frozen towers; set cvr.auc, cvr.uauc or cvr.wuauc");
+        }
     }
     if cluster.heartbeat_timeout <= cluster.heartbeat_interval {
         return fail("cluster.heartbeat_timeout", "must be longer than cluster.heartbeat_interval");

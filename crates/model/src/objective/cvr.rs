@@ -7,7 +7,6 @@
 use learn_domain::config::Precision;
 use tch::{Reduction, Tensor};
 
-use crate::bert::Linear;
 use crate::parameters::{ParameterSpec, Parameters, Role};
 use crate::pch::linear;
 
@@ -22,11 +21,20 @@ pub fn specs(output_dim: i64, hidden: i64, std: f64) -> Vec<ParameterSpec> {
     ]
 }
 
+/// Whether a parameter belongs to the head.
+#[must_use]
+pub fn owns(name: &str) -> bool {
+    name.starts_with("cvr.")
+}
+
+/// The middle layer `[K, W]` of pairs of embeddings `[K, d]`, after its ReLU.
+pub fn middle(parameters: &Parameters, user: &Tensor, item: &Tensor) -> Tensor {
+    linear(parameters, "cvr.0").forward(&Tensor::cat(&[user, item], 1), Precision::F32).relu()
+}
+
 /// Logits `[K]` of pairs of embeddings `[K, d]`.
 pub fn logits(parameters: &Parameters, user: &Tensor, item: &Tensor) -> Tensor {
-    let apply = |layer: Linear, x: &Tensor| layer.forward(x, Precision::F32);
-    let wide = apply(linear(parameters, "cvr.0"), &Tensor::cat(&[user, item], 1)).relu();
-    apply(linear(parameters, "cvr.2"), &wide).squeeze_dim(1)
+    linear(parameters, "cvr.2").forward(&middle(parameters, user, item), Precision::F32).squeeze_dim(1)
 }
 
 /// Sum of the binary cross-entropies of the own pairs divided by the number of pairs of the global batch.

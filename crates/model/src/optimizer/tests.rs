@@ -127,3 +127,18 @@ fn clipping_keeps_the_direction() {
     let mut broken = Tensor::from_slice(&[f32::NAN, 1.0]);
     assert!(clip(&mut broken, 1.0).is_nan());
 }
+
+#[test]
+fn spared_parameters_without_a_gradient_keep_their_values() {
+    let specs = ["cvr.0.weight", "mlp.0.weight"].map(|name| ParameterSpec::new(name, &[3], Role::Weight { std: 1.0 }));
+    let mut parameters = Parameters::init_specs(specs.to_vec(), 3, Device::Cpu);
+    let before = parameters.flat().copy();
+    let mut optimizer = AdamW::new(&parameters, &OptimizerConfig { weight_decay: 0.5, ..OptimizerConfig::default() });
+    optimizer.spare(&parameters, |name| !crate::objective::cvr::owns(name));
+    let gradient = Tensor::from_slice(&[1.0_f32, -2.0, 3.0, 0.0, 0.0, 0.0]);
+    for _ in 0..3 {
+        optimizer.step(&mut parameters, &gradient, 0.1);
+    }
+    let changed: Vec<bool> = parameters.flat().ne_tensor(&before).try_into().unwrap();
+    assert_eq!(changed, [true, true, true, false, false, false]);
+}

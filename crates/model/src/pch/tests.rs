@@ -23,7 +23,7 @@ fn config() -> ModelConfig {
 }
 
 fn towers(model: ModelConfig) -> (Pch, Parameters) {
-    let model = Pch::new(PchShape { input_dim: 6, model, max_history: 4 }).unwrap();
+    let model = Pch::new(PchShape { input_dim: 6, model, max_history: 4, cvr_hidden: None }).unwrap();
     let parameters = Parameters::init(model.shape(), 2, Device::Cpu);
     (model, parameters)
 }
@@ -224,7 +224,9 @@ fn names_are_those_of_the_published_checkpoint() {
 
 #[test]
 fn shapes_that_make_no_sense_are_refused() {
-    let refused = |model, input_dim| Pch::new(PchShape { input_dim, model, max_history: 4 }).unwrap_err().to_string();
+    let refused = |model, input_dim| {
+        Pch::new(PchShape { input_dim, model, max_history: 4, cvr_hidden: None }).unwrap_err().to_string()
+    };
     assert!(refused(ModelConfig { heads: 3, ..config() }, 6).contains("model.heads"));
     let error = refused(ModelConfig { item_tower: ItemTower::Content, ..config() }, 7);
     assert!(error.contains("model.output_dim") && error.contains('7'), "{error}");
@@ -234,7 +236,7 @@ fn shapes_that_make_no_sense_are_refused() {
 #[test]
 fn a_standardized_adaptor_sees_mean_0_and_variance_1() {
     let standardized = ModelConfig { adaptor_init: AdaptorInit::Standardized, ..config() };
-    let shape = PchShape { input_dim: 24, model: standardized, max_history: 4 };
+    let shape = PchShape { input_dim: 24, model: standardized, max_history: 4, cvr_hidden: None };
     let model = Pch::new(shape).unwrap();
     let mut parameters = Parameters::init(model.shape(), 3, Device::Cpu);
     let before = parameters.get("adaptor.weight").detach().copy();

@@ -4,11 +4,13 @@
 //! loss, and the gradient of the *whole* loss for its own embeddings. Invariants: the parts of the ranks add up to the
 //! loss of the global batch on one device; every rank takes part in the same collectives, whatever its share holds.
 
+mod conversion;
 mod in_batch;
 
+pub use conversion::Conversion;
 pub use in_batch::InBatch;
 use learn_model::{Forward, Parameters, Pch};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::exchange::Exchange;
 use super::passes::{Embeddings, Share};
@@ -32,6 +34,8 @@ pub struct Contribution<'a> {
     pub item_counts: &'a [usize],
     /// (position, target) pairs of the whole global batch.
     pub pairs: i64,
+    /// Sampled targets with a label of the whole global batch.
+    pub exposures: i64,
 }
 
 /// What an objective gives back.
@@ -47,10 +51,25 @@ pub struct StepLoss {
     pub d_log_scale: Tensor,
 }
 
+impl StepLoss {
+    /// A loss of 0 for these embeddings.
+    fn nothing(embeddings: &Embeddings) -> Self {
+        let zero = |kind| Tensor::zeros([0_i64; 0], (kind, embeddings.user.device()));
+        Self {
+            loss: zero(embeddings.user.kind()),
+            correct: zero(Kind::Int64),
+            gradient: Embeddings { user: embeddings.user.zeros_like(), item: embeddings.item.zeros_like() },
+            d_log_scale: zero(embeddings.user.kind()),
+        }
+    }
+}
+
 /// An objective with what it needs besides a step's data.
 pub enum Objective {
     /// Items of the global batch are the negatives.
     InBatch(InBatch),
+    /// None: the towers are frozen.
+    Frozen,
 }
 
 impl Objective {
@@ -67,6 +86,13 @@ impl Objective {
     ) -> Result<StepLoss, WorkerError> {
         match self {
             Self::InBatch(objective) => objective.loss(mine, towers, exchange, clock),
+            Self::Frozen => Ok(StepLoss::nothing(mine.embeddings)),
         }
+    }
+
+    /// Whether the towers learn.
+    #[must_use]
+    pub fn trains_towers(&self) -> bool {
+        !matches!(self, Self::Frozen)
     }
 }

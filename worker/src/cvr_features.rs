@@ -1,0 +1,112 @@
+//! `learn-worker export --cvr-features SPLIT`: what the CVR head knows of each held-out pair, for a ranking model.
+//!
+//! Output: `cvr-features.parquet`, a row per exposure of the split in its order, with the columns `user` and `item` (ids of
+//! the original data), `label` (1 = converted), `user_embedding` and `item_embedding` (`d` f32 each) and `middle` (the
+//! head's hidden layer after its ReLU, `objective.cvr_hidden` f32). The schema's metadata names the split and the dataset's
+//! fingerprint.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use arrow_array::{ArrayRef, FixedSizeListArray, Float32Array, RecordBatch, StringArray, UInt8Array};
+use arrow_schema::{DataType, Field, Schema};
+use learn_domain::report::Split;
+use parquet::arrow::ArrowWriter;
+use tch::Tensor;
+
+use crate::error::WorkerError;
+use crate::offline::Offline;
+
+/// Version of the schema.
+const VERSION: u32 = 1;
+/// Name of the file.
+pub const FILE: &str = "cvr-features.parquet";
+/// Users whose pairs are in memory at once.
+const USER_BLOCK: usize = 256;
+
+/// Writes the pairs of a split into `folder` and returns their number; `items` `[N, d]` are the item embeddings.
+///
+/// # Errors
+/// If the run has no CVR head, the dataset no labels, or the disk refuses.
+pub fn write(offline: &Offline, items: &Tensor, split: Split, folder: &Path) -> Result<usize, WorkerError> {
+    let path = folder.join(FILE);
+    let failed = |reason: String| WorkerError::File { path: path.display().to_string(), reason };
+    let Some(width) = offline.cvr_hidden() else {
+        return Err(WorkerError::Usage(
+            "the run has no CVR head, so there are no features of it; train with objective.cvr_weight above 0".into(),
+        ));
+    };
+    let rows = offline.dataset.held_out(split);
+    let dim = items.size()[1];
+    let schema = schema(offline, split, (dim, width));
+    let file = File::create(&path).map_err(|error| failed(error.to_string()))?;
+    let mut writer = ArrowWriter::try_new(file, schema.clone(), None).map_err(|error| failed(error.to_string()))?;
+    let user_ids = offline.dataset.user_ids()?;
+    let item_ids: Vec<String> = offline.dataset.items()?.into_iter().map(|item| item.id).collect();
+    let mut written = 0;
+    for first in (0..rows.len()).step_by(USER_BLOCK) {
+        let block = first..(first + USER_BLOCK).min(rows.len());
+        let histories: Vec<Vec<u32>> = block.clone().map(|row| rows.history(row).to_vec()).collect();
+        let users = offline.users(&histories);
+        let mut pairs: Vec<(i64, usize, u32, u8)> = Vec::new();
+        for (at, row) in (0..).zip(block) {
+            let Some((_, labels)) = rows.labels(row) else {
+                return Err(failed(
+                    "the dataset has no labels; name their column with prepare.interactions.label".into(),
+                ));
+            };
+            let user = rows.user(row) as usize;
+            pairs.extend(rows.targets(row).iter().zip(labels).map(|(&item, &label)| (at, user, item, label)));
+        }
+        let index = |values: Vec<i64>| Tensor::from_slice(&values);
+        let user = users.index_select(0, &index(pairs.iter().map(|pair| pair.0).collect()));
+        let item = items.index_select(0, &index(pairs.iter().map(|pair| i64::from(pair.2)).collect()));
+        let middle = offline.cvr_middle(&user, &item);
+        let columns: Vec<ArrayRef> = vec![
+            Arc::new(StringArray::from_iter_values(pairs.iter().map(|pair| &user_ids[pair.1]))),
+            Arc::new(StringArray::from_iter_values(pairs.iter().map(|pair| &item_ids[pair.2 as usize]))),
+            Arc::new(UInt8Array::from_iter_values(pairs.iter().map(|pair| pair.3))),
+            vectors(&user)?,
+            vectors(&item)?,
+            vectors(&middle)?,
+        ];
+        let batch = RecordBatch::try_new(schema.clone(), columns).map_err(|error| failed(error.to_string()))?;
+        writer.write(&batch).map_err(|error| failed(error.to_string()))?;
+        written += pairs.len();
+    }
+    writer.close().map_err(|error| failed(error.to_string()))?;
+    Ok(written)
+}
+
+fn element() -> Arc<Field> {
+    Arc::new(Field::new("item", DataType::Float32, false))
+}
+
+fn schema(offline: &Offline, split: Split, (dim, width): (i64, i64)) -> Arc<Schema> {
+    let list = |name: &str, width: i64| Field::new(name, DataType::FixedSizeList(element(), width as i32), false);
+    let fields = vec![
+        Field::new("user", DataType::Utf8, false),
+        Field::new("item", DataType::Utf8, false),
+        Field::new("label", DataType::UInt8, false),
+        list("user_embedding", dim),
+        list("item_embedding", dim),
+        list("middle", width),
+    ];
+    let metadata = [
+        ("learn.version", VERSION.to_string()),
+        ("learn.split", split.to_string()),
+        ("learn.fingerprint", offline.dataset.manifest().fingerprint.clone()),
+    ];
+    let metadata: HashMap<String, String> = metadata.map(|(key, value)| (key.to_owned(), value)).into();
+    Arc::new(Schema::new_with_metadata(fields, metadata))
+}
+
+/// A column of the rows of a tensor `[K, W]`.
+fn vectors(rows: &Tensor) -> Result<ArrayRef, WorkerError> {
+    let values: Vec<f32> = Vec::try_from(rows.contiguous().view([-1]))?;
+    let list =
+        FixedSizeListArray::try_new(element(), rows.size()[1] as i32, Arc::new(Float32Array::from(values)), None);
+    Ok(Arc::new(list.map_err(|error| WorkerError::File { path: FILE.into(), reason: error.to_string() })?))
+}
