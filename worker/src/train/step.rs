@@ -125,7 +125,10 @@ impl Stepper {
         };
         let mut loss = self.objective.loss(&mine, towers, exchange, &mut self.clock)?;
 
-        let cvr = self.conversion.map(|head| head.add(&mut loss, &mine, towers));
+        let cvr = self.conversion.map(|head| {
+            self.clock.enter(Phase::Loss);
+            head.add(&mut loss, &mine, towers)
+        });
 
         self.clock.enter(Phase::Backward);
         if trains_towers {
