@@ -20,6 +20,7 @@ use crate::encoder::bert::{BertEncoder, BertSettings};
 use crate::encoder::{EncoderError, ModelDirectory, TextEncoder};
 use crate::progress::Progress;
 use crate::prompt::prompt;
+use crate::refine::{RefineError, Refinement};
 use crate::vectors::{ImportedVectors, VectorError, VectorFile};
 
 /// An embedding run cannot go on.
@@ -33,6 +34,8 @@ pub enum EmbedError {
     Vectors(#[from] VectorError),
     #[error("embed.prompt.sentences: {0}")]
     Prompt(String),
+    #[error(transparent)]
+    Refine(#[from] RefineError),
     #[error("shard {shard} (items {} to {}): {source}", items.start, items.end - 1)]
     Shard { shard: usize, items: Range<usize>, source: Box<EncoderError> },
     #[error(
@@ -203,16 +206,43 @@ fn gpu_of(part: Part, device: DeviceKind) -> usize {
     part.index % learn_torch::describe().devices.max(1)
 }
 
-/// Makes the finished shards the dataset's embeddings.
+/// Makes the finished shards, refined if the settings say so, the dataset's embeddings.
 ///
 /// # Errors
-/// A shard is not finished, or was made with other settings; the dataset is then as it was.
+/// A shard is not finished, was made with other settings, or cannot be refined; the dataset is then as it was.
 pub fn commit(config: &Config) -> Result<EmbeddingInfo, EmbedError> {
     let source = Source::open(&config.embed)?;
     let dataset = Dataset::open(&config.data.dataset)?;
     let texts = source.texts(&dataset.items()?, &dataset, &config.embed)?;
     let store = EmbeddingStore::new(&dataset, source.spec(config.embed.shard_items)?, &texts)?;
-    Ok(store.commit(&source.name())?)
+    let info = store.info(&source.name())?;
+    let info = if config.embed.refine.is_on() { refine(&config.embed, &dataset, info)? } else { info };
+    store.publish(&info)?;
+    Ok(info)
+}
+
+/// Refines embeddings into shards of their own, those that are not finished yet.
+fn refine(config: &EmbedConfig, dataset: &Dataset, raw: EmbeddingInfo) -> Result<EmbeddingInfo, EmbedError> {
+    let settings = &config.refine;
+    // the settings' own words, and the interactions they look at
+    let made_from = format!("refined {} {} {settings:?}", raw.fingerprint, dataset.manifest().fingerprint);
+    let embeddings = dataset.open_embeddings(&raw)?;
+    let spec = EmbeddingSpec {
+        dim: embeddings.dim(),
+        model_fingerprint: made_from,
+        precision: Precision::F32,
+        shard_items: config.shard_items as usize,
+    };
+    let store = EmbeddingStore::new(dataset, spec, &vec![String::new(); embeddings.rows()])?;
+    let missing: Vec<_> = store.shards().iter().filter(|shard| !store.finished(shard.index)).collect();
+    if !missing.is_empty() {
+        let mut refinement = Refinement::new(dataset, &embeddings, settings, dataset.dir())?;
+        for shard in missing {
+            store.write_shard(shard.index, &refinement.rows(shard.items.clone())?)?;
+        }
+    }
+    let refined = store.info(&format!("{} (refined)", raw.model))?;
+    Ok(EmbeddingInfo { raw: Some(Box::new(raw)), ..refined })
 }
 
 #[cfg(test)]

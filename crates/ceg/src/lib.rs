@@ -9,4 +9,5 @@ pub mod embed;
 pub mod encoder;
 pub mod progress;
 pub mod prompt;
+pub mod refine;
 pub mod vectors;

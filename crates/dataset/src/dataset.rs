@@ -9,7 +9,7 @@ use crate::catalogue::{self, Item};
 use crate::embeddings::Embeddings;
 use crate::error::DatasetError;
 use crate::files;
-use crate::manifest::{FileEntry, Manifest};
+use crate::manifest::{EmbeddingInfo, FileEntry, Manifest};
 use crate::progress::Progress;
 use crate::sequences::{Columns, HeldOut, Sequences};
 
@@ -68,7 +68,7 @@ impl Dataset {
     /// # Errors
     /// As [`Self::verify`].
     pub fn verify_with(&self, progress: &dyn Progress) -> Result<(), DatasetError> {
-        let embeddings = self.manifest.embeddings.iter().flat_map(|info| &info.files);
+        let embeddings = self.manifest.embeddings.iter().flat_map(|info| info.all_files());
         let entries: Vec<&FileEntry> = self.manifest.files.iter().chain(embeddings).collect();
         progress.stage("verify", Some(entries.iter().map(|entry| entry.bytes).sum()));
         entries.par_iter().try_for_each(|entry| {
@@ -181,7 +181,14 @@ impl Dataset {
     /// When there are none yet, or their files are missing, damaged, or of another shape than stated.
     pub fn embeddings(&self) -> Result<Embeddings, DatasetError> {
         let info = self.manifest.embeddings.as_ref();
-        let info = info.ok_or_else(|| DatasetError::NoEmbeddings { path: self.dir.clone() })?;
+        self.open_embeddings(info.ok_or_else(|| DatasetError::NoEmbeddings { path: self.dir.clone() })?)
+    }
+
+    /// Embeddings that lie in the dataset's folder, whether or not they are its own.
+    ///
+    /// # Errors
+    /// When their files are missing, damaged, or of another shape than stated.
+    pub fn open_embeddings(&self, info: &EmbeddingInfo) -> Result<Embeddings, DatasetError> {
         for entry in &info.files {
             check_size(&self.dir, entry)?;
         }

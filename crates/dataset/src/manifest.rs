@@ -117,6 +117,16 @@ pub struct EmbeddingInfo {
     /// SHA-256 over dimension, type and all rows in item order.
     pub fingerprint: String,
     pub files: Vec<FileEntry>,
+    /// What these were refined from (`embed.refine`); kept, so that another refinement needs no language model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub raw: Option<Box<EmbeddingInfo>>,
+}
+
+impl EmbeddingInfo {
+    /// Its own files and those of what it was refined from.
+    pub(crate) fn all_files(&self) -> impl Iterator<Item = &FileEntry> {
+        self.files.iter().chain(self.raw.iter().flat_map(|raw| &raw.files))
+    }
 }
 
 impl Manifest {
@@ -138,7 +148,7 @@ impl Manifest {
             return Err(DatasetError::Version { path, found, known: VERSION });
         }
         let manifest: Self = serde_json::from_value(value).map_err(|error| damaged(&error))?;
-        let embeddings = manifest.embeddings.iter().flat_map(|info| &info.files);
+        let embeddings = manifest.embeddings.iter().flat_map(EmbeddingInfo::all_files);
         for entry in manifest.files.iter().chain(embeddings) {
             let inside = Path::new(&entry.path).components().all(|part| matches!(part, Component::Normal(_)));
             if entry.path.is_empty() || !inside {

@@ -17,7 +17,7 @@
 mod matching;
 mod npy;
 mod parquet;
-mod spool;
+pub(crate) mod spool;
 
 use std::fs::File;
 use std::io;

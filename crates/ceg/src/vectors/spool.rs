@@ -10,14 +10,14 @@ use half::f16;
 use super::VectorError;
 
 /// Rows that arrive in any order and are read by item index.
-pub(super) struct Spool {
+pub(crate) struct Spool {
     directory: PathBuf,
     file: File,
     dim: usize,
 }
 
 impl Spool {
-    pub(super) fn new(directory: &Path, dim: usize) -> Result<Self, VectorError> {
+    pub(crate) fn new(directory: &Path, dim: usize) -> Result<Self, VectorError> {
         let file =
             tempfile::tempfile_in(directory).map_err(|source| VectorError::Spool { path: directory.into(), source })?;
         Ok(Self { directory: directory.into(), file, dim })
@@ -27,13 +27,13 @@ impl Spool {
         (item * self.dim * size_of::<f16>()) as u64
     }
 
-    pub(super) fn write(&self, item: usize, row: &[f16]) -> Result<(), VectorError> {
+    pub(crate) fn write(&self, item: usize, row: &[f16]) -> Result<(), VectorError> {
         self.file
             .write_all_at(bytemuck::cast_slice(row), self.offset(item))
             .map_err(|source| VectorError::Spool { path: self.directory.clone(), source })
     }
 
-    pub(super) fn read(&self, items: Range<usize>) -> Result<Vec<f16>, VectorError> {
+    pub(crate) fn read(&self, items: Range<usize>) -> Result<Vec<f16>, VectorError> {
         let mut rows = vec![f16::ZERO; items.len() * self.dim];
         self.file
             .read_exact_at(bytemuck::cast_slice_mut(&mut rows), self.offset(items.start))

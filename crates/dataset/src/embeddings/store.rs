@@ -147,12 +147,21 @@ impl EmbeddingStore {
         .map_err(DatasetError::io(&path))
     }
 
-    /// Names the finished shards in `dataset.json` as the dataset's embeddings, atomically, then removes the files of
-    /// the embeddings before. `model` is shown to people.
+    /// Makes the finished shards the dataset's embeddings: [`Self::info`], then [`Self::publish`].
     ///
     /// # Errors
-    /// When a shard is not finished, or reading or writing fails; the dataset is then as it was.
+    /// As those two.
     pub fn commit(&self, model: &str) -> Result<EmbeddingInfo, DatasetError> {
+        let info = self.info(model)?;
+        self.publish(&info)?;
+        Ok(info)
+    }
+
+    /// What the finished shards are together; `model` is shown to people.
+    ///
+    /// # Errors
+    /// When a shard is not finished, or reading fails.
+    pub fn info(&self, model: &str) -> Result<EmbeddingInfo, DatasetError> {
         let unfinished: Vec<usize> =
             (0..self.shards.len()).into_par_iter().filter(|&shard| !self.finished(shard)).collect();
         if let Some(first) = unfinished.first() {
@@ -162,19 +171,27 @@ impl EmbeddingStore {
         }
         let entries: Vec<FileEntry> =
             self.shards.par_iter().map(|shard| self.entry(shard)).collect::<Result<_, _>>()?;
-        let info = EmbeddingInfo {
+        Ok(EmbeddingInfo {
             dim: self.spec.dim as u32,
             dtype: DTYPE.into(),
             model: model.into(),
             fingerprint: self.fingerprint()?,
             files: entries,
-        };
+            raw: None,
+        })
+    }
+
+    /// Names embeddings in `dataset.json` as the dataset's, atomically, then removes the files of those before.
+    ///
+    /// # Errors
+    /// When reading or writing fails; the dataset is then as it was.
+    pub fn publish(&self, info: &EmbeddingInfo) -> Result<(), DatasetError> {
         files::sync_directory(&self.dir.join(FOLDER)).map_err(DatasetError::io(&self.dir))?;
         let mut manifest = Manifest::read(&self.dir)?;
         let before = manifest.embeddings.replace(info.clone());
         manifest.write(&self.dir)?;
-        self.sweep(before.as_ref(), &info);
-        Ok(info)
+        self.sweep(before.as_ref(), info);
+        Ok(())
     }
 
     fn entry(&self, shard: &Shard) -> Result<FileEntry, DatasetError> {
@@ -199,8 +216,9 @@ impl EmbeddingStore {
     /// Removes what nothing names any more: files of the embeddings before, and pieces that killed writers of these
     /// shards left. A file that cannot be removed only costs space.
     fn sweep(&self, before: Option<&EmbeddingInfo>, now: &EmbeddingInfo) {
-        let kept: HashSet<&str> = now.files.iter().map(|entry| entry.path.as_str()).collect();
-        for entry in before.iter().flat_map(|info| &info.files).filter(|entry| !kept.contains(entry.path.as_str())) {
+        let kept: HashSet<&str> = now.all_files().map(|entry| entry.path.as_str()).collect();
+        for entry in before.iter().flat_map(|info| info.all_files()).filter(|entry| !kept.contains(entry.path.as_str()))
+        {
             let _ = fs::remove_file(self.dir.join(&entry.path));
         }
         let Ok(names) = fs::read_dir(self.dir.join(FOLDER)) else { return };

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
 use super::train::DeviceKind;
+use super::{ConfigError, RefineConfig};
 use crate::prompt::PromptTemplate;
 
 /// Arithmetic of the matrix products; parameters and reductions stay f32.
@@ -90,6 +90,7 @@ pub struct EmbedConfig {
     pub precision: Precision,
     pub device: DeviceKind,
     pub prompt: PromptConfig,
+    pub refine: RefineConfig,
 }
 
 impl Default for EmbedConfig {
@@ -104,6 +105,7 @@ impl Default for EmbedConfig {
             precision: Precision::F32,
             device: DeviceKind::Auto,
             prompt: PromptConfig::default(),
+            refine: RefineConfig::default(),
         }
     }
 }
@@ -121,6 +123,7 @@ impl EmbedConfig {
             }
         }
         PromptTemplate::new(&self.prompt).map_err(|problem| ConfigError { key: "embed.prompt.sentences", problem })?;
+        self.refine.validate()?;
         Ok(())
     }
 }

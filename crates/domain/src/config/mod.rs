@@ -5,6 +5,7 @@
 
 mod embed;
 mod prepare;
+mod refine;
 mod train;
 mod units;
 
@@ -12,6 +13,7 @@ use std::path::PathBuf;
 
 pub use embed::{EmbedConfig, Precision, PromptConfig, Sentence};
 pub use prepare::{FileFormat, InteractionsConfig, ItemsConfig, PrepareConfig, SplitPolicy};
+pub use refine::RefineConfig;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 pub use train::{
