@@ -12,7 +12,6 @@ pub mod files;
 pub mod http;
 pub mod job;
 pub mod journal;
-pub mod popularity;
 mod serve;
 pub mod settings;
 pub mod store;

@@ -27,7 +27,7 @@ use tonic::transport::server::TcpIncoming;
 use crate::control::ControlService;
 use crate::data::{DataService, Source, SourceError};
 use crate::files::{FileError, write_json};
-use crate::job::actor::{Command, JobHandle, JobOwner, OwnerError, OwnerParts, PopularityBaseline, STATES};
+use crate::job::actor::{Command, JobHandle, JobOwner, OwnerError, OwnerParts, STATES};
 use crate::job::{History, Job, JobSettings};
 use crate::journal::Journal;
 use crate::{CoordinatorError, Settings, http};
@@ -135,12 +135,7 @@ impl Coordinator {
             total_steps: source.total_steps,
             history,
         });
-        let parts = OwnerParts {
-            task: task.clone(),
-            journal: entries,
-            metrics: metrics.clone(),
-            popularity: baseline(&source, &settings),
-        };
+        let parts = OwnerParts { task: task.clone(), journal: entries, metrics: metrics.clone() };
         let (job, owner) = JobOwner::new(job, parts);
         Ok(Self { address, source, metrics, grpc, http, job, owner, journal, _lock: lock, settings })
     }
@@ -255,9 +250,4 @@ fn ending<E: std::error::Error>(result: Result<(), E>) -> String {
         Ok(()) => "it was told to stop".into(),
         Err(error) => error.to_string(),
     }
-}
-
-fn baseline(source: &Arc<Source>, settings: &Settings) -> PopularityBaseline {
-    let (source, evaluation) = (Arc::clone(source), settings.config.evaluation.clone());
-    Arc::new(move || source.popularity(&evaluation.cutoffs, evaluation.exclude_history))
 }

@@ -1,9 +1,12 @@
 //! What people see of jobs and metrics, as pure functions.
 
+mod quality;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use learn_domain::report::{Evaluation, JobState, JobStatus, StepRecord, Summary};
+use learn_domain::report::{Evaluation, JobState, JobStatus, StepRecord};
+pub use quality::{evaluated, summary};
 
 type Metrics = BTreeMap<String, f64>;
 
@@ -115,45 +118,16 @@ pub fn metrics_table(columns: &[(&str, &Metrics)]) -> String {
     }
     let mut out = format!("{:<12}", "metric");
     for (title, _) in columns {
-        let _infallible = write!(out, "{title:>12}");
+        let _infallible = write!(out, "{title:>13}");
     }
     out.push('\n');
     for (name, _) in ordered(&all) {
         let _infallible = write!(out, "{name:<12}");
         for (_, metrics) in columns {
             let cell = metrics.get(name).map_or("-".to_owned(), |value| format!("{value:.4}"));
-            let _infallible = write!(out, "{cell:>12}");
+            let _infallible = write!(out, "{cell:>13}");
         }
         out.push('\n');
-    }
-    out
-}
-
-/// The table of a finished job: valid, test, popularity and how many times better than it the model is.
-#[must_use]
-pub fn summary(summary: &Summary) -> String {
-    let mut out = format!(
-        "{}: {} users, {} items, {} interactions\n{} steps on {} workers in {} ({:.0} users/s); best checkpoint: step {}\n\n",
-        summary.dataset,
-        count(summary.users),
-        count(summary.items.into()),
-        count(summary.interactions),
-        count(summary.steps),
-        summary.world_size,
-        duration(summary.seconds),
-        summary.samples_per_second,
-        summary.best_step,
-    );
-    let table =
-        metrics_table(&[("valid", &summary.valid), ("test", &summary.test), ("popularity", &summary.popularity)]);
-    for (number, row) in table.lines().enumerate() {
-        let name = row.split_whitespace().next().unwrap_or_default();
-        let factor = match (summary.test.get(name), summary.popularity.get(name)) {
-            (Some(test), Some(popularity)) if *popularity > 0.0 => format!("{:.2}x", test / popularity),
-            _ if number == 0 => "test/pop.".into(),
-            _ => "-".into(),
-        };
-        let _infallible = writeln!(out, "{row}{factor:>12}");
     }
     out
 }

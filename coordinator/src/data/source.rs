@@ -6,12 +6,10 @@ use arrow_schema::Schema;
 use learn_dataset::{Dataset, DatasetError, Embeddings};
 use learn_domain::config::ItemTower;
 use learn_domain::plan::{Plan, PlanError, PlanKey, Position};
-use learn_domain::report::{DatasetFacts, Popularity, Split};
+use learn_domain::report::DatasetFacts;
 use learn_domain::sampling::{Sample, SampleKey, SampleSize, SamplingShape, sample, sample_size};
 use learn_domain::{Config, Step, UserIndex};
 use learn_proto::flight::Provenance;
-
-use crate::popularity::{Ranking, Row, evaluate};
 
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
@@ -125,13 +123,5 @@ impl Source {
     pub fn sample(&self, epoch: u32, user: UserIndex) -> Sample {
         let (key, length) = self.key(epoch, user);
         sample(key, length, &self.shape).unwrap_or_default()
-    }
-
-    /// What recommending the most popular items reaches on the test rows.
-    #[must_use]
-    pub fn popularity(&self, cutoffs: &[u32], exclude_history: bool) -> Popularity {
-        let test = self.dataset.held_out(Split::Test);
-        let rows = (0..test.len()).map(|row| Row { history: test.history(row), targets: test.targets(row) });
-        evaluate(&self.dataset.popularity(), rows, Ranking { cutoffs, exclude_history })
     }
 }

@@ -5,11 +5,10 @@
 //! durable ledger) is a reply that is kept.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use learn_domain::membership::{Departure, Directive, Effect, Outcome, StopCause};
-use learn_domain::report::{Evaluation, JobState, JobStatus, Popularity, Task};
+use learn_domain::report::{Evaluation, JobState, JobStatus, Task};
 use learn_domain::{Generation, Step, WorkerId};
 use learn_proto::convert::{Applicant, StepReport};
 use learn_telemetry::CoordinatorMetrics;
@@ -82,9 +81,6 @@ impl JobHandle {
     }
 }
 
-/// Ranks the test users by popularity; slow, so it gets a thread of its own.
-pub type PopularityBaseline = Arc<dyn Fn() -> Popularity + Send + Sync>;
-
 /// The owner of a job.
 pub struct JobOwner {
     job: Job,
@@ -94,7 +90,6 @@ pub struct JobOwner {
     commands: mpsc::Receiver<Command>,
     journal: mpsc::Sender<Entry>,
     metrics: CoordinatorMetrics,
-    popularity: PopularityBaseline,
     started: Instant,
 }
 
@@ -103,25 +98,22 @@ pub struct OwnerParts {
     pub task: Task,
     pub journal: mpsc::Sender<Entry>,
     pub metrics: CoordinatorMetrics,
-    pub popularity: PopularityBaseline,
 }
 
-/// The journal has ended before the job, or the baseline could not be computed.
+/// The journal has ended before the job.
 #[derive(Debug, thiserror::Error)]
 pub enum OwnerError {
     #[error("the run's files cannot be written any more")]
     JournalEnded,
-    #[error("the popularity baseline could not be computed: {0}")]
-    Popularity(tokio::task::JoinError),
 }
 
 impl JobOwner {
     #[must_use]
     pub fn new(job: Job, parts: OwnerParts) -> (JobHandle, Self) {
         let (sender, commands) = mpsc::channel(QUEUE);
-        let OwnerParts { task, journal, metrics, popularity } = parts;
+        let OwnerParts { task, journal, metrics } = parts;
         let (store, commits, started) = (Store::default(), BTreeMap::new(), Instant::now());
-        (JobHandle(sender), Self { job, task, store, commits, commands, journal, metrics, popularity, started })
+        (JobHandle(sender), Self { job, task, store, commits, commands, journal, metrics, started })
     }
 
     /// Works until the job has ended and everybody knows, or has gone silent.
@@ -162,9 +154,7 @@ impl JobOwner {
     async fn finish(self) -> Result<Outcome, OwnerError> {
         let outcome = self.job.outcome().cloned().unwrap_or(Outcome::Stopped(StopCause::Operator));
         if outcome == Outcome::Finished && matches!(self.task, Task::Train { .. }) {
-            let baseline = Arc::clone(&self.popularity);
-            let popularity = tokio::task::spawn_blocking(move || baseline()).await.map_err(OwnerError::Popularity)?;
-            self.enter(Entry::Summary(Box::new(self.job.summary(popularity)))).await?;
+            self.enter(Entry::Summary(Box::new(self.job.summary()))).await?;
         }
         self.enter_status().await?;
         Ok(outcome)

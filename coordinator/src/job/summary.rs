@@ -1,17 +1,17 @@
 //! The summary of a finished training job.
 
 use learn_domain::Step;
-use learn_domain::report::{Popularity, Split, Summary};
+use learn_domain::report::{Split, Summary};
 
 use super::Job;
 
 impl Job {
-    /// The summary; `popularity` is the same test ranked by popularity alone.
     #[must_use]
-    pub fn summary(&self, popularity: Popularity) -> Summary {
+    pub fn summary(&self) -> Summary {
         let last = |split: Split| self.evaluations.iter().rfind(move |evaluation| evaluation.split == split);
         let test = last(Split::Test);
         let tested = test.map(|test| test.step);
+        let comparisons = test.map(|test| test.comparisons.clone()).unwrap_or_default();
         // valid is shown for the weights that were tested
         let same = |step: Step| {
             self.evaluations.iter().rfind(|evaluation| evaluation.split == Split::Valid && evaluation.step == step)
@@ -37,7 +37,13 @@ impl Job {
             best_step: tested.or_else(|| valid.map(|valid| valid.step)).unwrap_or(steps),
             valid: valid.map(|valid| valid.metrics.clone()).unwrap_or_default(),
             test: test.map(|test| test.metrics.clone()).unwrap_or_default(),
-            popularity,
+            popularity: comparisons
+                .iter()
+                .find(|comparison| comparison.name == "popularity")
+                .map(|comparison| comparison.metrics.clone())
+                .unwrap_or_default(),
+            segments: test.map(|test| test.segments.clone()).unwrap_or_default(),
+            comparisons,
         }
     }
 }

@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 
 use learn_domain::config::Span;
+use learn_domain::report::Comparison;
 use learn_domain::{Incarnation, UserIndex};
 
 use super::*;
@@ -54,7 +55,16 @@ fn report(worker: u32, step: u64, users: std::ops::Range<u32>) -> StepReport {
 
 fn evaluation(split: Split, step: u64, value: f64) -> Evaluation {
     let metrics = BTreeMap::from([("ndcg@10".to_owned(), value)]);
-    Evaluation { split, step: Step(step), epoch: 0, users: 4, metrics, seconds: 1.0 }
+    Evaluation {
+        split,
+        step: Step(step),
+        epoch: 0,
+        users: 4,
+        metrics,
+        seconds: 1.0,
+        segments: Vec::new(),
+        comparisons: Vec::new(),
+    }
 }
 
 #[test]
@@ -162,16 +172,23 @@ fn the_summary_shows_the_tested_weights() {
     for step in 1..=4 {
         job.report(report(0, step, 0..4)).unwrap();
     }
-    for (split, step, value) in
-        [(Split::Valid, 2, 0.4), (Split::Valid, 3, 0.4), (Split::Valid, 4, 0.3), (Split::Test, 2, 0.35)]
-    {
+    for (split, step, value) in [(Split::Valid, 2, 0.4), (Split::Valid, 3, 0.4), (Split::Valid, 4, 0.3)] {
         let new = evaluation(split, step, value);
         assert!(job.evaluation(WorkerId(0), Generation(1), new.clone()).unwrap().is_some());
         assert!(job.evaluation(WorkerId(0), Generation(1), new).unwrap().is_none(), "a retry is not another one");
     }
     assert_eq!(job.best().unwrap().step, Step(2), "the first of equals");
+    let popularity = BTreeMap::from([("ndcg@10".to_owned(), 0.1)]);
+    let test = Evaluation {
+        comparisons: ["last_item", "popularity"]
+            .map(|name| Comparison { name: name.into(), metrics: popularity.clone(), segments: Vec::new() })
+            .into(),
+        ..evaluation(Split::Test, 2, 0.35)
+    };
+    job.evaluation(WorkerId(0), Generation(1), test.clone()).unwrap();
     job.leave(SECOND * 11, WorkerId(0), Departure::Done).unwrap();
-    let summary = job.summary(BTreeMap::from([("ndcg@10".to_owned(), 0.1)]));
+    let summary = job.summary();
+    assert_eq!((&summary.popularity, &summary.comparisons), (&popularity, &test.comparisons));
     assert_eq!((summary.steps, summary.best_step, summary.world_size), (4, Step(2), 1));
     assert_eq!((summary.valid["ndcg@10"], summary.test["ndcg@10"]), (0.4, 0.35));
     assert!((summary.samples_per_second - 8.0).abs() < 1e-9, "16 users in 2 s");
@@ -194,7 +211,7 @@ fn a_resumed_job_goes_on_counting() {
     job.report(report(0, 2, 4..8)).unwrap();
     assert!(job.status(SECOND).ledger.exact && job.status(SECOND).ledger.epochs[0].exact());
     job.leave(SECOND * 2, WorkerId(0), Departure::Done).unwrap();
-    let summary = job.summary(BTreeMap::new());
+    let summary = job.summary();
     assert!((summary.samples_per_second - 8.0 / 2.5).abs() < 1e-9);
     assert!((summary.seconds - 4.0).abs() < 1e-9, "2 s of steps and 1 s of evaluation before, 1 s now");
 }

@@ -11,6 +11,7 @@
 //! - [`ledger`]: the proof that an epoch used every user exactly once.
 //! - [`schedule`]: the learning rate of a step.
 //! - [`ranking`]: what a rank is (ties included) and the metrics made of ranks.
+//! - [`segments`] and [`resampling`]: parts of an evaluation, and means over users with their intervals.
 //! - [`conversion`]: how good predicted conversions are.
 //! - [`spelling`]: what a misspelt name was meant to be.
 //! - [`run_dir`] and [`report`]: where a run keeps what, and the values that its processes exchange about it.
@@ -25,9 +26,11 @@ pub mod prompt;
 pub mod random;
 pub mod ranking;
 pub mod report;
+pub mod resampling;
 pub mod run_dir;
 pub mod sampling;
 pub mod schedule;
+pub mod segments;
 pub mod spelling;
 
 pub use config::Config;

@@ -94,9 +94,44 @@ pub struct Evaluation {
     pub step: Step,
     pub epoch: u32,
     pub users: u64,
-    /// `recall@10`, `ndcg@10`, `mrr`, … -> value; with a CVR head `cvr.auc` and the others of [`crate::conversion`].
+    /// `recall@10`, `ndcg@10`, `hr@10`, `mrr`, `auc` -> value; with a CVR head `cvr.auc` and the others of
+    /// [`crate::conversion`].
     pub metrics: BTreeMap<String, f64>,
     pub seconds: f64,
+    /// The parts of the split; empty in the evaluations between the epochs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub segments: Vec<SegmentResult>,
+    /// What needs no training, on the same users in the same way; empty in the evaluations between the epochs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub comparisons: Vec<Comparison>,
+}
+
+/// Ranking quality on one part of a split; see [`crate::segments`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SegmentResult {
+    /// `all`, `cold_items`, …
+    pub segment: String,
+    /// Users with a target in it.
+    pub users: u64,
+    pub targets: u64,
+    pub metrics: BTreeMap<String, Estimate>,
+}
+
+/// A mean over users with the 95 % bootstrap interval; without resamples the interval is the value.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Estimate {
+    pub value: f64,
+    pub low: f64,
+    pub high: f64,
+}
+
+/// What a scorer that was not trained reaches.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Comparison {
+    /// `popularity`, `last_item` or `decayed_mean`.
+    pub name: String,
+    pub metrics: BTreeMap<String, f64>,
+    pub segments: Vec<SegmentResult>,
 }
 
 /// A worker as the status shows it.
@@ -160,9 +195,6 @@ pub struct JobStatus {
     pub seconds: f64,
 }
 
-/// Quality of recommending the most popular training items to everybody.
-pub type Popularity = BTreeMap<String, f64>;
-
 /// `summary.json` of a finished job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
@@ -182,7 +214,13 @@ pub struct Summary {
     pub valid: BTreeMap<String, f64>,
     pub test: BTreeMap<String, f64>,
     /// The same test users, ranked by training popularity.
-    pub popularity: Popularity,
+    pub popularity: BTreeMap<String, f64>,
+    /// The parts of the test; empty in summaries of older versions, as `comparisons`.
+    #[serde(default)]
+    pub segments: Vec<SegmentResult>,
+    /// The same test users, ranked without training; popularity is among them.
+    #[serde(default)]
+    pub comparisons: Vec<Comparison>,
 }
 
 /// Exit codes of `learn-launch`, the coordinator and the workers.

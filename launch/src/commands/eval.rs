@@ -21,6 +21,7 @@ pub const HELP: &str = "\
 Examples:
   learn-launch eval runs/quickstart
   learn-launch eval quickstart --split valid --checkpoint last --workers 4
+  learn-launch eval quickstart --segments --set evaluation.segments.cold_items=5
   learn-launch eval quickstart --set evaluation.exclude_history=true --json
 
 summary.json of the run is not touched; logs and status of the evaluation are in RUN/eval.";
@@ -39,6 +40,9 @@ pub struct EvalArgs {
     /// Workers [default: as the run]
     #[arg(long, value_name = "N")]
     workers: Option<u32>,
+    /// Show the segments too: rare and popular items, new and active users, with 95 % intervals
+    #[arg(long)]
+    segments: bool,
     /// Override one key for this evaluation, for example --set evaluation.cutoffs=[20] (repeatable)
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
@@ -85,11 +89,5 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<()> {
     let spec = JobSpec { run: &own, config_file: &own.config(), config: &config, task: &task };
     let status = job::run(&spec, output)?;
     let evaluation = status.evaluations.last().context("the job ended without an evaluation")?;
-    let text = format!(
-        "{} users of {split}, checkpoint of step {}\n\n{}",
-        render::count(evaluation.users),
-        evaluation.step,
-        render::metrics_table(&[(&split.to_string(), &evaluation.metrics)])
-    );
-    output.result(&text, evaluation)
+    output.result(&render::evaluated(evaluation, args.segments), evaluation)
 }

@@ -1,6 +1,6 @@
 use learn_domain::ids::{Generation, Rank, Step, WorkerId};
 use learn_domain::ledger::{EpochCount, LedgerSummary};
-use learn_domain::report::{DatasetFacts, Split, Task, WorkerStatus};
+use learn_domain::report::{Comparison, DatasetFacts, Estimate, SegmentResult, Split, Summary, Task, WorkerStatus};
 
 use super::*;
 
@@ -96,6 +96,54 @@ fn a_job_before_its_first_step_can_be_shown() {
     assert!(status(&new, Freshness::Live).contains("0 of 0 (0 epochs)"));
 }
 
+fn evaluated_on(metrics: Metrics) -> Evaluation {
+    Evaluation {
+        split: Split::Valid,
+        step: Step(20),
+        epoch: 1,
+        users: 943,
+        metrics,
+        seconds: 1.5,
+        segments: vec![],
+        comparisons: vec![],
+    }
+}
+
+fn comparison(name: &str, recall: f64) -> Comparison {
+    let segments = vec![segment("all", 943, recall), segment("cold_items", 10, recall / 2.0)];
+    Comparison { name: name.into(), metrics: metrics(&[("recall@10", recall)]), segments }
+}
+
+fn segment(name: &str, users: u64, recall: f64) -> SegmentResult {
+    let estimate = Estimate { value: recall, low: recall - 0.01, high: recall + 0.01 };
+    let metrics = [("recall@10".to_owned(), estimate)].into();
+    SegmentResult { segment: name.into(), users, targets: 2 * users, metrics }
+}
+
+#[test]
+fn an_evaluation_shows_the_comparisons_and_on_request_the_segments() {
+    let evaluation = Evaluation {
+        segments: vec![segment("all", 943, 0.25), segment("cold_items", 10, 0.1), segment("cold_users", 0, 0.0)],
+        comparisons: vec![
+            comparison("popularity", 0.05),
+            comparison("last_item", 0.12),
+            comparison("decayed_mean", 0.1),
+        ],
+        ..evaluated_on(metrics(&[("recall@10", 0.25)]))
+    };
+    let cells = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let short = evaluated(&evaluation, false);
+    assert!(short.starts_with("943 users of valid, checkpoint of step 20\n"), "{short}");
+    assert_eq!(cells(short.lines().last().unwrap()), ["recall@10", "0.2500", "0.0500", "0.1200", "0.1000"]);
+    let long = evaluated(&evaluation, true);
+    assert!(long.starts_with(&short) && long.lines().all(|line| line.len() <= 100), "{long}");
+    let cold = long.split("cold_items: 10 users, 20 targets\n").nth(1).unwrap();
+    assert_eq!(cells(cold.lines().next().unwrap())[..3], ["metric", "model", "95"]);
+    let row = ["recall@10", "0.1000", "0.0900", "-", "0.1100", "0.0250", "0.0600", "0.0500"];
+    assert_eq!(cells(cold.lines().nth(1).unwrap()), row);
+    assert!(long.ends_with("cold_users: 0 users, 0 targets\n"), "nothing to be shown of nobody: {long}");
+}
+
 #[test]
 fn metrics_are_ordered_by_their_cutoff() {
     let test = metrics(&[("recall@10", 0.2), ("recall@5", 0.1), ("mrr", 0.3), ("recall@50", 0.4)]);
@@ -104,14 +152,7 @@ fn metrics_are_ordered_by_their_cutoff() {
     assert_eq!(names, ["metric", "mrr", "ndcg@10", "recall@5", "recall@10", "recall@50"]);
     let cells: Vec<_> = table.lines().nth(2).unwrap().split_whitespace().collect();
     assert_eq!(cells, ["ndcg@10", "-", "0.5000"]);
-    let line = evaluation(&Evaluation {
-        split: Split::Valid,
-        step: Step(20),
-        epoch: 1,
-        users: 943,
-        metrics: test,
-        seconds: 1.5,
-    });
+    let line = evaluation(&evaluated_on(test));
     let wanted =
         "valid at step 20 (epoch 1): mrr 0.3000 recall@5 0.1000 recall@10 0.2000 recall@50 0.4000 (943 users, 1.5s)";
     assert_eq!(line, wanted);
@@ -119,7 +160,7 @@ fn metrics_are_ordered_by_their_cutoff() {
 
 #[test]
 fn the_summary_compares_with_popularity() {
-    let text = summary(&Summary {
+    let mut finished = Summary {
         dataset: "ml-100k".into(),
         fingerprint: "f".into(),
         users: 943,
@@ -133,7 +174,10 @@ fn the_summary_compares_with_popularity() {
         valid: metrics(&[("recall@10", 0.21)]),
         test: metrics(&[("recall@10", 0.2), ("mrr", 0.1)]),
         popularity: metrics(&[("recall@10", 0.08), ("mrr", 0.0)]),
-    });
+        segments: vec![],
+        comparisons: vec![],
+    };
+    let text = summary(&finished);
     let row = |name: &str| text.lines().find(|line| line.starts_with(name)).unwrap().to_owned();
     assert_eq!(
         row("recall@10").split_whitespace().collect::<Vec<_>>(),
@@ -142,4 +186,11 @@ fn the_summary_compares_with_popularity() {
     assert!(row("mrr").ends_with(" -"));
     assert!(row("metric").ends_with("test/pop."));
     assert!(text.contains("400 steps on 2 workers in 1m 40s (820 users/s); best checkpoint: step 380"));
+    finished.comparisons =
+        vec![comparison("popularity", 0.08), comparison("last_item", 0.1), comparison("decayed_mean", 0.1)];
+    let text = summary(&finished);
+    assert!(text.lines().all(|line| line.len() <= 100), "{text}");
+    let recall = text.lines().find(|line| line.starts_with("recall@10")).unwrap();
+    let cells: Vec<_> = recall.split_whitespace().collect();
+    assert_eq!(cells, ["recall@10", "0.2100", "0.2000", "0.0800", "0.1000", "0.1000", "2.50x"]);
 }

@@ -57,6 +57,8 @@ fn unexpected(what: impl Into<String>) -> FlightClientError {
 /// One held-out user.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HeldOutUser {
+    /// Its row in the split.
+    pub row: u32,
     pub history: Vec<u32>,
     pub targets: Vec<u32>,
     /// Times of `history`, if the ticket asked for them.
@@ -135,10 +137,12 @@ impl DataClient {
         let mut decoder = self.do_get(ticket).await?;
         let mut users = Vec::new();
         while let Some((batch, _)) = next_batch(&mut decoder).await? {
-            let (history, targets) = (lists(&batch, "history")?, lists(&batch, "targets")?);
+            let (rows, history, targets) =
+                (numbers(&batch, "row")?, lists(&batch, "history")?, lists(&batch, "targets")?);
             let extras = Extras::of(&batch)?;
             for row in 0..batch.num_rows() {
                 let user = HeldOutUser {
+                    row: rows.value(row),
                     history: values(history, row)?,
                     targets: values(targets, row)?,
                     history_times: extras.history_times(row)?,

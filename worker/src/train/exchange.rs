@@ -79,6 +79,16 @@ impl Exchange {
         Ok(all)
     }
 
+    /// Element-wise sums of integers over the ranks, in place.
+    ///
+    /// # Errors
+    /// If the collective fails.
+    pub fn sum_i64(&mut self, values: &mut [i64]) -> Result<(), WorkerError> {
+        self.collective.all_reduce_sum(&mut Buffer::i64(values))?;
+        self.count_bytes();
+        Ok(())
+    }
+
     /// Element-wise sums over the ranks, in place.
     ///
     /// # Errors

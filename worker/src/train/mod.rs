@@ -30,7 +30,7 @@ pub use step::{PhaseClock, Stepper};
 use crate::checkpoint::{self, Best, Snapshot, State, Writer};
 use crate::control::FinishedStep;
 use crate::error::WorkerError;
-use crate::evaluate::{Catalogue, Evaluator};
+use crate::evaluate::{Catalogue, Evaluator, Request};
 use crate::feed::assemble::Layout;
 use crate::feed::flight::DataClient;
 use crate::feed::{Feed, FeedSettings};
@@ -296,9 +296,11 @@ impl<'a> Trainer<'a> {
 
     fn evaluate(&mut self, split: Split) -> Result<Evaluation, WorkerError> {
         self.membership.progress.enter("evaluation");
-        let (step, epoch) = (self.finished, self.epochs_done());
+        // between the epochs the metrics alone are wanted
+        let full = split == Split::Test;
+        let request = Request { split, step: self.finished, epoch: self.epochs_done(), full };
         let catalogue = Catalogue { model: &self.stepper.model, parameters: &self.stepper.parameters };
-        let evaluation = self.evaluator.evaluate(&catalogue, &mut self.exchange, split, (step, epoch))?;
+        let evaluation = self.evaluator.evaluate(&catalogue, &mut self.exchange, &request)?;
         if self.membership.member.is_first() {
             self.membership.member.report_evaluation(&evaluation)?;
         }

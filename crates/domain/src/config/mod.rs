@@ -18,7 +18,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 pub use train::{
     AdaptorInit, CheckpointConfig, ClusterConfig, DeviceKind, EvaluationConfig, ItemTower, ModelConfig,
-    ObjectiveConfig, OptimizerConfig, PositionEmbedding, Residual, SamplingConfig, ScheduleKind, TrainingConfig,
+    ObjectiveConfig, OptimizerConfig, PositionEmbedding, Residual, SamplingConfig, ScheduleKind, SegmentsConfig,
+    TrainingConfig,
 };
 pub use units::{ByteSize, Span, UnitError};
 
@@ -134,6 +135,9 @@ mod tests {
         assert_eq!(refused(|c| c.optimizer.learning_rate = f64::NAN), "optimizer.learning_rate");
         assert_eq!(refused(|c| c.sampling.history = 0), "sampling.history");
         assert_eq!(refused(|c| c.evaluation.cutoffs = vec![]), "evaluation.cutoffs");
+        assert_eq!(refused(|c| c.evaluation.decay = 1.5), "evaluation.decay");
+        assert_eq!(refused(|c| c.evaluation.segments.head_items = 0.0), "evaluation.segments.head_items");
+        assert_eq!(refused(|c| c.evaluation.segments.active_users = 5), "evaluation.segments.active_users");
         assert_eq!(refused(|c| c.cluster.workers = 0), "cluster.workers");
         assert_eq!(refused(|c| c.checkpoint.metric = "loss".into()), "checkpoint.metric");
         assert_eq!(refused(|c| c.checkpoint.metric = "cvr.auc".into()), "checkpoint.metric");

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{ByteSize, Config, ConfigError, Precision, Span};
+use crate::ranking::Metrics;
 use crate::sampling::{SamplingShape, StageOne};
 
 /// Where tensors live.
@@ -313,17 +314,54 @@ impl TrainingConfig {
 pub struct EvaluationConfig {
     /// Evaluate on valid after every so many epochs; 0 = only at the end.
     pub every_epochs: u32,
-    /// The `k` of Recall@k and NDCG@k.
+    /// The `k` of Recall@k, NDCG@k and HR@k.
     pub cutoffs: Vec<u32>,
     /// Leave items of the user's history out of the ranking.
     pub exclude_history: bool,
     /// Users that are ranked at once.
     pub batch_users: u32,
+    /// Bootstrap resamples for the 95 % intervals of the test; 0 = no intervals.
+    pub resamples: u32,
+    /// What an item of the history weighs for the built-in comparison `decayed_mean`, as a share of the next newer one.
+    pub decay: f64,
+    /// Memory of a worker, on its device, for the content embeddings of the whole catalogue in f32, which the comparisons
+    /// `last_item` and `decayed_mean` need; a larger catalogue goes without these two.
+    pub content_memory: ByteSize,
+    pub segments: SegmentsConfig,
 }
 
 impl Default for EvaluationConfig {
     fn default() -> Self {
-        Self { every_epochs: 1, cutoffs: vec![1, 5, 10, 50], exclude_history: false, batch_users: 256 }
+        Self {
+            every_epochs: 1,
+            cutoffs: vec![1, 5, 10, 50],
+            exclude_history: false,
+            batch_users: 256,
+            resamples: 1000,
+            decay: 0.7,
+            content_memory: ByteSize(2 << 30),
+            segments: SegmentsConfig::default(),
+        }
+    }
+}
+
+/// Parts of the test that have numbers of their own; see `learn_domain::segments`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct SegmentsConfig {
+    /// A cold item has at most this many training interactions.
+    pub cold_items: u32,
+    /// Share of the catalogue that is the head: its most popular items. The others are the long tail.
+    pub head_items: f64,
+    /// A cold user has at most this many interactions before the targets.
+    pub cold_users: u32,
+    /// An active user has at least this many interactions before the targets.
+    pub active_users: u32,
+}
+
+impl Default for SegmentsConfig {
+    fn default() -> Self {
+        Self { cold_items: 3, head_items: 0.2, cold_users: 5, active_users: 20 }
     }
 }
 
@@ -339,8 +377,8 @@ pub struct CheckpointConfig {
     pub keep_last: u32,
     /// Keep the one with the best `metric` on valid, and test with it at the end.
     pub keep_best: bool,
-    /// `recall@K`, `ndcg@K` (K among `evaluation.cutoffs`) or `mrr`; with a CVR head also `cvr.auc`, `cvr.uauc` or
-    /// `cvr.wuauc`.
+    /// `recall@K`, `ndcg@K`, `hr@K` (K among `evaluation.cutoffs`), `mrr` or `auc`; with a CVR head also `cvr.auc`,
+    /// `cvr.uauc` or `cvr.wuauc`.
     pub metric: String,
 }
 
@@ -467,16 +505,25 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     if evaluation.cutoffs.is_empty() || evaluation.cutoffs.contains(&0) {
         return fail("evaluation.cutoffs", "must name at least one k, each at least 1");
     }
-    let known = evaluation.cutoffs.iter().flat_map(|k| [format!("recall@{k}"), format!("ndcg@{k}")]);
+    let segments = &evaluation.segments;
+    if !(0.0..=1.0).contains(&evaluation.decay) {
+        return fail("evaluation.decay", "must lie in [0, 1]");
+    }
+    if !(segments.head_items > 0.0 && segments.head_items <= 1.0) {
+        return fail("evaluation.segments.head_items", "must lie in (0, 1]");
+    }
+    if segments.active_users <= segments.cold_users {
+        return fail("evaluation.segments.active_users", "must be above evaluation.segments.cold_users");
+    }
     let of_head = ["cvr.auc", "cvr.uauc", "cvr.wuauc"].contains(&checkpoint.metric.as_str());
     if of_head && objective.cvr_head().is_none() {
         return fail("checkpoint.metric", "is one of the CVR head, so set objective.cvr_weight above 0");
     }
-    if !of_head && !known.chain(["mrr".to_owned()]).any(|name| name == checkpoint.metric) {
+    if !of_head && !Metrics::new(&evaluation.cutoffs).names().contains(&checkpoint.metric) {
         return fail(
             "checkpoint.metric",
-            "must be mrr, recall@K or ndcg@K with K among evaluation.cutoffs, or, with a CVR head, cvr.auc, cvr.uauc or \
-             cvr.wuauc",
+            "must be mrr, auc, or recall@K, ndcg@K or hr@K with K among evaluation.cutoffs, or, with a CVR head, cvr.auc, \
+             cvr.uauc or cvr.wuauc",
         );
     }
     if training.freeze_towers {

@@ -1,0 +1,383 @@
+//! Full ranking over the catalogue on all workers.
+//!
+//! Input: a split and the parameters. Output: Recall@k, NDCG@k, HR@k, MRR and AUC over all its users, the same on every
+//! rank; on request for each segment with intervals, and beside them what the built-in comparisons reach.
+//! Each rank embeds its part of the catalogue and of the users; item embeddings are gathered, metric sums added up.
+//! The rank of a target counts every item of the catalogue (`learn_domain::ranking` has the rule for ties); items of
+//! the history are left out if `evaluation.exclude_history` says so, the target never is. Memory grows with the
+//! catalogue and a batch of users, besides the users' histories; not with resamples times users.
+//! With a CVR head, its metrics on the targets as exposures come with them.
+
+mod comparisons;
+mod rank;
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use learn_domain::Step;
+use learn_domain::config::EvaluationConfig;
+use learn_domain::ranking::{Metrics, Placement};
+use learn_domain::report::{Comparison, Estimate, Evaluation, SegmentResult, Split};
+use learn_domain::resampling::{Mean, Share, Totals};
+use learn_domain::segments::{Segment, Segments};
+use learn_model::{Forward, Parameters, Pch};
+use learn_proto::flight::Ticket;
+use learn_telemetry::WorkerMetrics;
+use tch::{Device, Kind, Tensor};
+use tokio::runtime::Handle;
+
+use crate::checkpoint;
+use crate::conversions::{Conversions, Place};
+use crate::error::WorkerError;
+use crate::feed::assemble::newest_positions;
+use crate::feed::flight::{DataClient, HeldOutUser};
+use crate::feed::{RowSettings, RowSource};
+use crate::session::{Ended, Membership};
+use crate::train::{Exchange, rows_tensor, sequences, shape};
+
+/// Items whose content embeddings are fetched and embedded at once.
+const ITEM_CHUNK: usize = 4096;
+
+/// A model with parameters, as evaluation sees it.
+#[derive(Clone, Copy)]
+pub struct Catalogue<'a> {
+    pub model: &'a Pch,
+    pub parameters: &'a Parameters,
+}
+
+/// What to evaluate.
+#[derive(Clone, Copy, Debug)]
+pub struct Request {
+    pub split: Split,
+    /// Step and epochs of the parameters.
+    pub step: Step,
+    pub epoch: u32,
+    /// Segments, intervals and comparisons too.
+    pub full: bool,
+}
+
+/// The evaluation side of a member.
+pub struct Evaluator {
+    handle: Handle,
+    data: DataClient,
+    rows: RowSource,
+    settings: EvaluationConfig,
+    forward: Forward,
+    device: Device,
+    dim: usize,
+    items: usize,
+    max_history: usize,
+    metrics: WorkerMetrics,
+}
+
+/// Runs an evaluation task.
+///
+/// # Errors
+/// If the checkpoint does not fit the dataset, or the job breaks.
+pub fn run(
+    membership: &Membership,
+    mut exchange: Exchange,
+    checkpoint: &str,
+    split: Split,
+) -> Result<Ended, WorkerError> {
+    let admission = &membership.admission;
+    let handle = membership.member.handle();
+    let data = handle.block_on(DataClient::connect(&admission.data_locations, &membership.secret))?;
+    let model = Pch::new(shape(&admission.config, admission.dataset.embedding_dim))?;
+    let expected = checkpoint::Expected { dataset: &admission.dataset, signature: None };
+    let snapshot = checkpoint::read(checkpoint.as_ref(), Some(&expected))?;
+    let parameters = Parameters::load(model.shape(), snapshot.model, Kind::Float, membership.device)?;
+    let mut evaluator = Evaluator::new(membership, data)?;
+    let catalogue = Catalogue { model: &model, parameters: &parameters };
+    let state = snapshot.state;
+    let request = Request { split, step: state.step, epoch: state.epoch, full: true };
+    let evaluation = evaluator.evaluate(&catalogue, &mut exchange, &request)?;
+    if membership.member.is_first() {
+        membership.member.report_evaluation(&evaluation)?;
+    }
+    Ok(Ended::Done)
+}
+
+impl Evaluator {
+    /// # Errors
+    /// If the data service refuses.
+    pub fn new(membership: &Membership, data: DataClient) -> Result<Self, WorkerError> {
+        let (config, dataset) = (&membership.admission.config, &membership.admission.dataset);
+        let handle = membership.member.handle().clone();
+        // the feed has the cache; evaluation reads past it
+        let settings = RowSettings { dim: dataset.embedding_dim as usize, cache_bytes: 0 };
+        let rows = handle.block_on(RowSource::open(&data, &settings, membership.metrics.clone()))?;
+        Ok(Self {
+            handle,
+            data,
+            rows,
+            settings: config.evaluation.clone(),
+            forward: Forward { train: false, precision: config.training.precision },
+            device: membership.device,
+            dim: settings.dim,
+            items: dataset.items as usize,
+            max_history: config.sampling.history as usize,
+            metrics: membership.metrics.clone(),
+        })
+    }
+
+    /// Evaluates one split on all ranks.
+    ///
+    /// # Errors
+    /// If data or collective fail, or the scores are not finite.
+    pub fn evaluate(
+        &mut self,
+        catalogue: &Catalogue<'_>,
+        exchange: &mut Exchange,
+        request: &Request,
+    ) -> Result<Evaluation, WorkerError> {
+        let started = Instant::now();
+        let keep_content = request.full && self.content_fits();
+        let (items, content) = tch::no_grad(|| self.embed_items(catalogue, exchange, keep_content))?;
+        let (parts, comparisons) = if request.full {
+            let counts = self.handle.block_on(self.data.popularity())?;
+            let comparisons =
+                tch::no_grad(|| comparisons::comparisons(&counts, content, self.settings.decay, self.device));
+            (Parts::Segments(Segments::new(self.settings.segments.clone(), counts)), comparisons)
+        } else {
+            (Parts::Whole, Vec::new())
+        };
+        let users = self.held_out(request.split, exchange)?;
+        let (metrics, exclude_history) = (Metrics::new(&self.settings.cutoffs), self.settings.exclude_history);
+        let resamples = if request.full { self.settings.resamples } else { 0 };
+        let empty = Totals::new(parts.segments().len(), metrics.names().len(), resamples);
+        let mut conversions = catalogue.model.shape().cvr_hidden.map(|_| Conversions::default());
+        // the model's, then those of the comparisons
+        let mut totals = vec![empty; 1 + comparisons.len()];
+        for batch in users.chunks(self.settings.batch_users as usize) {
+            let histories: Vec<&[u32]> = batch.iter().map(|user| newest(&user.history, self.max_history)).collect();
+            let mut add = |scorer: usize, users: &Tensor, items: &Tensor| -> Result<(), WorkerError> {
+                let placements = rank::place(users, items, batch, exclude_history)?;
+                totals[scorer].add(&shares(batch, &placements, &metrics, &parts));
+                Ok(())
+            };
+            let _no_grad = tch::no_grad_guard();
+            let embedded = self.embed_users(catalogue, &histories)?;
+            add(0, &embedded, &items)?;
+            if let Some(conversions) = &mut conversions {
+                let place = |at: usize, _| Place { row: batch[at].row as usize, groups: 1 };
+                conversions.add(catalogue.parameters, (&embedded, &items), batch, place)?;
+            }
+            for (scorer, comparison) in (1..).zip(&comparisons) {
+                add(scorer, &comparison.users(&histories), &comparison.items)?;
+            }
+        }
+        for totals in &mut totals {
+            exchange.sum_i64(totals.sums_mut())?;
+        }
+        let compared = comparisons.iter().zip(&totals[1..]).map(|(comparison, totals)| Comparison {
+            name: comparison.name.to_owned(),
+            metrics: parts.whole(&metrics, totals),
+            segments: parts.results(&metrics, totals),
+        });
+        let mut whole = parts.whole(&metrics, &totals[0]);
+        if let Some(conversions) = conversions {
+            whole.extend(conversions.gather(exchange)?.metrics(0));
+        }
+        Ok(Evaluation {
+            split: request.split,
+            step: request.step,
+            epoch: request.epoch,
+            users: totals[0].users(0),
+            metrics: whole,
+            segments: parts.results(&metrics, &totals[0]),
+            comparisons: compared.collect(),
+            seconds: started.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// This rank's users of a split.
+    fn held_out(&self, split: Split, exchange: &Exchange) -> Result<Vec<HeldOutUser>, WorkerError> {
+        let ticket = Ticket::Evaluation {
+            split,
+            rank: exchange.rank() as u32,
+            world_size: exchange.world_size() as u32,
+            times: false,
+        };
+        let users = self.handle.block_on(self.data.held_out(&ticket))?;
+        let indices: usize = users.iter().map(|user| user.history.len() + user.targets.len()).sum();
+        self.metrics.received_bytes_total.with_label_values(&["evaluation"]).inc_by(4 * indices as u64);
+        Ok(users)
+    }
+
+    /// Whether the content embeddings of all items may be held at once.
+    fn content_fits(&self) -> bool {
+        let bytes = 4 * self.items as u64 * self.dim as u64;
+        let limit = self.settings.content_memory.0;
+        if bytes > limit {
+            tracing::warn!(bytes, limit, "no comparison by content: raise evaluation.content_memory for it");
+        }
+        (1..=limit).contains(&bytes)
+    }
+
+    /// Content embeddings `[S, input_dim]` of at most `count` items, evenly spread over the catalogue: the same on every
+    /// rank and for any number of them.
+    ///
+    /// # Errors
+    /// If they cannot be fetched.
+    pub fn sample_items(&mut self, count: usize) -> Result<Tensor, WorkerError> {
+        let stride = self.items.div_ceil(count).max(1);
+        let sample: Vec<u32> = (0..self.items as u32).step_by(stride).collect();
+        let rows = self.handle.block_on(self.rows.fetch(&sample))?;
+        Ok(rows_tensor(&rows, self.dim, self.device))
+    }
+
+    /// All item embeddings `[N, d]`, each rank having embedded an equal part, and if they are to be kept the content
+    /// embeddings `[N, input_dim]` they were made of.
+    fn embed_items(
+        &mut self,
+        catalogue: &Catalogue<'_>,
+        exchange: &mut Exchange,
+        keep_content: bool,
+    ) -> Result<(Tensor, Option<Tensor>), WorkerError> {
+        let world = exchange.world_size();
+        let bound = |rank: usize| self.items * rank / world;
+        let counts: Vec<usize> = (0..world).map(|rank| bound(rank + 1) - bound(rank)).collect();
+        let mine: Vec<u32> = (bound(exchange.rank()) as u32..bound(exchange.rank() + 1) as u32).collect();
+        let none = |width| vec![Tensor::zeros([0, width], (Kind::Float, self.device))];
+        let (mut parts, mut content) = (none(catalogue.model.output_dim()), none(self.dim as i64));
+        for chunk in mine.chunks(ITEM_CHUNK) {
+            let rows = self.handle.block_on(self.rows.fetch(chunk))?;
+            let rows = rows_tensor(&rows, self.dim, self.device);
+            parts.push(catalogue.model.catalogue(catalogue.parameters, &rows, &self.forward));
+            if keep_content {
+                content.push(rows.to_kind(Kind::Float));
+            }
+        }
+        let items = exchange.gather_rows(&Tensor::cat(&parts, 0), &counts)?;
+        let content = if keep_content {
+            // the parts go as soon as they are one
+            let mine = Tensor::cat(&std::mem::take(&mut content), 0);
+            Some(exchange.gather_rows(&mine, &counts)?)
+        } else {
+            None
+        };
+        Ok((items, content))
+    }
+
+    /// User embeddings `[B, d]` at the newest item of each history.
+    fn embed_users(&mut self, catalogue: &Catalogue<'_>, histories: &[&[u32]]) -> Result<Tensor, WorkerError> {
+        let (unique, padded) = newest_positions(histories);
+        let rows = self.handle.block_on(self.rows.fetch(&unique))?;
+        let rows = rows_tensor(&rows, self.dim, self.device);
+        Ok(embed_histories(catalogue, &rows, &sequences(&padded, self.device), &self.forward))
+    }
+}
+
+/// The latest `most` items.
+#[must_use]
+pub fn newest(history: &[u32], most: usize) -> &[u32] {
+    &history[history.len().saturating_sub(most)..]
+}
+
+/// User embeddings `[B, d]` of padded histories over rows `[U, input_dim]`.
+pub fn embed_histories(
+    catalogue: &Catalogue<'_>,
+    rows: &Tensor,
+    histories: &learn_model::Sequences,
+    forward: &Forward,
+) -> Tensor {
+    let items = catalogue.model.items(catalogue.parameters, rows, forward);
+    catalogue.model.user(catalogue.parameters, &items, histories, forward)
+}
+
+/// Each user's values in each segment that holds some of its targets.
+fn shares(batch: &[HeldOutUser], placements: &[Placement], metrics: &Metrics, parts: &Parts) -> Vec<Share> {
+    let mut shares = Vec::new();
+    let mut placements = placements.iter();
+    for user in batch {
+        let targets: Vec<(u32, Placement)> = user.targets.iter().copied().zip(placements.by_ref().copied()).collect();
+        for (group, segment) in parts.segments().iter().enumerate() {
+            let inside = targets.iter().filter(|(target, _)| parts.contains(*segment, user.history.len(), *target));
+            let inside: Vec<Placement> = inside.map(|(_, placement)| *placement).collect();
+            if !inside.is_empty() {
+                let (row, targets) = (user.row.into(), inside.len() as u32);
+                shares.push(Share { row, group, targets, values: metrics.of(&inside) });
+            }
+        }
+    }
+    shares
+}
+
+/// What an evaluation is divided into.
+enum Parts {
+    Whole,
+    Segments(Segments),
+}
+
+impl Parts {
+    fn segments(&self) -> &'static [Segment] {
+        match self {
+            Self::Whole => &Segment::ALL[..1],
+            Self::Segments(_) => &Segment::ALL,
+        }
+    }
+
+    fn contains(&self, segment: Segment, history: usize, target: u32) -> bool {
+        match self {
+            Self::Whole => true,
+            Self::Segments(segments) => segments.contains(segment, history, target),
+        }
+    }
+
+    /// The means of one scorer over everything.
+    fn whole(&self, metrics: &Metrics, totals: &Totals) -> BTreeMap<String, f64> {
+        metrics.names().into_iter().enumerate().map(|(metric, name)| (name, totals.mean(0, metric).value)).collect()
+    }
+
+    /// The means of one scorer in each segment; none if there are no segments.
+    fn results(&self, metrics: &Metrics, totals: &Totals) -> Vec<SegmentResult> {
+        let Self::Segments(_) = self else { return Vec::new() };
+        let estimate = |group: usize, metric: usize| {
+            let Mean { value, low, high } = totals.mean(group, metric);
+            Estimate { value, low, high }
+        };
+        let result = |(group, segment): (usize, &Segment)| SegmentResult {
+            segment: segment.name().to_owned(),
+            users: totals.users(group),
+            targets: totals.targets(group),
+            metrics: metrics
+                .names()
+                .into_iter()
+                .enumerate()
+                .map(|(metric, name)| (name, estimate(group, metric)))
+                .collect(),
+        };
+        self.segments().iter().enumerate().map(result).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use learn_domain::config::SegmentsConfig;
+
+    use super::*;
+
+    #[test]
+    fn a_long_history_is_cut_to_its_newest_items() {
+        assert_eq!(newest(&[1, 2, 3], 2), [2, 3]);
+        assert_eq!(newest(&[1], 2), [1]);
+    }
+
+    #[test]
+    fn the_targets_of_a_user_are_divided_by_segments_of_items() {
+        let user = HeldOutUser { row: 4, history: vec![0, 1], targets: vec![2, 3, 4], ..HeldOutUser::default() };
+        let at = |higher| Placement { higher, equal: 0, competitors: 4 };
+        let placements = [at(0), at(1), at(3)];
+        let thresholds = SegmentsConfig { cold_items: 1, head_items: 0.2, cold_users: 2, active_users: 3 };
+        let parts = Parts::Segments(Segments::new(thresholds, vec![3, 3, 9, 1, 0]));
+        let found = shares(&[user], &placements, &Metrics::new(&[1]), &parts);
+        let mrr = |share: &Share| share.values[0];
+        let groups: Vec<_> = found.iter().map(|share| (share.group, share.targets, mrr(share))).collect();
+        assert_eq!(groups, [(0, 3, 1.0), (1, 2, 0.5), (2, 2, 0.5), (3, 1, 1.0), (4, 3, 1.0)]);
+        assert!(found.iter().all(|share| share.row == 4));
+
+        let user = HeldOutUser { history: vec![0], targets: vec![2], ..HeldOutUser::default() };
+        assert_eq!(shares(&[user], &[at(0)], &Metrics::new(&[1]), &Parts::Whole).len(), 1);
+    }
+}
