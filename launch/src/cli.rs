@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use learn_domain::Config;
 
-use crate::commands::{config, doctor, embed, eval, export, prepare, recommend, resume, status, stop, train};
+use crate::commands::{config, doctor, embed, eval, export, prepare, recommend, resume, status, stop, study, train};
 use crate::settings::Resolver;
 
 const EXIT_CODES: &str = "\
@@ -63,6 +63,9 @@ pub enum Command {
     /// Continue a run exactly where its last checkpoint is
     #[command(after_help = format!("{}\n\n{EXIT_CODES}", resume::HELP))]
     Resume(resume::ResumeArgs),
+    /// Train the variants of a study and write their tables
+    #[command(after_help = format!("{}\n\n{EXIT_CODES}", study::HELP))]
+    Study(study::StudyArgs),
     /// Evaluate a checkpoint on the valid or test split
     #[command(after_help = eval::HELP)]
     Eval(eval::EvalArgs),

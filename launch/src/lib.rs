@@ -8,6 +8,7 @@
 //! - [`job`]: one coordinator and its workers as local processes, watched to their end.
 //! - [`process`] and [`system`]: children that never outlive their parent; the few calls into the operating system.
 //! - [`render`]: what people see, as pure functions.
+//! - [`study`]: variants of a configuration, trained and set side by side.
 //!
 //! Invariant: nothing here links libtorch; all work on tensors is done by the sibling binaries.
 
@@ -21,4 +22,5 @@ pub mod process;
 pub mod render;
 pub mod runs;
 pub mod settings;
+pub mod study;
 pub mod system;

@@ -88,11 +88,12 @@ pub fn step(step: &StepRecord) -> String {
     )
 }
 
-/// One line for one evaluation.
+/// One line for one evaluation; AUC and HR wait for the table.
 #[must_use]
 pub fn evaluation(evaluation: &Evaluation) -> String {
     let mut line = format!("{} at step {} (epoch {}):", evaluation.split, evaluation.step, evaluation.epoch);
-    for (name, value) in ordered(&evaluation.metrics) {
+    let shown = ordered(&evaluation.metrics).into_iter().filter(|(name, _)| *name != "auc" && !name.starts_with("hr@"));
+    for (name, value) in shown {
         let _infallible = write!(line, " {name} {value:.4}");
     }
     let _infallible = write!(line, " ({} users, {})", count(evaluation.users), duration(evaluation.seconds));

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -305,4 +306,32 @@ heartbeat_timeout = "5s"
 pub fn is_alive(pid: u64) -> bool {
     let stat = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat"));
     stat.is_ok_and(|stat| stat.rsplit(')').next().is_some_and(|rest| !rest.trim_start().starts_with('Z')))
+}
+
+/// Waits until the metrics of a run hold `steps` lines, as a person would follow them.
+///
+/// # Panics
+/// If it cannot be followed.
+pub fn follow(site: &Site, run: &str, steps: usize) {
+    let mut follow = Command::new("tail")
+        .args(["--retry", "-n", "+1", "-F"])
+        .arg(site.run_dir(run).join("metrics.jsonl"))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("tail starts");
+    let lines = BufReader::new(follow.stdout.take().expect("it is piped")).lines();
+    assert_eq!(lines.take(steps).count(), steps);
+    follow.kill().expect("tail runs");
+    follow.wait().expect("tail ends");
+}
+
+/// Sends a signal by its name without `SIG`.
+///
+/// # Panics
+/// If it cannot be sent.
+pub fn signal(name: &str, pid: u64) {
+    // the shell has `kill` built in; a program of that name may not be there
+    let sent = Command::new("sh").args(["-c", &format!("kill -{name} {pid}")]).status().expect("sh starts");
+    assert!(sent.success());
 }

@@ -1,33 +1,11 @@
 //! Promise 3: a stopped run that is resumed ends where an undisturbed one does.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
-use std::process::{Command, Stdio};
+use std::io::Read;
 
-use learn_tests::{SMALL, Site, is_alive, succeeds, text};
+use learn_tests::{SMALL, Site, follow, is_alive, signal, succeeds, text};
 
 const STEPS: &str = "training.max_steps=24";
-
-/// Waits until the metrics of a run hold `steps` lines, as a person would follow them.
-fn follow(site: &Site, run: &str, steps: usize) {
-    let mut follow = Command::new("tail")
-        .args(["--retry", "-n", "+1", "-F"])
-        .arg(site.run_dir(run).join("metrics.jsonl"))
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("tail starts");
-    let lines = BufReader::new(follow.stdout.take().expect("it is piped")).lines();
-    assert_eq!(lines.take(steps).count(), steps);
-    follow.kill().expect("tail runs");
-    follow.wait().expect("tail ends");
-}
-
-fn signal(name: &str, pid: u64) {
-    // the shell has `kill` built in; a program of that name may not be there
-    let sent = Command::new("sh").args(["-c", &format!("kill -{name} {pid}")]).status().expect("sh starts");
-    assert!(sent.success());
-}
 
 /// Starts a run and stops it gracefully as soon as its metrics show `step`.
 fn stop_after(site: &Site, run: &str, step: usize, overrides: &[&str]) -> (Option<i32>, String) {

@@ -23,6 +23,22 @@ fn from_files_to_recommendations() {
     let recall = |part: &str| summary[part]["recall@10"].as_f64().unwrap();
     assert!(recall("test") > 1.5 * recall("popularity"), "the groups are easy to learn: {summary}");
 
+    // the test is divided into segments and set beside what needs no training
+    let names = |of: &Value, key: &str| -> Vec<String> {
+        of.as_array().unwrap().iter().map(|one| one[key].as_str().unwrap().to_owned()).collect()
+    };
+    let segments = ["all", "cold_items", "tail_items", "head_items", "cold_users", "active_users"];
+    assert_eq!(names(&summary["segments"], "segment"), segments);
+    assert_eq!(names(&summary["comparisons"], "name"), ["popularity", "last_item", "decayed_mean"]);
+    assert_eq!(summary["comparisons"][0]["metrics"], summary["popularity"]);
+    let all = &summary["segments"][0];
+    assert_eq!((&all["users"], &all["targets"]), (&Value::from(SMALL.users), &Value::from(SMALL.users)));
+    let of_all = |key: &str| all["metrics"]["recall@10"][key].as_f64().unwrap();
+    assert_eq!(of_all("value"), recall("test"));
+    assert!(of_all("low") < of_all("value") && of_all("value") < of_all("high"), "{all}");
+    let users = |place: usize| summary["segments"][place]["users"].as_u64().unwrap();
+    assert_eq!(users(2) + users(3), SMALL.users as u64, "each target is of the tail or of the head");
+
     let status = site.status("road");
     assert_eq!((&status["state"], &status["ledger"]["exact"]), (&Value::from("finished"), &Value::from(true)));
     let epochs = status["ledger"]["epochs"].as_array().unwrap();
@@ -35,6 +51,13 @@ fn from_files_to_recommendations() {
     let evaluation: Value = serde_json::from_slice(&evaluated.stdout).unwrap();
     let again = evaluation["metrics"]["recall@10"].as_f64().unwrap();
     assert!((again - recall("test")).abs() < 0.02, "{again} against {}", recall("test"));
+
+    assert_eq!(evaluation["comparisons"][0], summary["comparisons"][0], "popularity has the same bits, intervals too");
+    let shown = site.launch(&["eval", "runs/road", "--split", "valid", "--segments"]);
+    succeeds(&shown);
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    assert!(shown.contains("decayed_mean") && shown.contains("\ncold_users: "), "{shown}");
+    assert!(shown.lines().all(|line| line.len() <= 100), "{shown}");
 
     succeeds(&site.launch(&["export", "runs/road", "--out", "exported"]));
     for file in ["items.npy", "items.parquet", "users.npy", "users.parquet", "model.safetensors"] {

@@ -10,6 +10,7 @@ pub mod recommend;
 pub mod resume;
 pub mod status;
 pub mod stop;
+pub mod study;
 pub mod train;
 
 use std::path::Path;
@@ -42,6 +43,7 @@ pub fn run(cli: Cli) -> i32 {
         Command::Export(args) => export::run(&args, &output),
         Command::Recommend(args) => recommend::run(&args, &output),
         Command::Status(args) => status::run(&args, &output),
+        Command::Study(args) => study::run(&args, &output),
         Command::Stop(args) => stop::run(&args, &output),
         Command::Config(args) => config::run(&args, &output),
         Command::Doctor(args) => doctor::run(&args, &output),

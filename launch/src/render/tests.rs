@@ -152,7 +152,8 @@ fn metrics_are_ordered_by_their_cutoff() {
     assert_eq!(names, ["metric", "mrr", "ndcg@10", "recall@5", "recall@10", "recall@50"]);
     let cells: Vec<_> = table.lines().nth(2).unwrap().split_whitespace().collect();
     assert_eq!(cells, ["ndcg@10", "-", "0.5000"]);
-    let line = evaluation(&evaluated_on(test));
+    let more = metrics(&[("auc", 0.6), ("hr@10", 0.2)]);
+    let line = evaluation(&evaluated_on(test.into_iter().chain(more).collect()));
     let wanted =
         "valid at step 20 (epoch 1): mrr 0.3000 recall@5 0.1000 recall@10 0.2000 recall@50 0.4000 (943 users, 1.5s)";
     assert_eq!(line, wanted);

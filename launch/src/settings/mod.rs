@@ -24,10 +24,15 @@ pub const ENVIRONMENT_PREFIX: &str = "LEARN__";
 /// Where a value came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
-    File { path: PathBuf, line: usize },
+    File {
+        path: PathBuf,
+        line: usize,
+    },
     Environment(String),
     Set(String),
     Flag(&'static str),
+    /// A variant of a study.
+    Variant(String),
 }
 
 impl fmt::Display for Origin {
@@ -37,6 +42,7 @@ impl fmt::Display for Origin {
             Self::Environment(name) => write!(f, "environment variable {name}"),
             Self::Set(argument) => write!(f, "--set {argument}"),
             Self::Flag(name) => f.write_str(name),
+            Self::Variant(name) => write!(f, "variant `{name}`"),
         }
     }
 }
@@ -94,6 +100,15 @@ impl Resolver {
         Ok(self)
     }
 
+    /// Takes the settings of a study's variant.
+    ///
+    /// # Errors
+    /// An unknown key or a value of the wrong type.
+    pub fn variant(mut self, name: &str, settings: &toml::Table) -> Result<Self, SettingsError> {
+        self.table(settings, "", &|_| Origin::Variant(name.to_owned()))?;
+        Ok(self)
+    }
+
     fn table(
         &mut self,
         table: &toml::Table,
@@ -112,8 +127,11 @@ impl Resolver {
                 }
                 _ => {
                     let origin = origin(&key);
-                    if self.catalogue.key(&key).is_none() {
-                        return Err(self.unknown(&key, origin));
+                    let Some(known) = self.catalogue.key(&key) else { return Err(self.unknown(&key, origin)) };
+                    // as with --set: no text unsets what may be unset
+                    if known.nullable && value.as_str() == Some("") {
+                        self.assign(&key, Value::Null, origin)?;
+                        continue;
                     }
                     let value = text::to_json(value).map_err(|problem| SettingsError::Value {
                         origin: origin.clone(),

@@ -76,6 +76,9 @@ fn values_are_typed_by_their_key() {
     assert_eq!(config.prepare.items.files, [PathBuf::from("a=b.csv")]);
     assert_eq!(config.prepare.items.title.as_deref(), Some("Title"));
     assert_eq!(config.embed.from.as_deref(), Some(Path::new("vectors.npy")));
+    let variant = toml::from_str("embed.from = ''").unwrap();
+    let unset = Resolver::new(&config).variant("none", &variant).unwrap().finish().unwrap();
+    assert_eq!(unset.embed.from, None);
     let unset = Resolver::new(&config).sets(&["embed.from=".into()]).unwrap().finish().unwrap();
     assert_eq!(unset.embed.from, None);
 }
