@@ -110,6 +110,9 @@ fn ordered(metrics: &Metrics) -> Vec<(&str, f64)> {
     rows
 }
 
+/// Width of the names of metrics.
+const NAME: usize = 16;
+
 /// A table of metrics, one column each; the rows are those of all columns together.
 #[must_use]
 pub fn metrics_table(columns: &[(&str, &Metrics)]) -> String {
@@ -117,13 +120,13 @@ pub fn metrics_table(columns: &[(&str, &Metrics)]) -> String {
     for (_, metrics) in columns {
         all.extend(metrics.iter().map(|(name, value)| (name.clone(), *value)));
     }
-    let mut out = format!("{:<12}", "metric");
+    let mut out = format!("{:<NAME$}", "metric");
     for (title, _) in columns {
         let _infallible = write!(out, "{title:>13}");
     }
     out.push('\n');
     for (name, _) in ordered(&all) {
-        let _infallible = write!(out, "{name:<12}");
+        let _infallible = write!(out, "{name:<NAME$}");
         for (_, metrics) in columns {
             let cell = metrics.get(name).map_or("-".to_owned(), |value| format!("{value:.4}"));
             let _infallible = write!(out, "{cell:>13}");

@@ -40,6 +40,18 @@ fn joint_training_is_the_same_for_any_number_of_workers_and_passes() {
     for name in ["cvr.auc", "cvr.log_loss", "cvr.calibration", "cvr.ece"] {
         assert!(wanted[name].as_f64().is_some_and(f64::is_finite), "{name}: {wanted}");
     }
+    let log_loss = |segment: &str| {
+        let status = site.status("w2-m0");
+        let evaluations = status["evaluations"].as_array().cloned().unwrap_or_default();
+        let segments = evaluations.iter().rfind(|one| one["split"] == "test").map(|one| one["segments"].clone());
+        let segments = segments.as_ref().and_then(Value::as_array).cloned().unwrap_or_default();
+        let found = segments.into_iter().find(|one| one["segment"] == segment).unwrap_or_else(|| panic!("{status}"));
+        let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
+        (number(&found["targets"]), number(&found["metrics"]["cvr.log_loss"]["value"]))
+    };
+    let [(all, whole), (head, of_head), (tail, of_tail)] = ["all", "head_items", "tail_items"].map(log_loss);
+    assert!(head > 0.0 && tail > 0.0 && head + tail == all, "{head} + {tail} of {all} targets");
+    assert!((head * of_head + tail * of_tail - all * whole).abs() < 1e-6, "{of_head} and {of_tail} make {whole}");
     for (other_losses, other_parameters, other) in &runs[1..] {
         for (one, other) in losses.iter().zip(other_losses) {
             assert!((one - other).abs() < 1e-5, "{other} instead of {one}");

@@ -117,7 +117,8 @@ pub struct SegmentResult {
     pub metrics: BTreeMap<String, Estimate>,
 }
 
-/// A mean over users with the 95 % bootstrap interval; without resamples the interval is the value.
+/// A mean over users with the 95 % bootstrap interval. Without resamples the interval is the value, and so it is for
+/// `cvr.*`, which are not resampled.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
     pub value: f64,

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use learn_domain::report::{Comparison, Estimate, Evaluation, SegmentResult, Summary};
 
-use super::{Metrics, count, duration, metrics_table, ordered};
+use super::{Metrics, NAME, count, duration, metrics_table, ordered};
 
 /// An evaluation that was asked for: one table, and one for each segment if they are wanted.
 #[must_use]
@@ -31,7 +31,7 @@ fn segment_table(segment: &SegmentResult, comparisons: &[Comparison]) -> String 
     if segment.users == 0 {
         return out;
     }
-    let _infallible = write!(out, "{:<12}{:>12}  {:<16}", "metric", "model", "95 % interval");
+    let _infallible = write!(out, "{:<NAME$}{:>12}  {:<16}", "metric", "model", "95 % interval");
     let others: Vec<(&str, Option<&SegmentResult>)> = comparisons
         .iter()
         .map(|one| (one.name.as_str(), one.segments.iter().find(|other| other.segment == segment.segment)))
@@ -43,7 +43,7 @@ fn segment_table(segment: &SegmentResult, comparisons: &[Comparison]) -> String 
     let values: Metrics = segment.metrics.iter().map(|(name, estimate)| (name.clone(), estimate.value)).collect();
     for (name, value) in ordered(&values) {
         let Estimate { low, high, .. } = segment.metrics[name];
-        let _infallible = write!(out, "{name:<12}{value:>12.4}  {:<16}", format!("{low:.4} - {high:.4}"));
+        let _infallible = write!(out, "{name:<NAME$}{value:>12.4}  {:<16}", format!("{low:.4} - {high:.4}"));
         for (_, other) in &others {
             let cell = other.and_then(|other| other.metrics.get(name));
             let cell = cell.map_or("-".to_owned(), |estimate| format!("{:.4}", estimate.value));

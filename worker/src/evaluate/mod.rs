@@ -160,7 +160,10 @@ impl Evaluator {
             let embedded = self.embed_users(catalogue, &histories)?;
             add(0, &embedded, &items)?;
             if let Some(conversions) = &mut conversions {
-                let place = |at: usize, _| Place { row: batch[at].row as usize, groups: 1 };
+                let place = |at: usize, target| Place {
+                    row: batch[at].row as usize,
+                    groups: parts.groups(batch[at].history.len(), target),
+                };
                 conversions.add(catalogue.parameters, (&embedded, &items), batch, place)?;
             }
             for (scorer, comparison) in (1..).zip(&comparisons) {
@@ -176,8 +179,14 @@ impl Evaluator {
             segments: parts.results(&metrics, totals),
         });
         let mut whole = parts.whole(&metrics, &totals[0]);
+        let mut segments = parts.results(&metrics, &totals[0]);
         if let Some(conversions) = conversions {
-            whole.extend(conversions.gather(exchange)?.metrics(0));
+            let gathered = conversions.gather(exchange)?;
+            whole.extend(gathered.metrics(0));
+            for (group, segment) in segments.iter_mut().enumerate() {
+                let alone = |(name, value)| (name, Estimate { value, low: value, high: value });
+                segment.metrics.extend(gathered.metrics(group).into_iter().map(alone));
+            }
         }
         Ok(Evaluation {
             split: request.split,
@@ -185,7 +194,7 @@ impl Evaluator {
             epoch: request.epoch,
             users: totals[0].users(0),
             metrics: whole,
-            segments: parts.results(&metrics, &totals[0]),
+            segments,
             comparisons: compared.collect(),
             seconds: started.elapsed().as_secs_f64(),
         })
@@ -323,6 +332,12 @@ impl Parts {
             Self::Whole => true,
             Self::Segments(segments) => segments.contains(segment, history, target),
         }
+    }
+
+    /// The segments that a target of a user belongs to, a bit each.
+    fn groups(&self, history: usize, target: u32) -> u64 {
+        let inside = |(group, segment): (usize, &Segment)| u64::from(self.contains(*segment, history, target)) << group;
+        self.segments().iter().enumerate().map(inside).sum()
     }
 
     /// The means of one scorer over everything.
