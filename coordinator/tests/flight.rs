@@ -135,7 +135,7 @@ async fn every_world_gets_the_same_job_and_each_user_once_per_epoch() {
     for (place, user) in plan.users(position).into_iter().enumerate() {
         let items = dataset.train().items(user.0 as usize);
         let key = SampleKey { seed: plan.draw_seed(), epoch: position.epoch, user };
-        let sample = sample(key, items.len() as u32, &ground.config.sampling.shape()).unwrap();
+        let sample = sample(key, items.len() as u32, &ground.config.sample_shape()).unwrap();
         pairs += (sample.user_positions.len() * sample.item_positions.len()) as u64;
         let row = &rows[&(8, place as u32)];
         assert_eq!(UserIndex(row.user), user);
@@ -220,7 +220,7 @@ async fn times_and_labels_go_with_their_items() {
                 global_batch: 16,
             });
             let key = SampleKey { seed: seed.unwrap().draw_seed(), epoch: meta.epoch, user: UserIndex(user) };
-            let sample = sample(key, items.len() as u32, &ground.config.sampling.shape()).unwrap();
+            let sample = sample(key, items.len() as u32, &ground.config.sample_shape()).unwrap();
             let times = |indices: &[u32]| indices.iter().map(|&i| train.times(at)[i as usize]).collect::<Vec<_>>();
             assert_eq!(wide(batch, "history_times", row), times(&sample.history));
             assert_eq!(wide(batch, "target_times", row), times(&sample.targets));

@@ -134,7 +134,8 @@ pub struct BatchMeta {
     pub epoch: u32,
     /// Users of the step over all ranks.
     pub global_users: u32,
-    /// (position, target) pairs of the step over all ranks: the sum over its users of `Nh_i * Nt_i`.
+    /// (position, target) pairs that the step trains on, over all ranks: the sum over its users of `Nh_i * Nt_i`, or of the
+    /// positions if each has one target (`objective.kind = "next_item"`).
     pub global_pairs: u64,
     /// Number of this message among the step's, from 0.
     pub part: u32,

@@ -9,19 +9,20 @@ use std::time::Instant;
 use half::f16;
 use learn_collective::{Group, connect_tcp};
 use learn_domain::UserIndex;
-use learn_domain::config::{Config, Precision};
+use learn_domain::config::{Config, ObjectiveKind, Precision};
 use learn_domain::random::Draws;
-use learn_domain::sampling::{SampleKey, sample};
+use learn_domain::sampling::{SampleKey, sample, sample_size, uniform_items};
 use learn_model::{AdamW, Forward, Parameters, Pch};
 use learn_proto::flight::BatchMeta;
 use learn_telemetry::WorkerMetrics;
 use serde::Serialize;
+use tch::{Kind, Tensor};
 
 use crate::control::Progress;
 use crate::error::WorkerError;
 use crate::feed::PreparedStep;
 use crate::feed::assemble::{Layout, UserShare, assemble};
-use crate::train::{Exchange, InBatch, Objective, PhaseClock, Stepper, shape};
+use crate::train::{Exchange, FullSoftmax, InBatch, Objective, PhaseClock, Stepper, shape};
 
 /// What is measured.
 #[derive(Clone, Debug, Serialize)]
@@ -65,7 +66,7 @@ pub fn bench_step(settings: &BenchSettings) -> Result<BenchResult, WorkerError> 
         forward: Forward { train: true, precision: config.training.precision },
         device: settings.device,
         input_dim: settings.input_dim as usize,
-        objective: Objective::InBatch(InBatch::default()),
+        objective: synthetic_objective(settings),
         conversion: None,
         draw_seed: config.job.seed,
         clock: PhaseClock::new(metrics.clone(), Arc::new(Progress::default())),
@@ -122,16 +123,33 @@ impl learn_collective::Rendezvous for Alone {
     }
 }
 
+fn synthetic_objective(settings: &BenchSettings) -> Objective {
+    let objective = &settings.config.objective;
+    match objective.kind {
+        ObjectiveKind::DenseAllAction | ObjectiveKind::NextItem => {
+            Objective::InBatch(InBatch::new(objective, None, settings.device))
+        }
+        ObjectiveKind::FullSoftmax => {
+            let shape = [i64::from(settings.items), i64::from(settings.input_dim)];
+            let rows = Tensor::randn(shape, (Kind::Float, settings.device)) / f64::from(settings.input_dim).sqrt();
+            Objective::FullSoftmax(FullSoftmax::new(objective, (rows.to_kind(Kind::Half), 0)))
+        }
+    }
+}
+
 fn synthetic_step(settings: &BenchSettings) -> PreparedStep {
     let config = &settings.config;
-    let sampling = config.sampling.shape();
+    let sampling = config.sample_shape();
     let users = config.training.global_batch;
     let mut draws = Draws::new(&[config.job.seed]);
+    let mut pairs = 0;
     let share: Vec<UserShare> = (0..users)
         .filter_map(|user| {
             let length = 2 + draws.below(u64::from(sampling.history + sampling.targets - 1)) as u32;
             let items: Vec<u32> = (0..length).map(|_| draws.below(u64::from(settings.items)) as u32).collect();
-            let drawn = sample(SampleKey { seed: 1, epoch: 0, user: UserIndex(user) }, length, &sampling)?;
+            let key = SampleKey { seed: 1, epoch: 0, user: UserIndex(user) };
+            pairs += sample_size(key, length, &sampling)?.pairs;
+            let drawn = sample(key, length, &sampling)?;
             let pick = |indices: &[u32]| indices.iter().map(|&index| items[index as usize]).collect();
             Some(UserShare {
                 user,
@@ -144,10 +162,11 @@ fn synthetic_step(settings: &BenchSettings) -> PreparedStep {
             })
         })
         .collect();
-    let pairs = share.iter().map(|user| (user.user_positions.len() * user.item_positions.len()) as u64).sum();
     let dim = settings.input_dim as usize;
     let scale = 1.0 / (dim as f64).sqrt();
-    let micro_batches = assemble(&share, Layout { micro_batch: config.training.micro_batch, ..Layout::default() })
+    let layout = Layout::new(&config.objective, config.training.micro_batch);
+    let further = uniform_items(config.job.seed, 0, settings.items, config.objective.uniform_negatives);
+    let micro_batches = assemble(&share, &further, layout)
         .into_iter()
         .map(|batch| {
             let values = batch.unique_items.len() * dim;

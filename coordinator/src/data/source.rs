@@ -86,7 +86,7 @@ impl Source {
             items: facts.items,
             dim: dim as u32,
         };
-        Ok(Self { dataset, embeddings, plan, shape: config.sampling.shape(), total_steps, facts, provenance })
+        Ok(Self { dataset, embeddings, plan, shape: config.sample_shape(), total_steps, facts, provenance })
     }
 
     /// Adds what a stream was made from to its schema.

@@ -10,6 +10,11 @@
 //! 3. **Stage 2** draws `user_positions` positions of the kept history and `item_positions` of the kept targets
 //!    without replacement, with the recency weights of [`recency_weight`] (LEARN, arXiv 2405.03988, section "sample
 //!    construction"; the exact form of the weight is our reading).
+//!
+//! [`Pairs::Next`] has no cut and no stage 1: the history is the newest `history + 1` items of the sequence without the
+//! last, and the target of a position is the item that follows it, as in SASRec (Kang and McAuley, ICDM 2018). Stage 2
+//! draws the positions; with `user_positions >= history` that is all of them, so one causal pass over a user trains them
+//! all in each epoch.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -28,9 +33,21 @@ pub enum StageOne {
     Nearest,
 }
 
+/// Which targets a sampled history position is trained on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Pairs {
+    /// Every sampled target of the user, as published.
+    #[default]
+    AllAction,
+    /// The item that follows the position.
+    Next,
+}
+
 /// Lengths of a sample.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SamplingShape {
+    pub pairs: Pairs,
     /// `H`: most items the user tower sees.
     pub history: u32,
     /// `T`: most items the item tower sees.
@@ -62,7 +79,8 @@ pub struct SampleKey {
 pub struct Sample {
     /// Indices into the sequence, ascending, `1..=H` of them.
     pub history: Vec<u32>,
-    /// Indices into the sequence, ascending, all after the last of `history`, `1..=T` of them.
+    /// Indices into the sequence, ascending. All-action: all after the last of `history`, `1..=T` of them. Next: one for
+    /// each of `user_positions`, the index after its own.
     pub targets: Vec<u32>,
     /// Positions in `history`, ascending.
     pub user_positions: Vec<u32>,
@@ -85,8 +103,13 @@ pub fn recency_weight(i: usize, n: usize, alpha: f64, beta: f64) -> f64 {
 pub struct SampleSize {
     pub history: u32,
     pub targets: u32,
-    /// (history position, target position) pairs.
+    /// (history position, target position) pairs that are trained on.
     pub pairs: u64,
+}
+
+/// The history that precedes the last item of a sequence, as far as it is seen.
+fn before_the_last(length: u32, shape: &SamplingShape) -> std::ops::Range<u32> {
+    (length - 1).saturating_sub(shape.history)..length - 1
 }
 
 /// The first draw of a sample: the cut point and the end of the target window.
@@ -101,6 +124,11 @@ fn cut(draws: &mut Draws, length: u32, shape: &SamplingShape) -> (u32, u32) {
 pub fn sample_size(key: SampleKey, length: u32, shape: &SamplingShape) -> Option<SampleSize> {
     if length < 2 {
         return None;
+    }
+    if shape.pairs == Pairs::Next {
+        let history = before_the_last(length, shape).len() as u32;
+        let targets = history.min(shape.user_positions);
+        return Some(SampleSize { history, targets, pairs: targets.into() });
     }
     let (cut, end) = cut(&mut draws(key), length, shape);
     let (history, targets) = (cut.min(shape.history), (end - cut).min(shape.targets));
@@ -119,6 +147,13 @@ pub fn sample(key: SampleKey, length: u32, shape: &SamplingShape) -> Option<Samp
         return None;
     }
     let mut draws = draws(key);
+    if shape.pairs == Pairs::Next {
+        let history: Vec<u32> = before_the_last(length, shape).collect();
+        let user_positions = recent_positions(&mut draws, history.len(), shape.user_positions, shape);
+        let targets: Vec<u32> = user_positions.iter().map(|&position| history[position as usize] + 1).collect();
+        let item_positions = (0..targets.len() as u32).collect();
+        return Some(Sample { history, targets, user_positions, item_positions });
+    }
     let (cut, end) = cut(&mut draws, length, shape);
     let (history, targets) = match shape.stage_one {
         StageOne::Uniform => {
@@ -139,6 +174,15 @@ pub fn sample(key: SampleKey, length: u32, shape: &SamplingShape) -> Option<Samp
 #[must_use]
 pub fn tokens(sample: &Sample) -> u32 {
     (sample.history.len() + sample.targets.len()) as u32
+}
+
+/// Items of a catalogue of `items` that join the negatives of the step after `finished` ones: `count` uniform draws with
+/// replacement, the same whoever draws them. `seed` is [`crate::plan::Plan::draw_seed`].
+#[must_use]
+pub fn uniform_items(seed: u64, finished: u64, items: u32, count: u32) -> Vec<u32> {
+    // no epoch has this number, so no sample has this key
+    let mut draws = Draws::new(&[seed, u64::MAX, finished]);
+    (0..count).map(|_| draws.below(items.into()) as u32).collect()
 }
 
 /// `count` values of the range, uniformly without replacement, ascending (Knuth's selection sampling, algorithm S).
@@ -181,6 +225,7 @@ mod tests {
     use super::*;
 
     const SHAPE: SamplingShape = SamplingShape {
+        pairs: Pairs::AllAction,
         history: 40,
         targets: 20,
         window: 0,
@@ -227,6 +272,33 @@ mod tests {
         }
     }
 
+    proptest! {
+        #[test]
+        fn next_pairs_follow_each_other_at_the_end_of_the_sequence(
+            length in 2_u32..120, user: u32, epoch in 0_u32..9, history in 1_u32..60, user_positions in 1_u32..70,
+        ) {
+            let shape = SamplingShape { pairs: Pairs::Next, history, user_positions, ..SHAPE };
+            let s = draw(user, epoch, length, &shape);
+            prop_assert_eq!(&s, &draw(user, epoch, length, &shape));
+            prop_assert_eq!(s.history.len() as u32, (length - 1).min(history));
+            prop_assert_eq!(s.history.last(), Some(&(length - 2)));
+            prop_assert!(s.history.windows(2).all(|pair| pair[0] + 1 == pair[1]), "a run without gaps");
+            prop_assert!(s.user_positions.windows(2).all(|pair| pair[0] < pair[1]));
+            prop_assert_eq!(s.user_positions.len(), s.history.len().min(user_positions as usize));
+            for (nth, (&position, &target)) in s.user_positions.iter().zip(&s.targets).enumerate() {
+                prop_assert_eq!(target, s.history[position as usize] + 1);
+                prop_assert_eq!(s.item_positions[nth], nth as u32);
+            }
+            prop_assert_eq!(s.item_positions.len(), s.user_positions.len());
+            let size = sample_size(SampleKey { seed: 1, epoch, user: UserIndex(user) }, length, &shape).unwrap();
+            prop_assert_eq!((size.history, size.targets), (s.history.len() as u32, s.targets.len() as u32));
+            prop_assert_eq!(size.pairs, s.targets.len() as u64);
+            if user_positions >= history {
+                prop_assert_eq!(s.targets.len() as u32, (length - 1).min(history), "every position is trained");
+            }
+        }
+    }
+
     #[test]
     fn recent_positions_are_drawn_more_often() {
         let mut old = 0;
@@ -241,6 +313,17 @@ mod tests {
         // weights: ln(10)..ln(1033) for the oldest five, ln(8985)..ln(10000) for the newest five
         assert!(f64::from(recent) > 1.25 * f64::from(old), "{recent} against {old}");
         assert!(f64::from(recent) < 2.2 * f64::from(old), "{recent} against {old}");
+    }
+
+    #[test]
+    fn uniform_items_cover_the_catalogue_and_differ_by_step() {
+        let drawn = uniform_items(5, 3, 10, 2_000);
+        let counts = (0..10).map(|item| drawn.iter().filter(|&&one| one == item).count());
+        // 200 expected with a standard deviation of 13
+        assert!(counts.clone().all(|count| (140..260).contains(&count)), "{:?}", counts.collect::<Vec<_>>());
+        assert_eq!(drawn, uniform_items(5, 3, 10, 2_000));
+        assert_ne!(drawn, uniform_items(5, 4, 10, 2_000));
+        assert!(uniform_items(5, 3, 10, 0).is_empty());
     }
 
     #[test]

@@ -16,6 +16,7 @@ use std::time::Instant;
 
 use learn_domain::Step;
 use learn_domain::config::EvaluationConfig;
+use learn_domain::plan::contiguous_part;
 use learn_domain::ranking::{Metrics, Placement};
 use learn_domain::report::{Comparison, Estimate, Evaluation, SegmentResult, Split};
 use learn_domain::resampling::{Mean, Share, Totals};
@@ -236,6 +237,25 @@ impl Evaluator {
         Ok(rows_tensor(&rows, self.dim, self.device))
     }
 
+    /// Content embeddings `[n, input_dim]` in f16 of this rank's part of the catalogue, on the device, and its first item.
+    ///
+    /// # Errors
+    /// If they cannot be fetched.
+    pub fn own_items(&mut self, exchange: &Exchange) -> Result<(Tensor, i64), WorkerError> {
+        let part = contiguous_part(self.items, exchange.rank(), exchange.world_size());
+        let mine: Vec<u32> = part.clone().map(|item| item as u32).collect();
+        let all = Tensor::empty([mine.len() as i64, self.dim as i64], (Kind::Half, self.device));
+        for (number, chunk) in mine.chunks(ITEM_CHUNK).enumerate() {
+            let rows = self.handle.block_on(self.rows.fetch(chunk))?;
+            all.narrow(0, (number * ITEM_CHUNK) as i64, chunk.len() as i64).copy_(&rows_tensor(
+                &rows,
+                self.dim,
+                self.device,
+            ));
+        }
+        Ok((all, part.start as i64))
+    }
+
     /// All item embeddings `[N, d]`, each rank having embedded an equal part, and if they are to be kept the content
     /// embeddings `[N, input_dim]` they were made of.
     fn embed_items(
@@ -245,9 +265,9 @@ impl Evaluator {
         keep_content: bool,
     ) -> Result<(Tensor, Option<Tensor>), WorkerError> {
         let world = exchange.world_size();
-        let bound = |rank: usize| self.items * rank / world;
-        let counts: Vec<usize> = (0..world).map(|rank| bound(rank + 1) - bound(rank)).collect();
-        let mine: Vec<u32> = (bound(exchange.rank()) as u32..bound(exchange.rank() + 1) as u32).collect();
+        let part = |rank: usize| contiguous_part(self.items, rank, world);
+        let counts: Vec<usize> = (0..world).map(|rank| part(rank).len()).collect();
+        let mine: Vec<u32> = part(exchange.rank()).map(|item| item as u32).collect();
         let none = |width| vec![Tensor::zeros([0, width], (Kind::Float, self.device))];
         let (mut parts, mut content) = (none(catalogue.model.output_dim()), none(self.dim as i64));
         for chunk in mine.chunks(ITEM_CHUNK) {

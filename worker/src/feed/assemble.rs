@@ -5,6 +5,10 @@
 
 use std::collections::HashMap;
 
+use learn_domain::config::{ObjectiveConfig, ObjectiveKind};
+use learn_domain::plan::contiguous_part;
+use learn_domain::sampling::Pairs;
+
 /// One user of a share.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UserShare {
@@ -63,7 +67,8 @@ pub struct MicroBatch {
     pub padded_tokens: u64,
 }
 
-/// The sampled targets with a label, each with its user's newest sampled history position; empty without labels.
+/// The sampled targets with a label, each with its user's newest sampled history position, or, if each stands alone, with
+/// the position that it follows; empty without labels.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Exposures {
     /// `[K]`: row of the pass's user embeddings.
@@ -75,21 +80,24 @@ pub struct Exposures {
 }
 
 impl Exposures {
-    fn of(users: &[UserShare]) -> Self {
+    fn of(users: &[UserShare], targets: Targets) -> Self {
         let mut exposures = Self::default();
         let (mut rows, mut items) = (0, 0);
         for user in users {
-            rows += user.user_positions.len() as i64;
-            for &position in &user.item_positions {
+            let newest = user.user_positions.len() as i64 - 1;
+            for (nth, &position) in (0..).zip(&user.item_positions) {
+                let row = if targets == Targets::Alone { nth } else { newest };
                 if let Some(&label) = user.target_labels.get(position as usize)
-                    && !user.user_positions.is_empty()
+                    && (0..=newest).contains(&row)
+                    && targets != Targets::Named
                 {
-                    exposures.user_row.push(rows - 1);
+                    exposures.user_row.push(rows + row);
                     exposures.item_row.push(items);
                     exposures.label.push(label);
                 }
                 items += 1;
             }
+            rows += newest + 1;
         }
         exposures
     }
@@ -98,33 +106,81 @@ impl Exposures {
 /// The owner of an item that is nobody's target.
 pub const NOBODY: i64 = -1;
 
+/// How targets reach the item tower.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Targets {
+    /// One sequence per user.
+    #[default]
+    Sequence,
+    /// A sequence of one each: a next item must not see the earlier ones, which the user's position sees too.
+    Alone,
+    /// Not at all: the objective embeds the catalogue and needs their names only.
+    Named,
+}
+
 /// How a share is divided and laid out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Layout {
+    pub targets: Targets,
     /// Most users of a micro-batch; 0 = one micro-batch.
     pub micro_batch: u32,
     /// Newest history items of each user that become negatives.
     pub history_negatives: u32,
 }
 
-/// Divides a share into micro-batches and lays each out.
-#[must_use]
-pub fn assemble(share: &[UserShare], layout: Layout) -> Vec<MicroBatch> {
-    let size = if layout.micro_batch == 0 { share.len().max(1) } else { layout.micro_batch as usize };
-    share.chunks(size).map(|users| lay_out(users, layout.history_negatives as usize)).collect()
+impl Layout {
+    /// What an objective needs.
+    #[must_use]
+    pub fn new(objective: &ObjectiveConfig, micro_batch: u32) -> Self {
+        let targets = match objective.pairs() {
+            // the CVR head reads the targets' embeddings
+            _ if objective.kind == ObjectiveKind::FullSoftmax && objective.cvr_head().is_none() => Targets::Named,
+            Pairs::Next => Targets::Alone,
+            Pairs::AllAction => Targets::Sequence,
+        };
+        Self { targets, micro_batch, history_negatives: objective.history_negatives }
+    }
 }
 
-fn lay_out(users: &[UserShare], history_negatives: usize) -> MicroBatch {
-    let mut unique_items: Vec<u32> =
-        users.iter().flat_map(|user| user.history.iter().chain(&user.targets)).copied().collect();
+impl MicroBatch {
+    /// Rows that the item tower gives: `M`, unless targets are only named.
+    #[must_use]
+    pub fn embedded_items(&self) -> usize {
+        self.targets.positions.len() + self.negatives.positions.len()
+    }
+}
+
+/// Divides a share and `further` items, which are negatives for every user, into micro-batches and lays each out.
+#[must_use]
+pub fn assemble(share: &[UserShare], further: &[u32], layout: Layout) -> Vec<MicroBatch> {
+    let size = if layout.micro_batch == 0 { share.len().max(1) } else { layout.micro_batch as usize };
+    let mut batches: Vec<&[UserShare]> = share.chunks(size).collect();
+    if batches.is_empty() && !further.is_empty() {
+        batches.push(&[]);
+    }
+    let count = batches.len();
+    let part = |number| &further[contiguous_part(further.len(), number, count)];
+    batches.into_iter().enumerate().map(|(number, users)| lay_out(users, part(number), layout)).collect()
+}
+
+fn lay_out(users: &[UserShare], further: &[u32], layout: Layout) -> MicroBatch {
+    let embedded = |user: &'_ UserShare| if layout.targets == Targets::Named { 0 } else { user.targets.len() };
+    let sequences = users.iter().flat_map(|user| user.history.iter().chain(&user.targets[..embedded(user)]));
+    let mut unique_items: Vec<u32> = sequences.chain(further).copied().collect();
     unique_items.sort_unstable();
     unique_items.dedup();
     let index: HashMap<u32, i64> = unique_items.iter().zip(0..).map(|(&item, row)| (item, row)).collect();
     let history = pad(users.iter().map(|user| (&user.history[..], &user.user_positions[..])), &index);
-    let targets = pad(users.iter().map(|user| (&user.targets[..], &user.item_positions[..])), &index);
+    let targets = match layout.targets {
+        Targets::Sequence => pad(users.iter().map(|user| (&user.targets[..], &user.item_positions[..])), &index),
+        Targets::Alone => alone(users.iter().flat_map(sampled_targets), &index),
+        Targets::Named => PaddedSequences::default(),
+    };
+    let history_negatives = layout.history_negatives as usize;
     let newest = |user: &UserShare| user.history.len().saturating_sub(history_negatives)..user.history.len();
-    let negative_items: Vec<u32> = users.iter().flat_map(|user| user.history[newest(user)].iter().copied()).collect();
-    let negatives = pad(negative_items.iter().map(|item| (std::slice::from_ref(item), &[0][..])), &index);
+    let seen = users.iter().flat_map(|user| &user.history[newest(user)]);
+    let negative_items: Vec<u32> = seen.chain(further).copied().collect();
+    let negatives = alone(negative_items.iter().copied(), &index);
     let repeat = |user: &UserShare, count: usize| std::iter::repeat_n(i64::from(user.place), count);
     MicroBatch {
         row_user: users.iter().flat_map(|user| repeat(user, user.user_positions.len())).collect(),
@@ -133,19 +189,26 @@ fn lay_out(users: &[UserShare], history_negatives: usize) -> MicroBatch {
             .flat_map(|user| repeat(user, user.item_positions.len()))
             .chain(negative_items.iter().map(|_| NOBODY))
             .collect(),
-        item_id: users
-            .iter()
-            .flat_map(|user| user.item_positions.iter().map(|&position| i64::from(user.targets[position as usize])))
-            .chain(negative_items.iter().map(|&item| i64::from(item)))
-            .collect(),
-        exposures: Exposures::of(users),
-        tokens: users.iter().map(|user| (user.history.len() + user.targets.len()) as u64).sum(),
+        item_id: users.iter().flat_map(sampled_targets).chain(negative_items.iter().copied()).map(i64::from).collect(),
+        exposures: Exposures::of(users, layout.targets),
+        tokens: users.iter().map(|user| (user.history.len() + embedded(user)) as u64).sum(),
         padded_tokens: (history.items.len() + targets.items.len()) as u64,
         negatives,
         unique_items,
         history,
         targets,
     }
+}
+
+fn sampled_targets(user: &UserShare) -> impl Iterator<Item = u32> {
+    user.item_positions.iter().map(|&position| user.targets[position as usize])
+}
+
+/// Each item as a sequence of one.
+fn alone(items: impl Iterator<Item = u32>, index: &HashMap<u32, i64>) -> PaddedSequences {
+    let items: Vec<i64> = items.map(|item| index[&item]).collect();
+    let count = items.len() as i64;
+    PaddedSequences { lengths: vec![1; items.len()], width: 1, positions: (0..count).collect(), items }
 }
 
 fn pad<'a>(
@@ -174,7 +237,7 @@ pub fn newest_positions(histories: &[&[u32]]) -> (Vec<u32>, PaddedSequences) {
             ..UserShare::default()
         })
         .collect();
-    let batch = lay_out(&users, 0);
+    let batch = lay_out(&users, &[], Layout::default());
     (batch.unique_items, batch.history)
 }
 
@@ -198,7 +261,7 @@ mod tests {
 
     #[test]
     fn a_batch_by_hand() {
-        let batches = assemble(&share(), Layout::default());
+        let batches = assemble(&share(), &[], Layout::default());
         let [batch] = &batches[..] else { panic!("one micro-batch") };
         assert_eq!(batch.unique_items, [2, 3, 5, 7, 9]);
         assert_eq!((batch.history.width, &batch.history.items[..]), (3, &[3, 1, 0, 1, 1, 2][..]));
@@ -214,37 +277,72 @@ mod tests {
     #[test]
     fn exposures_pair_targets_with_the_newest_sampled_position() {
         let mut users = share();
-        assert_eq!(assemble(&users, Layout::default())[0].exposures, Exposures::default(), "nobody has a label");
+        assert_eq!(assemble(&users, &[], Layout::default())[0].exposures, Exposures::default(), "nobody has a label");
         users[0].target_labels = vec![1];
         users[1].target_labels = vec![0, 1];
-        let exposures = &assemble(&users, Layout { history_negatives: 1, ..Layout::default() })[0].exposures;
+        let exposures = &assemble(&users, &[], Layout { history_negatives: 1, ..Layout::default() })[0].exposures;
         assert_eq!((&exposures.user_row[..], &exposures.item_row[..]), (&[1, 2, 2][..], &[0, 1, 2][..]));
         assert_eq!(exposures.label, [1, 0, 1]);
         users[1].item_positions = vec![1];
-        let exposures = &assemble(&users, Layout { micro_batch: 1, ..Layout::default() })[1].exposures;
+        let exposures = &assemble(&users, &[], Layout { micro_batch: 1, ..Layout::default() })[1].exposures;
         assert_eq!(
             (&exposures.user_row[..], &exposures.item_row[..], &exposures.label[..]),
             (&[0][..], &[0][..], &[1][..])
         );
+        users[1].user_positions = vec![0, 2];
+        users[1].item_positions = vec![0, 1];
+        let of = |targets| assemble(&users, &[], Layout { targets, ..Layout::default() }).remove(0).exposures;
+        assert_eq!((of(Targets::Alone).user_row, of(Targets::Alone).item_row), (vec![0, 2, 3], vec![0, 1, 2]));
+        assert_eq!(of(Targets::Named), Exposures::default());
     }
 
     #[test]
     fn micro_batches_hold_the_same_users_and_an_empty_share_is_empty() {
-        let batches = assemble(&share(), Layout { micro_batch: 1, ..Layout::default() });
+        let batches = assemble(&share(), &[], Layout { micro_batch: 1, ..Layout::default() });
         assert_eq!(batches.len(), 2);
         assert_eq!(batches[1].unique_items, [2, 3, 5, 7]);
         assert_eq!(batches.iter().map(|batch| batch.tokens).sum::<u64>(), 8);
-        assert!(assemble(&[], Layout::default()).is_empty());
+        assert!(assemble(&[], &[], Layout::default()).is_empty());
     }
 
     #[test]
     fn the_newest_history_items_become_nobodys_items() {
-        let batches = assemble(&share(), Layout { history_negatives: 2, ..Layout::default() });
+        let batches = assemble(&share(), &[], Layout { history_negatives: 2, ..Layout::default() });
         let batch = &batches[0];
         assert_eq!(batch.item_id, [9, 7, 2, 7, 3, 3, 5]);
         assert_eq!(batch.item_user, [0, 4, 4, NOBODY, NOBODY, NOBODY, NOBODY]);
         assert_eq!((batch.negatives.width, &batch.negatives.items[..]), (1, &[3, 1, 1, 2][..]));
         assert_eq!(batch.negatives.positions, [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn next_items_stand_alone() {
+        let batches = assemble(&share(), &[], Layout { targets: Targets::Alone, ..Layout::default() });
+        let targets = &batches[0].targets;
+        assert_eq!((targets.width, &targets.items[..]), (1, &[4, 3, 0][..]));
+        assert_eq!((&targets.lengths[..], &targets.positions[..]), (&[1; 3][..], &[0, 1, 2][..]));
+        assert_eq!((&batches[0].item_id[..], &batches[0].item_user[..]), (&[9, 7, 2][..], &[0, 4, 4][..]));
+        assert_eq!(batches[0].padded_tokens, 9);
+    }
+
+    #[test]
+    fn further_negatives_are_spread_over_the_passes_and_need_no_user() {
+        let batches = assemble(&share(), &[3, 8, 8], Layout { micro_batch: 1, ..Layout::default() });
+        let named = |batch: &MicroBatch| (batch.item_id.clone(), batch.item_user.clone());
+        assert_eq!(named(&batches[0]), (vec![9, 3], vec![0, NOBODY]));
+        assert_eq!(named(&batches[1]), (vec![7, 2, 8, 8], vec![4, 4, NOBODY, NOBODY]));
+        assert_eq!(batches[1].unique_items, [2, 3, 5, 7, 8]);
+        let alone = assemble(&[], &[6, 1], Layout::default());
+        assert_eq!(alone.len(), 1);
+        assert_eq!((&alone[0].unique_items[..], &alone[0].negatives.items[..]), (&[1, 6][..], &[1, 0][..]));
+    }
+
+    #[test]
+    fn named_targets_are_not_embedded() {
+        let batches = assemble(&share(), &[], Layout { targets: Targets::Named, ..Layout::default() });
+        let batch = &batches[0];
+        assert_eq!((&batch.unique_items[..], &batch.item_id[..]), (&[3, 5, 7][..], &[9, 7, 2][..]));
+        assert_eq!((batch.embedded_items(), batch.tokens, batch.padded_tokens), (0, 5, 6));
     }
 
     #[test]

@@ -15,6 +15,8 @@ use assemble::{Layout, MicroBatch, assemble};
 use cache::RowCache;
 use flight::{DataClient, FlightClientError, RowExchange};
 use half::f16;
+use learn_domain::plan::contiguous_part;
+use learn_domain::sampling::uniform_items;
 use learn_proto::flight::{BatchMeta, Ticket};
 use learn_telemetry::WorkerMetrics;
 use tokio::runtime::Handle;
@@ -50,9 +52,30 @@ pub struct FeedSettings {
     pub world_size: u32,
     pub from_step: u64,
     pub layout: Layout,
+    pub uniform: UniformNegatives,
     pub prefetch_steps: u32,
     pub dim: usize,
     pub cache_bytes: u64,
+}
+
+/// Items drawn from the whole catalogue that join the negatives of each step.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct UniformNegatives {
+    /// [`learn_domain::plan::Plan::draw_seed`].
+    pub seed: u64,
+    /// Items of the catalogue.
+    pub items: u32,
+    /// Draws of a step over all ranks.
+    pub count: u32,
+}
+
+impl UniformNegatives {
+    /// This rank's part of the draws of the step after `finished` ones.
+    #[must_use]
+    pub fn part(&self, finished: u64, rank: u32, world_size: u32) -> Vec<u32> {
+        let drawn = uniform_items(self.seed, finished, self.items, self.count);
+        drawn[contiguous_part(drawn.len(), rank as usize, world_size as usize)].to_vec()
+    }
 }
 
 /// Rows by item index, from the cache or else from the data service.
@@ -178,7 +201,8 @@ async fn fetch_steps(
         let indices: usize = share.iter().map(|user| user.history.len() + user.targets.len()).sum();
         metrics.received_bytes_total.with_label_values(&["batches"]).inc_by(4 * indices as u64);
         let mut micro_batches = Vec::new();
-        for batch in assemble(&share, settings.layout) {
+        let further = settings.uniform.part(meta.step, settings.rank, settings.world_size);
+        for batch in assemble(&share, &further, settings.layout) {
             let rows = source.rows(&batch.unique_items).await?;
             micro_batches.push((batch, rows));
         }

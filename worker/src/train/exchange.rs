@@ -12,7 +12,9 @@ use crate::error::WorkerError;
 /// What a rank tells the others before a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Announcement {
-    /// Sampled targets of its share (`M` of this rank).
+    /// Sampled history positions of its share (`R` of this rank).
+    pub rows: i64,
+    /// Sampled targets and further negatives of its share (`M` of this rank).
     pub targets: i64,
     pub tokens: i64,
     pub padded_tokens: i64,
@@ -23,7 +25,7 @@ pub struct Announcement {
 }
 
 /// Numbers of an [`Announcement`].
-const SAID: usize = 5;
+const SAID: usize = 6;
 
 /// The tensor side of a collective.
 pub struct Exchange {
@@ -54,16 +56,17 @@ impl Exchange {
     /// If the collective fails.
     pub fn announce(&mut self, mine: Announcement) -> Result<Vec<Announcement>, WorkerError> {
         let mut send: [i64; SAID] =
-            [mine.targets, mine.tokens, mine.padded_tokens, mine.exposures, i64::from(mine.stop)];
+            [mine.rows, mine.targets, mine.tokens, mine.padded_tokens, mine.exposures, i64::from(mine.stop)];
         let all = self.gather_i64(&mut send, &vec![SAID; self.world_size()])?;
         Ok(all
             .chunks_exact(SAID)
             .map(|said| Announcement {
-                targets: said[0],
-                tokens: said[1],
-                padded_tokens: said[2],
-                exposures: said[3],
-                stop: said[4] != 0,
+                rows: said[0],
+                targets: said[1],
+                tokens: said[2],
+                padded_tokens: said[3],
+                exposures: said[4],
+                stop: said[5] != 0,
             })
             .collect())
     }

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::time::Instant;
 
 pub use exchange::Exchange;
-use learn_domain::config::Config;
+use learn_domain::config::{Config, ObjectiveKind};
 use learn_domain::plan::{Plan, PlanKey};
 use learn_domain::report::{Evaluation, Split, StepRecord};
 use learn_domain::schedule::learning_rate;
@@ -22,7 +22,7 @@ use learn_domain::{Step, UserIndex};
 use learn_model::objective::cvr;
 use learn_model::{AdamW, Forward, Parameters, Pch, PchShape};
 use learn_telemetry::Phase;
-pub use objective::{Conversion, InBatch, Objective};
+pub use objective::{Conversion, FullSoftmax, InBatch, Objective};
 pub use passes::{rows_tensor, sequences};
 use step::agree_on_start;
 pub use step::{PhaseClock, Stepper};
@@ -33,7 +33,7 @@ use crate::error::WorkerError;
 use crate::evaluate::{Catalogue, Evaluator, Request};
 use crate::feed::assemble::Layout;
 use crate::feed::flight::DataClient;
-use crate::feed::{Feed, FeedSettings};
+use crate::feed::{Feed, FeedSettings, UniformNegatives};
 use crate::session::{Ended, Membership};
 
 /// Most items of the catalogue that a fresh start measures.
@@ -106,13 +106,17 @@ impl<'a> Trainer<'a> {
         }
         let handle = membership.member.handle();
         let data = handle.block_on(DataClient::connect(&admission.data_locations, &membership.secret))?;
-        let evaluator = Evaluator::new(membership, data.clone())?;
-        let popularity =
-            if config.objective.logq_correction { Some(handle.block_on(data.popularity())?) } else { None };
-        let objective = if config.training.freeze_towers {
-            Objective::Frozen
-        } else {
-            Objective::InBatch(InBatch::new(popularity.as_deref(), membership.device))
+        let mut evaluator = Evaluator::new(membership, data.clone())?;
+        let objective = match config.objective.kind {
+            _ if config.training.freeze_towers => Objective::Frozen,
+            ObjectiveKind::DenseAllAction | ObjectiveKind::NextItem => {
+                let popularity =
+                    if config.objective.logq_correction { Some(handle.block_on(data.popularity())?) } else { None };
+                Objective::InBatch(InBatch::new(&config.objective, popularity.as_deref(), membership.device))
+            }
+            ObjectiveKind::FullSoftmax => {
+                Objective::FullSoftmax(FullSoftmax::new(&config.objective, evaluator.own_items(&exchange)?))
+            }
         };
         let weight = config.objective.cvr_weight;
         let stepper = Stepper {
@@ -228,9 +232,11 @@ impl<'a> Trainer<'a> {
             rank: place.rank.0,
             world_size: place.world_size,
             from_step: self.finished.0,
-            layout: Layout {
-                micro_batch: self.config.training.micro_batch,
-                history_negatives: self.config.objective.history_negatives,
+            layout: Layout::new(&self.config.objective, self.config.training.micro_batch),
+            uniform: UniformNegatives {
+                seed: self.stepper.draw_seed,
+                items: self.membership.admission.dataset.items,
+                count: self.config.objective.uniform_negatives,
             },
             prefetch_steps: self.config.cluster.prefetch_steps,
             dim: self.stepper.input_dim,

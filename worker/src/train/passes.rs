@@ -9,7 +9,7 @@
 use half::f16;
 use learn_domain::random;
 use learn_model::Sequences;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::objective::Towers;
 use crate::feed::assemble::{MicroBatch, PaddedSequences};
@@ -23,7 +23,7 @@ pub struct Pass {
     /// Negatives that are nobody's targets, `[n, 1]`, if there are any.
     negatives: Option<Sequences>,
     seed: u64,
-    /// Sampled history positions, and targets with negatives, of this pass.
+    /// Embedded history positions, and embedded targets with negatives, of this pass.
     counts: (i64, i64),
 }
 
@@ -83,7 +83,7 @@ impl Share {
             targets: sequences(&batch.targets, device),
             negatives: (!batch.negatives.lengths.is_empty()).then(|| sequences(&batch.negatives, device)),
             seed: random::key(&[seed, number as u64]),
-            counts: (batch.row_user.len() as i64, batch.item_id.len() as i64),
+            counts: (batch.row_user.len() as i64, batch.embedded_items() as i64),
         });
         let joined = |part: fn(&MicroBatch) -> &[i64]| {
             let all: Vec<i64> = micro_batches.iter().flat_map(|(batch, _)| part(batch)).copied().collect();
@@ -165,7 +165,8 @@ impl Forwarded {
 pub fn forward(share: &Share, towers: Towers<'_>) -> Forwarded {
     match &share.passes[..] {
         [] => {
-            let none = || Tensor::zeros([0, towers.model.output_dim()], (Kind::Float, share.row_user.device()));
+            let none =
+                || Tensor::zeros([0, towers.model.output_dim()], (towers.parameters.kind(), share.row_user.device()));
             Forwarded { embeddings: Embeddings { user: none(), item: none() }, graph: false }
         }
         [pass] => Forwarded { embeddings: pass.embed(towers), graph: true },
@@ -180,24 +181,31 @@ pub fn forward(share: &Share, towers: Towers<'_>) -> Forwarded {
 /// Brings the gradient of the loss with respect to the share's embeddings back to the parameters.
 pub fn backward(share: &Share, forwarded: Forwarded, gradient: &Embeddings, towers: Towers<'_>) {
     if forwarded.graph {
-        pull(&forwarded.embeddings, &gradient.user, &gradient.item);
+        let Embeddings { user, item } = &forwarded.embeddings;
+        pull(&[(user, &gradient.user), (item, &gradient.item)]);
         return;
     }
     let (mut first_user, mut first_item) = (0, 0);
     for pass in &share.passes {
         let (users, items) = pass.counts;
-        let embeddings = pass.embed(towers);
-        pull(&embeddings, &gradient.user.narrow(0, first_user, users), &gradient.item.narrow(0, first_item, items));
+        let Embeddings { user, item } = pass.embed(towers);
+        let (d_user, d_item) = (gradient.user.narrow(0, first_user, users), gradient.item.narrow(0, first_item, items));
+        pull(&[(&user, &d_user), (&item, &d_item)]);
         first_user += users;
         first_item += items;
     }
 }
 
+/// Brings gradients back through the graphs of their embeddings in one pass; what has no graph has nothing to learn.
+///
 /// `sum(embedding * gradient)` has `gradient` as its derivative, so its backward is the wanted one.
-fn pull(embeddings: &Embeddings, user_gradient: &Tensor, item_gradient: &Tensor) {
-    let mut surrogate = (&embeddings.user * user_gradient).sum(embeddings.user.kind());
-    if embeddings.item.requires_grad() {
-        surrogate += (&embeddings.item * item_gradient).sum(embeddings.item.kind());
+pub fn pull(parts: &[(&Tensor, &Tensor)]) {
+    let surrogate = parts
+        .iter()
+        .filter(|(embedding, _)| embedding.requires_grad())
+        .map(|(embedding, gradient)| (*embedding * *gradient).sum(embedding.kind()))
+        .reduce(|sum, part| sum + part);
+    if let Some(surrogate) = surrogate {
+        surrogate.backward();
     }
-    surrogate.backward();
 }

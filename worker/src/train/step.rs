@@ -97,6 +97,7 @@ impl Stepper {
         let seed = random::key(&[self.draw_seed, prepared.meta.step, exchange.rank() as u64]);
         let share = Share::load(&prepared.micro_batches, self.input_dim, seed, self.device);
         let announced = exchange.announce(Announcement {
+            rows: share.row_user.size()[0],
             targets: share.item_id.size()[0],
             tokens: share.tokens as i64,
             padded_tokens: share.padded_tokens as i64,
@@ -106,7 +107,9 @@ impl Stepper {
         if announced.iter().any(|said| said.stop) {
             return Ok(None);
         }
-        let item_counts: Vec<usize> = announced.iter().map(|said| said.targets as usize).collect();
+        let counts = |part: fn(&Announcement) -> i64| announced.iter().map(|said| part(said) as usize).collect();
+        let (row_counts, item_counts): (Vec<usize>, Vec<usize>) =
+            (counts(|said| said.rows), counts(|said| said.targets));
 
         self.clock.enter(Phase::Forward);
         let towers = Towers { model: &self.model, parameters: &self.parameters, forward: &self.forward };
@@ -119,7 +122,9 @@ impl Stepper {
         let mine = Contribution {
             share: &share,
             embeddings: &forwarded.detached(),
+            row_counts: &row_counts,
             item_counts: &item_counts,
+            seed,
             pairs: prepared.meta.global_pairs as i64,
             exposures: announced.iter().map(|said| said.exposures).sum(),
         };

@@ -4,6 +4,7 @@
 //! refused. The resolved copy is saved with each run and each checkpoint. Every option has a default that runs.
 
 mod embed;
+mod objective;
 mod prepare;
 mod refine;
 mod train;
@@ -12,14 +13,14 @@ mod units;
 use std::path::PathBuf;
 
 pub use embed::{EmbedConfig, Precision, PromptConfig, Sentence};
+pub use objective::{ObjectiveConfig, ObjectiveKind};
 pub use prepare::{FileFormat, InteractionsConfig, ItemsConfig, PrepareConfig, SplitPolicy};
 pub use refine::RefineConfig;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 pub use train::{
     AdaptorInit, CheckpointConfig, ClusterConfig, DeviceKind, EvaluationConfig, ItemTower, ModelConfig,
-    ObjectiveConfig, OptimizerConfig, PositionEmbedding, Residual, SamplingConfig, ScheduleKind, SegmentsConfig,
-    TrainingConfig,
+    OptimizerConfig, PositionEmbedding, Residual, SamplingConfig, ScheduleKind, SegmentsConfig, TrainingConfig,
 };
 pub use units::{ByteSize, Span, UnitError};
 
@@ -134,6 +135,19 @@ mod tests {
         assert_eq!(refused(|c| c.model.residual_decay = 1.5), "model.residual_decay");
         assert_eq!(refused(|c| c.optimizer.learning_rate = f64::NAN), "optimizer.learning_rate");
         assert_eq!(refused(|c| c.sampling.history = 0), "sampling.history");
+        assert_eq!(refused(|c| c.objective.pairs = crate::sampling::Pairs::Next), "objective.pairs");
+        let mut fine = Config::default();
+        fine.objective.kind = ObjectiveKind::FullSoftmax;
+        fine.validate().unwrap();
+        for (change, key) in [
+            ((|o| o.uniform_negatives = 1) as fn(&mut ObjectiveConfig), "objective.uniform_negatives"),
+            (|o| o.history_negatives = 1, "objective.history_negatives"),
+            (|o| o.logq_correction = true, "objective.logq_correction"),
+        ] {
+            let mut config = fine.clone();
+            change(&mut config.objective);
+            assert_eq!(config.validate().unwrap_err().key, key);
+        }
         assert_eq!(refused(|c| c.evaluation.cutoffs = vec![]), "evaluation.cutoffs");
         assert_eq!(refused(|c| c.evaluation.decay = 1.5), "evaluation.decay");
         assert_eq!(refused(|c| c.evaluation.segments.head_items = 0.0), "evaluation.segments.head_items");

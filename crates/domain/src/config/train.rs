@@ -126,39 +126,6 @@ impl Default for ModelConfig {
     }
 }
 
-/// What is minimised.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct ObjectiveConfig {
-    /// Subtract the logarithm of each item's share of the training interactions from its training scores. In-batch
-    /// negatives come as often as they are popular, which punishes popular items; with the correction the scores
-    /// approach those of a softmax over the catalogue (Bengio and Senécal 2008; Yi et al., RecSys 2019). Published: off.
-    pub logq_correction: bool,
-    /// The newest this many history items of each user join the negatives, for data in which nobody takes an item
-    /// twice: the towers learn not to recommend what is already there. Published: 0.
-    pub history_negatives: u32,
-    /// Weight of the loss of the CVR head, which predicts from user and item embedding whether an exposure converts:
-    /// binary cross-entropy over the sampled targets, added to the main loss. Needs a dataset with labels
-    /// (`prepare.interactions.label`). 0 = no head.
-    pub cvr_weight: f64,
-    /// Width of the CVR head's hidden layer.
-    pub cvr_hidden: u32,
-}
-
-impl Default for ObjectiveConfig {
-    fn default() -> Self {
-        Self { logq_correction: false, history_negatives: 0, cvr_weight: 0.0, cvr_hidden: 64 }
-    }
-}
-
-impl ObjectiveConfig {
-    /// Width of the CVR head's hidden layer, if there is a head.
-    #[must_use]
-    pub fn cvr_head(&self) -> Option<u32> {
-        (self.cvr_weight > 0.0).then_some(self.cvr_hidden)
-    }
-}
-
 /// How a user's sequence becomes a training sample; see `learn_domain::sampling`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -192,22 +159,6 @@ impl Default for SamplingConfig {
             item_positions: 10,
             alpha: 10.0,
             beta: 10_000.0,
-        }
-    }
-}
-
-impl SamplingConfig {
-    #[must_use]
-    pub fn shape(&self) -> SamplingShape {
-        SamplingShape {
-            history: self.history,
-            targets: self.targets,
-            window: self.window,
-            stage_one: self.stage_one,
-            user_positions: self.user_positions,
-            item_positions: self.item_positions,
-            alpha: self.alpha,
-            beta: self.beta,
         }
     }
 }
@@ -433,6 +384,25 @@ impl Default for ClusterConfig {
     }
 }
 
+impl Config {
+    /// The shape of a training sample.
+    #[must_use]
+    pub fn sample_shape(&self) -> SamplingShape {
+        let sampling = &self.sampling;
+        SamplingShape {
+            pairs: self.objective.pairs(),
+            history: sampling.history,
+            targets: sampling.targets,
+            window: sampling.window,
+            stage_one: sampling.stage_one,
+            user_positions: sampling.user_positions,
+            item_positions: sampling.item_positions,
+            alpha: sampling.alpha,
+            beta: sampling.beta,
+        }
+    }
+}
+
 pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     let Config { model, objective, sampling, optimizer, training, evaluation, checkpoint, cluster, .. } = config;
     let at_least_one = [
@@ -492,6 +462,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     if !(0.0..=1.0).contains(&model.residual_decay) {
         return fail("model.residual_decay", "must lie in [0, 1]");
     }
+    config.objective.validate()?;
     if !model.hidden.is_multiple_of(model.heads) {
         return fail("model.heads", "must divide model.hidden");
     }

@@ -1,10 +1,12 @@
-//! Splitting a global batch over ranks so that every rank has about the same number of tokens.
+//! Splitting a global batch over ranks so that every rank has about the same number of tokens, and a catalogue so that
+//! every rank has about the same number of items.
 //!
 //! Any split gives the same step (promise 2), so the split may serve speed alone: longest processing time first
 //! (Graham, "Bounds on multiprocessing timing anomalies", 1969).
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::ops::Range;
 
 /// Splits the batch places `0..tokens.len()` over `ranks`; each rank's places ascend. A rank may be empty when there
 /// are fewer users than ranks.
@@ -24,6 +26,14 @@ pub fn split_by_tokens(tokens: &[u32], ranks: usize) -> Vec<Vec<u32>> {
         share.sort_unstable();
     }
     shares
+}
+
+/// The contiguous part of `0..count` that belongs to `rank`; parts differ by one at most.
+#[must_use]
+pub fn contiguous_part(count: usize, rank: usize, ranks: usize) -> Range<usize> {
+    // as u128, so that no count times rank is too large
+    let bound = |rank: usize| (count as u128 * rank as u128 / ranks.max(1) as u128) as usize;
+    bound(rank)..bound(rank + 1)
 }
 
 #[cfg(test)]
@@ -49,6 +59,16 @@ mod tests {
             let mean = tokens.iter().map(|&t| f64::from(t)).sum::<f64>() / 4.0;
             let largest = shares.iter().map(load).fold(0.0, f64::max);
             prop_assert!(largest <= 1.02 * mean, "{largest} against {mean}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn contiguous_parts_follow_each_other(count in 0_usize..1_000, ranks in 1_usize..20) {
+            let parts: Vec<_> = (0..ranks).map(|rank| contiguous_part(count, rank, ranks)).collect();
+            prop_assert_eq!(parts.iter().cloned().flatten().collect::<Vec<_>>(), (0..count).collect::<Vec<_>>());
+            let lengths = || parts.iter().map(ExactSizeIterator::len);
+            prop_assert!(lengths().max().unwrap() - lengths().min().unwrap() <= 1);
         }
     }
 

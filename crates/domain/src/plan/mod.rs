@@ -7,7 +7,7 @@
 mod balance;
 mod permutation;
 
-pub use balance::split_by_tokens;
+pub use balance::{contiguous_part, split_by_tokens};
 use permutation::Permutation;
 use serde::{Deserialize, Serialize};
 

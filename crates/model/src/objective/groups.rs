@@ -42,11 +42,6 @@ impl Groups {
         Self { index, present, rows, places }
     }
 
-    /// `[G]`: rows of each user.
-    pub fn counts(&self) -> Tensor {
-        self.present.sum_dim_intlist([1_i64].as_slice(), false, Kind::Int64)
-    }
-
     /// Values by row, `[n]` or `[n, d]`, as `[G, W]` or `[G, W, d]`; some row's value where absent.
     pub fn table(&self, values: &Tensor) -> Tensor {
         let mut size = self.index.size();
@@ -71,7 +66,6 @@ mod tests {
         let groups = Groups::new(&keys, &Tensor::from_slice(&[3_i64, 4, 7]));
         let present: Vec<Vec<bool>> = (&groups.present).try_into().unwrap();
         assert_eq!(present, [[true, true, false], [false; 3], [true; 3]]);
-        assert_eq!(Vec::<i64>::try_from(groups.counts()).unwrap(), [2, 0, 3]);
         let values = Tensor::arange(7, (Kind::Int64, tch::Device::Cpu));
         let table: Vec<Vec<i64>> = (&groups.table(&values)).try_into().unwrap();
         assert_eq!((&table[0][..2], &table[2][..]), (&[1_i64, 5][..], &[0_i64, 2, 6][..]));
@@ -85,8 +79,8 @@ mod tests {
     fn nobody_and_nothing_are_fine() {
         let none = Tensor::zeros([0], (Kind::Int64, tch::Device::Cpu));
         let some = Tensor::from_slice(&[1_i64, 2]);
-        assert_eq!(Groups::new(&none, &some).counts().size(), [2]);
-        assert_eq!(Groups::new(&some, &none).counts().size(), [0]);
+        assert_eq!(Groups::new(&none, &some).present.size(), [2, 0]);
+        assert_eq!(Groups::new(&some, &none).present.size(), [0, 0]);
         assert_eq!(Groups::new(&some, &Tensor::from_slice(&[5_i64])).present.size(), [1, 0]);
     }
 }

@@ -6,6 +6,8 @@
 //!
 //! loss_ijk = log(e^{s_k} + sum over negatives e^{s_m}) - s_k = softplus(lse - s_k), 0 if no negative is left.
 //!
+//! With [`Pairs::Next`] a row meets one target: the nth row of a user belongs to the nth target of the user.
+//!
 //! Negatives of i are the items of other users whose id is not among i's own targets. i's own items are in the gathered
 //! list too (that is how its targets are known) and carry own ids, so "id is not an own id" is the whole rule.
 //!
@@ -16,9 +18,11 @@
 //! ranks is the loss (the gradient) of the whole batch on one device. Every rank sees a learned logit scale in full, so
 //! its gradient here is the share of the own rows, to be summed over ranks like the rest.
 
+use learn_domain::sampling::Pairs;
 use tch::{Kind, Tensor};
 
 use super::groups::Groups;
+use super::pairs::valid;
 
 /// An id that no item has.
 const NO_ITEM: i64 = i64::MIN;
@@ -38,6 +42,8 @@ pub struct InfoNce<'a> {
     pub item_user: &'a Tensor,
     /// `[M]`: subtracted from every score of the item.
     pub correction: Option<&'a Tensor>,
+    /// Which (j, k) of a user are trained on.
+    pub pairing: Pairs,
     /// Scalar tensor; see [`crate::Pch::logit_scale`].
     pub logit_scale: Tensor,
     /// Valid (i, j, k) of the whole global batch.
@@ -59,14 +65,6 @@ pub struct InfoNceOutput {
     pub d_item: Tensor,
     /// Scalar: derivative with respect to the logarithm of the logit scale.
     pub d_log_scale: Tensor,
-}
-
-/// (i, j, k) of the users of these rows: the sum over users of rows times own targets.
-#[must_use]
-pub fn local_pairs(row_user: &Tensor, item_user: &Tensor) -> i64 {
-    let (users, ..) = row_user.internal_unique2(true, false, false);
-    let (rows, targets) = (Groups::new(row_user, &users), Groups::new(item_user, &users));
-    (rows.counts() * targets.counts()).sum(Kind::Int64).int64_value(&[])
 }
 
 impl InfoNce<'_> {
@@ -100,7 +98,7 @@ struct Batch<'a> {
     own_item: Tensor,
     /// `[G, K, 1]`.
     own_id: Tensor,
-    /// `[G, J, K]` bool: row and target are both there.
+    /// `[G, J, K]` bool: see [`super::pairs`].
     valid: Tensor,
 }
 
@@ -113,7 +111,7 @@ impl<'a> Batch<'a> {
             scaled: rows.table(input.user) * input.logit_scale.detach().to_kind(input.user.kind()),
             own_item: targets.table(input.item),
             own_id: targets.table(input.item_id).masked_fill(&targets.present.logical_not(), NO_ITEM).unsqueeze(2),
-            valid: rows.present.unsqueeze(2).logical_and(&targets.present.unsqueeze(1)),
+            valid: valid(&rows, &targets, input.pairing),
             input,
             rows,
             targets,

@@ -1,10 +1,17 @@
 //! What is minimised.
 //!
-//! - [`InfoNce`]: the dense all-action contrastive loss, forward and backward by hand in tiles of items.
+//! - [`InfoNce`]: the contrastive loss over a global batch, forward and backward by hand in tiles of items.
+//! - [`softmax`]: the softmax over a catalogue in shards, likewise.
+//! - [`Proposal`]: the logQ correction.
 //! - [`cvr`]: the auxiliary conversion loss.
 
 pub mod cvr;
 mod groups;
 mod infonce;
+mod pairs;
+mod proposal;
+pub mod softmax;
 
-pub use infonce::{InfoNce, InfoNceOutput, local_pairs};
+pub use infonce::{InfoNce, InfoNceOutput};
+pub use pairs::{local_pairs, pair_indices};
+pub use proposal::Proposal;

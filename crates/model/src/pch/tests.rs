@@ -1,6 +1,7 @@
 //! Tests of the towers that the golden cases do not make: padding, positions, empty shares, precision, the catalogue.
 
 use learn_domain::config::AdaptorInit;
+use learn_domain::sampling::Pairs;
 use learn_torch::seed;
 use tch::Device;
 
@@ -142,8 +143,9 @@ fn step(model: &Pch, parameters: &mut Parameters, forward: &Forward) -> (f64, Te
         item_id: &Tensor::from_slice(&[9_i64, 4, 10, 1, 11, 2]),
         item_user: &users,
         correction: None,
+        pairing: Pairs::AllAction,
         logit_scale: model.logit_scale(parameters),
-        pairs: local_pairs(&users, &users),
+        pairs: local_pairs(&users, &users, Pairs::AllAction),
         tile: 4,
     }
     .compute();

@@ -2,7 +2,9 @@
 //!
 //! gather the items of all ranks -> loss of the own rows -> scatter the items' gradients to the ranks that own them.
 
-use learn_model::objective::InfoNce;
+use learn_domain::config::ObjectiveConfig;
+use learn_domain::sampling::Pairs;
+use learn_model::objective::{InfoNce, Proposal};
 use learn_telemetry::Phase;
 use tch::{Device, Tensor};
 
@@ -16,17 +18,24 @@ use crate::train::step::PhaseClock;
 const TILE: i64 = 1024;
 
 /// InfoNCE over the global batch.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct InBatch {
-    /// `[N]`: logarithm of each item's share of the training interactions, if the scores are corrected by it.
-    log_q: Option<Tensor>,
+    pairing: Pairs,
+    /// Draws from the catalogue among the items of a step.
+    uniform: i64,
+    /// How often an item is expected, if the scores are corrected by it.
+    proposal: Option<Proposal>,
 }
 
 impl InBatch {
     /// Scores are corrected if `popularity` is there: the training interactions of each item, by item index.
     #[must_use]
-    pub fn new(popularity: Option<&[u32]>, device: Device) -> Self {
-        Self { log_q: popularity.map(|counts| log_shares(counts, device)) }
+    pub fn new(config: &ObjectiveConfig, popularity: Option<&[u32]>, device: Device) -> Self {
+        Self {
+            pairing: config.pairs(),
+            uniform: config.uniform_negatives.into(),
+            proposal: popularity.map(|counts| Proposal::new(counts, device)),
+        }
     }
 
     pub(super) fn loss(
@@ -43,7 +52,11 @@ impl InBatch {
         let identities = exchange.gather_rows(&Tensor::stack(&[&share.item_id, &share.item_user], 1), counts)?;
         clock.enter(Phase::Loss);
         let item_id = identities.select(1, 0).contiguous();
-        let correction = self.log_q.as_ref().map(|log_q| log_q.index_select(0, &item_id));
+        let in_batch = item_id.size()[0] - self.uniform;
+        let correction = self
+            .proposal
+            .as_ref()
+            .map(|proposal| proposal.correction(&item_id, in_batch, self.uniform).to_kind(item.kind()));
         let output = InfoNce {
             user: &mine.embeddings.user,
             row_user: &share.row_user,
@@ -51,6 +64,7 @@ impl InBatch {
             item_id: &item_id,
             item_user: &identities.select(1, 1).contiguous(),
             correction: correction.as_ref(),
+            pairing: self.pairing,
             logit_scale: towers.model.logit_scale(towers.parameters),
             pairs: mine.pairs,
             tile: TILE,
@@ -64,23 +78,5 @@ impl InBatch {
             gradient: Embeddings { user: output.d_user, item: own_item },
             d_log_scale: output.d_log_scale,
         })
-    }
-}
-
-/// `[N]`: `log(share of the interactions)` of each item; an item without any counts as having one.
-fn log_shares(counts: &[u32], device: Device) -> Tensor {
-    let total: f64 = counts.iter().map(|&count| f64::from(count.max(1))).sum();
-    let shares: Vec<f32> = counts.iter().map(|&count| (f64::from(count.max(1)) / total).ln() as f32).collect();
-    Tensor::from_slice(&shares).to_device(device)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shares_add_up_to_one() {
-        let shares = log_shares(&[3, 0, 4], Device::Cpu).exp();
-        assert_eq!(Vec::<f32>::try_from(&(shares * 8.0).round()).unwrap(), [3.0, 1.0, 4.0]);
     }
 }

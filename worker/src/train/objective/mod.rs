@@ -5,9 +5,11 @@
 //! loss of the global batch on one device; every rank takes part in the same collectives, whatever its share holds.
 
 mod conversion;
+mod full_softmax;
 mod in_batch;
 
 pub use conversion::Conversion;
+pub use full_softmax::FullSoftmax;
 pub use in_batch::InBatch;
 use learn_model::{Forward, Parameters, Pch};
 use tch::{Kind, Tensor};
@@ -30,8 +32,12 @@ pub struct Contribution<'a> {
     pub share: &'a Share,
     /// Without a graph.
     pub embeddings: &'a Embeddings,
+    /// User rows of each rank.
+    pub row_counts: &'a [usize],
     /// Item rows of each rank.
     pub item_counts: &'a [usize],
+    /// The step's on this rank, for dropout.
+    pub seed: u64,
     /// (position, target) pairs of the whole global batch.
     pub pairs: i64,
     /// Sampled targets with a label of the whole global batch.
@@ -41,9 +47,9 @@ pub struct Contribution<'a> {
 /// What an objective gives back.
 #[derive(Debug)]
 pub struct StepLoss {
-    /// Scalar: this rank's part.
+    /// Scalar: a part; those of all ranks add up to the whole.
     pub loss: Tensor,
-    /// Scalar i64: pairs of this rank whose target scores highest.
+    /// Scalar i64: pairs whose target scores highest, likewise.
     pub correct: Tensor,
     /// Of the whole loss with respect to this rank's rows.
     pub gradient: Embeddings,
@@ -68,12 +74,15 @@ impl StepLoss {
 pub enum Objective {
     /// Items of the global batch are the negatives.
     InBatch(InBatch),
+    /// The softmax over the catalogue.
+    FullSoftmax(FullSoftmax),
     /// None: the towers are frozen.
     Frozen,
 }
 
 impl Objective {
-    /// The loss of the global batch and its gradient; the collectives of all ranks meet here.
+    /// The loss of the global batch and its gradient; the collectives of all ranks meet here. What an objective embeds
+    /// besides the share, it brings back to the parameters itself.
     ///
     /// # Errors
     /// If the collective fails.
@@ -86,6 +95,7 @@ impl Objective {
     ) -> Result<StepLoss, WorkerError> {
         match self {
             Self::InBatch(objective) => objective.loss(mine, towers, exchange, clock),
+            Self::FullSoftmax(objective) => objective.loss(mine, towers, exchange, clock),
             Self::Frozen => Ok(StepLoss::nothing(mine.embeddings)),
         }
     }
@@ -96,3 +106,6 @@ impl Objective {
         !matches!(self, Self::Frozen)
     }
 }
+
+#[cfg(test)]
+mod tests;

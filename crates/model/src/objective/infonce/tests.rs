@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use tch::Device;
 
 use super::*;
+use crate::objective::local_pairs;
 
 const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
 
@@ -16,12 +17,14 @@ struct World {
     item_id: Vec<i64>,
     item_user: Vec<i64>,
     correction: Option<Tensor>,
+    pairing: Pairs,
     log_scale: f64,
 }
 
 /// How many rows and targets each user has, how many different items there are, and so on.
 #[derive(Clone, Debug)]
 struct Plan {
+    pairing: Pairs,
     counts: Vec<(usize, usize)>,
     vocabulary: i64,
     dim: i64,
@@ -32,8 +35,16 @@ struct Plan {
 
 fn plans() -> impl Strategy<Value = Plan> {
     let counts = prop::collection::vec((0_usize..4, 0_usize..4), 0..6);
-    (counts, 1_i64..12, 1_i64..6, 1.0_f64..30.0, 0_i64..1_000, 1_i64..30)
-        .prop_map(|(counts, vocabulary, dim, scale, seed, tile)| Plan { counts, vocabulary, dim, scale, seed, tile })
+    (counts, any::<bool>(), 1_i64..12, 1_i64..6, 1.0_f64..30.0, 0_i64..1_000, 1_i64..30).prop_map(
+        |(mut counts, next, vocabulary, dim, scale, seed, tile)| {
+            let pairing = if next { Pairs::Next } else { Pairs::AllAction };
+            if next {
+                // every row has its target
+                counts.iter_mut().for_each(|(rows, targets)| *targets = *rows);
+            }
+            Plan { pairing, counts, vocabulary, dim, scale, seed, tile }
+        },
+    )
 }
 
 fn index(values: &[i64]) -> Tensor {
@@ -60,6 +71,7 @@ impl World {
             item: unit(item_user.len() as i64, plan.dim),
             item_id: Vec::try_from(ids).unwrap(),
             correction: (plan.seed % 2 == 1).then(|| Tensor::randn([item_user.len() as i64], DOUBLE) * 3.0),
+            pairing: plan.pairing,
             row_user,
             item_user,
             log_scale: plan.scale.ln(),
@@ -67,7 +79,7 @@ impl World {
     }
 
     fn pairs(&self) -> i64 {
-        local_pairs(&index(&self.row_user), &index(&self.item_user))
+        local_pairs(&index(&self.row_user), &index(&self.item_user), self.pairing)
     }
 
     /// The part of the loss of the rows whose user is among `users`.
@@ -82,6 +94,7 @@ impl World {
             item_id: &index(&self.item_id),
             item_user: &index(&self.item_user),
             correction: self.correction.as_ref(),
+            pairing: self.pairing,
             logit_scale: Tensor::from(self.log_scale.exp()),
             pairs: self.pairs(),
             tile,
@@ -107,7 +120,12 @@ impl World {
             let score = |at: usize| {
                 (user.get(row as i64) * item.get(at as i64)).sum(Kind::Double) * log_scale.exp() - corrected(at)
             };
-            for &target in &own {
+            let nth = self.row_user[..row].iter().filter(|user| *user == me).count();
+            let trained = match self.pairing {
+                Pairs::AllAction => &own[..],
+                Pairs::Next => &own[nth..=nth],
+            };
+            for &target in trained {
                 let s = score(target);
                 let all: Vec<Tensor> =
                     std::iter::once(s.shallow_clone()).chain(others.iter().map(|at| score(*at))).collect();
@@ -165,7 +183,15 @@ proptest! {
 }
 
 fn some() -> Plan {
-    Plan { counts: vec![(2, 1), (1, 3), (3, 2), (2, 2)], vocabulary: 5, dim: 4, scale: 12.0, seed: 3, tile: 3 }
+    Plan {
+        pairing: Pairs::AllAction,
+        counts: vec![(2, 1), (1, 3), (3, 2), (2, 2)],
+        vocabulary: 5,
+        dim: 4,
+        scale: 12.0,
+        seed: 3,
+        tile: 3,
+    }
 }
 
 #[test]
@@ -225,7 +251,7 @@ fn order_of_rows_does_not_matter() {
 
 #[test]
 fn f32_stays_near_f64_even_for_large_scales() {
-    let plan = Plan { counts: vec![(10, 10); 20], vocabulary: 150, dim: 16, scale: 100.0, seed: 8, tile: 64 };
+    let plan = Plan { counts: vec![(10, 10); 20], vocabulary: 150, dim: 16, scale: 100.0, seed: 8, tile: 64, ..some() };
     let world = World::new(&plan);
     let (_, exact) = world.share(|_| true, 64);
     let output = InfoNce {
@@ -235,6 +261,7 @@ fn f32_stays_near_f64_even_for_large_scales() {
         item_id: &index(&world.item_id),
         item_user: &index(&world.item_user),
         correction: None,
+        pairing: world.pairing,
         logit_scale: Tensor::from(100.0_f32),
         pairs: world.pairs(),
         tile: 64,

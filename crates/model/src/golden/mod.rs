@@ -1,25 +1,26 @@
 //! Checks the towers and the losses against a golden case: a small float64 case that Hugging Face's `BertEncoder` and
 //! PyTorch's autograd computed (`tests/golden/make_golden.py` writes them and describes the layout).
 //!
-//! The check goes the way of a training step: towers, InfoNCE by hand in tiles, and a backward pass of
+//! The check goes the way of a training step: towers, the objective by hand in tiles, and a backward pass of
 //! sum(user * d_user) + sum(item * d_item), whose gradient is that of the loss. Output: the largest absolute error of
 //! each group of tensors.
+
+mod objective;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use learn_domain::config::{ItemTower, ModelConfig, PositionEmbedding, Precision, Residual};
+use learn_domain::config::{ItemTower, ModelConfig, ObjectiveKind, PositionEmbedding, Precision, Residual};
+use learn_domain::sampling::Pairs;
+use objective::{Embedded, Towers};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::ModelError;
-use crate::objective::{InfoNce, cvr, local_pairs};
+use crate::objective::cvr;
 use crate::parameters::Parameters;
 use crate::pch::{Forward, LAYER_NORM_EPS, Pch, PchShape, Sequences};
 use crate::safetensors::{self, SafetensorsError};
-
-/// Smaller than any case's batch, so that there are several tiles and a last one that is not full.
-const TILE: i64 = 3;
 
 /// A golden file that cannot be checked.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +43,12 @@ struct CaseConfig {
     output_dim: u32,
     item_tower: ItemTower,
     logit_scale: f64,
+    #[serde(default)]
+    learn_logit_scale: bool,
+    #[serde(default)]
+    kind: ObjectiveKind,
+    #[serde(default)]
+    pairs: Pairs,
     #[serde(default)]
     cvr_weight: f64,
     layer_norm_eps: f64,
@@ -81,34 +88,29 @@ pub fn check(path: &Path, device: Device) -> Result<BTreeMap<String, f64>, Golde
     let case = Case::open(path, device)?;
     let (model, mut parameters) = case.model()?;
     let (history, target) = (case.side("hist", "user_pos")?, case.side("tar", "item_pos")?);
-    let table = case.tensor("in.table")?;
     let forward = Forward { train: false, precision: Precision::F32 };
 
-    let items = model.items(&parameters, table, &forward);
+    let items = model.items(&parameters, case.tensor("in.table")?, &forward);
     let user = model.user(&parameters, &items, &history.sequences, &forward);
-    let item = model.item(&parameters, &items, &target.sequences, &forward);
-    let index = |values: &[i64]| Tensor::from_slice(values).to_device(device);
-    let (row_user, item_user) = (index(&history.user), index(&target.user));
-    let infonce = InfoNce {
-        user: &user.detach(),
-        row_user: &row_user,
-        item: &item.detach(),
-        item_id: &index(&target.id),
-        item_user: &item_user,
-        correction: None,
-        logit_scale: model.logit_scale(&parameters),
-        pairs: local_pairs(&row_user, &item_user),
-        tile: TILE,
-    }
-    .compute();
+    let towers = Towers {
+        model: &model,
+        parameters: &parameters,
+        forward: &forward,
+        items: &items,
+        user: &user,
+        history: &history,
+        target: &target,
+    };
+    let minimised = towers.minimise(&case)?;
+    let index = |values: &[i64]| case.index(values);
 
     let mut errors = Errors { case: &case, largest: BTreeMap::new() };
-    let mut loss = infonce.loss.copy();
-    let mut surrogate = (&user * &infonce.d_user).sum(Kind::Double) + (&item * &infonce.d_item).sum(Kind::Double);
-    if case.tensors.contains_key("in.label") {
+    let mut loss = minimised.loss.copy();
+    let mut surrogate = (&user * &minimised.d_user).sum(Kind::Double) + &minimised.surrogate;
+    if let (Embedded::Targets(item), true) = (&minimised.embedded, case.tensors.contains_key("in.label")) {
         let last = |of: i64| history.user.iter().rposition(|user| *user == of).unwrap_or_default() as i64;
         let users: Vec<i64> = target.user.iter().map(|user| last(*user)).collect();
-        let logits = cvr::logits(&parameters, &user.index_select(0, &index(&users)), &item);
+        let logits = cvr::logits(&parameters, &user.index_select(0, &index(&users)), item);
         let labels = case.tensor("in.label")?.reshape([-1]).index_select(0, &index(&target.place));
         let cvr_loss = cvr::loss(&logits, &labels, target.user.len() as i64);
         errors.compare_at("out.cvr_logit", &logits.unsqueeze(1), &index(&target.place))?;
@@ -117,11 +119,20 @@ pub fn check(path: &Path, device: Device) -> Result<BTreeMap<String, f64>, Golde
         loss += cvr_loss.detach() * case.config.cvr_weight;
     }
     surrogate.backward();
+    parameters.add_logit_scale_gradient(&minimised.d_log_scale);
     let gradient = parameters.gradients_into_flat();
 
     errors.compare_at("out.user", &user, &index(&history.place))?;
-    errors.compare_at("out.item", &item, &index(&target.place))?;
-    errors.compare("out.infonce", &infonce.loss)?;
+    match &minimised.embedded {
+        Embedded::Targets(item) => errors.compare_at("out.item", item, &index(&target.place))?,
+        Embedded::Catalogue(items) => errors.compare("out.catalogue", items)?,
+    }
+    if case.tensors.contains_key("out.infonce") {
+        errors.compare("out.infonce", &minimised.loss)?;
+    }
+    if case.tensors.contains_key("out.correct") {
+        errors.compare("out.correct", &minimised.correct)?;
+    }
     errors.compare("out.loss", &loss)?;
     for (name, part) in parameters.parts(&gradient) {
         errors.compare(&format!("grad.{name}"), &part)?;
@@ -157,6 +168,7 @@ impl Case {
                 item_tower: config.item_tower,
                 position_embedding: config.position_embedding,
                 logit_scale: config.logit_scale,
+                learn_logit_scale: config.learn_logit_scale,
                 dropout: 0.0,
                 centring: config.centring,
                 residual: config.residual,
@@ -175,6 +187,14 @@ impl Case {
         Ok((model, parameters))
     }
 
+    fn index(&self, values: &[i64]) -> Tensor {
+        Tensor::from_slice(values).to_device(self.device)
+    }
+
+    fn layout(&self, name: &str, problem: &dyn std::fmt::Display) -> GoldenError {
+        GoldenError::Layout { path: self.path.clone(), problem: format!("{name}: {problem}") }
+    }
+
     fn tensor(&self, name: &str) -> Result<&Tensor, GoldenError> {
         self.tensors.get(name).ok_or_else(|| GoldenError::Layout {
             path: self.path.clone(),
@@ -184,10 +204,7 @@ impl Case {
 
     /// `[B, N]` integers, by row.
     fn integers(&self, name: &str) -> Result<Vec<Vec<i64>>, GoldenError> {
-        Vec::try_from(self.tensor(name)?).map_err(|error: tch::TchError| GoldenError::Layout {
-            path: self.path.clone(),
-            problem: format!("{name}: {error}"),
-        })
+        Vec::try_from(self.tensor(name)?).map_err(|error: tch::TchError| self.layout(name, &error))
     }
 
     fn side(&self, sequence: &str, sampled: &str) -> Result<Side, GoldenError> {

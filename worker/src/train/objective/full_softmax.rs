@@ -1,0 +1,141 @@
+//! The exact softmax over the whole catalogue, whose items are sharded over the ranks.
+//!
+//! embed the own items -> gather the user rows of all ranks -> normalizer of the shard -> gather the normalizers -> loss of
+//! the targets in the shard -> scatter the users' gradients to the ranks that own them; the items' gradients go through the
+//! item tower here. Nothing of size `[rows, items]` or of the catalogue's activations is ever in memory: scores come in
+//! tiles, and a shard larger than a batch is embedded twice, as a share larger than a micro-batch is.
+
+use std::ops::Range;
+
+use learn_domain::config::ObjectiveConfig;
+use learn_domain::random;
+use learn_domain::sampling::Pairs;
+use learn_model::objective::pair_indices;
+use learn_model::objective::softmax::{Normalizer, Shard};
+use learn_telemetry::Phase;
+use tch::Tensor;
+
+use super::{Contribution, StepLoss, Towers};
+use crate::error::WorkerError;
+use crate::train::exchange::Exchange;
+use crate::train::passes::{Embeddings, pull};
+use crate::train::step::PhaseClock;
+
+/// Scores that are in memory at once.
+const SCORES: i64 = 1 << 24;
+
+/// The softmax over the catalogue, with this rank's items.
+#[derive(Debug)]
+pub struct FullSoftmax {
+    pairing: Pairs,
+    /// `[n, input_dim]`: content embeddings of the own items, those from `first_item` on.
+    rows: Tensor,
+    first_item: i64,
+    /// Items that go through the item tower at once.
+    batch: i64,
+}
+
+impl FullSoftmax {
+    /// `rows` `[n, input_dim]` are the content embeddings of this rank's part of the catalogue, from `first_item` on.
+    #[must_use]
+    pub fn new(config: &ObjectiveConfig, (rows, first_item): (Tensor, i64)) -> Self {
+        let batch = if config.catalogue_batch == 0 { i64::MAX } else { i64::from(config.catalogue_batch) };
+        Self { pairing: config.pairs(), rows, first_item, batch }
+    }
+
+    pub(super) fn loss(
+        &self,
+        mine: &Contribution<'_>,
+        towers: Towers<'_>,
+        exchange: &mut Exchange,
+        clock: &mut PhaseClock,
+    ) -> Result<StepLoss, WorkerError> {
+        clock.enter(Phase::Forward);
+        let embedded = self.embed_all(mine.seed, towers);
+        let item = embedded.detach();
+        clock.enter(Phase::Gather);
+        let user = exchange.gather_rows(&mine.embeddings.user, mine.row_counts)?;
+        let (pair_row, pair_item) = self.pairs(mine, exchange)?;
+        clock.enter(Phase::Loss);
+        let rows = user.size()[0];
+        let shard = Shard {
+            user: &user,
+            item: &item,
+            first_item: self.first_item,
+            pair_row: &pair_row,
+            pair_item: &pair_item,
+            logit_scale: towers.model.logit_scale(towers.parameters),
+            tile: (SCORES / rows.max(1)).max(1),
+        };
+        let own = shard.scores().rows();
+        let world = exchange.world_size();
+        clock.enter(Phase::Gather);
+        let all = exchange.gather_rows(&own, &vec![rows as usize; world])?;
+        clock.enter(Phase::Loss);
+        let loss = shard.loss(&Normalizer::merge(&all.view([world as i64, rows, 2])));
+        clock.enter(Phase::Gather);
+        let d_user = exchange.scatter_rows(&loss.d_user, mine.row_counts)?;
+        clock.enter(Phase::Backward);
+        self.pull_all(&embedded, &loss.d_item, mine.seed, towers);
+        Ok(StepLoss {
+            loss: loss.loss,
+            correct: loss.correct,
+            gradient: Embeddings { user: d_user, item: mine.embeddings.item.zeros_like() },
+            d_log_scale: loss.d_log_scale,
+        })
+    }
+
+    /// The trained pairs of all ranks: rows of the gathered users, and items.
+    fn pairs(&self, mine: &Contribution<'_>, exchange: &mut Exchange) -> Result<(Tensor, Tensor), WorkerError> {
+        let share = mine.share;
+        let row_user = exchange.gather_rows(&share.row_user.unsqueeze(1), mine.row_counts)?.squeeze_dim(1);
+        // ids and owners travel together as [m, 2]
+        let targets = Tensor::stack(&[&share.item_id, &share.item_user], 1);
+        let targets = exchange.gather_rows(&targets, mine.item_counts)?;
+        let (row, target) = pair_indices(&row_user, &targets.select(1, 1).contiguous(), self.pairing);
+        Ok((row, targets.select(1, 0).index_select(0, &target)))
+    }
+
+    /// `[n, d]`: the own items, with the graph if they are one batch.
+    fn embed_all(&self, seed: u64, towers: Towers<'_>) -> Tensor {
+        match &self.batches()[..] {
+            [] => Tensor::zeros([0, towers.model.output_dim()], (towers.parameters.kind(), self.rows.device())),
+            [all] => self.embed(all.clone(), seed, towers),
+            batches => tch::no_grad(|| {
+                let parts: Vec<Tensor> = batches.iter().map(|batch| self.embed(batch.clone(), seed, towers)).collect();
+                Tensor::cat(&parts, 0)
+            }),
+        }
+    }
+
+    /// Brings the gradient `[n, d]` of the own items back to the parameters.
+    fn pull_all(&self, embedded: &Tensor, d_item: &Tensor, seed: u64, towers: Towers<'_>) {
+        match &self.batches()[..] {
+            [_] => pull(&[(embedded, d_item)]),
+            batches => {
+                for batch in batches {
+                    let gradient = d_item.narrow(0, batch.start, batch.end - batch.start);
+                    pull(&[(&self.embed(batch.clone(), seed, towers), &gradient)]);
+                }
+            }
+        }
+    }
+
+    /// One batch of the own items through the item tower; dropout draws the same masks each time.
+    fn embed(&self, batch: Range<i64>, seed: u64, towers: Towers<'_>) -> Tensor {
+        if towers.forward.train {
+            // the passes of the share count from 0
+            learn_torch::seed(random::key(&[seed, u64::MAX, batch.start.cast_unsigned()]));
+        }
+        let rows = self.rows.narrow(0, batch.start, batch.end - batch.start);
+        towers.model.catalogue(towers.parameters, &rows, towers.forward)
+    }
+
+    fn batches(&self) -> Vec<Range<i64>> {
+        let items = self.rows.size()[0];
+        (0..items)
+            .step_by(usize::try_from(self.batch).unwrap_or(usize::MAX))
+            .map(|start| start..items.min(start.saturating_add(self.batch)))
+            .collect()
+    }
+}

@@ -1,0 +1,300 @@
+//! Whole steps in float64 over the TCP collective, ranks as threads: however many ranks there are, loss and gradient are
+//! those of one, and the gradient is the slope of the loss.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use half::f16;
+use learn_collective::{Group, Rendezvous, connect_tcp};
+use learn_domain::UserIndex;
+use learn_domain::config::{Config, ItemTower, ObjectiveKind};
+use learn_domain::random::Draws;
+use learn_domain::sampling::{Pairs, SampleKey, sample, sample_size};
+use learn_model::{AdamW, Forward, Parameters, Pch};
+use learn_proto::flight::BatchMeta;
+use learn_telemetry::WorkerMetrics;
+use tch::{Device, Kind, Tensor};
+
+use super::*;
+use crate::control::Progress;
+use crate::feed::assemble::{Layout, UserShare, assemble};
+use crate::feed::{PreparedStep, UniformNegatives};
+use crate::train::{Stepper, rows_tensor, shape};
+
+const ITEMS: u32 = 13;
+const USERS: u32 = 7;
+const DIM: usize = 6;
+const SEED: u64 = 11;
+
+/// The coordinator's key-value store, in memory.
+#[derive(Clone, Default)]
+struct Store(Arc<(Mutex<Values>, Condvar)>);
+
+type Values = HashMap<String, Vec<u8>>;
+
+impl Rendezvous for Store {
+    fn put(&self, key: &str, value: Vec<u8>) -> Result<(), String> {
+        self.0.0.lock().unwrap().insert(key.to_owned(), value);
+        self.0.1.notify_all();
+        Ok(())
+    }
+
+    fn get(&self, key: &str, wait: Duration) -> Result<Vec<u8>, String> {
+        let map = self.0.0.lock().unwrap();
+        let (map, _) = self.0.1.wait_timeout_while(map, wait, |map| !map.contains_key(key)).unwrap();
+        map.get(key).cloned().ok_or_else(|| format!("nobody put {key}"))
+    }
+}
+
+/// What a step of the whole world gave: loss, accuracy, and the gradient of all parameters in the order of their names.
+#[derive(Clone, Debug)]
+struct Outcome {
+    loss: f64,
+    accuracy: f64,
+    gradient: Vec<f64>,
+}
+
+fn config(change: impl Fn(&mut Config)) -> Config {
+    let mut config = Config::default();
+    let model = &mut config.model;
+    (model.layers, model.heads, model.hidden, model.output_dim) = (1, 2, 8, 5);
+    (model.dropout, model.init_std, model.logit_scale, model.learn_logit_scale) = (0.0, 0.3, 6.0, true);
+    (config.sampling.history, config.sampling.targets) = (6, 4);
+    (config.sampling.user_positions, config.sampling.item_positions) = (5, 3);
+    // so that the first moment is the gradient
+    (config.optimizer.beta1, config.optimizer.clip_norm, config.optimizer.weight_decay) = (0.0, 0.0, 0.0);
+    change(&mut config);
+    config.validate().unwrap();
+    config
+}
+
+fn row(item: u32) -> Vec<f16> {
+    let mut draws = Draws::new(&[SEED, 1, item.into()]);
+    (0..DIM).map(|_| f16::from_f64(2.0 * draws.unit() - 1.0)).collect()
+}
+
+fn users(config: &Config) -> (Vec<UserShare>, u64) {
+    let shape = config.sample_shape();
+    let mut pairs = 0;
+    let users = (0..USERS).map(|user| {
+        let mut draws = Draws::new(&[SEED, 2, user.into()]);
+        let length = 2 + draws.below(7) as u32;
+        let items: Vec<u32> = (0..length).map(|_| draws.below(ITEMS.into()) as u32).collect();
+        let key = SampleKey { seed: SEED, epoch: 0, user: UserIndex(user) };
+        pairs += sample_size(key, length, &shape).unwrap().pairs;
+        let drawn = sample(key, length, &shape).unwrap();
+        let pick = |indices: &[u32]| indices.iter().map(|&index| items[index as usize]).collect();
+        UserShare {
+            user,
+            place: user,
+            history: pick(&drawn.history),
+            targets: pick(&drawn.targets),
+            user_positions: drawn.user_positions,
+            item_positions: drawn.item_positions,
+            ..UserShare::default()
+        }
+    });
+    let users = users.collect();
+    (users, pairs)
+}
+
+/// The values that a fresh start has, in the order of their names.
+fn start(config: &Config) -> Vec<f64> {
+    let model = Pch::new(shape(config, DIM as u32)).unwrap();
+    let parameters = Parameters::init(model.shape(), SEED, Device::Cpu);
+    Vec::try_from(parameters.flat().to_kind(Kind::Double)).unwrap()
+}
+
+fn load(model: &Pch, values: &[f64]) -> Parameters {
+    let specs = Parameters::init(model.shape(), SEED, Device::Cpu);
+    let flat = Tensor::from_slice(values);
+    let tensors = specs.parts(&flat).map(|(name, part)| (name.to_owned(), part.copy())).collect();
+    Parameters::load(model.shape(), tensors, Kind::Double, Device::Cpu).unwrap()
+}
+
+/// One rank's step from each of these parameter values.
+fn rank_steps(config: &Config, points: &[Vec<f64>], exchange: &mut Exchange) -> Vec<Outcome> {
+    let (rank, world) = (exchange.rank() as u32, exchange.world_size() as u32);
+    let (users, pairs) = users(config);
+    // in a world of four the last two ranks have nobody
+    let mine: Vec<UserShare> = users.into_iter().filter(|user| user.place % world.min(2) == rank).collect();
+    let uniform = UniformNegatives { seed: SEED, items: ITEMS, count: config.objective.uniform_negatives };
+    let layout = Layout::new(&config.objective, config.training.micro_batch);
+    let micro_batches = assemble(&mine, &uniform.part(0, rank, world), layout)
+        .into_iter()
+        .map(|batch| {
+            let rows = batch.unique_items.iter().flat_map(|&item| row(item)).collect();
+            (batch, rows)
+        })
+        .collect();
+    let meta = BatchMeta { step: 0, epoch: 0, global_users: USERS, global_pairs: pairs, part: 0, parts: 1 };
+    let step = PreparedStep { meta, users: mine.iter().map(|user| user.user).collect(), micro_batches };
+    points.iter().map(|values| rank_step(config, values, &step, exchange)).collect()
+}
+
+fn rank_step(config: &Config, values: &[f64], step: &PreparedStep, exchange: &mut Exchange) -> Outcome {
+    let objective = match config.objective.kind {
+        ObjectiveKind::FullSoftmax => {
+            let part = learn_domain::plan::contiguous_part(ITEMS as usize, exchange.rank(), exchange.world_size());
+            let rows: Vec<f16> = part.clone().flat_map(|item| row(item as u32)).collect();
+            let rows = rows_tensor(&rows, DIM, Device::Cpu);
+            Objective::FullSoftmax(FullSoftmax::new(&config.objective, (rows, part.start as i64)))
+        }
+        _ => {
+            let popularity: Vec<u32> = (0..ITEMS).map(|item| item * item % 7).collect();
+            let popularity = config.objective.logq_correction.then_some(&popularity[..]);
+            Objective::InBatch(InBatch::new(&config.objective, popularity, Device::Cpu))
+        }
+    };
+    let model = Pch::new(shape(config, DIM as u32)).unwrap();
+    let parameters = load(&model, values);
+    let mut stepper = Stepper {
+        optimizer: AdamW::new(&parameters, &config.optimizer),
+        model,
+        parameters,
+        optimizer_config: config.optimizer.clone(),
+        forward: Forward { train: true, precision: config.training.precision },
+        device: Device::Cpu,
+        input_dim: DIM,
+        objective,
+        conversion: None,
+        draw_seed: SEED,
+        clock: PhaseClock::new(WorkerMetrics::new(), Arc::new(Progress::default())),
+    };
+    let outcome = stepper.step(step, exchange, 0.0, false).unwrap().unwrap();
+    let state = stepper.optimizer.state(&stepper.parameters);
+    // after one step without momentum, the first moment is the gradient
+    let first = state.iter().filter(|(name, _)| name.starts_with("exp_avg."));
+    let gradient = first.flat_map(|(_, moment)| Vec::<f64>::try_from(moment.reshape([-1])).unwrap()).collect();
+    Outcome { loss: outcome.loss, accuracy: outcome.accuracy, gradient }
+}
+
+/// Steps of a world, from each of these parameter values; every rank says the same.
+fn steps(config: &Config, world_size: usize, points: &[Vec<f64>]) -> Vec<Outcome> {
+    let store = Store::default();
+    let outcomes: Vec<Vec<Outcome>> = std::thread::scope(|scope| {
+        let ranks: Vec<_> = (0..world_size)
+            .map(|rank| {
+                let store = store.clone();
+                scope.spawn(move || {
+                    let group = Group {
+                        rank,
+                        world_size,
+                        generation: 1,
+                        secret: b"the job's secret".to_vec(),
+                        bind: "127.0.0.1".into(),
+                        advertise: "127.0.0.1".into(),
+                        timeout: Duration::from_secs(60),
+                    };
+                    let collective = connect_tcp(group, &store).unwrap();
+                    rank_steps(config, points, &mut Exchange::new(collective, WorkerMetrics::new()))
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    for other in &outcomes[1..] {
+        for (one, other) in outcomes[0].iter().zip(other) {
+            assert_eq!((one.loss, &one.gradient), (other.loss, &other.gradient));
+        }
+    }
+    outcomes.into_iter().next().unwrap()
+}
+
+fn largest_gap(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+}
+
+/// Worlds of two and four against one, and the slope of the loss in a world of two along some directions.
+fn is_exact(config: &Config) {
+    let start = start(config);
+    let at = |world| steps(config, world, std::slice::from_ref(&start)).remove(0);
+    let one = at(1);
+    assert_eq!(one.gradient.len(), start.len());
+    assert!(one.loss > 0.1 && one.gradient.iter().any(|slope| slope.abs() > 1e-3));
+    let few = at(2);
+    for other in [&few, &at(4)] {
+        assert!((other.loss - one.loss).abs() < 1e-12 && other.accuracy == one.accuracy);
+        assert!(largest_gap(&other.gradient, &one.gradient) < 1e-11);
+    }
+    let in_passes = Config {
+        training: learn_domain::config::TrainingConfig { micro_batch: 2, ..config.training.clone() },
+        objective: learn_domain::config::ObjectiveConfig { catalogue_batch: 3, ..config.objective.clone() },
+        ..config.clone()
+    };
+    let other = steps(&in_passes, 2, std::slice::from_ref(&start)).remove(0);
+    assert!((other.loss - one.loss).abs() < 1e-12);
+    assert!(largest_gap(&other.gradient, &one.gradient) < 1e-11);
+
+    let directions: Vec<Vec<f64>> = (0..6_u64)
+        .map(|number| {
+            let mut draws = Draws::new(&[SEED, 3, number]);
+            let raw: Vec<f64> = start.iter().map(|_| draws.unit() - 0.5).collect();
+            let norm = raw.iter().map(|x| x * x).sum::<f64>().sqrt();
+            raw.into_iter().map(|x| x / norm).collect()
+        })
+        .collect();
+    // the five-point rule: its error is of the fourth order in the step
+    const STEP: f64 = 2e-3;
+    const RULE: [(f64, f64); 4] = [(-2.0, 1.0), (-1.0, -8.0), (1.0, 8.0), (2.0, -1.0)];
+    let points: Vec<Vec<f64>> = directions
+        .iter()
+        .flat_map(|direction| {
+            let start = &start;
+            RULE.map(|(by, _)| start.iter().zip(direction).map(|(x, d)| x + by * STEP * d).collect())
+        })
+        .collect();
+    let losses = steps(config, 2, &points);
+    for (direction, losses) in directions.iter().zip(losses.chunks(RULE.len())) {
+        let weighted = losses.iter().zip(RULE).map(|(outcome, (_, weight))| outcome.loss * weight);
+        let slope = weighted.sum::<f64>() / (12.0 * STEP);
+        let ours: f64 = few.gradient.iter().zip(direction).map(|(g, d)| g * d).sum();
+        assert!((slope - ours).abs() < 1e-9, "{slope:e} is the slope, {ours:e} the gradient");
+    }
+}
+
+fn softmax(tower: ItemTower, pairs: Pairs) -> Config {
+    config(|config| {
+        config.objective.kind = ObjectiveKind::FullSoftmax;
+        config.objective.pairs = pairs;
+        config.model.item_tower = tower;
+        if tower == ItemTower::Content {
+            config.model.output_dim = DIM as u32;
+        }
+    })
+}
+
+#[test]
+fn the_full_softmax_is_exact_with_next_items() {
+    is_exact(&softmax(ItemTower::PerItem, Pairs::Next));
+}
+
+#[test]
+fn the_full_softmax_is_exact_with_all_actions() {
+    is_exact(&softmax(ItemTower::Causal, Pairs::AllAction));
+}
+
+#[test]
+fn the_full_softmax_is_exact_over_content() {
+    is_exact(&softmax(ItemTower::Content, Pairs::Next));
+}
+
+#[test]
+fn next_items_are_exact_with_every_kind_of_negative() {
+    is_exact(&config(|config| {
+        config.objective.kind = ObjectiveKind::NextItem;
+        config.objective.uniform_negatives = 9;
+        config.objective.history_negatives = 2;
+        config.objective.logq_correction = true;
+    }));
+}
+
+#[test]
+fn all_actions_are_exact_with_uniform_negatives() {
+    is_exact(&config(|config| {
+        config.objective.uniform_negatives = 5;
+        config.model.item_tower = ItemTower::Causal;
+    }));
+}
