@@ -8,8 +8,15 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ::safetensors::tensor::{Dtype, SafeTensors, View, serialize_to_file};
+use ::safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo, View, serialize_to_file};
 use tch::{Kind, Tensor};
+
+mod mapped;
+
+pub use mapped::MappedTensors;
+
+/// A file starts with the length of its header in so many bytes.
+const LENGTH_BYTES: usize = 8;
 
 /// A file that could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -54,30 +61,41 @@ pub fn read(path: &Path) -> Result<Vec<(String, Tensor)>, SafetensorsError> {
 /// As [`read`].
 pub fn read_all(path: &Path) -> Result<Contents, SafetensorsError> {
     let bytes = fs::read(path).map_err(|source| SafetensorsError::Io { path: path.into(), source })?;
-    let invalid = |error: ::safetensors::SafeTensorError| match is_pickle(&bytes) {
-        true => SafetensorsError::Pickle { path: path.into() },
-        false => SafetensorsError::Invalid { path: path.into(), reason: error.to_string() },
-    };
-    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(invalid)?;
+    let (start, header) = header(path, &bytes)?;
     let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
-    let file = SafeTensors::deserialize(&bytes).map_err(invalid)?;
-    let mut tensors = Vec::with_capacity(file.len());
-    for (name, view) in file.tensors() {
-        let kind = kind_of(view.dtype()).ok_or_else(|| SafetensorsError::Kind {
-            path: path.into(),
-            name: name.clone(),
-            kind: format!("{:?}", view.dtype()),
-        })?;
-        let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
-        let tensor = Tensor::f_from_data_size(view.data(), &shape, kind).map_err(|source| SafetensorsError::Torch {
-            path: path.into(),
-            name: name.clone(),
-            source,
-        })?;
-        tensors.push((name, tensor));
-    }
+    let read =
+        |(name, info): (String, &TensorInfo)| tensor(path, &name, info, &bytes[start..]).map(|read| (name, read));
+    let mut tensors = header.tensors().into_iter().map(read).collect::<Result<Vec<_>, _>>()?;
     tensors.sort_by(|(left, _), (right, _)| left.cmp(right));
     Ok(Contents { tensors, metadata })
+}
+
+/// Where the data starts and what it is. Kinds, shapes and offsets fill the file exactly, without gaps.
+fn header(path: &Path, bytes: &[u8]) -> Result<(usize, Metadata), SafetensorsError> {
+    let (length, header) = SafeTensors::read_metadata(bytes).map_err(|error| match is_pickle(bytes) {
+        true => SafetensorsError::Pickle { path: path.into() },
+        false => SafetensorsError::Invalid { path: path.into(), reason: error.to_string() },
+    })?;
+    Ok((LENGTH_BYTES + length, header))
+}
+
+/// One tensor of a file's data, on the CPU.
+fn tensor(path: &Path, name: &str, info: &TensorInfo, data: &[u8]) -> Result<Tensor, SafetensorsError> {
+    let kind = kind_of(info.dtype).ok_or_else(|| SafetensorsError::Kind {
+        path: path.into(),
+        name: name.to_owned(),
+        kind: format!("{:?}", info.dtype),
+    })?;
+    let (from, to) = info.data_offsets;
+    Tensor::f_from_data_size(&data[from..to], &shape(info), kind).map_err(|source| SafetensorsError::Torch {
+        path: path.into(),
+        name: name.to_owned(),
+        source,
+    })
+}
+
+fn shape(info: &TensorInfo) -> Vec<i64> {
+    info.shape.iter().map(|&size| size as i64).collect()
 }
 
 /// Writes tensors of any device to a file; an earlier file of that name is replaced at once or not at all.

@@ -1,7 +1,7 @@
 //! What is unsafe or process-wide about libtorch, behind safe functions.
 //!
-//! Input: a wish for a device, a seed, tensors. Output: a [`tch::Device`] that works, raw views for a collective,
-//! host copies. Invariants: libtorch's CUDA library is loaded at run time, at most once, and before the first question
+//! Input: a wish for a device, a seed, tensors, files. Output: a [`tch::Device`] that works, raw views for a collective,
+//! host copies, files as memory. Invariants: libtorch's CUDA library is loaded at run time, at most once, and before the first question
 //! that libtorch answers about CUDA; nothing here links it. So a process calls [`device`] first, then [`seed`].
 
 #![allow(unsafe_code)]
@@ -9,6 +9,7 @@
 mod cuda;
 mod facts;
 mod host;
+mod mapped;
 mod raw;
 
 use std::path::PathBuf;
@@ -18,6 +19,7 @@ use tch::{Cuda, Device, Kind};
 
 pub use facts::{Facts, describe};
 pub use host::{from_host, to_host};
+pub use mapped::MappedFile;
 pub use raw::{RawTensor, buffer, raw};
 
 /// Something about libtorch that does not work, with the remedy.
