@@ -16,8 +16,7 @@ use learn_dataset::{Dataset, DatasetError, EmbeddingInfo, Item};
 use learn_domain::config::{Config, DeviceKind, EmbedConfig, Precision};
 use learn_domain::prompt::PromptTemplate;
 
-use crate::encoder::bert::{BertEncoder, BertSettings};
-use crate::encoder::{EncoderError, ModelDirectory, TextEncoder};
+use crate::encoder::{EncoderError, EncoderSettings, LocalEncoder, ModelDirectory, TextEncoder};
 use crate::progress::Progress;
 use crate::prompt::prompt;
 use crate::refine::{RefineError, Refinement};
@@ -77,7 +76,7 @@ impl FromStr for Part {
 
 /// Where the vectors come from: known by its digest before anything heavy is loaded.
 enum Source {
-    Model { model: ModelDirectory, settings: BertSettings },
+    Model { model: ModelDirectory, settings: EncoderSettings },
     File(VectorFile),
 }
 
@@ -87,7 +86,7 @@ impl Source {
             Some(path) => Self::File(VectorFile::open(path)?),
             None => Self::Model {
                 model: ModelDirectory::open(&config.model)?,
-                settings: BertSettings {
+                settings: EncoderSettings {
                     max_tokens: config.max_tokens as usize,
                     batch_tokens: config.batch_tokens as usize,
                     precision: config.precision,
@@ -106,7 +105,7 @@ impl Source {
     /// What shards must have been made from to be reused.
     fn spec(&self, shard_items: u32) -> Result<EmbeddingSpec, EmbedError> {
         let (dim, model_fingerprint, precision) = match self {
-            Self::Model { model, settings } => (model.hidden, settings.fingerprint(model)?, settings.precision),
+            Self::Model { model, settings } => (model.dim(), settings.fingerprint(model)?, settings.precision),
             Self::File(file) => (file.dim(), file.fingerprint().to_owned(), Precision::F32),
         };
         Ok(EmbeddingSpec { dim, model_fingerprint, precision, shard_items: shard_items as usize })
@@ -178,7 +177,7 @@ pub fn run(config: &Config, part: Part, progress: &mut Progress) -> Result<(), E
         Source::Model { model, settings } => {
             let device = learn_torch::device(config.embed.device, gpu_of(part, config.embed.device))
                 .map_err(EncoderError::from)?;
-            let encoder = BertEncoder::load(model, settings, device)?;
+            let encoder = LocalEncoder::load(model, settings, device)?;
             tracing::info!(model = encoder.name(), dim = encoder.dim(), ?device, "encoder loaded");
             Rows::Encoder { encoder: Box::new(encoder), texts: &texts }
         }

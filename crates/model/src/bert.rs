@@ -1,11 +1,11 @@
 //! One BERT layer: attention and feed-forward, each followed by dropout, residual and layer norm (post-LN), exact GELU.
 //!
 //! Input: hidden states `[B, L, D]`, weights found by name. Output: hidden states of the same shape and kind.
-//! With `Precision::Bf16` the matrix products and the attention are bf16; layer norms, residuals and the softmax's
-//! statistics keep the kind of the input (f32). With `Precision::F32` everything has the input's kind, so f64 works too.
+//! With `Precision::Bf16` or `F16` the matrix products and the attention have that kind; layer norms, residuals and the
+//! softmax's statistics keep the kind of the input (f32). With `F32` everything has the input's kind, so f64 works too.
 
 use learn_domain::config::Precision;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// Who attends to whom.
 #[derive(Clone, Copy, Debug)]
@@ -84,15 +84,11 @@ impl<'a> LayerWeights<'a> {
 }
 
 impl Linear<'_> {
-    /// `x W^T + b` for `x` of any floating kind, in bf16 or in the weight's kind; the result has that kind.
+    /// `x W^T + b` for `x` of any floating kind, in the precision's kind or in the weight's; the result has that kind.
     pub fn forward(&self, x: &Tensor, precision: Precision) -> Tensor {
-        match precision {
-            Precision::F32 => x.to_kind(self.weight.kind()).linear(self.weight, Some(self.bias)),
-            Precision::Bf16 => {
-                let cast = |tensor: &Tensor| tensor.to_kind(Kind::BFloat16);
-                cast(x).linear(&cast(self.weight), Some(cast(self.bias)))
-            }
-        }
+        let kind = learn_torch::product_kind(precision).unwrap_or_else(|| self.weight.kind());
+        let cast = |tensor: &Tensor| tensor.to_kind(kind);
+        cast(x).linear(&cast(self.weight), Some(cast(self.bias)))
     }
 }
 
@@ -141,7 +137,7 @@ fn context(weights: &LayerWeights, x: &Tensor, attention: &Attention, forward: &
 mod tests {
     use std::collections::BTreeMap;
 
-    use tch::Device;
+    use tch::{Device, Kind};
 
     use super::*;
 
@@ -245,16 +241,18 @@ mod tests {
     }
 
     #[test]
-    fn bf16_stays_near_f32_and_returns_f32() {
+    fn half_precisions_stay_near_f32_and_return_f32() {
         let all = weights(Kind::Float);
         let w = find(&all);
         let x = Tensor::randn([3, 5, WIDTH], (Kind::Float, Device::Cpu));
         let full = layer(&w, &x, &Attention::Causal, &settings(0.0));
-        let half = layer(&w, &x, &Attention::Causal, &LayerForward { precision: Precision::Bf16, ..settings(0.0) });
-        assert_eq!(half.kind(), Kind::Float);
-        assert!(gap(&full, &half) > 0.0);
-        let cosine = (&full * &half).sum(Kind::Float) / (full.norm() * half.norm());
-        assert!(cosine.double_value(&[]) > 0.999);
+        for precision in [Precision::Bf16, Precision::F16] {
+            let half = layer(&w, &x, &Attention::Causal, &LayerForward { precision, ..settings(0.0) });
+            assert_eq!(half.kind(), Kind::Float);
+            assert!(gap(&full, &half) > 0.0, "{precision:?}");
+            let cosine = (&full * &half).sum(Kind::Float) / (full.norm() * half.norm());
+            assert!(cosine.double_value(&[]) > 0.999, "{precision:?}");
+        }
     }
 
     #[test]

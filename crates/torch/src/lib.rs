@@ -14,7 +14,7 @@ mod raw;
 
 use std::path::PathBuf;
 
-use learn_domain::config::DeviceKind;
+use learn_domain::config::{DeviceKind, Precision};
 use tch::{Cuda, Device, Kind};
 
 pub use facts::{Facts, describe};
@@ -59,6 +59,16 @@ pub fn device(kind: DeviceKind, ordinal: usize) -> Result<Device, TorchError> {
         (Ok(count), _) => Err(TorchError::NoSuchGpu { ordinal, count }),
         (Err(_), DeviceKind::Auto) => Ok(Device::Cpu),
         (Err(reason), _) => Err(TorchError::NoCuda(reason)),
+    }
+}
+
+/// The kind of the matrix products; `None` is that of the parameters, which may be f64 where a test wants it.
+#[must_use]
+pub const fn product_kind(precision: Precision) -> Option<Kind> {
+    match precision {
+        Precision::F32 => None,
+        Precision::Bf16 => Some(Kind::BFloat16),
+        Precision::F16 => Some(Kind::Half),
     }
 }
 

@@ -1,136 +1,231 @@
-//! BERT-family encoders on libtorch.
+//! BERT-family encoders: word, position and token-type embeddings are added and normalised; the layers are the ones of
+//! `learn-model`, attending to all tokens of the same text.
 //!
-//! Input: texts. Output: the mean over a text's tokens (special tokens included, as sentence-transformers does) of the
-//! last hidden state, at unit length, in f32. Word, position and token-type embeddings are added and normalised; the
-//! layers are the ones of `learn-model`, attending to all tokens of the same text. With bf16 the layers' matrix products
-//! are bf16, while embeddings, layer norms, softmax statistics and pooling stay f32.
+//! Input: padded token ids `[B, L]`. Output: last hidden states `[B, L, D]` in f32. With bf16 or f16 the layers' matrix
+//! products have that kind, while embeddings, layer norms and softmax statistics stay f32.
 
 use learn_domain::config::Precision;
-use learn_model::bert::{self, Attention, LayerForward};
+use learn_model::bert::{self, Attention, LayerForward, LayerWeights};
+use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
-use super::tokens::TextTokens;
-use super::weights::Weights;
-use super::{EncoderError, ModelDirectory, TextEncoder};
-use crate::batch;
+use super::EncoderError;
+use super::local::Batch;
+use super::weights::{Wanted, WeightFiles, Weights};
 
-/// How the encoder runs.
-#[derive(Clone, Copy, Debug)]
-pub struct BertSettings {
-    /// Longest text in tokens; the model's own limits may be shorter.
-    pub max_tokens: usize,
-    /// Most tokens of one forward pass, padding included.
-    pub batch_tokens: usize,
-    pub precision: Precision,
+/// Models with a head keep their encoder below the family's name.
+const PREFIXES: [&str; 3] = ["", "bert.", "roberta."];
+
+/// What `config.json` must say.
+#[derive(Debug, Deserialize)]
+struct ConfigFile {
+    vocab_size: usize,
+    hidden_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    intermediate_size: usize,
+    #[serde(default = "bert_token_types")]
+    type_vocab_size: usize,
+    max_position_embeddings: usize,
+    #[serde(default = "bert_activation")]
+    hidden_act: String,
+    #[serde(default = "bert_epsilon")]
+    layer_norm_eps: f64,
+    #[serde(default)]
+    pad_token_id: usize,
+    position_embedding_type: Option<String>,
+    #[serde(default)]
+    is_decoder: bool,
 }
 
-impl BertSettings {
-    /// A digest of what decides the vectors: the model's files and these settings (but not the batches).
-    ///
-    /// # Errors
-    /// A file cannot be read.
-    pub fn fingerprint(&self, model: &ModelDirectory) -> Result<String, EncoderError> {
-        let mut hasher = model.digest()?;
-        hasher.update(&(self.longest(model) as u64).to_le_bytes());
-        hasher.update(match self.precision {
-            Precision::F32 => b"f32",
-            Precision::Bf16 => b"bf16",
-        });
-        Ok(hasher.finalize().to_hex().to_string())
-    }
-
-    fn longest(&self, model: &ModelDirectory) -> usize {
-        self.max_tokens.min(model.longest)
-    }
+fn bert_activation() -> String {
+    "gelu".into()
 }
 
-/// A frozen BERT or RoBERTa with its tokenizer.
-pub struct BertEncoder {
-    model: ModelDirectory,
-    name: String,
-    fingerprint: String,
-    settings: BertSettings,
-    tokens: TextTokens,
-    weights: Weights,
-    device: Device,
+const fn bert_token_types() -> usize {
+    2
 }
 
-impl BertEncoder {
-    /// Loads the encoder of a directory onto a device.
-    ///
-    /// # Errors
-    /// A file is damaged, or the weights are not those that `config.json` describes.
-    pub fn load(model: ModelDirectory, settings: BertSettings, device: Device) -> Result<Self, EncoderError> {
-        let fingerprint = settings.fingerprint(&model)?;
-        let tokens = TextTokens::load(&model, settings.longest(&model))?;
-        let weights = Weights::load(&model, settings.precision, device)?;
-        Ok(Self { name: model.name(), fingerprint, settings, tokens, weights, device, model })
-    }
+const fn bert_epsilon() -> f64 {
+    1e-12
+}
 
-    /// Vectors of one batch, `[B, D]` f32.
-    fn forward(&self, texts: &[&[u32]]) -> Result<Tensor, EncoderError> {
-        let longest = texts.iter().map(|text| text.len()).max().unwrap_or_default();
-        // Padding is masked and not counted, so any id that exists will do.
-        let padded = |text: &&[u32]| -> Vec<i64> {
-            text.iter().map(|&id| i64::from(id)).chain(std::iter::repeat(0)).take(longest).collect()
+/// The numbers of a BERT-family encoder.
+#[derive(Clone, Debug)]
+pub struct BertShape {
+    pub vocabulary: usize,
+    pub hidden: usize,
+    layers: usize,
+    heads: usize,
+    /// Epsilon of the layer norms.
+    epsilon: f64,
+    /// Width of the feed-forward part.
+    intermediate: usize,
+    token_types: usize,
+    /// Rows of the position table.
+    positions: usize,
+    /// Number of the first token's position: 0 in BERT, the padding token's id + 1 in RoBERTa and XLM-RoBERTa.
+    first_position: usize,
+}
+
+impl BertShape {
+    /// The shape that a `config.json` describes, for this `model_type`.
+    pub(super) fn read(family: &str, config: serde_json::Value) -> Result<Self, String> {
+        let config: ConfigFile = serde_json::from_value(config).map_err(|error| error.to_string())?;
+        if config.hidden_act != "gelu" {
+            return Err(format!("hidden_act is {:?}; only the exact \"gelu\" is implemented", config.hidden_act));
+        }
+        if let Some(kind) = config.position_embedding_type.as_deref().filter(|&kind| kind != "absolute") {
+            return Err(format!("position_embedding_type is {kind:?}; only \"absolute\" is implemented"));
+        }
+        if config.is_decoder {
+            return Err("is_decoder is true; a bidirectional encoder is wanted".into());
+        }
+        if config.num_attention_heads == 0 || !config.hidden_size.is_multiple_of(config.num_attention_heads) {
+            return Err(format!(
+                "hidden_size {} is not a multiple of num_attention_heads {}",
+                config.hidden_size, config.num_attention_heads
+            ));
+        }
+        let shape = Self {
+            vocabulary: config.vocab_size,
+            hidden: config.hidden_size,
+            layers: config.num_hidden_layers,
+            heads: config.num_attention_heads,
+            epsilon: config.layer_norm_eps,
+            intermediate: config.intermediate_size,
+            token_types: config.type_vocab_size,
+            positions: config.max_position_embeddings,
+            first_position: if family == "bert" { 0 } else { config.pad_token_id + 1 },
         };
-        let ids: Vec<i64> = texts.iter().flat_map(padded).collect();
-        let lengths: Vec<i64> = texts.iter().map(|text| text.len() as i64).collect();
-        let (count, longest) = (texts.len() as i64, longest as i64);
-        let ids = learn_torch::from_host(&ids, &[count, longest], self.device)?;
-        let lengths = learn_torch::from_host(&lengths, &[count, 1], self.device)?;
-        let present = Tensor::f_arange(longest, (Kind::Int64, self.device))?.f_unsqueeze(0)?.f_lt_tensor(&lengths)?;
+        if shape.vocabulary == 0 || shape.token_types == 0 || shape.longest() == 0 {
+            return Err("vocab_size, type_vocab_size or max_position_embeddings leaves no room for text".into());
+        }
+        Ok(shape)
+    }
 
-        let mut hidden = self.weights.embed(&ids)?;
-        let attending = present.f_view([count, 1, 1, longest])?;
+    /// Most tokens of a text.
+    pub(super) fn longest(&self) -> usize {
+        self.positions.saturating_sub(self.first_position)
+    }
+
+    fn wanted(&self, precision: Precision) -> Vec<Wanted> {
+        let [hidden, wide] = [self.hidden, self.intermediate].map(|size| size as i64);
+        let tables = [
+            ("word_embeddings", self.vocabulary),
+            ("position_embeddings", self.positions),
+            ("token_type_embeddings", self.token_types),
+        ];
+        let mut shapes: Vec<_> =
+            tables.map(|(name, rows)| (format!("embeddings.{name}.weight"), vec![rows as i64, hidden])).into();
+        let mut pair = |name: String, weight: Vec<i64>| {
+            shapes.push((format!("{name}.bias"), vec![weight[0]]));
+            shapes.push((format!("{name}.weight"), weight));
+        };
+        pair("embeddings.LayerNorm".into(), vec![hidden]);
+        for layer in 0..self.layers {
+            for part in ["self.query", "self.key", "self.value", "output.dense"] {
+                pair(format!("encoder.layer.{layer}.attention.{part}"), vec![hidden, hidden]);
+            }
+            pair(format!("encoder.layer.{layer}.attention.output.LayerNorm"), vec![hidden]);
+            pair(format!("encoder.layer.{layer}.intermediate.dense"), vec![wide, hidden]);
+            pair(format!("encoder.layer.{layer}.output.dense"), vec![hidden, wide]);
+            pair(format!("encoder.layer.{layer}.output.LayerNorm"), vec![hidden]);
+        }
+        // Matrices of the layers are kept as the products need them; everything else stays f32.
+        let kind = |name: &str| {
+            let dense = name.starts_with("encoder.") && !name.contains("LayerNorm");
+            learn_torch::product_kind(precision).filter(|_| dense).unwrap_or(Kind::Float)
+        };
+        shapes.into_iter().map(|(name, shape)| Wanted { kind: kind(&name), name, shape }).collect()
+    }
+}
+
+/// A BERT, RoBERTa or XLM-RoBERTa.
+pub(super) struct Bert {
+    shape: BertShape,
+    weights: Weights,
+    precision: Precision,
+}
+
+impl Bert {
+    pub(super) fn load(
+        shape: BertShape,
+        files: &WeightFiles,
+        precision: Precision,
+        device: Device,
+    ) -> Result<Self, EncoderError> {
+        let weights = Weights::load(files, &PREFIXES, shape.wanted(precision), device)?;
+        Ok(Self { shape, weights, precision })
+    }
+
+    /// Last hidden states `[B, L, D]`.
+    pub(super) fn hidden(&self, batch: &Batch) -> Result<Tensor, EncoderError> {
+        let mut hidden = self.embed(&batch.ids)?;
+        let (count, length) = batch.ids.size2()?;
+        let attending = batch.present.f_view([count, 1, 1, length])?;
         let forward = LayerForward {
-            heads: self.model.heads as i64,
-            eps: self.model.epsilon,
+            heads: self.shape.heads as i64,
+            eps: self.shape.epsilon,
             dropout: 0.0,
             train: false,
-            precision: self.settings.precision,
+            precision: self.precision,
         };
-        for layer in 0..self.model.layers {
-            hidden = bert::layer(&self.weights.layer(layer)?, &hidden, &Attention::Masked(&attending), &forward);
+        for layer in 0..self.shape.layers {
+            let weights = LayerWeights::find(&format!("encoder.layer.{layer}"), |name| self.weights.get(name))?;
+            hidden = bert::layer(&weights, &hidden, &Attention::Masked(&attending), &forward);
         }
-        let present = present.f_to_kind(Kind::Float)?.f_unsqueeze(-1)?;
-        let sum = hidden.f_to_kind(Kind::Float)?.f_mul(&present)?.f_sum_dim_intlist(
-            [1_i64].as_slice(),
-            false,
-            None::<Kind>,
-        )?;
-        // The direction of the mean is that of the sum.
-        let norm = sum.f_norm_scalaropt_dim(2.0, [-1_i64].as_slice(), true)?;
-        Ok(sum.f_div(&norm.f_clamp_min(f64::MIN_POSITIVE)?)?)
+        Ok(hidden)
+    }
+
+    /// Word + position + token-type embeddings, normalised: ids `[B, L]` to `[B, L, D]`. Texts start at the left.
+    fn embed(&self, ids: &Tensor) -> Result<Tensor, EncoderError> {
+        let table = |name: &str| self.weights.get(&format!("embeddings.{name}_embeddings.weight"));
+        let words = Tensor::f_embedding(table("word")?, ids, -1, false, false)?;
+        let length = ids.size2()?.1;
+        let positions = table("position")?.f_narrow(0, self.shape.first_position as i64, length)?;
+        let kind_of_text = table("token_type")?.f_narrow(0, 0, 1)?;
+        let sum = words.f_add(&kind_of_text)?.f_add(&positions)?;
+        let (scale, shift) =
+            (self.weights.get("embeddings.LayerNorm.weight")?, self.weights.get("embeddings.LayerNorm.bias")?);
+        Ok(sum.f_layer_norm(scale.size(), Some(scale), Some(shift), self.shape.epsilon, true)?)
     }
 }
 
-impl TextEncoder for BertEncoder {
-    fn name(&self) -> &str {
-        &self.name
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(family: &str, key: &str, value: serde_json::Value) -> Result<BertShape, String> {
+        let mut config = json!({
+            "vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
+            "intermediate_size": 1536, "max_position_embeddings": 514, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
+            "position_embedding_type": "absolute", "pad_token_id": 1
+        });
+        config[key] = value;
+        BertShape::read(family, config)
     }
 
-    fn dim(&self) -> usize {
-        self.model.hidden
+    #[test]
+    fn positions_start_where_the_family_starts_them() {
+        assert_eq!(read("bert", "pad_token_id", json!(0)).unwrap().longest(), 514);
+        assert_eq!(read("xlm-roberta", "pad_token_id", json!(1)).unwrap().longest(), 512);
     }
 
-    fn fingerprint(&self) -> &str {
-        &self.fingerprint
-    }
-
-    fn encode(&self, texts: &[String], finished: &mut dyn FnMut(usize)) -> Result<Vec<f32>, EncoderError> {
-        let tokens = self.tokens.encode(texts)?;
-        let lengths: Vec<usize> = tokens.iter().map(Vec::len).collect();
-        let dim = self.dim();
-        let mut rows = vec![0.0; texts.len() * dim];
-        for batch in batch::by_length(&lengths, self.settings.batch_tokens) {
-            let part: Vec<&[u32]> = batch.iter().map(|&text| tokens[text].as_slice()).collect();
-            let vectors: Vec<f32> = learn_torch::to_host(&tch::no_grad(|| self.forward(&part))?)?;
-            for (&text, vector) in batch.iter().zip(vectors.chunks_exact(dim)) {
-                rows[text * dim..][..dim].copy_from_slice(vector);
-            }
-            finished(batch.len());
+    #[test]
+    fn what_is_not_implemented_is_named() {
+        for (key, value, named) in [
+            ("hidden_act", json!("gelu_new"), "hidden_act is \"gelu_new\""),
+            ("position_embedding_type", json!("relative_key"), "relative_key"),
+            ("is_decoder", json!(true), "is_decoder"),
+            ("num_attention_heads", json!(7), "multiple of num_attention_heads 7"),
+            ("vocab_size", json!(0), "vocab_size"),
+            ("vocab_size", json!("many"), "many"),
+        ] {
+            let error = read("bert", key, value).unwrap_err();
+            assert!(error.contains(named), "{error}");
         }
-        Ok(rows)
     }
 }

@@ -1,17 +1,25 @@
 //! Frozen language models that turn texts into vectors.
 //!
-//! [`TextEncoder`] is what the embedding run needs of a model; [`bert::BertEncoder`] is the family that runs on libtorch
-//! from a Hugging Face directory.
+//! [`TextEncoder`] is what the embedding run needs of a model; [`LocalEncoder`] runs the families that [`Architecture`]
+//! names on libtorch, from a Hugging Face directory ([`ModelDirectory`]).
 
-pub mod bert;
-mod config;
+mod bert;
+mod decoder;
+mod directory;
+mod local;
+mod sentencepiece;
 mod tokens;
 mod weights;
 
 use std::io;
 use std::path::PathBuf;
 
-pub use config::{Family, ModelDirectory};
+pub use bert::BertShape;
+pub use decoder::{DecoderFamily, DecoderShape};
+pub use directory::{Architecture, ModelDirectory};
+pub use local::{EncoderSettings, LocalEncoder};
+pub use tokens::{Ends, TokenFiles};
+pub use weights::WeightFiles;
 
 /// An encoder cannot be used, or failed on a text.
 #[derive(Debug, thiserror::Error)]

@@ -1,45 +1,143 @@
-//! The weights of a BERT-family encoder.
+//! The weights of an encoder: where they lie, and tensors by name on the device.
 //!
-//! Input: `model.safetensors` and the settings that say what must be in it. Output: tensors by name on the device; what
-//! an encoder does not need (heads, poolers, buffers) is left out. Invariant: every name is there with its shape, so a
-//! pass over a loaded model cannot miss one.
+//! Input: `model.safetensors`, or the shards that `model.safetensors.index.json` names; what must be in them. Output:
+//! tensors by name; what an encoder does not need (heads, poolers, buffers) is left out. Invariants: files are mapped
+//! and tensors made one by one, so that the most memory is the model and one tensor; every name is there with its shape
+//! before the first tensor is made, so a pass over a loaded model cannot miss one.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
-use learn_domain::config::Precision;
-use learn_model::bert::LayerWeights;
-use learn_model::safetensors;
+use learn_model::safetensors::MappedTensors;
+use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
-use super::{EncoderError, ModelDirectory};
+use super::EncoderError;
+use super::directory::read_json;
 
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+/// Pickles that Hugging Face directories hold, alone or as the first of several.
+const PICKLES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
 /// Most names that an error lists.
 const LISTED: usize = 5;
 
+/// Which file of a directory holds which tensor.
+#[derive(Clone, Debug)]
+pub struct WeightFiles {
+    folder: PathBuf,
+    /// File by tensor, where there are several files.
+    index: Option<BTreeMap<String, String>>,
+}
+
+#[derive(Deserialize)]
+struct IndexFile {
+    weight_map: BTreeMap<String, String>,
+}
+
+/// A tensor that an encoder needs.
+pub(super) struct Wanted {
+    pub name: String,
+    pub shape: Vec<i64>,
+    /// What it is kept as.
+    pub kind: Kind,
+}
+
+impl WeightFiles {
+    /// Finds the files; none is read yet, but each is there.
+    ///
+    /// # Errors
+    /// There are none, a shard is missing or lies elsewhere, or the weights are a pickle.
+    pub(super) fn find(folder: &Path) -> Result<Self, EncoderError> {
+        let found = |index| Ok(Self { folder: folder.into(), index });
+        if folder.join(SINGLE).is_file() {
+            return found(None);
+        }
+        let path = folder.join(INDEX);
+        let invalid = |path: PathBuf, problem| Err(EncoderError::Invalid { path, problem });
+        if path.is_file() {
+            let index = read_json::<IndexFile>(&path)?.weight_map;
+            for file in index.values() {
+                let plain = Path::new(file).file_name().is_some_and(|name| name == file.as_str());
+                if !plain || !file.ends_with(".safetensors") {
+                    return invalid(path, format!("names {file:?}, which is not a safetensors file beside it"));
+                }
+                if !folder.join(file).is_file() {
+                    return invalid(path, format!("names {file:?}, which is missing; copy it again"));
+                }
+            }
+            return found(Some(index));
+        }
+        let problem = match PICKLES.into_iter().find(|name| folder.join(name).is_file()) {
+            Some(pickle) => pickle_problem(folder, pickle),
+            None => format!("has neither {SINGLE} nor {INDEX}"),
+        };
+        invalid(folder.into(), problem)
+    }
+
+    /// The files, in the order of their names.
+    pub(super) fn paths(&self) -> Vec<PathBuf> {
+        let Some(index) = &self.index else { return vec![self.folder.join(SINGLE)] };
+        let names: std::collections::BTreeSet<&String> = index.values().collect();
+        names.into_iter().map(|name| self.folder.join(name)).collect()
+    }
+
+    /// Where the names come from, for messages.
+    fn source(&self) -> PathBuf {
+        self.folder.join(if self.index.is_some() { INDEX } else { SINGLE })
+    }
+}
+
+fn pickle_problem(folder: &Path, pickle: &str) -> String {
+    let at = folder.display();
+    format!(
+        "only has {pickle}, a pickle, which can run code and is never opened here; convert it where you trust it: \
+         python -c 'from transformers import AutoModel; AutoModel.from_pretrained(\"{at}\", trust_remote_code=True, \
+         torch_dtype=\"auto\").save_pretrained(\"{at}\", safe_serialization=True)'"
+    )
+}
+
 pub(super) struct Weights {
     tensors: BTreeMap<String, Tensor>,
-    epsilon: f64,
-    first_position: i64,
 }
 
 impl Weights {
-    pub(super) fn load(model: &ModelDirectory, precision: Precision, device: Device) -> Result<Self, EncoderError> {
-        let path = model.weights();
-        let mut found: BTreeMap<String, Tensor> = safetensors::read(&path)?.into_iter().collect();
-        let mut tensors = BTreeMap::new();
+    /// Loads what is wanted onto a device. A tensor may be stored below one of the `prefixes`: models with a head keep
+    /// their encoder there.
+    pub(super) fn load(
+        files: &WeightFiles,
+        prefixes: &[&str],
+        wanted: Vec<Wanted>,
+        device: Device,
+    ) -> Result<Self, EncoderError> {
+        let maps = files.paths().into_iter().map(|path| {
+            let map = MappedTensors::open(&path)?;
+            Ok((path, map))
+        });
+        let maps = maps.collect::<Result<Vec<_>, EncoderError>>()?;
+        // An index that names another file than the one that has the tensor is as good as a missing tensor.
+        let place = |stored: &str| match &files.index {
+            None => maps.first(),
+            Some(index) => {
+                let path = files.folder.join(index.get(stored)?);
+                maps.iter().find(|(held, _)| *held == path)
+            }
+        };
+        let mut placed = Vec::with_capacity(wanted.len());
         let mut wrong = Vec::new();
-        for (name, shape) in shapes(model) {
-            // Models with a head keep their encoder below the family's name.
-            let tensor = ["", "bert.", "roberta."].iter().find_map(|prefix| found.remove(&format!("{prefix}{name}")));
-            match tensor {
-                None => wrong.push(format!("{name} is missing")),
-                Some(tensor) if tensor.size() != shape => {
-                    wrong.push(format!("{name} has shape {:?} instead of {shape:?}", tensor.size()));
+        for tensor in wanted {
+            let found = prefixes.iter().find_map(|prefix| {
+                let stored = format!("{prefix}{}", tensor.name);
+                let (_, map) = place(&stored)?;
+                let shape = map.shape(&stored)?;
+                Some((map, stored, shape))
+            });
+            match found {
+                None => wrong.push(format!("{} is missing", tensor.name)),
+                Some((_, _, shape)) if shape != tensor.shape => {
+                    wrong.push(format!("{} has shape {shape:?} instead of {:?}", tensor.name, tensor.shape));
                 }
-                Some(tensor) => {
-                    let kind = kind_of(&name, precision);
-                    tensors.insert(name, tensor.f_to_device(device)?.f_to_kind(kind)?);
-                }
+                Some((map, stored, _)) => placed.push((tensor, map, stored)),
             }
         }
         if !wrong.is_empty() {
@@ -47,59 +145,92 @@ impl Weights {
             wrong.truncate(LISTED);
             let more = if more > 0 { format!(" and {more} more") } else { String::new() };
             let problem = format!("does not hold what config.json describes: {}{more}", wrong.join("; "));
-            return Err(EncoderError::Invalid { path, problem });
+            return Err(EncoderError::Invalid { path: files.source(), problem });
         }
-        Ok(Self { tensors, epsilon: model.epsilon, first_position: model.first_position as i64 })
+        let mut tensors = BTreeMap::new();
+        for (Wanted { name, kind, .. }, map, stored) in placed {
+            let tensor = map.tensor(&stored)?.ok_or(EncoderError::NoTensor(stored))?;
+            tensors.insert(name, tensor.f_to_device(device)?.f_to_kind(kind)?);
+        }
+        Ok(Self { tensors })
     }
 
-    fn get(&self, name: &str) -> Result<&Tensor, EncoderError> {
-        self.tensors.get(name).ok_or_else(|| EncoderError::NoTensor(name.to_owned()))
+    pub(super) fn get(&self, name: &str) -> Result<&Tensor, EncoderError> {
+        self.find(name).ok_or_else(|| EncoderError::NoTensor(name.to_owned()))
     }
 
-    /// Word + position + token-type embeddings, normalised: ids `[B, L]` to `[B, L, D]`. Texts start at the left.
-    pub(super) fn embed(&self, ids: &Tensor) -> Result<Tensor, EncoderError> {
-        let length = ids.size2()?.1;
-        let words = Tensor::f_embedding(self.get("embeddings.word_embeddings.weight")?, ids, -1, false, false)?;
-        let positions = self.get("embeddings.position_embeddings.weight")?.f_narrow(0, self.first_position, length)?;
-        let kind_of_text = self.get("embeddings.token_type_embeddings.weight")?.f_narrow(0, 0, 1)?;
-        let sum = words.f_add(&kind_of_text)?.f_add(&positions)?;
-        let (scale, shift) = (self.get("embeddings.LayerNorm.weight")?, self.get("embeddings.LayerNorm.bias")?);
-        Ok(sum.f_layer_norm(scale.size(), Some(scale), Some(shift), self.epsilon, true)?)
-    }
-
-    pub(super) fn layer(&self, number: usize) -> Result<LayerWeights<'_>, EncoderError> {
-        LayerWeights::find(&format!("encoder.layer.{number}"), |name| self.get(name))
+    pub(super) fn find(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name)
     }
 }
 
-/// Matrices of the layers are kept as the products need them; everything else stays f32.
-fn kind_of(name: &str, precision: Precision) -> Kind {
-    let dense = name.starts_with("encoder.") && !name.contains("LayerNorm");
-    if dense && precision == Precision::Bf16 { Kind::BFloat16 } else { Kind::Float }
-}
+#[cfg(test)]
+mod tests {
+    use learn_model::safetensors;
 
-fn shapes(model: &ModelDirectory) -> Vec<(String, Vec<i64>)> {
-    let [hidden, wide] = [model.hidden, model.intermediate].map(|size| size as i64);
-    let tables = [
-        ("word_embeddings", model.vocabulary),
-        ("position_embeddings", model.positions),
-        ("token_type_embeddings", model.token_types),
-    ];
-    let mut shapes: Vec<_> =
-        tables.map(|(name, rows)| (format!("embeddings.{name}.weight"), vec![rows as i64, hidden])).into();
-    let mut pair = |name: String, weight: Vec<i64>| {
-        shapes.push((format!("{name}.bias"), vec![weight[0]]));
-        shapes.push((format!("{name}.weight"), weight));
-    };
-    pair("embeddings.LayerNorm".into(), vec![hidden]);
-    for layer in 0..model.layers {
-        for part in ["self.query", "self.key", "self.value", "output.dense"] {
-            pair(format!("encoder.layer.{layer}.attention.{part}"), vec![hidden, hidden]);
-        }
-        pair(format!("encoder.layer.{layer}.attention.output.LayerNorm"), vec![hidden]);
-        pair(format!("encoder.layer.{layer}.intermediate.dense"), vec![wide, hidden]);
-        pair(format!("encoder.layer.{layer}.output.dense"), vec![hidden, wide]);
-        pair(format!("encoder.layer.{layer}.output.LayerNorm"), vec![hidden]);
+    use super::*;
+
+    fn tensor(name: &str) -> (String, Tensor) {
+        (name.to_owned(), Tensor::ones([2, 3], (Kind::BFloat16, Device::Cpu)))
     }
-    shapes
+
+    fn wanted(names: &[&str]) -> Vec<Wanted> {
+        let one = |name: &&str| Wanted { name: (*name).to_owned(), shape: vec![2, 3], kind: Kind::Float };
+        names.iter().map(one).collect()
+    }
+
+    /// `a` and `head.b` in two shards, with this index.
+    fn sharded(index: &str) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for (file, name) in [("one.safetensors", "a"), ("two.safetensors", "head.b")] {
+            safetensors::write(&folder.path().join(file), &[tensor(name)], &BTreeMap::new()).unwrap();
+        }
+        std::fs::write(folder.path().join(INDEX), format!(r#"{{"metadata": {{}}, "weight_map": {index}}}"#)).unwrap();
+        folder
+    }
+
+    fn refusal(index: &str) -> String {
+        WeightFiles::find(sharded(index).path()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn shards_are_one_model() {
+        let folder = sharded(r#"{"a": "one.safetensors", "head.b": "two.safetensors"}"#);
+        let files = WeightFiles::find(folder.path()).unwrap();
+        assert_eq!(files.paths().len(), 2);
+        let weights = Weights::load(&files, &["", "head."], wanted(&["a", "b"]), Device::Cpu).unwrap();
+        assert_eq!((weights.get("b").unwrap().kind(), weights.get("b").unwrap().size()), (Kind::Float, vec![2, 3]));
+        assert!(weights.find("head.b").is_none() && weights.get("c").is_err());
+        let error = Weights::load(&files, &[""], wanted(&["a", "b"]), Device::Cpu).err().unwrap().to_string();
+        assert!(error.contains("index.json") && error.contains("b is missing"), "{error}");
+    }
+
+    #[test]
+    fn an_index_that_lies_is_refused() {
+        for (elsewhere, why) in
+            [("../one.safetensors", "beside it"), ("/etc/passwd", "beside it"), ("a.bin", "beside it")]
+        {
+            let error = refusal(&format!(r#"{{"a": "{elsewhere}"}}"#));
+            assert!(error.contains(why) && error.contains(elsewhere), "{error}");
+        }
+        assert!(refusal(r#"{"a": "three.safetensors"}"#).contains("missing; copy it again"));
+        assert!(refusal("[]").contains("index.json"));
+        let swapped = sharded(r#"{"a": "two.safetensors", "head.b": "two.safetensors"}"#);
+        let files = WeightFiles::find(swapped.path()).unwrap();
+        let error = Weights::load(&files, &["head.", ""], wanted(&["a", "b"]), Device::Cpu).err().unwrap().to_string();
+        assert!(error.contains("a is missing"), "{error}");
+    }
+
+    #[test]
+    fn a_pickle_is_refused_with_the_line_that_converts_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let refusal = || WeightFiles::find(folder.path()).unwrap_err().to_string();
+        assert!(refusal().contains("has neither model.safetensors"));
+        for pickle in PICKLES {
+            std::fs::write(folder.path().join(pickle), "").unwrap();
+            let error = refusal();
+            assert!(error.contains(pickle) && error.contains("safe_serialization=True"), "{error}");
+            std::fs::remove_file(folder.path().join(pickle)).unwrap();
+        }
+    }
 }

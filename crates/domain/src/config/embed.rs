@@ -16,6 +16,8 @@ pub enum Precision {
     #[default]
     F32,
     Bf16,
+    /// For `embed` only: training would need its gradients scaled.
+    F16,
 }
 
 /// A sentence of the prompt.
@@ -75,7 +77,8 @@ impl Default for PromptConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct EmbedConfig {
-    /// Directory of the frozen encoder in Hugging Face layout (`config.json`, `tokenizer.json`, `model.safetensors`).
+    /// Directory of the frozen encoder in Hugging Face layout (`config.json`, `tokenizer.json` or `tokenizer.model`,
+    /// `model.safetensors` or its shards).
     pub model: PathBuf,
     /// Vectors made elsewhere (`.npy` or `.parquet`, one row per item) instead of an encoder.
     pub from: Option<PathBuf>,

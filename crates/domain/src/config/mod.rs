@@ -130,6 +130,7 @@ mod tests {
         assert_eq!(refused(|c| c.job.name = "a/b".into()), "job.name");
         assert_eq!(refused(|c| c.embed.prompt.sentences.clear()), "embed.prompt.sentences");
         assert_eq!(refused(|c| c.training.global_batch = 0), "training.global_batch");
+        assert_eq!(refused(|c| c.training.precision = Precision::F16), "training.precision");
         assert_eq!(refused(|c| c.model.heads = 7), "model.heads");
         assert_eq!(refused(|c| c.model.dropout = 1.0), "model.dropout");
         assert_eq!(refused(|c| c.model.residual_decay = 1.5), "model.residual_decay");

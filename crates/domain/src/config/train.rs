@@ -428,6 +428,12 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
             return fail(key, "must be at least 1");
         }
     }
+    if training.precision == Precision::F16 {
+        return fail(
+            "training.precision",
+            "f16 loses small gradients; take \"bf16\" or \"f32\" (f16 is for embed.precision)",
+        );
+    }
     let positive = [
         ("model.logit_scale", model.logit_scale),
         ("model.init_std", model.init_std),

@@ -1,0 +1,82 @@
+//! Token ids and last hidden states of every decoder family against Hugging Face transformers.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use learn_model::safetensors;
+
+use super::*;
+
+const DECODERS: [&str; 5] = ["tiny-llama", "tiny-mistral", "tiny-qwen2", "tiny-qwen3", "tiny-baichuan"];
+
+struct Golden {
+    encoder: LocalEncoder,
+    texts: Vec<String>,
+    expected: BTreeMap<String, Tensor>,
+}
+
+impl Golden {
+    fn open(name: &str, device: Device) -> Self {
+        let folder: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+        let settings = EncoderSettings { max_tokens: 512, batch_tokens: 4096, precision: Precision::F32 };
+        Self {
+            encoder: LocalEncoder::load(ModelDirectory::open(&folder).unwrap(), settings, device).unwrap(),
+            texts: serde_json::from_slice(&std::fs::read(folder.join("texts.json")).unwrap()).unwrap(),
+            expected: safetensors::read(&folder.join("expected.safetensors")).unwrap().into_iter().collect(),
+        }
+    }
+
+    fn tokens(&self) -> Vec<Vec<u32>> {
+        self.encoder.tokens.encode(&self.texts).unwrap()
+    }
+
+    /// The largest difference of the last hidden states of these texts, in one batch, from the expected ones.
+    fn difference(&self, tokens: &[(usize, &[u32])]) -> f64 {
+        let padded: Vec<&[u32]> = tokens.iter().map(|(_, tokens)| *tokens).collect();
+        let hidden = tch::no_grad(|| self.encoder.hidden(&self.encoder.batch(&padded).unwrap())).unwrap();
+        let hidden = hidden.to_device(Device::Cpu);
+        let one = |(row, (text, tokens)): (usize, &(usize, &[u32]))| {
+            let found = hidden.get(row as i64).narrow(0, 0, tokens.len() as i64);
+            (found - &self.expected[&format!("hidden.{text}")]).abs().max().double_value(&[])
+        };
+        tokens.iter().enumerate().map(one).fold(0.0, f64::max)
+    }
+
+    fn check(&self, name: &str) {
+        let tokens = self.tokens();
+        let all: Vec<(usize, &[u32])> = tokens.iter().map(Vec::as_slice).enumerate().collect();
+        for alone in &all {
+            let difference = self.difference(std::slice::from_ref(alone));
+            assert!(difference < 1e-4, "{name}, text {}: {difference}", alone.0);
+        }
+        let together = self.difference(&all);
+        assert!(together < 1e-4, "{name}, all texts in one batch: {together}");
+    }
+}
+
+#[test]
+fn tokens_are_those_of_transformers() {
+    for name in DECODERS {
+        let golden = Golden::open(name, Device::Cpu);
+        for (text, found) in golden.tokens().iter().enumerate() {
+            let wanted: Vec<i64> = learn_torch::to_host(&golden.expected[&format!("ids.{text}")]).unwrap();
+            assert!(found.iter().map(|&id| i64::from(id)).eq(wanted), "{name}, text {text}: {found:?}");
+        }
+    }
+}
+
+#[test]
+fn last_hidden_states_are_those_of_transformers() {
+    for name in DECODERS {
+        Golden::open(name, Device::Cpu).check(name);
+    }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU: cargo test --release -p learn-ceg -- --ignored on_a_gpu"]
+fn last_hidden_states_on_a_gpu() {
+    let gpu = learn_torch::device(learn_domain::config::DeviceKind::Cuda, 0).unwrap();
+    for name in DECODERS {
+        Golden::open(name, gpu).check(name);
+    }
+}
