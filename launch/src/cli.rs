@@ -54,7 +54,7 @@ pub enum Command {
     /// Turn interaction and item files into a dataset directory
     #[command(after_help = prepare::HELP)]
     Prepare(prepare::PrepareArgs),
-    /// Add content embeddings to a dataset: with a frozen encoder, or from a file
+    /// Add content embeddings to a dataset: with a frozen encoder, from a server, or from a file
     #[command(after_help = embed::HELP)]
     Embed(embed::EmbedArgs),
     /// Train a model with one coordinator and its workers on this machine

@@ -3,7 +3,7 @@
 //! Input: a dataset, `embed.*` settings, and which part of the shards is this process's. Output: finished shards in the
 //! dataset directory; [`commit`] then makes them the dataset's embeddings. Invariants: shard `s` belongs to part
 //! `s % parts`; a shard counts as finished only if its file is whole and was made from the same texts by the same source
-//! (weights, tokenizer, longest text, precision, or imported file), so a run that was killed goes on where it was and a
+//! (weights, tokenizer, longest text, precision; or server and model; or imported file), so a run that was killed goes on where it was and a
 //! run with other settings starts anew.
 
 use std::ops::Range;
@@ -17,6 +17,7 @@ use learn_domain::config::{Config, DeviceKind, EmbedConfig, Precision};
 use learn_domain::prompt::PromptTemplate;
 
 use crate::encoder::{EncoderError, EncoderSettings, LocalEncoder, ModelDirectory, TextEncoder};
+use crate::endpoint::{Endpoint, EndpointError};
 use crate::progress::Progress;
 use crate::prompt::prompt;
 use crate::refine::{RefineError, Refinement};
@@ -31,6 +32,10 @@ pub enum EmbedError {
     Encoder(#[from] EncoderError),
     #[error(transparent)]
     Vectors(#[from] VectorError),
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
+    #[error("items {} to {}: {source}", items.start, items.end - 1)]
+    Request { items: Range<usize>, source: EndpointError },
     #[error("embed.prompt.sentences: {0}")]
     Prompt(String),
     #[error(transparent)]
@@ -77,14 +82,16 @@ impl FromStr for Part {
 /// Where the vectors come from: known by its digest before anything heavy is loaded.
 enum Source {
     Model { model: ModelDirectory, settings: EncoderSettings },
+    Endpoint(Endpoint),
     File(VectorFile),
 }
 
 impl Source {
     fn open(config: &EmbedConfig) -> Result<Self, EmbedError> {
-        Ok(match &config.from {
-            Some(path) => Self::File(VectorFile::open(path)?),
-            None => Self::Model {
+        Ok(match (&config.from, &config.endpoint.url) {
+            (Some(path), _) => Self::File(VectorFile::open(path)?),
+            (None, Some(url)) => Self::Endpoint(Endpoint::open(url, &config.endpoint)?),
+            (None, None) => Self::Model {
                 model: ModelDirectory::open(&config.model)?,
                 settings: EncoderSettings {
                     max_tokens: config.max_tokens as usize,
@@ -98,6 +105,7 @@ impl Source {
     fn name(&self) -> String {
         match self {
             Self::Model { model, .. } => model.name(),
+            Self::Endpoint(endpoint) => endpoint.name(),
             Self::File(file) => file.name(),
         }
     }
@@ -106,6 +114,7 @@ impl Source {
     fn spec(&self, shard_items: u32) -> Result<EmbeddingSpec, EmbedError> {
         let (dim, model_fingerprint, precision) = match self {
             Self::Model { model, settings } => (model.dim(), settings.fingerprint(model)?, settings.precision),
+            Self::Endpoint(endpoint) => (endpoint.dim(), endpoint.fingerprint(), Precision::F32),
             Self::File(file) => (file.dim(), file.fingerprint().to_owned(), Precision::F32),
         };
         Ok(EmbeddingSpec { dim, model_fingerprint, precision, shard_items: shard_items as usize })
@@ -133,6 +142,7 @@ impl Source {
 /// A source that gives rows.
 enum Rows<'a> {
     Encoder { encoder: Box<dyn TextEncoder>, texts: &'a [String] },
+    Endpoint { endpoint: Endpoint, texts: &'a [String] },
     Imported(ImportedVectors<'a>),
 }
 
@@ -144,6 +154,13 @@ impl Rows<'_> {
                     .encode(&texts[items.clone()], &mut |texts| progress.advance(texts as u64))
                     .map_err(|source| EmbedError::Shard { shard, items, source: Box::new(source) })?;
                 Ok(rows.into_iter().map(f16::from_f32).collect())
+            }
+            Self::Endpoint { endpoint, texts } => {
+                let advance = &mut |texts: usize| progress.advance(texts as u64);
+                endpoint.rows(&texts[items.clone()], advance).map_err(|(part, source)| EmbedError::Request {
+                    items: items.start + part.start..items.start + part.end,
+                    source,
+                })
             }
             Self::Imported(vectors) => {
                 let rows = vectors.rows(items.clone())?;
@@ -181,6 +198,7 @@ pub fn run(config: &Config, part: Part, progress: &mut Progress) -> Result<(), E
             tracing::info!(model = encoder.name(), dim = encoder.dim(), ?device, "encoder loaded");
             Rows::Encoder { encoder: Box::new(encoder), texts: &texts }
         }
+        Source::Endpoint(endpoint) => Rows::Endpoint { endpoint, texts: &texts },
         Source::File(file) => {
             let vectors = file.place(&items, dataset.dir())?;
             if vectors.ignored() > 0 {

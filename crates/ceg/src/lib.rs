@@ -1,12 +1,14 @@
 //! Content embedding generation (CEG): from the texts of a dataset's items to its content embeddings.
 //!
 //! Item -> [`prompt`] -> [`encoder`] (frozen language model, mean over tokens, L2 norm) -> f16 rows -> the dataset's
-//! embedding shards ([`embed`]). Vectors that were made elsewhere enter by [`vectors`] instead of an encoder and leave
-//! by the same shards. `learn-embed` is the process around it; several of them share the work.
+//! embedding shards ([`embed`]). Vectors of a server enter by [`endpoint`], those that were made elsewhere by [`vectors`],
+//! instead of an encoder, and leave by the same shards. `learn-embed` is the process around it; several of them share
+//! the work.
 
 pub mod batch;
 pub mod embed;
 pub mod encoder;
+pub mod endpoint;
 pub mod progress;
 pub mod prompt;
 pub mod refine;

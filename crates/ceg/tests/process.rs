@@ -3,96 +3,19 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests stop the test, as tests do.
 
-use std::collections::BTreeMap;
-use std::fmt::Write as _;
+mod support;
+
 use std::fs;
-use std::io::{BufRead, BufReader};
-use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::time::SystemTime;
+use std::io::{BufRead as _, BufReader};
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::Stdio;
 
 use half::f16;
 use learn_dataset::Dataset;
-use learn_domain::Config;
-use learn_domain::config::{DeviceKind, PrepareConfig, Sentence};
+use learn_domain::config::Sentence;
+use support::{SHARD, Workplace};
 
 const ITEMS: usize = 1500;
-const SHARD: usize = 50;
-
-struct Workplace {
-    folder: tempfile::TempDir,
-    config: Config,
-}
-
-impl Workplace {
-    /// A prepared dataset without embeddings, and settings for the tiny encoder.
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let (interactions, items) = (folder.path().join("interactions.csv"), folder.path().join("items.csv"));
-        let mut text = String::from("user_id,item_id,timestamp\n");
-        for at in 0..4 {
-            writeln!(text, "u,i{at},{at}").unwrap();
-        }
-        fs::write(&interactions, text).unwrap();
-        let mut text = String::from("item_id,title,brand\n");
-        for item in 0..ITEMS {
-            writeln!(text, "i{item},{} lamp number {item},red {}", "large ".repeat(item % 17), item % 3).unwrap();
-        }
-        fs::write(&items, text).unwrap();
-
-        let mut prepare = PrepareConfig::default();
-        prepare.interactions.files = vec![interactions];
-        prepare.items.files = vec![items];
-        prepare.items.title = Some("title".into());
-        prepare.items.brand = Some("brand".into());
-        let mut config = Config::default();
-        config.data.dataset = folder.path().join("dataset");
-        config.embed.model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny-bert");
-        config.embed.shard_items = SHARD as u32;
-        config.embed.device = DeviceKind::Cpu;
-        learn_dataset::prepare(&prepare, "lamps", &config.data.dataset, &()).unwrap();
-        Self { folder, config }
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let config = self.folder.path().join("config.json");
-        fs::write(&config, serde_json::to_vec(&self.config).unwrap()).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_learn-embed"));
-        command.arg("--config").arg(config).args(["--threads", "1"]).args(arguments);
-        command
-    }
-
-    fn run(&self, arguments: &[&str]) -> Output {
-        self.command(arguments).output().unwrap()
-    }
-
-    /// Runs to success; what stdout said.
-    fn done(&self, arguments: &[&str]) -> String {
-        let output = self.run(arguments);
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    fn refused(&self, arguments: &[&str]) -> String {
-        let output = self.run(arguments);
-        assert_eq!(output.status.code(), Some(1));
-        String::from_utf8(output.stderr).unwrap()
-    }
-
-    /// The shard files and when each was written.
-    fn shards(&self) -> BTreeMap<PathBuf, SystemTime> {
-        let files = fs::read_dir(self.config.data.dataset.join("embeddings")).unwrap();
-        let files = files.map(|file| file.unwrap().path());
-        let written = |path: PathBuf| (path.clone(), path.metadata().unwrap().modified().unwrap());
-        files.filter(|path| path.extension().is_some_and(|ending| ending == "arrow")).map(written).collect()
-    }
-
-    fn rows(&self) -> Vec<Vec<f16>> {
-        let embeddings = Dataset::open(&self.config.data.dataset).unwrap().embeddings().unwrap();
-        (0..embeddings.rows()).map(|item| embeddings.row(item).to_vec()).collect()
-    }
-}
 
 fn counts(line: &str) -> (usize, usize) {
     let line: serde_json::Value = serde_json::from_str(line).unwrap();
@@ -107,7 +30,7 @@ fn first_and_last(stdout: &str) -> ((usize, usize), (usize, usize)) {
 #[test]
 fn a_killed_run_goes_on_where_it_was() {
     let slow = || {
-        let mut work = Workplace::new();
+        let mut work = Workplace::new(ITEMS);
         work.config.embed.batch_tokens = 1; // one text a pass: long enough to be killed on the way
         work
     };
@@ -149,7 +72,7 @@ fn a_killed_run_goes_on_where_it_was() {
 
 #[test]
 fn parts_share_the_work_and_other_settings_start_anew() {
-    let mut work = Workplace::new();
+    let mut work = Workplace::new(ITEMS);
     let (first, last) = first_and_last(&work.done(&["--part", "1/2", "--progress-json"]));
     assert_eq!((first, last), ((0, ITEMS / 2), (ITEMS / 2, ITEMS / 2)));
     assert!(work.refused(&["--commit"]).contains("15 of 30 shards are not done, the first is 0"));
@@ -167,7 +90,7 @@ fn parts_share_the_work_and_other_settings_start_anew() {
 
 #[test]
 fn imported_vectors_become_the_embeddings() {
-    let mut work = Workplace::new();
+    let mut work = Workplace::new(ITEMS);
     let dataset = Dataset::open(&work.config.data.dataset).unwrap();
     let ids: Vec<String> = dataset.items().unwrap().into_iter().map(|item| item.id).collect();
     // Row r belongs to the r-th item from the end and points at an angle of its own.
@@ -191,14 +114,14 @@ fn imported_vectors_become_the_embeddings() {
 
 #[test]
 fn prompts_can_be_looked_at() {
-    let shown = Workplace::new().done(&["--show", "2"]);
+    let shown = Workplace::new(ITEMS).done(&["--show", "2"]);
     assert_eq!(shown.lines().count(), 2);
     assert!(shown.contains("Item title is \"lamp number 0\". The brand is \"red 0\"."), "{shown}");
 }
 
 #[test]
 fn another_prompt_is_shown_and_starts_anew() {
-    let mut work = Workplace::new();
+    let mut work = Workplace::new(ITEMS);
     work.done(&[]);
     work.config.embed.prompt.sentences = vec![Sentence::One("{brand}: {title}".into())];
     let shown = work.done(&["--show", "3"]);
@@ -214,7 +137,7 @@ fn another_prompt_is_shown_and_starts_anew() {
 
 #[test]
 fn wrong_calls_say_what_to_do() {
-    let mut work = Workplace::new();
+    let mut work = Workplace::new(ITEMS);
     let usage = work.run(&["--part", "2/2"]);
     assert_eq!(usage.status.code(), Some(2));
     assert!(String::from_utf8(usage.stderr).unwrap().contains("0/2"));

@@ -28,8 +28,17 @@ Examples:
   learn-launch embed configs/quickstart.toml --processes 2
   learn-launch embed configs/quickstart.toml --show 3      (the prompts of the first items, nothing is written)
   learn-launch embed configs/quickstart.toml --from vectors.npy
+  EMBED_KEY=… learn-launch embed shop.toml --endpoint https://gpu-7:8000/v1 \\
+      --set embed.endpoint.model=Qwen/Qwen3-Embedding-4B --set embed.endpoint.key_variable=EMBED_KEY
 
-A killed or stopped `embed` continues where it was when it is run again.";
+The vectors come from one of three places:
+  embed.model         an encoder on this machine, a directory in Hugging Face layout
+  embed.endpoint.url  a server with the OpenAI-compatible /v1/embeddings (vLLM, TEI, SGLang)
+  embed.from          a file with one vector per item
+
+What the model reads of an item is the prompt: [embed.prompt] sets its sentences, --show prints the finished ones.
+A killed or stopped `embed` continues where it was when it is run again. Another prompt, model or server starts anew;
+the dataset keeps the embeddings that it has until the new ones are all there. docs/embeddings.md says more.";
 
 /// Pause between two looks at the processes.
 const POLL: Duration = Duration::from_millis(100);
@@ -46,6 +55,9 @@ pub struct EmbedArgs {
     /// Take over vectors made elsewhere: .npy or .parquet, one row per item (embed.from)
     #[arg(long, value_name = "FILE")]
     from: Option<PathBuf>,
+    /// Take the vectors from a server: the base URL of its /v1/embeddings (embed.endpoint.url)
+    #[arg(long, value_name = "URL", conflicts_with = "from")]
+    endpoint: Option<String>,
     /// Directory of the encoder (embed.model)
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
@@ -67,6 +79,7 @@ pub fn run(args: &EmbedArgs, output: &Output) -> Result<()> {
         .settings
         .resolver()?
         .flag("--from", "embed.from", args.from.as_ref())?
+        .flag("--endpoint", "embed.endpoint.url", args.endpoint.as_ref())?
         .flag("--model", "embed.model", args.model.as_ref())?
         .flag("--processes", "embed.processes", args.processes)?
         .flag("--device", "embed.device", args.device.as_ref())?

@@ -217,7 +217,7 @@ fn rows_by_ids(path: &Path, rows: usize, items: &[Item]) -> Result<(Vec<usize>, 
 ///
 /// # Errors
 /// What is wrong with the row and what to do.
-fn unit_row(row: &[f32], out: &mut Vec<f16>) -> Result<(), &'static str> {
+pub(crate) fn unit_row(row: &[f32], out: &mut Vec<f16>) -> Result<(), &'static str> {
     let norm = row.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>().sqrt();
     if !norm.is_finite() {
         return Err("holds NaN or infinity; look at the text and the precision it was made with, and make it again");

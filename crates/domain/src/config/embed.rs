@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::train::DeviceKind;
+use super::units::Span;
 use super::{ConfigError, RefineConfig};
 use crate::prompt::PromptTemplate;
 
@@ -73,6 +74,93 @@ impl Default for PromptConfig {
     }
 }
 
+/// A server with the OpenAI-compatible `POST /v1/embeddings` (vLLM, TEI, SGLang, OpenAI), instead of an encoder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct EndpointConfig {
+    /// Base URL with its version, like `http://gpu-7:8000/v1`; requests go to `URL/embeddings`. Set = vectors come from
+    /// there.
+    pub url: Option<String>,
+    /// The model, as the server calls it.
+    pub model: String,
+    /// Name of the environment variable that holds the key (`OPENAI_API_KEY`, say); unset = no key is sent. The key itself
+    /// is never written down.
+    pub key_variable: Option<String>,
+    /// Dimensions to ask for, of a model that can shorten its vectors; unset = the model's own.
+    pub dimensions: Option<u32>,
+    /// Texts of one request.
+    pub batch_items: u32,
+    /// Requests that one process has under way at once.
+    pub concurrency: u32,
+    /// Longest wait for one answer.
+    pub timeout: Span,
+    /// How long a request is tried again (no connection, no answer, status 408, 429 or 5xx) before `embed` gives up.
+    pub patience: Span,
+}
+
+impl Default for EndpointConfig {
+    fn default() -> Self {
+        Self {
+            url: None,
+            model: String::new(),
+            key_variable: None,
+            dimensions: None,
+            batch_items: 32,
+            concurrency: 8,
+            timeout: Span::from_secs(60),
+            patience: Span::from_secs(600),
+        }
+    }
+}
+
+impl EndpointConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let fail = |key, problem: &str| Err(ConfigError { key, problem: problem.into() });
+        for (key, value) in [
+            ("embed.endpoint.batch_items", self.batch_items),
+            ("embed.endpoint.concurrency", self.concurrency),
+            ("embed.endpoint.dimensions", self.dimensions.unwrap_or(1)),
+        ] {
+            if value == 0 {
+                return fail(key, "must be at least 1");
+            }
+        }
+        if self.timeout.0.is_zero() {
+            return fail("embed.endpoint.timeout", "must be longer than nothing");
+        }
+        if let Some(variable) = &self.key_variable {
+            let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+            // Someone may have put the key itself here, so it is not repeated.
+            if variable.is_empty() || !variable.chars().all(plain) {
+                return fail(
+                    "embed.endpoint.key_variable",
+                    "is not the name of an environment variable; never put the key itself here",
+                );
+            }
+        }
+        let Some(url) = &self.url else { return Ok(()) };
+        let Some((_, rest)) = url.split_once("://").filter(|(scheme, _)| matches!(*scheme, "http" | "https")) else {
+            return fail("embed.endpoint.url", "must start with http:// or https://, like http://gpu-7:8000/v1");
+        };
+        let host = rest.split('/').next().unwrap_or_default();
+        if host.contains('@') {
+            let problem =
+                "carries a user or a password, which would be stored; name a variable in embed.endpoint.key_variable";
+            return fail("embed.endpoint.url", problem);
+        }
+        if host.is_empty() || rest.contains(['?', '#', ' ']) {
+            return fail("embed.endpoint.url", "is a base URL without query, like http://gpu-7:8000/v1");
+        }
+        if rest.trim_end_matches('/').ends_with("/embeddings") {
+            return fail("embed.endpoint.url", "is the base URL; leave /embeddings out");
+        }
+        if self.model.is_empty() {
+            return fail("embed.endpoint.model", "must name the model, as the server calls it");
+        }
+        Ok(())
+    }
+}
+
 /// Settings of `embed`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -94,6 +182,7 @@ pub struct EmbedConfig {
     pub device: DeviceKind,
     pub prompt: PromptConfig,
     pub refine: RefineConfig,
+    pub endpoint: EndpointConfig,
 }
 
 impl Default for EmbedConfig {
@@ -109,6 +198,7 @@ impl Default for EmbedConfig {
             device: DeviceKind::Auto,
             prompt: PromptConfig::default(),
             refine: RefineConfig::default(),
+            endpoint: EndpointConfig::default(),
         }
     }
 }
@@ -125,8 +215,51 @@ impl EmbedConfig {
                 return Err(ConfigError { key, problem: "must be at least 1".into() });
             }
         }
+        self.endpoint.validate()?;
+        if self.from.is_some() && self.endpoint.url.is_some() {
+            let problem = "and embed.endpoint.url are two places for vectors; unset one";
+            return Err(ConfigError { key: "embed.from", problem: problem.into() });
+        }
         PromptTemplate::new(&self.prompt).map_err(|problem| ConfigError { key: "embed.prompt.sentences", problem })?;
         self.refine.validate()?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(change: impl FnOnce(&mut EmbedConfig)) -> (&'static str, String) {
+        let mut config = EmbedConfig::default();
+        (config.endpoint.url, config.endpoint.model) = (Some("https://a.example/v1/".into()), "m".into());
+        config.validate().unwrap();
+        change(&mut config);
+        let error = config.validate().unwrap_err();
+        (error.key, error.problem)
+    }
+
+    #[test]
+    fn an_endpoint_is_a_base_url_and_a_model() {
+        for (url, problem) in [
+            ("a.example/v1", "must start with http://"),
+            ("http:///v1", "base URL without query"),
+            ("https://a.example/v1?key=1", "base URL without query"),
+            ("https://a.example/v1/embeddings", "leave /embeddings out"),
+            ("https://me:secret@a.example/v1", "key_variable"),
+        ] {
+            let (key, found) = refused(|config| config.endpoint.url = Some(url.into()));
+            assert!(key == "embed.endpoint.url" && found.contains(problem) && !found.contains("secret"), "{found}");
+        }
+        assert_eq!(refused(|config| config.endpoint.model.clear()).0, "embed.endpoint.model");
+        assert_eq!(refused(|config| config.endpoint.concurrency = 0).0, "embed.endpoint.concurrency");
+        assert_eq!(refused(|config| config.from = Some("v.npy".into())).0, "embed.from");
+    }
+
+    #[test]
+    fn a_key_in_place_of_its_variable_is_refused_and_not_repeated() {
+        let (key, problem) = refused(|config| config.endpoint.key_variable = Some("sk-abc".into()));
+        assert_eq!(key, "embed.endpoint.key_variable");
+        assert!(!problem.contains("sk-abc"), "{problem}");
     }
 }

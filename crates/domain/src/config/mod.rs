@@ -12,7 +12,7 @@ mod units;
 
 use std::path::PathBuf;
 
-pub use embed::{EmbedConfig, Precision, PromptConfig, Sentence};
+pub use embed::{EmbedConfig, EndpointConfig, Precision, PromptConfig, Sentence};
 pub use objective::{ObjectiveConfig, ObjectiveKind};
 pub use prepare::{FileFormat, InteractionsConfig, ItemsConfig, PrepareConfig, SplitPolicy};
 pub use refine::RefineConfig;
