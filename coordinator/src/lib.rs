@@ -1,4 +1,4 @@
-//! The coordinator of a training job.
+//! The coordinator of a training job, and of an embed job ([`embedding`]), which has nothing but leases.
 //!
 //! Input: a run directory with its configuration and secret, a dataset, a task. Output: a control service and a data service
 //! (gRPC, one port), metrics and status (HTTP), the run directory's files, and how the job ended. Shape: rules are in
@@ -8,6 +8,7 @@
 
 pub mod control;
 pub mod data;
+pub mod embedding;
 pub mod files;
 pub mod http;
 pub mod job;

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::process::exit;
 
 use clap::Parser;
+use learn_coordinator::embedding::{EmbeddingCoordinator, Ended};
 use learn_coordinator::{CoordinatorError, Outcome, Settings, exit_code, run};
 use learn_domain::report;
 use learn_domain::report::Task;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Serves one LEARN job: control and data (gRPC), metrics and status (HTTP).
+/// Serves one LEARN job: control and data (gRPC), metrics and status (HTTP); or an embed job: leases and status.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
@@ -20,8 +21,11 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// What the workers are there for, like {"kind":"train","resume_from":null}
-    #[arg(long, value_name = "JSON", value_parser = task)]
-    task_json: Task,
+    #[arg(long, value_name = "JSON", value_parser = task, required_unless_present = "embed")]
+    task_json: Option<Task>,
+    /// Serve an embed job instead: lease item ranges to `learn-embed` processes
+    #[arg(long, conflicts_with_all = ["task_json", "config"])]
+    embed: bool,
     /// Log lines as JSON
     #[arg(long)]
     log_json: bool,
@@ -40,12 +44,7 @@ fn main() {
         .map_err(anyhow::Error::from)
         .and_then(|runtime| runtime.block_on(serve(arguments)));
     exit(match result {
-        Ok(outcome) => {
-            if let Outcome::Stopped(cause) = &outcome {
-                eprintln!("learn-coordinator: {cause}");
-            }
-            exit_code(&outcome)
-        }
+        Ok(code) => code,
         Err(error) => {
             eprintln!("learn-coordinator: {error}");
             error.downcast_ref::<CoordinatorError>().map_or(report::exit::FAILED, CoordinatorError::exit_code)
@@ -53,15 +52,30 @@ fn main() {
     });
 }
 
-async fn serve(arguments: Arguments) -> anyhow::Result<Outcome> {
+/// Serves until the job has ended; the exit code that says how.
+async fn serve(arguments: Arguments) -> anyhow::Result<i32> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let settings =
-        Settings::load(&arguments.run_dir, arguments.config, arguments.task_json).map_err(CoordinatorError::from)?;
     let shutdown = async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
     };
-    Ok(run(settings, shutdown).await?)
+    // Without a task it is an embed job: clap sees to it.
+    let Some(task) = arguments.task_json else {
+        return Ok(match EmbeddingCoordinator::bind(&arguments.run_dir).await?.run(shutdown).await? {
+            Ended::Finished => report::exit::OK,
+            Ended::Stopped => report::exit::STOPPED,
+            Ended::Failed(cause) => {
+                eprintln!("learn-coordinator: {cause}");
+                report::exit::FAILED
+            }
+        });
+    };
+    let settings = Settings::load(&arguments.run_dir, arguments.config, task).map_err(CoordinatorError::from)?;
+    let outcome = run(settings, shutdown).await?;
+    if let Outcome::Stopped(cause) = &outcome {
+        eprintln!("learn-coordinator: {cause}");
+    }
+    Ok(exit_code(&outcome))
 }

@@ -33,7 +33,7 @@ use crate::journal::Journal;
 use crate::{CoordinatorError, Settings, http};
 
 /// Calls that are still open when the job has ended may take this long.
-const GRACE: Duration = Duration::from_secs(2);
+pub(crate) const GRACE: Duration = Duration::from_secs(2);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -68,7 +68,7 @@ pub struct Coordinator {
 
 /// One coordinator a run: an advisory lock on its secret, a file that is never replaced; the system drops it with the
 /// process.
-fn lock(run_dir: &RunDir) -> Result<File, ServeError> {
+pub(crate) fn lock(run_dir: &RunDir) -> Result<File, ServeError> {
     let path = run_dir.secret();
     let locked = File::open(&path).map_err(TryLockError::Error).and_then(|file| file.try_lock().map(|()| file));
     locked.map_err(|error| match error {
@@ -77,7 +77,7 @@ fn lock(run_dir: &RunDir) -> Result<File, ServeError> {
     })
 }
 
-async fn listen(host: &str, port: u16, key: &'static str) -> Result<(TcpListener, u16), ServeError> {
+pub(crate) async fn listen(host: &str, port: u16, key: &'static str) -> Result<(TcpListener, u16), ServeError> {
     let error = |source| ServeError::Bind { host: host.to_owned(), port, key, source };
     let listener = TcpListener::bind((host, port)).await.map_err(error)?;
     let port = listener.local_addr().map_err(error)?.port();
@@ -85,7 +85,7 @@ async fn listen(host: &str, port: u16, key: &'static str) -> Result<(TcpListener
 }
 
 /// The host by which others reach an address that processes bind to.
-fn advertised(bind: &str) -> String {
+pub(crate) fn advertised(bind: &str) -> String {
     match bind.parse::<IpAddr>() {
         Ok(ip) if ip.is_unspecified() => std::fs::read_to_string("/proc/sys/kernel/hostname")
             .map(|name| name.trim().to_owned())
@@ -93,6 +93,12 @@ fn advertised(bind: &str) -> String {
         Ok(IpAddr::V6(ip)) => format!("[{ip}]"),
         Ok(IpAddr::V4(_)) | Err(_) => bind.to_owned(),
     }
+}
+
+/// Ends when the servers are to stop.
+pub(crate) async fn on_stop(mut stopped: watch::Receiver<bool>) {
+    // the sender outlives the servers
+    let _ = stopped.wait_for(|stopped| *stopped).await;
 }
 
 fn open_source(settings: &Settings) -> Result<Source, SourceError> {
@@ -172,10 +178,6 @@ impl Coordinator {
         let Self { grpc, http, job, owner, journal, _lock, .. } = self;
 
         let mut servers = JoinSet::new();
-        let on_stop = |mut stopped: watch::Receiver<bool>| async move {
-            // the sender outlives the servers
-            let _ = stopped.wait_for(|stopped| *stopped).await;
-        };
         let grpc = Server::builder()
             .add_service(InterceptedService::new(ControlServer::new(control), require.clone()))
             .add_service(InterceptedService::new(FlightServiceServer::new(data), require))

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use learn_domain::report::{CoordinatorAddress, JobStatus};
+use learn_domain::report::{CoordinatorAddress, EmbeddingStatus, JobStatus};
+use serde::de::DeserializeOwned;
 use ureq::Agent;
 
 /// Longest wait for one answer.
@@ -36,7 +37,19 @@ impl Api {
     /// # Errors
     /// No answer, or one that is no status.
     pub fn job(&self) -> Result<JobStatus, ApiError> {
-        let url = format!("{}/api/v1/job", self.base);
+        self.get("job")
+    }
+
+    /// Where an embed job stands.
+    ///
+    /// # Errors
+    /// No answer, or one that is no status.
+    pub fn embedding(&self) -> Result<EmbeddingStatus, ApiError> {
+        self.get("embedding")
+    }
+
+    fn get<T: DeserializeOwned>(&self, what: &str) -> Result<T, ApiError> {
+        let url = format!("{}/api/v1/{what}", self.base);
         let answer = self.agent.get(&url).call().and_then(|mut response| response.body_mut().read_json());
         answer.map_err(|source| ApiError { url, source: Box::new(source) })
     }

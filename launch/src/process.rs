@@ -1,10 +1,10 @@
 //! Child processes that write a log and never outlive this one.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufRead as _, BufReader, Read as _, Seek as _, SeekFrom};
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use learn_domain::report::exit;
@@ -58,21 +58,6 @@ impl Process {
     pub fn start(name: impl Into<String>, command: &mut Command, log: &Path) -> Result<Self, ProcessError> {
         let (out, err) = (open_log(log)?, open_log(log)?);
         Self::spawn(name.into(), command.stdout(out).stderr(err), log)
-    }
-
-    /// As [`Process::start`], with stdout as a pipe and only stderr in the log.
-    ///
-    /// # Errors
-    /// The log cannot be opened or the command not started.
-    pub fn start_with_pipe(
-        name: impl Into<String>,
-        command: &mut Command,
-        log: &Path,
-    ) -> Result<(Self, Option<ChildStdout>), ProcessError> {
-        let err = open_log(log)?;
-        let mut process = Self::spawn(name.into(), command.stdout(Stdio::piped()).stderr(err), log)?;
-        let pipe = process.child.stdout.take();
-        Ok((process, pipe))
     }
 
     fn spawn(name: String, command: &mut Command, log: &Path) -> Result<Self, ProcessError> {
@@ -157,16 +142,6 @@ pub fn tail(log: &Path, count: usize) -> Vec<String> {
         Ok(lines[lines.len().saturating_sub(count)..].to_vec())
     };
     read().unwrap_or_default()
-}
-
-/// Hands each line of a child's pipe to `line` until the pipe closes.
-pub fn each_line(pipe: impl io::Read, mut line: impl FnMut(&str)) {
-    let mut reader = BufReader::new(pipe);
-    let mut bytes = Vec::new();
-    while reader.read_until(b'\n', &mut bytes).is_ok_and(|count| count > 0) {
-        line(String::from_utf8_lossy(&bytes).trim_end());
-        bytes.clear();
-    }
 }
 
 /// Whether `pid` runs now and is a process called `name`; a zombie does not run.

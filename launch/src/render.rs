@@ -187,5 +187,11 @@ pub fn status(status: &JobStatus, freshness: Freshness) -> String {
     out
 }
 
+/// How many workers, for a progress line.
+#[must_use]
+pub fn workers(count: usize) -> String {
+    if count == 1 { "1 worker".into() } else { format!("{count} workers") }
+}
+
 #[cfg(test)]
 mod tests;

@@ -1,17 +1,17 @@
 //! The embedding run: every shard of a dataset's content embeddings, once, in any number of processes.
 //!
-//! Input: a dataset, `embed.*` settings, and which part of the shards is this process's. Output: finished shards in the
-//! dataset directory; [`commit`] then makes them the dataset's embeddings. Invariants: shard `s` belongs to part
-//! `s % parts`; a shard counts as finished only if its file is whole and was made from the same texts by the same source
-//! (weights, tokenizer, longest text, precision; or server and model; or imported file), so a run that was killed goes on where it was and a
-//! run with other settings starts anew.
+//! Input: a dataset, `embed.*` settings, and the shards of this process: all, or those that a coordinator leases to it
+//! ([`ranges`](crate::ranges)). Output: finished shards in the dataset directory; [`commit`] then makes them the
+//! dataset's embeddings. Invariants: a shard's rows depend on its items alone, batches included, so it does not matter
+//! who makes it; a shard counts as finished only if its file is whole and was made from the same texts by the same
+//! source (weights, tokenizer, longest text, precision; or server and model; or imported file), so a run that was killed
+//! goes on where it was and a run with other settings starts anew.
 
 use std::ops::Range;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use half::f16;
-use learn_dataset::embeddings::{EmbeddingSpec, EmbeddingStore};
+use learn_dataset::embeddings::{EmbeddingSpec, EmbeddingStore, Shard};
 use learn_dataset::{Dataset, DatasetError, EmbeddingInfo, Item};
 use learn_domain::config::{Config, DeviceKind, EmbedConfig, Precision};
 use learn_domain::prompt::PromptTemplate;
@@ -20,6 +20,7 @@ use crate::encoder::{EncoderError, EncoderSettings, LocalEncoder, ModelDirectory
 use crate::endpoint::{Endpoint, EndpointError};
 use crate::progress::Progress;
 use crate::prompt::prompt;
+use crate::ranges::{Member, Plan, RangeError, Ranges};
 use crate::refine::{RefineError, Refinement};
 use crate::vectors::{ImportedVectors, VectorError, VectorFile};
 
@@ -32,6 +33,8 @@ pub enum EmbedError {
     Encoder(#[from] EncoderError),
     #[error(transparent)]
     Vectors(#[from] VectorError),
+    #[error(transparent)]
+    Ranges(#[from] RangeError),
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
     #[error("items {} to {}: {source}", items.start, items.end - 1)]
@@ -48,35 +51,6 @@ pub enum EmbedError {
         dataset.display()
     )]
     NoTexts { dataset: PathBuf },
-}
-
-/// A process's share of the shards, written `I/N` with `I` from 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
-    pub index: usize,
-    pub parts: usize,
-}
-
-impl Part {
-    /// The one part of a run in one process.
-    pub const WHOLE: Self = Self { index: 0, parts: 1 };
-
-    /// Whether a shard is this part's.
-    #[must_use]
-    pub const fn owns(self, shard: usize) -> bool {
-        shard % self.parts == self.index
-    }
-}
-
-impl FromStr for Part {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        text.split_once('/')
-            .and_then(|(index, parts)| Some(Self { index: index.parse().ok()?, parts: parts.parse().ok()? }))
-            .filter(|part| part.index < part.parts)
-            .ok_or_else(|| format!("`{text}` is not a part; write I/N with I from 0 to N - 1, for example 0/2"))
-    }
 }
 
 /// Where the vectors come from: known by its digest before anything heavy is loaded.
@@ -146,81 +120,129 @@ enum Rows<'a> {
     Imported(ImportedVectors<'a>),
 }
 
-impl Rows<'_> {
-    fn of(&self, shard: usize, items: Range<usize>, progress: &mut Progress) -> Result<Vec<f16>, EmbedError> {
+impl<'a> Rows<'a> {
+    /// Loads what is heavy. `slot` is the number of this process on its machine: processes take turns over the GPUs.
+    fn load(source: Source, inputs: &'a Inputs, config: &EmbedConfig, slot: usize) -> Result<Self, EmbedError> {
+        Ok(match source {
+            Source::Model { model, settings } => {
+                let ordinal = match config.device {
+                    DeviceKind::Cpu => 0,
+                    _ => slot % learn_torch::describe().devices.max(1),
+                };
+                let device = learn_torch::device(config.device, ordinal).map_err(EncoderError::from)?;
+                let encoder = LocalEncoder::load(model, settings, device)?;
+                tracing::info!(model = encoder.name(), dim = encoder.dim(), ?device, "encoder loaded");
+                Self::Encoder { encoder: Box::new(encoder), texts: &inputs.texts }
+            }
+            Source::Endpoint(endpoint) => Self::Endpoint { endpoint, texts: &inputs.texts },
+            Source::File(file) => {
+                let vectors = file.place(&inputs.items, inputs.dataset.dir())?;
+                if vectors.ignored() > 0 {
+                    tracing::warn!(rows = vectors.ignored(), "rows whose id no item has were left out");
+                }
+                Self::Imported(vectors)
+            }
+        })
+    }
+
+    fn of(&self, shard: &Shard, finished: &mut dyn FnMut(usize)) -> Result<Vec<f16>, EmbedError> {
+        let items = shard.items.clone();
         match self {
             Self::Encoder { encoder, texts } => {
-                let rows = encoder
-                    .encode(&texts[items.clone()], &mut |texts| progress.advance(texts as u64))
-                    .map_err(|source| EmbedError::Shard { shard, items, source: Box::new(source) })?;
+                let rows = encoder.encode(&texts[items.clone()], finished).map_err(|source| EmbedError::Shard {
+                    shard: shard.index,
+                    items,
+                    source: Box::new(source),
+                })?;
                 Ok(rows.into_iter().map(f16::from_f32).collect())
             }
             Self::Endpoint { endpoint, texts } => {
-                let advance = &mut |texts: usize| progress.advance(texts as u64);
-                endpoint.rows(&texts[items.clone()], advance).map_err(|(part, source)| EmbedError::Request {
+                endpoint.rows(&texts[items.clone()], finished).map_err(|(part, source)| EmbedError::Request {
                     items: items.start + part.start..items.start + part.end,
                     source,
                 })
             }
             Self::Imported(vectors) => {
                 let rows = vectors.rows(items.clone())?;
-                progress.advance(items.len() as u64);
+                finished(items.len());
                 Ok(rows)
             }
         }
     }
 }
 
-/// Makes the shards of one part that are not finished yet.
-///
-/// # Errors
-/// The dataset, the model or the vectors cannot be used (the message says which and why), or a shard cannot be written.
-pub fn run(config: &Config, part: Part, progress: &mut Progress) -> Result<(), EmbedError> {
-    let source = Source::open(&config.embed)?;
-    let dataset = Dataset::open(&config.data.dataset)?;
-    let items = dataset.items()?;
-    let texts = source.texts(&items, &dataset, &config.embed)?;
-    let store = EmbeddingStore::new(&dataset, source.spec(config.embed.shard_items)?, &texts)?;
-    let (finished, missing): (Vec<_>, Vec<_>) =
-        store.shards().iter().filter(|shard| part.owns(shard.index)).partition(|shard| store.finished(shard.index));
-    let count =
-        |shards: &[&learn_dataset::embeddings::Shard]| shards.iter().map(|shard| shard.items.len() as u64).sum::<u64>();
-    let done = count(&finished);
-    progress.start(done, done + count(&missing));
-    if missing.is_empty() {
-        return Ok(());
-    }
-    let rows = match source {
-        Source::Model { model, settings } => {
-            let device = learn_torch::device(config.embed.device, gpu_of(part, config.embed.device))
-                .map_err(EncoderError::from)?;
-            let encoder = LocalEncoder::load(model, settings, device)?;
-            tracing::info!(model = encoder.name(), dim = encoder.dim(), ?device, "encoder loaded");
-            Rows::Encoder { encoder: Box::new(encoder), texts: &texts }
-        }
-        Source::Endpoint(endpoint) => Rows::Endpoint { endpoint, texts: &texts },
-        Source::File(file) => {
-            let vectors = file.place(&items, dataset.dir())?;
-            if vectors.ignored() > 0 {
-                tracing::warn!(rows = vectors.ignored(), "rows whose id no item has were left out");
-            }
-            Rows::Imported(vectors)
-        }
-    };
-    for shard in missing {
-        let vectors = rows.of(shard.index, shard.items.clone(), progress)?;
-        store.write_shard(shard.index, &vectors)?;
-        progress.report();
-    }
-    Ok(())
+/// The dataset, and what its shards depend on.
+struct Inputs {
+    dataset: Dataset,
+    items: Vec<Item>,
+    texts: Vec<String>,
+    store: EmbeddingStore,
 }
 
-/// Parts take turns over the GPUs there are.
-fn gpu_of(part: Part, device: DeviceKind) -> usize {
-    if device == DeviceKind::Cpu {
-        return 0;
+impl Inputs {
+    fn read(config: &Config, source: &Source) -> Result<Self, EmbedError> {
+        let dataset = Dataset::open(&config.data.dataset)?;
+        let items = dataset.items()?;
+        let texts = source.texts(&items, &dataset, &config.embed)?;
+        let store = EmbeddingStore::new(&dataset, source.spec(config.embed.shard_items)?, &texts)?;
+        Ok(Self { dataset, items, texts, store })
     }
-    part.index % learn_torch::describe().devices.max(1)
+}
+
+/// Makes the shards that are not finished yet: all of them, or as a member of an embed job those that its coordinator
+/// leases. `slot` is the number of this process on its machine.
+///
+/// # Errors
+/// The dataset, the model or the vectors cannot be used (the message says which and why), a shard cannot be written, or
+/// the coordinator cannot be worked with.
+pub fn run(config: &Config, member: Option<Member>, slot: usize, progress: &mut Progress) -> Result<(), EmbedError> {
+    let source = Source::open(&config.embed)?;
+    let inputs = Inputs::read(config, &source)?;
+    let (store, items) = (&inputs.store, inputs.items.len());
+    let mut ranges = match member {
+        None => {
+            let missing = store.shards().iter().filter(|shard| !store.finished(shard.index));
+            let (missing, left): (_, Vec<_>) = missing.map(|shard| (shard.index, shard.items.len())).unzip();
+            progress.start((items - left.iter().sum::<usize>()) as u64, items as u64);
+            Ranges::Own(missing)
+        }
+        Some(member) => {
+            progress.start(0, items as u64);
+            let (digest, ranges) = (store.plan_digest(), store.shards().len());
+            let range_items = config.embed.shard_items as usize;
+            Ranges::Leased(Box::new(member.with_plan(&Plan { digest, ranges, items, range_items })))
+        }
+    };
+    let mut next = ranges.take()?;
+    // Nothing heavy is loaded for shards that are there already.
+    while let Some(index) = next.filter(|&index| store.finished(index)) {
+        let items = store.shards()[index].items.len() as u64;
+        progress.advance(items);
+        ranges.complete(index)?;
+        next = ranges.take()?;
+    }
+    if next.is_none() {
+        progress.report();
+        return Ok(());
+    }
+    let rows = Rows::load(source, &inputs, &config.embed, slot)?;
+    while let Some(index) = next {
+        let shard = &store.shards()[index];
+        let mut finished = |items: usize| {
+            progress.advance(items as u64);
+            ranges.advance(items as u64);
+        };
+        // Another process may have made it before it was lost.
+        if store.finished(index) {
+            finished(shard.items.len());
+        } else {
+            store.write_shard(index, &rows.of(shard, &mut finished)?)?;
+        }
+        ranges.complete(index)?;
+        progress.report();
+        next = ranges.take()?;
+    }
+    Ok(())
 }
 
 /// Makes the finished shards, refined if the settings say so, the dataset's embeddings.
@@ -229,9 +251,7 @@ fn gpu_of(part: Part, device: DeviceKind) -> usize {
 /// A shard is not finished, was made with other settings, or cannot be refined; the dataset is then as it was.
 pub fn commit(config: &Config) -> Result<EmbeddingInfo, EmbedError> {
     let source = Source::open(&config.embed)?;
-    let dataset = Dataset::open(&config.data.dataset)?;
-    let texts = source.texts(&dataset.items()?, &dataset, &config.embed)?;
-    let store = EmbeddingStore::new(&dataset, source.spec(config.embed.shard_items)?, &texts)?;
+    let Inputs { dataset, store, .. } = Inputs::read(config, &source)?;
     let info = store.info(&source.name())?;
     let info = if config.embed.refine.is_on() { refine(&config.embed, &dataset, info)? } else { info };
     store.publish(&info)?;
@@ -260,26 +280,4 @@ fn refine(config: &EmbedConfig, dataset: &Dataset, raw: EmbeddingInfo) -> Result
     }
     let refined = store.info(&format!("{} (refined)", raw.model))?;
     Ok(EmbeddingInfo { raw: Some(Box::new(raw)), ..refined })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_part_is_its_number_and_how_many_there_are() {
-        assert_eq!("1/3".parse(), Ok(Part { index: 1, parts: 3 }));
-        for text in ["", "1", "3/3", "-1/3", "1/0", "1/3/5"] {
-            assert!(text.parse::<Part>().unwrap_err().contains("I/N"), "{text}");
-        }
-    }
-
-    #[test]
-    fn every_shard_has_one_owner() {
-        for parts in 1..5 {
-            for shard in 0..20 {
-                assert_eq!((0..parts).filter(|&index| Part { index, parts }.owns(shard)).count(), 1);
-            }
-        }
-    }
 }

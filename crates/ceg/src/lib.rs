@@ -11,5 +11,6 @@ pub mod encoder;
 pub mod endpoint;
 pub mod progress;
 pub mod prompt;
+pub mod ranges;
 pub mod refine;
 pub mod vectors;

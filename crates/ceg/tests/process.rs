@@ -1,5 +1,5 @@
-//! `learn-embed` as real processes: killed and started again, divided into parts, with other settings, with vectors
-//! made elsewhere.
+//! `learn-embed` as real processes: killed and started again, with other settings and prompts, with vectors made
+//! elsewhere.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests stop the test, as tests do.
 
@@ -71,17 +71,15 @@ fn a_killed_run_goes_on_where_it_was() {
 }
 
 #[test]
-fn parts_share_the_work_and_other_settings_start_anew() {
+fn other_settings_start_anew() {
     let mut work = Workplace::new(ITEMS);
-    let (first, last) = first_and_last(&work.done(&["--part", "1/2", "--progress-json"]));
-    assert_eq!((first, last), ((0, ITEMS / 2), (ITEMS / 2, ITEMS / 2)));
-    assert!(work.refused(&["--commit"]).contains("15 of 30 shards are not done, the first is 0"));
-    work.done(&["--part", "0/2"]);
+    work.done(&[]);
     work.done(&["--commit"]);
     let rows = work.rows();
     assert_eq!(first_and_last(&work.done(&["--progress-json"])).0, (ITEMS, ITEMS));
 
     work.config.embed.max_tokens = 20;
+    assert!(work.refused(&["--commit"]).contains("30 of 30 shards are not done, the first is 0"));
     assert_eq!(first_and_last(&work.done(&["--progress-json"])).0, (0, ITEMS));
     assert_eq!(work.rows(), rows, "nothing counts before it is committed");
     work.done(&["--commit"]);
@@ -104,8 +102,7 @@ fn imported_vectors_become_the_embeddings() {
     fs::write(work.folder.path().join("v.ids"), reversed.join("\n")).unwrap();
 
     work.config.embed.from = Some(work.folder.path().join("v.npy"));
-    work.done(&["--part", "0/2"]);
-    work.done(&["--part", "1/2"]);
+    work.done(&[]);
     work.done(&["--commit"]);
     for (item, row) in work.rows().into_iter().enumerate() {
         assert_eq!(row, vector(item).map(f16::from_f32), "item {item}");
@@ -138,9 +135,10 @@ fn another_prompt_is_shown_and_starts_anew() {
 #[test]
 fn wrong_calls_say_what_to_do() {
     let mut work = Workplace::new(ITEMS);
-    let usage = work.run(&["--part", "2/2"]);
+    // A coordinator brings the configuration, so a file beside it would be a second one.
+    let usage = work.run(&["--coordinator", "http://127.0.0.1:1", "--secret-file", "secret"]);
     assert_eq!(usage.status.code(), Some(2));
-    assert!(String::from_utf8(usage.stderr).unwrap().contains("0/2"));
+    assert!(String::from_utf8(usage.stderr).unwrap().contains("cannot be used with"));
     work.config.embed.model = work.folder.path().join("nowhere");
     assert!(work.refused(&[]).contains("embed.model"));
     work.config.embed.shard_items = 0;

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use half::f16;
-use learn_ceg::embed::{self, Part};
+use learn_ceg::embed;
 use learn_ceg::progress::Progress;
 use learn_dataset::Dataset;
 use learn_domain::Config;
@@ -57,7 +57,7 @@ impl Workplace {
         let mut config = self.config.clone();
         config.embed.shard_items = shard_items;
         change(&mut config);
-        embed::run(&config, Part::WHOLE, &mut Progress::silent()).unwrap();
+        embed::run(&config, None, 0, &mut Progress::silent()).unwrap();
         embed::commit(&config).unwrap();
         let dataset = Dataset::open(&config.data.dataset).unwrap();
         dataset.verify().unwrap();
@@ -145,7 +145,7 @@ fn vectors_that_are_all_the_same_cannot_be_whitened() {
     fs::write(&path, [&bytes[..128], &same].concat()).unwrap();
     workplace.config.embed.from = Some(path);
     whitened(&mut workplace.config);
-    embed::run(&workplace.config, Part::WHOLE, &mut Progress::silent()).unwrap();
+    embed::run(&workplace.config, None, 0, &mut Progress::silent()).unwrap();
     let error = embed::commit(&workplace.config).unwrap_err().to_string();
     assert!(error.contains("embed.refine.whitening"), "{error}");
     assert!(Dataset::open(&workplace.config.data.dataset).unwrap().embeddings().is_err(), "the dataset is as it was");

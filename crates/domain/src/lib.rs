@@ -7,6 +7,7 @@
 //! - [`plan`]: which users form step `s` of epoch `e`, and which rank takes which of them.
 //! - [`prompt`]: how an item's fields become a text.
 //! - [`sampling`]: how one user's sequence becomes history, targets and sampled positions.
+//! - [`lease`]: which worker makes which range of items, when content embeddings are made by several.
 //! - [`membership`]: who belongs to a job, as a state machine with explicit generations.
 //! - [`ledger`]: the proof that an epoch used every user exactly once.
 //! - [`schedule`]: the learning rate of a step.
@@ -19,6 +20,7 @@
 pub mod config;
 pub mod conversion;
 pub mod ids;
+pub mod lease;
 pub mod ledger;
 pub mod membership;
 pub mod plan;

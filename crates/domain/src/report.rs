@@ -224,6 +224,32 @@ pub struct Summary {
     pub comparisons: Vec<Comparison>,
 }
 
+/// Where an embed job stands.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EmbeddingStatus {
+    /// Items to embed; 0 until the first worker knows.
+    pub items: u64,
+    /// Finished ones, those of ranges in work included.
+    pub items_done: u64,
+    pub ranges: u64,
+    pub ranges_done: u64,
+    /// Those that have not left.
+    pub workers: Vec<EmbeddingWorker>,
+    /// Why it has failed.
+    pub failure: Option<String>,
+}
+
+/// A worker of an embed job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EmbeddingWorker {
+    pub worker: WorkerId,
+    pub host: String,
+    pub pid: u32,
+    /// The range that it holds.
+    pub range: Option<u64>,
+    pub seconds_since_heard: f64,
+}
+
 /// Exit codes of `learn-launch`, the coordinator and the workers.
 pub mod exit {
     /// Done.

@@ -13,6 +13,13 @@ impl RunDir {
         Self(root.into())
     }
 
+    /// The directory of the embed job of a dataset: beside the shards, so that every worker that shares the dataset sees
+    /// its address and secret.
+    #[must_use]
+    pub fn of_embedding(dataset: &Path) -> Self {
+        Self(dataset.join("embeddings").join("job"))
+    }
+
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.0

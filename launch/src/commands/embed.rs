@@ -1,26 +1,27 @@
 //! `learn-launch embed`: content embeddings for a dataset, in one or several processes.
 //!
-//! Each process makes its share of the shards; a killed `embed` goes on where it was. Only when all shards are there
-//! does the dataset get them, in one step.
+//! A coordinator leases the shards to `learn-embed` processes, those of this machine and whoever else joins; the range of
+//! one that is lost goes to another. A killed `embed` goes on where it was. Only when all shards are there does the
+//! dataset get them, in one step.
 
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use learn_dataset::Dataset;
-use learn_domain::Config;
-use serde::Deserialize;
+use learn_domain::report::CoordinatorAddress;
+use learn_domain::run_dir::RunDir;
+use learn_domain::{Config, Rank};
 
+use crate::api::Api;
 use crate::cli::{SettingsArgs, anchor};
 use crate::failure::Failure;
 use crate::output::{Output, Unit};
 use crate::process::{self, Process};
 use crate::system::{self, End};
-use crate::{job, render};
+use crate::{job, render, runs};
 
 pub const HELP: &str = "\
 Examples:
@@ -36,12 +37,19 @@ The vectors come from one of three places:
   embed.endpoint.url  a server with the OpenAI-compatible /v1/embeddings (vLLM, TEI, SGLang)
   embed.from          a file with one vector per item
 
+With --processes N (one per GPU) a coordinator leases ranges of items to N processes; one that is lost loses no finished
+range, and others take over. Processes on other machines that share the dataset join with
+  learn-embed --coordinator URL --secret-file DATASET/embeddings/job/secret
+where URL is `grpc` in DATASET/embeddings/job/coordinator.json; set cluster.bind to an address that they reach.
+
 What the model reads of an item is the prompt: [embed.prompt] sets its sentences, --show prints the finished ones.
 A killed or stopped `embed` continues where it was when it is run again. Another prompt, model or server starts anew;
 the dataset keeps the embeddings that it has until the new ones are all there. docs/embeddings.md says more.";
 
 /// Pause between two looks at the processes.
 const POLL: Duration = Duration::from_millis(100);
+/// Pause between two looks at the status.
+const STATUS_INTERVAL: Duration = Duration::from_millis(500);
 /// How long stopped processes may take to end.
 const LEAVE: Duration = Duration::from_secs(10);
 /// Lines of a failed process that are shown.
@@ -86,118 +94,146 @@ pub fn run(args: &EmbedArgs, output: &Output) -> Result<()> {
         .finish()?;
     anchor(&mut config)?;
     let dataset = Dataset::open(&config.data.dataset)?;
-    let binary = process::sibling("learn-embed")?;
-    let folder = tempfile::tempdir()?;
-    let resolved = folder.path().join("config.json");
-    std::fs::File::create(&resolved)?.write_all(&serde_json::to_vec(&config)?)?;
-    if let Some(count) = args.show {
-        let mut command = Command::new(&binary);
-        command.arg("--config").arg(&resolved).args(["--show", &count.to_string()]);
-        system::end_with_parent(&mut command);
-        return finished("learn-embed --show", command.status()?, &[]);
-    }
     drop(dataset);
+    if let Some(count) = args.show {
+        return show(&config, count);
+    }
     let start = Instant::now();
-    let work = Work { binary: &binary, config: &config, resolved: &resolved, folder: folder.path() };
-    work.make_shards(output)?;
-    work.commit()?;
+    let run = make_directory(&config)?;
+    EmbedJob { run: &run, config: &config, output }.make_shards()?;
+    commit(&run)?;
+    std::fs::remove_dir_all(run.root()).with_context(|| format!("cannot remove {}", run.root().display()))?;
     report(&config, start.elapsed(), output)
 }
 
-/// What a part says on its stdout.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
-struct Done {
-    done: u64,
-    total: u64,
+/// Prints prompts.
+fn show(config: &Config, count: u32) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let resolved = folder.path().join("config.json");
+    runs::write_config(&resolved, config)?;
+    let mut command = Command::new(process::sibling("learn-embed")?);
+    command.arg("--config").arg(&resolved).args(["--show", &count.to_string()]);
+    system::end_with_parent(&mut command);
+    finished("learn-embed --show", command.status()?, &[])
 }
 
-struct Work<'a> {
-    binary: &'a Path,
-    config: &'a Config,
-    resolved: &'a Path,
-    folder: &'a Path,
-}
-
-impl Work<'_> {
-    fn command(&self) -> Command {
-        let mut command = Command::new(self.binary);
-        command.arg("--config").arg(self.resolved);
-        command
+/// The job's directory, anew: what an earlier job has finished are its shards.
+fn make_directory(config: &Config) -> Result<RunDir> {
+    let run = RunDir::of_embedding(&config.data.dataset);
+    if let Some(address) = runs::live(&run) {
+        let (shown, pid) = (super::shown(&config.data.dataset), address.pid);
+        let message =
+            format!("{shown} is being embedded now (coordinator pid {pid}); wait for it, or stop that `embed`");
+        return Err(Failure::Usage(message).into());
     }
+    if run.root().exists() {
+        std::fs::remove_dir_all(run.root()).with_context(|| format!("cannot remove {}", run.root().display()))?;
+    }
+    runs::create(run.root(), config)
+}
 
-    fn make_shards(&self, output: &Output) -> Result<()> {
-        system::catch_stop_signals();
-        let parts = self.config.embed.processes as usize;
-        let threads = (job::cores() / parts).max(1).to_string();
-        let (sender, lines) = mpsc::channel::<(usize, Done)>();
-        let mut processes = Vec::new();
-        for part in 0..parts {
-            let mut command = self.command();
-            command.args(["--part", &format!("{part}/{parts}"), "--threads", &threads, "--progress-json"]);
-            command.env("OMP_NUM_THREADS", &threads);
-            let log = self.folder.join(format!("part-{part}.log"));
-            let (process, pipe) = Process::start_with_pipe(format!("learn-embed part {part}"), &mut command, &log)?;
-            processes.push(process);
-            let sender = sender.clone();
-            // Ends when the pipe closes, which it does at the latest with the process.
-            std::thread::spawn(move || {
-                let Some(pipe) = pipe else { return };
-                process::each_line(pipe, |line| {
-                    if let Ok(done) = serde_json::from_str(line) {
-                        // Nobody listens any more once another part has failed.
-                        let _gone = sender.send((part, done));
-                    }
-                });
-            });
+/// Makes the finished shards the dataset's embeddings.
+fn commit(run: &RunDir) -> Result<()> {
+    let log = run.logs().join("commit.log");
+    let mut command = Command::new(process::sibling("learn-embed")?);
+    command.arg("--config").arg(run.config()).arg("--commit");
+    let mut process = Process::start("learn-embed --commit", &mut command, &log)?;
+    loop {
+        if let Some(status) = process.wait(LEAVE) {
+            return finished(&process.name, status, &process::tail(&log, TAIL));
         }
-        drop(sender);
-        let mut progress = output.progress(Unit::Count);
+    }
+}
+
+/// The coordinator of an embed job and its workers on this machine; workers of others may join.
+struct EmbedJob<'a> {
+    run: &'a RunDir,
+    config: &'a Config,
+    output: &'a Output,
+}
+
+impl EmbedJob<'_> {
+    fn make_shards(&self) -> Result<()> {
+        system::catch_stop_signals();
+        let mut coordinator = self.start_coordinator()?;
+        let mut workers = Vec::new();
+        let mut progress = self.output.progress(Unit::Count);
         progress.stage("embed", None);
-        let mut done = vec![Done::default(); parts];
-        loop {
-            match lines.recv_timeout(POLL) {
-                Ok((part, now)) => {
-                    done[part] = now;
-                    let (sum, total) =
-                        done.iter().fold((0, 0), |(sum, total), part| (sum + part.done, total + part.total));
-                    progress.at(sum, total, String::new());
+        let mut api = None;
+        let mut asked: Option<Instant> = None;
+        let mut lost: Vec<usize> = Vec::new();
+        while coordinator.ended().is_none() {
+            match &api {
+                None => {
+                    if let Some(address) = runs::live(self.run) {
+                        workers = self.start_workers(&address)?;
+                        api = Some(Api::new(&address));
+                    }
                 }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
+                Some(api) if asked.is_none_or(|at| at.elapsed() >= STATUS_INTERVAL) => {
+                    if let Ok(status) = api.embedding() {
+                        progress.at(status.items_done, status.items, render::workers(status.workers.len()));
+                    }
+                    asked = Some(Instant::now());
+                }
+                Some(_) => {}
             }
-            let stopped = system::stop_requests() > 0;
-            let failed = processes.iter_mut().position(Process::failed);
-            if stopped || failed.is_some() {
-                end_all(&mut processes);
-            }
-            if stopped {
+            if system::stop_requests() > 0 {
+                end_all(&mut workers);
+                end_all(std::slice::from_mut(&mut coordinator));
                 return Err(Failure::Stopped("stopped; `learn-launch embed` continues where it was".into()).into());
             }
-            if let Some(failed) = failed {
-                // It goes first: the others were ended because of it.
-                processes.swap(0, failed);
-                break;
+            for (number, worker) in workers.iter_mut().enumerate() {
+                if worker.failed() && !lost.contains(&number) {
+                    lost.push(number);
+                    let how = worker.ended().map_or(String::new(), process::describe);
+                    progress.line(&format!("{} ended with {how}; its range is taken over", worker.name));
+                }
             }
+            if let Some(first) = lost.first().filter(|_| lost.len() == workers.len()) {
+                // Nobody is left here: the first one's reason counts.
+                end_all(std::slice::from_mut(&mut coordinator));
+                progress.finish();
+                return self.judge(&mut workers[*first]);
+            }
+            std::thread::sleep(POLL);
         }
         progress.finish();
-        for process in &mut processes {
-            let Some(status) = process.wait(LEAVE) else {
-                bail!("{} closed its output but does not end", process.name)
-            };
-            finished(&process.name, status, &process::tail(&process.log, TAIL))?;
+        self.judge(&mut coordinator)?;
+        for worker in &mut workers {
+            // What a lost worker has left undone, others have done.
+            worker.wait(LEAVE);
         }
         Ok(())
     }
 
-    /// Makes the finished shards the dataset's embeddings.
-    fn commit(&self) -> Result<()> {
-        let log = self.folder.join("commit.log");
-        let mut process = Process::start("learn-embed --commit", self.command().arg("--commit"), &log)?;
-        loop {
-            if let Some(status) = process.wait(LEAVE) {
-                return finished(&process.name, status, &process::tail(&log, TAIL));
-            }
-        }
+    fn start_coordinator(&self) -> Result<Process> {
+        let mut command = Command::new(process::sibling("learn-coordinator")?);
+        command.arg("--run-dir").arg(self.run.root()).arg("--embed");
+        Ok(Process::start("learn-coordinator", &mut command, &self.run.coordinator_log())?)
+    }
+
+    fn start_workers(&self, address: &CoordinatorAddress) -> Result<Vec<Process>> {
+        let binary = process::sibling("learn-embed")?;
+        let count = self.config.embed.processes;
+        let threads = match self.config.embed.threads {
+            0 => (job::cores() / count as usize).max(1),
+            threads => threads as usize,
+        };
+        let threads = threads.to_string();
+        let start = |number: u32| -> Result<Process> {
+            let mut command = Command::new(&binary);
+            command.args(["--coordinator", &address.grpc]).arg("--secret-file").arg(self.run.secret());
+            command.args(["--slot", &number.to_string(), "--threads", &threads]).env("OMP_NUM_THREADS", &threads);
+            let log = self.run.worker_log(Rank(number));
+            Ok(Process::start(format!("learn-embed process {number}"), &mut command, &log)?)
+        };
+        (0..count).map(start).collect()
+    }
+
+    fn judge(&self, process: &mut Process) -> Result<()> {
+        let Some(status) = process.wait(LEAVE) else { bail!("{} does not end", process.name) };
+        finished(&process.name, status, &process::tail(&process.log, TAIL))
     }
 }
 

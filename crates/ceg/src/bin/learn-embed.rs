@@ -1,6 +1,6 @@
 //! `learn-embed`: the process that embeds a dataset's items; `learn-launch embed` starts one or several of them.
 //!
-//! Input: the resolved configuration (`data.dataset`, `embed.*`). Output: finished shards in the dataset directory, or
+//! Input: the resolved configuration (`data.dataset`, `embed.*`), or the coordinator of an embed job, which has it. Output: finished shards in the dataset directory, or
 //! with `--commit` the dataset's new embeddings; progress on stdout (`--progress-json`) or as a bar; log on stderr.
 
 use std::io::Write;
@@ -9,9 +9,10 @@ use std::process::ExitCode;
 
 use anyhow::anyhow;
 use clap::Parser;
-use learn_ceg::embed::{self, Part};
+use learn_ceg::embed;
 use learn_ceg::progress::Progress;
 use learn_ceg::prompt::prompt;
+use learn_ceg::ranges::Member;
 use learn_dataset::Dataset;
 use learn_domain::Config;
 use learn_domain::prompt::PromptTemplate;
@@ -22,11 +23,17 @@ use learn_domain::report::exit;
 #[command(version)]
 struct Arguments {
     /// The resolved configuration (JSON); `data.dataset` and `embed.*` are read.
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
-    /// This process's share of the shards: shard s belongs to part s % N.
-    #[arg(long, value_name = "I/N", conflicts_with = "commit")]
-    part: Option<Part>,
+    #[arg(long, value_name = "FILE", required_unless_present = "coordinator", conflicts_with = "coordinator")]
+    config: Option<PathBuf>,
+    /// Take part in an embed job: URL of its coordinator, which has the configuration and leases the ranges.
+    #[arg(long, value_name = "URL", requires = "secret_file", conflicts_with_all = ["show", "commit"])]
+    coordinator: Option<String>,
+    /// The job's secret: `secret` in DATASET/embeddings/job.
+    #[arg(long, value_name = "FILE", requires = "coordinator")]
+    secret_file: Option<PathBuf>,
+    /// Number of this process on its machine; processes take turns over the GPUs.
+    #[arg(long, value_name = "I", default_value_t = 0)]
+    slot: usize,
     /// CPU threads of this process [default: all].
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -34,9 +41,9 @@ struct Arguments {
     #[arg(long)]
     progress_json: bool,
     /// Print the first N finished prompts and end.
-    #[arg(long, value_name = "N", conflicts_with_all = ["part", "commit"])]
+    #[arg(long, value_name = "N", conflicts_with = "commit")]
     show: Option<usize>,
-    /// Once all parts are done: make the finished shards the dataset's embeddings.
+    /// Once all shards are done: make the finished shards the dataset's embeddings.
     #[arg(long)]
     commit: bool,
 }
@@ -44,16 +51,27 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     learn_telemetry::log::init_at("embed", false, "warn");
-    let (code, error) = match load(&arguments.config) {
-        Err(error) => (exit::USAGE, error),
-        Ok(config) => match run(&arguments, &config) {
-            Ok(()) => return ExitCode::SUCCESS,
-            Err(error) => (exit::FAILED, error),
-        },
+    let (code, error) = match start(&arguments) {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(failure) => failure,
     };
     // The messages hold their causes. Nothing is left to do if stderr is closed.
     let _ = writeln!(std::io::stderr(), "learn-embed: {error}");
     ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))
+}
+
+fn start(arguments: &Arguments) -> Result<(), (i32, anyhow::Error)> {
+    let failed = |error| (exit::FAILED, error);
+    // The command line has one of the two: clap sees to it.
+    let (config, member) = match (&arguments.coordinator, &arguments.secret_file, &arguments.config) {
+        (Some(url), Some(secret), _) => {
+            let member = Member::join(url, secret).map_err(|error| failed(error.into()))?;
+            (member.config.clone(), Some(member))
+        }
+        (_, _, Some(path)) => (load(path).map_err(|error| (exit::USAGE, error))?, None),
+        _ => return Err((exit::USAGE, anyhow!("name --config, or --coordinator and --secret-file"))),
+    };
+    run(arguments, &config, member).map_err(failed)
 }
 
 fn load(path: &Path) -> anyhow::Result<Config> {
@@ -65,7 +83,7 @@ fn load(path: &Path) -> anyhow::Result<Config> {
     Ok(config)
 }
 
-fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
+fn run(arguments: &Arguments, config: &Config, member: Option<Member>) -> anyhow::Result<()> {
     if let Some(count) = arguments.show {
         return show(config, count);
     }
@@ -78,7 +96,7 @@ fn run(arguments: &Arguments, config: &Config) -> anyhow::Result<()> {
         rayon::ThreadPoolBuilder::new().num_threads(threads.max(1)).build_global()?;
     }
     let mut progress = if arguments.progress_json { Progress::json() } else { Progress::terminal() };
-    embed::run(config, arguments.part.unwrap_or(Part::WHOLE), &mut progress)?;
+    embed::run(config, member, arguments.slot, &mut progress)?;
     progress.finish();
     Ok(())
 }

@@ -87,6 +87,16 @@ impl EmbeddingStore {
         &self.shards
     }
 
+    /// Digest over the keys of all shards: two stores with the same one make the same files.
+    #[must_use]
+    pub fn plan_digest(&self) -> String {
+        let mut digest = Sha256::new();
+        for shard in &self.shards {
+            digest.update(&shard.key);
+        }
+        hex(&digest.finalize())
+    }
+
     fn relative(&self, shard: &Shard) -> String {
         files::relative(FOLDER, &format!("part-{:05}-{}.arrow", shard.index, &shard.key[..16]))
     }

@@ -176,8 +176,11 @@ pub struct EmbedConfig {
     pub batch_tokens: u32,
     /// Items of one output file; a killed `embed` recomputes at most one of them per process.
     pub shard_items: u32,
-    /// Processes that share the work, each with its own copy of the encoder.
+    /// Processes of this machine that share the work (one per GPU), each with its own copy of the encoder.
     pub processes: u32,
+    /// CPU threads of each process; 0 = the machine's cores divided by the processes. A number keeps the files the same,
+    /// byte for byte, whatever the number of processes.
+    pub threads: u32,
     pub precision: Precision,
     pub device: DeviceKind,
     pub prompt: PromptConfig,
@@ -194,6 +197,7 @@ impl Default for EmbedConfig {
             batch_tokens: 8192,
             shard_items: 4096,
             processes: 1,
+            threads: 0,
             precision: Precision::F32,
             device: DeviceKind::Auto,
             prompt: PromptConfig::default(),

@@ -1,0 +1,142 @@
+//! The coordinator of an embed job: leases item ranges to `learn-embed` processes until all are done.
+//!
+//! Input: a job directory with its configuration and secret, an operator's stop. Output: the lease service (gRPC) and
+//! the status (HTTP), and how the job ended. Invariants: rules are in `learn_domain::lease`; nothing here reads the
+//! dataset or links libtorch, because what is to be made is the workers' plan, and which of it is finished is on disk,
+//! where each worker looks before it makes a range.
+
+pub mod job;
+mod service;
+
+use std::fs::File;
+use std::future::Future;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use job::EmbeddingJob;
+use learn_domain::Config;
+use learn_domain::report::CoordinatorAddress;
+use learn_domain::run_dir::RunDir;
+use learn_proto::auth::{RequireBearer, Secret};
+use learn_proto::v1::embedding_server::EmbeddingServer;
+use service::{EmbeddingService, SharedJob};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+
+use crate::files::{read_json, write_json};
+use crate::serve::{GRACE, advertised, listen, lock, on_stop};
+use crate::settings::SettingsError;
+use crate::{CoordinatorError, ServeError};
+
+/// How often the end is looked for.
+const TICK: Duration = Duration::from_millis(100);
+
+/// How an embed job ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// Every range is done.
+    Finished,
+    /// By its operator; finished ranges are kept.
+    Stopped,
+    Failed(String),
+}
+
+/// A coordinator of an embed job that listens already.
+pub struct EmbeddingCoordinator {
+    run_dir: RunDir,
+    config: Config,
+    secret: Secret,
+    address: CoordinatorAddress,
+    grpc: TcpListener,
+    http: TcpListener,
+    /// Holds the lock on the job directory.
+    _lock: File,
+}
+
+impl EmbeddingCoordinator {
+    /// Reads the job directory and binds the ports.
+    ///
+    /// # Errors
+    /// A file is missing or makes no sense, another coordinator serves the directory, or a port is taken.
+    pub async fn bind(run_dir: &Path) -> Result<Self, CoordinatorError> {
+        let run_dir = RunDir::new(run_dir);
+        let config: Config = read_json(&run_dir.config()).map_err(SettingsError::Unreadable)?;
+        config.validate().map_err(SettingsError::from)?;
+        let secret = Secret::read(&run_dir.secret()).map_err(SettingsError::from)?;
+        let lock = lock(&run_dir)?;
+        let cluster = &config.cluster;
+        let (grpc, grpc_port) = listen(&cluster.bind, cluster.grpc_port, "grpc_port").await?;
+        let (http, http_port) = listen(&cluster.bind, cluster.http_port, "http_port").await?;
+        let host = advertised(&cluster.bind);
+        let address = CoordinatorAddress {
+            pid: std::process::id(),
+            grpc: format!("http://{host}:{grpc_port}"),
+            http: format!("http://{host}:{http_port}"),
+        };
+        Ok(Self { run_dir, config, secret, address, grpc, http, _lock: lock })
+    }
+
+    #[must_use]
+    pub fn address(&self) -> &CoordinatorAddress {
+        &self.address
+    }
+
+    /// Serves until every range is done and the workers know; `shutdown` is the operator's stop.
+    ///
+    /// # Errors
+    /// A server fails, or the address cannot be written.
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, CoordinatorError> {
+        let file = self.run_dir.coordinator();
+        write_json(&file, &self.address)?;
+        tracing::info!(grpc = self.address.grpc, http = self.address.http, "serving an embed job");
+        let ended = self.serve(shutdown).await;
+        if let Err(error) = std::fs::remove_file(&file) {
+            tracing::debug!(%error, "the address was gone already");
+        }
+        ended
+    }
+
+    async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, CoordinatorError> {
+        let cluster = &self.config.cluster;
+        let job = SharedJob::new(EmbeddingJob::new(cluster.heartbeat_timeout.0, cluster.join_timeout.0));
+        let (stop, stopped) = watch::channel(false);
+        let service = EmbeddingService { job: job.clone(), config: Arc::new(self.config) };
+        let service = InterceptedService::new(EmbeddingServer::new(service), RequireBearer(self.secret));
+        let grpc = Server::builder().add_service(service).serve_with_incoming_shutdown(
+            TcpIncoming::from(self.grpc).with_nodelay(Some(true)),
+            on_stop(stopped.clone()),
+        );
+        let http = axum::serve(self.http, service::router(job.clone())).with_graceful_shutdown(on_stop(stopped));
+        let mut servers = tokio::task::JoinSet::new();
+        servers.spawn(async move { ("gRPC", grpc.await.map_err(|error| error.to_string())) });
+        servers.spawn(async move { ("HTTP", http.await.map_err(|error| error.to_string())) });
+        let mut ticks = tokio::time::interval(TICK);
+        let mut shutdown = std::pin::pin!(shutdown);
+        let ended = loop {
+            tokio::select! {
+                _ = ticks.tick() => match job.outcome() {
+                    None => {}
+                    Some(Ok(())) => break Ended::Finished,
+                    Some(Err(failure)) => break Ended::Failed(failure),
+                },
+                () = &mut shutdown => break Ended::Stopped,
+                Some(server) = servers.join_next() => {
+                    let (name, result) = server.map_err(ServeError::Task)?;
+                    let how = result.err().unwrap_or_else(|| "it was told to stop".into());
+                    return Err(ServeError::Server(name, how).into());
+                }
+            }
+        };
+        stop.send_replace(true);
+        let all = async { while servers.join_next().await.is_some() {} };
+        if tokio::time::timeout(GRACE, all).await.is_err() {
+            tracing::debug!("calls were still open; they are cut off");
+            servers.shutdown().await;
+        }
+        Ok(ended)
+    }
+}
