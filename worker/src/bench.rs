@@ -11,6 +11,7 @@ use learn_collective::{Group, connect_tcp};
 use learn_domain::UserIndex;
 use learn_domain::config::{Config, ObjectiveKind, Precision};
 use learn_domain::random::Draws;
+use learn_domain::report::DatasetFacts;
 use learn_domain::sampling::{SampleKey, sample, sample_size, uniform_items};
 use learn_model::{AdamW, Forward, Parameters, Pch};
 use learn_proto::flight::BatchMeta;
@@ -56,7 +57,8 @@ pub struct BenchResult {
 pub fn bench_step(settings: &BenchSettings) -> Result<BenchResult, WorkerError> {
     let config = &settings.config;
     let metrics = WorkerMetrics::new();
-    let model = Pch::new(shape(config, settings.input_dim))?;
+    let facts = DatasetFacts { embedding_dim: settings.input_dim, items: settings.items, ..DatasetFacts::default() };
+    let model = Pch::new(shape(config, &facts))?;
     let parameters = Parameters::init(model.shape(), config.job.seed, settings.device);
     let mut stepper = Stepper {
         optimizer: AdamW::new(&parameters, &config.optimizer),

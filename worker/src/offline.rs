@@ -12,7 +12,7 @@ use learn_domain::Config;
 use learn_domain::report::Split;
 use learn_domain::run_dir::RunDir;
 use learn_model::objective::cvr;
-use learn_model::{Forward, Parameters, Pch};
+use learn_model::{Forward, ItemInputs, Parameters, Pch};
 use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::{self, Expected, State};
@@ -30,7 +30,8 @@ pub struct Offline {
     pub dataset: Dataset,
     pub state: State,
     pub checkpoint: PathBuf,
-    table: Embeddings,
+    /// None for a model that does not read content.
+    table: Option<Embeddings>,
     model: Pch,
     parameters: Parameters,
     device: Device,
@@ -61,11 +62,11 @@ impl Offline {
         let config: Config = serde_json::from_slice(&text).map_err(|error| failed(error.to_string()))?;
         let checkpoint = checkpoint::resolve(run, checkpoint)?;
         let dataset = Dataset::open(&config.data.dataset)?;
-        let facts = dataset.facts();
+        let facts = dataset.facts().seen_by(&config.model);
         let snapshot = checkpoint::read(&checkpoint, Some(&Expected { dataset: &facts, signature: None }))?;
-        let table = dataset.embeddings()?;
+        let table = if config.model.item_input.has_content() { Some(dataset.embeddings()?) } else { None };
         let device = learn_torch::device(config.cluster.device, 0)?;
-        let model = Pch::new(shape(&config, facts.embedding_dim))?;
+        let model = Pch::new(shape(&config, &facts))?;
         let parameters = Parameters::load(model.shape(), snapshot.model, Kind::Float, device)?;
         Ok(Self { config, dataset, state: snapshot.state, checkpoint, table, model, parameters, device })
     }
@@ -91,19 +92,21 @@ impl Offline {
         middle.to_device(Device::Cpu)
     }
 
-    fn rows(&self, items: impl Iterator<Item = usize>) -> Tensor {
-        let rows: Vec<f16> = items.flat_map(|item| self.table.row(item)).copied().collect();
-        rows_tensor(&rows, self.table.dim(), self.device)
+    /// Content embeddings `[items, input_dim]`.
+    fn rows(&self, items: &[u32]) -> Tensor {
+        let Some(table) = &self.table else { return rows_tensor(&[], (items.len(), 0), self.device) };
+        let rows: Vec<f16> = items.iter().flat_map(|&item| table.row(item as usize)).copied().collect();
+        rows_tensor(&rows, (items.len(), table.dim()), self.device)
     }
 
     /// Item embeddings `[N, d]` on the CPU, row = item index.
     pub fn items(&self) -> Tensor {
-        let count = self.table.rows();
-        let chunks: Vec<Tensor> = (0..count)
-            .step_by(ITEM_CHUNK)
-            .map(|first| {
-                let rows = self.rows(first..(first + ITEM_CHUNK).min(count));
-                let embedded = tch::no_grad(|| self.model.catalogue(&self.parameters, &rows, &self.forward()));
+        let catalogue: Vec<u32> = (0..self.dataset.facts().items).collect();
+        let chunks: Vec<Tensor> = catalogue
+            .chunks(ITEM_CHUNK)
+            .map(|items| {
+                let inputs = ItemInputs { items, content: &self.rows(items), id_seed: None };
+                let embedded = tch::no_grad(|| self.model.catalogue(&self.parameters, &inputs, &self.forward()));
                 embedded.to_device(Device::Cpu)
             })
             .collect();
@@ -118,9 +121,9 @@ impl Offline {
             .map(|chunk| {
                 let newest: Vec<&[u32]> = chunk.iter().map(|history| newest(history, most)).collect();
                 let (unique, padded) = newest_positions(&newest);
-                let rows = self.rows(unique.iter().map(|&item| item as usize));
+                let inputs = ItemInputs { items: &unique, content: &self.rows(&unique), id_seed: None };
                 let padded = sequences(&padded, self.device);
-                let embedded = tch::no_grad(|| embed_histories(&self.catalogue(), &rows, &padded, &self.forward()));
+                let embedded = tch::no_grad(|| embed_histories(&self.catalogue(), &inputs, &padded, &self.forward()));
                 embedded.to_device(Device::Cpu)
             })
             .collect();

@@ -279,11 +279,14 @@ impl FlightService for DataService {
         let descriptor = first.flight_descriptor.as_ref();
         let command = descriptor.map(|descriptor| &descriptor.cmd[..]).unwrap_or_default();
         let Exchange::Rows {} = Exchange::decode(command).map_err(bad_ticket)?;
+        let embeddings = self.source.embeddings.clone().ok_or_else(|| {
+            Status::failed_precondition("this job's model reads no content embeddings (model.item_input = \"id\")")
+        })?;
         let schema = self.schema(Flight::Rows);
         // a client may send the descriptor alone, before the schema of its requests
         let first = stream::iter((!first.data_header.is_empty()).then_some(Ok(first)));
         let requests = first.chain(requests.map_err(|status| FlightError::Tonic(Box::new(status))));
-        Ok(self.respond("rows", &schema, rows::stream(Arc::clone(&self.source), Arc::clone(&schema), requests)))
+        Ok(self.respond("rows", &schema, rows::stream(embeddings, Arc::clone(&schema), requests)))
     }
 
     async fn handshake(

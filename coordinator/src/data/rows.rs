@@ -18,7 +18,7 @@ use learn_proto::flight::{MAX_MESSAGE_BYTES, RowsMeta};
 use tonic::Status;
 
 use super::encode::{HEADROOM_BYTES, batch_message};
-use super::{READ_AHEAD, Source, off_thread};
+use super::{READ_AHEAD, off_thread};
 
 /// One message of an answer.
 #[derive(Clone, Debug)]
@@ -85,11 +85,11 @@ fn refused(error: FlightError) -> Status {
 
 /// Answers a stream of requests, whose first message with content is their schema.
 pub fn stream(
-    source: Arc<Source>,
+    embeddings: Arc<Embeddings>,
     schema: Arc<Schema>,
     requests: impl Stream<Item = Result<FlightData, FlightError>> + Send + 'static,
 ) -> impl Stream<Item = Result<(FlightData, usize), Status>> {
-    let (rows, dim) = (source.embeddings.rows(), source.embeddings.dim());
+    let (rows, dim) = (embeddings.rows(), embeddings.dim());
     let answers = FlightRecordBatchStream::new_from_flight_data(requests)
         .map_err(refused)
         .enumerate()
@@ -101,8 +101,8 @@ pub fn stream(
         .try_flatten();
     answers
         .map_ok(move |part: Part| {
-            let (source, schema) = (Arc::clone(&source), Arc::clone(&schema));
-            off_thread(move || Ok((gather(&source.embeddings, &schema, &part)?, part.range.len())))
+            let (embeddings, schema) = (Arc::clone(&embeddings), Arc::clone(&schema));
+            off_thread(move || Ok((gather(&embeddings, &schema, &part)?, part.range.len())))
         })
         .try_buffered(READ_AHEAD)
         .boxed()

@@ -34,7 +34,8 @@ pub enum SourceError {
 /// A dataset as one job sees it.
 pub struct Source {
     pub dataset: Dataset,
-    pub embeddings: Embeddings,
+    /// None for a model that does not read content.
+    pub embeddings: Option<Arc<Embeddings>>,
     pub plan: Plan,
     pub shape: SamplingShape,
     pub total_steps: u64,
@@ -48,9 +49,10 @@ impl Source {
     /// # Errors
     /// If they do not, for example because the dataset has no content embeddings yet.
     pub fn new(dataset: Dataset, config: &Config) -> Result<Self, SourceError> {
-        let facts = dataset.facts();
-        let embeddings = dataset.embeddings()?;
-        let dim = embeddings.dim();
+        let facts = dataset.facts().seen_by(&config.model);
+        let embeddings =
+            if config.model.item_input.has_content() { Some(Arc::new(dataset.embeddings()?)) } else { None };
+        let dim = embeddings.as_ref().map_or(0, |embeddings| embeddings.dim());
         let output_dim = config.model.output_dim;
         if config.model.item_tower == ItemTower::Content && output_dim as usize != dim {
             return Err(SourceError::ContentTower { output_dim, dim });
@@ -97,7 +99,7 @@ impl Source {
 
     #[must_use]
     pub fn dim(&self) -> u32 {
-        self.embeddings.dim() as u32
+        self.embeddings.as_ref().map_or(0, |embeddings| embeddings.dim()) as u32
     }
 
     fn key(&self, epoch: u32, user: UserIndex) -> (SampleKey, u32) {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::ModelConfig;
 use crate::ids::{Generation, Rank, Step, WorkerId};
 use crate::ledger::LedgerSummary;
 
@@ -52,6 +53,18 @@ pub struct DatasetFacts {
     /// Fingerprint of the content embeddings' values; empty without any.
     #[serde(default)]
     pub embeddings_fingerprint: String,
+}
+
+impl DatasetFacts {
+    /// The dataset as a model sees it: without its content embeddings if the model does not read them, so that they may
+    /// come, go or change.
+    #[must_use]
+    pub fn seen_by(self, model: &ModelConfig) -> Self {
+        if model.item_input.has_content() {
+            return self;
+        }
+        Self { embedding_dim: 0, embeddings_fingerprint: String::new(), ..self }
+    }
 }
 
 /// Where a live coordinator listens.

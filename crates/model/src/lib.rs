@@ -5,10 +5,10 @@
 //! large job may have none in a step.
 //!
 //! - [`bert`]: one post-LN transformer layer, also used for the frozen text encoder.
-//! - [`parameters`]: named leaf tensors that are views into one flat buffer.
+//! - [`parameters`]: named leaf tensors that are views into one flat buffer, and a table of item vectors beside it.
 //! - [`pch`]: the user tower and the item towers.
 //! - [`objective`]: InfoNCE by hand in tiles, and the CVR head.
-//! - [`optimizer`]: AdamW over the flat buffer, clipping.
+//! - [`optimizer`]: AdamW over the flat buffer and the touched rows of the table, clipping.
 //! - [`safetensors`]: tensors to and from files, without pickles.
 //! - [`golden`]: checks all of this against cases that PyTorch computed.
 
@@ -21,8 +21,8 @@ pub mod pch;
 pub mod safetensors;
 
 pub use optimizer::AdamW;
-pub use parameters::{ParameterSpec, Parameters, Role};
-pub use pch::{Forward, Items, Pch, PchShape, Sequences};
+pub use parameters::{ParameterSpec, Parameters, Role, RowGradient};
+pub use pch::{Forward, ItemInputs, Items, Pch, PchShape, Sequences};
 
 /// A model that cannot be made as asked.
 #[derive(Debug, thiserror::Error)]

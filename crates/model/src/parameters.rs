@@ -5,11 +5,14 @@
 //! the initial values are a pure function of (seed, name, shape), whatever the device and the other parameters.
 
 mod mismatch;
+mod rows;
 
 use std::f64::consts::TAU;
 
 use learn_domain::random::{self, Draws};
 pub use mismatch::Mismatch;
+use rows::ItemVectors;
+pub use rows::RowGradient;
 use tch::{Device, Kind, Tensor};
 
 use crate::{ModelError, PchShape};
@@ -27,6 +30,9 @@ pub enum Role {
     NormScale,
     /// The logarithm of the logit scale: starts at this value.
     LogitScale { start: f64 },
+    /// A vector per item: normal with this standard deviation. Lies outside the flat buffers, because a step touches a few
+    /// of its rows only; a model has one such table at most.
+    ItemVector { std: f64 },
     /// The projection of a residual path: 0 until it is measured. Decay would pull it away from where it starts.
     Residual,
     /// Measured once and never trained: 0 until then. Its gradient is 0, so the optimizer leaves it as it is.
@@ -54,13 +60,15 @@ pub struct Parameters {
     leaves: Vec<Tensor>,
     /// Views into `gradient`.
     slots: Vec<Tensor>,
+    /// The table of item vectors, if the model has one.
+    items: Option<ItemVectors>,
 }
 
 impl Role {
     /// Whether weight decay applies.
     #[must_use]
     pub fn decays(self) -> bool {
-        matches!(self, Self::Weight { .. })
+        matches!(self, Self::Weight { .. } | Self::ItemVector { .. })
     }
 
     fn trains(self) -> bool {
@@ -69,7 +77,7 @@ impl Role {
 
     fn values(self, draws: Draws, count: usize) -> Vec<f32> {
         match self {
-            Self::Weight { std } | Self::Position { std } => normals(draws, count, std),
+            Self::Weight { std } | Self::Position { std } | Self::ItemVector { std } => normals(draws, count, std),
             Self::Bias | Self::Residual | Self::Measured => vec![0.0; count],
             Self::NormScale => vec![1.0; count],
             Self::LogitScale { start } => vec![start as f32; count],
@@ -98,15 +106,17 @@ impl Parameters {
     /// New parameters in f32.
     #[must_use]
     pub fn init_specs(specs: Vec<ParameterSpec>, seed: u64, device: Device) -> Self {
-        let specs = sorted(specs);
-        let values: Vec<f32> = specs
-            .iter()
-            .flat_map(|spec| {
-                let draws = Draws::new(&[seed, random::text_key(&spec.name)]);
-                spec.role.values(draws, usize::try_from(spec.count()).unwrap_or_default())
-            })
-            .collect();
-        Self::over(specs, Tensor::from_slice(&values).to_device(device))
+        let (specs, table) = parted(specs);
+        let values = |spec: &ParameterSpec| {
+            let draws = Draws::new(&[seed, random::text_key(&spec.name)]);
+            spec.role.values(draws, usize::try_from(spec.count()).unwrap_or_default())
+        };
+        let flat: Vec<f32> = specs.iter().flat_map(values).collect();
+        let items = table.map(|spec| {
+            let vectors = Tensor::from_slice(&values(&spec)).view(spec.shape.as_slice()).to_device(device);
+            ItemVectors::new(spec, vectors)
+        });
+        Self::over(specs, Tensor::from_slice(&flat).to_device(device), items)
     }
 
     /// Parameters of a PCH from tensors of any floating kind.
@@ -132,9 +142,13 @@ impl Parameters {
         kind: Kind,
         device: Device,
     ) -> Result<Self, ModelError> {
-        let specs = sorted(specs);
+        let (specs, table) = parted(specs);
         let count = specs.iter().map(ParameterSpec::count).sum::<i64>();
-        let mut parameters = Self::over(specs, Tensor::zeros([count], (kind, device)));
+        let items = table.map(|spec| {
+            let vectors = Tensor::zeros(spec.shape.as_slice(), (kind, device));
+            ItemVectors::new(spec, vectors)
+        });
+        let mut parameters = Self::over(specs, Tensor::zeros([count], (kind, device)), items);
         parameters.assign(tensors)?;
         Ok(parameters)
     }
@@ -144,23 +158,30 @@ impl Parameters {
     /// # Errors
     /// As [`Parameters::load`].
     pub fn assign(&mut self, tensors: Vec<(String, Tensor)>) -> Result<(), ModelError> {
-        copy_by_name(&self.specs, &mut self.flat, tensors)
+        let targets = views(&self.specs, &self.flat).chain(self.item_vectors().map(Tensor::shallow_clone));
+        copy_by_name(&self.all_specs(), targets, tensors)
     }
 
-    fn over(specs: Vec<ParameterSpec>, flat: Tensor) -> Self {
+    fn over(specs: Vec<ParameterSpec>, flat: Tensor, items: Option<ItemVectors>) -> Self {
         let gradient = flat.zeros_like();
         let leaf = |(view, spec): (Tensor, &ParameterSpec)| view.detach().set_requires_grad(spec.role.trains());
         let leaves = views(&specs, &flat).zip(&specs).map(leaf).collect();
         let slots = views(&specs, &gradient).collect();
-        Self { specs, flat, gradient, leaves, slots }
+        Self { specs, flat, gradient, leaves, slots, items }
     }
 
-    /// Sorted by name.
+    /// Of the flat buffers, sorted by name.
     pub fn specs(&self) -> &[ParameterSpec] {
         &self.specs
     }
 
-    /// Sorted.
+    /// Of the flat buffers, then of the table of item vectors.
+    #[must_use]
+    pub fn all_specs(&self) -> Vec<ParameterSpec> {
+        self.specs.iter().chain(self.items.as_ref().map(|items| &items.spec)).cloned().collect()
+    }
+
+    /// Of the flat buffers, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.specs.iter().map(|spec| spec.name.as_str())
     }
@@ -180,9 +201,37 @@ impl Parameters {
         Some(&self.leaves[at])
     }
 
-    /// Names and leaves, sorted by name.
+    /// Names and leaves, sorted by name, then the table of item vectors.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
-        self.names().zip(&self.leaves)
+        let items = self.items.as_ref().map(|items| (items.spec.name.as_str(), &items.values));
+        self.names().zip(&self.leaves).chain(items)
+    }
+
+    /// `[N, D]`: the table of item vectors, if the model has one.
+    #[must_use]
+    pub fn item_vectors(&self) -> Option<&Tensor> {
+        self.items.as_ref().map(|items| &items.values)
+    }
+
+    /// The vectors `[U, D]` of these items; their gradients come with [`Parameters::row_gradient`].
+    #[must_use]
+    pub fn take_item_vectors(&self, items: &[u32]) -> Option<Tensor> {
+        let table = self.items.as_ref()?;
+        let index: Vec<i64> = items.iter().map(|&item| item.into()).collect();
+        Some(table.take(&Tensor::from_slice(&index).to_device(self.device())))
+    }
+
+    /// Keeps the vectors of these items (bool, `[N]`) as they are.
+    pub fn freeze_item_vectors(&mut self, items: &Tensor) {
+        if let Some(table) = &mut self.items {
+            table.freeze(items);
+        }
+    }
+
+    /// The gradient of the item vectors that backward passes have collected since the last call; none without a table.
+    #[must_use]
+    pub fn row_gradient(&self) -> Option<RowGradient> {
+        self.items.as_ref().map(ItemVectors::gradient)
     }
 
     /// Names and the parts of another buffer of this layout (moments, gradients), as views.
@@ -190,7 +239,7 @@ impl Parameters {
         self.names().zip(views(&self.specs, flat))
     }
 
-    /// `[P]`: all values; the leaves are views into it.
+    /// `[P]`: all values but the item vectors; the leaves are views into it.
     pub fn flat(&self) -> &Tensor {
         &self.flat
     }
@@ -203,7 +252,7 @@ impl Parameters {
         self.flat.device()
     }
 
-    /// P, the number of values.
+    /// P, the number of values in the flat buffers.
     pub fn count(&self) -> i64 {
         self.flat.size()[0]
     }
@@ -211,7 +260,8 @@ impl Parameters {
     /// A digest of names and shapes: ranks that have the same one may add their flat gradients.
     #[must_use]
     pub fn signature(&self) -> u64 {
-        let parts = self.specs.iter().flat_map(|spec| {
+        let specs = self.all_specs();
+        let parts = specs.iter().flat_map(|spec| {
             let sizes = spec.shape.iter().map(|size| size.cast_unsigned());
             [random::text_key(&spec.name), spec.shape.len() as u64].into_iter().chain(sizes)
         });
@@ -245,9 +295,12 @@ impl Parameters {
     }
 }
 
-fn sorted(mut specs: Vec<ParameterSpec>) -> Vec<ParameterSpec> {
+/// Those of the flat buffers, sorted by name, and that of the table of item vectors.
+fn parted(specs: Vec<ParameterSpec>) -> (Vec<ParameterSpec>, Option<ParameterSpec>) {
+    let is_table = |spec: &ParameterSpec| matches!(spec.role, Role::ItemVector { .. });
+    let (mut tables, mut specs): (Vec<_>, Vec<_>) = specs.into_iter().partition(is_table);
     specs.sort_by(|left, right| left.name.cmp(&right.name));
-    specs
+    (specs, tables.pop())
 }
 
 /// The parts of a flat buffer in their shapes.
@@ -259,16 +312,16 @@ fn views(specs: &[ParameterSpec], flat: &Tensor) -> impl Iterator<Item = Tensor>
     })
 }
 
-/// Fills a flat buffer of this layout from named tensors; on an error nothing is changed.
+/// Fills the targets, which have the shapes of `specs`, from named tensors; on an error nothing is changed.
 pub(crate) fn copy_by_name(
     specs: &[ParameterSpec],
-    flat: &mut Tensor,
+    targets: impl Iterator<Item = Tensor>,
     tensors: Vec<(String, Tensor)>,
 ) -> Result<(), ModelError> {
     let given = mismatch::compare(specs, tensors).map_err(ModelError::Weights)?;
     tch::no_grad(|| {
-        for (mut part, tensor) in views(specs, flat).zip(&given) {
-            part.copy_(&tensor.detach());
+        for (mut target, tensor) in targets.zip(&given) {
+            target.copy_(&tensor.detach());
         }
     });
     Ok(())

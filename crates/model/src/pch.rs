@@ -1,6 +1,6 @@
 //! The towers: sequences of content embeddings in, L2-normalised user and item embeddings out.
 //!
-//! adaptor (linear) -> encoder (post-LN BERT layers, causal) -> mlp (linear) -> L2 normalisation. Shapes: U unique items,
+//! adaptor (linear) or learned item vectors, or their sum -> encoder (post-LN BERT layers, causal) -> mlp (linear) -> L2 normalisation. Shapes: U unique items,
 //! B users, L padded length, R sampled history positions, M sampled targets, D hidden, d output. Invariants: an output
 //! does not depend on padding or on the other users of the batch; a tower without positions gives `[0, d]` with a graph.
 //!
@@ -8,9 +8,11 @@
 //! normalise(R c + mlp(..)), a user at position p is normalise(R m + mlp(..)) with m = sum_j w^(p - j) c_j / sum_j w^(p - j)
 //! over the history up to p and w = `model.residual_decay`.
 
+mod history_code;
 mod start;
 
-use learn_domain::config::{ItemTower, ModelConfig, PositionEmbedding, Precision, Residual};
+use learn_domain::config::{ItemInput, ItemTower, ModelConfig, PositionEmbedding, Precision, Residual};
+use learn_domain::random::Draws;
 use tch::{Kind, Tensor};
 
 use crate::ModelError;
@@ -25,6 +27,8 @@ const ADAPTOR_WEIGHT: &str = "adaptor.weight";
 const ADAPTOR_BIAS: &str = "adaptor.bias";
 /// The catalogue's mean content embedding, measured at the start.
 const CONTENT_MEAN: &str = "content_mean";
+/// The table of learned item vectors.
+pub const ID_EMBEDDING: &str = "id_embedding.weight";
 /// R, the projection of the residual path.
 const RESIDUAL: &str = "residual.weight";
 /// Added to the variance in the encoder's layer norms, as published.
@@ -35,8 +39,10 @@ const SHORTEST: f64 = 1e-12;
 /// What decides the shapes of a PCH.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PchShape {
-    /// Dimension of the content embeddings.
+    /// Dimension of the content embeddings; 0 if the model does not read them.
     pub input_dim: i64,
+    /// N, the items of the catalogue.
+    pub items: i64,
     pub model: ModelConfig,
     /// Longest history; the number of learned positions.
     pub max_history: i64,
@@ -63,6 +69,17 @@ pub struct Forward {
     pub precision: Precision,
 }
 
+/// The unique items of a pass.
+#[derive(Clone, Copy, Debug)]
+pub struct ItemInputs<'a> {
+    /// U item indices, each once.
+    pub items: &'a [u32],
+    /// `[U, input_dim]`: their content embeddings, of any floating kind.
+    pub content: &'a Tensor,
+    /// In training: the seed of the step, the same on every rank, which decides whose learned vectors are left out.
+    pub id_seed: Option<u64>,
+}
+
 /// The unique items of a pass as the towers read them.
 #[derive(Debug)]
 pub struct Items {
@@ -72,6 +89,8 @@ pub struct Items {
     content: Option<Tensor>,
     /// `[U, d]`: R c, with a residual path.
     projected: Option<Tensor>,
+    /// `[U, K]`, with a history code.
+    codes: Option<Tensor>,
 }
 
 /// The towers without their parameters.
@@ -100,7 +119,14 @@ impl PchShape {
             ]
         };
         let mut specs = Vec::new();
-        specs.extend(linear("adaptor", hidden, self.input_dim));
+        if model.item_input.has_content() {
+            specs.extend(linear("adaptor", hidden, self.input_dim));
+        }
+        if model.item_input.has_ids() {
+            // beside content a vector of 0 means that nothing is known of the item but its content
+            let std = if model.item_input.has_content() { 0.0 } else { std };
+            specs.push(ParameterSpec::new(ID_EMBEDDING, &[self.items, hidden], Role::ItemVector { std }));
+        }
         if model.centring {
             specs.push(ParameterSpec::new(CONTENT_MEAN, &[self.input_dim], Role::Measured));
         }
@@ -153,7 +179,7 @@ impl Pch {
     pub fn new(shape: PchShape) -> Result<Self, ModelError> {
         let fail = |key, problem: String| Err(ModelError::Shape { key, problem });
         let model = &shape.model;
-        if shape.input_dim < 1 {
+        if shape.input_dim < 1 && model.item_input.has_content() {
             return fail("data.dataset", "has no content embeddings; run `learn-launch embed`".into());
         }
         if model.heads == 0 || !model.hidden.is_multiple_of(model.heads) {
@@ -180,10 +206,10 @@ impl Pch {
         &self.shape
     }
 
-    /// d, the dimension of user and item embeddings.
+    /// The dimension of user and item embeddings: d of the towers and K of the history code.
     #[must_use]
     pub fn output_dim(&self) -> i64 {
-        self.shape.output_dim()
+        self.shape.output_dim() + i64::from(self.shape.model.history_code)
     }
 
     /// What InfoNCE multiplies cosines by: a scalar without a graph, learned or fixed.
@@ -194,17 +220,42 @@ impl Pch {
         }
     }
 
-    /// The unique items of a pass from their content embeddings `[U, input_dim]` of any floating kind.
-    pub fn items(&self, parameters: &Parameters, rows: &Tensor, forward: &Forward) -> Items {
-        let content = self.content(parameters, rows);
-        let adapted = linear(parameters, "adaptor").forward(&content, forward.precision).to_kind(parameters.kind());
+    /// The unique items of a pass as the towers read them.
+    pub fn items(&self, parameters: &Parameters, inputs: &ItemInputs<'_>, forward: &Forward) -> Items {
+        let model = &self.shape.model;
+        let content = self.content(parameters, inputs.content);
+        let adapt = || linear(parameters, "adaptor").forward(&content, forward.precision).to_kind(parameters.kind());
+        let vectors = || {
+            let vectors = parameters.take_item_vectors(inputs.items);
+            vectors.unwrap_or_else(|| panic!("the model has no parameter {ID_EMBEDDING}"))
+        };
+        let adapted = match model.item_input {
+            ItemInput::Content => adapt(),
+            ItemInput::Id => vectors(),
+            ItemInput::ContentId => match inputs.id_seed.filter(|_| forward.train && model.id_dropout > 0.0) {
+                Some(seed) => adapt() + vectors() * self.kept(parameters, inputs.items, seed),
+                None => adapt() + vectors(),
+            },
+        };
         let unit = |content: &Tensor| normalise(&content.to_kind(parameters.kind()));
+        let options = (parameters.kind(), parameters.device());
         Items {
             adapted,
+            codes: (model.history_code > 0)
+                .then(|| history_code::codes(inputs.items, model.history_code.into(), options)),
             // like the mlp never in bf16
             projected: parameters.find(RESIDUAL).map(|projection| unit(&content).matmul(&projection.tr())),
-            content: (self.shape.model.item_tower == ItemTower::Content).then(|| unit(&content)),
+            content: (model.item_tower == ItemTower::Content).then(|| unit(&content)),
         }
+    }
+
+    /// `[U, 1]`: 0 for the items whose learned vectors a step leaves out, else 1: a function of the step's seed and the
+    /// item, so that every rank and every pass leaves out the same.
+    fn kept(&self, parameters: &Parameters, items: &[u32], seed: u64) -> Tensor {
+        let draw = |&item: &u32| Draws::new(&[seed, item.into()]).unit();
+        let kept: Vec<f32> =
+            items.iter().map(|item| f32::from(u8::from(draw(item) >= self.shape.model.id_dropout))).collect();
+        Tensor::from_slice(&kept).unsqueeze(1).to_device(parameters.device()).to_kind(parameters.kind())
     }
 
     /// Content embeddings as everything reads them: as they are, or without the catalogue's mean.
@@ -220,33 +271,39 @@ impl Pch {
         let positions = parameters.find(POSITION).map(|table| self.position_vectors(table, histories));
         let hidden = self.causal(parameters, items, (histories, positions), forward);
         let recent = items.projected.as_ref().map(|projected| self.recent(projected, histories));
-        self.project(parameters, &hidden, recent)
+        let user = self.project(parameters, &hidden, recent);
+        let weight = self.shape.model.history_code_weight;
+        coded(user, items.codes.as_ref().map(|codes| history_code::history(codes, histories, weight)))
     }
 
     /// The item tower at the sampled targets: `[M, d]`.
     pub fn item(&self, parameters: &Parameters, items: &Items, targets: &Sequences, forward: &Forward) -> Tensor {
         let sampled = targets.items.reshape([-1]).index_select(0, &targets.positions);
         let own = |rows: &Tensor| take(rows, &sampled);
-        if let Some(content) = &items.content {
-            return own(content);
-        }
-        let hidden = match self.shape.model.item_tower {
-            ItemTower::Causal => self.causal(parameters, items, (targets, None), forward),
-            ItemTower::PerItem | ItemTower::Content => self.alone(parameters, &own(&items.adapted), forward),
+        let item = match &items.content {
+            Some(content) => own(content),
+            None => {
+                let hidden = match self.shape.model.item_tower {
+                    ItemTower::Causal => self.causal(parameters, items, (targets, None), forward),
+                    ItemTower::PerItem | ItemTower::Content => self.alone(parameters, &own(&items.adapted), forward),
+                };
+                self.project(parameters, &hidden, items.projected.as_ref().map(own))
+            }
         };
-        self.project(parameters, &hidden, items.projected.as_ref().map(own))
+        coded(item, items.codes.as_ref().map(own))
     }
 
-    /// The item tower over a catalogue `[N, input_dim]`, each item as a sequence of one: `[N, d]`.
-    pub fn catalogue(&self, parameters: &Parameters, rows: &Tensor, forward: &Forward) -> Tensor {
-        let items = self.items(parameters, rows, forward);
-        match items.content {
+    /// The item tower over items of the catalogue, each as a sequence of one: `[U, d]`.
+    pub fn catalogue(&self, parameters: &Parameters, inputs: &ItemInputs<'_>, forward: &Forward) -> Tensor {
+        let items = self.items(parameters, inputs, forward);
+        let item = match items.content {
             Some(content) => content,
             None => {
                 let hidden = self.alone(parameters, &items.adapted, forward);
                 self.project(parameters, &hidden, items.projected)
             }
-        }
+        };
+        coded(item, items.codes)
     }
 
     /// `[R, d]`: at each sampled position the mean of the history up to it, the newest item with weight 1 and each older one
@@ -259,7 +316,7 @@ impl Pch {
         let weights = decay.pow(&age.clamp_min(0)).tril(0);
         let weights = &weights / weights.sum_dim_intlist([1_i64].as_slice(), true, projected.kind());
         let means = weights.matmul(&take(projected, &histories.items));
-        means.reshape([-1, self.output_dim()]).index_select(0, &histories.positions)
+        means.reshape([-1, self.shape.output_dim()]).index_select(0, &histories.positions)
     }
 
     /// `[B, L, D]`: the learned vector of each position's distance from the newest item. Items older than the learned
@@ -321,6 +378,14 @@ impl Pch {
             Some(base) => output + base,
             None => output,
         })
+    }
+}
+
+/// Embeddings of the towers with the history code's dimensions, if there are any.
+fn coded(embeddings: Tensor, codes: Option<Tensor>) -> Tensor {
+    match codes {
+        Some(codes) => Tensor::cat(&[embeddings, codes], 1),
+        None => embeddings,
     }
 }
 

@@ -88,14 +88,16 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
 
 /// Everything that can be known to fail before a run directory is made.
 fn check_ready(config: &Config) -> Result<()> {
-    let embeddings = Dataset::open(&config.data.dataset)?.embeddings()?;
-    let (dim, output_dim) = (embeddings.dim(), config.model.output_dim as usize);
-    if config.model.item_tower == ItemTower::Content && dim != output_dim {
-        return Err(Failure::Usage(format!(
-            "model.output_dim is {output_dim}, but the item tower `content` needs the dimension of the content \
-             embeddings: set model.output_dim={dim}"
-        ))
-        .into());
+    let dataset = Dataset::open(&config.data.dataset)?;
+    if config.model.item_input.has_content() {
+        let (dim, output_dim) = (dataset.embeddings()?.dim(), config.model.output_dim as usize);
+        if config.model.item_tower == ItemTower::Content && dim != output_dim {
+            return Err(Failure::Usage(format!(
+                "model.output_dim is {output_dim}, but the item tower `content` needs the dimension of the content \
+                 embeddings: set model.output_dim={dim}"
+            ))
+            .into());
+        }
     }
     for binary in ["learn-coordinator", "learn-worker"] {
         process::sibling(binary)?;

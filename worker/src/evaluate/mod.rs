@@ -21,7 +21,7 @@ use learn_domain::ranking::{Metrics, Placement};
 use learn_domain::report::{Comparison, Estimate, Evaluation, SegmentResult, Split};
 use learn_domain::resampling::{Mean, Share, Totals};
 use learn_domain::segments::{Segment, Segments};
-use learn_model::{Forward, Parameters, Pch};
+use learn_model::{Forward, ItemInputs, Parameters, Pch};
 use learn_proto::flight::Ticket;
 use learn_telemetry::WorkerMetrics;
 use tch::{Device, Kind, Tensor};
@@ -84,7 +84,7 @@ pub fn run(
     let admission = &membership.admission;
     let handle = membership.member.handle();
     let data = handle.block_on(DataClient::connect(&admission.data_locations, &membership.secret))?;
-    let model = Pch::new(shape(&admission.config, admission.dataset.embedding_dim))?;
+    let model = Pch::new(shape(&admission.config, &admission.dataset))?;
     let expected = checkpoint::Expected { dataset: &admission.dataset, signature: None };
     let snapshot = checkpoint::read(checkpoint.as_ref(), Some(&expected))?;
     let parameters = Parameters::load(model.shape(), snapshot.model, Kind::Float, membership.device)?;
@@ -234,7 +234,7 @@ impl Evaluator {
         let stride = self.items.div_ceil(count).max(1);
         let sample: Vec<u32> = (0..self.items as u32).step_by(stride).collect();
         let rows = self.handle.block_on(self.rows.fetch(&sample))?;
-        Ok(rows_tensor(&rows, self.dim, self.device))
+        Ok(rows_tensor(&rows, (sample.len(), self.dim), self.device))
     }
 
     /// Content embeddings `[n, input_dim]` in f16 of this rank's part of the catalogue, on the device, and its first item.
@@ -249,7 +249,7 @@ impl Evaluator {
             let rows = self.handle.block_on(self.rows.fetch(chunk))?;
             all.narrow(0, (number * ITEM_CHUNK) as i64, chunk.len() as i64).copy_(&rows_tensor(
                 &rows,
-                self.dim,
+                (chunk.len(), self.dim),
                 self.device,
             ));
         }
@@ -272,8 +272,9 @@ impl Evaluator {
         let (mut parts, mut content) = (none(catalogue.model.output_dim()), none(self.dim as i64));
         for chunk in mine.chunks(ITEM_CHUNK) {
             let rows = self.handle.block_on(self.rows.fetch(chunk))?;
-            let rows = rows_tensor(&rows, self.dim, self.device);
-            parts.push(catalogue.model.catalogue(catalogue.parameters, &rows, &self.forward));
+            let rows = rows_tensor(&rows, (chunk.len(), self.dim), self.device);
+            let inputs = ItemInputs { items: chunk, content: &rows, id_seed: None };
+            parts.push(catalogue.model.catalogue(catalogue.parameters, &inputs, &self.forward));
             if keep_content {
                 content.push(rows.to_kind(Kind::Float));
             }
@@ -293,8 +294,9 @@ impl Evaluator {
     fn embed_users(&mut self, catalogue: &Catalogue<'_>, histories: &[&[u32]]) -> Result<Tensor, WorkerError> {
         let (unique, padded) = newest_positions(histories);
         let rows = self.handle.block_on(self.rows.fetch(&unique))?;
-        let rows = rows_tensor(&rows, self.dim, self.device);
-        Ok(embed_histories(catalogue, &rows, &sequences(&padded, self.device), &self.forward))
+        let rows = rows_tensor(&rows, (unique.len(), self.dim), self.device);
+        let inputs = ItemInputs { items: &unique, content: &rows, id_seed: None };
+        Ok(embed_histories(catalogue, &inputs, &sequences(&padded, self.device), &self.forward))
     }
 }
 
@@ -304,14 +306,14 @@ pub fn newest(history: &[u32], most: usize) -> &[u32] {
     &history[history.len().saturating_sub(most)..]
 }
 
-/// User embeddings `[B, d]` of padded histories over rows `[U, input_dim]`.
+/// User embeddings `[B, d]` of padded histories over their unique items.
 pub fn embed_histories(
     catalogue: &Catalogue<'_>,
-    rows: &Tensor,
+    inputs: &ItemInputs<'_>,
     histories: &learn_model::Sequences,
     forward: &Forward,
 ) -> Tensor {
-    let items = catalogue.model.items(catalogue.parameters, rows, forward);
+    let items = catalogue.model.items(catalogue.parameters, inputs, forward);
     catalogue.model.user(catalogue.parameters, &items, histories, forward)
 }
 

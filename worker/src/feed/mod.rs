@@ -80,7 +80,8 @@ impl UniformNegatives {
 
 /// Rows by item index, from the cache or else from the data service.
 pub struct RowSource {
-    exchange: RowExchange,
+    /// None if there are no content embeddings to fetch.
+    exchange: Option<RowExchange>,
     cache: RowCache,
     metrics: WorkerMetrics,
 }
@@ -89,7 +90,7 @@ impl RowSource {
     /// # Errors
     /// If the data service refuses the exchange.
     pub async fn open(client: &DataClient, settings: &RowSettings, metrics: WorkerMetrics) -> Result<Self, FeedError> {
-        let exchange = client.rows(settings.dim).await?;
+        let exchange = if settings.dim > 0 { Some(client.rows(settings.dim).await?) } else { None };
         Ok(Self { exchange, cache: RowCache::new(settings.dim, settings.cache_bytes), metrics })
     }
 
@@ -98,6 +99,9 @@ impl RowSource {
     /// # Errors
     /// If they do not fit into the cache or cannot be fetched.
     pub async fn rows(&mut self, items: &[u32]) -> Result<Vec<f16>, FeedError> {
+        if self.exchange.is_none() {
+            return Ok(Vec::new());
+        }
         let missing = self.cache.missing(items)?;
         self.metrics.cache_hits_total.inc_by((items.len() - missing.len()) as u64);
         self.metrics.cache_misses_total.inc_by(missing.len() as u64);
@@ -113,7 +117,8 @@ impl RowSource {
     /// # Errors
     /// If they cannot be fetched.
     pub async fn fetch(&mut self, items: &[u32]) -> Result<Vec<f16>, FeedError> {
-        let rows = self.exchange.fetch(items).await?;
+        let Some(exchange) = &mut self.exchange else { return Ok(Vec::new()) };
+        let rows = exchange.fetch(items).await?;
         self.metrics.received_bytes_total.with_label_values(&["rows"]).inc_by(2 * rows.len() as u64);
         Ok(rows)
     }
@@ -122,6 +127,7 @@ impl RowSource {
 /// Shape and budget of a [`RowSource`].
 #[derive(Clone, Copy, Debug)]
 pub struct RowSettings {
+    /// Values of a row; 0 = there are none.
     pub dim: usize,
     pub cache_bytes: u64,
 }

@@ -4,6 +4,7 @@
 //! same operations in the same order with the same counts, which [`Exchange::announce`] has made known.
 
 use learn_collective::{Buffer, Collective, CollectiveError};
+use learn_model::RowGradient;
 use learn_telemetry::WorkerMetrics;
 use tch::Tensor;
 
@@ -147,6 +148,23 @@ impl Exchange {
         )?;
         self.count_bytes();
         Ok(mine)
+    }
+
+    /// The sum of every rank's gradient of item vectors: the rows of all ranks travel, one after the other in the order of
+    /// ranks, and every rank adds them up in that order, so that all come to the same bits.
+    ///
+    /// # Errors
+    /// If the collective fails.
+    pub fn merge_rows(&mut self, mine: RowGradient) -> Result<RowGradient, WorkerError> {
+        let world = self.world_size();
+        if world == 1 {
+            return Ok(mine);
+        }
+        let counts = self.gather_i64(&mut [mine.items.size()[0]], &vec![1; world])?;
+        let counts: Vec<usize> = counts.into_iter().map(|count| count.max(0) as usize).collect();
+        let items = self.gather_rows(&mine.items.unsqueeze(1), &counts)?;
+        let rows = self.gather_rows(&mine.rows, &counts)?;
+        Ok(RowGradient::merge(&items.squeeze_dim(1), &rows))
     }
 
     /// Gives every rank the first one's values, in place.

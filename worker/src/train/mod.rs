@@ -14,9 +14,9 @@ use std::path::Path;
 use std::time::Instant;
 
 pub use exchange::Exchange;
-use learn_domain::config::{Config, ObjectiveKind};
+use learn_domain::config::{Config, ItemInput, ObjectiveKind};
 use learn_domain::plan::{Plan, PlanKey};
-use learn_domain::report::{Evaluation, Split, StepRecord};
+use learn_domain::report::{DatasetFacts, Evaluation, Split, StepRecord};
 use learn_domain::schedule::learning_rate;
 use learn_domain::{Step, UserIndex};
 use learn_model::objective::cvr;
@@ -41,9 +41,10 @@ const INIT_SAMPLE: usize = 16_384;
 
 /// The shape of the model that a configuration and a dataset make.
 #[must_use]
-pub fn shape(config: &Config, input_dim: u32) -> PchShape {
+pub fn shape(config: &Config, dataset: &DatasetFacts) -> PchShape {
     PchShape {
-        input_dim: i64::from(input_dim),
+        input_dim: dataset.embedding_dim.into(),
+        items: dataset.items.into(),
         model: config.model.clone(),
         max_history: i64::from(config.sampling.history),
         cvr_hidden: config.objective.cvr_head().map(i64::from),
@@ -98,8 +99,8 @@ impl<'a> Trainer<'a> {
             users: dataset.train_users,
             global_batch: config.training.global_batch,
         })?;
-        let model = Pch::new(shape(config, dataset.embedding_dim))?;
-        let parameters = Parameters::init(model.shape(), config.job.seed, membership.device);
+        let model = Pch::new(shape(config, dataset))?;
+        let mut parameters = Parameters::init(model.shape(), config.job.seed, membership.device);
         let mut optimizer = AdamW::new(&parameters, &config.optimizer);
         if config.training.freeze_towers {
             optimizer.spare(&parameters, |name| !cvr::owns(name));
@@ -107,11 +108,18 @@ impl<'a> Trainer<'a> {
         let handle = membership.member.handle();
         let data = handle.block_on(DataClient::connect(&admission.data_locations, &membership.secret))?;
         let mut evaluator = Evaluator::new(membership, data.clone())?;
+        let counted = config.objective.logq_correction || config.model.item_input == ItemInput::ContentId;
+        let popularity = if counted { Some(handle.block_on(data.popularity())?) } else { None };
+        if config.model.item_input == ItemInput::ContentId
+            && let Some(counts) = &popularity
+        {
+            let unseen: Vec<bool> = counts.iter().map(|&count| count == 0).collect();
+            parameters.freeze_item_vectors(&tch::Tensor::from_slice(&unseen));
+        }
         let objective = match config.objective.kind {
             _ if config.training.freeze_towers => Objective::Frozen,
             ObjectiveKind::DenseAllAction | ObjectiveKind::NextItem => {
-                let popularity =
-                    if config.objective.logq_correction { Some(handle.block_on(data.popularity())?) } else { None };
+                let popularity = popularity.filter(|_| config.objective.logq_correction);
                 Objective::InBatch(InBatch::new(&config.objective, popularity.as_deref(), membership.device))
             }
             ObjectiveKind::FullSoftmax => {

@@ -8,7 +8,7 @@
 
 use half::f16;
 use learn_domain::random;
-use learn_model::Sequences;
+use learn_model::{ItemInputs, Sequences};
 use tch::{Device, Tensor};
 
 use super::objective::Towers;
@@ -16,13 +16,15 @@ use crate::feed::assemble::{MicroBatch, PaddedSequences};
 
 /// The tensors of one forward pass.
 pub struct Pass {
-    /// Content embeddings of the unique items, `[U, input_dim]`.
+    /// The unique items, U of them.
+    items: Vec<u32>,
+    /// Their content embeddings, `[U, input_dim]`.
     rows: Tensor,
     history: Sequences,
     targets: Sequences,
     /// Negatives that are nobody's targets, `[n, 1]`, if there are any.
     negatives: Option<Sequences>,
-    seed: u64,
+    seeds: Seeds,
     /// Embedded history positions, and embedded targets with negatives, of this pass.
     counts: (i64, i64),
 }
@@ -69,20 +71,30 @@ pub fn sequences(padded: &PaddedSequences, device: Device) -> Sequences {
 }
 
 /// Rows `[items, dim]` as a tensor.
-pub fn rows_tensor(rows: &[f16], dim: usize, device: Device) -> Tensor {
-    Tensor::from_slice(rows).view([(rows.len() / dim) as i64, dim as i64]).to_device(device)
+pub fn rows_tensor(rows: &[f16], (items, dim): (usize, usize), device: Device) -> Tensor {
+    Tensor::from_slice(rows).view([items as i64, dim as i64]).to_device(device)
+}
+
+/// Seeds of a step's draws.
+#[derive(Clone, Copy, Debug)]
+pub struct Seeds {
+    /// Of dropout; of this rank.
+    pub dropout: u64,
+    /// Of the items whose learned vectors are left out; the same on every rank.
+    pub items: u64,
 }
 
 impl Share {
-    /// Moves a prepared step to the device; `seed` is the step's on this rank.
+    /// Moves a prepared step to the device.
     #[must_use]
-    pub fn load(micro_batches: &[(MicroBatch, Vec<f16>)], dim: usize, seed: u64, device: Device) -> Self {
+    pub fn load(micro_batches: &[(MicroBatch, Vec<f16>)], dim: usize, seeds: Seeds, device: Device) -> Self {
         let passes = micro_batches.iter().enumerate().map(|(number, (batch, rows))| Pass {
-            rows: rows_tensor(rows, dim, device),
+            rows: rows_tensor(rows, (batch.unique_items.len(), dim), device),
+            items: batch.unique_items.clone(),
             history: sequences(&batch.history, device),
             targets: sequences(&batch.targets, device),
             negatives: (!batch.negatives.lengths.is_empty()).then(|| sequences(&batch.negatives, device)),
-            seed: random::key(&[seed, number as u64]),
+            seeds: Seeds { dropout: random::key(&[seeds.dropout, number as u64]), ..seeds },
             counts: (batch.row_user.len() as i64, batch.embedded_items() as i64),
         });
         let joined = |part: fn(&MicroBatch) -> &[i64]| {
@@ -132,9 +144,10 @@ impl Pass {
     pub fn embed(&self, towers: Towers<'_>) -> Embeddings {
         let Towers { model, parameters, forward } = towers;
         if forward.train {
-            learn_torch::seed(self.seed);
+            learn_torch::seed(self.seeds.dropout);
         }
-        let items = model.items(parameters, &self.rows, forward);
+        let inputs = ItemInputs { items: &self.items, content: &self.rows, id_seed: Some(self.seeds.items) };
+        let items = model.items(parameters, &inputs, forward);
         let item = |sequences| model.item(parameters, &items, sequences, forward);
         let targets = item(&self.targets);
         Embeddings {

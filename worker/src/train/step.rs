@@ -19,7 +19,7 @@ use tch::Device;
 
 use super::exchange::{Announcement, Exchange};
 use super::objective::{Contribution, Conversion, Objective, Towers};
-use super::passes::{self, Share};
+use super::passes::{self, Seeds, Share};
 use crate::control::Progress;
 use crate::error::WorkerError;
 use crate::feed::PreparedStep;
@@ -94,8 +94,11 @@ impl Stepper {
         learning_rate: f64,
         stop: bool,
     ) -> Result<Option<StepOutcome>, WorkerError> {
-        let seed = random::key(&[self.draw_seed, prepared.meta.step, exchange.rank() as u64]);
-        let share = Share::load(&prepared.micro_batches, self.input_dim, seed, self.device);
+        let seeds = Seeds {
+            dropout: random::key(&[self.draw_seed, prepared.meta.step, exchange.rank() as u64]),
+            items: random::key(&[self.draw_seed, prepared.meta.step]),
+        };
+        let share = Share::load(&prepared.micro_batches, self.input_dim, seeds, self.device);
         let announced = exchange.announce(Announcement {
             rows: share.row_user.size()[0],
             targets: share.item_id.size()[0],
@@ -124,7 +127,7 @@ impl Stepper {
             embeddings: &forwarded.detached(),
             row_counts: &row_counts,
             item_counts: &item_counts,
-            seed,
+            seeds,
             pairs: prepared.meta.global_pairs as i64,
             exposures: announced.iter().map(|said| said.exposures).sum(),
         };
@@ -144,6 +147,10 @@ impl Stepper {
         self.clock.enter(Phase::Reduce);
         let mut flat = self.parameters.gradients_into_flat();
         exchange.sum_tensor(&mut flat)?;
+        let mut rows = match self.parameters.row_gradient() {
+            Some(mine) => Some(exchange.merge_rows(mine)?),
+            None => None,
+        };
         let own_cvr = cvr.as_ref().map_or(0.0, |cvr| cvr.double_value(&[]));
         let mut sums = [loss.loss.double_value(&[]), loss.correct.double_value(&[]), own_cvr];
         exchange.sum(&mut sums)?;
@@ -153,11 +160,16 @@ impl Stepper {
         }
 
         self.clock.enter(Phase::Optimizer);
-        let gradient_norm = optimizer::clip(&mut flat, self.optimizer_config.clip_norm);
+        let mut parts = vec![&mut flat];
+        parts.extend(rows.as_mut().map(|gradient| &mut gradient.rows));
+        let gradient_norm = optimizer::clip(&mut parts, self.optimizer_config.clip_norm);
         if !gradient_norm.is_finite() {
             return Err(WorkerError::NonFiniteLoss { step: prepared.meta.step + 1, loss: gradient_norm });
         }
         self.optimizer.step(&mut self.parameters, &flat, learning_rate);
+        if let Some(rows) = &rows {
+            self.optimizer.step_rows(&mut self.parameters, rows, learning_rate);
+        }
         self.clock.stop();
 
         let total = |part: fn(&Announcement) -> i64| announced.iter().map(part).sum::<i64>().max(0) as u64;
@@ -184,5 +196,9 @@ pub fn agree_on_start(parameters: &Parameters, exchange: &mut Exchange) -> Resul
     if all.iter().any(|theirs| *theirs != mine[0]) {
         return Err(WorkerError::Signature);
     }
-    exchange.broadcast(&mut parameters.flat().shallow_clone())
+    exchange.broadcast(&mut parameters.flat().shallow_clone())?;
+    match parameters.item_vectors() {
+        Some(table) => exchange.broadcast(&mut table.shallow_clone()),
+        None => Ok(()),
+    }
 }

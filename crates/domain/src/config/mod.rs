@@ -19,7 +19,7 @@ pub use refine::RefineConfig;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 pub use train::{
-    AdaptorInit, CheckpointConfig, ClusterConfig, DeviceKind, EvaluationConfig, ItemTower, ModelConfig,
+    AdaptorInit, CheckpointConfig, ClusterConfig, DeviceKind, EvaluationConfig, ItemInput, ItemTower, ModelConfig,
     OptimizerConfig, PositionEmbedding, Residual, SamplingConfig, ScheduleKind, SegmentsConfig, TrainingConfig,
 };
 pub use units::{ByteSize, Span, UnitError};
@@ -134,6 +134,12 @@ mod tests {
         assert_eq!(refused(|c| c.model.heads = 7), "model.heads");
         assert_eq!(refused(|c| c.model.dropout = 1.0), "model.dropout");
         assert_eq!(refused(|c| c.model.residual_decay = 1.5), "model.residual_decay");
+        assert_eq!(refused(|c| c.model.id_dropout = 0.1), "model.id_dropout");
+        let ids = |c: &mut Config| c.model.item_input = ItemInput::Id;
+        assert_eq!(refused(|c| (c.model.item_input, c.model.centring) = (ItemInput::Id, true)), "model.centring");
+        let mut config = Config::default();
+        ids(&mut config);
+        config.validate().unwrap();
         assert_eq!(refused(|c| c.optimizer.learning_rate = f64::NAN), "optimizer.learning_rate");
         assert_eq!(refused(|c| c.sampling.history = 0), "sampling.history");
         assert_eq!(refused(|c| c.objective.pairs = crate::sampling::Pairs::Next), "objective.pairs");

@@ -56,6 +56,35 @@ pub enum AdaptorInit {
     Standardized,
 }
 
+/// What the towers read of an item.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ItemInput {
+    /// Its content embedding through the adaptor, as published.
+    #[default]
+    Content,
+    /// A learned vector of its own; the dataset needs no content embeddings. Items without training interactions keep
+    /// their random start.
+    Id,
+    /// The sum of both. The vectors start at 0, and those of items without training interactions stay there: such items
+    /// have their content alone.
+    ContentId,
+}
+
+impl ItemInput {
+    /// Whether items have learned vectors.
+    #[must_use]
+    pub fn has_ids(self) -> bool {
+        self != Self::Content
+    }
+
+    /// Whether content embeddings are read.
+    #[must_use]
+    pub fn has_content(self) -> bool {
+        self != Self::Id
+    }
+}
+
 /// What user and item embeddings are a correction of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -82,6 +111,10 @@ pub struct ModelConfig {
     pub hidden: u32,
     /// Dimension of user and item embeddings.
     pub output_dim: u32,
+    pub item_input: ItemInput,
+    /// Share of the items that a training step reads without their learned vectors, with `item_input = "content_id"`: the
+    /// towers learn to do without them (Volkovs et al., "DropoutNet", NeurIPS 2017).
+    pub id_dropout: f64,
     pub item_tower: ItemTower,
     pub position_embedding: PositionEmbedding,
     /// Dropout on attention weights, attention output and feed-forward output.
@@ -102,6 +135,12 @@ pub struct ModelConfig {
     pub residual_decay: f64,
     /// Train the projection of `residual = "content"` with the towers; else it stays as it starts.
     pub residual_trained: bool,
+    /// Further dimensions in which an item has a fixed vector of length 1, a hash of its index, and a user minus the sum of
+    /// those of its history's distinct items: the model can say "not this very item again". 0 = none. Embeddings have
+    /// `output_dim` and these dimensions, and users' are longer than 1.
+    pub history_code: u32,
+    /// How much lower an item of the history scores by its history code.
+    pub history_code_weight: f64,
 }
 
 impl Default for ModelConfig {
@@ -111,6 +150,8 @@ impl Default for ModelConfig {
             heads: 12,
             hidden: 768,
             output_dim: 64,
+            item_input: ItemInput::Content,
+            id_dropout: 0.0,
             item_tower: ItemTower::PerItem,
             position_embedding: PositionEmbedding::None,
             dropout: 0.1,
@@ -122,6 +163,8 @@ impl Default for ModelConfig {
             residual: Residual::None,
             residual_decay: 0.5,
             residual_trained: false,
+            history_code: 0,
+            history_code_weight: 0.3,
         }
     }
 }
@@ -437,6 +480,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     let positive = [
         ("model.logit_scale", model.logit_scale),
         ("model.init_std", model.init_std),
+        ("model.history_code_weight", model.history_code_weight),
         ("optimizer.learning_rate", optimizer.learning_rate),
         ("optimizer.epsilon", optimizer.epsilon),
     ];
@@ -447,6 +491,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     }
     let shares = [
         ("model.dropout", model.dropout),
+        ("model.id_dropout", model.id_dropout),
         ("optimizer.beta1", optimizer.beta1),
         ("optimizer.beta2", optimizer.beta2),
         ("optimizer.min_learning_rate_ratio", optimizer.min_learning_rate_ratio),
@@ -464,6 +509,21 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         if !(value.is_finite() && value >= 0.0) {
             return fail(key, "must be 0 or a positive number");
         }
+    }
+    if !model.item_input.has_content() {
+        let need = "reads content embeddings, which model.item_input = \"id\" does not have";
+        let readers = [
+            ("model.item_tower", model.item_tower == ItemTower::Content),
+            ("model.residual", model.residual == Residual::Content),
+            ("model.centring", model.centring),
+            ("model.adaptor_init", model.adaptor_init == AdaptorInit::Standardized),
+        ];
+        if let Some((key, _)) = readers.into_iter().find(|(_, reads)| *reads) {
+            return fail(key, need);
+        }
+    }
+    if model.id_dropout > 0.0 && model.item_input != ItemInput::ContentId {
+        return fail("model.id_dropout", "needs model.item_input = \"content_id\"");
     }
     if !(0.0..=1.0).contains(&model.residual_decay) {
         return fail("model.residual_decay", "must lie in [0, 1]");

@@ -10,7 +10,7 @@ mod objective;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use learn_domain::config::{ItemTower, ModelConfig, ObjectiveKind, PositionEmbedding, Precision, Residual};
+use learn_domain::config::{ItemInput, ItemTower, ModelConfig, ObjectiveKind, PositionEmbedding, Precision, Residual};
 use learn_domain::sampling::Pairs;
 use objective::{Embedded, Towers};
 use serde::Deserialize;
@@ -18,8 +18,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::ModelError;
 use crate::objective::cvr;
-use crate::parameters::Parameters;
-use crate::pch::{Forward, LAYER_NORM_EPS, Pch, PchShape, Sequences};
+use crate::parameters::{Parameters, RowGradient};
+use crate::pch::{Forward, ID_EMBEDDING, ItemInputs, LAYER_NORM_EPS, Pch, PchShape, Sequences};
 use crate::safetensors::{self, SafetensorsError};
 
 /// A golden file that cannot be checked.
@@ -53,6 +53,8 @@ struct CaseConfig {
     cvr_weight: f64,
     layer_norm_eps: f64,
     position_embedding: PositionEmbedding,
+    #[serde(default)]
+    item_input: ItemInput,
     #[serde(default)]
     centring: bool,
     #[serde(default)]
@@ -90,7 +92,10 @@ pub fn check(path: &Path, device: Device) -> Result<BTreeMap<String, f64>, Golde
     let (history, target) = (case.side("hist", "user_pos")?, case.side("tar", "item_pos")?);
     let forward = Forward { train: false, precision: Precision::F32 };
 
-    let items = model.items(&parameters, case.tensor("in.table")?, &forward);
+    let table = case.tensor("in.table")?;
+    let catalogue: Vec<u32> = (0..table.size()[0] as u32).collect();
+    let inputs = ItemInputs { items: &catalogue, content: table, id_seed: None };
+    let items = model.items(&parameters, &inputs, &forward);
     let user = model.user(&parameters, &items, &history.sequences, &forward);
     let towers = Towers {
         model: &model,
@@ -122,6 +127,8 @@ pub fn check(path: &Path, device: Device) -> Result<BTreeMap<String, f64>, Golde
     parameters.add_logit_scale_gradient(&minimised.d_log_scale);
     let gradient = parameters.gradients_into_flat();
 
+    let rows = parameters.row_gradient();
+
     errors.compare_at("out.user", &user, &index(&history.place))?;
     match &minimised.embedded {
         Embedded::Targets(item) => errors.compare_at("out.item", item, &index(&target.place))?,
@@ -136,6 +143,10 @@ pub fn check(path: &Path, device: Device) -> Result<BTreeMap<String, f64>, Golde
     errors.compare("out.loss", &loss)?;
     for (name, part) in parameters.parts(&gradient) {
         errors.compare(&format!("grad.{name}"), &part)?;
+    }
+    if let Some(RowGradient { rows, .. }) = rows {
+        // every item of the table was read, so it has a row for each
+        errors.compare(&format!("grad.{ID_EMBEDDING}"), &rows)?;
     }
     Ok(errors.largest)
 }
@@ -160,6 +171,7 @@ impl Case {
         let failed = |source| GoldenError::Model { path: self.path.clone(), source };
         let model = Pch::new(PchShape {
             input_dim: config.input_dim.into(),
+            items: self.tensor("in.table")?.size()[0],
             model: ModelConfig {
                 layers: config.layers,
                 heads: config.heads,
@@ -170,6 +182,7 @@ impl Case {
                 logit_scale: config.logit_scale,
                 learn_logit_scale: config.learn_logit_scale,
                 dropout: 0.0,
+                item_input: config.item_input,
                 centring: config.centring,
                 residual: config.residual,
                 residual_decay: config.residual_decay,

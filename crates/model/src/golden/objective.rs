@@ -8,7 +8,7 @@ use super::{Case, GoldenError, Side};
 use crate::objective::softmax::{Normalizer, Shard, ShardLoss};
 use crate::objective::{InfoNce, Proposal, local_pairs, pair_indices};
 use crate::parameters::Parameters;
-use crate::pch::{Forward, Items, Pch, Sequences};
+use crate::pch::{Forward, ItemInputs, Items, Pch, Sequences};
 
 /// Smaller than any case's batch, so that there are several tiles and a last one that is not full.
 const TILE: i64 = 3;
@@ -47,6 +47,14 @@ pub(super) enum Embedded {
 }
 
 impl Towers<'_> {
+    /// The item tower over the items with these numbers `[U]`.
+    fn catalogue(&self, table: &Tensor, ids: &Tensor) -> Tensor {
+        let items: Vec<u32> =
+            (0..ids.numel()).map(|place| ids.int64_value(&[place as i64]) as u32).collect();
+        let inputs = ItemInputs { items: &items, content: &table.index_select(0, ids), id_seed: None };
+        self.model.catalogue(self.parameters, &inputs, self.forward)
+    }
+
     pub(super) fn minimise(&self, case: &Case) -> Result<Minimised, GoldenError> {
         match case.config.kind {
             ObjectiveKind::DenseAllAction | ObjectiveKind::NextItem => self.in_batch(case),
@@ -74,7 +82,7 @@ impl Towers<'_> {
             Some(drawn) => drawn.shallow_clone(),
             None => case.index(&[]),
         };
-        let uniform = self.model.catalogue(self.parameters, &table.index_select(0, &uniform_id), self.forward);
+        let uniform = self.catalogue(table, &uniform_id);
         let (item, item_id) =
             (Tensor::cat(&[&targets, &uniform], 0), Tensor::cat(&[&case.index(&self.target.id), &uniform_id], 0));
         let row_user = case.index(&self.history.user);
@@ -112,7 +120,8 @@ impl Towers<'_> {
     }
 
     fn full_softmax(&self, case: &Case) -> Result<Minimised, GoldenError> {
-        let catalogue = self.model.catalogue(self.parameters, case.tensor("in.table")?, self.forward);
+        let table = case.tensor("in.table")?;
+        let catalogue = self.catalogue(table, &Tensor::arange(table.size()[0], (Kind::Int64, case.device)));
         let (row_user, item_user) = (case.index(&self.history.user), case.index(&self.target.user));
         let (pair_row, pair_target) = pair_indices(&row_user, &item_user, case.config.pairs);
         let pair_item = case.index(&self.target.id).index_select(0, &pair_target);

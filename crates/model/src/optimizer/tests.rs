@@ -116,16 +116,69 @@ fn clipping_keeps_the_direction() {
     let start = Tensor::from_slice(&[3.0_f32, 0.0, -4.0]);
     let clipped = |longest| {
         let mut gradient = start.copy();
-        assert_eq!(clip(&mut gradient, longest), 5.0);
+        assert_eq!(clip(&mut [&mut gradient], longest), 5.0);
         gradient
     };
     assert_eq!(clipped(0.0), start);
     assert_eq!(clipped(6.0), start);
     assert!(gap(&clipped(1.0), &(&start / 5.0)) < 1e-6);
     let mut zero = Tensor::zeros([3], (Kind::Float, Device::Cpu));
-    assert_eq!((clip(&mut zero, 1.0), global_norm(&zero)), (0.0, 0.0));
+    assert_eq!((clip(&mut [&mut zero], 1.0), global_norm(&zero)), (0.0, 0.0));
     let mut broken = Tensor::from_slice(&[f32::NAN, 1.0]);
-    assert!(clip(&mut broken, 1.0).is_nan());
+    assert!(clip(&mut [&mut broken], 1.0).is_nan());
+}
+
+#[test]
+fn two_parts_are_clipped_by_their_common_norm() {
+    let (mut one, mut other) = (Tensor::from_slice(&[3.0_f32]), Tensor::from_slice(&[4.0_f32, 0.0]).view([1, 2]));
+    assert_eq!(clip(&mut [&mut one, &mut other], 1.0), 5.0);
+    assert!((one.double_value(&[0]) - 0.6).abs() < 1e-6 && (other.double_value(&[0, 0]) - 0.8).abs() < 1e-6);
+}
+
+/// A table of item vectors, alone or as a weight of the flat buffer.
+fn table(role: Role, start: &Tensor) -> Parameters {
+    let specs = vec![ParameterSpec::new("t", &start.size(), role)];
+    Parameters::load_specs(specs, vec![("t".into(), start.copy())], Kind::Double, Device::Cpu).unwrap()
+}
+
+#[test]
+fn rows_move_as_in_a_dense_optimizer_whenever_they_are_touched() {
+    learn_torch::seed(8);
+    let options = (Kind::Double, Device::Cpu);
+    let start = Tensor::randn([5, 3], options);
+    let mut sparse = table(Role::ItemVector { std: 1.0 }, &start);
+    let mut optimizer = AdamW::new(&sparse, &config());
+    let mut dense = table(Role::Weight { std: 1.0 }, &start);
+    let mut reference = AdamW::new(&dense, &config());
+    // 0, 2 and 3 are touched by every step, 4 by the last one, 1 never
+    for (step, rate) in RATES.iter().enumerate() {
+        let touched: &[i64] = if step + 1 == RATES.len() { &[0, 2, 3, 4] } else { &[0, 2, 3] };
+        let items = Tensor::from_slice(touched);
+        let rows = Tensor::randn([touched.len() as i64, 3], options);
+        let whole = Tensor::zeros([5, 3], options).index_copy(0, &items, &rows);
+        reference.step(&mut dense, &whole.view([-1]), *rate);
+        let nothing = Tensor::zeros([0], options);
+        optimizer.step(&mut sparse, &nothing, *rate);
+        optimizer.step_rows(&mut sparse, &RowGradient { items, rows }, *rate);
+    }
+    let (ours, theirs) = (sparse.item_vectors().unwrap(), dense.get("t").detach());
+    let always = Tensor::from_slice(&[0_i64, 2, 3]);
+    assert!(gap(&ours.index_select(0, &always), &theirs.index_select(0, &always)) < 1e-14);
+    assert_eq!(ours.get(1), start.get(1), "an untouched row does not even decay");
+    assert!(optimizer.rows.as_ref().unwrap().0.get(1).abs().max().double_value(&[]) == 0.0);
+
+    // saved and loaded, moments of rows included
+    let state: Vec<_> = optimizer.state(&sparse).into_iter().map(|(name, part)| (name, part.copy())).collect();
+    assert_eq!(state.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["exp_avg.t", "exp_avg_sq.t"]);
+    let mut again = table(Role::ItemVector { std: 1.0 }, ours);
+    let mut resumed = AdamW::new(&again, &config());
+    resumed.load_state(&again, state, optimizer.steps()).unwrap();
+    let gradient = || RowGradient { items: Tensor::from_slice(&[1_i64, 4]), rows: Tensor::ones([2, 3], options) };
+    for (optimizer, parameters) in [(&mut optimizer, &mut sparse), (&mut resumed, &mut again)] {
+        optimizer.step(parameters, &Tensor::zeros([0], options), 0.1);
+        optimizer.step_rows(parameters, &gradient(), 0.1);
+    }
+    assert_eq!(sparse.item_vectors(), again.item_vectors());
 }
 
 #[test]

@@ -37,7 +37,7 @@ impl Pch {
         }
         let content = self.content(parameters, &sample);
         if names.contains(&RESIDUAL) {
-            set(parameters, RESIDUAL, &directions(&content, self.output_dim()));
+            set(parameters, RESIDUAL, &directions(&content, self.shape.output_dim()));
         }
         if names.contains(&ADAPTOR_WEIGHT) {
             standardize_adaptor(parameters, &content);

@@ -24,7 +24,7 @@ fn config() -> ModelConfig {
 }
 
 fn towers(model: ModelConfig) -> (Pch, Parameters) {
-    let model = Pch::new(PchShape { input_dim: 6, model, max_history: 4, cvr_hidden: None }).unwrap();
+    let model = Pch::new(PchShape { input_dim: 6, items: 12, model, max_history: 4, cvr_hidden: None }).unwrap();
     let parameters = Parameters::init(model.shape(), 2, Device::Cpu);
     (model, parameters)
 }
@@ -32,6 +32,20 @@ fn towers(model: ModelConfig) -> (Pch, Parameters) {
 fn rows(count: i64) -> Tensor {
     seed(9);
     Tensor::randn([count, 6], (Kind::Half, Device::Cpu))
+}
+
+/// The items 0, 1, .. of these content embeddings, before the towers.
+fn with_inputs<T>(content: &Tensor, run: impl FnOnce(&ItemInputs<'_>) -> T) -> T {
+    let items: Vec<u32> = (0..content.size()[0] as u32).collect();
+    run(&ItemInputs { items: &items, content, id_seed: Some(5) })
+}
+
+fn items(model: &Pch, parameters: &Parameters, content: &Tensor, forward: &Forward) -> Items {
+    with_inputs(content, |inputs| model.items(parameters, inputs, forward))
+}
+
+fn catalogue(model: &Pch, parameters: &Parameters, content: &Tensor, forward: &Forward) -> Tensor {
+    with_inputs(content, |inputs| model.catalogue(parameters, inputs, forward))
 }
 
 fn sequences(items: &[&[i64]], width: usize, padding: i64, sampled: &[i64]) -> Sequences {
@@ -57,7 +71,7 @@ fn padding_and_neighbours_do_not_matter() {
     for position_embedding in [PositionEmbedding::None, PositionEmbedding::Learned] {
         let (model, parameters) = towers(ModelConfig { position_embedding, ..config() });
         let rows = rows(7);
-        let items = model.items(&parameters, &rows, &STILL);
+        let items = items(&model, &parameters, &rows, &STILL);
         let user = |sequences: Sequences| model.user(&parameters, &items, &sequences, &STILL);
         let both = user(sequences(&[&[3, 1, 4], &[5, 2]], 5, 6, &[1, 2, 5, 6]));
         let first = user(sequences(&[&[3, 1, 4]], 3, 0, &[1, 2]));
@@ -73,7 +87,7 @@ fn learned_positions_count_from_the_newest_item_and_spare_the_item_tower() {
     let learned = ModelConfig { position_embedding: PositionEmbedding::Learned, ..config() };
     let (model, mut parameters) = towers(learned);
     let table = rows(6);
-    let items = model.items(&parameters, &table, &STILL);
+    let items = items(&model, &parameters, &table, &STILL);
     // 6 items, but only 4 positions: the three oldest share the last vector
     let history = sequences(&[&[0, 1, 2, 3, 4, 5], &[2, 3]], 6, 0, &[5, 7]);
     model.user(&parameters, &items, &history, &STILL).get(1).sum(Kind::Float).backward();
@@ -93,10 +107,10 @@ fn an_item_alone_is_the_same_by_every_way() {
     for item_tower in [ItemTower::Causal, ItemTower::PerItem, ItemTower::Content] {
         let (model, parameters) = towers(ModelConfig { item_tower, ..config() });
         let rows = rows(4);
-        let items = model.items(&parameters, &rows, &STILL);
+        let items = items(&model, &parameters, &rows, &STILL);
         let singles = sequences(&[&[0], &[1], &[2], &[3]], 1, 0, &[0, 1, 2, 3]);
         let one_by_one = model.item(&parameters, &items, &singles, &STILL);
-        assert!(gap(&one_by_one, &model.catalogue(&parameters, &rows, &STILL)) < 1e-6, "{item_tower:?}");
+        assert!(gap(&one_by_one, &catalogue(&model, &parameters, &rows, &STILL)) < 1e-6, "{item_tower:?}");
         let together = sequences(&[&[0, 1, 2, 3]], 4, 0, &[0, 1, 2, 3]);
         let together = model.item(&parameters, &items, &together, &STILL);
         let context_matters = gap(&one_by_one, &together) > 1e-4;
@@ -115,13 +129,13 @@ fn an_empty_share_has_shapes_and_zero_gradients() {
                 (rows(0), sequences(&[], 3, 0, &[])),
                 (rows(2), sequences(&[&[0, 1]], 2, 0, &[])),
             ] {
-                let items = model.items(&parameters, &rows, &training);
+                let items = items(&model, &parameters, &rows, &training);
                 let user = model.user(&parameters, &items, &sequences, &training);
                 let item = model.item(&parameters, &items, &sequences, &training);
                 assert_eq!((user.size(), item.size()), (vec![0, 6], vec![0, 6]));
                 (user.sum(Kind::Float) + item.sum(Kind::Float)).backward();
                 assert_eq!(parameters.gradients_into_flat().abs().max().double_value(&[]), 0.0);
-                assert_eq!(model.catalogue(&parameters, &rows, &training).size(), [rows.size()[0], 6]);
+                assert_eq!(catalogue(&model, &parameters, &rows, &training).size(), [rows.size()[0], 6]);
             }
         }
     }
@@ -133,7 +147,7 @@ fn step(model: &Pch, parameters: &mut Parameters, forward: &Forward) -> (f64, Te
     let history = sequences(&[&[0, 1, 2, 3], &[4, 5], &[6, 7, 8]], 4, 11, &[1, 3, 4, 5, 9, 10]);
     let target = sequences(&[&[9, 4], &[10, 1], &[11, 3, 2]], 3, 0, &[0, 1, 3, 4, 6, 8]);
     let users = Tensor::from_slice(&[0_i64, 0, 1, 1, 2, 2]);
-    let items = model.items(parameters, &table, forward);
+    let items = items(model, parameters, &table, forward);
     let user = model.user(parameters, &items, &history, forward);
     let item = model.item(parameters, &items, &target, forward);
     let output = InfoNce {
@@ -174,7 +188,7 @@ fn dropout_follows_the_seed() {
     let mut run = |number| {
         // `step` makes its rows from a seed of its own, so the draws of dropout come after it
         seed(number);
-        let items = model.items(&parameters, &Tensor::ones([3, 6], (Kind::Float, Device::Cpu)), &training);
+        let items = items(&model, &parameters, &Tensor::ones([3, 6], (Kind::Float, Device::Cpu)), &training);
         let user = model.user(&parameters, &items, &sequences(&[&[0, 1, 2]], 3, 0, &[0, 2]), &training);
         user.sum(Kind::Float).backward();
         (user.detach(), parameters.gradients_into_flat().copy())
@@ -227,7 +241,7 @@ fn names_are_those_of_the_published_checkpoint() {
 #[test]
 fn shapes_that_make_no_sense_are_refused() {
     let refused = |model, input_dim| {
-        Pch::new(PchShape { input_dim, model, max_history: 4, cvr_hidden: None }).unwrap_err().to_string()
+        Pch::new(PchShape { input_dim, items: 12, model, max_history: 4, cvr_hidden: None }).unwrap_err().to_string()
     };
     assert!(refused(ModelConfig { heads: 3, ..config() }, 6).contains("model.heads"));
     let error = refused(ModelConfig { item_tower: ItemTower::Content, ..config() }, 7);
@@ -238,13 +252,13 @@ fn shapes_that_make_no_sense_are_refused() {
 #[test]
 fn a_standardized_adaptor_sees_mean_0_and_variance_1() {
     let standardized = ModelConfig { adaptor_init: AdaptorInit::Standardized, ..config() };
-    let shape = PchShape { input_dim: 24, model: standardized, max_history: 4, cvr_hidden: None };
+    let shape = PchShape { input_dim: 24, items: 500, model: standardized, max_history: 4, cvr_hidden: None };
     let model = Pch::new(shape).unwrap();
     let mut parameters = Parameters::init(model.shape(), 3, Device::Cpu);
     let before = parameters.get("adaptor.weight").detach().copy();
     let sample = Tensor::randn([500, 24], (Kind::Float, Device::Cpu)) * 0.01 + 0.3;
     model.measure(&mut parameters, &sample);
-    let ours = model.items(&parameters, &sample, &STILL).adapted;
+    let ours = items(&model, &parameters, &sample, &STILL).adapted;
     let standardized = (&sample - sample.mean_dim([0_i64].as_slice(), false, Kind::Float)) / 0.01;
     let wanted = standardized.matmul(&before.tr());
     assert!((ours - &wanted).abs().max().double_value(&[]) < 0.05 * wanted.abs().max().double_value(&[]));
@@ -287,10 +301,10 @@ fn a_residual_model_starts_as_the_training_free_recommender() {
         let rows = common(7, 6);
         model.measure(&mut parameters, &rows);
         let history = [3, 1, 4, 1];
-        let items = model.items(&parameters, &rows, &STILL);
+        let items = items(&model, &parameters, &rows, &STILL);
         let padded = sequences(&[&history, &[2, 6]], 6, 0, &[1, 3, 7]);
         let user = model.user(&parameters, &items, &padded, &STILL);
-        let catalogue = model.catalogue(&parameters, &rows, &STILL);
+        let catalogue = catalogue(&model, &parameters, &rows, &STILL);
         let target = model.item(&parameters, &items, &sequences(&[&[5, 0, 2]], 3, 0, &[0, 2]), &STILL);
         for (row, history) in [&history[..2], &history[..], &[2, 6][..]].into_iter().enumerate() {
             let (free_user, free_items) = training_free(&rows, history, 0.6);
@@ -339,7 +353,7 @@ fn padding_and_neighbours_do_not_matter_to_a_residual_model() {
     let (model, mut parameters) = towers(residual(4, ItemTower::PerItem));
     let rows = common(7, 6);
     model.measure(&mut parameters, &rows);
-    let items = model.items(&parameters, &rows, &STILL);
+    let items = items(&model, &parameters, &rows, &STILL);
     let user = |sequences: Sequences| model.user(&parameters, &items, &sequences, &STILL);
     let both = user(sequences(&[&[3, 1, 4], &[5, 2]], 5, 6, &[1, 2, 5, 6]));
     let first = user(sequences(&[&[3, 1, 4]], 3, 0, &[1, 2]));
@@ -348,4 +362,109 @@ fn padding_and_neighbours_do_not_matter_to_a_residual_model() {
     let empty = user(sequences(&[], 0, 0, &[]));
     empty.sum(Kind::Float).backward();
     assert_eq!(empty.size(), [0, 4]);
+}
+
+fn with_ids(item_input: ItemInput) -> (Pch, Parameters) {
+    let model = ModelConfig { item_input, ..config() };
+    let input_dim = if item_input.has_content() { 6 } else { 0 };
+    let model = Pch::new(PchShape { input_dim, items: 12, model, max_history: 4, cvr_hidden: None }).unwrap();
+    let parameters = Parameters::init(model.shape(), 2, Device::Cpu);
+    (model, parameters)
+}
+
+#[test]
+fn items_of_learned_vectors_alone_need_no_content() {
+    let (model, parameters) = with_ids(ItemInput::Id);
+    assert!(parameters.find(ADAPTOR_WEIGHT).is_none() && parameters.item_vectors().unwrap().size() == [12, 8]);
+    let nothing = Tensor::zeros([2, 0], (Kind::Half, Device::Cpu));
+    let inputs = ItemInputs { items: &[7, 3], content: &nothing, id_seed: None };
+    let pair = model.catalogue(&parameters, &inputs, &STILL);
+    let all = catalogue(&model, &parameters, &Tensor::zeros([12, 0], (Kind::Half, Device::Cpu)), &STILL);
+    assert!(gap(&pair, &all.index_select(0, &Tensor::from_slice(&[7_i64, 3]))) < 1e-6);
+    assert!(gap(&pair.narrow(0, 0, 1), &pair.narrow(0, 1, 1)) > 1e-3);
+}
+
+#[test]
+fn vectors_beside_content_start_as_nothing_and_stay_so_for_items_that_are_not_touched() {
+    let (model, mut parameters) = with_ids(ItemInput::ContentId);
+    let (plain, alone) = towers(config());
+    let rows = rows(12);
+    let before = catalogue(&model, &parameters, &rows, &STILL);
+    assert_eq!(before, catalogue(&plain, &alone, &rows, &STILL), "content alone");
+    let still = learn_domain::config::OptimizerConfig { weight_decay: 0.0, ..Default::default() };
+    let mut optimizer = crate::AdamW::new(&parameters, &still);
+    let read = Tensor::from_slice(&[0_i64, 1, 2, 3]);
+    // item 2 is read but has no training interaction
+    parameters.freeze_item_vectors(&Tensor::arange(12, (Kind::Int64, Device::Cpu)).eq(2_i64));
+    let content = rows.index_select(0, &read);
+    let inputs = ItemInputs { items: &[0, 1, 2, 3], content: &content, id_seed: None };
+    let items = model.items(&parameters, &inputs, &STILL);
+    model.user(&parameters, &items, &sequences(&[&[0, 1, 2, 3]], 4, 0, &[3]), &STILL).get(0).get(0).backward();
+    let flat = parameters.gradients_into_flat().zeros_like();
+    let gradient = parameters.row_gradient().unwrap();
+    assert_eq!(Vec::<i64>::try_from(&gradient.items).unwrap(), [0, 1, 2, 3]);
+    optimizer.step(&mut parameters, &flat, 0.1);
+    optimizer.step_rows(&mut parameters, &gradient, 0.1);
+    let table = parameters.item_vectors().unwrap();
+    let learned: Vec<bool> =
+        table.abs().sum_dim_intlist([1_i64].as_slice(), false, Kind::Float).gt(0.0).try_into().unwrap();
+    assert_eq!(learned.iter().filter(|learned| **learned).count(), 3);
+    assert!(learned[0] && learned[1] && learned[3]);
+    let after = catalogue(&model, &parameters, &rows, &STILL);
+    // the dense weights did not move, so an item without a vector is what it was
+    assert!(gap(&after.narrow(0, 4, 8), &before.narrow(0, 4, 8)) < 1e-6);
+    assert!(gap(&after.narrow(0, 2, 1), &before.narrow(0, 2, 1)) < 1e-6);
+    assert!(gap(&after.narrow(0, 0, 1), &before.narrow(0, 0, 1)) > 1e-3);
+}
+
+#[test]
+fn vectors_are_left_out_by_step_and_item_alone() {
+    let model = ModelConfig { item_input: ItemInput::ContentId, id_dropout: 0.5, dropout: 0.0, ..config() };
+    let model = Pch::new(PchShape { input_dim: 6, items: 12, model, max_history: 4, cvr_hidden: None }).unwrap();
+    let parameters = Parameters::init(model.shape(), 2, Device::Cpu);
+    let _ = parameters.item_vectors().unwrap().shallow_clone().fill_(1.0);
+    let rows = rows(12);
+    let training = Forward { train: true, precision: Precision::F32 };
+    let run = |items: &[u32], id_seed, forward: &Forward| {
+        let index: Vec<i64> = items.iter().map(|&item| item.into()).collect();
+        let content = rows.index_select(0, &Tensor::from_slice(&index));
+        model.catalogue(&parameters, &ItemInputs { items, content: &content, id_seed }, forward)
+    };
+    let all: Vec<u32> = (0..12).collect();
+    let first = run(&all, Some(1), &training);
+    assert!(gap(&first.narrow(0, 4, 3), &run(&[4, 5, 6], Some(1), &training)) < 1e-6, "whatever the pass");
+    assert!(gap(&first, &run(&all, Some(2), &training)) > 1e-3);
+    let (with, without) = (run(&all, None, &training), run(&all, Some(1), &STILL));
+    assert!(gap(&with, &without) < 1e-6, "evaluation reads every vector");
+    let dropped = (first - with).abs().sum_dim_intlist([1_i64].as_slice(), false, Kind::Float).gt(1e-4);
+    let dropped = dropped.sum(Kind::Int64).int64_value(&[]);
+    assert!((1..12).contains(&dropped), "{dropped}");
+}
+
+#[test]
+fn a_history_code_lowers_the_items_of_the_history() {
+    for item_tower in [ItemTower::PerItem, ItemTower::Causal, ItemTower::Content] {
+        let (plain, parameters) = towers(ModelConfig { item_tower, ..config() });
+        let coded = ModelConfig { item_tower, history_code: 256, history_code_weight: 0.5, ..config() };
+        let (model, _) = towers(coded);
+        assert_eq!(model.output_dim(), 6 + 256);
+        let rows = rows(12);
+        let padded = sequences(&[&[3, 1, 3], &[2, 6]], 4, 0, &[2, 5]);
+        let scores = |model: &Pch| {
+            let items = items(model, &parameters, &rows, &STILL);
+            let user = model.user(&parameters, &items, &padded, &STILL);
+            user.matmul(&catalogue(model, &parameters, &rows, &STILL).tr())
+        };
+        let lowered = scores(&plain) - scores(&model);
+        for (row, item, seen) in [(0, 3, 1.0), (0, 1, 1.0), (0, 2, 0.0), (1, 2, 1.0), (1, 6, 1.0), (1, 3, 0.0)] {
+            // two codes meet by 1/16 in the mean square
+            let change = lowered.double_value(&[row, item]);
+            assert!((change - 0.5 * seen).abs() < 0.2, "{item_tower:?}: user {row}, item {item}: {change}");
+        }
+        let items = items(&model, &parameters, &rows, &STILL);
+        let target = model.item(&parameters, &items, &sequences(&[&[5, 0]], 2, 0, &[0]), &STILL);
+        let whole = catalogue(&model, &parameters, &rows, &STILL);
+        assert!(gap(&target, &whole.narrow(0, 5, 1)) < 1e-6);
+        assert_eq!(model.user(&parameters, &items, &sequences(&[], 0, 0, &[]), &STILL).size(), [0, 262]);
+    }
 }

@@ -10,6 +10,7 @@ use std::ops::Range;
 use learn_domain::config::ObjectiveConfig;
 use learn_domain::random;
 use learn_domain::sampling::Pairs;
+use learn_model::ItemInputs;
 use learn_model::objective::pair_indices;
 use learn_model::objective::softmax::{Normalizer, Shard};
 use learn_telemetry::Phase;
@@ -18,7 +19,7 @@ use tch::Tensor;
 use super::{Contribution, StepLoss, Towers};
 use crate::error::WorkerError;
 use crate::train::exchange::Exchange;
-use crate::train::passes::{Embeddings, pull};
+use crate::train::passes::{Embeddings, Seeds, pull};
 use crate::train::step::PhaseClock;
 
 /// Scores that are in memory at once.
@@ -51,7 +52,7 @@ impl FullSoftmax {
         clock: &mut PhaseClock,
     ) -> Result<StepLoss, WorkerError> {
         clock.enter(Phase::Forward);
-        let embedded = self.embed_all(mine.seed, towers);
+        let embedded = self.embed_all(mine.seeds, towers);
         let item = embedded.detach();
         clock.enter(Phase::Gather);
         let user = exchange.gather_rows(&mine.embeddings.user, mine.row_counts)?;
@@ -76,7 +77,7 @@ impl FullSoftmax {
         clock.enter(Phase::Gather);
         let d_user = exchange.scatter_rows(&loss.d_user, mine.row_counts)?;
         clock.enter(Phase::Backward);
-        self.pull_all(&embedded, &loss.d_item, mine.seed, towers);
+        self.pull_all(&embedded, &loss.d_item, mine.seeds, towers);
         Ok(StepLoss {
             loss: loss.loss,
             correct: loss.correct,
@@ -97,38 +98,41 @@ impl FullSoftmax {
     }
 
     /// `[n, d]`: the own items, with the graph if they are one batch.
-    fn embed_all(&self, seed: u64, towers: Towers<'_>) -> Tensor {
+    fn embed_all(&self, seeds: Seeds, towers: Towers<'_>) -> Tensor {
         match &self.batches()[..] {
             [] => Tensor::zeros([0, towers.model.output_dim()], (towers.parameters.kind(), self.rows.device())),
-            [all] => self.embed(all.clone(), seed, towers),
+            [all] => self.embed(all.clone(), seeds, towers),
             batches => tch::no_grad(|| {
-                let parts: Vec<Tensor> = batches.iter().map(|batch| self.embed(batch.clone(), seed, towers)).collect();
+                let parts: Vec<Tensor> = batches.iter().map(|batch| self.embed(batch.clone(), seeds, towers)).collect();
                 Tensor::cat(&parts, 0)
             }),
         }
     }
 
     /// Brings the gradient `[n, d]` of the own items back to the parameters.
-    fn pull_all(&self, embedded: &Tensor, d_item: &Tensor, seed: u64, towers: Towers<'_>) {
+    fn pull_all(&self, embedded: &Tensor, d_item: &Tensor, seeds: Seeds, towers: Towers<'_>) {
         match &self.batches()[..] {
             [_] => pull(&[(embedded, d_item)]),
             batches => {
                 for batch in batches {
                     let gradient = d_item.narrow(0, batch.start, batch.end - batch.start);
-                    pull(&[(&self.embed(batch.clone(), seed, towers), &gradient)]);
+                    pull(&[(&self.embed(batch.clone(), seeds, towers), &gradient)]);
                 }
             }
         }
     }
 
     /// One batch of the own items through the item tower; dropout draws the same masks each time.
-    fn embed(&self, batch: Range<i64>, seed: u64, towers: Towers<'_>) -> Tensor {
+    fn embed(&self, batch: Range<i64>, seeds: Seeds, towers: Towers<'_>) -> Tensor {
         if towers.forward.train {
             // the passes of the share count from 0
-            learn_torch::seed(random::key(&[seed, u64::MAX, batch.start.cast_unsigned()]));
+            learn_torch::seed(random::key(&[seeds.dropout, u64::MAX, batch.start.cast_unsigned()]));
         }
         let rows = self.rows.narrow(0, batch.start, batch.end - batch.start);
-        towers.model.catalogue(towers.parameters, &rows, towers.forward)
+        let first = self.first_item + batch.start;
+        let items: Vec<u32> = (first..first + rows.size()[0]).map(|item| item as u32).collect();
+        let inputs = ItemInputs { items: &items, content: &rows, id_seed: Some(seeds.items) };
+        towers.model.catalogue(towers.parameters, &inputs, towers.forward)
     }
 
     fn batches(&self) -> Vec<Range<i64>> {

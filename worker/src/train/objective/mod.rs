@@ -15,7 +15,7 @@ use learn_model::{Forward, Parameters, Pch};
 use tch::{Kind, Tensor};
 
 use super::exchange::Exchange;
-use super::passes::{Embeddings, Share};
+use super::passes::{Seeds, Embeddings, Share};
 use super::step::PhaseClock;
 use crate::error::WorkerError;
 
@@ -37,7 +37,7 @@ pub struct Contribution<'a> {
     /// Item rows of each rank.
     pub item_counts: &'a [usize],
     /// The step's on this rank, for dropout.
-    pub seed: u64,
+    pub seeds: Seeds,
     /// (position, target) pairs of the whole global batch.
     pub pairs: i64,
     /// Sampled targets with a label of the whole global batch.

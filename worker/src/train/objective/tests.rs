@@ -8,6 +8,7 @@ use std::time::Duration;
 use half::f16;
 use learn_collective::{Group, Rendezvous, connect_tcp};
 use learn_domain::UserIndex;
+use learn_domain::report::DatasetFacts;
 use learn_domain::config::{Config, ItemTower, ObjectiveKind};
 use learn_domain::random::Draws;
 use learn_domain::sampling::{Pairs, SampleKey, sample, sample_size};
@@ -99,9 +100,13 @@ fn users(config: &Config) -> (Vec<UserShare>, u64) {
     (users, pairs)
 }
 
+fn facts() -> DatasetFacts {
+    DatasetFacts { embedding_dim: DIM as u32, items: ITEMS, ..DatasetFacts::default() }
+}
+
 /// The values that a fresh start has, in the order of their names.
 fn start(config: &Config) -> Vec<f64> {
-    let model = Pch::new(shape(config, DIM as u32)).unwrap();
+    let model = Pch::new(shape(config, &facts())).unwrap();
     let parameters = Parameters::init(model.shape(), SEED, Device::Cpu);
     Vec::try_from(parameters.flat().to_kind(Kind::Double)).unwrap()
 }
@@ -138,7 +143,7 @@ fn rank_step(config: &Config, values: &[f64], step: &PreparedStep, exchange: &mu
         ObjectiveKind::FullSoftmax => {
             let part = learn_domain::plan::contiguous_part(ITEMS as usize, exchange.rank(), exchange.world_size());
             let rows: Vec<f16> = part.clone().flat_map(|item| row(item as u32)).collect();
-            let rows = rows_tensor(&rows, DIM, Device::Cpu);
+            let rows = rows_tensor(&rows, (part.len(), DIM), Device::Cpu);
             Objective::FullSoftmax(FullSoftmax::new(&config.objective, (rows, part.start as i64)))
         }
         _ => {
@@ -147,7 +152,7 @@ fn rank_step(config: &Config, values: &[f64], step: &PreparedStep, exchange: &mu
             Objective::InBatch(InBatch::new(&config.objective, popularity, Device::Cpu))
         }
     };
-    let model = Pch::new(shape(config, DIM as u32)).unwrap();
+    let model = Pch::new(shape(config, &facts())).unwrap();
     let parameters = load(&model, values);
     let mut stepper = Stepper {
         optimizer: AdamW::new(&parameters, &config.optimizer),
