@@ -139,7 +139,7 @@ pub fn anchor(config: &mut Config) -> Result<()> {
     absolute(&mut config.job.runs_dir)?;
     absolute(&mut config.data.dataset)?;
     absolute(&mut config.embed.model)?;
-    for path in [&mut config.embed.from, &mut config.training.start_from].into_iter().flatten() {
+    for path in [&mut config.embed.from, &mut config.training.init].into_iter().flatten() {
         absolute(path)?;
     }
     let inputs = [&mut config.prepare.interactions.files, &mut config.prepare.items.files];

@@ -71,7 +71,7 @@ fn the_adapter_stage_trains_the_head_alone_and_its_features_are_exported() {
     assert!(metrics(&site, "towers", "test").get("cvr.auc").is_none(), "there is no head");
     let adapter = [
         "job.name=adapter",
-        "training.start_from=runs/towers",
+        "training.init=runs/towers",
         "training.freeze_towers=true",
         "objective.cvr_weight=1",
         "objective.cvr_hidden=8",

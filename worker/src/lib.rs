@@ -3,7 +3,7 @@
 //! - [`session`]: join, heartbeats, the task, leave. [`control`]: the connection to the coordinator.
 //! - [`feed`]: the data path, ahead of the training thread.
 //! - [`train`]: steps; reads like `forward -> gather -> loss -> scatter -> backward -> reduce -> update`.
-//! - [`checkpoint`]: the state on disk. [`evaluate`]: full ranking.
+//! - [`checkpoint`]: the state on disk. [`init`]: weights as a start. [`evaluate`]: full ranking.
 //! - [`offline`], [`export`], [`recommend`]: a finished model without a job.
 //! - [`bench`], [`doctor`]: what the machine can do.
 
@@ -17,6 +17,7 @@ pub mod error;
 pub mod evaluate;
 pub mod export;
 pub mod feed;
+pub mod init;
 pub mod offline;
 pub mod recommend;
 pub mod session;

@@ -12,7 +12,7 @@ use learn_worker::error::WorkerError;
 use learn_worker::export::{ExportSettings, export};
 use learn_worker::recommend::{RecommendSettings, recommend, table};
 use learn_worker::session::{JoinSettings, join};
-use learn_worker::{checkpoint, doctor};
+use learn_worker::{checkpoint, doctor, init};
 
 #[derive(Parser)]
 #[command(name = "learn-worker", version, about = "Trains, evaluates and exports the towers of a LEARN job")]
@@ -72,6 +72,12 @@ enum Command {
         run: PathBuf,
         #[arg(long)]
         json: bool,
+    },
+    /// Say what a training would take from `training.init`.
+    CheckInit {
+        /// The configuration as JSON.
+        #[arg(long)]
+        config_json: String,
     },
     /// Print what libtorch, CUDA and NCCL say.
     Doctor {
@@ -223,6 +229,13 @@ fn run(command: Command) -> Result<i32, WorkerError> {
                     let mark = if one.best { "best" } else { "" };
                     println!("{:<60} {mark:<5} {}", one.path.display(), one.reason.as_deref().unwrap_or("valid"));
                 }
+            }
+        }
+        Command::CheckInit { config_json } => {
+            let config: Config =
+                serde_json::from_str(&config_json).map_err(|error| WorkerError::Usage(error.to_string()))?;
+            if let Some((origin, used)) = init::check(&config)? {
+                eprintln!("starts with {}: {used}", origin.path.display());
             }
         }
         Command::Doctor { json } => {

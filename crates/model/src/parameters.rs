@@ -162,6 +162,19 @@ impl Parameters {
         copy_by_name(&self.all_specs(), targets, tensors)
     }
 
+    /// Replaces the values of which there is a tensor of that name and shape, in place.
+    pub fn assign_fitting(&mut self, tensors: &[(String, Tensor)]) {
+        let (found, _) = mismatch::sift(&self.all_specs(), tensors);
+        let targets = views(&self.specs, &self.flat).chain(self.item_vectors().map(Tensor::shallow_clone));
+        tch::no_grad(|| {
+            for (mut target, tensor) in targets.zip(found) {
+                if let Some(tensor) = tensor {
+                    target.copy_(&tensor.detach());
+                }
+            }
+        });
+    }
+
     fn over(specs: Vec<ParameterSpec>, flat: Tensor, items: Option<ItemVectors>) -> Self {
         let gradient = flat.zeros_like();
         let leaf = |(view, spec): (Tensor, &ParameterSpec)| view.detach().set_requires_grad(spec.role.trains());
@@ -295,6 +308,12 @@ impl Parameters {
     }
 }
 
+/// What keeps tensors from being exactly the parameters of a PCH.
+#[must_use]
+pub fn mismatch(shape: &PchShape, tensors: &[(String, Tensor)]) -> Mismatch {
+    mismatch::sift(&shape.specs(), tensors).1
+}
+
 /// Those of the flat buffers, sorted by name, and that of the table of item vectors.
 fn parted(specs: Vec<ParameterSpec>) -> (Vec<ParameterSpec>, Option<ParameterSpec>) {
     let is_table = |spec: &ParameterSpec| matches!(spec.role, Role::ItemVector { .. });
@@ -318,7 +337,7 @@ pub(crate) fn copy_by_name(
     targets: impl Iterator<Item = Tensor>,
     tensors: Vec<(String, Tensor)>,
 ) -> Result<(), ModelError> {
-    let given = mismatch::compare(specs, tensors).map_err(ModelError::Weights)?;
+    let given = mismatch::compare(specs, &tensors).map_err(ModelError::Weights)?;
     tch::no_grad(|| {
         for (mut target, tensor) in targets.zip(&given) {
             target.copy_(&tensor.detach());

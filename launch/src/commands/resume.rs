@@ -92,7 +92,10 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
         ))
         .into());
     }
-    Dataset::open(&config.data.dataset)?.embeddings()?;
+    let dataset = Dataset::open(&config.data.dataset)?;
+    if config.model.item_input.has_content() {
+        dataset.embeddings()?;
+    }
     let checkpoints = with_ledgers(&run, checkpoints(&run)?);
     let checkpoint = choose(&checkpoints, args.checkpoint.as_deref(), &shown)?;
     let text = format!("{shown}: resuming from step {}", checkpoint.step);

@@ -1,6 +1,6 @@
 //! `learn-launch train`: a new run with one coordinator and its workers on this machine.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::Args;
@@ -22,6 +22,7 @@ Examples:
   learn-launch train configs/quickstart.toml --name wide --set model.hidden=256
   learn-launch train configs/quickstart.toml --workers 4 --device cuda
   LEARN__TRAINING__EPOCHS=3 learn-launch train configs/quickstart.toml
+  learn-launch train configs/quickstart.toml --name tuned --init quickstart
 
 The run directory is job.runs_dir/job.name. Ctrl-C (or SIGTERM) stops after the current step with a checkpoint; a
 second one kills.";
@@ -43,6 +44,12 @@ pub struct TrainArgs {
     /// Where tensors live (cluster.device)
     #[arg(long, value_parser = ["auto", "cpu", "cuda"])]
     device: Option<String>,
+    /// Start with the weights of this run (its directory or name) or .safetensors file (training.init)
+    #[arg(long, value_name = "RUN_OR_FILE")]
+    init: Option<PathBuf>,
+    /// Take what fits of --init and start the rest anew (training.init_partial)
+    #[arg(long)]
+    init_partial: bool,
     /// Move an existing run of that name aside (nothing is deleted)
     #[arg(long)]
     force: bool,
@@ -61,7 +68,12 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         .flag("--workers", "cluster.workers", args.workers)?
         .flag("--epochs", "training.epochs", args.epochs)?
         .flag("--device", "cluster.device", args.device.as_ref())?
+        .flag("--init", "training.init", args.init.as_ref())?
+        .flag("--init-partial", "training.init_partial", args.init_partial.then_some(true))?
         .finish()?;
+    if let Some(init) = config.training.init.take() {
+        config.training.init = Some(weights(init, &config.job.runs_dir)?);
+    }
     anchor(&mut config)?;
     check_ready(&config)?;
     let root = config.job.runs_dir.join(&config.job.name);
@@ -86,6 +98,11 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     report(&run, output)
 }
 
+/// A file or a directory of weights as it is, else the run of that name.
+fn weights(init: PathBuf, runs_dir: &Path) -> Result<PathBuf> {
+    if init.exists() { Ok(init) } else { Ok(runs::find(&init, runs_dir)?.root().to_owned()) }
+}
+
 /// Everything that can be known to fail before a run directory is made.
 fn check_ready(config: &Config) -> Result<()> {
     let dataset = Dataset::open(&config.data.dataset)?;
@@ -101,6 +118,12 @@ fn check_ready(config: &Config) -> Result<()> {
     }
     for binary in ["learn-coordinator", "learn-worker"] {
         process::sibling(binary)?;
+    }
+    if config.training.init.is_some() {
+        let json = serde_json::to_string(config)?;
+        super::worker(|command| {
+            command.args(["check-init", "--config-json", &json]);
+        })?;
     }
     Ok(())
 }

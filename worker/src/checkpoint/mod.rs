@@ -22,6 +22,8 @@ use sha2::{Digest, Sha256};
 use tch::Tensor;
 pub use writer::Writer;
 
+use crate::init::Origin;
+
 /// Version of the directory's layout.
 pub const VERSION: u32 = 1;
 
@@ -77,6 +79,9 @@ pub struct State {
     /// Updates that the optimizer's bias correction counts.
     pub optimizer_step: u64,
     pub best: Option<Best>,
+    /// Weights that the run started with instead of random ones.
+    #[serde(default)]
+    pub init: Option<Origin>,
     pub config: Config,
     pub files: BTreeMap<String, FileDigest>,
 }
@@ -149,7 +154,11 @@ fn sync(path: &Path) -> Result<(), CheckpointError> {
     File::open(path).and_then(|file| file.sync_all()).map_err(io(path))
 }
 
-fn digest(path: &Path) -> Result<FileDigest, CheckpointError> {
+/// Size and checksum of a file.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn digest(path: &Path) -> Result<FileDigest, CheckpointError> {
     let mut file = File::open(path).map_err(io(path))?;
     let mut hasher = Sha256::new();
     let mut block = vec![0; 1 << 20];
@@ -219,6 +228,14 @@ pub fn read(path: &Path, expected: Option<&Expected<'_>>) -> Result<Snapshot, Ch
     }
     let load = |name: &str| safetensors::read(&path.join(name)).map_err(|error| refuse(error.to_string()));
     Ok(Snapshot { model: load(MODEL)?, optimizer: load(OPTIMIZER)?, state })
+}
+
+/// The file of a checkpoint's weights and its state, after checking it whole.
+///
+/// # Errors
+/// As [`check`].
+pub fn model_file(path: &Path) -> Result<(PathBuf, State), CheckpointError> {
+    check(path).map(|state| (path.join(MODEL), state))
 }
 
 /// A checkpoint directory as `learn-worker checkpoints` lists it.

@@ -14,6 +14,7 @@ fn snapshot(step: u64, value: f32, best: Option<u64>) -> Snapshot {
             signature: "shape".into(),
             optimizer_step: step,
             best: best.map(|best| Best { step: Step(best), metric: "mrr".into(), value: 0.5 }),
+            init: None,
             config: Config::default(),
             files: BTreeMap::new(),
         },

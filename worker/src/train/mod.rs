@@ -7,7 +7,6 @@
 mod exchange;
 mod objective;
 mod passes;
-mod start;
 mod step;
 
 use std::path::Path;
@@ -34,6 +33,7 @@ use crate::evaluate::{Catalogue, Evaluator, Request};
 use crate::feed::assemble::Layout;
 use crate::feed::flight::DataClient;
 use crate::feed::{Feed, FeedSettings, UniformNegatives};
+use crate::init::{Origin, Weights};
 use crate::session::{Ended, Membership};
 
 /// Most items of the catalogue that a fresh start measures.
@@ -86,6 +86,7 @@ struct Trainer<'a> {
     total_steps: u64,
     finished: Step,
     best: Option<Best>,
+    init: Option<Origin>,
     saved: Option<Step>,
 }
 
@@ -153,19 +154,29 @@ impl<'a> Trainer<'a> {
             total_steps: config.training.total_steps(steps_per_epoch),
             finished: Step(0),
             best: None,
+            init: None,
             saved: None,
         })
     }
 
-    /// What a fresh start does beyond random weights.
+    /// What a fresh start does beyond random weights: takes those of `training.init`, measures what is not among them.
     fn initialize(&mut self) -> Result<(), WorkerError> {
-        if let Some(path) = &self.config.training.start_from {
-            if self.membership.member.is_first() {
-                start::from_run(&mut self.stepper.parameters, path)?;
-            }
-        } else if !self.stepper.model.measured().is_empty() {
+        let Stepper { model, parameters, .. } = &mut self.stepper;
+        let mut measured = model.measured();
+        // the other ranks take them over from the first one, so only its host needs the files
+        if let Some(path) = &self.config.training.init
+            && self.membership.member.is_first()
+        {
+            let weights = Weights::open(path)?;
+            self.init = Some(weights.origin.clone());
+            let dataset = &self.membership.admission.dataset.fingerprint;
+            let used = weights.apply(parameters, (model.shape(), dataset), self.config.training.init_partial)?;
+            tracing::info!(path = %path.display(), "{used}");
+            measured.retain(|name| used.fresh.iter().any(|fresh| fresh == name));
+        }
+        if !measured.is_empty() {
             let sample = self.evaluator.sample_items(INIT_SAMPLE)?;
-            self.stepper.model.measure(&mut self.stepper.parameters, &sample);
+            model.measure(parameters, &sample, &measured);
         }
         Ok(())
     }
@@ -186,6 +197,7 @@ impl<'a> Trainer<'a> {
         self.finished = state.step;
         self.saved = Some(state.step);
         self.best = state.best;
+        self.init = state.init;
         self.membership.progress.finished(self.finished);
         tracing::info!(step = %self.finished, checkpoint = %path.display(), "resumed");
         Ok(())
@@ -346,6 +358,7 @@ impl<'a> Trainer<'a> {
             signature: signature(&self.stepper.parameters),
             optimizer_step: self.stepper.optimizer.steps(),
             best: self.best.clone(),
+            init: self.init.clone(),
             config: self.config.clone(),
             files: std::collections::BTreeMap::new(),
         };

@@ -271,9 +271,12 @@ pub struct TrainingConfig {
     /// Train the CVR head alone (the adapter stage): the towers keep the weights they start with, run without dropout,
     /// and the loss is that of the head. Start from a trained run.
     pub freeze_towers: bool,
-    /// Start with the weights of this run (its best checkpoint, else its last) or of this checkpoint directory instead of
-    /// random ones. The model settings must be the same; a CVR head that is not there yet starts at random.
-    pub start_from: Option<PathBuf>,
+    /// Start with these weights instead of random ones: a run directory (its best checkpoint, else its last), a checkpoint
+    /// directory, or a `.safetensors` file in the layout of the published checkpoints. They must be exactly the model's, but
+    /// for a CVR head, which starts at random if they have none. Optimizer and steps start anew.
+    pub init: Option<PathBuf>,
+    /// Take what fits from `init` and start the rest anew, instead of refusing weights that are not exactly the model's.
+    pub init_partial: bool,
     /// Threads of a worker; 0 = cores divided by local workers.
     pub threads: u32,
 }
@@ -287,7 +290,8 @@ impl Default for TrainingConfig {
             micro_batch: 0,
             precision: Precision::F32,
             freeze_towers: false,
-            start_from: None,
+            init: None,
+            init_partial: false,
             threads: 0,
         }
     }

@@ -49,8 +49,7 @@ pub(super) enum Embedded {
 impl Towers<'_> {
     /// The item tower over the items with these numbers `[U]`.
     fn catalogue(&self, table: &Tensor, ids: &Tensor) -> Tensor {
-        let items: Vec<u32> =
-            (0..ids.numel()).map(|place| ids.int64_value(&[place as i64]) as u32).collect();
+        let items: Vec<u32> = (0..ids.numel()).map(|place| ids.int64_value(&[place as i64]) as u32).collect();
         let inputs = ItemInputs { items: &items, content: &table.index_select(0, ids), id_seed: None };
         self.model.catalogue(self.parameters, &inputs, self.forward)
     }

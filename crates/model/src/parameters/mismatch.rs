@@ -17,7 +17,7 @@ pub struct Mismatch {
 }
 
 impl Mismatch {
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.missing.is_empty() && self.unexpected.is_empty() && self.misshaped.is_empty()
     }
 }
@@ -36,27 +36,38 @@ impl fmt::Display for Mismatch {
 }
 
 /// The tensors in the order of `specs`, if they are exactly those.
-pub fn compare(specs: &[ParameterSpec], tensors: Vec<(String, Tensor)>) -> Result<Vec<Tensor>, Mismatch> {
+pub fn compare(specs: &[ParameterSpec], tensors: &[(String, Tensor)]) -> Result<Vec<Tensor>, Mismatch> {
+    let (found, mismatch) = sift(specs, tensors);
+    if mismatch.is_empty() { Ok(found.into_iter().flatten().collect()) } else { Err(mismatch) }
+}
+
+/// The tensors that fit, in the order of `specs`, and what does not.
+pub fn sift(specs: &[ParameterSpec], tensors: &[(String, Tensor)]) -> (Vec<Option<Tensor>>, Mismatch) {
     let mut mismatch = Mismatch::default();
     let mut given = BTreeMap::new();
     for (name, tensor) in tensors {
-        if let Some(_twice) = given.insert(name.clone(), tensor) {
+        if let Some(_twice) = given.insert(name.as_str(), tensor) {
             mismatch.unexpected.push(format!("{name} (again)"));
         }
     }
-    let mut ordered = Vec::with_capacity(specs.len());
+    let mut found = Vec::with_capacity(specs.len());
     for spec in specs {
-        match given.remove(&spec.name) {
-            None => mismatch.missing.push(spec.name.clone()),
+        found.push(match given.remove(spec.name.as_str()) {
+            None => {
+                mismatch.missing.push(spec.name.clone());
+                None
+            }
             Some(tensor) if tensor.size() != spec.shape => {
                 mismatch.misshaped.push(format!("{} is {:?} instead of {:?}", spec.name, tensor.size(), spec.shape));
+                None
             }
             Some(tensor) if !tensor.is_floating_point() => {
                 mismatch.misshaped.push(format!("{} is {:?} instead of floating-point", spec.name, tensor.kind()));
+                None
             }
-            Some(tensor) => ordered.push(tensor),
-        }
+            Some(tensor) => Some(tensor.shallow_clone()),
+        });
     }
-    mismatch.unexpected.extend(given.into_keys());
-    if mismatch.is_empty() { Ok(ordered) } else { Err(mismatch) }
+    mismatch.unexpected.extend(given.into_keys().map(ToOwned::to_owned));
+    (found, mismatch)
 }

@@ -27,10 +27,9 @@ impl Pch {
         names
     }
 
-    /// Measures the parameters of [`Pch::measured`] on a `sample` `[S, input_dim]` of the catalogue, in this order: the
+    /// Measures the parameters of these `names`, some of [`Pch::measured`], on a `sample` `[S, input_dim]` of the catalogue, in this order: the
     /// mean that is subtracted; the residual projection; the adaptor, on what it is going to read.
-    pub fn measure(&self, parameters: &mut Parameters, sample: &Tensor) {
-        let names = self.measured();
+    pub fn measure(&self, parameters: &mut Parameters, sample: &Tensor, names: &[&str]) {
         let sample = sample.to_device(parameters.device());
         if names.contains(&CONTENT_MEAN) {
             set(parameters, CONTENT_MEAN, &mean(&sample));

@@ -257,7 +257,7 @@ fn a_standardized_adaptor_sees_mean_0_and_variance_1() {
     let mut parameters = Parameters::init(model.shape(), 3, Device::Cpu);
     let before = parameters.get("adaptor.weight").detach().copy();
     let sample = Tensor::randn([500, 24], (Kind::Float, Device::Cpu)) * 0.01 + 0.3;
-    model.measure(&mut parameters, &sample);
+    model.measure(&mut parameters, &sample, &model.measured());
     let ours = items(&model, &parameters, &sample, &STILL).adapted;
     let standardized = (&sample - sample.mean_dim([0_i64].as_slice(), false, Kind::Float)) / 0.01;
     let wanted = standardized.matmul(&before.tr());
@@ -299,7 +299,7 @@ fn a_residual_model_starts_as_the_training_free_recommender() {
     {
         let (model, mut parameters) = towers(residual(output_dim, item_tower));
         let rows = common(7, 6);
-        model.measure(&mut parameters, &rows);
+        model.measure(&mut parameters, &rows, &model.measured());
         let history = [3, 1, 4, 1];
         let items = items(&model, &parameters, &rows, &STILL);
         let padded = sequences(&[&history, &[2, 6]], 6, 0, &[1, 3, 7]);
@@ -321,7 +321,7 @@ fn a_residual_model_starts_as_the_training_free_recommender() {
 #[test]
 fn a_residual_model_learns_projection_and_correction_but_not_the_mean() {
     let (model, mut parameters) = towers(residual(4, ItemTower::PerItem));
-    model.measure(&mut parameters, &common(12, 6));
+    model.measure(&mut parameters, &common(12, 6), &model.measured());
     let mean = parameters.get(CONTENT_MEAN).copy();
     let (_, gradient) = step(&model, &mut parameters, &STILL);
     let size = |name: &str| parameters.parts(&gradient).find(|(found, _)| *found == name).unwrap().1.norm();
@@ -342,7 +342,7 @@ fn a_residual_model_learns_projection_and_correction_but_not_the_mean() {
 fn a_projection_that_is_not_trained_has_no_gradient() {
     let frozen = ModelConfig { residual_trained: false, ..residual(4, ItemTower::PerItem) };
     let (model, mut parameters) = towers(frozen);
-    model.measure(&mut parameters, &common(12, 6));
+    model.measure(&mut parameters, &common(12, 6), &model.measured());
     let (_, gradient) = step(&model, &mut parameters, &STILL);
     let moved = parameters.parts(&gradient).filter(|(_, part)| part.norm().double_value(&[]) > 0.0);
     assert_eq!(moved.map(|(name, _)| name.to_owned()).collect::<Vec<_>>(), ["mlp.0.bias", "mlp.0.weight"]);
@@ -352,7 +352,7 @@ fn a_projection_that_is_not_trained_has_no_gradient() {
 fn padding_and_neighbours_do_not_matter_to_a_residual_model() {
     let (model, mut parameters) = towers(residual(4, ItemTower::PerItem));
     let rows = common(7, 6);
-    model.measure(&mut parameters, &rows);
+    model.measure(&mut parameters, &rows, &model.measured());
     let items = items(&model, &parameters, &rows, &STILL);
     let user = |sequences: Sequences| model.user(&parameters, &items, &sequences, &STILL);
     let both = user(sequences(&[&[3, 1, 4], &[5, 2]], 5, 6, &[1, 2, 5, 6]));

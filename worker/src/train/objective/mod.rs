@@ -15,7 +15,7 @@ use learn_model::{Forward, Parameters, Pch};
 use tch::{Kind, Tensor};
 
 use super::exchange::Exchange;
-use super::passes::{Seeds, Embeddings, Share};
+use super::passes::{Embeddings, Seeds, Share};
 use super::step::PhaseClock;
 use crate::error::WorkerError;
 
