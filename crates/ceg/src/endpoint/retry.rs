@@ -29,7 +29,7 @@ impl Failed {
         let factor = 1_u32.checked_shl(self.failures.saturating_sub(1)).unwrap_or(u32::MAX);
         let doubled = FIRST.saturating_mul(factor).min(LONGEST);
         let pause = doubled.mul_f64(0.5 + spread / 2.0).max(self.asked.unwrap_or_default());
-        (self.tried + pause <= patience).then_some(pause)
+        self.tried.checked_add(pause).is_some_and(|end| end <= patience).then_some(pause)
     }
 }
 
@@ -63,6 +63,7 @@ mod tests {
         let asked = Duration::from_secs(90);
         assert_eq!(pause(1, Duration::ZERO, HOUR, Some(asked), 0.5), Some(asked));
         assert_eq!(pause(1, Duration::ZERO, Duration::from_secs(60), Some(asked), 0.5), None);
+        assert_eq!(pause(1, FIRST, HOUR, Some(Duration::MAX), 0.5), None);
         assert!(pause(1, Duration::ZERO, HOUR, Some(Duration::ZERO), 0.5).unwrap() >= FIRST / 2);
     }
 

@@ -81,7 +81,7 @@ impl Base<'_> {
 fn unit(rows: &Tensor, first: usize) -> Result<Vec<f32>, RefineError> {
     let norms = rows.f_norm_scalaropt_dim(2.0, [-1_i64].as_slice(), true)?;
     let lengths: Vec<f32> = learn_torch::to_host(&norms)?;
-    match lengths.iter().position(|&length| length < 1e-6) {
+    match lengths.iter().position(|&length| length.is_nan() || length < 1e-6) {
         Some(row) => Err(RefineError::Nothing(first + row)),
         None => Ok(learn_torch::to_host(&(rows / norms))?),
     }

@@ -47,13 +47,15 @@ impl Whitening {
         let mean = sum / count;
         let covariance = products / count - mean.outer(&mean);
         let (spread, directions) = covariance.f_linalg_eigh("L")?;
-        // rounding can push an empty direction below 0
+        // rounding can push an empty direction below 0; with fewer items than dimensions there are some
         let spread = spread.clamp_min(0.0);
+        let some = spread.gt_tensor(&(spread.max() * 1e-9));
         let middle = spread.mean(Kind::Double).double_value(&[]);
         if middle <= f64::EPSILON {
             return Err(RefineError::NoSpread);
         }
         let scale = (spread + shrinkage * middle).rsqrt();
+        let scale = scale.where_self(&some, &scale.zeros_like());
         let matrix = (&directions * scale.unsqueeze(0)).matmul(&directions.tr());
         Ok(Self { mean: mean.to_kind(Kind::Float), matrix: matrix.to_kind(Kind::Float) })
     }
