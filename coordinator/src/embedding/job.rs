@@ -46,7 +46,7 @@ pub struct Applicant {
 /// A call that cannot be answered.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EmbeddingError {
-    #[error("worker {0} has not joined this job, or was silent for too long; start it again")]
+    #[error("worker {0} has not joined this job; start it again")]
     UnknownWorker(WorkerId),
     #[error("the plan makes no sense: {0:?}")]
     Nonsense(Plan),

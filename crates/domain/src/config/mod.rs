@@ -163,6 +163,8 @@ mod tests {
         assert_eq!(refused(|c| c.checkpoint.metric = "loss".into()), "checkpoint.metric");
         assert_eq!(refused(|c| c.checkpoint.metric = "cvr.auc".into()), "checkpoint.metric");
         assert_eq!(refused(|c| c.objective.cvr_weight = -1.0), "objective.cvr_weight");
+        let coded = |c: &mut Config| (c.model.history_code, c.objective.cvr_weight) = (64, 1.0);
+        assert_eq!(refused(coded), "model.history_code");
         assert_eq!(refused(|c| c.training.freeze_towers = true), "training.freeze_towers");
         let adapter = |c: &mut Config| (c.training.freeze_towers, c.objective.cvr_weight) = (true, 1.0);
         assert_eq!(refused(adapter), "checkpoint.metric");

@@ -475,6 +475,12 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
             return fail(key, "must be at least 1");
         }
     }
+    if model.history_code > 0 && objective.cvr_weight > 0.0 {
+        return fail(
+            "model.history_code",
+            "lengthens the embeddings, which the CVR head does not take; set it to 0, or objective.cvr_weight to 0",
+        );
+    }
     if training.precision == Precision::F16 {
         return fail(
             "training.precision",
