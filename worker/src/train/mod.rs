@@ -298,7 +298,7 @@ impl<'a> Trainer<'a> {
         let mut is_best = false;
         if due(self.config.evaluation.every_epochs) || last {
             let evaluation = self.evaluate(Split::Valid)?;
-            is_best = self.note_best(&evaluation);
+            is_best = self.note_best(&evaluation)?;
         }
         let every_steps = self.config.checkpoint.every_steps;
         let by_steps = every_steps > 0 && step.is_multiple_of(every_steps);
@@ -310,14 +310,20 @@ impl<'a> Trainer<'a> {
     }
 
     /// Every rank comes to the same verdict, because the evaluation is summed over ranks.
-    fn note_best(&mut self, evaluation: &Evaluation) -> bool {
+    fn note_best(&mut self, evaluation: &Evaluation) -> Result<bool, WorkerError> {
         let metric = &self.config.checkpoint.metric;
-        let value = evaluation.metrics.get(metric).copied().unwrap_or(0.0);
+        let Some(&value) = evaluation.metrics.get(metric) else {
+            return Err(WorkerError::Usage(format!(
+                "{metric} cannot be told on the {} split (no user has exposures of both kinds there?); choose another \
+                 checkpoint.metric",
+                evaluation.split
+            )));
+        };
         let better = self.best.as_ref().is_none_or(|best| value > best.value);
         if better && self.config.checkpoint.keep_best {
             self.best = Some(Best { step: self.finished, metric: metric.clone(), value });
         }
-        better
+        Ok(better)
     }
 
     fn evaluate(&mut self, split: Split) -> Result<Evaluation, WorkerError> {
