@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks the CUDA path: golden cases, a two-step training with the nccl collective of one rank, a step benchmark.
 # usage: run.sh OUT_DIR [--device cuda|cpu]
-# Needs bash, python3 and PyTorch 2.11 (or LIBTORCH naming its folder); writes OUT_DIR/gpu-check.json.
+# Needs bash, gzip, python3 and PyTorch 2.11 (or LIBTORCH naming its folder); writes OUT_DIR/gpu-check.json.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if (($# < 1)); then
@@ -15,5 +15,6 @@ for folder in "$torch"/../nvidia/*/lib; do
   [[ -d $folder ]] && libraries+=:$folder
 done
 export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+gunzip --keep --force "$here"/bin/*.gz
 chmod +x "$here"/bin/*
 exec python3 "$here/check.py" --torch "$torch" "$@"

@@ -1,6 +1,6 @@
 //! `cargo xtask gpu-check`: packs what checks the CUDA path elsewhere.
 //!
-//! Output: a folder below [`LIMIT`] bytes with stripped release binaries, golden files and `run.sh`, for a machine with
+//! Output: a folder below [`LIMIT`] bytes with stripped, compressed binaries, golden files and `run.sh`, for a machine with
 //! an NVIDIA GPU and PyTorch 2.11 that has neither network nor toolchain: `bash FOLDER/run.sh OUT_DIR`.
 
 use std::fs;
@@ -66,6 +66,8 @@ fn pack(workspace: &Workspace, out: &Path) -> Result<()> {
         let packed = bin.join(binary.file_name().context("a binary has a name")?);
         copy(&binary, &packed)?;
         process::output("strip", Command::new("strip").arg(&packed))?;
+        // run.sh unpacks them
+        process::output("gzip", Command::new("gzip").arg("-9").arg(&packed))?;
     }
     for file in golden_files(&workspace.root().join(GOLDEN_FILES))? {
         copy(&file, &golden.join(file.file_name().context("a golden file has a name")?))?;
