@@ -296,7 +296,7 @@ impl<'a> LocalJob<'a> {
             guilty.name,
             guilty.log.display(),
         );
-        for line in process::tail(&guilty.log, TAIL) {
+        for line in guilty.tail(TAIL) {
             message += &format!("  | {line}\n");
         }
         message + &self.way_on(status)

@@ -47,6 +47,8 @@ pub struct Process {
     pub log: PathBuf,
     child: Child,
     ended: Option<ExitStatus>,
+    /// Length of the log when it started: what stands before was said by an earlier attempt.
+    log_start: u64,
 }
 
 impl Process {
@@ -56,17 +58,21 @@ impl Process {
     /// # Errors
     /// The log cannot be opened or the command not started.
     pub fn start(name: impl Into<String>, command: &mut Command, log: &Path) -> Result<Self, ProcessError> {
+        let name = name.into();
         let (out, err) = (open_log(log)?, open_log(log)?);
-        Self::spawn(name.into(), command.stdout(out).stderr(err), log)
-    }
-
-    fn spawn(name: String, command: &mut Command, log: &Path) -> Result<Self, ProcessError> {
-        command.stdin(Stdio::null()).process_group(0);
+        let log_start = err.metadata().map_err(|source| ProcessError::Log { path: log.into(), source })?.len();
+        command.stdout(out).stderr(err).stdin(Stdio::null()).process_group(0);
         system::end_with_parent(command);
         match command.spawn() {
-            Ok(child) => Ok(Self { name, log: log.into(), child, ended: None }),
+            Ok(child) => Ok(Self { name, log: log.into(), child, ended: None, log_start }),
             Err(source) => Err(ProcessError::Start { name, source }),
         }
+    }
+
+    /// The last `count` lines that it has said.
+    #[must_use]
+    pub fn tail(&self, count: usize) -> Vec<String> {
+        tail(&self.log, self.log_start, count)
     }
 
     #[must_use]
@@ -129,12 +135,11 @@ pub fn describe(status: ExitStatus) -> String {
     }
 }
 
-/// The last `count` lines of a log; empty if there is none.
-#[must_use]
-pub fn tail(log: &Path, count: usize) -> Vec<String> {
+/// The last `count` lines of a log from byte `from` on; empty if there is none.
+fn tail(log: &Path, from: u64, count: usize) -> Vec<String> {
     let read = || -> io::Result<Vec<String>> {
         let mut file = File::open(log)?;
-        let start = file.metadata()?.len().saturating_sub(TAIL_BYTES);
+        let start = file.metadata()?.len().saturating_sub(TAIL_BYTES).max(from);
         file.seek(SeekFrom::Start(start))?;
         let mut bytes = Vec::new();
         file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
@@ -226,8 +231,22 @@ mod tests {
         let mut process = Process::start("talker", Command::new("sh").args(["-c", script]), &log).unwrap();
         let status = process.wait(Duration::from_secs(10)).unwrap();
         assert_eq!(describe(status), "exit code 3");
-        assert_eq!(tail(&log, 2), ["line 4", "trouble"]);
-        assert_eq!(tail(&folder.path().join("none"), 2), Vec::<String>::new());
+        assert_eq!(process.tail(2), ["line 4", "trouble"]);
+        assert_eq!(tail(&folder.path().join("none"), 0, 2), Vec::<String>::new());
+    }
+
+    #[test]
+    fn what_an_earlier_attempt_said_is_not_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log");
+        let said = |script: &str| {
+            let mut process = Process::start("talker", Command::new("sh").args(["-c", script]), &log).unwrap();
+            process.wait(Duration::from_secs(10)).unwrap();
+            process.tail(9)
+        };
+        assert_eq!(said("echo out of memory; exit 1"), ["out of memory"]);
+        assert_eq!(said("exit 1"), Vec::<String>::new());
+        assert_eq!(said("echo disk full; exit 1"), ["disk full"]);
     }
 
     #[test]

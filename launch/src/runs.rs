@@ -121,6 +121,17 @@ pub fn find(run: &Path, runs_dir: &Path) -> Result<RunDir> {
     Err(Failure::Usage(format!("{} is not a run directory; {hint}", run.display())).into())
 }
 
+/// Turns a `training.init` that names a run of `job.runs_dir` into that run's directory; a path stays as it is.
+///
+/// # Errors
+/// It is neither.
+pub fn find_init(config: &mut Config) -> Result<()> {
+    if let Some(init) = config.training.init.as_mut().filter(|init| !init.exists()) {
+        *init = find(init, &config.job.runs_dir)?.root().to_owned();
+    }
+    Ok(())
+}
+
 /// The configuration that a run was started with.
 ///
 /// # Errors

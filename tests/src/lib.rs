@@ -74,13 +74,27 @@ impl Site {
         site
     }
 
+    /// Interactions, items and vectors as files, and nothing prepared.
+    ///
+    /// # Panics
+    /// If they cannot be written.
+    #[must_use]
+    pub fn raw(shape: Shape) -> Self {
+        Self::files(shape, CONFIG)
+    }
+
     fn with(shape: Shape, config: &str) -> Self {
+        let site = Self::files(shape, config);
+        succeeds(&site.launch(&["prepare", "job.toml"]));
+        site
+    }
+
+    fn files(shape: Shape, config: &str) -> Self {
         let site = Self { folder: tempfile::tempdir().expect("a temporary directory") };
         fs::write(site.path("interactions.csv"), interactions(shape)).expect("the folder is writable");
         fs::write(site.path("items.csv"), items(shape)).expect("the folder is writable");
         fs::write(site.path("vectors.npy"), vectors(shape)).expect("the folder is writable");
         fs::write(site.path("job.toml"), config).expect("the folder is writable");
-        succeeds(&site.launch(&["prepare", "job.toml"]));
         site
     }
 

@@ -1,6 +1,8 @@
-//! A study with real jobs: its tables, what a second start does, and what a stop leaves.
+//! A study with real jobs: its tables, what a second start does, what a stop leaves, and datasets that it makes.
 
 use std::fs;
+use std::io::Read as _;
+use std::net::TcpListener;
 use std::path::Path;
 
 use learn_tests::{SMALL, Shape, Site, follow, signal, succeeds, text};
@@ -105,4 +107,94 @@ fn a_failed_variant_stops_no_other_and_a_stopped_study_goes_on() {
     assert!(table.contains("| wrong | failed | failed | failed | 0 of 1 |"), "{table}");
     assert!(table.contains("failed: model.output_dim is 8"), "{table}");
     assert!(table.lines().any(|line| line.starts_with("| long | 0.")), "{table}");
+}
+
+/// Datasets of its own for each way to embed, from the raw files of [`Site::raw`] on.
+fn study_from_raw_files(site: &Site) {
+    let encoder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/ceg/tests/golden/tiny-bert");
+    let embed = format!("set.embed = {{ from = \"\", model = \"{}\", device = \"cpu\"", encoder.display());
+    let study = format!(
+        r#"
+        study = {{ name = "raw", config = "job.toml" }}
+        table = [{{ name = "raw", title = "From raw files" }}]
+        [[variant]]
+        name = "bert"
+        set.data.dataset = "bert"
+        {embed} }}
+        [[variant]]
+        name = "whitened"
+        set.data.dataset = "whitened"
+        {embed}, refine = {{ whitening = true }} }}
+        [[variant]]
+        name = "id"
+        set.data.dataset = "bare"
+        set.model.item_input = "id"
+        "#
+    );
+    fs::write(site.path("raw.toml"), study).expect("the folder is writable");
+}
+
+#[test]
+fn a_study_prepares_and_embeds_what_its_runs_read() {
+    let site = Site::raw(SMALL);
+    study_from_raw_files(&site);
+    let arguments = ["study", "raw.toml", "--set", "training.max_steps=3"];
+    let dry = site.launch(&[&arguments[..], &["--dry-run"]].concat());
+    for words in ["would prepare and embed bert", "would prepare and embed whitened", "would prepare bare\n"] {
+        assert!(text(&dry).contains(words), "{words} is not in {}", text(&dry));
+    }
+    let done = site.launch(&[&arguments[..], &["--json"]].concat());
+    succeeds(&done);
+    let embeddings = |dataset: &str| -> Value {
+        let manifest: Value =
+            serde_json::from_slice(&fs::read(site.path(dataset).join("dataset.json")).unwrap()).unwrap();
+        manifest["embeddings"].clone()
+    };
+    assert_eq!(embeddings("bert")["model"], "tiny-bert");
+    assert_eq!(embeddings("whitened")["model"], "tiny-bert (refined)");
+    assert!(embeddings("bare").is_null(), "nobody reads content there");
+    let studies: Value = serde_json::from_slice(&done.stdout).unwrap();
+    let rows = studies[0]["tables"][0]["parts"][0]["rows"].as_array().unwrap();
+    let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
+    assert_eq!(names[0], "popularity");
+    assert_eq!(names[names.len() - 3..], ["bert", "whitened", "id"]);
+    assert!(names.contains(&"last_item (bert)") && names.contains(&"last_item (whitened)"), "{names:?}");
+
+    // other vectors in the dataset of a finished run
+    succeeds(&site.launch(&["embed", "runs/raw/configs/bert-seed1.toml", "--set", "embed.refine.smoothing=1"]));
+    let other = site.launch(&arguments);
+    assert_eq!(other.status.code(), Some(2), "{}", text(&other));
+    for words in ["bert-seed1 was trained with other content embeddings", "--force"] {
+        assert!(text(&other).contains(words), "{words} is not in {}", text(&other));
+    }
+    let forced = site.launch(&[&arguments[..], &["--force"]].concat());
+    succeeds(&forced);
+    assert!(text(&forced).contains("3 runs, 1 of them to do"), "{}", text(&forced));
+    assert!(text(&site.launch(&arguments)).contains("3 runs, 0 of them to do"));
+}
+
+#[test]
+fn a_study_that_is_stopped_while_it_embeds_goes_on_from_there() {
+    let site = Site::raw(SMALL);
+    // a server that takes requests and never answers
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/v1", server.local_addr().unwrap());
+    let study = format!(
+        r#"
+        study = {{ name = "slow", config = "job.toml" }}
+        variant = [{{ name = "slow", set.embed = {{ from = "", endpoint = {{ url = "{url}", model = "m" }} }} }}]
+        table = [{{ name = "slow", title = "Slow" }}]
+        "#
+    );
+    fs::write(site.path("slow.toml"), study).unwrap();
+    let child = site.start(&["study", "slow.toml"]);
+    let (mut request, _) = server.accept().unwrap();
+    signal("TERM", child.id().into());
+    let stopped = child.wait_with_output().unwrap();
+    assert_eq!(stopped.status.code(), Some(3), "{}", text(&stopped));
+    assert!(text(&stopped).contains("the study was stopped"), "{}", text(&stopped));
+    // it ends only with the process that has sent it
+    let _ended_or_reset = request.read_to_end(&mut Vec::new());
+    let dry = site.launch(&["study", "slow.toml", "--dry-run"]);
+    assert!(text(&dry).contains("would embed dataset\n") && text(&dry).contains("slow-seed1 would be trained"));
 }

@@ -140,7 +140,7 @@ fn commit(run: &RunDir) -> Result<()> {
     let mut process = Process::start("learn-embed --commit", &mut command, &log)?;
     loop {
         if let Some(status) = process.wait(LEAVE) {
-            return finished(&process.name, status, &process::tail(&log, TAIL));
+            return finished(&process.name, status, &process.tail(TAIL));
         }
     }
 }
@@ -233,7 +233,7 @@ impl EmbedJob<'_> {
 
     fn judge(&self, process: &mut Process) -> Result<()> {
         let Some(status) = process.wait(LEAVE) else { bail!("{} does not end", process.name) };
-        finished(&process.name, status, &process::tail(&process.log, TAIL))
+        finished(&process.name, status, &process.tail(TAIL))
     }
 }
 

@@ -13,11 +13,14 @@ use crate::cli::{SettingsArgs, anchor};
 use crate::failure::{self, Failure};
 use crate::output::Output;
 use crate::study::chart::Chart;
+use crate::study::children::Stops;
+use crate::study::datasets;
 use crate::study::file::{StudyFile, TableSpec};
-use crate::study::queue::{self, Failures};
+use crate::study::queue::{self, Failures, Terms};
 use crate::study::results::{Part, RunResult, VariantResult, part};
 use crate::study::runs::{self, Left, StudyRun};
 use crate::study::tables;
+use crate::system;
 
 pub const HELP: &str = "\
 Examples:
@@ -40,7 +43,7 @@ pub struct StudyArgs {
     /// Runs at a time; each starts cluster.workers workers
     #[arg(long, value_name = "N", default_value_t = 1)]
     parallel: usize,
-    /// Move runs of other settings aside (nothing is deleted)
+    /// Move runs of other settings or data aside (nothing is deleted)
     #[arg(long)]
     force: bool,
     /// Only check everything and say what would be done
@@ -53,6 +56,7 @@ pub struct StudyArgs {
 pub fn run(args: &StudyArgs, output: &Output) -> Result<()> {
     // a mistake in the last file is told before the first is trained
     let mut studies = args.files.iter().map(|file| Study::open(file, args)).collect::<Result<Vec<_>>>()?;
+    datasets::refuse_rivals(studies.iter().flat_map(|study| &study.runs))?;
     if args.dry_run {
         return describe(&studies, output);
     }
@@ -86,6 +90,7 @@ impl Study {
         let file = StudyFile::read(path).map_err(|error| Failure::Usage(error.to_string()))?;
         let settings = SettingsArgs { file: Some(file.study.config.clone()), sets: args.sets.clone() };
         let mut base: Config = settings.resolver()?.finish()?;
+        crate::runs::find_init(&mut base)?;
         anchor(&mut base)?;
         let runs = runs::plan(&file, &base)?;
         if !args.force {
@@ -95,14 +100,11 @@ impl Study {
     }
 
     fn train(&mut self, args: &StudyArgs, output: &Output) -> Result<Failures> {
+        system::catch_stop_signals();
+        let mut stops = Stops::default();
         let logs = queue::logs(&self.root)?;
         runs::write_configs(&self.runs)?;
-        for run in self.runs.iter_mut().filter(|run| run.left == Left::Foreign) {
-            if let Some(aside) = crate::runs::move_aside(run.dir.root())? {
-                output.note(&format!("the run that was there is now {}", super::shown(&aside)));
-            }
-            run.left = Left::Train;
-        }
+        self.settle_foreign(args.force, output)?;
         let left = self.runs.iter().filter(|run| run.left != Left::Nothing).count();
         output.note(&format!(
             "{}: {} variants, {} runs, {left} of them to do; in {}",
@@ -111,8 +113,28 @@ impl Study {
             self.runs.len(),
             super::shown(&self.root)
         ));
-        queue::make_datasets(&runs::missing_datasets(&self.runs), &logs, output)?;
-        queue::work(&mut self.runs, args.parallel, &logs, output)
+        let missing = datasets::missing(&self.runs);
+        if !missing.is_empty() {
+            datasets::make(&missing, &logs, &mut stops, output)?;
+            // what seemed done may be a run of other data than these
+            self.runs.iter_mut().try_for_each(StudyRun::look)?;
+            self.settle_foreign(args.force, output)?;
+        }
+        queue::work(&mut self.runs, Terms { slots: args.parallel, logs: &logs }, stops, output)
+    }
+
+    /// Runs of other settings or data are refused, or moved aside.
+    fn settle_foreign(&mut self, force: bool, output: &Output) -> Result<()> {
+        if !force {
+            return runs::refuse_foreign(&self.runs);
+        }
+        for run in self.runs.iter_mut().filter(|run| run.left == Left::Foreign) {
+            if let Some(aside) = crate::runs::move_aside(run.dir.root())? {
+                output.note(&format!("the run that was there is now {}", super::shown(&aside)));
+            }
+            run.left = Left::Train;
+        }
+        Ok(())
     }
 
     /// Writes all tables; gives each Markdown file with its text and its parts.
@@ -180,9 +202,8 @@ fn describe(studies: &[Study], output: &Output) -> Result<()> {
     let (mut text, mut values) = (String::new(), Vec::new());
     for study in studies {
         text += &format!("{} in {}\n", study.file.study.name, super::shown(&study.root));
-        for missing in runs::missing_datasets(&study.runs) {
-            let what = if missing.prepare { "prepare and embed" } else { "embed" };
-            text += &format!("  would {what} {}\n", super::shown(&missing.dataset));
+        for missing in datasets::missing(&study.runs) {
+            text += &format!("  would {} {}\n", missing.steps().join(" and "), super::shown(&missing.dataset));
         }
         for run in &study.runs {
             let what = match run.left {
@@ -190,7 +211,7 @@ fn describe(studies: &[Study], output: &Output) -> Result<()> {
                 Left::Train => "would be trained",
                 Left::Resume => "would be resumed",
                 Left::TrainAnew => "would be trained anew: it has no checkpoint",
-                Left::Foreign => "would be moved aside and trained: it has other settings",
+                Left::Foreign => "would be moved aside and trained: it has other settings or data",
             };
             text += &format!("  {} {what}\n", run.name());
             values.push(json!({ "study": study.file.study.name, "run": run.dir.root(), "left": run.left }));

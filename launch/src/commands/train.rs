@@ -71,9 +71,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         .flag("--init", "training.init", args.init.as_ref())?
         .flag("--init-partial", "training.init_partial", args.init_partial.then_some(true))?
         .finish()?;
-    if let Some(init) = config.training.init.take() {
-        config.training.init = Some(weights(init, &config.job.runs_dir)?);
-    }
+    runs::find_init(&mut config)?;
     anchor(&mut config)?;
     check_ready(&config)?;
     let root = config.job.runs_dir.join(&config.job.name);
@@ -96,11 +94,6 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     let task = Task::Train { resume_from: None };
     job::run(&JobSpec { run: &run, config_file: &run.config(), config: &config, task: &task }, output)?;
     report(&run, output)
-}
-
-/// A file or a directory of weights as it is, else the run of that name.
-fn weights(init: PathBuf, runs_dir: &Path) -> Result<PathBuf> {
-    if init.exists() { Ok(init) } else { Ok(runs::find(&init, runs_dir)?.root().to_owned()) }
 }
 
 /// Everything that can be known to fail before a run directory is made.

@@ -5,72 +5,44 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow};
-use learn_domain::report::exit;
+use anyhow::{Result, anyhow};
 
-use super::runs::{Left, Missing, StudyRun};
-use crate::failure::{self, Failure};
+use super::children::{POLL, Stops, launch, reason};
+use super::runs::{Left, StudyRun};
+use crate::failure;
 use crate::output::{Output, Progress, Unit};
-use crate::process::{self, Process};
-use crate::settings::ENVIRONMENT_PREFIX;
-use crate::system::{self, End};
+use crate::process::Process;
 use crate::{render, runs};
 
-/// Pause between two looks at the children.
-const POLL: Duration = Duration::from_millis(50);
 /// Pause between two looks at their status.
 const STATUS_INTERVAL: Duration = Duration::from_secs(2);
-/// Lines of a log in which the reason of a failure is looked for.
-const TAIL: usize = 40;
 
 /// Why runs have no result, by name.
 pub type Failures = BTreeMap<String, String>;
 
-/// Makes the datasets that are not there.
-///
-/// # Errors
-/// A dataset cannot be made: the runs on it could not even start.
-pub fn make_datasets(missing: &[Missing], logs: &Path, output: &Output) -> Result<()> {
-    for one in missing {
-        let steps: &[&str] = if one.prepare { &["prepare", "embed"] } else { &["embed"] };
-        for step in steps {
-            output.note(&format!("{step} {}", one.dataset.display()));
-            let mut command = launch(&[step])?;
-            command.arg(&one.file);
-            let log = logs.join(format!("{step}.log"));
-            let mut child = Process::start(format!("learn-launch {step}"), &mut command, &log)?;
-            let stops = system::stop_requests();
-            while child.ended().is_none() {
-                if system::stop_requests() > stops {
-                    child.ask_to_end(End::Gracefully);
-                }
-                std::thread::sleep(POLL);
-            }
-            if let Some(reason) = reason(&mut child) {
-                let message = format!("`learn-launch {step} {}` failed: {reason}", one.file.display());
-                return Err(Failure::Child { code: exit::FAILED, message }.into());
-            }
-        }
-    }
-    Ok(())
+/// How runs are worked through.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms<'a> {
+    /// Most runs at a time.
+    pub slots: usize,
+    /// Gets what each command says.
+    pub logs: &'a Path,
 }
 
-/// Trains what is left, at most `slots` runs at a time; `logs` gets what each command says.
+/// Trains what is left.
 ///
 /// # Errors
 /// The study was stopped, or a process could not be started.
-pub fn work(planned: &mut [StudyRun], slots: usize, logs: &Path, output: &Output) -> Result<Failures> {
-    system::catch_stop_signals();
+pub fn work(planned: &mut [StudyRun], terms: Terms<'_>, stops: Stops, output: &Output) -> Result<Failures> {
+    let Terms { slots, logs } = terms;
     let todo = (0..planned.len()).filter(|&run| planned[run].left != Left::Nothing);
     let mut queue = Queue {
         waiting: todo.rev().collect(),
         running: Vec::new(),
         failures: Failures::new(),
-        stops: system::stop_requests(),
-        first_stop: system::stop_requests(),
+        stops,
         progress: output.progress(Unit::Count),
         done: planned.iter().filter(|run| run.left == Left::Nothing).count(),
     };
@@ -78,7 +50,7 @@ pub fn work(planned: &mut [StudyRun], slots: usize, logs: &Path, output: &Output
     let mut asked: Option<Instant> = None;
     loop {
         queue.pass_on_stops();
-        while !queue.stopped() && queue.running.len() < slots.max(1) {
+        while !queue.stops.asked() && queue.running.len() < slots.max(1) {
             let Some(run) = queue.waiting.pop() else { break };
             queue.start(run, &planned[run], logs)?;
         }
@@ -93,9 +65,7 @@ pub fn work(planned: &mut [StudyRun], slots: usize, logs: &Path, output: &Output
         std::thread::sleep(POLL);
     }
     queue.progress.finish();
-    if queue.stopped() {
-        return Err(Failure::Stopped("the study was stopped; start it again to go on where it was".into()).into());
-    }
+    queue.stops.check()?;
     Ok(queue.failures)
 }
 
@@ -104,27 +74,15 @@ struct Queue {
     waiting: Vec<usize>,
     running: Vec<(usize, Process)>,
     failures: Failures,
-    stops: usize,
-    first_stop: usize,
+    stops: Stops,
     progress: Progress,
     done: usize,
 }
 
 impl Queue {
-    fn stopped(&self) -> bool {
-        self.stops > self.first_stop
-    }
-
     fn pass_on_stops(&mut self) {
-        let requests = system::stop_requests();
-        if requests == self.stops {
-            return;
-        }
-        let how = if self.stopped() { End::AtOnce } else { End::Gracefully };
-        self.stops = requests;
-        self.progress.line("stopping the jobs of the study; once more to kill");
-        for (_, child) in &mut self.running {
-            child.ask_to_end(how);
+        if self.stops.pass_on(self.running.iter_mut().map(|(_, child)| child)) {
+            self.progress.line("stopping the jobs of the study; once more to kill");
         }
     }
 
@@ -159,7 +117,7 @@ impl Queue {
             match reason {
                 None => self.progress.line(&format!("{}: finished", run.name())),
                 // it ended because the study does
-                Some(reason) if self.stops > self.first_stop => {
+                Some(reason) if self.stops.asked() => {
                     self.progress.line(&format!("{}: {reason}", run.name()));
                 }
                 Some(reason) => {
@@ -182,30 +140,6 @@ impl Queue {
         let doing: Vec<String> = doing.collect();
         self.progress.at(self.done as u64, planned.len() as u64, doing.join(", "));
     }
-}
-
-/// This program, without the settings of the environment: a run's file holds all of them, already resolved.
-fn launch(arguments: &[&str]) -> Result<Command> {
-    let own: PathBuf = std::env::current_exe().context("cannot find learn-launch itself")?;
-    let mut command = Command::new(own);
-    command.args(arguments);
-    for (name, _) in std::env::vars_os() {
-        if name.to_str().is_some_and(|name| name.starts_with(ENVIRONMENT_PREFIX)) {
-            command.env_remove(name);
-        }
-    }
-    Ok(command)
-}
-
-/// Why an ended child failed, in its own words if it has said some.
-fn reason(child: &mut Process) -> Option<String> {
-    let status = child.ended()?;
-    if status.success() {
-        return None;
-    }
-    let lines = process::tail(&child.log, TAIL);
-    let said = lines.iter().rev().find_map(|line| line.strip_prefix("learn-launch: "));
-    Some(said.map_or_else(|| process::describe(status), str::to_owned))
 }
 
 /// The folder for what the commands of a study say.

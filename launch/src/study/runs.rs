@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use learn_dataset::Dataset;
 use learn_domain::Config;
-use learn_domain::report::JobState;
+use learn_domain::report::{DatasetFacts, JobState};
 use learn_domain::run_dir::RunDir;
 use serde::Serialize;
 
 use super::file::{StudyFile, Variant};
 use crate::cli::anchor;
-use crate::failure::Failure;
+use crate::failure::{self, Failure};
 use crate::runs;
 use crate::settings::Resolver;
 
@@ -45,7 +45,8 @@ pub enum Left {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Found {
     exists: bool,
-    same_config: bool,
+    /// Configuration and data are those that the study asks for.
+    same: bool,
     finished: bool,
     checkpoint: bool,
 }
@@ -53,7 +54,7 @@ struct Found {
 fn left(found: Found) -> Left {
     match found {
         Found { exists: false, .. } => Left::Train,
-        Found { same_config: false, .. } => Left::Foreign,
+        Found { same: false, .. } => Left::Foreign,
         Found { finished: true, .. } => Left::Nothing,
         Found { checkpoint: true, .. } => Left::Resume,
         _ => Left::TrainAnew,
@@ -80,13 +81,40 @@ impl StudyRun {
 
 fn found(dir: &RunDir, config: &Config) -> Result<Found> {
     let exists = dir.root().exists();
-    // a run that was killed before its configuration was written has done nothing
-    let same_config = !dir.config().is_file() || runs::config(dir)? == *config;
+    let same = foreign(dir, config)?.is_none();
     let status = runs::last_status(dir)?;
     let finished = dir.summary().is_file() && status.as_ref().is_some_and(|status| status.state == JobState::Finished);
     let committed = status.and_then(|status| status.last_checkpoint);
     let checkpoint = committed.is_some_and(|step| dir.checkpoint(step).is_dir());
-    Ok(Found { exists, same_config, finished, checkpoint })
+    Ok(Found { exists, same, finished, checkpoint })
+}
+
+/// What a run was trained with that the study does not ask for: a setting, or other data than the dataset holds now.
+fn foreign(dir: &RunDir, config: &Config) -> Result<Option<String>> {
+    // a run that was killed before its configuration was written has done nothing
+    if !dir.config().is_file() {
+        return Ok(None);
+    }
+    let there = runs::config(dir)?;
+    if there != *config {
+        let key = first_difference("", &serde_json::to_value(there)?, &serde_json::to_value(config)?);
+        return Ok(Some(format!("another {}", key.unwrap_or_else(|| "key".into()))));
+    }
+    let Some(status) = runs::last_status(dir)? else { return Ok(None) };
+    // whatever is wrong with a dataset, the command that makes or reads it says best
+    let Ok(dataset) = Dataset::open(&config.data.dataset) else { return Ok(None) };
+    let other = other_data(&status.dataset, &dataset.facts().seen_by(&config.model));
+    Ok(other.map(|what| format!("other {what} than {} has now", config.data.dataset.display())))
+}
+
+/// What differs between the data of a training and those of now; what one of them does not have tells nothing, because it
+/// may yet be made.
+fn other_data(trained: &DatasetFacts, now: &DatasetFacts) -> Option<&'static str> {
+    let differ = |a: &str, b: &str| !a.is_empty() && !b.is_empty() && a != b;
+    if differ(&trained.fingerprint, &now.fingerprint) {
+        return Some("items or interactions");
+    }
+    differ(&trained.embeddings_fingerprint, &now.embeddings_fingerprint).then_some("content embeddings")
 }
 
 /// All runs of a study, in the order of variants and seeds; `base` gives the settings that the variants change.
@@ -113,6 +141,10 @@ pub fn root(study: &StudyFile, base: &Config) -> PathBuf {
 
 fn resolve(study: &StudyFile, base: &Config, variant: &Variant, seed: u64) -> Result<StudyRun> {
     let mut config = Resolver::new(base).variant(&variant.name, &variant.set)?.finish()?;
+    // a run by its name is one of the user's, not of the study's directory
+    runs::find_init(&mut config).map_err(|error| {
+        Failure::Usage(format!("variant `{}`: training.init: {}", variant.name, failure::message(&error)))
+    })?;
     config.job.runs_dir = root(study, base);
     config.job.name = format!("{}-seed{seed}", variant.name);
     config.job.seed = seed;
@@ -122,22 +154,22 @@ fn resolve(study: &StudyFile, base: &Config, variant: &Variant, seed: u64) -> Re
     Ok(StudyRun { variant: variant.name.clone(), seed, config, dir, file, left: Left::Train })
 }
 
-/// Refuses runs of other settings with their first difference.
+/// Refuses runs of other settings or data with their first difference.
 ///
 /// # Errors
-/// There is one.
+/// There is one, or it cannot be read.
 pub fn refuse_foreign(runs: &[StudyRun]) -> Result<()> {
     let Some(run) = runs.iter().find(|run| run.left == Left::Foreign) else { return Ok(()) };
-    let (there, wanted) = (serde_json::to_value(runs::config(&run.dir)?)?, serde_json::to_value(&run.config)?);
-    let key = first_difference("", &there, &wanted).unwrap_or_else(|| "a key".into());
+    let other = foreign(&run.dir, &run.config)?.unwrap_or_else(|| "other settings".into());
     Err(Failure::Usage(format!(
-        "{} was trained with another {key}; give the study another name, or move such runs aside with `--force`",
+        "{} was trained with {other}; give the study another name, or move such runs aside with `--force`",
         run.dir.root().display()
     ))
     .into())
 }
 
-fn first_difference(path: &str, a: &serde_json::Value, b: &serde_json::Value) -> Option<String> {
+/// The dotted key of the first value of `b` that `a` has not got.
+pub(super) fn first_difference(path: &str, a: &serde_json::Value, b: &serde_json::Value) -> Option<String> {
     match (a, b) {
         (serde_json::Value::Object(a), serde_json::Value::Object(b)) => b.iter().find_map(|(key, value)| {
             let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
@@ -161,45 +193,33 @@ pub fn write_configs(runs: &[StudyRun]) -> Result<()> {
     Ok(())
 }
 
-/// A dataset that is not ready, and the configuration file of a run that can make it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Missing {
-    pub dataset: PathBuf,
-    pub file: PathBuf,
-    /// Not even prepared.
-    pub prepare: bool,
-}
-
-/// The datasets that must be made first, each once.
-#[must_use]
-pub fn missing_datasets(runs: &[StudyRun]) -> Vec<Missing> {
-    let mut missing: Vec<Missing> = Vec::new();
-    for run in runs.iter().filter(|run| run.left != Left::Nothing) {
-        let dataset = &run.config.data.dataset;
-        if missing.iter().any(|known| known.dataset == *dataset) {
-            continue;
-        }
-        // whatever else is wrong with a dataset, the command that makes or reads it says best
-        let prepare = !dataset.exists();
-        if prepare || Dataset::open(dataset).is_ok_and(|dataset| dataset.manifest().embeddings.is_none()) {
-            missing.push(Missing { dataset: dataset.clone(), file: run.file.clone(), prepare });
-        }
-    }
-    missing
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::datasets;
     use super::*;
 
     #[test]
     fn what_is_left_follows_from_what_is_there() {
-        let found = |exists, same_config, finished, checkpoint| Found { exists, same_config, finished, checkpoint };
+        let found = |exists, same, finished, checkpoint| Found { exists, same, finished, checkpoint };
         assert_eq!(left(found(false, true, false, false)), Left::Train);
         assert_eq!(left(found(true, true, true, true)), Left::Nothing);
         assert_eq!(left(found(true, true, false, true)), Left::Resume);
         assert_eq!(left(found(true, true, false, false)), Left::TrainAnew);
         assert_eq!(left(found(true, false, true, true)), Left::Foreign);
+    }
+
+    #[test]
+    fn other_vectors_are_other_data_unless_one_side_has_none() {
+        let facts = |fingerprint: &str, embeddings_fingerprint: &str| DatasetFacts {
+            fingerprint: fingerprint.into(),
+            embeddings_fingerprint: embeddings_fingerprint.into(),
+            ..DatasetFacts::default()
+        };
+        assert_eq!(other_data(&facts("a", "v"), &facts("a", "v")), None);
+        assert_eq!(other_data(&facts("a", "v"), &facts("a", "w")), Some("content embeddings"));
+        assert_eq!(other_data(&facts("a", "v"), &facts("b", "v")), Some("items or interactions"));
+        assert_eq!(other_data(&facts("a", "v"), &facts("a", "")), None, "it has to be embedded again first");
+        assert_eq!(other_data(&facts("a", ""), &facts("a", "v")), None, "a model that reads no content");
     }
 
     fn study() -> StudyFile {
@@ -240,6 +260,20 @@ mod tests {
     }
 
     #[test]
+    fn weights_by_the_name_of_a_run_are_those_of_the_user() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut base = Config::default();
+        base.job.runs_dir = folder.path().into();
+        let mut study = study();
+        study.variants[0].set = toml::from_str("training.init = 'towers'").unwrap();
+        let message = plan(&study, &base).unwrap_err().to_string();
+        assert!(message.contains("variant `deep`: training.init: towers is not a run"), "{message}");
+        runs::create(&folder.path().join("towers"), &base).unwrap();
+        let planned = plan(&study, &base).unwrap();
+        assert_eq!(planned[0].config.training.init, Some(folder.path().join("towers")));
+    }
+
+    #[test]
     fn the_studies_of_the_repository_can_be_planned() {
         let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let files: Vec<_> = std::fs::read_dir(repository.join("configs/studies")).unwrap().flatten().collect();
@@ -252,6 +286,7 @@ mod tests {
             base.job.runs_dir = folder.path().into();
             let planned = plan(&study, &base).unwrap();
             assert!(planned.iter().all(|run| run.left == Left::Train), "{:?}", file.path());
+            datasets::refuse_rivals(&planned).unwrap();
             let unnamed = |run: &StudyRun| {
                 let mut config = run.config.clone();
                 config.job.name.clear();

@@ -1,0 +1,171 @@
+//! The datasets of a study: which ones are missing, and making them.
+//!
+//! Input: the runs. Output: prepared and embedded datasets, each made once with `learn-launch` itself. Invariant: all runs
+//! on one dataset mean the same one, so it does not matter whose configuration makes it.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use learn_dataset::Dataset;
+use learn_domain::Config;
+use learn_domain::report::exit;
+use serde_json::Value;
+
+use super::children::{self, POLL, Stops};
+use super::runs::{Left, StudyRun, first_difference};
+use crate::failure::Failure;
+use crate::output::Output;
+use crate::process::Process;
+
+/// A dataset that is not ready, and the configuration file of a run that can make it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Missing {
+    pub dataset: PathBuf,
+    pub file: PathBuf,
+    /// Not even prepared.
+    pub prepare: bool,
+    /// It has no content embeddings, and a run reads them.
+    pub embed: bool,
+}
+
+impl Missing {
+    /// The commands that make it, in order.
+    #[must_use]
+    pub fn steps(&self) -> Vec<&'static str> {
+        let steps = [("prepare", self.prepare), ("embed", self.embed)];
+        steps.into_iter().filter(|(_, needed)| *needed).map(|(step, _)| step).collect()
+    }
+}
+
+/// The datasets that must be made first, each once.
+#[must_use]
+pub fn missing(runs: &[StudyRun]) -> Vec<Missing> {
+    let mut missing: Vec<Missing> = Vec::new();
+    for run in runs.iter().filter(|run| run.left != Left::Nothing) {
+        let dataset = &run.config.data.dataset;
+        let prepare = !dataset.exists();
+        // whatever else is wrong with a dataset, the command that makes or reads it says best
+        let bare = || Dataset::open(dataset).is_ok_and(|dataset| dataset.manifest().embeddings.is_none());
+        let embed = run.config.model.item_input.has_content() && (prepare || bare());
+        match missing.iter_mut().find(|known| known.dataset == *dataset) {
+            Some(known) => known.embed |= embed,
+            None if prepare || embed => {
+                missing.push(Missing { dataset: dataset.clone(), file: run.file.clone(), prepare, embed });
+            }
+            None => {}
+        }
+    }
+    missing
+}
+
+/// Refuses runs that mean different datasets by the same `data.dataset`: the second would train on what was made for the
+/// first.
+///
+/// # Errors
+/// There are two.
+pub fn refuse_rivals<'a>(runs: impl IntoIterator<Item = &'a StudyRun>) -> Result<()> {
+    let mut seen: Vec<(&StudyRun, Value)> = Vec::new();
+    for run in runs {
+        let made_from = made_from(&run.config)?;
+        match seen.iter().find(|(other, _)| other.config.data.dataset == run.config.data.dataset) {
+            None => seen.push((run, made_from)),
+            Some((other, theirs)) => {
+                let Some(key) = first_difference("", theirs, &made_from) else { continue };
+                return Err(Failure::Usage(format!(
+                    "the variants `{}` and `{}` have the same data.dataset {}, but another {key}; give one of them \
+                     data.dataset of its own",
+                    other.variant,
+                    run.variant,
+                    run.config.data.dataset.display()
+                ))
+                .into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The settings that a dataset is made from.
+fn made_from(config: &Config) -> Result<Value> {
+    Ok(serde_json::json!({
+        "prepare": serde_json::to_value(&config.prepare)?,
+        "embed": serde_json::to_value(&config.embed)?,
+    }))
+}
+
+/// Makes the datasets that are not there; `logs` gets what each command says.
+///
+/// # Errors
+/// A dataset cannot be made, so that the runs on it could not even start; or the study was stopped.
+pub fn make(missing: &[Missing], logs: &Path, stops: &mut Stops, output: &Output) -> Result<()> {
+    for one in missing {
+        for step in one.steps() {
+            stops.check()?;
+            output.note(&format!("{step} {}", one.dataset.display()));
+            let mut command = children::launch(&[step])?;
+            command.arg(&one.file);
+            let log = logs.join(format!("{step}.log"));
+            let mut child = Process::start(format!("learn-launch {step}"), &mut command, &log)?;
+            while child.ended().is_none() {
+                if stops.pass_on(std::iter::once(&mut child)) {
+                    output.note(&format!("stopping `learn-launch {step}`; once more to kill"));
+                }
+                std::thread::sleep(POLL);
+            }
+            stops.check()?;
+            if let Some(reason) = children::reason(&mut child) {
+                let message = format!("`learn-launch {step} {}` failed: {reason}", one.file.display());
+                return Err(Failure::Child { code: exit::FAILED, message }.into());
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::file::StudyFile;
+    use super::super::runs::plan;
+    use super::*;
+
+    fn planned(folder: &Path, variants: &str) -> Vec<StudyRun> {
+        let text = format!(
+            "study = {{ name = \"s\", config = \"c.toml\" }}\ntable = [{{ name = \"t\", title = \"T\" }}]\n{variants}"
+        );
+        let study: StudyFile = toml::from_str(&text).unwrap();
+        let mut base = Config::default();
+        base.job.runs_dir = folder.into();
+        base.data.dataset = folder.join("dataset");
+        plan(&study, &base).unwrap()
+    }
+
+    #[test]
+    fn two_runs_that_mean_different_datasets_by_one_name_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        for setting in ["embed.refine.whitening = true", "prepare.k_core = 5", "embed.prompt.separator = ';'"] {
+            let key = setting.split(' ').next().unwrap();
+            let variants = format!("[[variant]]\nname = \"plain\"\n[[variant]]\nname = \"other\"\nset.{setting}\n");
+            let message = refuse_rivals(&planned(folder.path(), &variants)).unwrap_err().to_string();
+            for words in ["`plain`", "`other`", key, "give one of them data.dataset of its own"] {
+                assert!(message.contains(words), "{words} is not in {message}");
+            }
+            let apart = format!("{variants}set.data.dataset = \"elsewhere\"\n");
+            refuse_rivals(&planned(folder.path(), &apart)).unwrap();
+        }
+    }
+
+    #[test]
+    fn only_what_a_run_reads_is_made() {
+        let folder = tempfile::tempdir().unwrap();
+        let id = "[[variant]]\nname = \"id\"\nset.model.item_input = \"id\"\nset.model.item_tower = \"per_item\"\n";
+        let content = "[[variant]]\nname = \"content\"\n";
+        let steps =
+            |variants: &str| missing(&planned(folder.path(), variants)).iter().map(Missing::steps).collect::<Vec<_>>();
+        assert_eq!(steps(id), [["prepare"]]);
+        assert_eq!(steps(&format!("{id}{content}")), [["prepare", "embed"]]);
+        assert_eq!(
+            steps(&format!("{content}{id}set.data.dataset = \"bare\"\n")),
+            [vec!["prepare", "embed"], vec!["prepare"]]
+        );
+    }
+}
