@@ -25,6 +25,16 @@ pub enum Failure {
 }
 
 impl Failure {
+    /// What requests to stop have made of `what`: it was stopped by the first and killed by a second one.
+    #[must_use]
+    pub fn of_stops(requests: usize, what: &str, way_on: &str) -> Option<Self> {
+        match requests {
+            0 => None,
+            1 => Some(Self::Stopped(format!("{what} was stopped; {way_on}"))),
+            _ => Some(Self::Child { code: exit::FAILED, message: format!("{what} was killed; {way_on}") }),
+        }
+    }
+
     fn code(&self) -> i32 {
         match self {
             Self::Usage(_) => exit::USAGE,

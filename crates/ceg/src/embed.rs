@@ -250,12 +250,35 @@ pub fn run(config: &Config, member: Option<Member>, slot: usize, progress: &mut 
 /// # Errors
 /// A shard is not finished, was made with other settings, or cannot be refined; the dataset is then as it was.
 pub fn commit(config: &Config) -> Result<EmbeddingInfo, EmbedError> {
-    let source = Source::open(&config.embed)?;
-    let Inputs { dataset, store, .. } = Inputs::read(config, &source)?;
+    let (source, Inputs { dataset, store, .. }) = made(config)?;
     let info = store.info(&source.name())?;
     let info = if config.embed.refine.is_on() { refine(&config.embed, &dataset, info)? } else { info };
     store.publish(&info)?;
     Ok(info)
+}
+
+/// What the shards that are there were made from. A server has given its vectors: their dimension is on disk.
+fn made(config: &Config) -> Result<(Source, Inputs), EmbedError> {
+    let EmbedConfig { from, endpoint, .. } = &config.embed;
+    let (None, Some(url)) = (from, &endpoint.url) else {
+        let source = Source::open(&config.embed)?;
+        let inputs = Inputs::read(config, &source)?;
+        return Ok((source, inputs));
+    };
+    let dataset = Dataset::open(&config.data.dataset)?;
+    let dims = match endpoint.dimensions {
+        Some(dim) => [dim as usize].into(),
+        None => EmbeddingStore::stored_dims(&dataset)?,
+    };
+    for dim in dims {
+        let source = Source::Endpoint(Endpoint::answered(url, endpoint, dim));
+        let inputs = Inputs::read(config, &source)?;
+        if inputs.store.finished(0) {
+            return Ok((source, inputs));
+        }
+    }
+    let problem = "the shards of this server are not done; run `learn-launch embed`".into();
+    Err(DatasetError::Embeddings { path: dataset.dir().into(), problem }.into())
 }
 
 /// Refines embeddings into shards of their own, those that are not finished yet.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use arrow_array::RecordBatch;
 use arrow_buffer::Buffer;
 use arrow_ipc::reader::{FileDecoder, read_footer_length};
-use arrow_ipc::{Block, convert, root_as_footer, root_as_message};
+use arrow_ipc::{Block, Footer, convert, root_as_footer, root_as_message};
 use arrow_schema::{Fields, Schema};
 
 use crate::error::DatasetError;
@@ -46,7 +46,18 @@ pub(crate) fn open(path: &Path, fields: &Fields) -> Result<MappedBatches, Datase
     decode(&buffer, fields).map_err(|problem| DatasetError::damaged(path, problem))
 }
 
-fn decode(buffer: &Buffer, fields: &Fields) -> Result<MappedBatches, String> {
+/// The fields of a file of any columns.
+///
+/// # Errors
+/// When the file cannot be mapped or has no schema of this crate.
+pub(crate) fn fields(path: &Path) -> Result<Fields, DatasetError> {
+    let buffer = mapped::map(path).map_err(DatasetError::io(path))?;
+    let (_, schema, _) = footer(&buffer).map_err(|problem| DatasetError::damaged(path, problem))?;
+    Ok(schema.fields)
+}
+
+/// The footer of a file, its schema, and where it begins.
+fn footer(buffer: &Buffer) -> Result<(Footer<'_>, Schema, usize), String> {
     let text = |error: &dyn ToString| error.to_string();
     let trailer = buffer.len().checked_sub(TRAILER).filter(|&at| at >= HEADER).ok_or("it is cut short")?;
     let mut tail = [0; TRAILER];
@@ -62,6 +73,11 @@ fn decode(buffer: &Buffer, fields: &Fields) -> Result<MappedBatches, String> {
     if !version.is_some_and(known) {
         return Err(format!("its schema version is {}", version.map_or("missing", String::as_str)));
     }
+    Ok((footer, schema, footer_start))
+}
+
+fn decode(buffer: &Buffer, fields: &Fields) -> Result<MappedBatches, String> {
+    let (footer, schema, footer_start) = footer(buffer)?;
     if schema.fields() != fields {
         return Err(format!("its columns are {:?} instead of {fields:?}", schema.fields()));
     }

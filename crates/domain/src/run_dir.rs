@@ -20,6 +20,13 @@ impl RunDir {
         Self(dataset.join("embeddings").join("job"))
     }
 
+    /// Locked by the one `learn-launch embed` that works on a dataset; it stays, because a file that is removed can be
+    /// locked twice.
+    #[must_use]
+    pub fn embedding_lock(dataset: &Path) -> PathBuf {
+        dataset.join("embeddings").join("job.lock")
+    }
+
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.0

@@ -4,7 +4,8 @@
 //! one that is lost goes to another. A killed `embed` goes on where it was. Only when all shards are there does the
 //! dataset get them, in one step.
 
-use std::path::PathBuf;
+use std::fs::{File, TryLockError};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -99,9 +100,11 @@ pub fn run(args: &EmbedArgs, output: &Output) -> Result<()> {
         return show(&config, count);
     }
     let start = Instant::now();
+    system::catch_stop_signals();
+    let _lock = lock(&config.data.dataset)?;
     let run = make_directory(&config)?;
     EmbedJob { run: &run, config: &config, output }.make_shards()?;
-    commit(&run)?;
+    commit(&run, output)?;
     std::fs::remove_dir_all(run.root()).with_context(|| format!("cannot remove {}", run.root().display()))?;
     report(&config, start.elapsed(), output)
 }
@@ -115,6 +118,26 @@ fn show(config: &Config, count: u32) -> Result<()> {
     command.arg("--config").arg(&resolved).args(["--show", &count.to_string()]);
     system::end_with_parent(&mut command);
     finished("learn-embed --show", command.status()?, &[])
+}
+
+/// One `embed` a dataset; the system drops the lock with the process.
+fn lock(dataset: &Path) -> Result<File> {
+    let path = RunDir::embedding_lock(dataset);
+    let open = || {
+        path.parent().map_or(Ok(()), std::fs::create_dir_all)?;
+        File::options().create(true).append(true).open(&path)
+    };
+    let locked = open().map_err(TryLockError::Error).and_then(|file| file.try_lock().map(|()| file));
+    locked.map_err(|error| match error {
+        TryLockError::WouldBlock => {
+            let shown = super::shown(dataset);
+            Failure::Usage(format!(
+                "{shown} is being embedded now by another `learn-launch embed`; wait for it, or stop it"
+            ))
+            .into()
+        }
+        TryLockError::Error(error) => anyhow::Error::from(error).context(format!("cannot lock {}", path.display())),
+    })
 }
 
 /// The job's directory, anew: what an earlier job has finished are its shards.
@@ -132,17 +155,35 @@ fn make_directory(config: &Config) -> Result<RunDir> {
     runs::create(run.root(), config)
 }
 
-/// Makes the finished shards the dataset's embeddings.
-fn commit(run: &RunDir) -> Result<()> {
+/// Makes the finished shards the dataset's embeddings. Stopped on the way, the dataset is as it was.
+fn commit(run: &RunDir, output: &Output) -> Result<()> {
+    refuse_stopped()?;
+    output.note("all shards are there; making them the dataset's embeddings");
     let log = run.logs().join("commit.log");
     let mut command = Command::new(process::sibling("learn-embed")?);
     command.arg("--config").arg(run.config()).arg("--commit");
     let mut process = Process::start("learn-embed --commit", &mut command, &log)?;
-    loop {
-        if let Some(status) = process.wait(LEAVE) {
-            return finished(&process.name, status, &process.tail(TAIL));
+    let status = loop {
+        if let Some(status) = process.ended() {
+            break status;
         }
+        if system::stop_requests() > 0 {
+            end_all(std::slice::from_mut(&mut process));
+        }
+        std::thread::sleep(POLL);
+    };
+    if !status.success() {
+        refuse_stopped()?;
     }
+    finished(&process.name, status, &process.tail(TAIL))
+}
+
+/// # Errors
+/// Somebody has asked to stop.
+fn refuse_stopped() -> Result<()> {
+    let failure =
+        Failure::of_stops(system::stop_requests(), "the embed job", "`learn-launch embed` goes on where it was");
+    failure.map_or(Ok(()), |failure| Err(failure.into()))
 }
 
 /// The coordinator of an embed job and its workers on this machine; workers of others may join.
@@ -154,7 +195,6 @@ struct EmbedJob<'a> {
 
 impl EmbedJob<'_> {
     fn make_shards(&self) -> Result<()> {
-        system::catch_stop_signals();
         let mut coordinator = self.start_coordinator()?;
         let mut workers = Vec::new();
         let mut progress = self.output.progress(Unit::Count);
@@ -181,7 +221,7 @@ impl EmbedJob<'_> {
             if system::stop_requests() > 0 {
                 end_all(&mut workers);
                 end_all(std::slice::from_mut(&mut coordinator));
-                return Err(Failure::Stopped("stopped; `learn-launch embed` continues where it was".into()).into());
+                return refuse_stopped();
             }
             for (number, worker) in workers.iter_mut().enumerate() {
                 if worker.failed() && !lost.contains(&number) {
@@ -237,12 +277,15 @@ impl EmbedJob<'_> {
     }
 }
 
+/// Asks processes to end and waits for them; a second request to stop kills them.
 fn end_all(processes: &mut [Process]) {
-    for process in &mut *processes {
-        process.ask_to_end(End::Gracefully);
-    }
-    for process in processes {
-        process.wait(LEAVE);
+    processes.iter_mut().for_each(|process| process.ask_to_end(End::Gracefully));
+    let start = Instant::now();
+    while processes.iter_mut().any(|process| process.ended().is_none()) && start.elapsed() < LEAVE {
+        if system::stop_requests() > 1 {
+            processes.iter_mut().for_each(|process| process.ask_to_end(End::AtOnce));
+        }
+        std::thread::sleep(POLL);
     }
 }
 

@@ -4,7 +4,6 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use learn_domain::report::exit;
 
 use crate::failure::Failure;
 use crate::process::{self, Process};
@@ -43,12 +42,9 @@ impl Stops {
     /// # Errors
     /// The study was stopped, or killed by a second request.
     pub fn check(&self) -> Result<()> {
-        let again = "start it again to go on where it was";
-        match self.passed_on.max(system::stop_requests()) {
-            0 => Ok(()),
-            1 => Err(Failure::Stopped(format!("the study was stopped; {again}")).into()),
-            _ => Err(Failure::Child { code: exit::FAILED, message: format!("the study was killed; {again}") }.into()),
-        }
+        let requests = self.passed_on.max(system::stop_requests());
+        let stopped = Failure::of_stops(requests, "the study", "start it again to go on where it was");
+        stopped.map_or(Ok(()), |failure| Err(failure.into()))
     }
 }
 
@@ -81,6 +77,8 @@ pub fn reason(child: &mut Process) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use learn_domain::report::exit;
+
     use super::*;
     use crate::failure::exit_code;
 

@@ -73,7 +73,18 @@ impl Endpoint {
     /// # Errors
     /// There is no key where one should be, or the server gives no vector.
     pub fn open(base: &str, config: &EndpointConfig) -> Result<Self, EndpointError> {
-        let bearer = config.key_variable.as_deref().map(bearer).transpose()?;
+        let mut endpoint = Self::answered(base, config, 0);
+        endpoint.bearer = config.key_variable.as_deref().map(bearer).transpose()?;
+        endpoint.dim = match config.dimensions {
+            Some(dim) => dim as usize,
+            None => endpoint.persist(&[PROBE.to_owned()], 0, &Stop::default(), &wire::dimension)?,
+        };
+        Ok(endpoint)
+    }
+
+    /// A server that has given its vectors, of `dim` numbers each: it is not asked, and no key is read.
+    #[must_use]
+    pub fn answered(base: &str, config: &EndpointConfig, dim: usize) -> Self {
         let tls = TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build();
         let agent = Agent::config_builder()
             .http_status_as_error(false)
@@ -85,12 +96,7 @@ impl Endpoint {
             .user_agent(concat!("learn-embed/", env!("CARGO_PKG_VERSION")))
             .build();
         let url = format!("{}/embeddings", base.trim_end_matches('/'));
-        let mut endpoint = Self { config: config.clone(), url, bearer, agent: agent.into(), dim: 0 };
-        endpoint.dim = match config.dimensions {
-            Some(dim) => dim as usize,
-            None => endpoint.persist(&[PROBE.to_owned()], 0, &Stop::default(), &wire::dimension)?,
-        };
-        Ok(endpoint)
+        Self { config: config.clone(), url, bearer: None, agent: agent.into(), dim }
     }
 
     /// Numbers per vector.

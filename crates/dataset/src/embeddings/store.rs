@@ -5,7 +5,7 @@
 //! by it, so the embeddings that a dataset has stay whole until [`EmbeddingStore::commit`] names the new ones.
 //! Several processes may write different shards at once.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use arrow_array::{FixedSizeListArray, Float16Array, RecordBatch};
 use arrow_buffer::ScalarBuffer;
 use arrow_ipc::writer::FileWriter;
-use arrow_schema::{ArrowError, Field};
+use arrow_schema::{ArrowError, DataType, Field};
 use half::f16;
 use learn_domain::config::Precision;
 use rayon::prelude::*;
@@ -97,6 +97,30 @@ impl EmbeddingStore {
         hex(&digest.finalize())
     }
 
+    /// The dimensions of the first shards that lie in a dataset, made from whatever by whomever.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn stored_dims(dataset: &Dataset) -> Result<BTreeSet<usize>, DatasetError> {
+        let folder = dataset.dir().join(FOLDER);
+        let files = match fs::read_dir(&folder) {
+            Ok(files) => files,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+            Err(source) => return Err(DatasetError::Io { path: folder, source }),
+        };
+        let first = |path: &Path| {
+            let name = path.file_name().and_then(|name| name.to_str());
+            name.is_some_and(|name| name.starts_with("part-00000-") && name.ends_with(".arrow"))
+        };
+        let paths = files.flatten().map(|entry| entry.path()).filter(|path| first(path));
+        // a damaged one is no finished shard
+        let dims = paths.filter_map(|path| match ipc::fields(&path).ok()?.first()?.data_type() {
+            DataType::FixedSizeList(_, dim) => usize::try_from(*dim).ok(),
+            _ => None,
+        });
+        Ok(dims.collect())
+    }
+
     fn relative(&self, shard: &Shard) -> String {
         files::relative(FOLDER, &format!("part-{:05}-{}.arrow", shard.index, &shard.key[..16]))
     }
@@ -145,7 +169,7 @@ impl EmbeddingStore {
             let write = || -> Result<(), ArrowError> {
                 let schema = Arc::new(ipc::schema(&fields, stated));
                 let values = Float16Array::new(ScalarBuffer::from(rows.to_vec()), None);
-                let element = Arc::new(Field::new_list_field(arrow_schema::DataType::Float16, false));
+                let element = Arc::new(Field::new_list_field(DataType::Float16, false));
                 let list = FixedSizeListArray::try_new(element, dim as i32, Arc::new(values), None)?;
                 let batch = RecordBatch::try_new(schema.clone(), vec![Arc::new(list)])?;
                 let mut writer = FileWriter::try_new_buffered(file, &schema)?;

@@ -1,0 +1,54 @@
+//! `learn-launch embed` with real processes: one at a time, and what a stop leaves at each stage.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::net::TcpListener;
+
+use learn_tests::{SMALL, Shape, Site, signal, succeeds, text};
+use serde_json::Value;
+
+fn embeddings(site: &Site) -> Value {
+    let manifest = fs::read(site.path("dataset/dataset.json")).expect("the dataset is there");
+    let manifest: Value = serde_json::from_slice(&manifest).expect("a manifest is JSON");
+    manifest["embeddings"].clone()
+}
+
+#[test]
+fn a_second_embed_is_refused_until_the_first_has_ended() {
+    let site = Site::without_content(SMALL);
+    // a server that takes requests and never answers
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/v1", server.local_addr().unwrap());
+    let from_server =
+        ["embed", "job.toml", "--endpoint", &url, "--set", "embed.from=", "--set", "embed.endpoint.model=m"];
+    let first = site.start(&from_server);
+    let _request = server.accept().unwrap();
+    let second = site.launch(&["embed", "job.toml"]);
+    assert_eq!(second.status.code(), Some(2), "{}", text(&second));
+    assert!(text(&second).contains("dataset is being embedded now by another"), "{}", text(&second));
+    signal("TERM", first.id().into());
+    let first = first.wait_with_output().unwrap();
+    assert_eq!(first.status.code(), Some(3), "{}", text(&first));
+    assert!(embeddings(&site).is_null());
+    succeeds(&site.launch(&["embed", "job.toml"]));
+}
+
+#[test]
+fn a_stop_while_the_shards_become_embeddings_leaves_the_dataset_as_it_was() {
+    // wide enough that whitening takes longer than a signal
+    let site = Site::new(Shape { dim: 1536, ..SMALL });
+    let before = embeddings(&site);
+    let arguments = ["embed", "job.toml", "--set", "embed.refine.whitening=true"];
+    let mut child = site.start(&arguments);
+    let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(said.any(|line| line.unwrap().contains("making them the dataset's embeddings")));
+    signal("TERM", child.id().into());
+    let rest: Vec<String> = said.map_while(Result::ok).collect();
+    assert_eq!(child.wait().unwrap().code(), Some(3), "{rest:?}");
+    assert!(rest.iter().any(|line| line.contains("`learn-launch embed` goes on where it was")), "{rest:?}");
+    assert_eq!(embeddings(&site), before);
+
+    let again = site.launch(&arguments);
+    succeeds(&again);
+    assert_eq!(embeddings(&site)["raw"]["fingerprint"], before["fingerprint"]);
+}
