@@ -12,7 +12,7 @@ use serde_json::Value;
 fn site_for(study: &str) -> (Site, String) {
     let site = Site::new(Shape { dim: 384, ..SMALL });
     fs::create_dir(site.path("configs")).expect("the folder is writable");
-    fs::copy(site.path("job.toml"), site.path("configs/quickstart.toml")).expect("the folder is writable");
+    fs::copy(site.path("job.toml"), site.path("configs/amazon-towers.toml")).expect("the folder is writable");
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/studies").join(format!("{study}.toml"));
     (site, file.to_string_lossy().into_owned())
 }
@@ -28,7 +28,7 @@ fn a_study_of_the_repository_writes_its_tables_and_is_done_only_once() {
     assert_eq!(parts.len(), 2, "{studies}");
     let rows = parts[0]["rows"].as_array().unwrap();
     let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
-    assert_eq!(names, ["popularity", "last_item", "decayed_mean", "causal", "per_item", "content"]);
+    assert_eq!(names, ["popularity", "last_item", "decayed_mean", "causal", "per_item", "content", "id-sasrec"]);
     for row in &rows[3..] {
         assert_eq!(row["seeds"], serde_json::json!([3, 3]), "{row}");
         let recall: Vec<f64> = (1..=3)
@@ -57,7 +57,7 @@ fn a_study_of_the_repository_writes_its_tables_and_is_done_only_once() {
     let before = fs::metadata(&metrics).unwrap().modified().unwrap();
     let again = site.launch(&arguments);
     succeeds(&again);
-    assert!(text(&again).contains("9 runs, 0 of them to do"), "{}", text(&again));
+    assert!(text(&again).contains("12 runs, 0 of them to do"), "{}", text(&again));
     assert_eq!(fs::metadata(&metrics).unwrap().modified().unwrap(), before);
     assert_eq!(fs::read_to_string(tables.join("item-towers.md")).unwrap(), markdown);
 
