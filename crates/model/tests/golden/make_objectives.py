@@ -7,17 +7,15 @@ Towers and layout are those of make_golden.py; README.md says what is added. The
 
 Needs: torch, transformers, safetensors (all from PyPI).
 """
-import argparse
-import json
 import math
-import pathlib
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from make_golden import Towers
+from reference import SCALE, Towers, file, write
 
+# What decides how a case is drawn, and not what it is.
+DRAWN = ("hist", "nh", "nt", "uniform", "logq")
 SHAPE = dict(layers=1, heads=2, hidden=16, input_dim=16, output_dim=8, users=5, hist=6, nh=4, nt=3, vocab=23)
 CASES = [
     ("softmax_causal", dict(SHAPE, kind="full_softmax", pairs="all_action", item_tower="causal", learn_logit_scale=True)),
@@ -28,6 +26,8 @@ CASES = [
     ("uniform_per_item", dict(SHAPE, kind="dense_all_action", pairs="all_action", item_tower="per_item", uniform=7)),
     ("uniform_logq", dict(SHAPE, kind="next_item", pairs="next", item_tower="per_item", uniform=7, logq=True, learn_logit_scale=True)),
     ("logq", dict(SHAPE, kind="dense_all_action", pairs="all_action", item_tower="causal", logq=True)),
+    ("softmax_content_id", dict(SHAPE, kind="full_softmax", pairs="next", item_tower="per_item", item_input="content_id")),
+    ("softmax_id", dict(SHAPE, input_dim=0, kind="full_softmax", pairs="all_action", item_tower="causal", item_input="id")),
 ]
 
 
@@ -50,22 +50,22 @@ def samples(c):
     return out
 
 
-def alone(m, c, vectors):
+def alone(m, c, table, ids):
     """Items as sequences of one: [n, output_dim]."""
     if c["item_tower"] == "content":
-        return F.normalize(vectors, dim=-1)
-    return m.encode(vectors[:, None], torch.ones(len(vectors), dtype=torch.long))[:, 0]
+        return F.normalize(table[ids], dim=-1)
+    return m.encode(table[ids][:, None], ids[:, None], torch.ones(len(ids), dtype=torch.long))[:, 0]
 
 
 def towers(m, c, table, users):
     """User rows and target rows, one tensor per user."""
     rows, targets = [], []
     for history, positions, target, columns in users:
-        rows.append(m.encode(table[history][None], torch.tensor([len(history)]))[0, positions])
+        rows.append(m.encode(table[history][None], history[None], torch.tensor([len(history)]), user=True)[0, positions])
         if c["item_tower"] == "causal" and c["pairs"] == "all_action":
-            targets.append(m.encode(table[target][None], torch.tensor([len(target)]))[0, columns])
+            targets.append(m.encode(table[target][None], target[None], torch.tensor([len(target)]))[0, columns])
         else:
-            targets.append(alone(m, c, table[target[columns]]))
+            targets.append(alone(m, c, table, target[columns]))
     return rows, targets
 
 
@@ -111,24 +111,22 @@ def padded(lists, width, fill):
     return out
 
 
-def make(c, seed):
-    torch.manual_seed(seed)
-    torch.set_default_dtype(torch.float64)
+def make(c):
     m = Towers(c)
     for p in m.parameters():
         torch.nn.init.normal_(p, mean=0.5 if p.shape == (c["hidden"],) else 0.0, std=0.15)
-    log_scale = torch.tensor(math.log(20.0), requires_grad=bool(c.get("learn_logit_scale")))
+    log_scale = torch.tensor(math.log(SCALE), requires_grad=bool(c.get("learn_logit_scale")))
     table = F.normalize(torch.randn(c["vocab"], c["input_dim"]), dim=-1)
     users = samples(c)
     rows, targets = towers(m, c, table, users)
     tensors = {"in.table": table}
     if c["kind"] == "full_softmax":
-        catalogue = alone(m, c, table)
+        catalogue = alone(m, c, table, torch.arange(c["vocab"]))
         loss, correct = full_softmax(c, rows, users, catalogue, log_scale.exp())
         tensors["out.catalogue"] = catalogue
     else:
         uniform_id = torch.randint(0, c["vocab"], (c.get("uniform", 0),))
-        uniform = (uniform_id, alone(m, c, table[uniform_id]) if len(uniform_id) else [])
+        uniform = (uniform_id, alone(m, c, table, uniform_id) if len(uniform_id) else [])
         correction = torch.zeros(c["vocab"])
         if len(uniform_id):
             tensors["in.uniform_id"] = uniform_id
@@ -149,26 +147,9 @@ def make(c, seed):
         "out.user": torch.stack([F.pad(r, (0, 0, 0, c["nh"] - len(r))) for r in rows]),
         "out.loss": loss.reshape(1), "out.correct": torch.tensor([float(correct)]),
     })
-    for name, p in list(m.named_parameters()) + ([("logit_scale", log_scale)] if log_scale.requires_grad else []):
-        tensors["param." + name] = p.data
-        tensors["grad." + name] = p.grad if p.grad is not None else torch.zeros_like(p)
-    meta = {k: c[k] for k in ("layers", "heads", "hidden", "input_dim", "output_dim", "kind", "pairs", "item_tower")}
-    meta.update(logit_scale=20.0, learn_logit_scale=log_scale.requires_grad, layer_norm_eps=1e-12, position_embedding="none")
-    return {k: v.detach().clone().contiguous() for k, v in tensors.items()}, {"config": json.dumps(meta, sort_keys=True)}
-
-
-def main():
-    a = argparse.ArgumentParser()
-    a.add_argument("out")
-    a.add_argument("--seed", type=int, default=1)
-    args = a.parse_args()
-    out = pathlib.Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for n, (name, c) in enumerate(CASES):
-        tensors, meta = make(c, args.seed * 1000 + n)
-        save_file(tensors, out / f"{name}.safetensors", metadata=meta)
-        print(f"{name}: loss {tensors['out.loss'].item():.12f}")
+    kept = {k: v for k, v in c.items() if k not in DRAWN}
+    return file(dict(kept, learn_logit_scale=log_scale.requires_grad), m, tensors, log_scale)
 
 
 if __name__ == "__main__":
-    main()
+    write(__doc__, CASES, make)
