@@ -238,17 +238,19 @@ fn noise(parts: &[usize]) -> u64 {
     state
 }
 
-/// Each user walks through one of five groups of items, with some steps outside.
+/// Each user walks through one of five groups of items, with some steps outside, from seconds to days apart.
 fn interactions(shape: Shape) -> String {
     let mut text = String::from("user_id,item_id,timestamp,liked\n");
     for user in 0..shape.users {
         let group = user % 5;
         let length = 6 + noise(&[user, 1]) as usize % 14;
+        let mut time = user as u64;
         for place in 0..length {
             let stray = noise(&[user, place, 2]).is_multiple_of(5);
             let draw = noise(&[user, place, 3]) as usize;
             let item = if stray { draw % shape.items } else { (draw % (shape.items / 5)) * 5 + group };
-            let (time, liked) = (1000 * place + user, u8::from(item % 5 == group));
+            let liked = u8::from(item % 5 == group);
+            time += 1 << (noise(&[user, place, 5]) % 20);
             text.push_str(&format!("user-{user:03},item-{item:03},{time},{liked}\n"));
         }
     }

@@ -64,3 +64,8 @@ fn a_softmax_over_the_catalogue_trains_the_same() {
 fn uniform_negatives_train_the_same() {
     trains_the_same(&["objective.uniform_negatives=10", "objective.logq_correction=true"]);
 }
+
+#[test]
+fn time_gaps_train_the_same() {
+    trains_the_same(&["model.time_embedding=gap", "model.item_tower=causal"]);
+}

@@ -12,7 +12,7 @@ use learn_domain::UserIndex;
 use learn_domain::config::{Config, ObjectiveKind, Precision};
 use learn_domain::random::Draws;
 use learn_domain::report::DatasetFacts;
-use learn_domain::sampling::{SampleKey, sample, sample_size, uniform_items};
+use learn_domain::sampling::{SampleKey, uniform_items};
 use learn_model::{AdamW, Forward, Parameters, Pch};
 use learn_proto::flight::BatchMeta;
 use learn_telemetry::WorkerMetrics;
@@ -22,7 +22,7 @@ use tch::{Kind, Tensor};
 use crate::control::Progress;
 use crate::error::WorkerError;
 use crate::feed::PreparedStep;
-use crate::feed::assemble::{Layout, UserShare, assemble};
+use crate::feed::assemble::{Layout, Seen, UserShare, assemble};
 use crate::train::{Exchange, FullSoftmax, InBatch, Objective, PhaseClock, Stepper, shape};
 
 /// What is measured.
@@ -144,26 +144,13 @@ fn synthetic_step(settings: &BenchSettings) -> PreparedStep {
     let sampling = config.sample_shape();
     let users = config.training.global_batch;
     let mut draws = Draws::new(&[config.job.seed]);
-    let mut pairs = 0;
-    let share: Vec<UserShare> = (0..users)
-        .filter_map(|user| {
-            let length = 2 + draws.below(u64::from(sampling.history + sampling.targets - 1)) as u32;
-            let items: Vec<u32> = (0..length).map(|_| draws.below(u64::from(settings.items)) as u32).collect();
-            let key = SampleKey { seed: 1, epoch: 0, user: UserIndex(user) };
-            pairs += sample_size(key, length, &sampling)?.pairs;
-            let drawn = sample(key, length, &sampling)?;
-            let pick = |indices: &[u32]| indices.iter().map(|&index| items[index as usize]).collect();
-            Some(UserShare {
-                user,
-                place: user,
-                history: pick(&drawn.history),
-                targets: pick(&drawn.targets),
-                user_positions: drawn.user_positions,
-                item_positions: drawn.item_positions,
-                ..UserShare::default()
-            })
-        })
-        .collect();
+    let drawn = (0..users).filter_map(|user| {
+        let length = 2 + draws.below(u64::from(sampling.history + sampling.targets - 1)) as u32;
+        let items: Vec<u32> = (0..length).map(|_| draws.below(u64::from(settings.items)) as u32).collect();
+        let key = SampleKey { seed: 1, epoch: 0, user: UserIndex(user) };
+        UserShare::draw(Seen { items: &items, times: &[] }, key, &sampling)
+    });
+    let (share, pairs): (Vec<UserShare>, Vec<u64>) = drawn.unzip();
     let dim = settings.input_dim as usize;
     let scale = 1.0 / (dim as f64).sqrt();
     let layout = Layout::new(&config.objective, config.training.micro_batch);
@@ -176,6 +163,7 @@ fn synthetic_step(settings: &BenchSettings) -> PreparedStep {
             (batch, rows)
         })
         .collect();
-    let meta = BatchMeta { step: 0, epoch: 0, global_users: users, global_pairs: pairs, part: 0, parts: 1 };
+    let meta =
+        BatchMeta { step: 0, epoch: 0, global_users: users, global_pairs: pairs.iter().sum(), part: 0, parts: 1 };
     PreparedStep { meta, users: share.iter().map(|user| user.user).collect(), micro_batches }
 }

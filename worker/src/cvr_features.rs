@@ -17,7 +17,7 @@ use parquet::arrow::ArrowWriter;
 use tch::Tensor;
 
 use crate::error::WorkerError;
-use crate::offline::Offline;
+use crate::offline::{History, Offline};
 
 /// Version of the schema.
 const VERSION: u32 = 1;
@@ -48,7 +48,7 @@ pub fn write(offline: &Offline, items: &Tensor, split: Split, folder: &Path) -> 
     let mut written = 0;
     for first in (0..rows.len()).step_by(USER_BLOCK) {
         let block = first..(first + USER_BLOCK).min(rows.len());
-        let histories: Vec<Vec<u32>> = block.clone().map(|row| rows.history(row).to_vec()).collect();
+        let histories: Vec<History> = block.clone().map(|row| History::before_targets(rows, row)).collect();
         let users = offline.users(&histories);
         let mut pairs: Vec<(i64, usize, u32, u8)> = Vec::new();
         for (at, row) in (0..).zip(block) {

@@ -18,7 +18,7 @@ use tch::Tensor;
 
 use crate::cvr_features;
 use crate::error::WorkerError;
-use crate::offline::{Histories, Offline};
+use crate::offline::{Histories, History, Offline};
 
 /// Users whose embeddings are in memory at once, besides the output.
 const USER_BLOCK: usize = 4096;
@@ -86,9 +86,9 @@ fn write_all(
     let mut table = Table::create(aside, "users", dim)?;
     for first in (0..user_ids.len()).step_by(USER_BLOCK) {
         let numbers = first..(first + USER_BLOCK).min(user_ids.len());
-        let known: Vec<(String, Vec<u32>)> =
+        let known: Vec<(String, History)> =
             numbers.filter_map(|number| Some((user_ids[number].clone(), histories.of(number)?))).collect();
-        let (ids, sequences): (Vec<String>, Vec<Vec<u32>>) = known.into_iter().unzip();
+        let (ids, sequences): (Vec<String>, Vec<History>) = known.into_iter().unzip();
         if !ids.is_empty() {
             table.append(&ids, &offline.users(&sequences))?;
         }

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use half::f16;
-use learn_dataset::{Dataset, Embeddings};
+use learn_dataset::{Dataset, Embeddings, HeldOut};
 use learn_domain::Config;
 use learn_domain::report::Split;
 use learn_domain::run_dir::RunDir;
@@ -17,8 +17,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::{self, Expected, State};
 use crate::error::WorkerError;
-use crate::evaluate::{Catalogue, embed_histories, newest};
-use crate::feed::assemble::newest_positions;
+use crate::evaluate::{Catalogue, embed_histories};
+use crate::feed::assemble::{Seen, newest_positions};
 use crate::train::{rows_tensor, sequences, shape};
 
 const ITEM_CHUNK: usize = 4096;
@@ -44,6 +44,22 @@ enum Known {
     HeldOut(Split, usize),
 }
 
+/// A user's items, oldest first, and when they were; no times if the dataset has none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct History {
+    pub items: Vec<u32>,
+    pub times: Vec<i64>,
+}
+
+impl History {
+    /// What a held-out row has before its targets.
+    #[must_use]
+    pub fn before_targets(held_out: &HeldOut, row: usize) -> Self {
+        let times = held_out.times(row).map_or(&[][..], |(history, _)| history);
+        Self { items: held_out.history(row).to_vec(), times: times.to_vec() }
+    }
+}
+
 /// The newest sequence of each user that has one, by global user number.
 pub struct Histories<'a> {
     dataset: &'a Dataset,
@@ -62,6 +78,13 @@ impl Offline {
         let config: Config = serde_json::from_slice(&text).map_err(|error| failed(error.to_string()))?;
         let checkpoint = checkpoint::resolve(run, checkpoint)?;
         let dataset = Dataset::open(&config.data.dataset)?;
+        if config.model.reads_times() && !dataset.has_held_out_times() {
+            return Err(WorkerError::Usage(format!(
+                "the model reads times, but the held-out rows of the dataset {} have none; prepare it again with \
+                 `--replace`, then embed it",
+                config.data.dataset.display()
+            )));
+        }
         let facts = dataset.facts().seen_by(&config.model);
         let snapshot = checkpoint::read(&checkpoint, Some(&Expected { dataset: &facts, signature: None }))?;
         let table = if config.model.item_input.has_content() { Some(dataset.embeddings()?) } else { None };
@@ -113,13 +136,19 @@ impl Offline {
         Tensor::cat(&chunks, 0)
     }
 
+    /// A history as the user tower sees it.
+    fn seen<'h>(&self, history: &'h History) -> Seen<'h> {
+        let times: &[i64] = if self.config.model.reads_times() { &history.times } else { &[] };
+        Seen { items: &history.items, times }
+    }
+
     /// User embeddings `[B, d]` on the CPU, after the whole of each history.
-    pub fn users(&self, histories: &[Vec<u32>]) -> Tensor {
+    pub fn users(&self, histories: &[History]) -> Tensor {
         let most = self.config.sampling.history as usize;
         let chunks: Vec<Tensor> = histories
             .chunks(USER_CHUNK)
             .map(|chunk| {
-                let newest: Vec<&[u32]> = chunk.iter().map(|history| newest(history, most)).collect();
+                let newest: Vec<Seen<'_>> = chunk.iter().map(|history| self.seen(history).newest(most)).collect();
                 let (unique, padded) = newest_positions(&newest);
                 let inputs = ItemInputs { items: &unique, content: &self.rows(&unique), id_seed: None };
                 let padded = sequences(&padded, self.device);
@@ -151,12 +180,16 @@ impl<'a> Histories<'a> {
 
     /// All items of a user, oldest first; `None` if there are none.
     #[must_use]
-    pub fn of(&self, user: usize) -> Option<Vec<u32>> {
+    pub fn of(&self, user: usize) -> Option<History> {
         match (*self.known.get(user)?)? {
-            Known::Train(row) => Some(self.dataset.train().items(row).to_vec()),
+            Known::Train(row) => {
+                let train = self.dataset.train();
+                Some(History { items: train.items(row).to_vec(), times: train.times(row).to_vec() })
+            }
             Known::HeldOut(split, row) => {
                 let held_out = self.dataset.held_out(split);
-                Some([held_out.history(row), held_out.targets(row)].concat())
+                let times = held_out.times(row).map_or_else(Vec::new, |(before, targets)| [before, targets].concat());
+                Some(History { items: [held_out.history(row), held_out.targets(row)].concat(), times })
             }
         }
     }

@@ -70,7 +70,8 @@ pub fn recommend(settings: &RecommendSettings) -> Result<Vec<Recommendation>, Wo
     let items = offline.dataset.items()?;
     let mut answer = Vec::new();
     for (row, (user, history)) in settings.users.iter().zip(&sequences).enumerate() {
-        let seen: HashSet<u32> = if settings.with_history { HashSet::new() } else { history.iter().copied().collect() };
+        let seen: HashSet<u32> =
+            if settings.with_history { HashSet::new() } else { history.items.iter().copied().collect() };
         let best = best_items(&scores.select(0, row as i64), settings.k, &seen)?;
         let listed = best.into_iter().enumerate().map(|(place, (item, score))| RecommendedItem {
             rank: place + 1,

@@ -27,6 +27,11 @@ pub enum SourceError {
          prepare.interactions.label and prepare it again, or set the weight to 0"
     )]
     NoLabels { weight: f64 },
+    #[error(
+        "model.time_embedding = \"gap\" needs times, but the dataset is of version 1, whose held-out rows have none; \
+         prepare it again with `--replace`, then embed it, or set model.time_embedding to \"none\""
+    )]
+    NoTimes,
     #[error("the dataset has {users} training users but its sequences have {rows} rows; prepare it again")]
     Users { users: u32, rows: usize },
 }
@@ -60,6 +65,9 @@ impl Source {
         let weight = config.objective.cvr_weight;
         if weight > 0.0 && !dataset.has_labels() {
             return Err(SourceError::NoLabels { weight });
+        }
+        if config.model.reads_times() && !dataset.has_held_out_times() {
+            return Err(SourceError::NoTimes);
         }
         let (users, rows) = (facts.train_users, dataset.train().len());
         if users as usize != rows {
@@ -125,5 +133,25 @@ impl Source {
     pub fn sample(&self, epoch: u32, user: UserIndex) -> Sample {
         let (key, length) = self.key(epoch, user);
         sample(key, length, &self.shape).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use learn_domain::config::TimeEmbedding;
+
+    use super::*;
+
+    #[test]
+    fn a_dataset_without_times_is_refused_with_the_remedy_if_the_model_reads_them() {
+        let version_1 = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/dataset/tests/data/v1");
+        let source = |config: &Config| Source::new(Dataset::open(&version_1).unwrap(), config).map(drop);
+        let mut config = Config::default();
+        source(&config).unwrap();
+        config.model.time_embedding = TimeEmbedding::Gap;
+        let error = source(&config).unwrap_err().to_string();
+        assert!(error.contains("model.time_embedding") && error.contains("--replace"), "{error}");
     }
 }

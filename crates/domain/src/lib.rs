@@ -7,6 +7,7 @@
 //! - [`plan`]: which users form step `s` of epoch `e`, and which rank takes which of them.
 //! - [`prompt`]: how an item's fields become a text.
 //! - [`sampling`]: how one user's sequence becomes history, targets and sampled positions.
+//! - [`time_gap`]: how long after the item before it an item came, in buckets.
 //! - [`lease`]: which worker makes which range of items, when content embeddings are made by several.
 //! - [`membership`]: who belongs to a job, as a state machine with explicit generations.
 //! - [`ledger`]: the proof that an epoch used every user exactly once.
@@ -34,6 +35,7 @@ pub mod sampling;
 pub mod schedule;
 pub mod segments;
 pub mod spelling;
+pub mod time_gap;
 
 pub use config::Config;
 pub use ids::{Generation, Incarnation, Rank, Step, UserIndex, WorkerId};

@@ -22,7 +22,7 @@ use crate::{ModelError, PchShape};
 pub enum Role {
     /// Normal with this standard deviation; the only role that decays.
     Weight { std: f64 },
-    /// A vector per position: normal with this standard deviation.
+    /// A vector per position or time gap: normal with this standard deviation.
     Position { std: f64 },
     /// Starts at 0.
     Bias,

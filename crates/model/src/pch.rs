@@ -4,6 +4,9 @@
 //! B users, L padded length, R sampled history positions, M sampled targets, D hidden, d output. Invariants: an output
 //! does not depend on padding or on the other users of the batch; a tower without positions gives `[0, d]` with a graph.
 //!
+//! With `model.time_embedding = "gap"` the vector of each item's time gap (`learn_domain::time_gap`) is added where positions
+//! are, in both causal towers. The first item of a sequence has no gap and gets nothing, so an item alone is what it was.
+//!
 //! With `model.residual = "content"` the mlp's output is a correction of the content embedding c `[input_dim]`: an item is
 //! normalise(R c + mlp(..)), a user at position p is normalise(R m + mlp(..)) with m = sum_j w^(p - j) c_j / sum_j w^(p - j)
 //! over the history up to p and w = `model.residual_decay`.
@@ -11,8 +14,9 @@
 mod history_code;
 mod start;
 
-use learn_domain::config::{ItemInput, ItemTower, ModelConfig, PositionEmbedding, Precision, Residual};
+use learn_domain::config::{ItemInput, ItemTower, ModelConfig, PositionEmbedding, Precision, Residual, TimeEmbedding};
 use learn_domain::random::Draws;
+use learn_domain::time_gap;
 use tch::{Kind, Tensor};
 
 use crate::ModelError;
@@ -23,6 +27,8 @@ use crate::parameters::{ParameterSpec, Parameters, Role};
 /// Name of the learned logarithm of the logit scale.
 pub const LOGIT_SCALE: &str = "logit_scale";
 const POSITION: &str = "position_embedding.weight";
+/// Row b - 1 is the vector of bucket b.
+const TIME_GAP: &str = "time_embedding.weight";
 const ADAPTOR_WEIGHT: &str = "adaptor.weight";
 const ADAPTOR_BIAS: &str = "adaptor.bias";
 /// The catalogue's mean content embedding, measured at the start.
@@ -59,6 +65,9 @@ pub struct Sequences {
     pub lengths: Tensor,
     /// `[R]` i64: `user * L + position`, by user, then by position.
     pub positions: Tensor,
+    /// `[B, L]` i64: [`time_gap::buckets`]; padding is any bucket. None for items alone, and for a model that does not read
+    /// times.
+    pub gaps: Option<Tensor>,
 }
 
 /// How a pass is computed.
@@ -154,6 +163,9 @@ impl PchShape {
         specs.extend(self.cvr_hidden.into_iter().flat_map(|width| cvr::specs(output, width, std)));
         if model.position_embedding == PositionEmbedding::Learned {
             specs.push(ParameterSpec::new(POSITION, &[self.max_history, hidden], Role::Position { std }));
+        }
+        if model.time_embedding == TimeEmbedding::Gap {
+            specs.push(ParameterSpec::new(TIME_GAP, &[time_gap::BUCKETS.into(), hidden], Role::Position { std }));
         }
         if model.learn_logit_scale {
             specs.push(ParameterSpec::new(LOGIT_SCALE, &[], Role::LogitScale { start: model.logit_scale.ln() }));
@@ -343,6 +355,12 @@ impl Pch {
         if let Some(positions) = positions {
             x += positions;
         }
+        if let Some(table) = parameters.find(TIME_GAP) {
+            match &sequences.gaps {
+                Some(gaps) => x += gap_vectors(table, gaps),
+                None => assert!(sequences.items.size()[1] == 1, "a sequence of several items came without its times"),
+            }
+        }
         let hidden = self.encode(parameters, x, &Attention::Causal, forward);
         hidden.reshape([-1, self.shape.hidden()]).index_select(0, &sequences.positions)
     }
@@ -387,6 +405,12 @@ fn coded(embeddings: Tensor, codes: Option<Tensor>) -> Tensor {
         Some(codes) => Tensor::cat(&[embeddings, codes], 1),
         None => embeddings,
     }
+}
+
+/// `[B, L, D]`: the learned vector of each bucket; 0 for bucket 0.
+fn gap_vectors(table: &Tensor, gaps: &Tensor) -> Tensor {
+    let nothing = table.zeros_like().narrow(0, 0, 1);
+    take(&Tensor::cat(&[&nothing, table], 0), gaps)
 }
 
 fn layer_prefix(layer: u32) -> String {

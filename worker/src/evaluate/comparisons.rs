@@ -13,6 +13,8 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::feed::assemble::Seen;
+
 /// A scorer without parameters.
 pub struct Comparison {
     pub name: &'static str,
@@ -47,7 +49,7 @@ pub fn comparisons(counts: &[u32], content: Option<Tensor>, decay: f64, device: 
 
 impl Comparison {
     /// User vectors `[B, d]` of histories, none of them empty.
-    pub fn users(&self, histories: &[&[u32]]) -> Tensor {
+    pub fn users(&self, histories: &[Seen<'_>]) -> Tensor {
         match self.users {
             Users::Everybody => Tensor::ones([histories.len() as i64, 1], (Kind::Float, self.items.device())),
             Users::Pooled { decay } => self.pooled(histories, decay),
@@ -55,10 +57,10 @@ impl Comparison {
     }
 
     /// The length of a user's vector does not change the order of the items, so the sum stands for the mean.
-    fn pooled(&self, histories: &[&[u32]], decay: f64) -> Tensor {
+    fn pooled(&self, histories: &[Seen<'_>], decay: f64) -> Tensor {
         let (mut users, mut items, mut weights) = (Vec::new(), Vec::new(), Vec::new());
         for (row, history) in (0_i64..).zip(histories) {
-            for (age, &item) in (0..).zip(history.iter().rev()) {
+            for (age, &item) in (0..).zip(history.items.iter().rev()) {
                 let weight = decay.powi(age);
                 // an age whose weight f32 cannot tell from nothing, and all older ones
                 if weight < f64::from(f32::EPSILON) {
@@ -104,7 +106,7 @@ mod tests {
     }
 
     fn scores(comparison: &Comparison, history: &[u32]) -> Vec<f32> {
-        let scores = comparison.users(&[history]).matmul(&comparison.items.transpose(0, 1));
+        let scores = comparison.users(&[Seen { items: history, times: &[] }]).matmul(&comparison.items.transpose(0, 1));
         Vec::<f32>::try_from(scores.view([-1])).unwrap()
     }
 

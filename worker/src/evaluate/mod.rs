@@ -30,9 +30,9 @@ use tokio::runtime::Handle;
 use crate::checkpoint;
 use crate::conversions::{Conversions, Place};
 use crate::error::WorkerError;
-use crate::feed::assemble::newest_positions;
+use crate::feed::assemble::{Seen, newest_positions};
 use crate::feed::flight::{DataClient, HeldOutUser};
-use crate::feed::{RowSettings, RowSource};
+use crate::feed::{RowSettings, RowSource, item_bytes};
 use crate::session::{Ended, Membership};
 use crate::train::{Exchange, rows_tensor, sequences, shape};
 
@@ -68,6 +68,8 @@ pub struct Evaluator {
     dim: usize,
     items: usize,
     max_history: usize,
+    /// The model reads when interactions were.
+    times: bool,
     metrics: WorkerMetrics,
 }
 
@@ -118,6 +120,7 @@ impl Evaluator {
             dim: settings.dim,
             items: dataset.items as usize,
             max_history: config.sampling.history as usize,
+            times: config.model.reads_times(),
             metrics: membership.metrics.clone(),
         })
     }
@@ -151,7 +154,7 @@ impl Evaluator {
         // the model's, then those of the comparisons
         let mut totals = vec![empty; 1 + comparisons.len()];
         for batch in users.chunks(self.settings.batch_users as usize) {
-            let histories: Vec<&[u32]> = batch.iter().map(|user| newest(&user.history, self.max_history)).collect();
+            let histories: Vec<Seen<'_>> = batch.iter().map(|user| user.seen().newest(self.max_history)).collect();
             let mut add = |scorer: usize, users: &Tensor, items: &Tensor| -> Result<(), WorkerError> {
                 let placements = rank::place(users, items, batch, exclude_history)?;
                 totals[scorer].add(&shares(batch, &placements, &metrics, &parts));
@@ -207,11 +210,12 @@ impl Evaluator {
             split,
             rank: exchange.rank() as u32,
             world_size: exchange.world_size() as u32,
-            times: false,
+            times: self.times,
         };
         let users = self.handle.block_on(self.data.held_out(&ticket))?;
-        let indices: usize = users.iter().map(|user| user.history.len() + user.targets.len()).sum();
-        self.metrics.received_bytes_total.with_label_values(&["evaluation"]).inc_by(4 * indices as u64);
+        let items: usize = users.iter().map(|user| user.history.len() + user.targets.len()).sum();
+        let bytes = (item_bytes(self.times) * items) as u64;
+        self.metrics.received_bytes_total.with_label_values(&["evaluation"]).inc_by(bytes);
         Ok(users)
     }
 
@@ -291,19 +295,13 @@ impl Evaluator {
     }
 
     /// User embeddings `[B, d]` at the newest item of each history.
-    fn embed_users(&mut self, catalogue: &Catalogue<'_>, histories: &[&[u32]]) -> Result<Tensor, WorkerError> {
+    fn embed_users(&mut self, catalogue: &Catalogue<'_>, histories: &[Seen<'_>]) -> Result<Tensor, WorkerError> {
         let (unique, padded) = newest_positions(histories);
         let rows = self.handle.block_on(self.rows.fetch(&unique))?;
         let rows = rows_tensor(&rows, (unique.len(), self.dim), self.device);
         let inputs = ItemInputs { items: &unique, content: &rows, id_seed: None };
         Ok(embed_histories(catalogue, &inputs, &sequences(&padded, self.device), &self.forward))
     }
-}
-
-/// The latest `most` items.
-#[must_use]
-pub fn newest(history: &[u32], most: usize) -> &[u32] {
-    &history[history.len().saturating_sub(most)..]
 }
 
 /// User embeddings `[B, d]` of padded histories over their unique items.
@@ -394,12 +392,6 @@ mod tests {
     use learn_domain::config::SegmentsConfig;
 
     use super::*;
-
-    #[test]
-    fn a_long_history_is_cut_to_its_newest_items() {
-        assert_eq!(newest(&[1, 2, 3], 2), [2, 3]);
-        assert_eq!(newest(&[1], 2), [1]);
-    }
 
     #[test]
     fn the_targets_of_a_user_are_divided_by_segments_of_items() {

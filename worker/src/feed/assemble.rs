@@ -1,13 +1,15 @@
 //! From a rank's share of a step to the arrays of its forward passes.
 //!
 //! Input: the share's users with their histories, targets and sampled positions, as item indices. Output: per
-//! micro-batch, the unique items and right-padded index matrices `[B, L]` into them. Pure; no tensor, no network.
+//! micro-batch, the unique items and right-padded index matrices `[B, L]` into them, with the time gaps of their items if
+//! there are times. Pure; no tensor, no network.
 
 use std::collections::HashMap;
 
 use learn_domain::config::{ObjectiveConfig, ObjectiveKind};
 use learn_domain::plan::contiguous_part;
-use learn_domain::sampling::Pairs;
+use learn_domain::sampling::{Pairs, SampleKey, SamplingShape, sample, sample_size};
+use learn_domain::time_gap;
 
 /// One user of a share.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,6 +34,66 @@ pub struct UserShare {
     pub target_labels: Vec<u8>,
 }
 
+/// Items that a tower sees, oldest first, and when they were; no times for a model that does not read them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen<'a> {
+    pub items: &'a [u32],
+    pub times: &'a [i64],
+}
+
+impl Seen<'_> {
+    /// The latest `most` items.
+    #[must_use]
+    pub fn newest(self, most: usize) -> Self {
+        Self {
+            items: &self.items[self.items.len().saturating_sub(most)..],
+            times: &self.times[self.times.len().saturating_sub(most)..],
+        }
+    }
+}
+
+/// A sequence and the sampled positions in it.
+#[derive(Clone, Copy, Debug)]
+struct Sequence<'a> {
+    seen: Seen<'a>,
+    positions: &'a [u32],
+}
+
+impl UserShare {
+    /// The sample of a whole sequence and its number of trained pairs, with the user's number as its place; `None` if the
+    /// sequence is too short.
+    #[must_use]
+    pub fn draw(whole: Seen<'_>, key: SampleKey, shape: &SamplingShape) -> Option<(Self, u64)> {
+        let length = whole.items.len() as u32;
+        let (size, drawn) = (sample_size(key, length, shape)?, sample(key, length, shape)?);
+        let items = |indices: &[u32]| indices.iter().map(|&index| whole.items[index as usize]).collect();
+        let times =
+            |indices: &[u32]| indices.iter().filter_map(|&index| whole.times.get(index as usize).copied()).collect();
+        let share = Self {
+            user: key.user.0,
+            place: key.user.0,
+            history: items(&drawn.history),
+            targets: items(&drawn.targets),
+            history_times: times(&drawn.history),
+            target_times: times(&drawn.targets),
+            user_positions: drawn.user_positions,
+            item_positions: drawn.item_positions,
+            ..Self::default()
+        };
+        Some((share, size.pairs))
+    }
+
+    fn history_sequence(&self) -> Sequence<'_> {
+        let seen = Seen { items: &self.history, times: &self.history_times };
+        Sequence { seen, positions: &self.user_positions }
+    }
+
+    fn target_sequence(&self) -> Sequence<'_> {
+        let seen = Seen { items: &self.targets, times: &self.target_times };
+        Sequence { seen, positions: &self.item_positions }
+    }
+}
+
 /// Right-padded sequences and the sampled positions in them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PaddedSequences {
@@ -43,6 +105,8 @@ pub struct PaddedSequences {
     pub width: i64,
     /// Flat positions `b * L + position`, by user, then position.
     pub positions: Vec<i64>,
+    /// `[B, L]` row-major: [`time_gap::buckets`]; padding is 0. Empty without times, and for items alone.
+    pub gaps: Vec<i64>,
 }
 
 /// What one forward pass needs besides the rows of its unique items.
@@ -170,9 +234,9 @@ fn lay_out(users: &[UserShare], further: &[u32], layout: Layout) -> MicroBatch {
     unique_items.sort_unstable();
     unique_items.dedup();
     let index: HashMap<u32, i64> = unique_items.iter().zip(0..).map(|(&item, row)| (item, row)).collect();
-    let history = pad(users.iter().map(|user| (&user.history[..], &user.user_positions[..])), &index);
+    let history = pad(users.iter().map(UserShare::history_sequence), &index);
     let targets = match layout.targets {
-        Targets::Sequence => pad(users.iter().map(|user| (&user.targets[..], &user.item_positions[..])), &index),
+        Targets::Sequence => pad(users.iter().map(UserShare::target_sequence), &index),
         Targets::Alone => alone(users.iter().flat_map(sampled_targets), &index),
         Targets::Named => PaddedSequences::default(),
     };
@@ -208,18 +272,24 @@ fn sampled_targets(user: &UserShare) -> impl Iterator<Item = u32> {
 fn alone(items: impl Iterator<Item = u32>, index: &HashMap<u32, i64>) -> PaddedSequences {
     let items: Vec<i64> = items.map(|item| index[&item]).collect();
     let count = items.len() as i64;
-    PaddedSequences { lengths: vec![1; items.len()], width: 1, positions: (0..count).collect(), items }
+    PaddedSequences {
+        lengths: vec![1; items.len()],
+        width: 1,
+        positions: (0..count).collect(),
+        gaps: Vec::new(),
+        items,
+    }
 }
 
-fn pad<'a>(
-    sequences: impl Iterator<Item = (&'a [u32], &'a [u32])> + Clone,
-    index: &HashMap<u32, i64>,
-) -> PaddedSequences {
-    let width = sequences.clone().map(|(items, _)| items.len()).max().unwrap_or(0);
+fn pad<'a>(sequences: impl Iterator<Item = Sequence<'a>> + Clone, index: &HashMap<u32, i64>) -> PaddedSequences {
+    let width = sequences.clone().map(|sequence| sequence.seen.items.len()).max().unwrap_or(0);
     let mut padded = PaddedSequences { width: width as i64, ..PaddedSequences::default() };
-    for (row, (items, positions)) in sequences.enumerate() {
-        padded.items.extend(items.iter().map(|item| index[item]));
-        padded.items.extend(std::iter::repeat_n(0, width - items.len()));
+    for (row, Sequence { seen: Seen { items, times }, positions }) in sequences.enumerate() {
+        let padding = || std::iter::repeat_n(0, width - items.len());
+        padded.items.extend(items.iter().map(|item| index[item]).chain(padding()));
+        if !times.is_empty() {
+            padded.gaps.extend(time_gap::buckets(times).map(i64::from).chain(padding()));
+        }
         padded.lengths.push(items.len() as i64);
         padded.positions.extend(positions.iter().map(|&position| (row * width) as i64 + i64::from(position)));
     }
@@ -228,12 +298,13 @@ fn pad<'a>(
 
 /// The sequences of users whose embedding is wanted at their newest item only (evaluation, export, recommendation).
 #[must_use]
-pub fn newest_positions(histories: &[&[u32]]) -> (Vec<u32>, PaddedSequences) {
+pub fn newest_positions(histories: &[Seen<'_>]) -> (Vec<u32>, PaddedSequences) {
     let users: Vec<UserShare> = histories
         .iter()
         .map(|history| UserShare {
-            history: history.to_vec(),
-            user_positions: vec![history.len() as u32 - 1],
+            history: history.items.to_vec(),
+            history_times: history.times.to_vec(),
+            user_positions: vec![history.items.len() as u32 - 1],
             ..UserShare::default()
         })
         .collect();
@@ -347,8 +418,34 @@ mod tests {
 
     #[test]
     fn newest_position_is_the_last_real_one() {
-        let (unique, padded) = newest_positions(&[&[4], &[4, 8, 6]]);
+        let seen = |items| Seen { items, times: &[] };
+        let (unique, padded) = newest_positions(&[seen(&[4]), seen(&[4, 8, 6])]);
         assert_eq!(unique, [4, 6, 8]);
         assert_eq!((padded.width, padded.positions), (3, vec![0, 5]));
+        assert!(padded.gaps.is_empty(), "nobody said when");
+    }
+
+    #[test]
+    fn a_long_history_is_cut_to_its_newest_items() {
+        let all = Seen { items: &[1, 2, 3], times: &[10, 20, 30] };
+        assert_eq!(all.newest(2), Seen { items: &[2, 3], times: &[20, 30] });
+        assert_eq!(all.newest(9), all);
+        assert_eq!(Seen { times: &[], ..all }.newest(1), Seen { items: &[3], times: &[] });
+    }
+
+    #[test]
+    fn times_become_gaps_to_the_item_before() {
+        let mut users = share();
+        (users[0].history_times, users[0].target_times) = (vec![100, 104], vec![107]);
+        (users[1].history_times, users[1].target_times) = (vec![0, 0, 1], vec![3, 5]);
+        let gaps = |layout| {
+            let batch = assemble(&users, &[], layout).remove(0);
+            (batch.history.gaps, batch.targets.gaps)
+        };
+        assert_eq!(gaps(Layout::default()), (vec![0, 4, 0, 0, 1, 2], vec![0, 0, 0, 3]));
+        let alone = Layout { targets: Targets::Alone, ..Layout::default() };
+        assert_eq!(gaps(alone).1, [0_i64; 0], "an item alone has none before it");
+        let (_, padded) = newest_positions(&[Seen { items: &[7, 3], times: &[100, 104] }]);
+        assert_eq!(padded.gaps, [0, 4]);
     }
 }

@@ -22,7 +22,7 @@ use learn_proto::flight::{BatchMeta, Exchange, RowsMeta, Ticket, rows_request_sc
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 
-use super::assemble::UserShare;
+use super::assemble::{Seen, UserShare};
 use crate::control::{CONNECT_TIMEOUT, KEEP_ALIVE};
 
 /// Reading from the data service failed.
@@ -69,6 +69,14 @@ pub struct HeldOutUser {
     pub target_labels: Vec<u8>,
 }
 
+impl HeldOutUser {
+    /// The history as the user tower sees it.
+    #[must_use]
+    pub fn seen(&self) -> Seen<'_> {
+        Seen { items: &self.history, times: &self.history_times }
+    }
+}
+
 /// A connection to one data service.
 #[derive(Clone)]
 pub struct DataClient {
@@ -78,6 +86,7 @@ pub struct DataClient {
 /// The shares of a rank, step after step.
 pub struct ShareStream {
     decoder: FlightDataDecoder,
+    times: bool,
 }
 
 /// Content embedding rows over one long exchange.
@@ -126,7 +135,7 @@ impl DataClient {
     /// # Errors
     /// If the service refuses the ticket.
     pub async fn shares(&self, ticket: &Ticket) -> Result<ShareStream, FlightClientError> {
-        Ok(ShareStream { decoder: self.do_get(ticket).await? })
+        Ok(ShareStream { decoder: self.do_get(ticket).await?, times: asks_for_times(ticket) })
     }
 
     /// All held-out users of a ticket.
@@ -139,7 +148,7 @@ impl DataClient {
         while let Some((batch, _)) = next_batch(&mut decoder).await? {
             let (rows, history, targets) =
                 (numbers(&batch, "row")?, lists(&batch, "history")?, lists(&batch, "targets")?);
-            let extras = Extras::of(&batch)?;
+            let extras = Extras::of(&batch, asks_for_times(ticket))?;
             for row in 0..batch.num_rows() {
                 let user = HeldOutUser {
                     row: rows.value(row),
@@ -204,7 +213,7 @@ impl ShareStream {
             };
             let meta: BatchMeta =
                 serde_json::from_slice(&metadata).map_err(|error| unexpected(format!("batch metadata: {error}")))?;
-            read_share(&batch, &mut share)?;
+            read_share(&batch, self.times, &mut share)?;
             if meta.part + 1 >= meta.parts {
                 return Ok(Some((meta, share)));
             }
@@ -269,13 +278,17 @@ async fn next_batch(decoder: &mut FlightDataDecoder) -> Result<Option<(RecordBat
     Ok(None)
 }
 
-fn read_share(batch: &RecordBatch, share: &mut Vec<UserShare>) -> Result<(), FlightClientError> {
+fn asks_for_times(ticket: &Ticket) -> bool {
+    matches!(ticket, Ticket::Batches { times: true, .. } | Ticket::Evaluation { times: true, .. })
+}
+
+fn read_share(batch: &RecordBatch, times: bool, share: &mut Vec<UserShare>) -> Result<(), FlightClientError> {
     let (users, places) = (numbers(batch, "user")?, numbers(batch, "place")?);
     let [history, targets, user_positions, item_positions] =
         ["history", "targets", "user_positions", "item_positions"].map(|name| lists(batch, name));
     let (history, targets) = (history?, targets?);
     let (user_positions, item_positions) = (user_positions?, item_positions?);
-    let extras = Extras::of(batch)?;
+    let extras = Extras::of(batch, times)?;
     for row in 0..batch.num_rows() {
         let user = UserShare {
             user: users.value(row),
@@ -332,11 +345,12 @@ struct Extras<'a> {
 }
 
 impl<'a> Extras<'a> {
-    fn of(batch: &'a RecordBatch) -> Result<Self, FlightClientError> {
+    /// Times may be there without having been asked for, but not the other way round.
+    fn of(batch: &'a RecordBatch, times_wanted: bool) -> Result<Self, FlightClientError> {
         let has = |name| batch.column_by_name(name).is_some();
         let times = || Ok::<_, FlightClientError>([lists(batch, "history_times")?, lists(batch, "target_times")?]);
         Ok(Self {
-            times: has("history_times").then(times).transpose()?,
+            times: (times_wanted || has("history_times")).then(times).transpose()?,
             labels: has("target_labels").then(|| lists(batch, "target_labels")).transpose()?,
         })
     }

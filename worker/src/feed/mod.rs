@@ -56,6 +56,8 @@ pub struct FeedSettings {
     pub prefetch_steps: u32,
     pub dim: usize,
     pub cache_bytes: u64,
+    /// The model reads when interactions were.
+    pub times: bool,
 }
 
 /// Items drawn from the whole catalogue that join the negatives of each step.
@@ -191,6 +193,12 @@ impl Drop for Feed {
     }
 }
 
+/// Bytes of an item index on the wire, with its time or without.
+#[must_use]
+pub fn item_bytes(times: bool) -> usize {
+    if times { 4 + 8 } else { 4 }
+}
+
 async fn fetch_steps(
     client: DataClient,
     settings: FeedSettings,
@@ -199,13 +207,13 @@ async fn fetch_steps(
 ) -> Result<(), FeedError> {
     let row_settings = RowSettings { dim: settings.dim, cache_bytes: settings.cache_bytes };
     let mut source = RowSource::open(&client, &row_settings, metrics.clone()).await?;
-    let FeedSettings { rank, world_size, from_step, .. } = settings;
-    let ticket = Ticket::Batches { rank, world_size, from_step, steps: 0, times: false };
+    let FeedSettings { rank, world_size, from_step, times, .. } = settings;
+    let ticket = Ticket::Batches { rank, world_size, from_step, steps: 0, times };
     let mut shares = client.shares(&ticket).await?;
     while let Some((meta, share)) = shares.next().await? {
         let started = Instant::now();
-        let indices: usize = share.iter().map(|user| user.history.len() + user.targets.len()).sum();
-        metrics.received_bytes_total.with_label_values(&["batches"]).inc_by(4 * indices as u64);
+        let items: usize = share.iter().map(|user| user.history.len() + user.targets.len()).sum();
+        metrics.received_bytes_total.with_label_values(&["batches"]).inc_by((item_bytes(times) * items) as u64);
         let mut micro_batches = Vec::new();
         let further = settings.uniform.part(meta.step, settings.rank, settings.world_size);
         for batch in assemble(&share, &further, settings.layout) {

@@ -261,6 +261,7 @@ impl<'a> Trainer<'a> {
             prefetch_steps: self.config.cluster.prefetch_steps,
             dim: self.stepper.input_dim,
             cache_bytes: self.config.cluster.row_cache.0,
+            times: self.config.model.reads_times(),
         };
         let handle = self.membership.member.handle().clone();
         Feed::start(handle, self.data.clone(), settings, self.membership.metrics.clone())

@@ -63,8 +63,10 @@ pub struct Embeddings {
 #[must_use]
 pub fn sequences(padded: &PaddedSequences, device: Device) -> Sequences {
     let users = padded.lengths.len() as i64;
+    let matrix = |values: &[i64]| Tensor::from_slice(values).view([users, padded.width]).to_device(device);
     Sequences {
-        items: Tensor::from_slice(&padded.items).view([users, padded.width]).to_device(device),
+        items: matrix(&padded.items),
+        gaps: (!padded.gaps.is_empty()).then(|| matrix(&padded.gaps)),
         lengths: Tensor::from_slice(&padded.lengths).to_device(device),
         positions: Tensor::from_slice(&padded.positions).to_device(device),
     }

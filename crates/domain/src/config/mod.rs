@@ -4,6 +4,7 @@
 //! refused. The resolved copy is saved with each run and each checkpoint. Every option has a default that runs.
 
 mod embed;
+mod model;
 mod objective;
 mod prepare;
 mod refine;
@@ -13,14 +14,15 @@ mod units;
 use std::path::PathBuf;
 
 pub use embed::{EmbedConfig, EndpointConfig, Precision, PromptConfig, Sentence};
+pub use model::{AdaptorInit, ItemInput, ItemTower, PositionEmbedding, Residual, TimeEmbedding};
 pub use objective::{ObjectiveConfig, ObjectiveKind};
 pub use prepare::{FileFormat, InteractionsConfig, ItemsConfig, PrepareConfig, SplitPolicy};
 pub use refine::RefineConfig;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 pub use train::{
-    AdaptorInit, CheckpointConfig, ClusterConfig, DeviceKind, EvaluationConfig, ItemInput, ItemTower, ModelConfig,
-    OptimizerConfig, PositionEmbedding, Residual, SamplingConfig, ScheduleKind, SegmentsConfig, TrainingConfig,
+    CheckpointConfig, ClusterConfig, DeviceKind, EvaluationConfig, ModelConfig, OptimizerConfig, SamplingConfig,
+    ScheduleKind, SegmentsConfig, TrainingConfig,
 };
 pub use units::{ByteSize, Span, UnitError};
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::model::{AdaptorInit, ItemInput, ItemTower, PositionEmbedding, Residual, TimeEmbedding};
 use super::{ByteSize, Config, ConfigError, Precision, Span};
 use crate::ranking::Metrics;
 use crate::sampling::{SamplingShape, StageOne};
@@ -18,85 +19,6 @@ pub enum DeviceKind {
     Auto,
     Cpu,
     Cuda,
-}
-
-/// How target items become item embeddings.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum ItemTower {
-    /// The user tower's weights over the target sequence, causally.
-    Causal,
-    /// The user tower's weights, each item alone.
-    #[default]
-    PerItem,
-    /// The content embedding itself, L2-normalised; needs `output_dim` equal to the embeddings' dimension.
-    Content,
-}
-
-/// What tells the encoder where in the sequence an item stands.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum PositionEmbedding {
-    /// Nothing but the causal mask, as published.
-    #[default]
-    None,
-    /// A learned vector per distance from the newest item, added to the adaptor's output of the user tower.
-    Learned,
-}
-
-/// How the adaptor starts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum AdaptorInit {
-    /// Like every other weight, as published.
-    #[default]
-    Normal,
-    /// As if the content embeddings had mean 0 and variance 1: their common part, which a text encoder gives to all
-    /// items, is taken out by the initial bias. Measured on a sample of the catalogue.
-    Standardized,
-}
-
-/// What the towers read of an item.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum ItemInput {
-    /// Its content embedding through the adaptor, as published.
-    #[default]
-    Content,
-    /// A learned vector of its own; the dataset needs no content embeddings. Items without training interactions keep
-    /// their random start.
-    Id,
-    /// The sum of both. The vectors start at 0, and those of items without training interactions stay there: such items
-    /// have their content alone.
-    ContentId,
-}
-
-impl ItemInput {
-    /// Whether items have learned vectors.
-    #[must_use]
-    pub fn has_ids(self) -> bool {
-        self != Self::Content
-    }
-
-    /// Whether content embeddings are read.
-    #[must_use]
-    pub fn has_content(self) -> bool {
-        self != Self::Id
-    }
-}
-
-/// What user and item embeddings are a correction of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Residual {
-    /// Nothing: they are what the towers make of the content embeddings, as published.
-    #[default]
-    None,
-    /// The content embeddings through a projection: the item's own, and for a user the mean of the history's, weighted by
-    /// `residual_decay`. The towers' last layer starts at 0 and the projection keeps cosines (exactly if `output_dim` is
-    /// the embeddings' dimension, else as well as the catalogue's principal directions can), so before the first step the
-    /// model is that training-free recommender.
-    Content,
 }
 
 /// The preference comprehension towers (PCH).
@@ -117,6 +39,7 @@ pub struct ModelConfig {
     pub id_dropout: f64,
     pub item_tower: ItemTower,
     pub position_embedding: PositionEmbedding,
+    pub time_embedding: TimeEmbedding,
     /// Dropout on attention weights, attention output and feed-forward output.
     pub dropout: f64,
     /// InfoNCE multiplies cosines by this (1 / temperature).
@@ -143,6 +66,14 @@ pub struct ModelConfig {
     pub history_code_weight: f64,
 }
 
+impl ModelConfig {
+    /// Whether the towers read when interactions were.
+    #[must_use]
+    pub fn reads_times(&self) -> bool {
+        self.time_embedding != TimeEmbedding::None
+    }
+}
+
 impl Default for ModelConfig {
     fn default() -> Self {
         Self {
@@ -154,6 +85,7 @@ impl Default for ModelConfig {
             id_dropout: 0.0,
             item_tower: ItemTower::PerItem,
             position_embedding: PositionEmbedding::None,
+            time_embedding: TimeEmbedding::None,
             dropout: 0.1,
             logit_scale: 20.0,
             learn_logit_scale: false,
@@ -227,7 +159,7 @@ pub struct OptimizerConfig {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub epsilon: f64,
-    /// Decoupled weight decay; not applied to biases, layer norms, positions and the logit scale.
+    /// Decoupled weight decay; not applied to biases, layer norms, positions, time gaps and the logit scale.
     pub weight_decay: f64,
     /// Largest global gradient norm; 0 = no clipping.
     pub clip_norm: f64,

@@ -10,8 +10,11 @@ mod objective;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use learn_domain::config::{ItemInput, ItemTower, ModelConfig, ObjectiveKind, PositionEmbedding, Precision, Residual};
+use learn_domain::config::{
+    ItemInput, ItemTower, ModelConfig, ObjectiveKind, PositionEmbedding, Precision, Residual, TimeEmbedding,
+};
 use learn_domain::sampling::Pairs;
+use learn_domain::time_gap;
 use objective::{Embedded, Towers};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
@@ -53,6 +56,8 @@ struct CaseConfig {
     cvr_weight: f64,
     layer_norm_eps: f64,
     position_embedding: PositionEmbedding,
+    #[serde(default)]
+    time_embedding: TimeEmbedding,
     #[serde(default)]
     item_input: ItemInput,
     #[serde(default)]
@@ -179,6 +184,7 @@ impl Case {
                 output_dim: config.output_dim,
                 item_tower: config.item_tower,
                 position_embedding: config.position_embedding,
+                time_embedding: config.time_embedding,
                 logit_scale: config.logit_scale,
                 learn_logit_scale: config.learn_logit_scale,
                 dropout: 0.0,
@@ -220,6 +226,16 @@ impl Case {
         Vec::try_from(self.tensor(name)?).map_err(|error: tch::TchError| self.layout(name, &error))
     }
 
+    /// `[B, L]`: the buckets of a side's times, if the case has some.
+    fn gaps(&self, name: &str) -> Result<Option<Tensor>, GoldenError> {
+        if !self.tensors.contains_key(name) {
+            return Ok(None);
+        }
+        let times = self.integers(name)?;
+        let gaps: Vec<i64> = times.iter().flat_map(|row| time_gap::buckets(row)).map(i64::from).collect();
+        Ok(Some(self.index(&gaps).view([times.len() as i64, -1])))
+    }
+
     fn side(&self, sequence: &str, sampled: &str) -> Result<Side, GoldenError> {
         let items = self.tensor(&format!("in.{sequence}_id"))?;
         let ids = self.integers(&format!("in.{sequence}_id"))?;
@@ -229,6 +245,7 @@ impl Case {
                 items: items.shallow_clone(),
                 lengths: self.tensor(&format!("in.{sequence}_len"))?.shallow_clone(),
                 positions: Tensor::new(),
+                gaps: self.gaps(&format!("in.{sequence}_time"))?,
             },
             user: Vec::new(),
             id: Vec::new(),

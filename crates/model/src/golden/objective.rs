@@ -70,6 +70,7 @@ impl Towers<'_> {
                 items: case.index(&self.target.id).view([count, 1]),
                 positions: ones.cumsum(0, Kind::Int64) - 1,
                 lengths: ones,
+                gaps: None,
             }
         };
         let item = |sequences: &Sequences| self.model.item(self.parameters, self.items, sequences, self.forward);

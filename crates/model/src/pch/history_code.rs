@@ -70,6 +70,7 @@ mod tests {
             items: Tensor::from_slice(&[1_i64, 0, 1, 2, 2, 2, 0, 0]).view([2, 4]),
             lengths: Tensor::from_slice(&[4_i64, 2]),
             positions: Tensor::from_slice(&[0_i64, 2, 3, 5]),
+            gaps: None,
         };
         let ours = history(&all, &histories, 0.5);
         let sum = |rows: &[i64]| rows.iter().fold(Tensor::zeros([8], OPTIONS), |sum, row| sum + all.get(*row)) * -0.5;

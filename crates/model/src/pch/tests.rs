@@ -58,7 +58,15 @@ fn sequences(items: &[&[i64]], width: usize, padding: i64, sampled: &[i64]) -> S
         items: Tensor::from_slice(&flat).view([items.len() as i64, width as i64]),
         lengths: Tensor::from_slice(&lengths),
         positions: Tensor::from_slice(sampled),
+        gaps: None,
     }
+}
+
+/// The same with a time for each item of `[B, width]`.
+fn timed(sequences: Sequences, times: &[&[i64]]) -> Sequences {
+    let gaps: Vec<i64> = times.iter().flat_map(|row| time_gap::buckets(row)).map(i64::from).collect();
+    let gaps = Tensor::from_slice(&gaps).view_as(&sequences.items);
+    Sequences { gaps: Some(gaps), ..sequences }
 }
 
 fn gap(a: &Tensor, b: &Tensor) -> f64 {
@@ -100,6 +108,46 @@ fn learned_positions_count_from_the_newest_item_and_spare_the_item_tower() {
     let before = model.item(&parameters, &items, &history, &STILL);
     let _ = tch::no_grad(|| parameters.get(POSITION).shallow_clone().fill_(1.0));
     assert_eq!(before, model.item(&parameters, &items, &history, &STILL));
+}
+
+#[test]
+fn time_gaps_reach_the_items_that_follow_them_in_both_causal_towers() {
+    let gaps = ModelConfig { time_embedding: TimeEmbedding::Gap, ..config() };
+    let (model, mut parameters) = towers(gaps);
+    let rows = rows(6);
+    let items = items(&model, &parameters, &rows, &STILL);
+    let run = |user: bool, times: &[i64]| {
+        let sequences = timed(sequences(&[&[0, 1, 2, 3]], 4, 0, &[0, 1, 2, 3]), &[times]);
+        match user {
+            true => model.user(&parameters, &items, &sequences, &STILL),
+            false => model.item(&parameters, &items, &sequences, &STILL),
+        }
+    };
+    for user in [true, false] {
+        let (first, other) = (run(user, &[0, 10, 10, 500]), run(user, &[70, 80, 80, 9000]));
+        assert!(gap(&first.narrow(0, 0, 3), &other.narrow(0, 0, 3)) < 1e-6, "a later time changes nothing before it");
+        assert!(gap(&first.narrow(0, 3, 1), &other.narrow(0, 3, 1)) > 1e-4);
+        // 10 and 15 share a bucket
+        assert!(gap(&first, &run(user, &[0, 15, 15, 505])) < 1e-6);
+    }
+    let alone = model.item(&parameters, &items, &sequences(&[&[3]], 1, 0, &[0]), &STILL);
+    assert!(gap(&alone, &catalogue(&model, &parameters, &rows, &STILL).narrow(0, 3, 1)) < 1e-6);
+
+    run(true, &[0, 1, 3, 3]).sum(Kind::Float).backward();
+    let gradient = parameters.gradients_into_flat();
+    let table = parameters.parts(&gradient).find(|(name, _)| *name == TIME_GAP).unwrap().1;
+    let moved: Vec<bool> =
+        table.abs().sum_dim_intlist([1_i64].as_slice(), false, Kind::Float).gt(0.0).try_into().unwrap();
+    let buckets: Vec<usize> = moved.iter().enumerate().filter(|(_, moved)| **moved).map(|(row, _)| row + 1).collect();
+    assert_eq!(buckets, [1, 2, 3], "at once, after 1, after 2");
+}
+
+#[test]
+#[should_panic(expected = "without its times")]
+fn a_history_without_times_is_not_taken_for_one_without_gaps() {
+    let (model, parameters) = towers(ModelConfig { time_embedding: TimeEmbedding::Gap, ..config() });
+    let items = items(&model, &parameters, &rows(2), &STILL);
+    let _ = model.user(&parameters, &items, &sequences(&[&[0, 1]], 2, 0, &[1]), &STILL);
 }
 
 #[test]

@@ -8,10 +8,10 @@ use std::time::Duration;
 use half::f16;
 use learn_collective::{Group, Rendezvous, connect_tcp};
 use learn_domain::UserIndex;
-use learn_domain::config::{Config, ItemTower, ObjectiveKind};
+use learn_domain::config::{Config, ItemTower, ObjectiveKind, PositionEmbedding, TimeEmbedding};
 use learn_domain::random::Draws;
 use learn_domain::report::DatasetFacts;
-use learn_domain::sampling::{Pairs, SampleKey, sample, sample_size};
+use learn_domain::sampling::{Pairs, SampleKey};
 use learn_model::{AdamW, Forward, Parameters, Pch};
 use learn_proto::flight::BatchMeta;
 use learn_telemetry::WorkerMetrics;
@@ -19,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::*;
 use crate::control::Progress;
-use crate::feed::assemble::{Layout, UserShare, assemble};
+use crate::feed::assemble::{Layout, Seen, UserShare, assemble};
 use crate::feed::{PreparedStep, UniformNegatives};
 use crate::train::{Stepper, rows_tensor, shape};
 
@@ -77,27 +77,26 @@ fn row(item: u32) -> Vec<f16> {
 
 fn users(config: &Config) -> (Vec<UserShare>, u64) {
     let shape = config.sample_shape();
-    let mut pairs = 0;
-    let users = (0..USERS).map(|user| {
+    let drawn = (0..USERS).map(|user| {
         let mut draws = Draws::new(&[SEED, 2, user.into()]);
-        let length = 2 + draws.below(7) as u32;
+        let length = 2 + draws.below(7);
         let items: Vec<u32> = (0..length).map(|_| draws.below(ITEMS.into()) as u32).collect();
+        // far enough apart for buckets to differ, and now and then at the same time
+        let steps = (0..length).map(|_| draws.below(2) << draws.below(12));
+        let times: Vec<i64> = steps
+            .scan(0, |time, step| {
+                Some({
+                    *time += step as i64;
+                    *time
+                })
+            })
+            .collect();
+        let times = if config.model.reads_times() { &times[..] } else { &[] };
         let key = SampleKey { seed: SEED, epoch: 0, user: UserIndex(user) };
-        pairs += sample_size(key, length, &shape).unwrap().pairs;
-        let drawn = sample(key, length, &shape).unwrap();
-        let pick = |indices: &[u32]| indices.iter().map(|&index| items[index as usize]).collect();
-        UserShare {
-            user,
-            place: user,
-            history: pick(&drawn.history),
-            targets: pick(&drawn.targets),
-            user_positions: drawn.user_positions,
-            item_positions: drawn.item_positions,
-            ..UserShare::default()
-        }
+        UserShare::draw(Seen { items: &items, times }, key, &shape).unwrap()
     });
-    let users = users.collect();
-    (users, pairs)
+    let (users, pairs): (Vec<UserShare>, Vec<u64>) = drawn.unzip();
+    (users, pairs.iter().sum())
 }
 
 fn facts() -> DatasetFacts {
@@ -302,4 +301,21 @@ fn all_actions_are_exact_with_uniform_negatives() {
         config.objective.uniform_negatives = 5;
         config.model.item_tower = ItemTower::Causal;
     }));
+}
+
+#[test]
+fn time_gaps_are_exact_in_both_towers() {
+    is_exact(&config(|config| {
+        config.model.time_embedding = TimeEmbedding::Gap;
+        config.model.item_tower = ItemTower::Causal;
+        config.objective.history_negatives = 2;
+    }));
+}
+
+#[test]
+fn time_gaps_and_positions_are_exact_in_a_full_softmax_over_next_items() {
+    let mut config = softmax(ItemTower::PerItem, Pairs::Next);
+    config.model.time_embedding = TimeEmbedding::Gap;
+    config.model.position_embedding = PositionEmbedding::Learned;
+    is_exact(&config);
 }
