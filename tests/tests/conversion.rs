@@ -93,6 +93,12 @@ fn the_adapter_stage_trains_the_head_alone_and_its_features_are_exported() {
     let losses = site.losses("adapter");
     assert!(losses[19] < 0.95 * losses[0], "the head learns: {losses:?}");
 
+    let summary = std::fs::read(site.run_dir("adapter").join("summary.json")).unwrap_or_default();
+    let summary: Value = serde_json::from_slice(&summary).unwrap_or_default();
+    let all = &summary["segments"][0]["metrics"];
+    assert!(all["recall@10"]["low"].is_f64() && all["cvr.auc"]["value"].is_f64(), "{summary}");
+    assert!(all["cvr.auc"].get("low").is_none(), "it is not resampled: {all}");
+
     let export = ["export", "runs/adapter", "--out", "export", "--cvr-features", "test", "--json"];
     let output = site.launch(&export);
     succeeds(&output);

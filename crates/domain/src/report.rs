@@ -130,11 +130,18 @@ pub struct SegmentResult {
     pub metrics: BTreeMap<String, Estimate>,
 }
 
-/// A mean over users with the 95 % bootstrap interval. Without resamples the interval is the value, and so it is for
-/// `cvr.*`, which are not resampled.
+/// A mean over users.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
     pub value: f64,
+    /// None without resamples, and for `cvr.*`, which are not resampled; in JSON `low` and `high` are then missing.
+    #[serde(flatten)]
+    pub interval: Option<Interval>,
+}
+
+/// A 95 % bootstrap interval.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Interval {
     pub low: f64,
     pub high: f64,
 }
@@ -275,4 +282,21 @@ pub mod exit {
     pub const STOPPED: i32 = 3;
     /// A worker was lost; `resume` continues from the last checkpoint.
     pub const WORKER_LOST: i32 = 4;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_estimate_has_both_ends_of_an_interval_or_none() {
+        let read = |text: &str| serde_json::from_str::<Estimate>(text).unwrap();
+        let with = Estimate { value: 0.5, interval: Some(Interval { low: 0.4, high: 0.6 }) };
+        assert_eq!(read(r#"{"value":0.5,"low":0.4,"high":0.6}"#), with);
+        let without = Estimate { value: 0.5, interval: None };
+        assert_eq!(serde_json::to_string(&without).unwrap(), r#"{"value":0.5}"#);
+        for estimate in [with, without] {
+            assert_eq!(read(&serde_json::to_string(&estimate).unwrap()), estimate);
+        }
+    }
 }

@@ -12,6 +12,7 @@
 use rayon::prelude::*;
 
 use crate::random::Draws;
+use crate::report::{Estimate, Interval};
 
 /// Resamples that are worked on at once; the sums of so many stay in a core's cache.
 const BLOCK: usize = 50;
@@ -19,15 +20,6 @@ const BLOCK: usize = 50;
 const ONE: f64 = (1_u64 << 31) as f64;
 /// Tells these draws from all others.
 const STREAM: u64 = 0x626f_6f74_7374_7261;
-
-/// A mean and its interval.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Mean {
-    pub value: f64,
-    /// 2.5 % and 97.5 % percentiles over the resamples; the value itself without resamples.
-    pub low: f64,
-    pub high: f64,
-}
 
 /// Sums of one scorer: `groups` of `metrics` values each. A user may belong to any groups.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,14 +100,15 @@ impl Totals {
         self.sums[group * (2 + self.metrics) + 1].unsigned_abs()
     }
 
-    /// The mean of one metric over the users of a group; 0 without users.
+    /// The mean of one metric over the users of a group, 0 without users, and the 2.5 % and 97.5 % percentiles over the
+    /// resamples.
     #[must_use]
-    pub fn mean(&self, group: usize, metric: usize) -> Mean {
+    pub fn mean(&self, group: usize, metric: usize) -> Estimate {
         let users = group * (2 + self.metrics);
         let key = users + 2 + metric;
         let ratio = |sum: i64, users: i64| sum as f64 / ONE / users as f64;
         if self.sums[users] == 0 {
-            return Mean { value: 0.0, low: 0.0, high: 0.0 };
+            return Estimate { value: 0.0, interval: None };
         }
         let value = ratio(self.sums[key], self.sums[users]);
         let resampled = |key: usize, resample: usize| {
@@ -126,11 +119,8 @@ impl Totals {
         let mut means: Vec<f64> =
             with_users.map(|resample| ratio(resampled(key, resample), resampled(users, resample))).collect();
         means.sort_unstable_by(f64::total_cmp);
-        Mean {
-            value,
-            low: percentile(&means, 0.025).unwrap_or(value),
-            high: percentile(&means, 0.975).unwrap_or(value),
-        }
+        let ends = percentile(&means, 0.025).zip(percentile(&means, 0.975));
+        Estimate { value, interval: ends.map(|(low, high)| Interval { low, high }) }
     }
 }
 
@@ -199,7 +189,8 @@ mod tests {
         let shares: Vec<Share> = (0..1000).map(|row| share(row, f64::from(u8::from(row % 5 == 0)))).collect();
         let mut totals = Totals::new(1, 1, 2000);
         totals.add(&shares);
-        let Mean { value, low, high } = totals.mean(0, 0);
+        let Estimate { value, interval } = totals.mean(0, 0);
+        let Interval { low, high } = interval.unwrap();
         assert!((value - 0.2).abs() < 1e-9);
         assert!((low - (0.2 - 1.96 * 0.01265)).abs() < 0.002, "{low}");
         assert!((high - (0.2 + 1.96 * 0.01265)).abs() < 0.002, "{high}");
@@ -210,8 +201,8 @@ mod tests {
     fn groups_without_users_or_resamples_have_no_interval() {
         let mut totals = Totals::new(2, 1, 0);
         totals.add(&[share(7, 0.25)]);
-        assert_eq!(totals.mean(0, 0), Mean { value: 0.25, low: 0.25, high: 0.25 });
-        assert_eq!(totals.mean(1, 0), Mean { value: 0.0, low: 0.0, high: 0.0 });
+        assert_eq!(totals.mean(0, 0), Estimate { value: 0.25, interval: None });
+        assert_eq!(totals.mean(1, 0), Estimate { value: 0.0, interval: None });
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use learn_domain::report::{Comparison, Estimate, Evaluation, SegmentResult, Summary};
+use learn_domain::report::{Comparison, Evaluation, Interval, SegmentResult, Summary};
 
 use super::{Metrics, NAME, count, duration, metrics_table, ordered};
 
@@ -42,8 +42,9 @@ fn segment_table(segment: &SegmentResult, comparisons: &[Comparison]) -> String 
     out.push('\n');
     let values: Metrics = segment.metrics.iter().map(|(name, estimate)| (name.clone(), estimate.value)).collect();
     for (name, value) in ordered(&values) {
-        let Estimate { low, high, .. } = segment.metrics[name];
-        let _infallible = write!(out, "{name:<NAME$}{value:>12.4}  {:<16}", format!("{low:.4} - {high:.4}"));
+        let interval = segment.metrics[name].interval;
+        let interval = interval.map_or("-".to_owned(), |Interval { low, high }| format!("{low:.4} - {high:.4}"));
+        let _infallible = write!(out, "{name:<NAME$}{value:>12.4}  {interval:<16}");
         for (_, other) in &others {
             let cell = other.and_then(|other| other.metrics.get(name));
             let cell = cell.map_or("-".to_owned(), |estimate| format!("{:.4}", estimate.value));

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use learn_domain::report::{Estimate, SegmentResult, Summary};
+use learn_domain::report::{Interval, SegmentResult, Summary};
 use learn_domain::segments::Segment;
 use serde::Serialize;
 
@@ -85,7 +85,7 @@ fn trained(variant: &VariantResult, segment: &str, metrics: &[String]) -> Row {
         let values: Option<Vec<f64>> =
             finished.iter().map(|(_, summary)| value(&summary.test, &summary.segments, segment, metric)).collect();
         let interval = match finished.as_slice() {
-            [(_, summary)] => estimate(&summary.segments, segment, metric),
+            [(_, summary)] => interval(&summary.segments, segment, metric),
             _ => None,
         };
         Cell::over(&values?, interval)
@@ -112,9 +112,9 @@ fn value(whole: &BTreeMap<String, f64>, segments: &[SegmentResult], segment: &st
     found.metrics.get(metric).map(|estimate| estimate.value)
 }
 
-fn estimate(segments: &[SegmentResult], segment: &str, metric: &str) -> Option<(f64, f64)> {
-    let Estimate { low, high, .. } = of(segments, segment)?.metrics.get(metric)?;
-    Some((*low, *high))
+fn interval(segments: &[SegmentResult], segment: &str, metric: &str) -> Option<(f64, f64)> {
+    let Interval { low, high } = of(segments, segment)?.metrics.get(metric)?.interval?;
+    Some((low, high))
 }
 
 impl Cell {
@@ -146,7 +146,7 @@ fn comparisons(variants: &[&VariantResult], segment: &str, metrics: &[String]) -
         for comparison in &summary.comparisons {
             let cell = |metric: &String| {
                 let value = value(&comparison.metrics, &comparison.segments, segment, metric)?;
-                Cell::over(&[value], estimate(&comparison.segments, segment, metric))
+                Cell::over(&[value], interval(&comparison.segments, segment, metric))
             };
             let row = Row {
                 name: comparison.name.clone(),
@@ -178,7 +178,7 @@ fn comparisons(variants: &[&VariantResult], segment: &str, metrics: &[String]) -
 #[cfg(test)]
 pub(super) mod tests {
     use learn_domain::Step;
-    use learn_domain::report::Comparison;
+    use learn_domain::report::{Comparison, Estimate};
 
     use super::*;
 
@@ -187,7 +187,8 @@ pub(super) mod tests {
     }
 
     fn segment(name: &str, users: u64, recall: f64) -> SegmentResult {
-        let estimate = Estimate { value: recall, low: recall - 0.02, high: recall + 0.03 };
+        let interval = Some(Interval { low: recall - 0.02, high: recall + 0.03 });
+        let estimate = Estimate { value: recall, interval };
         SegmentResult { segment: name.into(), users, targets: users, metrics: [("recall@10".into(), estimate)].into() }
     }
 

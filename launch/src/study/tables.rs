@@ -12,7 +12,7 @@ use super::results::{Cell, Part, Row, VariantResult};
 pub fn markdown(spec: &TableSpec, parts: &[Part], variants: &[&VariantResult], plots: &[String]) -> String {
     let mut out = format!(
         "# {}\n\nTest split, full ranking. With several seeds: mean ± standard deviation over them; with one: its value \
-         and, in brackets, the 95 % bootstrap interval over users. Rows in italics need no training.\n",
+         and, in brackets, the 95 % bootstrap interval over users (`-`: it has none). Rows in italics need no training.\n",
         spec.title
     );
     for part in parts {
@@ -66,7 +66,7 @@ fn number(cell: &Cell) -> String {
     match (cell.deviation, cell.interval) {
         (Some(deviation), _) => format!("{:.4} ± {deviation:.4}", cell.mean),
         (None, Some((low, high))) => format!("{:.4} [{low:.4}, {high:.4}]", cell.mean),
-        (None, None) => format!("{:.4}", cell.mean),
+        (None, None) => format!("{:.4} [-]", cell.mean),
     }
 }
 
@@ -141,6 +141,14 @@ mod tests {
             segments: vec!["all".into(), "cold_items".into()],
             plots: vec!["recall@10".into()],
         }
+    }
+
+    #[test]
+    fn a_number_has_its_spread_its_interval_or_neither() {
+        let cell = |deviation, interval| number(&Cell { mean: 0.75, deviation, interval });
+        assert_eq!(cell(None, None), "0.7500 [-]");
+        assert_eq!(cell(None, Some((0.5, 1.0))), "0.7500 [0.5000, 1.0000]");
+        assert_eq!(cell(Some(0.125), Some((0.5, 1.0))), "0.7500 ± 0.1250");
     }
 
     #[test]

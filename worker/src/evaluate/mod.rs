@@ -19,7 +19,7 @@ use learn_domain::config::EvaluationConfig;
 use learn_domain::plan::contiguous_part;
 use learn_domain::ranking::{Metrics, Placement};
 use learn_domain::report::{Comparison, Estimate, Evaluation, SegmentResult, Split};
-use learn_domain::resampling::{Mean, Share, Totals};
+use learn_domain::resampling::{Share, Totals};
 use learn_domain::segments::{Segment, Segments};
 use learn_model::{Forward, ItemInputs, Parameters, Pch};
 use learn_proto::flight::Ticket;
@@ -136,7 +136,7 @@ impl Evaluator {
         request: &Request,
     ) -> Result<Evaluation, WorkerError> {
         let started = Instant::now();
-        let keep_content = request.full && self.content_fits();
+        let keep_content = request.full && self.content_fits(exchange.world_size());
         let (items, content) = tch::no_grad(|| self.embed_items(catalogue, exchange, keep_content))?;
         let (parts, comparisons) = if request.full {
             let counts = self.handle.block_on(self.data.popularity())?;
@@ -188,7 +188,7 @@ impl Evaluator {
             let gathered = conversions.gather(exchange)?;
             whole.extend(gathered.metrics(0));
             for (group, segment) in segments.iter_mut().enumerate() {
-                let alone = |(name, value)| (name, Estimate { value, low: value, high: value });
+                let alone = |(name, value)| (name, Estimate { value, interval: None });
                 segment.metrics.extend(gathered.metrics(group).into_iter().map(alone));
             }
         }
@@ -220,8 +220,8 @@ impl Evaluator {
     }
 
     /// Whether the content embeddings of all items may be held at once.
-    fn content_fits(&self) -> bool {
-        let bytes = 4 * self.items as u64 * self.dim as u64;
+    fn content_fits(&self, world_size: usize) -> bool {
+        let bytes = content_peak(self.items, self.dim, world_size);
         let limit = self.settings.content_memory.0;
         if bytes > limit {
             tracing::warn!(bytes, limit, "no comparison by content: raise evaluation.content_memory for it");
@@ -272,24 +272,23 @@ impl Evaluator {
         let part = |rank: usize| contiguous_part(self.items, rank, world);
         let counts: Vec<usize> = (0..world).map(|rank| part(rank).len()).collect();
         let mine: Vec<u32> = part(exchange.rank()).map(|item| item as u32).collect();
-        let none = |width| vec![Tensor::zeros([0, width], (Kind::Float, self.device))];
-        let (mut parts, mut content) = (none(catalogue.model.output_dim()), none(self.dim as i64));
-        for chunk in mine.chunks(ITEM_CHUNK) {
+        let mut parts = vec![Tensor::zeros([0, catalogue.model.output_dim()], (Kind::Float, self.device))];
+        // whole from the start: pieces would be there a second time while they become one
+        let content =
+            keep_content.then(|| Tensor::empty([mine.len() as i64, self.dim as i64], (Kind::Float, self.device)));
+        for (number, chunk) in mine.chunks(ITEM_CHUNK).enumerate() {
             let rows = self.handle.block_on(self.rows.fetch(chunk))?;
             let rows = rows_tensor(&rows, (chunk.len(), self.dim), self.device);
             let inputs = ItemInputs { items: chunk, content: &rows, id_seed: None };
             parts.push(catalogue.model.catalogue(catalogue.parameters, &inputs, &self.forward));
-            if keep_content {
-                content.push(rows.to_kind(Kind::Float));
+            if let Some(content) = &content {
+                content.narrow(0, (number * ITEM_CHUNK) as i64, chunk.len() as i64).copy_(&rows);
             }
         }
         let items = exchange.gather_rows(&Tensor::cat(&parts, 0), &counts)?;
-        let content = if keep_content {
-            // the parts go as soon as they are one
-            let mine = Tensor::cat(&std::mem::take(&mut content), 0);
-            Some(exchange.gather_rows(&mine, &counts)?)
-        } else {
-            None
+        let content = match content {
+            Some(mine) if world > 1 => Some(exchange.gather_rows(&mine, &counts)?),
+            all => all,
         };
         Ok((items, content))
     }
@@ -302,6 +301,13 @@ impl Evaluator {
         let inputs = ItemInputs { items: &unique, content: &rows, id_seed: None };
         Ok(embed_histories(catalogue, &inputs, &sequences(&padded, self.device), &self.forward))
     }
+}
+
+/// Most bytes that a rank holds of the catalogue's content embeddings in f32 at once: all of them, and while they are
+/// gathered its own part as well.
+fn content_peak(items: usize, dim: usize, world_size: usize) -> u64 {
+    let own = if world_size > 1 { items.div_ceil(world_size) } else { 0 };
+    4 * (items + own) as u64 * dim as u64
 }
 
 /// User embeddings `[B, d]` of padded histories over their unique items.
@@ -368,10 +374,6 @@ impl Parts {
     /// The means of one scorer in each segment; none if there are no segments.
     fn results(&self, metrics: &Metrics, totals: &Totals) -> Vec<SegmentResult> {
         let Self::Segments(_) = self else { return Vec::new() };
-        let estimate = |group: usize, metric: usize| {
-            let Mean { value, low, high } = totals.mean(group, metric);
-            Estimate { value, low, high }
-        };
         let result = |(group, segment): (usize, &Segment)| SegmentResult {
             segment: segment.name().to_owned(),
             users: totals.users(group),
@@ -380,7 +382,7 @@ impl Parts {
                 .names()
                 .into_iter()
                 .enumerate()
-                .map(|(metric, name)| (name, estimate(group, metric)))
+                .map(|(metric, name)| (name, totals.mean(group, metric)))
                 .collect(),
         };
         self.segments().iter().enumerate().map(result).collect()
@@ -392,6 +394,17 @@ mod tests {
     use learn_domain::config::SegmentsConfig;
 
     use super::*;
+
+    #[test]
+    fn the_own_part_lies_beside_all_content_while_it_is_gathered() {
+        let float = 4;
+        assert_eq!(content_peak(10, 3, 1), 10 * 3 * float, "alone nothing is gathered");
+        assert_eq!(content_peak(10, 3, 2), (10 + 5) * 3 * float);
+        assert_eq!(content_peak(10, 3, 4), (10 + 3) * 3 * float, "the largest part counts");
+        assert_eq!(content_peak(10, 0, 2), 0);
+        // beyond 32 bits
+        assert_eq!(content_peak(10_000_000, 4096, 8), 11_250_000 * 4096 * float);
+    }
 
     #[test]
     fn the_targets_of_a_user_are_divided_by_segments_of_items() {

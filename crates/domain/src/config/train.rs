@@ -255,7 +255,8 @@ pub struct EvaluationConfig {
     /// What an item of the history weighs for the built-in comparison `decayed_mean`, as a share of the next newer one.
     pub decay: f64,
     /// Memory of a worker, on its device, for the content embeddings of the whole catalogue in f32, which the comparisons
-    /// `last_item` and `decayed_mean` need; a larger catalogue goes without these two.
+    /// `last_item` and `decayed_mean` need: `4 * dimension * (items + items / workers)` bytes at most, one worker alone
+    /// `4 * dimension * items`. A larger catalogue goes without these two.
     pub content_memory: ByteSize,
     pub segments: SegmentsConfig,
 }
