@@ -75,10 +75,10 @@ pub enum Command {
     /// Recommend items to users
     #[command(after_help = recommend::HELP)]
     Recommend(recommend::RecommendArgs),
-    /// Show where a run stands
+    /// Show where a run, or the embed job of a dataset, stands
     #[command(after_help = status::HELP)]
     Status(status::StatusArgs),
-    /// Stop a running job after its current step, with a checkpoint
+    /// Stop a running job after its current step, with a checkpoint; or an embed job
     #[command(after_help = stop::HELP)]
     Stop(stop::StopArgs),
     /// Show, check or document the configuration

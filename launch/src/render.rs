@@ -5,7 +5,7 @@ mod quality;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use learn_domain::report::{Evaluation, JobState, JobStatus, StepRecord};
+use learn_domain::report::{EmbeddingStatus, EmbeddingWorker, Evaluation, JobState, JobStatus, StepRecord};
 pub use quality::{evaluated, summary};
 
 type Metrics = BTreeMap<String, f64>;
@@ -19,6 +19,18 @@ pub enum Freshness {
     Ended,
     /// The coordinator is gone without having ended the job.
     Stale,
+}
+
+impl Freshness {
+    /// As JSON has it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Live => "live",
+            Self::Ended => "ended",
+            Self::Stale => "stale",
+        }
+    }
 }
 
 /// `1234567` as `1,234,567`.
@@ -74,6 +86,37 @@ pub fn state(state: &JobState) -> &'static str {
         JobState::Stopped => "stopped",
         JobState::Failed => "failed",
     }
+}
+
+/// The embed job of a dataset, and the content embeddings that the dataset `has` now.
+#[must_use]
+pub fn embedding(job: Option<&EmbeddingStatus>, freshness: Freshness, has: Option<&str>) -> String {
+    let mut out = match (freshness, has) {
+        (Freshness::Live, _) => "being embedded",
+        (Freshness::Stale, _) => {
+            "its embed job is at its end, or was broken off: `learn-launch embed` goes on where it was"
+        }
+        (Freshness::Ended, Some(_)) => "embedded",
+        (Freshness::Ended, None) => "not embedded; `learn-launch embed` does it",
+    }
+    .to_owned();
+    out.push('\n');
+    if let Some(job) = job {
+        let _infallible = writeln!(out, "items       {} of {}", count(job.items_done), count(job.items));
+        let _infallible = writeln!(out, "ranges      {} of {}", count(job.ranges_done), count(job.ranges));
+        for EmbeddingWorker { worker, host, pid, range, seconds_since_heard } in &job.workers {
+            let range = range.map_or("no range".to_owned(), |range| format!("range {range}"));
+            let heard = duration(*seconds_since_heard);
+            let _infallible = writeln!(out, "process {worker}   {host} pid {pid}: {range}, heard {heard} ago");
+        }
+        if let Some(failure) = &job.failure {
+            let _infallible = writeln!(out, "failure     {failure}");
+        }
+    }
+    if let Some(has) = has {
+        let _infallible = writeln!(out, "embeddings  {has}");
+    }
+    out
 }
 
 /// The words beside the progress bar of a step.

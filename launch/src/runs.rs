@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, anyhow};
+use learn_dataset::{Dataset, DatasetError};
 use learn_domain::Config;
 use learn_domain::report::{CoordinatorAddress, JobStatus};
 use learn_domain::run_dir::RunDir;
@@ -121,6 +122,33 @@ pub fn find(run: &Path, runs_dir: &Path) -> Result<RunDir> {
     Err(Failure::Usage(format!("{} is not a run directory; {hint}", run.display())).into())
 }
 
+/// What `status` and `stop` may name.
+#[derive(Debug)]
+pub enum Named {
+    Run(RunDir),
+    /// Its embed job is meant.
+    Dataset(Box<Dataset>),
+}
+
+/// Finds a run as [`find`] does, or else a dataset by its directory.
+///
+/// # Errors
+/// There is neither, or the dataset is damaged.
+pub fn find_named(name: &Path, runs_dir: &Path) -> Result<Named> {
+    let no_run = match find(name, runs_dir) {
+        Ok(run) => return Ok(Named::Run(run)),
+        Err(error) => error,
+    };
+    if !name.is_dir() {
+        return Err(no_run);
+    }
+    match Dataset::open(name) {
+        Ok(dataset) => Ok(Named::Dataset(Box::new(dataset))),
+        Err(DatasetError::NotADataset { .. }) => Err(no_run),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Turns a `training.init` that names a run of `job.runs_dir` into that run's directory; a path stays as it is.
 ///
 /// # Errors
@@ -138,6 +166,16 @@ pub fn find_init(config: &mut Config) -> Result<()> {
 /// It cannot be read or is not one of this version.
 pub fn config(run: &RunDir) -> Result<Config> {
     read_json(&run.config())
+}
+
+/// The secret of a run's job.
+///
+/// # Errors
+/// It cannot be read.
+pub fn secret(run: &RunDir) -> Result<String> {
+    let path = run.secret();
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(text.trim().to_owned())
 }
 
 /// The last status that was written, if any.

@@ -1,8 +1,8 @@
 //! `learn-launch embed` with real processes: one at a time, and what a stop leaves at each stage.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
-use std::net::TcpListener;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 
 use learn_tests::{SMALL, Shape, Site, signal, succeeds, text};
 use serde_json::Value;
@@ -11,6 +11,16 @@ fn embeddings(site: &Site) -> Value {
     let manifest = fs::read(site.path("dataset/dataset.json")).expect("the dataset is there");
     let manifest: Value = serde_json::from_slice(&manifest).expect("a manifest is JSON");
     manifest["embeddings"].clone()
+}
+
+/// What an HTTP server answers.
+fn page(server: &str, path: &str) -> String {
+    let host = server.strip_prefix("http://").expect("it is an address");
+    let mut stream = TcpStream::connect(host).expect("the server listens");
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").expect("it reads");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("it answers");
+    answer
 }
 
 #[test]
@@ -31,6 +41,47 @@ fn a_second_embed_is_refused_until_the_first_has_ended() {
     assert_eq!(first.status.code(), Some(3), "{}", text(&first));
     assert!(embeddings(&site).is_null());
     succeeds(&site.launch(&["embed", "job.toml"]));
+}
+
+#[test]
+fn the_status_of_a_dataset_is_that_of_its_embed_job_which_can_be_stopped() {
+    let site = Site::without_content(SMALL);
+    let status = || -> Value {
+        let output = site.launch(&["status", "dataset", "--json"]);
+        succeeds(&output);
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    assert_eq!((&status()["freshness"], &status()["embeddings"]), (&"ended".into(), &Value::Null));
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/v1", server.local_addr().unwrap());
+    let child = site.start(&[
+        "embed",
+        "job.toml",
+        "--endpoint",
+        &url,
+        "--set",
+        "embed.from=",
+        "--set",
+        "embed.endpoint.model=m",
+    ]);
+    let _request = server.accept().unwrap();
+    let live = status();
+    assert_eq!((&live["freshness"], &live["job"]["workers"][0]["worker"]), (&"live".into(), &0.into()), "{live}");
+    let address = fs::read(site.path("dataset/embeddings/job/coordinator.json")).unwrap();
+    let address: Value = serde_json::from_slice(&address).unwrap();
+    let metrics = page(address["http"].as_str().unwrap(), "/metrics");
+    assert!(metrics.contains("\nlearn_embed_planned_rows 0\n"), "no process knows yet: {metrics}");
+    let stopped = site.launch(&["stop", "dataset"]);
+    succeeds(&stopped);
+    assert!(text(&stopped).contains("`learn-launch embed` goes on where it was"), "{}", text(&stopped));
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(3), "{}", text(&ended));
+    assert!(text(&ended).contains("the embed job was stopped"), "{}", text(&ended));
+    assert_eq!(status()["freshness"], "stale");
+    assert_eq!(site.launch(&["stop", "dataset"]).status.code(), Some(2));
+    succeeds(&site.launch(&["embed", "job.toml"]));
+    let done = status();
+    assert_eq!((&done["freshness"], &done["embeddings"]["dim"]), (&"ended".into(), &SMALL.dim.into()));
 }
 
 #[test]

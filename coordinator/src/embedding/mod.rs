@@ -1,7 +1,7 @@
 //! The coordinator of an embed job: leases item ranges to `learn-embed` processes until all are done.
 //!
-//! Input: a job directory with its configuration and secret, an operator's stop. Output: the lease service (gRPC) and
-//! the status (HTTP), and how the job ended. Invariants: rules are in `learn_domain::lease`; nothing here reads the
+//! Input: a job directory with its configuration and secret, an operator's stop (a signal, or HTTP). Output: the lease
+//! service (gRPC) and the status (HTTP), and how the job ended. Invariants: rules are in `learn_domain::lease`; nothing here reads the
 //! dataset or links libtorch, because what is to be made is the workers' plan, and which of it is finished is on disk,
 //! where each worker looks before it makes a range.
 
@@ -20,7 +20,8 @@ use learn_domain::report::CoordinatorAddress;
 use learn_domain::run_dir::RunDir;
 use learn_proto::auth::{RequireBearer, Secret};
 use learn_proto::v1::embedding_server::EmbeddingServer;
-use service::{EmbeddingService, SharedJob};
+use learn_telemetry::EmbeddingMetrics;
+use service::{EmbeddingService, Shared, SharedJob};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tonic::service::interceptor::InterceptedService;
@@ -105,12 +106,19 @@ impl EmbeddingCoordinator {
         let job = SharedJob::new(EmbeddingJob::new(cluster.heartbeat_timeout.0, cluster.join_timeout.0));
         let (stop, stopped) = watch::channel(false);
         let service = EmbeddingService { job: job.clone(), config: Arc::new(self.config) };
+        let shared = Shared {
+            job: job.clone(),
+            secret: self.secret.clone(),
+            stop: Arc::default(),
+            metrics: EmbeddingMetrics::new(),
+        };
+        let operator = Arc::clone(&shared.stop);
         let service = InterceptedService::new(EmbeddingServer::new(service), RequireBearer(self.secret));
         let grpc = Server::builder().add_service(service).serve_with_incoming_shutdown(
             TcpIncoming::from(self.grpc).with_nodelay(Some(true)),
             on_stop(stopped.clone()),
         );
-        let http = axum::serve(self.http, service::router(job.clone())).with_graceful_shutdown(on_stop(stopped));
+        let http = axum::serve(self.http, service::router(shared.clone())).with_graceful_shutdown(on_stop(stopped));
         let mut servers = tokio::task::JoinSet::new();
         servers.spawn(async move { ("gRPC", grpc.await.map_err(|error| error.to_string())) });
         servers.spawn(async move { ("HTTP", http.await.map_err(|error| error.to_string())) });
@@ -119,11 +127,12 @@ impl EmbeddingCoordinator {
         let ended = loop {
             tokio::select! {
                 _ = ticks.tick() => match job.outcome() {
-                    None => {}
+                    None => shared.measure(),
                     Some(Ok(())) => break Ended::Finished,
                     Some(Err(failure)) => break Ended::Failed(failure),
                 },
                 () = &mut shutdown => break Ended::Stopped,
+                () = operator.notified() => break Ended::Stopped,
                 Some(server) = servers.join_next() => {
                     let (name, result) = server.map_err(ServeError::Task)?;
                     let how = result.err().unwrap_or_else(|| "it was told to stop".into());

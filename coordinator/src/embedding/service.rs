@@ -4,11 +4,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::extract::State;
-use axum::routing::get;
+use axum::http::header::AUTHORIZATION;
+use axum::http::{HeaderMap, StatusCode};
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use learn_domain::report::EmbeddingStatus;
 use learn_domain::{Config, Incarnation, WorkerId};
 use learn_proto::PROTOCOL;
+use learn_proto::auth::Secret;
 use learn_proto::convert::{ConvertError, bounded};
 use learn_proto::v1::embedding_server::Embedding;
 use learn_proto::v1::lease_range_response::{self, Finished, Leased};
@@ -16,6 +19,8 @@ use learn_proto::v1::{
     CompleteRangeRequest, CompleteRangeResponse, EmbeddingPlan, JoinEmbeddingRequest, JoinEmbeddingResponse,
     LeaseRangeRequest, LeaseRangeResponse, RenewLeaseRequest, RenewLeaseResponse,
 };
+use learn_telemetry::EmbeddingMetrics;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
@@ -56,10 +61,43 @@ impl SharedJob {
     }
 }
 
-/// `GET /api/v1/embedding`, open to whoever reaches the port, as the status of a training is.
-pub fn router(job: SharedJob) -> Router {
-    let status = |State(job): State<SharedJob>| async move { Json(job.status()) };
-    Router::new().route("/api/v1/embedding", get(status)).with_state(job)
+/// The HTTP side of an embed job.
+#[derive(Clone)]
+pub struct Shared {
+    pub job: SharedJob,
+    pub secret: Secret,
+    /// Told when the operator stops the job.
+    pub stop: Arc<Notify>,
+    pub metrics: EmbeddingMetrics,
+}
+
+impl Shared {
+    /// Brings the metrics up to date.
+    pub fn measure(&self) {
+        let status = self.job.status();
+        self.metrics.planned_rows.set(status.items as i64);
+        self.metrics.finished_rows.set(status.items_done as i64);
+        self.metrics.workers.set(status.workers.len() as i64);
+    }
+}
+
+/// `GET /api/v1/embedding` and `/metrics`, open to whoever reaches the port, and `POST /api/v1/stop`, which needs the
+/// job's secret, as for a training.
+pub fn router(shared: Shared) -> Router {
+    let metrics = learn_telemetry::router(shared.metrics.exposition.clone());
+    let status = |State(shared): State<Shared>| async move { Json(shared.job.status()) };
+    let routes = Router::new().route("/api/v1/embedding", get(status)).route("/api/v1/stop", post(stop));
+    routes.with_state(shared).merge(metrics)
+}
+
+async fn stop(State(shared): State<Shared>, headers: HeaderMap) -> (StatusCode, String) {
+    match shared.secret.verify(headers.get(AUTHORIZATION).map(|value| value.as_bytes())) {
+        Err(error) => (StatusCode::UNAUTHORIZED, format!("{error}\n")),
+        Ok(()) => {
+            shared.stop.notify_one();
+            (StatusCode::ACCEPTED, "stopping\n".into())
+        }
+    }
 }
 
 /// The service.

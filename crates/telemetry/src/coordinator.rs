@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn worker_and_coordinator_expose_every_metric_there_is() {
+    fn workers_and_coordinators_expose_every_metric_there_is() {
         let (worker, coordinator) = (crate::WorkerMetrics::new(), CoordinatorMetrics::new(&["running"]));
         worker.checkpoint_age_seconds.mark();
         worker.received_bytes_total.with_label_values(&["batches"]).inc();
@@ -85,7 +85,8 @@ mod tests {
         coordinator.rpc_seconds.with_label_values(&["join"]).observe(0.1);
         coordinator.flight_bytes_total.with_label_values(&["rows"]).inc();
         coordinator.worker_lost_total.with_label_values(&["silent"]).inc();
-        let text = worker.exposition.render() + &coordinator.exposition.render();
+        let embedding = crate::EmbeddingMetrics::new();
+        let text = worker.exposition.render() + &coordinator.exposition.render() + &embedding.exposition.render();
         for metric in names::ALL {
             assert!(text.contains(&format!("# TYPE {} {}\n", metric.name, metric.kind.as_str())), "{}", metric.name);
         }

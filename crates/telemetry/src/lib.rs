@@ -2,7 +2,7 @@
 //!
 //! - [`log`]: the one tracing set-up of every binary.
 //! - [`names`]: every metric once, with its kind, labels and help.
-//! - [`WorkerMetrics`], [`CoordinatorMetrics`]: typed handles; a metric that is not in [`names`] cannot be made.
+//! - [`WorkerMetrics`], [`CoordinatorMetrics`], [`EmbeddingMetrics`]: typed handles; a metric that is not in [`names`] cannot be made.
 //! - [`Exposition`] and [`serve`]: the Prometheus text format over HTTP.
 //!
 //! Input: numbers from the trainer's own progress. Output: log lines on stderr, `/metrics` and `/healthz`.
@@ -10,6 +10,7 @@
 
 mod age;
 mod coordinator;
+mod embedding;
 mod exposition;
 pub mod log;
 pub mod names;
@@ -17,6 +18,7 @@ mod worker;
 
 pub use age::Age;
 pub use coordinator::CoordinatorMetrics;
+pub use embedding::EmbeddingMetrics;
 pub use exposition::{Exposition, router, serve};
 pub use prometheus::{Counter, Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 pub use worker::{Phase, WorkerMetrics};

@@ -117,6 +117,13 @@ metrics! {
         "Rows that the data service has sent.";
     FLIGHT_BYTES = "learn_flight_served_bytes_total", Kind::Counter, ["kind"],
         "Bytes that the data service has sent, by what they are: batches, rows or evaluation.";
+
+    EMBED_PLANNED = "learn_embed_planned_rows", Kind::Gauge, [],
+        "Items of an embed job; 0 until its first process knows.";
+    EMBED_FINISHED = "learn_embed_finished_rows", Kind::Gauge, [],
+        "Items of an embed job that have their vector, those of ranges in work included.";
+    EMBED_WORKERS = "learn_embed_workers", Kind::Gauge, [],
+        "Processes of an embed job that have not left.";
 }
 
 /// The metrics as a Markdown table, for the documentation.
@@ -138,7 +145,7 @@ mod tests {
 
     const UNITS: [&str; 9] = ["seconds", "bytes", "rows", "users", "tokens", "steps", "nats", "ratio", "heartbeats"];
     /// Pure numbers and counts of what the name says.
-    const UNITLESS: [&str; 9] = [
+    const UNITLESS: [&str; 10] = [
         "learn_worker_learning_rate",
         "learn_worker_gradient_norm",
         "learn_worker_generation",
@@ -148,6 +155,7 @@ mod tests {
         "learn_job_epoch",
         "learn_job_workers_lost_total",
         "learn_job_checkpoints_total",
+        "learn_embed_workers",
     ];
 
     #[test]
@@ -161,7 +169,7 @@ mod tests {
         for Metric { name, kind, labels, help } in ALL {
             assert!(name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{name}");
             let area = name.strip_prefix("learn_").and_then(|rest| rest.split('_').next()).unwrap();
-            assert!(["worker", "job", "rpc", "flight"].contains(&area), "{name}: area {area}");
+            assert!(["worker", "job", "rpc", "flight", "embed"].contains(&area), "{name}: area {area}");
             assert_eq!(name.ends_with("_total"), *kind == Kind::Counter, "{name}: _total is for counters");
             let unit = name.trim_end_matches("_total").trim_end_matches("_per_second").rsplit('_').next().unwrap();
             assert!(UNITS.contains(&unit) || UNITLESS.contains(name), "{name} ends in no unit");

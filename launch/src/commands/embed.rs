@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use learn_dataset::Dataset;
-use learn_domain::report::CoordinatorAddress;
+use learn_domain::report::{CoordinatorAddress, exit};
 use learn_domain::run_dir::RunDir;
 use learn_domain::{Config, Rank};
 
@@ -157,7 +157,7 @@ fn make_directory(config: &Config) -> Result<RunDir> {
 
 /// Makes the finished shards the dataset's embeddings. Stopped on the way, the dataset is as it was.
 fn commit(run: &RunDir, output: &Output) -> Result<()> {
-    refuse_stopped()?;
+    refuse_stops(system::stop_requests())?;
     output.note("all shards are there; making them the dataset's embeddings");
     let log = run.logs().join("commit.log");
     let mut command = Command::new(process::sibling("learn-embed")?);
@@ -173,16 +173,15 @@ fn commit(run: &RunDir, output: &Output) -> Result<()> {
         std::thread::sleep(POLL);
     };
     if !status.success() {
-        refuse_stopped()?;
+        refuse_stops(system::stop_requests())?;
     }
     finished(&process.name, status, &process.tail(TAIL))
 }
 
 /// # Errors
-/// Somebody has asked to stop.
-fn refuse_stopped() -> Result<()> {
-    let failure =
-        Failure::of_stops(system::stop_requests(), "the embed job", "`learn-launch embed` goes on where it was");
+/// There was a request to stop.
+fn refuse_stops(requests: usize) -> Result<()> {
+    let failure = Failure::of_stops(requests, "the embed job", "`learn-launch embed` goes on where it was");
     failure.map_or(Ok(()), |failure| Err(failure.into()))
 }
 
@@ -221,7 +220,7 @@ impl EmbedJob<'_> {
             if system::stop_requests() > 0 {
                 end_all(&mut workers);
                 end_all(std::slice::from_mut(&mut coordinator));
-                return refuse_stopped();
+                return refuse_stops(system::stop_requests());
             }
             for (number, worker) in workers.iter_mut().enumerate() {
                 if worker.failed() && !lost.contains(&number) {
@@ -273,6 +272,10 @@ impl EmbedJob<'_> {
 
     fn judge(&self, process: &mut Process) -> Result<()> {
         let Some(status) = process.wait(LEAVE) else { bail!("{} does not end", process.name) };
+        if status.code() == Some(exit::STOPPED) {
+            // by `learn-launch stop`
+            return refuse_stops(1);
+        }
         finished(&process.name, status, &process.tail(TAIL))
     }
 }
@@ -297,7 +300,7 @@ fn finished(name: &str, status: std::process::ExitStatus, said: &[String]) -> Re
     for line in said {
         message += &format!("\n  | {line}");
     }
-    let code = status.code().unwrap_or(learn_domain::report::exit::FAILED);
+    let code = status.code().unwrap_or(exit::FAILED);
     Err(Failure::Child { code, message }.into())
 }
 

@@ -1,22 +1,26 @@
-//! `learn-launch stop`: ends a running job after its current step, with a checkpoint.
+//! `learn-launch stop`: ends a running job after its current step, with a checkpoint; or a dataset's embed job.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
+use learn_domain::run_dir::RunDir;
 
 use crate::api::Api;
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::output::Output;
-use crate::{render, runs};
+use crate::render;
+use crate::runs::{self, Named};
 
 pub const HELP: &str = "\
 Examples:
   learn-launch stop runs/quickstart
   learn-launch stop quickstart --no-wait
+  learn-launch stop data/ml-100k            (the embed job of a dataset)
 
-The job finishes its step, writes a checkpoint and ends; `learn-launch resume` continues it exactly.";
+The job finishes its step, writes a checkpoint and ends; `learn-launch resume` continues it exactly. An embed job ends at
+once and keeps its finished ranges; `learn-launch embed` goes on behind them.";
 
 /// Pause between two looks at a job that is about to end.
 const POLL: Duration = Duration::from_millis(200);
@@ -37,30 +41,48 @@ pub struct StopArgs {
 /// # Errors
 /// The run is not running, its coordinator refuses, or it does not end in time.
 pub fn run(args: &StopArgs, output: &Output) -> Result<()> {
-    let run = runs::find(&args.run.run, &args.run.runs_dir)?;
-    let shown = super::shown_run(&run);
-    let Some(address) = runs::live(&run) else {
+    match runs::find_named(&args.run.run, &args.run.runs_dir)? {
+        Named::Run(run) => {
+            let shown = super::shown_run(&run);
+            if !end(args, &run, (&shown, "stopping after the current step"), output)? {
+                return Ok(());
+            }
+            let status = runs::last_status(&run)?.context("the job ended without a last status")?;
+            let step = status.last_step.as_ref().map_or(0, |step| step.step.0);
+            output.result(&format!("{shown}: {} at step {step}", render::state(&status.state)), &status)
+        }
+        Named::Dataset(dataset) => {
+            let shown = super::shown(dataset.dir());
+            let job = RunDir::of_embedding(dataset.dir());
+            if !end(args, &job, (&shown, "stopping its embed job; finished ranges are kept"), output)? {
+                return Ok(());
+            }
+            let text = format!("{shown}: its embed job has ended; `learn-launch embed` goes on where it was");
+            output.result(&text, &serde_json::json!({ "state": "stopped" }))
+        }
+    }
+}
+
+/// Asks a job to stop; `true` once it has ended, `false` if nobody waits for that.
+fn end(args: &StopArgs, run: &RunDir, (shown, stopping): (&str, &str), output: &Output) -> Result<bool> {
+    let Some(address) = runs::live(run) else {
         return Err(Failure::Usage(format!(
             "{shown} is not running; `learn-launch status {shown}` shows how it ended"
         ))
         .into());
     };
-    let secret =
-        std::fs::read_to_string(run.secret()).with_context(|| format!("cannot read {}", run.secret().display()))?;
-    Api::new(&address).stop(secret.trim())?;
-    output.note(&format!("{shown}: stopping after the current step"));
+    Api::new(&address).stop(&runs::secret(run)?)?;
+    output.note(&format!("{shown}: {stopping}"));
     if args.no_wait {
-        return output.result(&format!("{shown}: asked to stop"), &serde_json::json!({ "state": "stopping" }));
+        output.result(&format!("{shown}: asked to stop"), &serde_json::json!({ "state": "stopping" }))?;
+        return Ok(false);
     }
     let start = Instant::now();
-    while runs::live(&run).is_some() {
+    while runs::live(run).is_some() {
         if start.elapsed() >= Duration::from_secs(args.timeout) {
             bail!("{shown} still runs after {} s; `kill {}` ends its coordinator", args.timeout, address.pid);
         }
         std::thread::sleep(POLL);
     }
-    let status = runs::last_status(&run)?.context("the job ended without a last status")?;
-    let step = status.last_step.as_ref().map_or(0, |step| step.step.0);
-    let text = format!("{shown}: {} at step {step}", render::state(&status.state));
-    output.result(&text, &status)
+    Ok(true)
 }

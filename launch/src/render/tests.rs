@@ -1,6 +1,9 @@
 use learn_domain::ids::{Generation, Rank, Step, WorkerId};
 use learn_domain::ledger::{EpochCount, LedgerSummary};
-use learn_domain::report::{Comparison, DatasetFacts, Estimate, SegmentResult, Split, Summary, Task, WorkerStatus};
+use learn_domain::report::{
+    Comparison, DatasetFacts, EmbeddingStatus, EmbeddingWorker, Estimate, Interval, SegmentResult, Split, Summary,
+    Task, WorkerStatus,
+};
 
 use super::*;
 
@@ -90,6 +93,30 @@ fn a_stale_or_failed_job_says_so() {
 }
 
 #[test]
+fn an_embed_job_shows_its_ranges_and_processes() {
+    let worker = EmbeddingWorker {
+        worker: WorkerId(3),
+        host: "here".into(),
+        pid: 42,
+        range: Some(4),
+        seconds_since_heard: 0.25,
+    };
+    let job = EmbeddingStatus {
+        items: 5000,
+        items_done: 1200,
+        ranges: 12,
+        ranges_done: 3,
+        workers: vec![worker],
+        failure: None,
+    };
+    let text = embedding(Some(&job), Freshness::Live, Some("384 dimensions, minilm"));
+    let wanted = "being embedded\nitems       1,200 of 5,000\nranges      3 of 12\nprocess 3   here pid 42: range 4, heard 0.2s ago\n\
+                  embeddings  384 dimensions, minilm\n";
+    assert_eq!(text, wanted);
+    assert_eq!(embedding(None, Freshness::Ended, None), "not embedded; `learn-launch embed` does it\n");
+}
+
+#[test]
 fn a_job_before_its_first_step_can_be_shown() {
     let mut new = job();
     (new.last_step, new.steps_per_epoch, new.total_steps) = (None, 0, 0);
@@ -115,15 +142,18 @@ fn comparison(name: &str, recall: f64) -> Comparison {
 }
 
 fn segment(name: &str, users: u64, recall: f64) -> SegmentResult {
-    let estimate = Estimate { value: recall, low: recall - 0.01, high: recall + 0.01 };
+    let interval = Some(Interval { low: recall - 0.01, high: recall + 0.01 });
+    let estimate = Estimate { value: recall, interval };
     let metrics = [("recall@10".to_owned(), estimate)].into();
     SegmentResult { segment: name.into(), users, targets: 2 * users, metrics }
 }
 
 #[test]
 fn an_evaluation_shows_the_comparisons_and_on_request_the_segments() {
+    let mut cold = segment("cold_items", 10, 0.1);
+    cold.metrics.insert("cvr.auc".into(), Estimate { value: 0.75, interval: None });
     let evaluation = Evaluation {
-        segments: vec![segment("all", 943, 0.25), segment("cold_items", 10, 0.1), segment("cold_users", 0, 0.0)],
+        segments: vec![segment("all", 943, 0.25), cold, segment("cold_users", 0, 0.0)],
         comparisons: vec![
             comparison("popularity", 0.05),
             comparison("last_item", 0.12),
@@ -140,7 +170,8 @@ fn an_evaluation_shows_the_comparisons_and_on_request_the_segments() {
     let cold = long.split("cold_items: 10 users, 20 targets\n").nth(1).unwrap();
     assert_eq!(cells(cold.lines().next().unwrap())[..3], ["metric", "model", "95"]);
     let row = ["recall@10", "0.1000", "0.0900", "-", "0.1100", "0.0250", "0.0600", "0.0500"];
-    assert_eq!(cells(cold.lines().nth(1).unwrap()), row);
+    assert_eq!(cells(cold.lines().nth(1).unwrap()), ["cvr.auc", "0.7500", "-", "-", "-", "-"], "it has no interval");
+    assert_eq!(cells(cold.lines().nth(2).unwrap()), row);
     assert!(long.ends_with("cold_users: 0 users, 0 targets\n"), "nothing to be shown of nobody: {long}");
 }
 
