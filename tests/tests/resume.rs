@@ -74,6 +74,8 @@ fn a_damaged_checkpoint_is_refused_and_the_one_before_is_offered() {
     assert!(message.contains("--checkpoint step-0000000018"), "{message}");
 
     let resumed = ["resume", "runs/run", "--checkpoint", "step-0000000018"];
+    let dry = site.launch(&[&resumed[..], &["--dry-run"]].concat());
+    assert!(dry.status.success() && text(&dry).contains("would resume from step 18"), "{}", text(&dry));
     succeeds(&site.launch(&resumed));
     assert_eq!(site.status("run")["last_step"]["step"], 24);
 }

@@ -46,8 +46,11 @@ fn from_files_to_recommendations() {
     assert!(epochs.iter().all(|epoch| epoch["seen"] == epoch["users"]), "{epochs:?}");
 
     // the same checkpoint on the same split gives the same numbers, with another number of workers too
+    let said = || ["summary.json", "status.json"].map(|file| fs::read(site.run_dir("road").join(file)).unwrap());
+    let before = said();
     let evaluated = site.launch(&["eval", "runs/road", "--split", "test", "--workers", "1", "--json"]);
     succeeds(&evaluated);
+    assert!(said() == before, "an evaluation leaves the run as it was");
     let evaluation: Value = serde_json::from_slice(&evaluated.stdout).unwrap();
     let again = evaluation["metrics"]["recall@10"].as_f64().unwrap();
     assert!((again - recall("test")).abs() < 0.02, "{again} against {}", recall("test"));
@@ -83,11 +86,18 @@ fn from_files_to_recommendations() {
 fn a_run_is_never_overwritten_and_bad_settings_are_named() {
     let site = Site::new(SMALL);
     let first = site.train(&["job.name=one", "training.max_steps=2"]);
+    succeeds(&site.launch(&[&first[..], &["--dry-run"]].concat()));
+    assert!(!site.path("runs").exists());
     succeeds(&site.launch(&first));
     let summary = fs::read(site.run_dir("one").join("summary.json")).unwrap();
     let second = site.launch(&first);
-    assert!(!second.status.success() && text(&second).contains("resume"), "{}", text(&second));
+    assert_eq!(second.status.code(), Some(2), "{}", text(&second));
+    assert!(text(&second).contains("learn-launch resume"), "{}", text(&second));
     assert_eq!(fs::read(site.run_dir("one").join("summary.json")).unwrap(), summary);
+    succeeds(&site.launch(&[&first[..], &["--force"]].concat()));
+    let runs: Vec<_> = fs::read_dir(site.path("runs")).unwrap().flatten().map(|entry| entry.path()).collect();
+    let aside = runs.iter().find(|run| **run != site.run_dir("one")).unwrap();
+    assert_eq!((runs.len(), fs::read(aside.join("summary.json")).unwrap()), (2, summary), "moved aside as it was");
 
     let refused = |overrides: &[&str], wanted: &str| {
         let output = site.launch(&site.train(overrides));
