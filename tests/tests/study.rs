@@ -12,7 +12,9 @@ use serde_json::Value;
 fn site_for(study: &str) -> (Site, String) {
     let site = Site::new(Shape { dim: 384, ..SMALL });
     fs::create_dir(site.path("configs")).expect("the folder is writable");
-    fs::copy(site.path("job.toml"), site.path("configs/amazon-towers.toml")).expect("the folder is writable");
+    let config = fs::read_to_string(site.path("job.toml")).expect("it is there");
+    let config = config.replace("output_dim = 8", "output_dim = 384");
+    fs::write(site.path("configs/amazon-towers.toml"), config).expect("the folder is writable");
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/studies").join(format!("{study}.toml"));
     (site, file.to_string_lossy().into_owned())
 }
