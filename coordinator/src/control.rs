@@ -11,7 +11,7 @@ use learn_proto::v1::control_server::Control;
 use learn_proto::v1::{
     CommitCheckpointRequest, CommitCheckpointResponse, GetRequest, GetResponse, HeartbeatRequest, HeartbeatResponse,
     JoinRequest, JoinResponse, LeaveRequest, LeaveResponse, PutRequest, PutResponse, ReportEvaluationRequest,
-    ReportEvaluationResponse, ReportStepRequest, ReportStepResponse,
+    ReportEvaluationResponse, ReportEventRequest, ReportEventResponse, ReportStepRequest, ReportStepResponse,
 };
 use learn_proto::{MAX_KEY_BYTES, MAX_VALUE_BYTES, MAX_WAIT_MILLIS};
 use learn_telemetry::CoordinatorMetrics;
@@ -166,6 +166,20 @@ impl Control for ControlService {
             let (worker, generation) = (WorkerId(worker_id), Generation(generation));
             self.job.ask(|reply| Command::Evaluation(worker, generation, evaluation, reply)).await??;
             Ok(ReportEvaluationResponse {})
+        })
+        .await
+    }
+
+    async fn report_event(
+        &self,
+        request: Request<ReportEventRequest>,
+    ) -> Result<Response<ReportEventResponse>, Status> {
+        self.timed("report_event", async {
+            let ReportEventRequest { worker_id, generation, event_json } = request.into_inner();
+            let happening = convert::event_from_json(&event_json)?;
+            let (worker, generation) = (WorkerId(worker_id), Generation(generation));
+            self.job.ask(|reply| Command::Event(worker, generation, happening, reply)).await??;
+            Ok(ReportEventResponse {})
         })
         .await
     }

@@ -4,6 +4,7 @@
 //! is sent when the file is durable; the first failure ends the journal, and with it the job.
 
 use learn_domain::Step;
+use learn_domain::event::JobEvent;
 use learn_domain::ledger::Ledger;
 use learn_domain::report::{Evaluation, JobStatus, StepRecord, Summary};
 use learn_domain::run_dir::RunDir;
@@ -20,6 +21,7 @@ const QUEUE: usize = 256;
 pub enum Entry {
     Step(StepRecord),
     Evaluation(Evaluation),
+    Event(Box<JobEvent>),
     Status(Box<JobStatus>),
     Summary(Box<Summary>),
     /// Those who wait are told when it is durable.
@@ -37,6 +39,7 @@ pub struct Journal {
     fingerprint: String,
     steps: JsonLines,
     evaluations: JsonLines,
+    events: JsonLines,
     entries: mpsc::Receiver<Entry>,
 }
 
@@ -49,7 +52,8 @@ impl Journal {
         let (sender, entries) = mpsc::channel(QUEUE);
         let steps = JsonLines::open(run_dir.metrics())?;
         let evaluations = JsonLines::open(run_dir.evaluations())?;
-        Ok((sender, Self { run_dir, fingerprint, steps, evaluations, entries }))
+        let events = JsonLines::open(run_dir.events())?;
+        Ok((sender, Self { run_dir, fingerprint, steps, evaluations, events, entries }))
     }
 
     /// Writes until every sender is gone. Blocks: for a thread of its own.
@@ -61,6 +65,7 @@ impl Journal {
             match entry {
                 Entry::Step(record) => self.steps.append(&record)?,
                 Entry::Evaluation(evaluation) => self.evaluations.append(&evaluation)?,
+                Entry::Event(event) => self.events.append(&event)?,
                 Entry::Status(status) => write_json(&self.run_dir.status(), &status)?,
                 Entry::Summary(summary) => write_json(&self.run_dir.summary(), &summary)?,
                 Entry::Ledger { step, ledger, done } => {

@@ -19,7 +19,7 @@ pub mod store;
 
 use std::future::Future;
 
-pub use learn_domain::membership::{Outcome, StopCause};
+pub use learn_domain::membership::{GiveUp, Outcome, StopCause};
 use learn_domain::report::exit;
 pub use serve::{Coordinator, ServeError};
 pub use settings::{Settings, SettingsError};
@@ -58,6 +58,8 @@ pub fn exit_code(outcome: &Outcome) -> i32 {
         Outcome::Stopped(StopCause::Operator) => exit::STOPPED,
         Outcome::Stopped(StopCause::Silent { .. } | StopCause::Failed { .. }) => exit::WORKER_LOST,
         Outcome::Stopped(StopCause::JoinDeadline { .. }) => exit::FAILED,
+        Outcome::Stopped(StopCause::GaveUp { why: GiveUp::Diverged, .. }) => exit::DIVERGED,
+        Outcome::Stopped(StopCause::GaveUp { why: GiveUp::Unsaved, .. }) => exit::UNSAVED,
     }
 }
 

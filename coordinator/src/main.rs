@@ -55,10 +55,12 @@ fn main() {
 /// Serves until the job has ended; the exit code that says how.
 async fn serve(arguments: Arguments) -> anyhow::Result<i32> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut notice = signal(SignalKind::user_defined1())?;
     let shutdown = async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
+            _ = notice.recv() => {}
         }
     };
     // Without a task it is an embed job: clap sees to it.

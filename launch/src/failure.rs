@@ -16,6 +16,12 @@ pub enum Failure {
     /// A worker was lost.
     #[error("{0}")]
     WorkerLost(String),
+    /// Loss or gradient was not finite.
+    #[error("{0}")]
+    Diverged(String),
+    /// The last checkpoint was not written.
+    #[error("{0}")]
+    Unsaved(String),
     /// Another process failed and has said why.
     #[error("{message}")]
     Child { code: i32, message: String },
@@ -40,6 +46,8 @@ impl Failure {
             Self::Usage(_) => exit::USAGE,
             Self::Stopped(_) => exit::STOPPED,
             Self::WorkerLost(_) => exit::WORKER_LOST,
+            Self::Diverged(_) => exit::DIVERGED,
+            Self::Unsaved(_) => exit::UNSAVED,
             Self::Child { code, .. } | Self::Reported { code, .. } => *code,
         }
     }
@@ -93,6 +101,8 @@ mod tests {
             (anyhow::Error::from(settings).context("while reading"), exit::USAGE),
             (Failure::Stopped("stopped".into()).into(), exit::STOPPED),
             (Failure::WorkerLost("lost".into()).into(), exit::WORKER_LOST),
+            (Failure::Diverged("nan".into()).into(), exit::DIVERGED),
+            (Failure::Unsaved("disk full".into()).into(), exit::UNSAVED),
             (Failure::Child { code: 7, message: "x".into() }.into(), 7),
         ] {
             assert_eq!(exit_code(&error), code, "{error}");

@@ -269,6 +269,20 @@ impl<'a> LocalJob<'a> {
                 let message = format!("{shown}: stopped at step {step}{cause}; {}", self.way_on(status.as_ref()));
                 Err(Failure::Stopped(message).into())
             }
+            (Some(exit::DIVERGED), _, status) => {
+                let cause = cause.unwrap_or_default();
+                let mut message = format!("{shown}: {cause}; {}", self.way_on(status.as_ref()));
+                if matches!(self.spec.task, Task::Train { .. }) {
+                    message += "\na step that is not finite has its users in events.jsonl; `--set training.non_finite=skip` \
+                                (or rollback) gets past it";
+                }
+                Err(Failure::Diverged(message).into())
+            }
+            (Some(exit::UNSAVED), _, status) => {
+                let cause = cause.unwrap_or_default();
+                let message = format!("{shown}: at step {step}, {cause}; {}", self.way_on(status.as_ref()));
+                Err(Failure::Unsaved(message).into())
+            }
             (code, _, status) => {
                 let message = self.explain(cause, status.as_ref());
                 Err(match code {

@@ -89,9 +89,11 @@ impl Process {
         self.ended
     }
 
-    /// It has ended, and neither done nor stopped as it was asked to.
+    /// It has ended, and neither done, nor stopped as it was asked to, nor given the job up.
     pub fn failed(&mut self) -> bool {
-        self.ended().is_some_and(|status| !matches!(status.code(), Some(exit::OK | exit::STOPPED)))
+        self.ended().is_some_and(|status| {
+            !matches!(status.code(), Some(exit::OK | exit::STOPPED | exit::DIVERGED | exit::UNSAVED))
+        })
     }
 
     pub fn ask_to_end(&mut self, how: End) {

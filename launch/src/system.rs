@@ -15,17 +15,26 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 static STOP_REQUESTS: AtomicUsize = AtomicUsize::new(0);
 
+/// 1 once a scheduler has given notice.
+static NOTICE: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn take_notice(_signal: libc::c_int) {
+    NOTICE.store(1, Ordering::Relaxed);
+}
+
 extern "C" fn count_stop_request(_signal: libc::c_int) {
     STOP_REQUESTS.fetch_add(1, Ordering::Relaxed);
 }
 
-/// From now on SIGINT, SIGTERM and SIGHUP are counted instead of ending this process.
+/// From now on SIGINT, SIGTERM and SIGHUP are counted instead of ending this process, and SIGUSR1, by which a scheduler
+/// gives notice before it ends a job, asks once: what follows it is the first request, not a second one.
 pub fn catch_stop_signals() {
-    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
-        // SAFETY: the handler only adds to an atomic, which is async-signal-safe; an all-zero sigaction is a valid one.
+    let handler = |signal| if signal == libc::SIGUSR1 { take_notice } else { count_stop_request };
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGUSR1] {
+        // SAFETY: a handler only sets an atomic, which is async-signal-safe; an all-zero sigaction is a valid one.
         unsafe {
             let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
-            action.sa_sigaction = count_stop_request as extern "C" fn(libc::c_int) as usize;
+            action.sa_sigaction = handler(signal) as extern "C" fn(libc::c_int) as usize;
             action.sa_flags = libc::SA_RESTART;
             libc::sigaction(signal, &raw const action, std::ptr::null_mut());
         }
@@ -35,7 +44,7 @@ pub fn catch_stop_signals() {
 /// How often somebody has asked this process to stop since [`catch_stop_signals`].
 #[must_use]
 pub fn stop_requests() -> usize {
-    STOP_REQUESTS.load(Ordering::Relaxed)
+    STOP_REQUESTS.load(Ordering::Relaxed).max(NOTICE.load(Ordering::Relaxed))
 }
 
 /// A request to another process to end.
@@ -118,11 +127,21 @@ mod tests {
     #[test]
     fn a_stop_request_is_counted_instead_of_obeyed() {
         catch_stop_signals();
-        let before = stop_requests();
-        end(std::process::id(), End::Gracefully);
-        while stop_requests() == before {
-            std::thread::yield_now();
+        let notice = || {
+            // SAFETY: raise takes a plain integer; the handler is set.
+            unsafe { libc::raise(libc::SIGUSR1) };
+        };
+        notice();
+        assert_eq!(stop_requests(), 1, "a notice asks");
+        for wanted in [1, 2] {
+            let seen = STOP_REQUESTS.load(Ordering::Relaxed);
+            end(std::process::id(), End::Gracefully);
+            while STOP_REQUESTS.load(Ordering::Relaxed) == seen {
+                std::thread::yield_now();
+            }
+            assert_eq!(stop_requests(), wanted, "what follows a notice is the first request");
         }
-        assert_eq!(stop_requests(), before + 1);
+        notice();
+        assert_eq!(stop_requests(), 2, "and a notice after a request changes nothing");
     }
 }

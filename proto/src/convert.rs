@@ -5,7 +5,8 @@
 
 use std::path::PathBuf;
 
-use learn_domain::membership::{Departure, Directive};
+use learn_domain::event::Happening;
+use learn_domain::membership::{Departure, Directive, GiveUp};
 use learn_domain::report::{DatasetFacts, Evaluation, StepRecord, Task};
 use learn_domain::{Config, Generation, Incarnation, Rank, Step, UserIndex, WorkerId};
 
@@ -204,12 +205,22 @@ impl From<Departure> for leave_request::Departure {
         match departure {
             Departure::Done => Self::Done(leave_request::Done {}),
             Departure::Stopped => Self::Stopped(leave_request::Stopped {}),
-            Departure::Failed(mut message) => {
-                message.truncate(message.floor_char_boundary(MAX_TEXT_BYTES));
-                Self::Failed(leave_request::Failed { message })
+            Departure::Failed(message) => Self::Failed(leave_request::Failed { message: cut(message) }),
+            Departure::GaveUp(why, message) => {
+                let message = leave_request::GaveUp { message: cut(message) };
+                match why {
+                    GiveUp::Diverged => Self::Diverged(message),
+                    GiveUp::Unsaved => Self::Unsaved(message),
+                }
             }
         }
     }
+}
+
+/// At most as much of a message as is read, in whole characters.
+fn cut(mut message: String) -> String {
+    message.truncate(message.floor_char_boundary(MAX_TEXT_BYTES));
+    message
 }
 
 /// How a worker says that it has left.
@@ -222,6 +233,8 @@ pub fn departure_from(departure: Option<leave_request::Departure>) -> Result<Dep
         Message::Done(_) => Departure::Done,
         Message::Stopped(_) => Departure::Stopped,
         Message::Failed(failed) => Departure::Failed(bounded("failed.message", failed.message)?),
+        Message::Diverged(gone) => Departure::GaveUp(GiveUp::Diverged, bounded("diverged.message", gone.message)?),
+        Message::Unsaved(gone) => Departure::GaveUp(GiveUp::Unsaved, bounded("unsaved.message", gone.message)?),
     })
 }
 
@@ -302,6 +315,20 @@ pub fn evaluation_from_json(text: &str) -> Result<Evaluation, ConvertError> {
     from_json("evaluation_json", text)
 }
 
+/// An event as its report carries it.
+///
+/// # Errors
+/// If it cannot be written as JSON.
+pub fn event_json(happening: &Happening) -> Result<String, ConvertError> {
+    to_json("event_json", happening)
+}
+
+/// # Errors
+/// If the text is not a [`Happening`].
+pub fn event_from_json(text: &str) -> Result<Happening, ConvertError> {
+    from_json("event_json", text)
+}
+
 #[cfg(test)]
 mod tests {
     use learn_domain::membership::StopCause;
@@ -363,7 +390,9 @@ mod tests {
 
     #[test]
     fn departures_and_reports_survive_the_wire() {
-        for departure in [Departure::Done, Departure::Stopped, Departure::Failed("why".into())] {
+        let gave_up = |why| Departure::GaveUp(why, "nan".into());
+        let simple = [Departure::Done, Departure::Stopped, Departure::Failed("why".into())];
+        for departure in simple.into_iter().chain([gave_up(GiveUp::Diverged), gave_up(GiveUp::Unsaved)]) {
             let message = leave_request::Departure::from(departure.clone());
             assert_eq!(departure_from(Some(message)).unwrap(), departure);
         }

@@ -165,6 +165,16 @@ impl Site {
         text.lines().map(|line| serde_json::from_str(line).expect("a line is JSON")).collect()
     }
 
+    /// The lines of a run's `events.jsonl`.
+    ///
+    /// # Panics
+    /// If it is not there.
+    #[must_use]
+    pub fn events(&self, run: &str) -> Vec<Value> {
+        let text = fs::read_to_string(self.run_dir(run).join("events.jsonl")).expect("the run has events");
+        text.lines().map(|line| serde_json::from_str(line).expect("a line is JSON")).collect()
+    }
+
     /// The losses of a run, step by step.
     #[must_use]
     pub fn losses(&self, run: &str) -> Vec<f64> {
@@ -340,15 +350,24 @@ pub fn is_alive(pid: u64) -> bool {
 /// # Panics
 /// If it cannot be followed.
 pub fn follow(site: &Site, run: &str, steps: usize) {
+    follow_file(&site.run_dir(run).join("metrics.jsonl"), "", steps);
+}
+
+/// Waits until a file has so many lines with `part` in them.
+///
+/// # Panics
+/// If it cannot be followed.
+pub fn follow_file(path: &Path, part: &str, wanted: usize) {
     let mut follow = Command::new("tail")
         .args(["--retry", "-n", "+1", "-F"])
-        .arg(site.run_dir(run).join("metrics.jsonl"))
+        .arg(path)
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
         .expect("tail starts");
     let lines = BufReader::new(follow.stdout.take().expect("it is piped")).lines();
-    assert_eq!(lines.take(steps).count(), steps);
+    let with_part = lines.filter(|line| line.as_ref().is_ok_and(|line| line.contains(part)));
+    assert_eq!(with_part.take(wanted).count(), wanted);
     follow.kill().expect("tail runs");
     follow.wait().expect("tail ends");
 }

@@ -23,7 +23,7 @@ use crate::control::Progress;
 use crate::error::WorkerError;
 use crate::feed::PreparedStep;
 use crate::feed::assemble::{Layout, Seen, UserShare, assemble};
-use crate::train::{Exchange, FullSoftmax, InBatch, Objective, PhaseClock, Stepper, shape};
+use crate::train::{Exchange, FullSoftmax, InBatch, Objective, PhaseClock, Stepper, Word, shape};
 
 /// What is measured.
 #[derive(Clone, Debug, Serialize)]
@@ -90,9 +90,9 @@ pub fn bench_step(settings: &BenchSettings) -> Result<BenchResult, WorkerError> 
     for repetition in 0..=settings.repetitions {
         learn_torch::synchronize(settings.device);
         let started = Instant::now();
-        let outcome = stepper.step(&step, &mut exchange, config.optimizer.learning_rate, false)?;
+        let end = stepper.step(&step, &mut exchange, config.optimizer.learning_rate, Word::default())?;
         learn_torch::synchronize(settings.device);
-        loss = outcome.map_or(loss, |outcome| outcome.loss);
+        loss = end.finished().map_or(loss, |outcome| outcome.loss);
         if repetition > 0 {
             seconds.push(started.elapsed().as_secs_f64());
         }
@@ -165,5 +165,6 @@ fn synthetic_step(settings: &BenchSettings) -> PreparedStep {
         .collect();
     let meta =
         BatchMeta { step: 0, epoch: 0, global_users: users, global_pairs: pairs.iter().sum(), part: 0, parts: 1 };
-    PreparedStep { meta, users: share.iter().map(|user| user.user).collect(), micro_batches }
+    let places = share.iter().map(|user| user.place).collect();
+    PreparedStep { meta, users: share.iter().map(|user| user.user).collect(), places, micro_batches }
 }

@@ -9,11 +9,12 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use learn_collective::Rendezvous;
+use learn_domain::event::Happening;
 use learn_domain::membership::Departure;
 use learn_domain::report::{Evaluation, StepRecord};
 use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
 use learn_proto::auth::{BearerInterceptor, Secret};
-use learn_proto::convert::{Admission, Applicant, ConvertError, Order, StepReport, evaluation_json};
+use learn_proto::convert::{Admission, Applicant, ConvertError, Order, StepReport, evaluation_json, event_json};
 use learn_proto::v1;
 use learn_proto::v1::control_client::ControlClient;
 use tokio::runtime::Handle;
@@ -114,6 +115,7 @@ pub struct FinishedStep {
 enum Report {
     Step(v1::ReportStepRequest),
     Evaluation(v1::ReportEvaluationRequest),
+    Event(v1::ReportEventRequest),
 }
 
 type Client = ControlClient<InterceptedService<Channel, BearerInterceptor>>;
@@ -198,6 +200,9 @@ impl Control {
                     Report::Evaluation(request) => {
                         drop(client.report_evaluation(request).await.map_err(refused("report-evaluation"))?);
                     }
+                    Report::Event(request) => {
+                        drop(client.report_event(request).await.map_err(refused("report-event"))?);
+                    }
                 }
             }
             Ok(())
@@ -276,6 +281,20 @@ impl Member {
             worker_id: self.worker.0,
             generation: self.place.generation.0,
             evaluation_json,
+        }))
+    }
+
+    /// Reports what has happened beside the steps.
+    ///
+    /// # Errors
+    /// If an earlier report failed.
+    pub fn report_event(&self, happening: &Happening) -> Result<(), ControlError> {
+        let event_json =
+            event_json(happening).map_err(|source| ControlError::Answer { call: "report-event", source })?;
+        self.send(Report::Event(v1::ReportEventRequest {
+            worker_id: self.worker.0,
+            generation: self.place.generation.0,
+            event_json,
         }))
     }
 

@@ -1,5 +1,9 @@
 //! Why a worker could not do its task.
 
+use learn_domain::Step;
+use learn_domain::membership::GiveUp;
+use learn_domain::report::exit;
+
 use crate::checkpoint::CheckpointError;
 use crate::control::ControlError;
 use crate::feed::FeedError;
@@ -39,10 +43,12 @@ pub enum WorkerError {
     #[error("aborted because {cause} ({error})")]
     Aborted { cause: String, error: String },
     #[error(
-        "the loss of step {step} is {loss}; lower optimizer.learning_rate or set optimizer.clip_norm, and look at the \
-         content embeddings"
+        "the {what} of step {step} is not a finite number; lower optimizer.learning_rate, set optimizer.clip_norm, or look \
+         at the content embeddings"
     )]
-    NonFiniteLoss { step: u64, loss: f64 },
+    NonFiniteStep { step: Step, what: &'static str },
+    #[error("the last checkpoint could not be written: {0}; make room, or mend the directory")]
+    Unsaved(CheckpointError),
     #[error("the model's scores are not finite, so nothing can be ranked; the training has diverged")]
     NonFiniteScores,
     #[error(
@@ -50,8 +56,35 @@ pub enum WorkerError {
          run directory?"
     )]
     Signature,
+    #[error("{0}")]
+    Memory(String),
+    #[error("{0}; this is a defect of the program or of the installation")]
+    Panic(String),
     #[error("{path}: {reason}")]
     File { path: String, reason: String },
     #[error("{0}")]
     Usage(String),
+}
+
+impl WorkerError {
+    /// Why the whole job is to be given up, if nobody could do better: every rank comes to the same.
+    #[must_use]
+    pub fn gives_up(&self) -> Option<GiveUp> {
+        match self {
+            Self::NonFiniteStep { .. } | Self::NonFiniteScores => Some(GiveUp::Diverged),
+            Self::Unsaved(_) => Some(GiveUp::Unsaved),
+            _ => None,
+        }
+    }
+
+    /// The exit code of a process that ends with this error.
+    #[must_use]
+    pub fn exit_code(&self) -> i32 {
+        match self.gives_up() {
+            Some(GiveUp::Diverged) => exit::DIVERGED,
+            Some(GiveUp::Unsaved) => exit::UNSAVED,
+            None if matches!(self, Self::Usage(_)) => exit::USAGE,
+            None => exit::FAILED,
+        }
+    }
 }

@@ -19,6 +19,7 @@ pub mod export;
 pub mod feed;
 pub mod init;
 pub mod offline;
+mod panic;
 pub mod recommend;
 pub mod session;
 pub mod train;

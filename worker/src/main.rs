@@ -183,7 +183,7 @@ fn main() -> ExitCode {
     learn_telemetry::log::init("worker", cli.log_json);
     let code = run(cli.command).unwrap_or_else(|error| {
         tracing::error!("{error}");
-        if matches!(error, WorkerError::Usage(_)) { exit::USAGE } else { exit::FAILED }
+        error.exit_code()
     });
     ExitCode::from(u8::try_from(code).unwrap_or(1))
 }

@@ -25,6 +25,7 @@ use tokio::sync::watch;
 use crate::control::{Control, ControlError, Member, Place, Progress};
 use crate::error::WorkerError;
 use crate::evaluate;
+use crate::panic;
 use crate::train::{self, Exchange};
 
 /// How a worker process is started.
@@ -140,7 +141,7 @@ pub fn join(settings: &JoinSettings) -> Result<i32, WorkerError> {
 
     let stops = Arc::new(Stops::default());
     let progress = Arc::new(Progress::default());
-    spawn_signals(&runtime, stops.clone());
+    spawn_signals(&runtime, stops.clone(), admission.config.cluster.stop_timeout.0);
     let (orders, watched) = watch::channel(Order::Wait);
     let heartbeats = Heartbeats {
         control: control.clone(),
@@ -162,7 +163,7 @@ pub fn join(settings: &JoinSettings) -> Result<i32, WorkerError> {
     let member = control.member(worker, place);
     let membership = Membership { member, admission, secret, device, metrics, progress, stops };
     let span = tracing::info_span!("member", generation = place.generation.0, rank = place.rank.0);
-    let ended = span.in_scope(|| take_part(&membership, settings));
+    let ended = span.in_scope(|| panic::caught(|| take_part(&membership, settings), || membership.progress.phase()));
     let ended = ended.map_err(|error| match membership.stops.aborted() {
         Some(cause) => WorkerError::Aborted { cause, error: error.to_string() },
         None => error,
@@ -170,7 +171,10 @@ pub fn join(settings: &JoinSettings) -> Result<i32, WorkerError> {
     let departure = match &ended {
         Ok(Ended::Done) => Departure::Done,
         Ok(Ended::Stopped) => Departure::Stopped,
-        Err(error) => Departure::Failed(error.to_string()),
+        Err(error) => match error.gives_up() {
+            Some(why) => Departure::GaveUp(why, error.to_string()),
+            None => Departure::Failed(error.to_string()),
+        },
     };
     let reported = membership.member.finish();
     if ended.is_ok() {
@@ -279,21 +283,32 @@ fn wait_for_place(
     })
 }
 
-/// SIGTERM asks for a graceful stop. SIGINT is left to the launcher: a terminal sends it to every process of the job.
-fn spawn_signals(runtime: &Runtime, stops: Arc<Stops>) {
+/// SIGTERM and SIGUSR1 (a scheduler's notice) ask for a graceful stop; a worker that is stuck ends after `grace` all the
+/// same, so that none is left over when nobody is there to kill it. SIGINT is left to the launcher: a terminal sends it to every process of the job.
+fn spawn_signals(runtime: &Runtime, stops: Arc<Stops>, grace: Duration) {
     use tokio::signal::unix::{SignalKind, signal};
     runtime.spawn(async move {
-        let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-        else {
+        let kinds = [SignalKind::terminate(), SignalKind::user_defined1(), SignalKind::interrupt()];
+        let [Ok(mut terminate), Ok(mut notice), Ok(mut interrupt)] = kinds.map(signal) else {
             tracing::error!("signals cannot be handled; SIGTERM will end this worker without a checkpoint");
             return;
         };
-        loop {
-            tokio::select! {
-                _ = terminate.recv() => stops.request(),
-                _ = interrupt.recv() => {}
+        let asked = async {
+            loop {
+                tokio::select! {
+                    _ = terminate.recv() => break,
+                    _ = notice.recv() => break,
+                    _ = interrupt.recv() => {}
+                }
             }
-        }
+        };
+        asked.await;
+        stops.request();
+        tokio::time::sleep(grace).await;
+        tracing::error!(
+            "asked to stop {grace:?} ago, and still at it (cluster.stop_timeout); ending without a checkpoint"
+        );
+        std::process::exit(exit::FAILED);
     });
 }
 

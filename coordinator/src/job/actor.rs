@@ -5,8 +5,9 @@
 //! durable ledger) is a reply that is kept.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use learn_domain::event::{Happening, JobEvent};
 use learn_domain::membership::{Departure, Directive, Effect, Outcome, StopCause};
 use learn_domain::report::{Evaluation, JobState, JobStatus, Task};
 use learn_domain::{Generation, Step, WorkerId};
@@ -62,6 +63,7 @@ pub enum Command {
     /// The inner reply comes when the ledger is durable.
     Commit(WorkerId, Generation, Step, Reply<Result<oneshot::Receiver<()>, JobError>>),
     Evaluation(WorkerId, Generation, Evaluation, Reply<Result<(), JobError>>),
+    Event(WorkerId, Generation, Happening, Reply<Result<(), JobError>>),
     Leave(WorkerId, Departure, Reply<Result<(), JobError>>),
     OperatorStop(Reply<()>),
     Status(Reply<JobStatus>),
@@ -237,6 +239,13 @@ impl JobOwner {
                 }
                 let _ = reply.send(answer.map(|_| ()));
             }
+            Command::Event(worker, generation, happening, reply) => {
+                let answer = self.job.event(worker, generation, happening);
+                if let Ok(Some(happening)) = &answer {
+                    self.note(generation, happening.clone()).await?;
+                }
+                let _ = reply.send(answer.map(|_| ()));
+            }
             Command::Leave(worker, departure, reply) => {
                 tracing::info!(%worker, ?departure, "worker leaves");
                 let answer = self.job.leave(self.now(), worker, departure).map(|effects| self.carry_out(&effects));
@@ -251,6 +260,21 @@ impl JobOwner {
             }
         }
         Ok(())
+    }
+
+    /// Brings what has happened to the log, the metrics and the events.
+    async fn note(&self, generation: Generation, happening: Happening) -> Result<(), OwnerError> {
+        tracing::warn!(%generation, "{happening}");
+        match &happening {
+            Happening::NonFinite { action, .. } => {
+                self.metrics.non_finite_total.with_label_values(&[&action.to_string()]).inc();
+            }
+            Happening::CheckpointFailed { .. } => self.metrics.checkpoint_failures_total.inc(),
+            Happening::CheckpointSkipped { .. } => self.metrics.checkpoints_skipped_total.inc(),
+        }
+        // for people alone: nothing is decided by it
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+        self.enter(Entry::Event(Box::new(JobEvent { time, generation, happening }))).await
     }
 
     fn apply(&mut self, event: impl FnOnce(&mut Job, Duration) -> Vec<Effect>) {
@@ -291,7 +315,7 @@ impl JobOwner {
 
     fn count_loss(&self, cause: &StopCause) {
         let label = match cause {
-            StopCause::Operator => return,
+            StopCause::Operator | StopCause::GaveUp { .. } => return,
             StopCause::Silent { .. } => "silent",
             StopCause::Failed { .. } => "failed",
             StopCause::JoinDeadline { .. } => "join_deadline",

@@ -15,6 +15,7 @@ use std::time::Duration;
 pub use books::BooksError;
 use books::{Books, Entry};
 pub use history::{History, LedgerFile, ResumeError, prune_ledgers};
+use learn_domain::event::Happening;
 use learn_domain::ledger::Ledger;
 use learn_domain::membership::{
     Departure, Directive, Effect, Event, Membership, MembershipSettings, Outcome, Refusal, State, StopCause,
@@ -79,6 +80,8 @@ pub struct Job {
     last_step: Option<StepRecord>,
     last_checkpoint: Option<Step>,
     evaluations: Vec<Evaluation>,
+    /// The last event of each worker, so that a repeated report is known as one.
+    events: BTreeMap<WorkerId, Happening>,
     /// Checkpoints whose ledger is still incomplete.
     commits: BTreeSet<Step>,
     /// Users and seconds of all finished steps, and seconds of everything that earlier processes have done.
@@ -98,8 +101,7 @@ pub fn membership_settings(config: &Config) -> MembershipSettings {
         world_size: cluster.workers,
         heartbeat_timeout: cluster.heartbeat_timeout.0,
         join_timeout: cluster.join_timeout.0,
-        // a graceful stop finishes a step, which waits for collectives, and writes a checkpoint
-        stop_timeout: cluster.collective_timeout.0 + cluster.heartbeat_timeout.0,
+        stop_timeout: cluster.stop_timeout.0,
     }
 }
 
@@ -121,6 +123,7 @@ impl Job {
             last_step: history.steps.into_iter().next_back(),
             last_checkpoint: (history.step > Step(0)).then_some(history.step),
             evaluations: history.evaluations,
+            events: BTreeMap::new(),
             commits: BTreeSet::new(),
             formed: None,
             ended: None,
@@ -262,6 +265,21 @@ impl Job {
         Ok(Some(evaluation))
     }
 
+    /// Takes what a member has noticed; gives it back if it is new.
+    ///
+    /// # Errors
+    /// If the message is stale.
+    pub fn event(
+        &mut self,
+        worker: WorkerId,
+        generation: Generation,
+        happening: Happening,
+    ) -> Result<Option<Happening>, JobError> {
+        self.member(worker, generation)?;
+        let before = self.events.insert(worker, happening.clone());
+        Ok((before.as_ref() != Some(&happening)).then_some(happening))
+    }
+
     /// A worker says that it leaves.
     ///
     /// # Errors
@@ -276,6 +294,7 @@ impl Job {
             Departure::Done => "done".into(),
             Departure::Stopped => "stopped".into(),
             Departure::Failed(_) => "failed".into(),
+            Departure::GaveUp(..) => "gave up".into(),
         };
         Ok(self.take(now, Event::Leave(id, departure)))
     }

@@ -16,10 +16,12 @@
 //! - [`segments`] and [`resampling`]: parts of an evaluation, and means over users with their intervals.
 //! - [`conversion`]: how good predicted conversions are.
 //! - [`spelling`]: what a misspelt name was meant to be.
+//! - [`event`]: what happens in a job beside its steps.
 //! - [`run_dir`] and [`report`]: where a run keeps what, and the values that its processes exchange about it.
 
 pub mod config;
 pub mod conversion;
+pub mod event;
 pub mod ids;
 pub mod lease;
 pub mod ledger;

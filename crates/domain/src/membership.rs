@@ -13,6 +13,7 @@
 //! | running | leave, done | running; ended (finished) after the last | -; ended |
 //! | running | leave, failed; worker silent | stopping (abort) | stop |
 //! | running | operator stop; leave, stopped (a worker was asked to by its own signal) | stopping (graceful) | stop |
+//! | running, stopping (graceful) | leave, gave up (no worker could do better) | stopping (graceful) | stop |
 //! | stopping | leave; worker silent; stop deadline | ended after the last | ended |
 //! | stopping (graceful) | leave, failed; worker silent | stopping (abort) | stop |
 //! | any but gathering | join | unchanged | refused |
@@ -55,6 +56,17 @@ pub enum Departure {
     Stopped,
     /// It cannot go on.
     Failed(String),
+    /// The job cannot go on, whoever does it: every rank comes to the same.
+    GaveUp(GiveUp, String),
+}
+
+/// Why a job is given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GiveUp {
+    /// Loss, gradient or scores are not finite numbers.
+    Diverged,
+    /// The last checkpoint could not be written.
+    Unsaved,
 }
 
 /// Why a job stops before its end.
@@ -64,6 +76,7 @@ pub enum StopCause {
     Silent { worker: WorkerId, rank: Rank, seconds: u64 },
     Failed { worker: WorkerId, rank: Rank, message: String },
     JoinDeadline { joined: u32, wanted: u32, seconds: u64 },
+    GaveUp { why: GiveUp, message: String },
 }
 
 impl fmt::Display for StopCause {
@@ -79,6 +92,7 @@ impl fmt::Display for StopCause {
                 "only {joined} of {wanted} workers joined within {seconds} s; look into the workers' logs, or raise \
                  cluster.join_timeout"
             ),
+            Self::GaveUp { message, .. } => f.write_str(message),
         }
     }
 }
@@ -87,7 +101,7 @@ impl StopCause {
     /// Workers finish the step and write a checkpoint, instead of aborting their collectives.
     #[must_use]
     pub fn graceful(&self) -> bool {
-        matches!(self, Self::Operator)
+        matches!(self, Self::Operator | Self::GaveUp { .. })
     }
 }
 
@@ -280,6 +294,22 @@ impl Membership {
                     return Vec::new();
                 }
                 self.stop(now, StopCause::Operator)
+            }
+            (State::Running { members } | State::Stopping { members, .. }, Departure::GaveUp(why, message)) => {
+                if members.remove(&worker).is_none() {
+                    return Vec::new();
+                }
+                match &self.state {
+                    // all give up for the same reason; a cause that is worse or the same stays
+                    State::Stopping { members, cause, .. } if *cause != StopCause::Operator => {
+                        if members.is_empty() {
+                            self.end_stopped()
+                        } else {
+                            Vec::new()
+                        }
+                    }
+                    _ => self.stop(now, StopCause::GaveUp { why, message }),
+                }
             }
             (State::Running { members }, Departure::Failed(message)) => {
                 let Some(member) = members.remove(&worker) else { return Vec::new() };

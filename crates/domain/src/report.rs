@@ -282,6 +282,10 @@ pub mod exit {
     pub const STOPPED: i32 = 3;
     /// A worker was lost; `resume` continues from the last checkpoint.
     pub const WORKER_LOST: i32 = 4;
+    /// Loss or gradient was not a finite number, and `training.non_finite` says stop.
+    pub const DIVERGED: i32 = 5;
+    /// The job went on to its end, or to a stop, but its last checkpoint could not be written.
+    pub const UNSAVED: i32 = 6;
 }
 
 #[cfg(test)]

@@ -74,6 +74,12 @@ impl RunDir {
         self.0.join("evaluations.jsonl")
     }
 
+    /// One [`crate::event::JobEvent`] a line.
+    #[must_use]
+    pub fn events(&self) -> PathBuf {
+        self.0.join("events.jsonl")
+    }
+
     /// The [`crate::report::Summary`] of a finished job.
     #[must_use]
     pub fn summary(&self) -> PathBuf {

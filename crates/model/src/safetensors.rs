@@ -117,8 +117,10 @@ pub fn write(
     }
     let metadata: Option<HashMap<String, String>> =
         (!metadata.is_empty()).then(|| metadata.iter().map(|(key, value)| (key.clone(), value.clone())).collect());
-    serialize_to_file(owned.iter().map(|(name, tensor)| (*name, tensor)), metadata, path)
-        .map_err(|error| SafetensorsError::Invalid { path: path.into(), reason: error.to_string() })
+    serialize_to_file(owned.iter().map(|(name, tensor)| (*name, tensor)), metadata, path).map_err(|error| match error {
+        safetensors::SafeTensorError::IoError(source) => SafetensorsError::Io { path: path.into(), source },
+        other => SafetensorsError::Invalid { path: path.into(), reason: other.to_string() },
+    })
 }
 
 /// How zip archives (`torch.save` since 1.6) and bare pickles start.

@@ -26,6 +26,10 @@ pub struct CoordinatorMetrics {
     pub worker_lost_total: IntCounterVec,
     pub checkpoints_total: IntCounter,
     pub last_checkpoint_step: IntGauge,
+    pub checkpoint_failures_total: IntCounter,
+    pub checkpoints_skipped_total: IntCounter,
+    /// Label `action`.
+    pub non_finite_total: IntCounterVec,
     states: &'static [&'static str],
 }
 
@@ -49,6 +53,9 @@ impl CoordinatorMetrics {
             worker_lost_total: e.counter_vec(&names::JOB_WORKERS_LOST),
             checkpoints_total: e.counter(&names::JOB_CHECKPOINTS),
             last_checkpoint_step: e.int_gauge(&names::JOB_LAST_CHECKPOINT),
+            checkpoint_failures_total: e.counter(&names::JOB_CHECKPOINT_FAILURES),
+            checkpoints_skipped_total: e.counter(&names::JOB_CHECKPOINTS_SKIPPED),
+            non_finite_total: e.counter_vec(&names::JOB_NON_FINITE),
             exposition: exposition.clone(),
             states,
         }
@@ -85,6 +92,7 @@ mod tests {
         coordinator.rpc_seconds.with_label_values(&["join"]).observe(0.1);
         coordinator.flight_bytes_total.with_label_values(&["rows"]).inc();
         coordinator.worker_lost_total.with_label_values(&["silent"]).inc();
+        coordinator.non_finite_total.with_label_values(&["skip"]).inc();
         let embedding = crate::EmbeddingMetrics::new();
         let text = worker.exposition.render() + &coordinator.exposition.render() + &embedding.exposition.render();
         for metric in names::ALL {

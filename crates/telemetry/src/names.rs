@@ -111,6 +111,12 @@ metrics! {
         "Checkpoints committed.";
     JOB_LAST_CHECKPOINT = "learn_job_last_checkpoint_steps", Kind::Gauge, [],
         "Finished steps of the last committed checkpoint.";
+    JOB_CHECKPOINT_FAILURES = "learn_job_checkpoint_failures_total", Kind::Counter, [],
+        "Checkpoints that could not be written; the earlier ones stay.";
+    JOB_CHECKPOINTS_SKIPPED = "learn_job_checkpoints_skipped_total", Kind::Counter, [],
+        "Checkpoints that were due while the one before was still being written.";
+    JOB_NON_FINITE = "learn_job_non_finite_steps_total", Kind::Counter, ["action"],
+        "Steps whose loss or gradient was not a finite number, by what was done: stop, skip or rollback.";
     RPC_SECONDS = "learn_rpc_duration_seconds", Kind::Histogram(RPC_BUCKETS), ["method"],
         "Seconds that the coordinator took to answer a control call.";
     FLIGHT_ROWS = "learn_flight_served_rows_total", Kind::Counter, [],
@@ -145,7 +151,7 @@ mod tests {
 
     const UNITS: [&str; 9] = ["seconds", "bytes", "rows", "users", "tokens", "steps", "nats", "ratio", "heartbeats"];
     /// Pure numbers and counts of what the name says.
-    const UNITLESS: [&str; 10] = [
+    const UNITLESS: [&str; 12] = [
         "learn_worker_learning_rate",
         "learn_worker_gradient_norm",
         "learn_worker_generation",
@@ -155,6 +161,8 @@ mod tests {
         "learn_job_epoch",
         "learn_job_workers_lost_total",
         "learn_job_checkpoints_total",
+        "learn_job_checkpoint_failures_total",
+        "learn_job_checkpoints_skipped_total",
         "learn_embed_workers",
     ];
 

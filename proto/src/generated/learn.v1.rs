@@ -187,12 +187,24 @@ pub struct ReportEvaluationRequest {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReportEvaluationResponse {}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReportEventRequest {
+    #[prost(uint32, tag = "1")]
+    pub worker_id: u32,
+    #[prost(uint64, tag = "2")]
+    pub generation: u64,
+    /// JSON of learn_domain::event::Happening.
+    #[prost(string, tag = "3")]
+    pub event_json: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReportEventResponse {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LeaveRequest {
     #[prost(uint32, tag = "1")]
     pub worker_id: u32,
     #[prost(uint64, tag = "2")]
     pub generation: u64,
-    #[prost(oneof = "leave_request::Departure", tags = "3, 4, 5")]
+    #[prost(oneof = "leave_request::Departure", tags = "3, 4, 5, 6, 7")]
     pub departure: ::core::option::Option<leave_request::Departure>,
 }
 /// Nested message and enum types in `LeaveRequest`.
@@ -206,6 +218,12 @@ pub mod leave_request {
         #[prost(string, tag = "1")]
         pub message: ::prost::alloc::string::String,
     }
+    /// The job cannot go on, whoever does it.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct GaveUp {
+        #[prost(string, tag = "1")]
+        pub message: ::prost::alloc::string::String,
+    }
     #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum Departure {
         #[prost(message, tag = "3")]
@@ -214,6 +232,10 @@ pub mod leave_request {
         Stopped(Stopped),
         #[prost(message, tag = "5")]
         Failed(Failed),
+        #[prost(message, tag = "6")]
+        Diverged(GaveUp),
+        #[prost(message, tag = "7")]
+        Unsaved(GaveUp),
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -455,6 +477,31 @@ pub mod control_client {
                 .insert(GrpcMethod::new("learn.v1.Control", "ReportEvaluation"));
             self.inner.unary(req, path, codec).await
         }
+        /// A member reports what happened beside the steps.
+        pub async fn report_event(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReportEventRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReportEventResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/learn.v1.Control/ReportEvent",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("learn.v1.Control", "ReportEvent"));
+            self.inner.unary(req, path, codec).await
+        }
         /// A worker leaves, with its reason.
         pub async fn leave(
             &mut self,
@@ -534,6 +581,14 @@ pub mod control_server {
             request: tonic::Request<super::ReportEvaluationRequest>,
         ) -> std::result::Result<
             tonic::Response<super::ReportEvaluationResponse>,
+            tonic::Status,
+        >;
+        /// A member reports what happened beside the steps.
+        async fn report_event(
+            &self,
+            request: tonic::Request<super::ReportEventRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReportEventResponse>,
             tonic::Status,
         >;
         /// A worker leaves, with its reason.
@@ -910,6 +965,51 @@ pub mod control_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ReportEvaluationSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/learn.v1.Control/ReportEvent" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReportEventSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::ReportEventRequest>
+                    for ReportEventSvc<T> {
+                        type Response = super::ReportEventResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReportEventRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::report_event(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReportEventSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -20,7 +20,7 @@ use learn_model::safetensors;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tch::Tensor;
-pub use writer::Writer;
+pub use writer::{Writer, Written};
 
 use crate::init::Origin;
 
@@ -38,6 +38,8 @@ pub enum CheckpointError {
     Io { path: PathBuf, source: std::io::Error },
     #[error("checkpoint {}: {reason}", path.display())]
     Refused { path: PathBuf, reason: String },
+    #[error(transparent)]
+    Weights(learn_model::safetensors::SafetensorsError),
     #[error("the checkpoint writer ended early")]
     WriterGone,
 }
@@ -82,6 +84,9 @@ pub struct State {
     /// Weights that the run started with instead of random ones.
     #[serde(default)]
     pub init: Option<Origin>,
+    /// Steps so far whose loss or gradient was not finite.
+    #[serde(default)]
+    pub non_finite: u32,
     pub config: Config,
     pub files: BTreeMap<String, FileDigest>,
 }
@@ -138,7 +143,7 @@ fn write_aside(aside: &Path, snapshot: &mut Snapshot) -> Result<(), CheckpointEr
     for (name, tensors) in [(MODEL, &snapshot.model), (OPTIMIZER, &snapshot.optimizer)] {
         let path = aside.join(name);
         safetensors::write(&path, tensors, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))
-            .map_err(|error| CheckpointError::Refused { path: path.clone(), reason: error.to_string() })?;
+            .map_err(CheckpointError::Weights)?;
         sync(&path)?;
         snapshot.state.files.insert(name.to_owned(), digest(&path)?);
     }

@@ -15,6 +15,7 @@ fn snapshot(step: u64, value: f32, best: Option<u64>) -> Snapshot {
             optimizer_step: step,
             best: best.map(|best| Best { step: Step(best), metric: "mrr".into(), value: 0.5 }),
             init: None,
+            non_finite: 0,
             config: Config::default(),
             files: BTreeMap::new(),
         },
@@ -91,11 +92,15 @@ fn a_killed_write_is_never_taken_for_a_checkpoint() {
 fn the_writer_commits_in_order_and_keeps_the_latest_and_the_best() {
     let (_folder, run) = run();
     let (told, commits) = channel();
-    let mut writer = Writer::start(run.clone(), 2, move |commit| told.send(commit.step).unwrap()).unwrap();
+    let mut writer = Writer::start(run.clone(), 2, move |written| match written {
+        Written::Committed { step, .. } => told.send(step).unwrap(),
+        Written::Failed { step, error } => panic!("{step}: {error}"),
+    });
     for step in 1..=5 {
         writer.save(snapshot(step, step as f32, (step >= 2).then_some(2))).unwrap();
     }
-    writer.finish().unwrap();
+    writer.settle().unwrap();
+    drop(writer);
     assert_eq!(commits.iter().collect::<Vec<_>>(), (1..=5).map(Step).collect::<Vec<_>>());
     let listed = list(&run).unwrap();
     let kept: Vec<(u64, bool)> = listed.iter().map(|one| (one.step.0, one.best)).collect();
@@ -116,24 +121,71 @@ fn a_resume_from_an_earlier_checkpoint_leaves_the_later_ones_behind() {
     assert_eq!(list(&run).unwrap().iter().map(|one| (one.step, one.best)).collect::<Vec<_>>(), [(Step(1), true)]);
     assert!(run.checkpoints().join("superseded").join("step-0000000003").join(MODEL).exists());
     // what is written now is not surplus beside them
-    let mut writer = Writer::start(run.clone(), 1, |_| ()).unwrap();
+    let mut writer = Writer::start(run.clone(), 1, |_| ());
     writer.save(snapshot(2, 2.0, None)).unwrap();
-    writer.finish().unwrap();
+    writer.settle().unwrap();
     assert_eq!(resolve(&run, Some("last")).unwrap(), run.checkpoint(Step(2)));
     supersede_later(&run, &snapshot(2, 2.0, None).state).unwrap();
     assert_eq!(read_best(&run), None);
 }
 
 #[test]
-fn a_write_that_fails_is_reported_and_harms_nothing() {
+fn a_write_that_fails_is_told_harms_nothing_and_the_next_one_is_tried() {
     let (_folder, run) = run();
-    write(&run.checkpoints(), snapshot(1, 1.0, None)).unwrap();
-    let mut writer = Writer::start(run.clone(), 3, |_| ()).unwrap();
+    let best = run.checkpoint(Step(1));
+    let (told, results) = channel();
+    let mut writer = Writer::start(run.clone(), 1, move |written| {
+        told.send(match written {
+            Written::Committed { step, .. } => (step, None),
+            Written::Failed { step, error } => (step, Some(error.to_string())),
+        })
+        .unwrap();
+    });
+    writer.save(snapshot(1, 1.0, Some(1))).unwrap();
+    writer.settle().unwrap();
     // a file stands where the directory aside would go
     let aside = run.checkpoint(Step(2)).with_extension(format!("tmp-{}", std::process::id()));
     fs::write(&aside, "in the way").unwrap();
-    writer.save(snapshot(2, 2.0, None)).unwrap();
-    assert!(matches!(writer.finish(), Err(CheckpointError::Io { .. })));
-    assert!(matches!(writer.save(snapshot(3, 3.0, None)), Err(CheckpointError::WriterGone)));
-    assert!(list(&run).unwrap()[0].valid);
+    writer.save(snapshot(2, 2.0, Some(2))).unwrap();
+    assert!(matches!(writer.settle(), Err(CheckpointError::Io { .. })));
+    assert!(writer.settle().is_ok() && !writer.busy(), "a failure is said once");
+    for step in [3, 4] {
+        writer.save(snapshot(step, 3.0, Some(2))).unwrap();
+    }
+    writer.settle().unwrap();
+    drop(writer);
+    let results: Vec<_> = results.iter().collect();
+    assert_eq!(
+        results.iter().map(|(step, error)| (step.0, error.is_some())).collect::<Vec<_>>(),
+        [(1, false), (2, true), (3, false), (4, false)]
+    );
+    assert!(results[1].1.as_ref().unwrap().contains("step-0000000002.tmp"), "{results:?}");
+    // the best that is there stays, although a later one was better
+    let listed = list(&run).unwrap();
+    assert!(listed.iter().all(|one| one.valid));
+    assert_eq!(listed.iter().map(|one| (one.step.0, one.best)).collect::<Vec<_>>(), [(1, true), (4, false)]);
+    assert_eq!(resolve(&run, Some("best")).unwrap(), best);
+}
+
+#[test]
+fn a_writer_is_busy_until_a_snapshot_is_durable() {
+    let (_folder, run) = run();
+    let (go, gate) = channel::<()>();
+    let mut writer = Writer::start(run, 3, move |_| gate.recv().unwrap());
+    assert!(!writer.busy());
+    writer.save(snapshot(1, 1.0, None)).unwrap();
+    assert!(writer.busy());
+    go.send(()).unwrap();
+    writer.settle().unwrap();
+    assert!(!writer.busy());
+}
+
+#[test]
+fn a_state_of_an_older_version_is_read() {
+    let mut state = serde_json::to_value(snapshot(1, 1.0, None).state).unwrap();
+    let fields = state.as_object_mut().unwrap();
+    fields.remove("non_finite").unwrap();
+    fields.remove("init").unwrap();
+    let state: State = serde_json::from_value(state).unwrap();
+    assert_eq!((state.non_finite, state.init), (0, None));
 }

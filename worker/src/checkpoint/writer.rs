@@ -1,94 +1,145 @@
 //! The background thread that makes checkpoints durable while training goes on.
 //!
-//! Input: snapshots. Output: directories on disk, the `best` file, and a call of `committed` for each. One snapshot
-//! may wait while another is written; a third holds the training thread back.
+//! Input: snapshots. Output: directories on disk, the `best` file, and a call of `tell` for each. One snapshot may wait
+//! while another is written; a third holds the training thread back, so one that may be left out is not handed over
+//! while the writer is busy. A snapshot that cannot be written (disk full, read-only) ends nothing: the earlier checkpoints
+//! stay, and the next one is tried.
 
 use std::fs;
-use std::path::PathBuf;
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use learn_domain::Step;
 use learn_domain::run_dir::RunDir;
 
-use super::{CheckpointError, Snapshot, io, keep, steps, write, write_best};
+use super::{CheckpointError, Snapshot, io, keep, read_best, steps, write, write_best};
 
-/// What is told when a checkpoint is durable.
-#[derive(Clone, Debug)]
-pub struct Committed {
-    pub step: Step,
-    pub path: PathBuf,
-    /// Time the write took.
-    pub duration: Duration,
+/// What became of a snapshot.
+#[derive(Debug)]
+pub enum Written<'a> {
+    /// It is durable.
+    Committed {
+        step: Step,
+        path: PathBuf,
+        /// Time the write took.
+        duration: Duration,
+    },
+    /// It is not there; those before it are.
+    Failed { step: Step, error: &'a CheckpointError },
 }
 
 /// The writing thread.
 pub struct Writer {
     snapshots: Option<SyncSender<Snapshot>>,
-    thread: Option<JoinHandle<Result<(), CheckpointError>>>,
+    results: Receiver<Result<(), CheckpointError>>,
+    thread: Option<JoinHandle<()>>,
+    /// Snapshots whose result is not known yet.
+    open: usize,
+    /// Of the newest snapshot whose result is known.
+    newest: Result<(), CheckpointError>,
 }
 
 impl Writer {
-    /// Starts the thread; `committed` is called on it.
-    ///
-    /// # Errors
-    /// If the checkpoint directory cannot be made.
-    pub fn start(
-        run: RunDir,
-        keep_last: u32,
-        committed: impl Fn(Committed) + Send + 'static,
-    ) -> Result<Self, CheckpointError> {
-        let folder = run.checkpoints();
-        fs::create_dir_all(&folder).map_err(io(&folder))?;
+    /// Starts the thread; `tell` is called on it.
+    #[must_use]
+    pub fn start(run: RunDir, keep_last: u32, tell: impl Fn(Written<'_>) + Send + 'static) -> Self {
         let (snapshots, queue) = sync_channel::<Snapshot>(1);
-        let thread = std::thread::spawn(move || {
-            for snapshot in queue {
-                let started = Instant::now();
-                let step = snapshot.state.step;
-                let best = snapshot.state.best.clone();
-                let path = write(&folder, snapshot)?;
-                if best.as_ref().is_some_and(|best| best.step == step) {
-                    write_best(&run, best.as_ref())?;
-                }
-                committed(Committed { step, path, duration: started.elapsed() });
-                for step in keep::surplus(&steps(&folder)?, keep_last, best.map(|best| best.step)) {
-                    let old = run.checkpoint(step);
-                    fs::remove_dir_all(&old).map_err(io(&old))?;
-                }
-            }
-            Ok(())
-        });
-        Ok(Self { snapshots: Some(snapshots), thread: Some(thread) })
+        let (answers, results) = channel();
+        let thread = std::thread::spawn(move || write_all(&run, keep_last, (&queue, &answers), tell));
+        Self { snapshots: Some(snapshots), results, thread: Some(thread), open: 0, newest: Ok(()) }
+    }
+
+    /// Whether a snapshot is still being written, or waits for it.
+    pub fn busy(&mut self) -> bool {
+        while let Ok(result) = self.results.try_recv() {
+            self.take(result);
+        }
+        self.open > 0
     }
 
     /// Hands a snapshot over.
     ///
     /// # Errors
-    /// If an earlier write has failed.
+    /// If the thread has ended.
     pub fn save(&mut self, snapshot: Snapshot) -> Result<(), CheckpointError> {
         let sent = self.snapshots.as_ref().is_some_and(|queue| queue.send(snapshot).is_ok());
-        if sent { Ok(()) } else { self.finish().and(Err(CheckpointError::WriterGone)) }
+        self.open += usize::from(sent);
+        if sent { Ok(()) } else { Err(CheckpointError::WriterGone) }
     }
 
-    /// Waits until everything handed over is durable.
+    /// Waits until everything handed over is durable or has failed.
     ///
     /// # Errors
-    /// The first write that failed.
-    pub fn finish(&mut self) -> Result<(), CheckpointError> {
-        self.snapshots = None;
-        match self.thread.take().map(JoinHandle::join) {
-            None => Ok(()),
-            Some(Ok(result)) => result,
-            Some(Err(_)) => Err(CheckpointError::WriterGone),
+    /// Why the newest snapshot could not be written, said once.
+    pub fn settle(&mut self) -> Result<(), CheckpointError> {
+        while self.open > 0 {
+            let result = self.results.recv().map_err(|_| CheckpointError::WriterGone)?;
+            self.take(result);
         }
+        std::mem::replace(&mut self.newest, Ok(()))
+    }
+
+    fn take(&mut self, result: Result<(), CheckpointError>) {
+        self.open -= 1;
+        self.newest = result;
     }
 }
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        if let Err(error) = self.finish() {
+        if let Err(error) = self.settle() {
             tracing::error!(%error, "a checkpoint was not written");
         }
+        self.snapshots = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the checkpoint writer panicked");
+        }
     }
+}
+
+fn write_all(
+    run: &RunDir,
+    keep_last: u32,
+    (queue, answers): (&Receiver<Snapshot>, &Sender<Result<(), CheckpointError>>),
+    tell: impl Fn(Written<'_>),
+) {
+    let folder = run.checkpoints();
+    for snapshot in queue {
+        let started = Instant::now();
+        let step = snapshot.state.step;
+        let written = write_one(run, &folder, snapshot);
+        match &written {
+            Ok(path) => tell(Written::Committed { step, path: path.clone(), duration: started.elapsed() }),
+            Err(error) => tell(Written::Failed { step, error }),
+        }
+        if written.is_ok()
+            && let Err(error) = prune(run, &folder, keep_last)
+        {
+            tracing::warn!(%error, "old checkpoints could not be removed");
+        }
+        // nobody waits for it any more when the training thread has failed
+        let _ = answers.send(written.map(drop));
+    }
+}
+
+fn write_one(run: &RunDir, folder: &Path, snapshot: Snapshot) -> Result<PathBuf, CheckpointError> {
+    let (step, best) = (snapshot.state.step, snapshot.state.best.clone());
+    let path = write(folder, snapshot)?;
+    if best.as_ref().is_some_and(|best| best.step == step) {
+        write_best(run, best.as_ref())?;
+    }
+    Ok(path)
+}
+
+/// Removes all but the latest and the best that is there, which need not be the best that was evaluated.
+fn prune(run: &RunDir, folder: &Path, keep_last: u32) -> Result<(), CheckpointError> {
+    for step in keep::surplus(&steps(folder)?, keep_last, read_best(run).map(|best| best.step)) {
+        let old = run.checkpoint(step);
+        fs::remove_dir_all(&old).map_err(io(&old))?;
+    }
+    Ok(())
 }

@@ -153,26 +153,40 @@ impl Evaluator {
         let mut conversions = catalogue.model.shape().cvr_hidden.map(|_| Conversions::default());
         // the model's, then those of the comparisons
         let mut totals = vec![empty; 1 + comparisons.len()];
-        for batch in users.chunks(self.settings.batch_users as usize) {
-            let histories: Vec<Seen<'_>> = batch.iter().map(|user| user.seen().newest(self.max_history)).collect();
-            let mut add = |scorer: usize, users: &Tensor, items: &Tensor| -> Result<(), WorkerError> {
-                let placements = rank::place(users, items, batch, exclude_history)?;
-                totals[scorer].add(&shares(batch, &placements, &metrics, &parts));
-                Ok(())
-            };
-            let _no_grad = tch::no_grad_guard();
-            let embedded = self.embed_users(catalogue, &histories)?;
-            add(0, &embedded, &items)?;
-            if let Some(conversions) = &mut conversions {
-                let place = |at: usize, target| Place {
-                    row: batch[at].row as usize,
-                    groups: parts.groups(batch[at].history.len(), target),
+        let mut score = || -> Result<(), WorkerError> {
+            for batch in users.chunks(self.settings.batch_users as usize) {
+                let histories: Vec<Seen<'_>> = batch.iter().map(|user| user.seen().newest(self.max_history)).collect();
+                let mut add = |scorer: usize, users: &Tensor, items: &Tensor| -> Result<(), WorkerError> {
+                    let placements = rank::place(users, items, batch, exclude_history)?;
+                    totals[scorer].add(&shares(batch, &placements, &metrics, &parts));
+                    Ok(())
                 };
-                conversions.add(catalogue.parameters, (&embedded, &items), batch, place)?;
+                let _no_grad = tch::no_grad_guard();
+                let embedded = self.embed_users(catalogue, &histories)?;
+                add(0, &embedded, &items)?;
+                if let Some(conversions) = &mut conversions {
+                    let place = |at: usize, target| Place {
+                        row: batch[at].row as usize,
+                        groups: parts.groups(batch[at].history.len(), target),
+                    };
+                    conversions.add(catalogue.parameters, (&embedded, &items), batch, place)?;
+                }
+                for (scorer, comparison) in (1..).zip(&comparisons) {
+                    add(scorer, &comparison.users(&histories), &comparison.items)?;
+                }
             }
-            for (scorer, comparison) in (1..).zip(&comparisons) {
-                add(scorer, &comparison.users(&histories), &comparison.items)?;
-            }
+            Ok(())
+        };
+        let diverged = match score() {
+            Ok(()) => 0,
+            Err(WorkerError::NonFiniteScores) => 1,
+            Err(error) => return Err(error),
+        };
+        // all ranks come to the same, so that none waits for one that has left
+        let mut diverged = [diverged];
+        exchange.sum_i64(&mut diverged)?;
+        if diverged != [0] {
+            return Err(WorkerError::NonFiniteScores);
         }
         for totals in &mut totals {
             exchange.sum_i64(totals.sums_mut())?;

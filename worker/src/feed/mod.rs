@@ -41,6 +41,8 @@ pub struct PreparedStep {
     pub meta: BatchMeta,
     /// Rows of the training sequences in this rank's share.
     pub users: Vec<u32>,
+    /// Their places in the global batch.
+    pub places: Vec<u32>,
     /// The forward passes, each with the rows `[unique items, dim]` it needs.
     pub micro_batches: Vec<(MicroBatch, Vec<f16>)>,
 }
@@ -222,7 +224,8 @@ async fn fetch_steps(
         }
         metrics.phase_seconds.with_label_values(&["assemble"]).observe(started.elapsed().as_secs_f64());
         let users = share.iter().map(|user| user.user).collect();
-        if sender.send(Ok(PreparedStep { meta, users, micro_batches })).is_err() {
+        let places = share.iter().map(|user| user.place).collect();
+        if sender.send(Ok(PreparedStep { meta, users, places, micro_batches })).is_err() {
             return Ok(());
         }
     }

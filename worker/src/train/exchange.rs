@@ -23,10 +23,12 @@ pub struct Announcement {
     pub exposures: i64,
     /// It was asked to stop before this step.
     pub stop: bool,
+    /// Steps of the run whose loss or gradient was not finite, as it has counted them.
+    pub non_finite: i64,
 }
 
 /// Numbers of an [`Announcement`].
-const SAID: usize = 6;
+const SAID: usize = 7;
 
 /// The tensor side of a collective.
 pub struct Exchange {
@@ -56,8 +58,8 @@ impl Exchange {
     /// # Errors
     /// If the collective fails.
     pub fn announce(&mut self, mine: Announcement) -> Result<Vec<Announcement>, WorkerError> {
-        let mut send: [i64; SAID] =
-            [mine.rows, mine.targets, mine.tokens, mine.padded_tokens, mine.exposures, i64::from(mine.stop)];
+        let Announcement { rows, targets, tokens, padded_tokens, exposures, stop, non_finite } = mine;
+        let mut send: [i64; SAID] = [rows, targets, tokens, padded_tokens, exposures, i64::from(stop), non_finite];
         let all = self.gather_i64(&mut send, &vec![SAID; self.world_size()])?;
         Ok(all
             .chunks_exact(SAID)
@@ -68,6 +70,7 @@ impl Exchange {
                 padded_tokens: said[3],
                 exposures: said[4],
                 stop: said[5] != 0,
+                non_finite: said[6],
             })
             .collect())
     }

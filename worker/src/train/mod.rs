@@ -5,8 +5,10 @@
 //! share; only rank 0 writes and speaks for the whole batch.
 
 mod exchange;
+mod non_finite;
 mod objective;
 mod passes;
+mod save;
 mod step;
 
 use std::path::Path;
@@ -23,10 +25,11 @@ use learn_model::{AdamW, Forward, Parameters, Pch, PchShape};
 use learn_telemetry::Phase;
 pub use objective::{Conversion, FullSoftmax, InBatch, Objective};
 pub use passes::{rows_tensor, sequences};
+use save::{Need, on_cpu, signature, start_writer};
 use step::agree_on_start;
-pub use step::{PhaseClock, Stepper};
+pub use step::{PhaseClock, StepEnd, Stepper, Word};
 
-use crate::checkpoint::{self, Best, Snapshot, State, Writer};
+use crate::checkpoint::{self, Best, Snapshot, Writer};
 use crate::control::FinishedStep;
 use crate::error::WorkerError;
 use crate::evaluate::{Catalogue, Evaluator, Request};
@@ -63,13 +66,16 @@ pub fn run(membership: &Membership, exchange: Exchange, resume_from: Option<&str
     }
     agree_on_start(&trainer.stepper.parameters, &mut trainer.exchange)?;
     if membership.member.is_first() {
-        trainer.writer = Some(start_writer(membership)?);
+        trainer.writer = Some(start_writer(membership));
     }
+    trainer.hold();
     let ended = trainer.train()?;
+    // every checkpoint is durable before any rank reads one; one that could not be written is told of when all is done
+    let saved = trainer.finish();
     if ended == Ended::Done {
         trainer.test()?;
     }
-    trainer.finish()?;
+    saved?;
     Ok(ended)
 }
 
@@ -88,6 +94,10 @@ struct Trainer<'a> {
     best: Option<Best>,
     init: Option<Origin>,
     saved: Option<Step>,
+    /// Steps of the run whose loss or gradient was not finite.
+    non_finite: u32,
+    /// What a rollback goes back to, if `training.non_finite` may ask for one.
+    held: Option<non_finite::Held>,
 }
 
 impl<'a> Trainer<'a> {
@@ -156,6 +166,8 @@ impl<'a> Trainer<'a> {
             best: None,
             init: None,
             saved: None,
+            non_finite: 0,
+            held: None,
         })
     }
 
@@ -198,6 +210,7 @@ impl<'a> Trainer<'a> {
         self.saved = Some(state.step);
         self.best = state.best;
         self.init = state.init;
+        self.non_finite = state.non_finite;
         self.membership.progress.finished(self.finished);
         tracing::info!(step = %self.finished, checkpoint = %path.display(), "resumed");
         Ok(())
@@ -213,10 +226,18 @@ impl<'a> Trainer<'a> {
             self.stepper.clock.enter(Phase::DataWait);
             let prepared = feed.next_step()?;
             let rate = learning_rate(&self.config.optimizer, self.finished, self.total_steps);
-            let stop = self.membership.stops.requested();
-            let Some(outcome) = self.stepper.step(&prepared, &mut self.exchange, rate, stop)? else {
-                self.save()?;
-                return Ok(Ended::Stopped);
+            let word = Word { stop: self.membership.stops.requested(), non_finite: self.non_finite };
+            let outcome = match self.stepper.step(&prepared, &mut self.exchange, rate, word)? {
+                StepEnd::Finished(outcome) => outcome,
+                StepEnd::Stopped => {
+                    self.save(Need::Kept)?;
+                    return Ok(Ended::Stopped);
+                }
+                StepEnd::NonFinite(step) => {
+                    self.not_finite(prepared, step)?;
+                    last_finished = Instant::now();
+                    continue;
+                }
             };
             self.finished.0 += 1;
             let seconds = last_finished.elapsed().as_secs_f64();
@@ -303,11 +324,13 @@ impl<'a> Trainer<'a> {
         }
         let every_steps = self.config.checkpoint.every_steps;
         let by_steps = every_steps > 0 && step.is_multiple_of(every_steps);
-        if by_steps || due(self.config.checkpoint.every_epochs) || last || (is_best && self.config.checkpoint.keep_best)
-        {
-            self.save()?;
+        if last || (is_best && self.config.checkpoint.keep_best) {
+            self.save(Need::Kept)
+        } else if by_steps || due(self.config.checkpoint.every_epochs) {
+            self.save(Need::Due)
+        } else {
+            Ok(())
         }
-        Ok(())
     }
 
     /// Every rank comes to the same verdict, because the evaluation is summed over ranks.
@@ -344,44 +367,8 @@ impl<'a> Trainer<'a> {
         (self.finished.0 / self.steps_per_epoch) as u32
     }
 
-    /// Hands the state after the last finished step to the writer, once.
-    fn save(&mut self) -> Result<(), WorkerError> {
-        if self.saved.replace(self.finished) == Some(self.finished) {
-            return Ok(());
-        }
-        let Some(writer) = &mut self.writer else { return Ok(()) };
-        self.membership.progress.enter("checkpoint");
-        let on_cpu = |tensors: Vec<(String, tch::Tensor)>| {
-            let copy = |(name, tensor): (String, tch::Tensor)| (name, tensor.to_device(tch::Device::Cpu).copy());
-            tensors.into_iter().map(copy).collect()
-        };
-        let state = State {
-            version: checkpoint::VERSION,
-            step: self.finished,
-            epoch: (self.finished.0 / self.steps_per_epoch) as u32,
-            fingerprint: self.membership.admission.dataset.fingerprint.clone(),
-            embeddings_fingerprint: self.membership.admission.dataset.embeddings_fingerprint.clone(),
-            input_dim: self.membership.admission.dataset.embedding_dim,
-            signature: signature(&self.stepper.parameters),
-            optimizer_step: self.stepper.optimizer.steps(),
-            best: self.best.clone(),
-            init: self.init.clone(),
-            config: self.config.clone(),
-            files: std::collections::BTreeMap::new(),
-        };
-        let model = self.stepper.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.detach()));
-        writer.save(Snapshot {
-            state,
-            model: on_cpu(model.collect()),
-            optimizer: on_cpu(self.stepper.optimizer.state(&self.stepper.parameters)),
-        })?;
-        Ok(())
-    }
-
     /// Tests with the best checkpoint, or with the last parameters if none is kept.
     fn test(&mut self) -> Result<(), WorkerError> {
-        // every checkpoint must be durable before any rank reads one
-        self.finish()?;
         self.exchange.barrier()?;
         if let Some(best) = self.best.clone()
             && best.step != self.finished
@@ -398,29 +385,4 @@ impl<'a> Trainer<'a> {
         self.evaluate(Split::Test)?;
         Ok(())
     }
-
-    fn finish(&mut self) -> Result<(), WorkerError> {
-        self.membership.progress.enter("finishing");
-        if let Some(writer) = &mut self.writer {
-            writer.finish()?;
-        }
-        Ok(())
-    }
-}
-
-fn signature(parameters: &Parameters) -> String {
-    format!("{:016x}", parameters.signature())
-}
-
-fn start_writer(membership: &Membership) -> Result<Writer, WorkerError> {
-    let (member, metrics) = (membership.member.clone(), membership.metrics.clone());
-    let keep_last = membership.admission.config.checkpoint.keep_last;
-    let writer = Writer::start(membership.run_dir(), keep_last, move |committed| {
-        metrics.checkpoint_age_seconds.mark();
-        metrics.checkpoint_seconds.observe(committed.duration.as_secs_f64());
-        if let Err(error) = member.commit_checkpoint(committed.step, committed.path.display().to_string()) {
-            tracing::warn!(%error, step = %committed.step, "the coordinator was not told of a checkpoint");
-        }
-    })?;
-    Ok(writer)
 }

@@ -3,7 +3,8 @@
 //! forward -> objective (gather, loss of the own rows, item gradients to their owners) -> CVR head, if any -> backward ->
 //! all-reduce -> clip -> update. With frozen towers only the head learns.
 //! Invariants: the loss and the gradient are those of the whole global batch whatever
-//! the number of ranks (promise 2); on an error nothing of the step has been applied, because the update comes last.
+//! the number of ranks (promise 2); on an error nothing of the step has been applied, because the update comes last; a step that
+//! is not finite is not applied on any rank.
 //!
 //! The learned logit scale is seen in full by every rank: each rank's part of its gradient comes from its own rows,
 //! so the all-reduce of the flat gradient sums it up like any other parameter.
@@ -18,6 +19,7 @@ use learn_telemetry::{Phase, WorkerMetrics};
 use tch::Device;
 
 use super::exchange::{Announcement, Exchange};
+use super::non_finite::{self, NonFiniteStep};
 use super::objective::{Contribution, Conversion, Objective, Towers};
 use super::passes::{self, Seeds, Share};
 use crate::control::Progress;
@@ -53,6 +55,36 @@ pub struct StepOutcome {
     pub padding_share: f64,
 }
 
+/// What a rank has to say before a step.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Word {
+    /// It was asked to stop before this step.
+    pub stop: bool,
+    /// Steps of the run whose loss or gradient was not finite, as it has counted them.
+    pub non_finite: u32,
+}
+
+/// How a step ended, the same on every rank.
+#[derive(Debug)]
+pub enum StepEnd {
+    Finished(StepOutcome),
+    /// A rank was asked to stop before it: nothing was done on any rank.
+    Stopped,
+    /// Loss or gradient was not finite: parameters and moments are as they were.
+    NonFinite(NonFiniteStep),
+}
+
+impl StepEnd {
+    /// The numbers of a finished step.
+    #[must_use]
+    pub fn finished(self) -> Option<StepOutcome> {
+        match self {
+            Self::Finished(outcome) => Some(outcome),
+            Self::Stopped | Self::NonFinite(_) => None,
+        }
+    }
+}
+
 /// Measures the phases of steps on the host; on a GPU a phase ends when its work is enqueued.
 pub struct PhaseClock {
     metrics: WorkerMetrics,
@@ -83,17 +115,17 @@ impl PhaseClock {
 }
 
 impl Stepper {
-    /// Does one step; `None` if a rank was asked to stop before it, then nothing was done on any rank.
+    /// Does one step, unless a rank was asked to stop before it.
     ///
     /// # Errors
-    /// If the collective fails or the loss is not finite.
+    /// If the collective fails.
     pub fn step(
         &mut self,
         prepared: &PreparedStep,
         exchange: &mut Exchange,
         learning_rate: f64,
-        stop: bool,
-    ) -> Result<Option<StepOutcome>, WorkerError> {
+        word: Word,
+    ) -> Result<StepEnd, WorkerError> {
         let seeds = Seeds {
             dropout: random::key(&[self.draw_seed, prepared.meta.step, exchange.rank() as u64]),
             items: random::key(&[self.draw_seed, prepared.meta.step]),
@@ -105,10 +137,11 @@ impl Stepper {
             tokens: share.tokens as i64,
             padded_tokens: share.padded_tokens as i64,
             exposures: share.exposures.count(),
-            stop,
+            stop: word.stop,
+            non_finite: word.non_finite.into(),
         })?;
         if announced.iter().any(|said| said.stop) {
-            return Ok(None);
+            return Ok(StepEnd::Stopped);
         }
         let counts = |part: fn(&Announcement) -> i64| announced.iter().map(|said| part(said) as usize).collect();
         let (row_counts, item_counts): (Vec<usize>, Vec<usize>) =
@@ -122,9 +155,10 @@ impl Stepper {
         } else {
             tch::no_grad(|| passes::forward(&share, towers))
         };
+        let embeddings = forwarded.detached();
         let mine = Contribution {
             share: &share,
-            embeddings: &forwarded.detached(),
+            embeddings: &embeddings,
             row_counts: &row_counts,
             item_counts: &item_counts,
             seeds,
@@ -155,8 +189,14 @@ impl Stepper {
         let mut sums = [loss.loss.double_value(&[]), loss.correct.double_value(&[]), own_cvr];
         exchange.sum(&mut sums)?;
         let [loss, correct, cvr_loss] = sums;
+        let not_finite = |gradient_norm| {
+            let before = announced.iter().map(|said| said.non_finite).max().unwrap_or(0);
+            let suspects = non_finite::suspects(&share, &embeddings, prepared);
+            let before = u32::try_from(before).unwrap_or(u32::MAX);
+            Ok(StepEnd::NonFinite(NonFiniteStep { loss, gradient_norm, before, suspects }))
+        };
         if !loss.is_finite() {
-            return Err(WorkerError::NonFiniteLoss { step: prepared.meta.step + 1, loss });
+            return not_finite(None);
         }
 
         self.clock.enter(Phase::Optimizer);
@@ -164,7 +204,7 @@ impl Stepper {
         parts.extend(rows.as_mut().map(|gradient| &mut gradient.rows));
         let gradient_norm = optimizer::clip(&mut parts, self.optimizer_config.clip_norm);
         if !gradient_norm.is_finite() {
-            return Err(WorkerError::NonFiniteLoss { step: prepared.meta.step + 1, loss: gradient_norm });
+            return not_finite(Some(gradient_norm));
         }
         self.optimizer.step(&mut self.parameters, &flat, learning_rate);
         if let Some(rows) = &rows {
@@ -174,7 +214,7 @@ impl Stepper {
 
         let total = |part: fn(&Announcement) -> i64| announced.iter().map(part).sum::<i64>().max(0) as u64;
         let (tokens, padded) = (total(|said| said.tokens), total(|said| said.padded_tokens));
-        Ok(Some(StepOutcome {
+        Ok(StepEnd::Finished(StepOutcome {
             loss,
             accuracy: correct / (prepared.meta.global_pairs.max(1)) as f64,
             cvr_loss: cvr.map(|_| cvr_loss),

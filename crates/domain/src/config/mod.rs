@@ -5,6 +5,7 @@
 
 mod embed;
 mod model;
+mod non_finite;
 mod objective;
 mod prepare;
 mod refine;
@@ -15,6 +16,7 @@ use std::path::PathBuf;
 
 pub use embed::{EmbedConfig, EndpointConfig, Precision, PromptConfig, Sentence};
 pub use model::{AdaptorInit, ItemInput, ItemTower, PositionEmbedding, Residual, TimeEmbedding};
+pub use non_finite::NonFinite;
 pub use objective::{ObjectiveConfig, ObjectiveKind};
 pub use prepare::{FileFormat, InteractionsConfig, ItemsConfig, PrepareConfig, SplitPolicy};
 pub use refine::RefineConfig;

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::model::{AdaptorInit, ItemInput, ItemTower, PositionEmbedding, Residual, TimeEmbedding};
-use super::{ByteSize, Config, ConfigError, Precision, Span};
+use super::{ByteSize, Config, ConfigError, NonFinite, Precision, Span};
 use crate::ranking::Metrics;
 use crate::sampling::{SamplingShape, StageOne};
 
@@ -209,6 +209,10 @@ pub struct TrainingConfig {
     pub init: Option<PathBuf>,
     /// Take what fits from `init` and start the rest anew, instead of refusing weights that are not exactly the model's.
     pub init_partial: bool,
+    /// What is done about a step whose loss or gradient is not a finite number; the same on every worker.
+    pub non_finite: NonFinite,
+    /// Most such steps of a run that are skipped or rolled back; one more stops it.
+    pub non_finite_budget: u32,
     /// Threads of a worker; 0 = cores divided by local workers.
     pub threads: u32,
 }
@@ -224,6 +228,8 @@ impl Default for TrainingConfig {
             freeze_towers: false,
             init: None,
             init_partial: false,
+            non_finite: NonFinite::Stop,
+            non_finite_budget: 10,
             threads: 0,
         }
     }
@@ -340,6 +346,9 @@ pub struct ClusterConfig {
     pub join_timeout: Span,
     /// A collective operation that takes longer fails.
     pub collective_timeout: Span,
+    /// A job that was asked to stop has this long to finish its step and write a checkpoint; then it ends without those
+    /// who have not left.
+    pub stop_timeout: Span,
     /// Steps that a worker fetches ahead.
     pub prefetch_steps: u32,
     /// Host memory of a worker for content embeddings.
@@ -358,6 +367,7 @@ impl Default for ClusterConfig {
             heartbeat_timeout: Span::from_secs(15),
             join_timeout: Span::from_secs(120),
             collective_timeout: Span::from_secs(120),
+            stop_timeout: Span::from_secs(135),
             prefetch_steps: 4,
             row_cache: ByteSize(1 << 30),
         }
@@ -516,6 +526,9 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     }
     if cluster.heartbeat_timeout <= cluster.heartbeat_interval {
         return fail("cluster.heartbeat_timeout", "must be longer than cluster.heartbeat_interval");
+    }
+    if cluster.stop_timeout <= cluster.heartbeat_interval {
+        return fail("cluster.stop_timeout", "must be longer than cluster.heartbeat_interval");
     }
     Ok(())
 }

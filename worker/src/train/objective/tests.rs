@@ -21,7 +21,7 @@ use super::*;
 use crate::control::Progress;
 use crate::feed::assemble::{Layout, Seen, UserShare, assemble};
 use crate::feed::{PreparedStep, UniformNegatives};
-use crate::train::{Stepper, rows_tensor, shape};
+use crate::train::{Stepper, Word, rows_tensor, shape};
 
 const ITEMS: u32 = 13;
 const USERS: u32 = 7;
@@ -133,7 +133,8 @@ fn rank_steps(config: &Config, points: &[Vec<f64>], exchange: &mut Exchange) -> 
         })
         .collect();
     let meta = BatchMeta { step: 0, epoch: 0, global_users: USERS, global_pairs: pairs, part: 0, parts: 1 };
-    let step = PreparedStep { meta, users: mine.iter().map(|user| user.user).collect(), micro_batches };
+    let places = mine.iter().map(|user| user.place).collect();
+    let step = PreparedStep { meta, users: mine.iter().map(|user| user.user).collect(), places, micro_batches };
     points.iter().map(|values| rank_step(config, values, &step, exchange)).collect()
 }
 
@@ -166,7 +167,7 @@ fn rank_step(config: &Config, values: &[f64], step: &PreparedStep, exchange: &mu
         draw_seed: SEED,
         clock: PhaseClock::new(WorkerMetrics::new(), Arc::new(Progress::default())),
     };
-    let outcome = stepper.step(step, exchange, 0.0, false).unwrap().unwrap();
+    let outcome = stepper.step(step, exchange, 0.0, Word::default()).unwrap().finished().unwrap();
     let state = stepper.optimizer.state(&stepper.parameters);
     // after one step without momentum, the first moment is the gradient
     let first = state.iter().filter(|(name, _)| name.starts_with("exp_avg."));

@@ -1,0 +1,96 @@
+//! What happened in a job beside its steps: one line of `events.jsonl` each.
+//!
+//! Input: what a worker or the coordinator has noticed. Output: the same value in the file, the log and a metric's label.
+//! Fields are only ever added, with a default, so that the events of older versions stay readable.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::NonFinite;
+use crate::ids::{Generation, Step, UserIndex};
+
+/// Most users that an event names.
+pub const MAX_NAMED_USERS: usize = 1024;
+
+/// One line of `events.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobEvent {
+    /// Seconds since the Unix epoch when the coordinator took note of it, for people: nothing depends on the wall clock.
+    pub time: f64,
+    pub generation: Generation,
+    #[serde(flatten)]
+    pub happening: Happening,
+}
+
+/// What has happened.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Happening {
+    /// The loss or the gradient of a step was no finite number; the step was not applied.
+    NonFinite {
+        /// The step by its number as finished steps count, from 1.
+        step: Step,
+        /// None if it is this that is not finite.
+        loss: Option<f64>,
+        gradient_norm: Option<f64>,
+        action: NonFinite,
+        /// Rows of the training sequences: the users whose embeddings were not finite; if all were, every user of the
+        /// step. The first [`MAX_NAMED_USERS`].
+        users: Vec<UserIndex>,
+        /// How many there are.
+        user_count: u64,
+        /// The embeddings of `users` were themselves not finite.
+        suspected: bool,
+    },
+    /// A checkpoint could not be written; the earlier ones stay, and training goes on.
+    CheckpointFailed { step: Step, reason: String },
+    /// A checkpoint was due while the one before was still being written.
+    CheckpointSkipped { step: Step },
+}
+
+impl fmt::Display for Happening {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NonFinite { step, loss, action, user_count, suspected, .. } => {
+                let what = if loss.is_none() { "loss" } else { "gradient" };
+                let users = if *suspected { "users have embeddings that are not finite" } else { "users are in it" };
+                write!(f, "the {what} of step {step} is not a finite number ({user_count} {users}): {action}")
+            }
+            Self::CheckpointFailed { step, reason } => {
+                write!(f, "the checkpoint of step {step} could not be written: {reason}")
+            }
+            Self::CheckpointSkipped { step } => {
+                write!(f, "no checkpoint of step {step}: the one before is still being written")
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_read_back() {
+        let events = [
+            Happening::NonFinite {
+                step: Step(7),
+                loss: None,
+                gradient_norm: Some(1.5),
+                action: NonFinite::Skip,
+                users: vec![UserIndex(3)],
+                user_count: 1,
+                suspected: true,
+            },
+            Happening::CheckpointFailed { step: Step(8), reason: "disk full".into() },
+            Happening::CheckpointSkipped { step: Step(9) },
+        ];
+        for happening in events {
+            let event = JobEvent { time: 1.5, generation: Generation(2), happening };
+            let line = serde_json::to_string(&event).unwrap();
+            assert_eq!(serde_json::from_str::<JobEvent>(&line).unwrap(), event, "{line}");
+            assert!(line.contains("\"event\":\""), "{line}");
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! Checkpoints of a training: what goes into one, and what happens when it cannot be written.
+//!
+//! Input: the state after the last finished step. Output: a snapshot for the writer, on rank 0. Invariants: training does
+//! not wait for a slow disk, but for a checkpoint that is to be kept (the best, the last); a checkpoint that could not be
+//! written is an event, and only that of the end is an error, after it was tried again.
+
+use std::time::Duration;
+
+use learn_domain::event::Happening;
+use learn_model::Parameters;
+use tch::Tensor;
+
+use super::Trainer;
+use crate::checkpoint::{self, Snapshot, State, Writer, Written};
+use crate::error::WorkerError;
+use crate::session::Membership;
+
+/// Pauses before the last checkpoint is tried again.
+const RETRIES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
+
+/// How much a checkpoint is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Need {
+    /// By the interval: left out if the one before is still being written.
+    Due,
+    /// The best or the last one: waits its turn.
+    Kept,
+}
+
+impl Trainer<'_> {
+    /// Hands the state after the last finished step to the writer, once.
+    pub(super) fn save(&mut self, need: Need) -> Result<(), WorkerError> {
+        if self.saved == Some(self.finished) {
+            return Ok(());
+        }
+        self.hold();
+        if need == Need::Due && self.writer.as_mut().is_some_and(Writer::busy) {
+            self.membership.member.report_event(&Happening::CheckpointSkipped { step: self.finished })?;
+            return Ok(());
+        }
+        self.saved = Some(self.finished);
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        self.membership.progress.enter("checkpoint");
+        let (dataset, stepper) = (&self.membership.admission.dataset, &self.stepper);
+        let state = State {
+            version: checkpoint::VERSION,
+            step: self.finished,
+            epoch: (self.finished.0 / self.steps_per_epoch) as u32,
+            fingerprint: dataset.fingerprint.clone(),
+            embeddings_fingerprint: dataset.embeddings_fingerprint.clone(),
+            input_dim: dataset.embedding_dim,
+            signature: signature(&stepper.parameters),
+            optimizer_step: stepper.optimizer.steps(),
+            best: self.best.clone(),
+            init: self.init.clone(),
+            non_finite: self.non_finite,
+            config: self.config.clone(),
+            files: std::collections::BTreeMap::new(),
+        };
+        let model = stepper.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.detach()));
+        let optimizer = stepper.optimizer.state(&stepper.parameters);
+        writer.save(Snapshot { state, model: on_cpu(model), optimizer: on_cpu(optimizer) })?;
+        Ok(())
+    }
+
+    /// Waits until the checkpoint of the last finished step is durable, and tries it again if it could not be written.
+    ///
+    /// # Errors
+    /// [`WorkerError::Unsaved`].
+    pub(super) fn finish(&mut self) -> Result<(), WorkerError> {
+        self.membership.progress.enter("finishing");
+        let mut pauses = RETRIES.iter();
+        while let Some(Err(error)) = self.writer.as_mut().map(Writer::settle) {
+            let Some(pause) = pauses.next() else { return Err(WorkerError::Unsaved(error)) };
+            std::thread::sleep(*pause);
+            self.saved = None;
+            self.save(Need::Kept)?;
+        }
+        Ok(())
+    }
+}
+
+/// Copies that the next step does not change.
+pub(super) fn on_cpu(tensors: impl IntoIterator<Item = (String, Tensor)>) -> Vec<(String, Tensor)> {
+    let copy = |(name, tensor): (String, Tensor)| (name, tensor.to_device(tch::Device::Cpu).copy());
+    tensors.into_iter().map(copy).collect()
+}
+
+pub(super) fn signature(parameters: &Parameters) -> String {
+    format!("{:016x}", parameters.signature())
+}
+
+pub(super) fn start_writer(membership: &Membership) -> Writer {
+    let (member, metrics) = (membership.member.clone(), membership.metrics.clone());
+    let keep_last = membership.admission.config.checkpoint.keep_last;
+    Writer::start(membership.run_dir(), keep_last, move |written| match written {
+        Written::Committed { step, path, duration } => {
+            metrics.checkpoint_age_seconds.mark();
+            metrics.checkpoint_seconds.observe(duration.as_secs_f64());
+            if let Err(error) = member.commit_checkpoint(step, path.display().to_string()) {
+                tracing::warn!(%error, %step, "the coordinator was not told of a checkpoint");
+            }
+        }
+        Written::Failed { step, error } => {
+            let reason = error.to_string();
+            tracing::error!(%step, reason, "a checkpoint could not be written; training goes on");
+            if let Err(error) = member.report_event(&Happening::CheckpointFailed { step, reason }) {
+                tracing::warn!(%error, %step, "the coordinator was not told of a failed checkpoint");
+            }
+        }
+    })
+}
