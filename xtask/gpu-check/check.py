@@ -1,10 +1,12 @@
 """Runs the parts of the GPU check one after the other and writes gpu-check.json; see run.sh.
 
-Exit code 0 if every part succeeded. Needs nothing but the standard library.
+Each training runs on the device and again on the CPU: losses and gradient norms of all steps must be the same but for
+rounding. Exit code 0 if every part succeeded. Needs nothing but the standard library.
 """
 
 import argparse
 import json
+import math
 import pathlib
 import platform
 import re
@@ -15,6 +17,26 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 TAIL_CHARACTERS = 6000
+# When all parts must have ended; what is cut off or left out then has failed.
+DEADLINE = math.inf
+# What is trained: settings, and how far the losses may lie from those of the CPU, as a share.
+TRAININGS = {
+    "train": ([], 1e-4),
+    "train_bf16": (["training.precision=bf16"], 0.02),
+    "train_full_softmax": (["objective.kind=full_softmax", "objective.pairs=next", "objective.catalogue_batch=40",
+                            "model.learn_logit_scale=true"], 1e-4),
+    "train_next_item": (["objective.kind=next_item", "objective.history_negatives=3", "training.micro_batch=24"], 1e-4),
+    "train_ids": (["model.item_input=id", "optimizer.clip_norm=0.5"], 1e-4),
+    "train_content_ids": (["model.item_input=content_id", "model.id_dropout=0.3", "training.micro_batch=24"], 1e-4),
+    "train_softmax_ids": (["model.item_input=content_id", "objective.kind=full_softmax"], 1e-4),
+    "train_uniform": (["objective.uniform_negatives=50", "objective.logq_correction=true"], 1e-4),
+    "train_time_gaps": (["model.time_embedding=gap", "model.position_embedding=learned", "model.item_tower=causal"], 1e-4),
+    "train_history_code": (["model.history_code=64", "model.residual=content", "model.centring=true",
+                            "model.residual_trained=true"], 1e-4),
+    "train_cvr": (["objective.cvr_weight=0.5", "objective.cvr_hidden=16"], 1e-4),
+}
+# These runs are judged, exported and asked for recommendations on the device too.
+USED = ["train_time_gaps", "train_history_code", "train_ids"]
 # The step that the benchmark times: the published layers and widths, in both precisions.
 BENCH = ["--layers", "4", "--hidden", "768", "--heads", "12", "--input-dim", "4096", "--output-dim", "64"]
 BENCH_RUNS = {
@@ -32,13 +54,14 @@ def part(name, command, seconds, cwd):
     """Runs one command; its exit code, seconds, JSON lines of its output, and its last words."""
     print(f"== {name}: {' '.join(map(str, command))}", flush=True)
     started = time.monotonic()
+    seconds = min(seconds, max(DEADLINE - started, 0.1))
     try:
         done = subprocess.run([str(word) for word in command], cwd=cwd, timeout=seconds, text=True, errors="replace",
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         rc, out, err = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
         text = [s.decode(errors="replace") if isinstance(s, bytes) else s or "" for s in (late.stdout, late.stderr)]
-        rc, out, err = 124, text[0], text[1] + f"\nended after {seconds} s"
+        rc, out, err = 124, text[0], text[1] + f"\nended after {seconds:.0f} s"
     except OSError as error:
         rc, out, err = 127, "", str(error)
     took = time.monotonic() - started
@@ -92,12 +115,69 @@ def read_json(path):
         return {"error": str(error)}
 
 
+def relative_gap(value, wanted):
+    """Infinite for what is no number."""
+    gap = abs(value - wanted) / max(abs(wanted), 1e-6) if value is not None else math.inf
+    return math.inf if math.isnan(gap) else gap
+
+
+def compared(run, reference, tolerance):
+    """Whether two runs had the same steps; the largest relative gap of each number."""
+    if not (run and reference) or len(run) != len(reference):
+        return {"rc": 1, "reason": f"{len(run)} steps and {len(reference)} of the reference"}
+    names = [name for name in ("loss", "gradient_norm", "cvr_loss") if reference[0].get(name) is not None]
+    gaps = {name: max(relative_gap(a.get(name), b[name]) for a, b in zip(run, reference)) for name in names}
+    within = all(gap <= tolerance for gap in gaps.values())
+    print(f"   largest relative gaps: {gaps}", flush=True)
+    return {"rc": 0 if within else 1, "gaps": gaps, "tolerance": tolerance}
+
+
+class Trainings:
+    """Runs of learn-launch in one folder."""
+
+    def __init__(self, launch, config, work):
+        self.launch, self.config, self.work = launch, config, work
+
+    def run(self, name, settings, device):
+        command = [self.launch, "train", self.config, "--name", name, "--device", device]
+        result = part(name, command + [word for one in settings for word in ("--set", one)], 120, self.work)
+        run = self.work / "runs" / name
+        metrics = run / "metrics.jsonl"
+        result["summary"] = read_json(run / "summary.json")
+        result["steps"] = json_lines(metrics.read_text()) if metrics.is_file() else []
+        if result["rc"] != 0:
+            result["logs"] = {log.name: log.read_text(errors="replace")[-TAIL_CHARACTERS:]
+                              for log in sorted((run / "logs").glob("*.log"))}
+        return result
+
+    def check(self, name, settings, device, tolerance):
+        """The parts of one training: on the device, on the CPU, and what lies between them."""
+        here = self.run(name, settings, device)
+        reference = self.run(f"{name}_on_cpu", settings, "cpu")
+        gap = compared(here["steps"], reference["steps"], tolerance)
+        return {name: here, f"{name}_on_cpu": reference, f"{name}_gap": gap}
+
+    def use(self, name):
+        """The parts that use a run: evaluation, export and recommendation, on the device that it was trained on."""
+        run = f"runs/{name}"
+        commands = {
+            "eval": ["eval", run, "--json"],
+            "export": ["export", run, "--out", f"{name}-exported", "--json"],
+            "recommend": ["recommend", run, "--users", "u3", "--json"],
+        }
+        return {f"{name}_{verb}": part(f"{name}_{verb}", [self.launch, *words], 60, self.work)
+                for verb, words in commands.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--seconds", type=float, default=560, help="for all parts; the default fits into ten minutes")
     parser.add_argument("--torch", type=pathlib.Path, required=True)
     options = parser.parse_args()
+    global DEADLINE
+    DEADLINE = time.monotonic() + options.seconds
     out = options.out.resolve()
     work = out / "work"
     if work.exists():
@@ -108,7 +188,7 @@ def main():
     launch = bin_ / "learn-launch"
     config = shutil.copy(HERE / "gpu-check.toml", work)
     cuda = options.device == "cuda"
-    train = ["--set", f"cluster.device={options.device}"]
+    encoders = sorted(folder for folder in (HERE / "encoders").iterdir() if folder.is_dir())
 
     report = {
         "version": 1,
@@ -120,16 +200,15 @@ def main():
     parts = report["parts"]
     parts["doctor"] = part("doctor", [bin_ / "learn-worker", "doctor", "--json"], 120, work)
     parts["golden"] = part("golden", [bin_ / "golden", "--device", options.device, *golden], 300, work)
+    parts["encoders"] = part("encoders", [bin_ / "encoders", "--device", options.device, *encoders], 120, work)
     parts["data"] = part("data", [sys.executable, HERE / "make_data.py", work], 60, work)
     parts["prepare"] = part("prepare", [launch, "prepare", config], 120, work)
     parts["embed"] = part("embed", [launch, "embed", config], 120, work)
-    parts["train"] = part("train", [launch, "train", config, *train], 300, work)
-    run = work / "runs" / "gpu-check"
-    parts["train"]["summary"] = read_json(run / "summary.json")
-    metrics = run / "metrics.jsonl"
-    parts["train"]["steps"] = json_lines(metrics.read_text()) if metrics.is_file() else []
-    parts["train"]["logs"] = {log.name: log.read_text(errors="replace")[-TAIL_CHARACTERS:]
-                              for log in sorted((run / "logs").glob("*.log"))}
+    trainings = Trainings(launch, config, work)
+    for name, (settings, tolerance) in TRAININGS.items():
+        parts.update(trainings.check(name, settings, options.device, tolerance))
+    for name in USED:
+        parts.update(trainings.use(name))
     for name, flags in (BENCH_RUNS if cuda else BENCH_CPU).items():
         bench = [bin_ / "learn-worker", "bench-step", "--device", options.device, "--json", *flags]
         parts[name] = part(name, bench, 300, work)

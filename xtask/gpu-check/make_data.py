@@ -1,6 +1,6 @@
 """Writes a small made-up catalogue: interactions.csv, items.csv and vectors.npy (one row per item, in items' order).
 
-Users walk along a ring of items, so that there is something to learn. usage: make_data.py FOLDER
+Users walk along a ring of items and like every third one, so that there is something to learn. usage: make_data.py FOLDER
 """
 
 import math
@@ -15,11 +15,13 @@ folder = pathlib.Path(sys.argv[1])
 draw = random.Random(7)
 
 with open(folder / "interactions.csv", "w") as file:
-    file.write("user_id,item_id,timestamp\n")
+    file.write("user_id,item_id,timestamp,liked\n")
     for user in range(USERS):
-        item = draw.randrange(ITEMS)
-        for time in range(LENGTH):
-            file.write(f"u{user},i{item},{time}\n")
+        item, time = draw.randrange(ITEMS), 0
+        for _ in range(LENGTH):
+            # from a second to half a year apart
+            time += 2 ** draw.randrange(24)
+            file.write(f"u{user},i{item},{time},{int(item % 3 == user % 3)}\n")
             item = (item + draw.choice([1, 1, 1, 2, 3])) % ITEMS
 
 with open(folder / "items.csv", "w") as file:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Checks the CUDA path: golden cases, a two-step training with the nccl collective of one rank, a step benchmark.
-# usage: run.sh OUT_DIR [--device cuda|cpu]
+# Checks the CUDA path: golden cases of towers and losses, encoders in three precisions, trainings with the nccl collective
+# of one rank against the CPU, what uses them, a step benchmark.
+# usage: run.sh OUT_DIR [--device cuda|cpu] [--seconds N]
 # Needs bash, gzip, python3 and PyTorch 2.11 (or LIBTORCH naming its folder); writes OUT_DIR/gpu-check.json.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

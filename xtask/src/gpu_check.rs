@@ -1,6 +1,6 @@
 //! `cargo xtask gpu-check`: packs what checks the CUDA path elsewhere.
 //!
-//! Output: a folder below [`LIMIT`] bytes with stripped, compressed binaries, golden files and `run.sh`, for a machine with
+//! Output: a folder below [`LIMIT`] bytes with stripped, compressed binaries, golden cases and `run.sh`, for a machine with
 //! an NVIDIA GPU and PyTorch 2.11 that has neither network nor toolchain: `bash FOLDER/run.sh OUT_DIR`.
 
 use std::fs;
@@ -16,9 +16,11 @@ use crate::{process, quickstart, setup};
 /// Most bytes of the packed folder.
 const LIMIT: u64 = 64 << 20;
 const BINARIES: [&str; 4] = ["learn-launch", "learn-coordinator", "learn-worker", "learn-embed"];
-/// The example of the model crate that checks golden files, and the folder of the files that its tests use.
-const GOLDEN_EXAMPLE: &str = "golden";
+/// Examples that check golden cases, by package.
+const EXAMPLES: [(&str, &str); 2] = [("learn-model", "golden"), ("learn-ceg", "encoders")];
+/// The cases of the tests: files of towers and losses, folders of encoders.
 const GOLDEN_FILES: &str = "crates/model/tests/golden";
+const ENCODERS: &str = "crates/ceg/tests/golden";
 
 const PARTS: [(&str, &str); 4] = [
     ("run.sh", include_str!("../gpu-check/run.sh")),
@@ -39,8 +41,10 @@ pub struct Options {
 pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     setup::run(workspace, &setup::Options::default())?;
     quickstart::build(workspace)?;
-    let example = ["build", "--release", "--package", "learn-model", "--example", GOLDEN_EXAMPLE];
-    process::visible("the golden example", workspace.cargo().args(example))?;
+    for (package, example) in EXAMPLES {
+        let build = ["build", "--release", "--package", package, "--example", example];
+        process::visible(&format!("the example {example}"), workspace.cargo().args(build))?;
+    }
 
     let out = options.out.clone().unwrap_or_else(|| workspace.target().join("gpu-check"));
     if out.exists() {
@@ -58,19 +62,26 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
 fn pack(workspace: &Workspace, out: &Path) -> Result<()> {
     let bin = out.join("bin");
     let golden = out.join("golden");
-    for folder in [&bin, &golden] {
+    let encoders = out.join("encoders");
+    for folder in [&bin, &golden, &encoders] {
         fs::create_dir_all(folder).with_context(|| format!("{}: cannot make it", folder.display()))?;
     }
-    let example = workspace.target().join("release").join("examples").join(GOLDEN_EXAMPLE);
-    for binary in BINARIES.iter().map(|name| workspace.binary(name)).chain([example]) {
+    let examples = workspace.target().join("release").join("examples");
+    let examples = EXAMPLES.map(|(_, name)| examples.join(name));
+    for binary in BINARIES.iter().map(|name| workspace.binary(name)).chain(examples) {
         let packed = bin.join(binary.file_name().context("a binary has a name")?);
         copy(&binary, &packed)?;
         process::output("strip", Command::new("strip").arg(&packed))?;
         // run.sh unpacks them
         process::output("gzip", Command::new("gzip").arg("-9").arg(&packed))?;
     }
-    for file in golden_files(&workspace.root().join(GOLDEN_FILES))? {
-        copy(&file, &golden.join(file.file_name().context("a golden file has a name")?))?;
+    copy_files(&workspace.root().join(GOLDEN_FILES), &golden, |file| {
+        file.extension().is_some_and(|e| e == "safetensors")
+    })?;
+    for model in entries(&workspace.root().join(ENCODERS))?.iter().filter(|path| path.is_dir()) {
+        let packed = encoders.join(model.file_name().context("a model has a name")?);
+        fs::create_dir_all(&packed).with_context(|| format!("{}: cannot make it", packed.display()))?;
+        copy_files(model, &packed, |_| true)?;
     }
     for (name, content) in PARTS {
         let path = out.join(name);
@@ -79,15 +90,16 @@ fn pack(workspace: &Workspace, out: &Path) -> Result<()> {
     Ok(())
 }
 
-fn golden_files(folder: &Path) -> Result<Vec<PathBuf>> {
+/// Copies the files of a folder that are wanted, at least one.
+fn copy_files(from: &Path, to: &Path, wanted: impl Fn(&Path) -> bool) -> Result<()> {
+    let files: Vec<PathBuf> = entries(from)?.into_iter().filter(|path| path.is_file() && wanted(path)).collect();
+    ensure!(!files.is_empty(), "{} holds nothing to pack", from.display());
+    files.iter().try_for_each(|file| copy(file, &to.join(file.file_name().context("a file has a name")?)))
+}
+
+fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(folder).with_context(|| format!("{}: cannot list it", folder.display()))?;
-    let mut files: Vec<PathBuf> = entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"))
-        .collect();
-    ensure!(!files.is_empty(), "{} holds no golden files", folder.display());
-    files.sort();
-    Ok(files)
+    entries.map(|entry| Ok(entry?.path())).collect()
 }
 
 fn copy(from: &Path, to: &Path) -> Result<()> {

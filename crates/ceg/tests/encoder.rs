@@ -5,8 +5,8 @@
 use std::path::{Path, PathBuf};
 
 use learn_ceg::encoder::{EncoderError, EncoderSettings, LocalEncoder, ModelDirectory, TextEncoder};
+use learn_ceg::golden::Case;
 use learn_domain::config::Precision;
-use learn_model::safetensors;
 use tch::Device;
 
 const SETTINGS: EncoderSettings = EncoderSettings { max_tokens: 512, batch_tokens: 4096, precision: Precision::F32 };
@@ -21,44 +21,12 @@ fn load(model: &Path, settings: EncoderSettings) -> Result<LocalEncoder, Encoder
     LocalEncoder::load(ModelDirectory::open(model)?, settings, Device::Cpu)
 }
 
-fn texts(path: &Path) -> Vec<String> {
-    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-}
-
-fn expected(path: &Path) -> Vec<f32> {
-    let tensors = safetensors::read(path).unwrap();
-    let (_, rows) = tensors.iter().find(|(name, _)| name == "rows").unwrap();
-    learn_torch::to_host(rows).unwrap()
-}
-
-fn encode(encoder: &LocalEncoder, texts: &[String]) -> Vec<f32> {
-    let mut finished = 0;
-    let rows = encoder.encode(texts, &mut |texts| finished += texts).unwrap();
-    assert_eq!(finished, texts.len());
-    assert_eq!(rows.len(), texts.len() * encoder.dim());
-    rows
-}
-
-fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
-}
-
-fn largest_cosine_distance(a: &[f32], b: &[f32], dim: usize) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-    let distance = |(a, b)| 1.0 - dot(a, b) / (dot(a, a) * dot(b, b)).sqrt();
-    a.chunks_exact(dim).zip(b.chunks_exact(dim)).map(distance).fold(0.0, f64::max)
-}
-
 #[test]
 fn tiny_models_give_the_vectors_of_transformers() {
     for name in ["tiny-bert", "tiny-roberta"].into_iter().chain(DECODERS) {
-        let folder = golden(name);
-        let (texts, expected) = (texts(&folder.join("texts.json")), expected(&folder.join("expected.safetensors")));
         for batch_tokens in [1, 90, 4096] {
-            let encoder = load(&folder, EncoderSettings { batch_tokens, ..SETTINGS }).unwrap();
-            let difference = largest_difference(&encode(&encoder, &texts), &expected);
+            let settings = EncoderSettings { batch_tokens, ..SETTINGS };
+            let difference = Case::of(&golden(name)).check(settings, Device::Cpu).unwrap().largest;
             assert!(difference < 1e-5, "{name} with {batch_tokens} tokens a batch: {difference}");
         }
     }
@@ -67,11 +35,8 @@ fn tiny_models_give_the_vectors_of_transformers() {
 #[test]
 fn half_precisions_keep_the_direction() {
     for name in ["tiny-bert"].into_iter().chain(DECODERS) {
-        let folder = golden(name);
-        let (texts, expected) = (texts(&folder.join("texts.json")), expected(&folder.join("expected.safetensors")));
         let distance = |precision| {
-            let encoder = load(&folder, EncoderSettings { precision, ..SETTINGS }).unwrap();
-            largest_cosine_distance(&encode(&encoder, &texts), &expected, encoder.dim())
+            Case::of(&golden(name)).check(EncoderSettings { precision, ..SETTINGS }, Device::Cpu).unwrap().cosine
         };
         let (bf16, f16) = (distance(Precision::Bf16), distance(Precision::F16));
         assert!(bf16 > 0.0 && bf16 < 1e-3, "{name}: {bf16}");
@@ -80,19 +45,29 @@ fn half_precisions_keep_the_direction() {
 }
 
 #[test]
+fn every_text_is_said_to_be_finished_once() {
+    let texts: Vec<String> = (0..20).map(|length| "word ".repeat(1 + length)).collect();
+    let encoder = load(&golden("tiny-bert"), EncoderSettings { batch_tokens: 40, ..SETTINGS }).unwrap();
+    let mut finished = Vec::new();
+    let rows = encoder.encode(&texts, &mut |texts| finished.push(texts)).unwrap();
+    assert_eq!((finished.iter().sum::<usize>(), rows.len()), (texts.len(), texts.len() * encoder.dim()));
+    assert!(finished.len() > 3, "{finished:?}");
+}
+
+#[test]
 #[ignore = "needs MiniLM's weights: cargo xtask test fetches them and runs this"]
 fn minilm_gives_the_vectors_of_sentence_transformers() {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let model = std::env::var_os("LEARN_MINILM").map_or_else(|| workspace.join(".deps/minilm"), PathBuf::from);
-    let (texts, expected) = (texts(&golden("minilm.texts.json")), expected(&golden("minilm.safetensors")));
+    let case = Case { model, texts: golden("minilm.texts.json"), expected: golden("minilm.safetensors") };
     for batch_tokens in [1, 8192] {
-        let encoder = load(&model, EncoderSettings { batch_tokens, ..SETTINGS }).unwrap();
-        let distance = largest_cosine_distance(&encode(&encoder, &texts), &expected, encoder.dim());
+        let settings = EncoderSettings { batch_tokens, ..SETTINGS };
+        let distance = case.check(settings, Device::Cpu).unwrap().cosine;
         println!("largest cosine distance with {batch_tokens} tokens a batch: {distance:e}");
         assert!(distance < 1e-5, "{distance}");
     }
-    let encoder = load(&model, EncoderSettings { precision: Precision::Bf16, ..SETTINGS }).unwrap();
-    let distance = largest_cosine_distance(&encode(&encoder, &texts), &expected, encoder.dim());
+    let settings = EncoderSettings { precision: Precision::Bf16, ..SETTINGS };
+    let distance = case.check(settings, Device::Cpu).unwrap().cosine;
     println!("largest cosine distance in bf16: {distance:e}");
     assert!(distance < 1e-3, "{distance}");
 }
