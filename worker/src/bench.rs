@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use half::f16;
-use learn_collective::{Group, connect_tcp};
+use learn_collective::{Group, MemoryRendezvous, connect_tcp};
 use learn_domain::UserIndex;
 use learn_domain::config::{Config, ObjectiveKind, Precision};
 use learn_domain::random::Draws;
@@ -82,7 +82,7 @@ pub fn bench_step(settings: &BenchSettings) -> Result<BenchResult, WorkerError> 
         advertise: "127.0.0.1".into(),
         timeout: config.cluster.collective_timeout.0,
     };
-    let mut exchange = Exchange::new(connect_tcp(group, &Alone)?, metrics);
+    let mut exchange = Exchange::new(connect_tcp(group, &MemoryRendezvous::default())?, metrics);
     let step = synthetic_step(settings);
     let tokens = step.micro_batches.iter().map(|(batch, _)| batch.tokens).sum();
     let mut seconds = Vec::new();
@@ -110,19 +110,6 @@ pub fn bench_step(settings: &BenchSettings) -> Result<BenchResult, WorkerError> 
         median_users_per_second: f64::from(config.training.global_batch) / median,
         loss,
     })
-}
-
-/// A world of one needs no rendezvous.
-struct Alone;
-
-impl learn_collective::Rendezvous for Alone {
-    fn put(&self, _: &str, _: Vec<u8>) -> Result<(), String> {
-        Ok(())
-    }
-
-    fn get(&self, key: &str, _: std::time::Duration) -> Result<Vec<u8>, String> {
-        Err(format!("nobody else is there to set `{key}`"))
-    }
 }
 
 fn synthetic_objective(settings: &BenchSettings) -> Objective {

@@ -20,6 +20,7 @@ mod call;
 mod error;
 mod group;
 mod layout;
+mod memory;
 mod nccl;
 mod secret;
 mod tcp;
@@ -28,6 +29,7 @@ pub use abort::Aborter;
 pub use buffer::{Buffer, DType, Place};
 pub use error::CollectiveError;
 pub use group::{Group, Rendezvous};
+pub use memory::MemoryRendezvous;
 pub use nccl::{connect_nccl, gpu_count, nccl_version};
 pub use tcp::connect_tcp;
 

@@ -2,34 +2,13 @@
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
-use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use learn_collective::{Buffer, Collective, CollectiveError, Group, Rendezvous, connect_tcp};
+pub use learn_collective::MemoryRendezvous as Store;
+use learn_collective::{Buffer, Collective, CollectiveError, Group, connect_tcp};
 
 /// Long enough never to matter in a test that passes.
 pub const PATIENT: Duration = Duration::from_secs(60);
-
-/// The coordinator's key-value store of one generation, in memory.
-#[derive(Clone, Default)]
-pub struct Store(Arc<(Mutex<Values>, Condvar)>);
-
-type Values = HashMap<String, Vec<u8>>;
-
-impl Rendezvous for Store {
-    fn put(&self, key: &str, value: Vec<u8>) -> Result<(), String> {
-        self.0.0.lock().unwrap().insert(key.to_owned(), value);
-        self.0.1.notify_all();
-        Ok(())
-    }
-
-    fn get(&self, key: &str, wait: Duration) -> Result<Vec<u8>, String> {
-        let map = self.0.0.lock().unwrap();
-        let (map, _) = self.0.1.wait_timeout_while(map, wait, |map| !map.contains_key(key)).unwrap();
-        map.get(key).cloned().ok_or_else(|| format!("nobody put {key}"))
-    }
-}
 
 pub fn group(rank: usize, world_size: usize, timeout: Duration) -> Group {
     Group {
