@@ -1,17 +1,17 @@
 //! Whole steps in float64 over the TCP collective, ranks as threads: however many ranks there are, loss and gradient are
 //! those of one, and the gradient is the slope of the loss.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use half::f16;
-use learn_collective::{Group, Rendezvous, connect_tcp};
+use learn_collective::{Group, MemoryRendezvous, connect_tcp};
 use learn_domain::UserIndex;
-use learn_domain::config::{Config, ItemTower, ObjectiveKind, PositionEmbedding, TimeEmbedding};
+use learn_domain::config::{Config, ItemInput, ItemTower, ObjectiveKind, PositionEmbedding, TimeEmbedding};
 use learn_domain::random::Draws;
 use learn_domain::report::DatasetFacts;
 use learn_domain::sampling::{Pairs, SampleKey};
+use learn_model::pch::ID_EMBEDDING;
 use learn_model::{AdamW, Forward, Parameters, Pch};
 use learn_proto::flight::BatchMeta;
 use learn_telemetry::WorkerMetrics;
@@ -28,27 +28,8 @@ const USERS: u32 = 7;
 const DIM: usize = 6;
 const SEED: u64 = 11;
 
-/// The coordinator's key-value store, in memory.
-#[derive(Clone, Default)]
-struct Store(Arc<(Mutex<Values>, Condvar)>);
-
-type Values = HashMap<String, Vec<u8>>;
-
-impl Rendezvous for Store {
-    fn put(&self, key: &str, value: Vec<u8>) -> Result<(), String> {
-        self.0.0.lock().unwrap().insert(key.to_owned(), value);
-        self.0.1.notify_all();
-        Ok(())
-    }
-
-    fn get(&self, key: &str, wait: Duration) -> Result<Vec<u8>, String> {
-        let map = self.0.0.lock().unwrap();
-        let (map, _) = self.0.1.wait_timeout_while(map, wait, |map| !map.contains_key(key)).unwrap();
-        map.get(key).cloned().ok_or_else(|| format!("nobody put {key}"))
-    }
-}
-
-/// What a step of the whole world gave: loss, accuracy, and the gradient of all parameters in the order of their names.
+/// What a step of the whole world gave: loss, accuracy, and the gradient of all parameters in the order of their names, that
+/// of learned item vectors last.
 #[derive(Clone, Debug)]
 struct Outcome {
     loss: f64,
@@ -103,17 +84,28 @@ fn facts() -> DatasetFacts {
     DatasetFacts { embedding_dim: DIM as u32, items: ITEMS, ..DatasetFacts::default() }
 }
 
-/// The values that a fresh start has, in the order of their names.
+/// The values that a fresh start has, in the order of their names, with those of learned item vectors last.
 fn start(config: &Config) -> Vec<f64> {
     let model = Pch::new(shape(config, &facts())).unwrap();
     let parameters = Parameters::init(model.shape(), SEED, Device::Cpu);
-    Vec::try_from(parameters.flat().to_kind(Kind::Double)).unwrap()
+    let values = |tensor: &Tensor| Vec::<f64>::try_from(tensor.to_kind(Kind::Double).reshape([-1])).unwrap();
+    let mut all = values(parameters.flat());
+    // beside content they start at 0, where nothing tells one from the other
+    let mut draws = Draws::new(&[SEED, 4]);
+    all.extend(
+        parameters.item_vectors().map(values).unwrap_or_default().iter().map(|value| value + draws.unit() - 0.5),
+    );
+    all
 }
 
 fn load(model: &Pch, values: &[f64]) -> Parameters {
     let specs = Parameters::init(model.shape(), SEED, Device::Cpu);
-    let flat = Tensor::from_slice(values);
-    let tensors = specs.parts(&flat).map(|(name, part)| (name.to_owned(), part.copy())).collect();
+    let (flat, table) = values.split_at(specs.count() as usize);
+    let flat = Tensor::from_slice(flat);
+    let mut tensors: Vec<_> = specs.parts(&flat).map(|(name, part)| (name.to_owned(), part.copy())).collect();
+    if let Some(vectors) = specs.item_vectors() {
+        tensors.push((ID_EMBEDDING.to_owned(), Tensor::from_slice(table).view_as(vectors)));
+    }
     Parameters::load(model.shape(), tensors, Kind::Double, Device::Cpu).unwrap()
 }
 
@@ -177,7 +169,7 @@ fn rank_step(config: &Config, values: &[f64], step: &PreparedStep, exchange: &mu
 
 /// Steps of a world, from each of these parameter values; every rank says the same.
 fn steps(config: &Config, world_size: usize, points: &[Vec<f64>]) -> Vec<Outcome> {
-    let store = Store::default();
+    let store = MemoryRendezvous::default();
     let outcomes: Vec<Vec<Outcome>> = std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..world_size)
             .map(|rank| {
@@ -319,4 +311,34 @@ fn time_gaps_and_positions_are_exact_in_a_full_softmax_over_next_items() {
     config.model.time_embedding = TimeEmbedding::Gap;
     config.model.position_embedding = PositionEmbedding::Learned;
     is_exact(&config);
+}
+
+/// The full softmax with learned item vectors: a row has gradients from histories of all ranks and from the rank that has it
+/// in its part of the catalogue.
+fn softmax_of_vectors(item_input: ItemInput, tower: ItemTower, pairs: Pairs) -> Config {
+    let mut config = softmax(tower, pairs);
+    config.model.item_input = item_input;
+    config
+}
+
+#[test]
+fn the_full_softmax_is_exact_with_learned_vectors_alone() {
+    is_exact(&softmax_of_vectors(ItemInput::Id, ItemTower::PerItem, Pairs::Next));
+}
+
+#[test]
+fn the_full_softmax_is_exact_with_learned_vectors_beside_content() {
+    is_exact(&softmax_of_vectors(ItemInput::ContentId, ItemTower::Causal, Pairs::AllAction));
+    let mut with_dropout = softmax_of_vectors(ItemInput::ContentId, ItemTower::PerItem, Pairs::Next);
+    with_dropout.model.id_dropout = 0.4;
+    is_exact(&with_dropout);
+}
+
+#[test]
+fn sampled_negatives_are_exact_with_learned_vectors() {
+    is_exact(&config(|config| {
+        config.objective.kind = ObjectiveKind::NextItem;
+        config.objective.uniform_negatives = 9;
+        config.model.item_input = ItemInput::ContentId;
+    }));
 }
