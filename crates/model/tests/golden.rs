@@ -21,7 +21,7 @@ fn files() -> Vec<PathBuf> {
 
 fn check_all(device: Device) {
     let files = files();
-    assert_eq!(files.len(), 23, "{files:?}");
+    assert_eq!(files.len(), 24, "{files:?}");
     for path in files {
         let errors = golden::check(&path, device).unwrap();
         assert!(errors.contains_key("grad.summary_encoder.layer.0") && errors.contains_key("out.loss"));

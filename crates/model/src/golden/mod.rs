@@ -66,6 +66,10 @@ struct CaseConfig {
     residual: Residual,
     #[serde(default)]
     residual_decay: f64,
+    #[serde(default)]
+    history_code: u32,
+    #[serde(default)]
+    history_code_weight: f64,
 }
 
 /// The file, taken apart.
@@ -193,6 +197,8 @@ impl Case {
                 residual: config.residual,
                 residual_decay: config.residual_decay,
                 residual_trained: true,
+                history_code: config.history_code,
+                history_code_weight: config.history_code_weight,
                 ..ModelConfig::default()
             },
             max_history: self.tensor("in.hist_id")?.size2().map_err(|error| failed(error.into()))?.1,

@@ -96,6 +96,46 @@ class Towers(torch.nn.Module):
         return F.normalize(self.mlp(h) + self.base(x, user), dim=-1)
 
 
+def mix(value):
+    """The finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) of the next state."""
+    word = (1 << 64) - 1
+    z = (value + 0x9E3779B97F4A7C15) & word
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & word
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & word
+    return z ^ (z >> 31)
+
+
+def item_code(item, dimensions):
+    """The history code of an item: the signs of a hash of its number, divided by sqrt(dimensions)."""
+    name = b"history code"
+    text = mix(len(name))
+    for start in range(0, len(name), 8):
+        text = mix(text ^ int.from_bytes(name[start:start + 8], "big"))
+    state = 0x6C6561726E5F7631
+    for part in (text, item):
+        state = mix(state ^ mix(part))
+    signs = []
+    while len(signs) < dimensions:
+        state = (state + 0x9E3779B97F4A7C15) % (1 << 64)
+        word = mix(state)
+        signs += [1.0 if word >> bit & 1 else -1.0 for bit in range(64)]
+    return torch.tensor(signs[:dimensions]) / dimensions ** 0.5
+
+
+def coded(c, embedded, ids, user):
+    """Adds the history code's dimensions: embedded [B, L, d], ids [B, L] -> [B, L, d + K]."""
+    if not c.get("history_code"):
+        return embedded
+    rows = []
+    for items in ids.tolist():
+        own = [item_code(item, c["history_code"]) for item in items]
+        if user:
+            own = [-c["history_code_weight"] * sum(item_code(item, c["history_code"]) for item in set(items[: p + 1]))
+                   for p in range(len(items))]
+        rows.append(torch.stack(own))
+    return torch.cat([embedded, torch.stack(rows)], dim=-1)
+
+
 def draw_times(c, ids):
     """Ascending times beside ids [B, L], from seconds to years apart and now and then at once; None unless they are read."""
     if not c.get("time_embedding"):
