@@ -2,6 +2,7 @@
 
 use std::fs::{File, TryLockError};
 use std::future::Future;
+use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use arrow_flight::flight_service_server::FlightServiceServer;
 use learn_dataset::Dataset;
 use learn_domain::WorkerId;
+use learn_domain::config::ClusterConfig;
 use learn_domain::membership::Outcome;
 use learn_domain::report::CoordinatorAddress;
 use learn_domain::run_dir::RunDir;
@@ -33,7 +35,7 @@ use crate::journal::Journal;
 use crate::{CoordinatorError, Settings, http};
 
 /// Calls that are still open when the job has ended may take this long.
-pub(crate) const GRACE: Duration = Duration::from_secs(2);
+const GRACE: Duration = Duration::from_secs(2);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -54,11 +56,9 @@ pub enum ServeError {
 /// A coordinator that listens already.
 pub struct Coordinator {
     settings: Settings,
-    address: CoordinatorAddress,
+    ports: Ports,
     source: Arc<Source>,
     metrics: CoordinatorMetrics,
-    grpc: TcpListener,
-    http: TcpListener,
     job: JobHandle,
     owner: JobOwner,
     journal: Journal,
@@ -77,7 +77,52 @@ pub(crate) fn lock(run_dir: &RunDir) -> Result<File, ServeError> {
     })
 }
 
-pub(crate) async fn listen(host: &str, port: u16, key: &'static str) -> Result<(TcpListener, u16), ServeError> {
+/// The bound ports of a coordinator, and the address by which others reach them.
+pub(crate) struct Ports {
+    pub grpc: TcpListener,
+    pub http: TcpListener,
+    pub address: CoordinatorAddress,
+}
+
+impl Ports {
+    /// # Errors
+    /// A port is taken.
+    pub async fn bind(cluster: &ClusterConfig) -> Result<Self, ServeError> {
+        let (grpc, grpc_port) = listen(&cluster.bind, cluster.grpc_port, "grpc_port").await?;
+        let (http, http_port) = listen(&cluster.bind, cluster.http_port, "http_port").await?;
+        let host = advertised(&cluster.bind);
+        let address = CoordinatorAddress {
+            pid: std::process::id(),
+            grpc: format!("http://{host}:{grpc_port}"),
+            http: format!("http://{host}:{http_port}"),
+        };
+        Ok(Self { grpc, http, address })
+    }
+}
+
+/// Writes the address into the run directory for as long as `serving` takes.
+///
+/// # Errors
+/// The address cannot be written, or serving fails.
+pub(crate) async fn announced<T>(
+    run_dir: &RunDir,
+    address: &CoordinatorAddress,
+    serving: impl Future<Output = Result<T, CoordinatorError>>,
+) -> Result<T, CoordinatorError> {
+    let file = run_dir.coordinator();
+    write_json(&file, address)?;
+    tracing::info!(grpc = address.grpc, http = address.http, "serving");
+    let ended = serving.await;
+    match std::fs::remove_file(&file) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            tracing::warn!(%error, path = %file.display(), "cannot remove the address of this coordinator");
+        }
+        _ => {}
+    }
+    ended
+}
+
+async fn listen(host: &str, port: u16, key: &'static str) -> Result<(TcpListener, u16), ServeError> {
     let error = |source| ServeError::Bind { host: host.to_owned(), port, key, source };
     let listener = TcpListener::bind((host, port)).await.map_err(error)?;
     let port = listener.local_addr().map_err(error)?.port();
@@ -85,7 +130,7 @@ pub(crate) async fn listen(host: &str, port: u16, key: &'static str) -> Result<(
 }
 
 /// The host by which others reach an address that processes bind to.
-pub(crate) fn advertised(bind: &str) -> String {
+fn advertised(bind: &str) -> String {
     match bind.parse::<IpAddr>() {
         Ok(ip) if ip.is_unspecified() => std::fs::read_to_string("/proc/sys/kernel/hostname")
             .map(|name| name.trim().to_owned())
@@ -99,6 +144,16 @@ pub(crate) fn advertised(bind: &str) -> String {
 pub(crate) async fn on_stop(mut stopped: watch::Receiver<bool>) {
     // the sender outlives the servers
     let _ = stopped.wait_for(|stopped| *stopped).await;
+}
+
+/// Tells the servers to stop, and cuts calls off that are open for too long.
+pub(crate) async fn close<T: 'static>(stop: &watch::Sender<bool>, servers: &mut JoinSet<T>) {
+    stop.send_replace(true);
+    let all = async { while servers.join_next().await.is_some() {} };
+    if tokio::time::timeout(GRACE, all).await.is_err() {
+        tracing::debug!("calls were still open; they are cut off");
+        servers.shutdown().await;
+    }
 }
 
 fn open_source(settings: &Settings) -> Result<Source, SourceError> {
@@ -122,16 +177,7 @@ impl Coordinator {
         let history = History::load(run_dir, task, &source.facts.fingerprint)?;
         let (entries, journal) = Journal::open(run_dir.clone(), source.facts.fingerprint.clone())?;
 
-        let cluster = &config.cluster;
-        let (grpc, grpc_port) = listen(&cluster.bind, cluster.grpc_port, "grpc_port").await?;
-        let (http, http_port) = listen(&cluster.bind, cluster.http_port, "http_port").await?;
-        let host = advertised(&cluster.bind);
-        let address = CoordinatorAddress {
-            pid: std::process::id(),
-            grpc: format!("http://{host}:{grpc_port}"),
-            http: format!("http://{host}:{http_port}"),
-        };
-
+        let ports = Ports::bind(&config.cluster).await?;
         let metrics = CoordinatorMetrics::new(STATES);
         let job = Job::new(JobSettings {
             config: config.clone(),
@@ -143,12 +189,12 @@ impl Coordinator {
         });
         let parts = OwnerParts { task: task.clone(), journal: entries, metrics: metrics.clone() };
         let (job, owner) = JobOwner::new(job, parts);
-        Ok(Self { address, source, metrics, grpc, http, job, owner, journal, _lock: lock, settings })
+        Ok(Self { ports, source, metrics, job, owner, journal, _lock: lock, settings })
     }
 
     #[must_use]
     pub fn address(&self) -> &CoordinatorAddress {
-        &self.address
+        &self.ports.address
     }
 
     /// Serves until the job has ended; `shutdown` is the operator's stop.
@@ -160,14 +206,8 @@ impl Coordinator {
         if *from != to {
             std::fs::rename(from, &to).map_err(|source| FileError::Write { action: "replace", path: to, source })?;
         }
-        let file = self.settings.run_dir.coordinator();
-        write_json(&file, &self.address)?;
-        tracing::info!(grpc = self.address.grpc, http = self.address.http, "serving");
-        let outcome = self.serve(shutdown).await;
-        if let Err(error) = std::fs::remove_file(&file) {
-            tracing::warn!(%error, path = %file.display(), "cannot remove the address of this coordinator");
-        }
-        outcome
+        let (run_dir, address) = (self.settings.run_dir.clone(), self.ports.address.clone());
+        announced(&run_dir, &address, self.serve(shutdown)).await
     }
 
     async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<Outcome, CoordinatorError> {
@@ -175,7 +215,7 @@ impl Coordinator {
         let (control, data) = (self.control(), self.data());
         let require = RequireBearer(self.settings.secret.clone());
         let router = http::router(self.job.clone(), self.settings.secret.clone(), self.metrics.exposition.clone());
-        let Self { grpc, http, job, owner, journal, _lock, .. } = self;
+        let Self { ports: Ports { grpc, http, .. }, job, owner, journal, _lock, .. } = self;
 
         let mut servers = JoinSet::new();
         let grpc = Server::builder()
@@ -204,12 +244,7 @@ impl Coordinator {
                 })),
             }
         };
-        stop.send_replace(true);
-        let all = async { while servers.join_next().await.is_some() {} };
-        if tokio::time::timeout(GRACE, all).await.is_err() {
-            tracing::debug!("calls were still open; they are cut off");
-            servers.shutdown().await;
-        }
+        close(&stop, &mut servers).await;
         // without servers and this handle nobody can ask any more, so that an owner that still works ends
         drop(job);
         let outcome = match outcome {
@@ -230,7 +265,7 @@ impl Coordinator {
             config: self.settings.config.clone(),
             dataset: self.source.facts.clone(),
             task: self.settings.task.clone(),
-            data_locations: vec![self.address.grpc.clone()],
+            data_locations: vec![self.ports.address.grpc.clone()],
             run_dir: self.settings.run_dir.root().to_owned(),
         };
         ControlService { job: self.job.clone(), metrics: self.metrics.clone(), admission }
@@ -241,7 +276,7 @@ impl Coordinator {
             source: Arc::clone(&self.source),
             metrics: self.metrics.clone(),
             world_size: self.settings.config.cluster.workers,
-            locations: vec![self.address.grpc.replacen("http://", "grpc+tcp://", 1)],
+            locations: vec![self.ports.address.grpc.replacen("http://", "grpc+tcp://", 1)],
         }
     }
 }

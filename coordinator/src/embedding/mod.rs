@@ -22,14 +22,13 @@ use learn_proto::auth::{RequireBearer, Secret};
 use learn_proto::v1::embedding_server::EmbeddingServer;
 use learn_telemetry::EmbeddingMetrics;
 use service::{EmbeddingService, Shared, SharedJob};
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
-use crate::files::{read_json, write_json};
-use crate::serve::{GRACE, advertised, listen, lock, on_stop};
+use crate::files::read_json;
+use crate::serve::{Ports, announced, close, lock, on_stop};
 use crate::settings::SettingsError;
 use crate::{CoordinatorError, ServeError};
 
@@ -51,9 +50,7 @@ pub struct EmbeddingCoordinator {
     run_dir: RunDir,
     config: Config,
     secret: Secret,
-    address: CoordinatorAddress,
-    grpc: TcpListener,
-    http: TcpListener,
+    ports: Ports,
     /// Holds the lock on the job directory.
     _lock: File,
 }
@@ -69,21 +66,13 @@ impl EmbeddingCoordinator {
         config.validate().map_err(SettingsError::from)?;
         let secret = Secret::read(&run_dir.secret()).map_err(SettingsError::from)?;
         let lock = lock(&run_dir)?;
-        let cluster = &config.cluster;
-        let (grpc, grpc_port) = listen(&cluster.bind, cluster.grpc_port, "grpc_port").await?;
-        let (http, http_port) = listen(&cluster.bind, cluster.http_port, "http_port").await?;
-        let host = advertised(&cluster.bind);
-        let address = CoordinatorAddress {
-            pid: std::process::id(),
-            grpc: format!("http://{host}:{grpc_port}"),
-            http: format!("http://{host}:{http_port}"),
-        };
-        Ok(Self { run_dir, config, secret, address, grpc, http, _lock: lock })
+        let ports = Ports::bind(&config.cluster).await?;
+        Ok(Self { run_dir, config, secret, ports, _lock: lock })
     }
 
     #[must_use]
     pub fn address(&self) -> &CoordinatorAddress {
-        &self.address
+        &self.ports.address
     }
 
     /// Serves until every range is done and the workers know; `shutdown` is the operator's stop.
@@ -91,14 +80,8 @@ impl EmbeddingCoordinator {
     /// # Errors
     /// A server fails, or the address cannot be written.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, CoordinatorError> {
-        let file = self.run_dir.coordinator();
-        write_json(&file, &self.address)?;
-        tracing::info!(grpc = self.address.grpc, http = self.address.http, "serving an embed job");
-        let ended = self.serve(shutdown).await;
-        if let Err(error) = std::fs::remove_file(&file) {
-            tracing::debug!(%error, "the address was gone already");
-        }
-        ended
+        let (run_dir, address) = (self.run_dir.clone(), self.ports.address.clone());
+        announced(&run_dir, &address, self.serve(shutdown)).await
     }
 
     async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, CoordinatorError> {
@@ -115,10 +98,11 @@ impl EmbeddingCoordinator {
         let operator = Arc::clone(&shared.stop);
         let service = InterceptedService::new(EmbeddingServer::new(service), RequireBearer(self.secret));
         let grpc = Server::builder().add_service(service).serve_with_incoming_shutdown(
-            TcpIncoming::from(self.grpc).with_nodelay(Some(true)),
+            TcpIncoming::from(self.ports.grpc).with_nodelay(Some(true)),
             on_stop(stopped.clone()),
         );
-        let http = axum::serve(self.http, service::router(shared.clone())).with_graceful_shutdown(on_stop(stopped));
+        let router = service::router(shared.clone());
+        let http = axum::serve(self.ports.http, router).with_graceful_shutdown(on_stop(stopped));
         let mut servers = tokio::task::JoinSet::new();
         servers.spawn(async move { ("gRPC", grpc.await.map_err(|error| error.to_string())) });
         servers.spawn(async move { ("HTTP", http.await.map_err(|error| error.to_string())) });
@@ -140,12 +124,7 @@ impl EmbeddingCoordinator {
                 }
             }
         };
-        stop.send_replace(true);
-        let all = async { while servers.join_next().await.is_some() {} };
-        if tokio::time::timeout(GRACE, all).await.is_err() {
-            tracing::debug!("calls were still open; they are cut off");
-            servers.shutdown().await;
-        }
+        close(&stop, &mut servers).await;
         Ok(ended)
     }
 }
