@@ -270,12 +270,19 @@ fn made(config: &Config) -> Result<(Source, Inputs), EmbedError> {
         Some(dim) => [dim as usize].into(),
         None => EmbeddingStore::stored_dims(&dataset)?,
     };
+    let mut whole = Vec::new();
     for dim in dims {
         let source = Source::Endpoint(Endpoint::answered(url, endpoint, dim));
         let inputs = Inputs::read(config, &source)?;
-        if inputs.store.finished(0) {
-            return Ok((source, inputs));
+        if inputs.store.shards().iter().all(|shard| inputs.store.finished(shard.index)) {
+            whole.push((dim, source, inputs));
         }
+    }
+    // what the dataset holds already was committed by an earlier job, whose server gave another dimension
+    let held = dataset.manifest().embeddings.as_ref().map(|info| info.raw.as_deref().unwrap_or(info).dim as usize);
+    whole.sort_by_key(|(dim, ..)| held == Some(*dim));
+    if let Some((_, source, inputs)) = whole.into_iter().next() {
+        return Ok((source, inputs));
     }
     let problem = "the shards of this server are not done; run `learn-launch embed`".into();
     Err(DatasetError::Embeddings { path: dataset.dir().into(), problem }.into())

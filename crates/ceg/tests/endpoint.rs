@@ -273,6 +273,22 @@ fn another_dimension_stops_and_the_finished_shards_stay() {
 }
 
 #[test]
+fn a_server_that_has_changed_its_dimension_replaces_what_it_gave_before() {
+    let server = Server::start(&[]);
+    let work = Work::new(&server);
+    let dim = || {
+        work.done(&[]);
+        work.done(&["--commit"]);
+        work.0.rows()[0].len()
+    };
+    assert_eq!(dim(), DIM);
+    let asked = server.requests();
+    server.log.lock().unwrap().faults =
+        (asked..asked + REQUESTS).map(|request| (request, Fault::OtherDimension)).collect();
+    assert_eq!(dim(), DIM + 1);
+}
+
+#[test]
 fn what_cannot_go_better_stops_at_once_with_the_servers_words() {
     let server = Server::start(&[(1, Fault::Status(404, None))]);
     let mut work = Work::new(&server);
