@@ -15,7 +15,9 @@ Exit codes:
   1  something failed; the message says what
   2  wrong flags or configuration
   3  stopped by the operator; a checkpoint was written, `resume` continues
-  4  a worker was lost; `resume` continues from the last checkpoint";
+  4  a worker was lost; `resume` continues from the last checkpoint
+  5  a loss, gradient or score was not a finite number
+  6  the last checkpoint could not be written; an earlier one may be there";
 
 const EXAMPLES: &str = "\
 Examples:

@@ -1,4 +1,5 @@
 use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use super::*;
 
@@ -148,7 +149,7 @@ fn a_write_that_fails_is_told_harms_nothing_and_the_next_one_is_tried() {
     fs::write(&aside, "in the way").unwrap();
     writer.save(snapshot(2, 2.0, Some(2))).unwrap();
     assert!(matches!(writer.settle(), Err(CheckpointError::Io { .. })));
-    assert!(writer.settle().is_ok() && !writer.busy(), "a failure is said once");
+    assert!(writer.settle().is_ok(), "a failure is said once");
     for step in [3, 4] {
         writer.save(snapshot(step, 3.0, Some(2))).unwrap();
     }
@@ -168,16 +169,21 @@ fn a_write_that_fails_is_told_harms_nothing_and_the_next_one_is_tried() {
 }
 
 #[test]
-fn a_writer_is_busy_until_a_snapshot_is_durable() {
+fn a_writer_is_ready_while_one_snapshot_may_wait() {
     let (_folder, run) = run();
     let (go, gate) = channel::<()>();
     let mut writer = Writer::start(run, 3, move |_| gate.recv().unwrap());
-    assert!(!writer.busy());
-    writer.save(snapshot(1, 1.0, None)).unwrap();
-    assert!(writer.busy());
+    let soon = Duration::from_millis(20);
+    for step in [1, 2] {
+        assert!(writer.ready(Duration::ZERO), "one is written, one may wait");
+        writer.save(snapshot(step, 1.0, None)).unwrap();
+    }
+    assert!(!writer.ready(soon), "a third would hold the training back");
+    go.send(()).unwrap();
+    assert!(writer.ready(Duration::from_secs(60)), "it is waited for");
     go.send(()).unwrap();
     writer.settle().unwrap();
-    assert!(!writer.busy());
+    assert!(writer.ready(Duration::ZERO));
 }
 
 #[test]

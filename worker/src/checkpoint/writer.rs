@@ -1,8 +1,8 @@
 //! The background thread that makes checkpoints durable while training goes on.
 //!
 //! Input: snapshots. Output: directories on disk, the `best` file, and a call of `tell` for each. One snapshot may wait
-//! while another is written; a third holds the training thread back, so one that may be left out is not handed over
-//! while the writer is busy. A snapshot that cannot be written (disk full, read-only) ends nothing: the earlier checkpoints
+//! while another is written; a third holds the training thread back, so one that may be left out is not handed over when
+//! the place stays taken. A snapshot that cannot be written (disk full, read-only) ends nothing: the earlier checkpoints
 //! stay, and the next one is tried.
 
 use std::fs;
@@ -51,12 +51,18 @@ impl Writer {
         Self { snapshots: Some(snapshots), results, thread: Some(thread), open: 0, newest: Ok(()) }
     }
 
-    /// Whether a snapshot is still being written, or waits for it.
-    pub fn busy(&mut self) -> bool {
-        while let Ok(result) = self.results.try_recv() {
-            self.take(result);
+    /// Waits up to `limit` for the place where a snapshot may wait; whether it is free.
+    pub fn ready(&mut self, limit: Duration) -> bool {
+        let started = Instant::now();
+        while self.open > 0 {
+            // what is known already is taken in any case
+            let wait = if self.open > 1 { limit.saturating_sub(started.elapsed()) } else { Duration::ZERO };
+            match self.results.recv_timeout(wait) {
+                Ok(result) => self.take(result),
+                Err(_) => break,
+            }
         }
-        self.open > 0
+        self.open <= 1
     }
 
     /// Hands a snapshot over.

@@ -1,8 +1,8 @@
 //! Checkpoints of a training: what goes into one, and what happens when it cannot be written.
 //!
-//! Input: the state after the last finished step. Output: a snapshot for the writer, on rank 0. Invariants: training does
-//! not wait for a slow disk, but for a checkpoint that is to be kept (the best, the last); a checkpoint that could not be
-//! written is an event, and only that of the end is an error, after it was tried again.
+//! Input: the state after the last finished step. Output: a snapshot for the writer, on rank 0. Invariants: training waits
+//! a moment at most for a slow disk, but for a checkpoint that is to be kept (the best, the last); a checkpoint that could
+//! not be written is an event, and only that of the end is an error, after it was tried again.
 
 use std::time::Duration;
 
@@ -18,23 +18,26 @@ use crate::session::Membership;
 /// Pauses before the last checkpoint is tried again.
 const RETRIES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
 
+/// A checkpoint that is due by the interval holds the training back so long at most.
+const HOLD_BACK: Duration = Duration::from_secs(1);
+
 /// How much a checkpoint is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Need {
-    /// By the interval: left out if the one before is still being written.
+    /// By the interval: left out if one is still being written and another waits.
     Due,
     /// The best or the last one: waits its turn.
     Kept,
 }
 
 impl Trainer<'_> {
-    /// Hands the state after the last finished step to the writer, once.
+    /// Hands the state after the last finished step to the writer, once; never parameters that are not finite.
     pub(super) fn save(&mut self, need: Need) -> Result<(), WorkerError> {
-        if self.saved == Some(self.finished) {
+        if self.saved == Some(self.finished) || !self.finite() {
             return Ok(());
         }
         self.hold();
-        if need == Need::Due && self.writer.as_mut().is_some_and(Writer::busy) {
+        if need == Need::Due && self.writer.as_mut().is_some_and(|writer| !writer.ready(HOLD_BACK)) {
             self.membership.member.report_event(&Happening::CheckpointSkipped { step: self.finished })?;
             return Ok(());
         }
