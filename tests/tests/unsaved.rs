@@ -67,7 +67,7 @@ fn a_last_checkpoint_that_is_larger_than_the_disk_allows_ends_with_a_code_of_its
     let splits: Vec<_> = status["evaluations"].as_array().unwrap().iter().map(|one| one["split"].clone()).collect();
     assert_eq!(splits.last().unwrap(), "test", "and was tested: {splits:?}");
     let failed = site.events("run").iter().filter(|event| event["event"] == "checkpoint_failed").count();
-    assert!(failed >= 4, "the best one, the last one three times, others unless they were left out: {failed}");
+    assert!(failed >= 3, "the last one three times, others unless they were left out: {failed}");
     let left: Vec<_> = fs::read_dir(site.run_dir("run").join("checkpoints")).unwrap().collect();
     assert!(left.is_empty(), "nothing half written: {left:?}");
 }

@@ -141,7 +141,7 @@ pub fn join(settings: &JoinSettings) -> Result<i32, WorkerError> {
 
     let stops = Arc::new(Stops::default());
     let progress = Arc::new(Progress::default());
-    spawn_signals(&runtime, stops.clone(), admission.config.cluster.stop_timeout.0);
+    spawn_signals(&runtime, stops.clone(), admission.config.cluster.stop_within());
     let (orders, watched) = watch::channel(Order::Wait);
     let heartbeats = Heartbeats {
         control: control.clone(),

@@ -240,11 +240,11 @@ impl JobOwner {
                 let _ = reply.send(answer.map(|_| ()));
             }
             Command::Event(worker, generation, happening, reply) => {
-                let answer = self.job.event(worker, generation, happening);
-                if let Ok(Some(happening)) = &answer {
-                    self.note(generation, happening.clone()).await?;
+                let answer = self.job.member(worker, generation).map(drop);
+                if answer.is_ok() {
+                    self.note(generation, happening).await?;
                 }
-                let _ = reply.send(answer.map(|_| ()));
+                let _ = reply.send(answer);
             }
             Command::Leave(worker, departure, reply) => {
                 tracing::info!(%worker, ?departure, "worker leaves");

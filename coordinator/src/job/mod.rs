@@ -15,7 +15,6 @@ use std::time::Duration;
 pub use books::BooksError;
 use books::{Books, Entry};
 pub use history::{History, LedgerFile, ResumeError, prune_ledgers};
-use learn_domain::event::Happening;
 use learn_domain::ledger::Ledger;
 use learn_domain::membership::{
     Departure, Directive, Effect, Event, Membership, MembershipSettings, Outcome, Refusal, State, StopCause,
@@ -80,8 +79,6 @@ pub struct Job {
     last_step: Option<StepRecord>,
     last_checkpoint: Option<Step>,
     evaluations: Vec<Evaluation>,
-    /// The last event of each worker, so that a repeated report is known as one.
-    events: BTreeMap<WorkerId, Happening>,
     /// Checkpoints whose ledger is still incomplete.
     commits: BTreeSet<Step>,
     /// Users and seconds of all finished steps, and seconds of everything that earlier processes have done.
@@ -101,7 +98,7 @@ pub fn membership_settings(config: &Config) -> MembershipSettings {
         world_size: cluster.workers,
         heartbeat_timeout: cluster.heartbeat_timeout.0,
         join_timeout: cluster.join_timeout.0,
-        stop_timeout: cluster.stop_timeout.0,
+        stop_timeout: cluster.stop_within(),
     }
 }
 
@@ -123,7 +120,6 @@ impl Job {
             last_step: history.steps.into_iter().next_back(),
             last_checkpoint: (history.step > Step(0)).then_some(history.step),
             evaluations: history.evaluations,
-            events: BTreeMap::new(),
             commits: BTreeSet::new(),
             formed: None,
             ended: None,
@@ -263,21 +259,6 @@ impl Job {
         }
         self.evaluations.push(evaluation.clone());
         Ok(Some(evaluation))
-    }
-
-    /// Takes what a member has noticed; gives it back if it is new.
-    ///
-    /// # Errors
-    /// If the message is stale.
-    pub fn event(
-        &mut self,
-        worker: WorkerId,
-        generation: Generation,
-        happening: Happening,
-    ) -> Result<Option<Happening>, JobError> {
-        self.member(worker, generation)?;
-        let before = self.events.insert(worker, happening.clone());
-        Ok((before.as_ref() != Some(&happening)).then_some(happening))
     }
 
     /// A worker says that it leaves.

@@ -45,7 +45,7 @@ pub enum Happening {
     },
     /// A checkpoint could not be written; the earlier ones stay, and training goes on.
     CheckpointFailed { step: Step, reason: String },
-    /// A checkpoint was due while the one before was still being written.
+    /// A checkpoint was due while one was still being written and another waited.
     CheckpointSkipped { step: Step },
 }
 
@@ -61,7 +61,7 @@ impl fmt::Display for Happening {
                 write!(f, "the checkpoint of step {step} could not be written: {reason}")
             }
             Self::CheckpointSkipped { step } => {
-                write!(f, "no checkpoint of step {step}: the one before is still being written")
+                write!(f, "no checkpoint of step {step}: those before are still being written")
             }
         }
     }

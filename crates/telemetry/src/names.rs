@@ -114,7 +114,7 @@ metrics! {
     JOB_CHECKPOINT_FAILURES = "learn_job_checkpoint_failures_total", Kind::Counter, [],
         "Checkpoints that could not be written; the earlier ones stay.";
     JOB_CHECKPOINTS_SKIPPED = "learn_job_checkpoints_skipped_total", Kind::Counter, [],
-        "Checkpoints that were due while the one before was still being written.";
+        "Checkpoints that were due while those before were still being written.";
     JOB_NON_FINITE = "learn_job_non_finite_steps_total", Kind::Counter, ["action"],
         "Steps whose loss or gradient was not a finite number, by what was done: stop, skip or rollback.";
     RPC_SECONDS = "learn_rpc_duration_seconds", Kind::Histogram(RPC_BUCKETS), ["method"],

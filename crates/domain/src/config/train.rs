@@ -1,6 +1,7 @@
 //! Settings of training: model, samples, optimizer, evaluation, checkpoints and the cluster.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -347,12 +348,23 @@ pub struct ClusterConfig {
     /// A collective operation that takes longer fails.
     pub collective_timeout: Span,
     /// A job that was asked to stop has this long to finish its step and write a checkpoint; then it ends without those
-    /// who have not left.
+    /// who have not left. "0s" = as long as `collective_timeout` and `heartbeat_timeout` together.
     pub stop_timeout: Span,
     /// Steps that a worker fetches ahead.
     pub prefetch_steps: u32,
     /// Host memory of a worker for content embeddings.
     pub row_cache: ByteSize,
+}
+
+impl ClusterConfig {
+    /// How long workers may take from the request to stop to their leave.
+    #[must_use]
+    pub fn stop_within(&self) -> Duration {
+        match self.stop_timeout.0 {
+            Duration::ZERO => self.collective_timeout.0 + self.heartbeat_timeout.0,
+            set => set,
+        }
+    }
 }
 
 impl Default for ClusterConfig {
@@ -367,7 +379,7 @@ impl Default for ClusterConfig {
             heartbeat_timeout: Span::from_secs(15),
             join_timeout: Span::from_secs(120),
             collective_timeout: Span::from_secs(120),
-            stop_timeout: Span::from_secs(135),
+            stop_timeout: Span::from_secs(0),
             prefetch_steps: 4,
             row_cache: ByteSize(1 << 30),
         }
@@ -527,7 +539,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     if cluster.heartbeat_timeout <= cluster.heartbeat_interval {
         return fail("cluster.heartbeat_timeout", "must be longer than cluster.heartbeat_interval");
     }
-    if cluster.stop_timeout <= cluster.heartbeat_interval {
+    if cluster.stop_within() <= cluster.heartbeat_interval.0 {
         return fail("cluster.stop_timeout", "must be longer than cluster.heartbeat_interval");
     }
     Ok(())
