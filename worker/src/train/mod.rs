@@ -367,22 +367,34 @@ impl<'a> Trainer<'a> {
         (self.finished.0 / self.steps_per_epoch) as u32
     }
 
-    /// Tests with the best checkpoint, or with the last parameters if none is kept.
+    /// Tests with the best checkpoint that is on disk, or with the last parameters if none is kept.
     fn test(&mut self) -> Result<(), WorkerError> {
-        self.exchange.barrier()?;
-        if let Some(best) = self.best.clone()
-            && best.step != self.finished
-        {
-            let path = self.membership.run_dir().checkpoint(best.step);
-            if path.exists() {
-                let snapshot = checkpoint::read(&path, None)?;
+        if let Some(best) = self.best.clone() {
+            let found = self.best_on_disk()?;
+            if found != Some(best.step) {
+                tracing::warn!(best = %best.step, ?found, "the best checkpoint could not be kept");
+            }
+            if let Some(step) = found.filter(|step| *step != self.finished) {
+                let snapshot = checkpoint::read(&self.membership.run_dir().checkpoint(step), None)?;
                 self.stepper.parameters.assign(snapshot.model)?;
-                self.finished = best.step;
-            } else {
-                tracing::warn!(path = %path.display(), "the best checkpoint is gone; testing the last parameters");
+                self.finished = step;
             }
         }
         self.evaluate(Split::Test)?;
         Ok(())
+    }
+
+    /// The step of the best checkpoint on disk, which `eval` and `export` take too. The first rank looks and tells the
+    /// others, so that all have the same parameters whatever a shared disk shows each of them.
+    fn best_on_disk(&mut self) -> Result<Option<Step>, WorkerError> {
+        let mut found = [0];
+        if self.membership.member.is_first() {
+            let run = self.membership.run_dir();
+            let best = checkpoint::read_best(&run).filter(|best| run.checkpoint(best.step).exists());
+            // no checkpoint is of step 0
+            found[0] = best.map_or(0, |best| best.step.0 as i64);
+        }
+        self.exchange.sum_i64(&mut found)?;
+        Ok((found[0] > 0).then_some(Step(found[0] as u64)))
     }
 }
