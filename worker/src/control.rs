@@ -2,7 +2,8 @@
 //!
 //! Input: what the training thread has to say. Output: the coordinator's directives. Calls that training waits for
 //! (join, rendezvous, leave) block; step reports and checkpoint commits go through a queue that one task drains in
-//! order, so that a slow network does not hold the step back until the queue is full.
+//! order, so that a slow network does not hold the step back until the queue is full. Every call but the heartbeat, which
+//! comes again anyway, waits patiently for a coordinator that is away: all of them may be repeated.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -22,11 +23,17 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
+use tonic::{Response, Status};
+
+use crate::retry::{Passing, Patience};
 
 /// Longest wait for a connection to the coordinator or a data service.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection whose peer answers no ping for this long, twice over, is broken: a frozen host ends every wait.
 pub const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+/// Patience until the coordinator has told its own (`cluster.coordinator_timeout`).
+const FIRST_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Messages of the report queue; a full queue holds the training thread back.
 const REPORT_QUEUE: usize = 256;
@@ -36,6 +43,8 @@ const REPORT_QUEUE: usize = 256;
 pub enum ControlError {
     #[error("the coordinator at {url} cannot be reached: {reason}; is it running, and is the address right?")]
     Connect { url: String, reason: String },
+    #[error("the coordinator has not answered {call} for too long (cluster.coordinator_timeout): {reason}")]
+    Away { call: &'static str, reason: String },
     #[error("the coordinator refused {call}: {message}")]
     Refused { call: &'static str, message: String },
     #[error("{call}: {source}; are the coordinator and this worker of the same version?")]
@@ -46,8 +55,15 @@ pub enum ControlError {
     Reports(String),
 }
 
-fn refused(call: &'static str) -> impl Fn(tonic::Status) -> ControlError {
-    move |status| ControlError::Refused { call, message: format!("{} ({})", status.message(), status.code()) }
+fn failed(call: &'static str) -> impl Fn(Status) -> ControlError {
+    move |status| {
+        let text = format!("{} ({})", status.message(), status.code());
+        if status.may_pass() {
+            ControlError::Away { call, reason: text }
+        } else {
+            ControlError::Refused { call, message: text }
+        }
+    }
 }
 
 /// A worker's place in a generation.
@@ -125,13 +141,14 @@ type Client = ControlClient<InterceptedService<Channel, BearerInterceptor>>;
 pub struct Control {
     handle: Handle,
     client: Client,
+    patience: Patience,
 }
 
 impl Control {
     /// Connects to `url`.
     ///
     /// # Errors
-    /// If nobody listens there.
+    /// If nobody listens there for a while.
     pub fn connect(handle: Handle, url: &str, secret: &Secret) -> Result<Self, ControlError> {
         let failed = |reason: String| ControlError::Connect { url: url.to_owned(), reason };
         let endpoint = Channel::from_shared(url.to_owned())
@@ -141,10 +158,26 @@ impl Control {
             .keep_alive_timeout(KEEP_ALIVE)
             .keep_alive_while_idle(true)
             .tcp_nodelay(true);
-        let channel = handle.block_on(endpoint.connect()).map_err(|error| failed(error_chain(&error)))?;
+        let patience = Patience::new(FIRST_PATIENCE);
+        let connect = patience.answer("connect", || endpoint.connect());
+        let channel = handle.block_on(connect).map_err(|error| failed(error_chain(&error)))?;
         let bearer = BearerInterceptor::try_from(secret).map_err(|error| failed(error.to_string()))?;
         let client = ControlClient::with_interceptor(channel, bearer);
-        Ok(Self { handle, client })
+        Ok(Self { handle, client, patience })
+    }
+
+    /// The patience of this worker, for other services too.
+    #[must_use]
+    pub fn patience(&self) -> &Patience {
+        &self.patience
+    }
+
+    /// Calls until there is an answer, a refusal, or no patience left.
+    async fn call<T, F>(&self, what: &'static str, call: impl Fn(Client) -> F) -> Result<T, Status>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        self.patience.answer(what, || call(self.client.clone())).await.map(Response::into_inner)
     }
 
     /// Joins the job.
@@ -152,9 +185,15 @@ impl Control {
     /// # Errors
     /// If the coordinator refuses, or its answer cannot be read.
     pub fn join(&self, applicant: Applicant) -> Result<Admission, ControlError> {
-        let answer = self.handle.block_on(self.client.clone().join(v1::JoinRequest::from(applicant)));
-        let answer = answer.map_err(refused("join"))?.into_inner();
-        answer.try_into().map_err(|source| ControlError::Answer { call: "join", source })
+        let request = v1::JoinRequest::from(applicant);
+        let answer = self.call("join", |mut client| {
+            let request = request.clone();
+            async move { client.join(request).await }
+        });
+        let answer = self.handle.block_on(answer).map_err(failed("join"))?;
+        let admission: Admission = answer.try_into().map_err(|source| ControlError::Answer { call: "join", source })?;
+        self.patience.set(admission.config.cluster.coordinator_timeout.0);
+        Ok(admission)
     }
 
     /// One heartbeat.
@@ -173,7 +212,7 @@ impl Control {
             step: progress.step().0,
             phase: progress.phase().to_owned(),
         };
-        let answer = self.client.clone().heartbeat(request).await.map_err(refused("heartbeat"))?;
+        let answer = self.client.clone().heartbeat(request).await.map_err(failed("heartbeat"))?;
         answer.into_inner().try_into().map_err(|source| ControlError::Answer { call: "heartbeat", source })
     }
 
@@ -184,30 +223,52 @@ impl Control {
     pub fn leave(&self, worker: WorkerId, generation: Generation, departure: Departure) -> Result<(), ControlError> {
         let request =
             v1::LeaveRequest { worker_id: worker.0, generation: generation.0, departure: Some(departure.into()) };
-        self.handle.block_on(self.client.clone().leave(request)).map_err(refused("leave"))?;
-        Ok(())
+        let left = self.call("leave", |mut client| {
+            let request = request.clone();
+            async move { client.leave(request).await }
+        });
+        self.handle.block_on(left).map(drop).map_err(failed("leave"))
     }
 
     /// A member's connection: reports and the rendezvous of its generation.
     #[must_use]
     pub fn member(&self, worker: WorkerId, place: Place) -> Member {
         let (queue, mut reports) = mpsc::channel::<Report>(REPORT_QUEUE);
-        let mut client = self.client.clone();
+        let control = self.clone();
         let drain = self.handle.spawn(async move {
             while let Some(report) = reports.recv().await {
-                match report {
-                    Report::Step(request) => drop(client.report_step(request).await.map_err(refused("report-step"))?),
-                    Report::Evaluation(request) => {
-                        drop(client.report_evaluation(request).await.map_err(refused("report-evaluation"))?);
-                    }
-                    Report::Event(request) => {
-                        drop(client.report_event(request).await.map_err(refused("report-event"))?);
-                    }
-                }
+                control.deliver(&report).await?;
             }
             Ok(())
         });
         Member { control: self.clone(), worker, place, queue, drain: Arc::new(std::sync::Mutex::new(Some(drain))) }
+    }
+
+    /// Brings one report to the coordinator, which takes a repeated one for the same.
+    async fn deliver(&self, report: &Report) -> Result<(), ControlError> {
+        match report {
+            Report::Step(request) => {
+                let sent = self.call("report-step", |mut client| {
+                    let request = request.clone();
+                    async move { client.report_step(request).await }
+                });
+                sent.await.map(drop).map_err(failed("report-step"))
+            }
+            Report::Evaluation(request) => {
+                let sent = self.call("report-evaluation", |mut client| {
+                    let request = request.clone();
+                    async move { client.report_evaluation(request).await }
+                });
+                sent.await.map(drop).map_err(failed("report-evaluation"))
+            }
+            Report::Event(request) => {
+                let sent = self.call("report-event", |mut client| {
+                    let request = request.clone();
+                    async move { client.report_event(request).await }
+                });
+                sent.await.map(drop).map_err(failed("report-event"))
+            }
+        }
     }
 
     /// The runtime that calls run on.
@@ -231,6 +292,11 @@ impl Member {
     #[must_use]
     pub fn handle(&self) -> &Handle {
         self.control.handle()
+    }
+
+    #[must_use]
+    pub fn patience(&self) -> &Patience {
+        self.control.patience()
     }
 
     #[must_use]
@@ -266,8 +332,11 @@ impl Member {
             step: step.0,
             path,
         };
-        let committed = self.control.handle.block_on(self.control.client.clone().commit_checkpoint(request));
-        committed.map(drop).map_err(refused("commit-checkpoint"))
+        let committed = self.control.call("commit-checkpoint", |mut client| {
+            let request = request.clone();
+            async move { client.commit_checkpoint(request).await }
+        });
+        self.control.handle.block_on(committed).map(drop).map_err(failed("commit-checkpoint"))
     }
 
     /// Reports an evaluation.
@@ -331,8 +400,11 @@ impl Rendezvous for Member {
             key: key.to_owned(),
             value,
         };
-        let sent = self.control.handle.block_on(self.control.client.clone().put(request));
-        sent.map(drop).map_err(|status| status.message().to_owned())
+        let sent = self.control.call("put", |mut client| {
+            let request = request.clone();
+            async move { client.put(request).await }
+        });
+        self.control.handle.block_on(sent).map(drop).map_err(|status| status.message().to_owned())
     }
 
     fn get(&self, key: &str, wait: Duration) -> Result<Vec<u8>, String> {
@@ -342,8 +414,11 @@ impl Rendezvous for Member {
             key: key.to_owned(),
             wait_millis: u32::try_from(wait.as_millis()).unwrap_or(u32::MAX),
         };
-        let answer = self.control.handle.block_on(self.control.client.clone().get(request));
-        answer.map(|answer| answer.into_inner().value).map_err(|status| status.message().to_owned())
+        let answer = self.control.call("get", |mut client| {
+            let request = request.clone();
+            async move { client.get(request).await }
+        });
+        self.control.handle.block_on(answer).map(|answer| answer.value).map_err(|status| status.message().to_owned())
     }
 }
 

@@ -1,6 +1,7 @@
 //! The worker: one process per GPU (or per CPU slot) that takes part in a job.
 //!
-//! - [`session`]: join, heartbeats, the task, leave. [`control`]: the connection to the coordinator.
+//! - [`session`]: join, heartbeats, the task, leave. [`control`]: the connection to the coordinator. [`retry`]: waiting for
+//!   one that is away.
 //! - [`feed`]: the data path, ahead of the training thread.
 //! - [`train`]: steps; reads like `forward -> gather -> loss -> scatter -> backward -> reduce -> update`.
 //! - [`checkpoint`]: the state on disk. [`init`]: weights as a start. [`evaluate`]: full ranking.
@@ -21,5 +22,6 @@ pub mod init;
 pub mod offline;
 mod panic;
 pub mod recommend;
+pub mod retry;
 pub mod session;
 pub mod train;

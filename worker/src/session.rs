@@ -248,7 +248,7 @@ impl Heartbeats {
                     }
                     self.orders.send_replace(order);
                 }
-                Err(error) if last_answer.elapsed() > self.timeout => {
+                Err(error) if last_answer.elapsed() > self.control.patience().limit() => {
                     let cause = format!("the coordinator has not answered for {:?}: {error}", last_answer.elapsed());
                     self.stops.abort(cause.clone());
                     self.orders.send_replace(Order::Stop { graceful: false, cause });

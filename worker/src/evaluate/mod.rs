@@ -85,7 +85,8 @@ pub fn run(
 ) -> Result<Ended, WorkerError> {
     let admission = &membership.admission;
     let handle = membership.member.handle();
-    let data = handle.block_on(DataClient::connect(&admission.data_locations, &membership.secret))?;
+    let patience = membership.member.patience();
+    let data = handle.block_on(DataClient::new(&admission.data_locations, &membership.secret, patience))?;
     let model = Pch::new(shape(&admission.config, &admission.dataset))?;
     let expected = checkpoint::Expected { dataset: &admission.dataset, signature: None };
     let snapshot = checkpoint::read(checkpoint.as_ref(), Some(&expected))?;
@@ -109,7 +110,7 @@ impl Evaluator {
         let handle = membership.member.handle().clone();
         // the feed has the cache; evaluation reads past it
         let settings = RowSettings { dim: dataset.embedding_dim as usize, cache_bytes: 0 };
-        let rows = handle.block_on(RowSource::open(&data, &settings, membership.metrics.clone()))?;
+        let rows = RowSource::new(&data, &settings, membership.metrics.clone());
         Ok(Self {
             handle,
             data,

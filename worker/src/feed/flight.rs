@@ -1,9 +1,11 @@
 //! The worker's side of Arrow Flight: a rank's batches, held-out users, and content embedding rows.
 //!
 //! Input: tickets and item indices. Output: plain shares and rows. Everything received is checked against its schema
-//! before it is used; a server that answers something else is an error that names it.
+//! before it is used; a server that answers something else is an error that names it. A service that went away is waited
+//! for, or another location asked: streams are opened again where they were, because a ticket says all there is to say.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{ArrowPrimitiveType, Float16Type, Int64Type, UInt8Type, UInt32Type};
@@ -24,29 +26,22 @@ use tonic::transport::Channel;
 
 use super::assemble::{Seen, UserShare};
 use crate::control::{CONNECT_TIMEOUT, KEEP_ALIVE};
+use crate::retry::{Passing, Patience};
 
 /// Reading from the data service failed.
 #[derive(Debug, thiserror::Error)]
 pub enum FlightClientError {
-    #[error("the data service at {location} cannot be reached: {source}")]
-    Connect { location: String, source: tonic::transport::Error },
+    #[error("the data service at {location} cannot be reached, or went away: {reason}")]
+    Away { location: String, reason: String },
     #[error("the data service refused: {0}")]
     Refused(String),
-    #[error("the data stream broke: {0}")]
-    Broken(String),
     #[error("the data service sent something else than agreed: {0}")]
     Unexpected(String),
 }
 
-impl From<tonic::Status> for FlightClientError {
-    fn from(status: tonic::Status) -> Self {
-        Self::Refused(format!("{} ({})", status.message(), status.code()))
-    }
-}
-
-impl From<FlightError> for FlightClientError {
-    fn from(error: FlightError) -> Self {
-        Self::Broken(error.to_string())
+impl Passing for FlightClientError {
+    fn may_pass(&self) -> bool {
+        matches!(self, Self::Away { .. })
     }
 }
 
@@ -77,36 +72,63 @@ impl HeldOutUser {
     }
 }
 
-/// A connection to one data service.
+/// The data services of a job, the one that answered last first.
 #[derive(Clone)]
 pub struct DataClient {
-    inner: FlightServiceClient<InterceptedService<Channel, BearerInterceptor>>,
+    links: Arc<[Link]>,
+    /// Number of the link in use.
+    current: Arc<AtomicUsize>,
+    patience: Patience,
+}
+
+/// One location; the channel connects when it is used.
+struct Link {
+    location: String,
+    client: FlightServiceClient<InterceptedService<Channel, BearerInterceptor>>,
 }
 
 /// The shares of a rank, step after step.
 pub struct ShareStream {
-    decoder: FlightDataDecoder,
+    client: DataClient,
+    ticket: Ticket,
+    /// `None` before the first step and after a break.
+    open: Option<Opened>,
     times: bool,
+}
+
+/// A running answer.
+struct Opened {
+    decoder: FlightDataDecoder,
+    link: usize,
 }
 
 /// Content embedding rows over one long exchange.
 pub struct RowExchange {
-    requests: mpsc::Sender<RecordBatch>,
-    answers: FlightDataDecoder,
+    client: DataClient,
+    /// `None` before the first request and after a break.
+    open: Option<OpenedRows>,
     schema: SchemaRef,
-    sent: u64,
     dim: usize,
 }
 
+struct OpenedRows {
+    requests: mpsc::Sender<RecordBatch>,
+    answers: Opened,
+    sent: u64,
+}
+
 impl DataClient {
-    /// Connects to the first location that answers.
+    /// A client of the services at `locations`. Asynchronous because channels are made in a runtime; they connect when
+    /// they are used.
     ///
     /// # Errors
-    /// The last location's failure if none does.
-    pub async fn connect(locations: &[String], secret: &Secret) -> Result<Self, FlightClientError> {
+    /// If there is no location, or one is none.
+    pub async fn new(locations: &[String], secret: &Secret, patience: &Patience) -> Result<Self, FlightClientError> {
         let bearer = BearerInterceptor::try_from(secret).map_err(|error| unexpected(error.to_string()))?;
-        let mut failure = unexpected("the coordinator named no data location");
-        for location in locations {
+        if locations.is_empty() {
+            return Err(unexpected("the coordinator named no data location"));
+        }
+        let link = |location: &String| {
             let endpoint = Channel::from_shared(location.clone()).map_err(|error| unexpected(error.to_string()))?;
             let endpoint = endpoint
                 .connect_timeout(CONNECT_TIMEOUT)
@@ -114,38 +136,70 @@ impl DataClient {
                 .keep_alive_timeout(KEEP_ALIVE)
                 .keep_alive_while_idle(true)
                 .tcp_nodelay(true);
-            match endpoint.connect().await {
-                Ok(channel) => {
-                    let inner = FlightServiceClient::with_interceptor(channel, bearer);
-                    return Ok(Self { inner });
-                }
-                Err(source) => failure = FlightClientError::Connect { location: location.clone(), source },
-            }
-        }
-        Err(failure)
+            let client = FlightServiceClient::with_interceptor(endpoint.connect_lazy(), bearer.clone());
+            Ok(Link { location: location.clone(), client })
+        };
+        let links = locations.iter().map(link).collect::<Result<_, FlightClientError>>()?;
+        Ok(Self { links, current: Arc::default(), patience: patience.clone() })
     }
 
-    async fn do_get(&self, ticket: &Ticket) -> Result<FlightDataDecoder, FlightClientError> {
-        let response = self.inner.clone().do_get(arrow_flight::Ticket { ticket: ticket.encode().into() }).await?;
-        Ok(FlightDataDecoder::new(response.into_inner().map_err(FlightError::from)))
+    /// What a status means, and, if the service at `link` is away, the next one's turn.
+    fn failed(&self, link: usize, status: &tonic::Status) -> FlightClientError {
+        let reason = format!("{} ({})", status.message(), status.code());
+        if !status.may_pass() {
+            return FlightClientError::Refused(reason);
+        }
+        let next = (link + 1) % self.links.len();
+        // somebody else may have moved on already
+        let _ = self.current.compare_exchange(link, next, Ordering::Relaxed, Ordering::Relaxed);
+        FlightClientError::Away { location: self.links[link].location.clone(), reason }
+    }
+
+    fn link(&self) -> (usize, FlightServiceClient<InterceptedService<Channel, BearerInterceptor>>) {
+        let link = self.current.load(Ordering::Relaxed);
+        (link, self.links[link].client.clone())
+    }
+
+    async fn do_get(&self, ticket: &Ticket) -> Result<Opened, FlightClientError> {
+        let (link, mut client) = self.link();
+        let response = client.do_get(arrow_flight::Ticket { ticket: ticket.encode().into() }).await;
+        let response = response.map_err(|status| self.failed(link, &status))?;
+        Ok(Opened { decoder: FlightDataDecoder::new(response.into_inner().map_err(FlightError::from)), link })
+    }
+
+    /// The next message of an answer.
+    async fn next_batch(&self, open: &mut Opened) -> Result<Option<(RecordBatch, bytes::Bytes)>, FlightClientError> {
+        loop {
+            match open.decoder.try_next().await {
+                Ok(Some(DecodedFlightData { inner, payload: DecodedPayload::RecordBatch(batch) })) => {
+                    return Ok(Some((batch, inner.app_metadata)));
+                }
+                Ok(Some(_)) => {}
+                Ok(None) => return Ok(None),
+                Err(FlightError::Tonic(status)) => return Err(self.failed(open.link, &status)),
+                Err(error) => return Err(unexpected(error.to_string())),
+            }
+        }
     }
 
     /// The shares of a rank, by its ticket for batches.
-    ///
-    /// # Errors
-    /// If the service refuses the ticket.
-    pub async fn shares(&self, ticket: &Ticket) -> Result<ShareStream, FlightClientError> {
-        Ok(ShareStream { decoder: self.do_get(ticket).await?, times: asks_for_times(ticket) })
+    #[must_use]
+    pub fn shares(&self, ticket: Ticket) -> ShareStream {
+        ShareStream { client: self.clone(), times: asks_for_times(&ticket), ticket, open: None }
     }
 
     /// All held-out users of a ticket.
     ///
     /// # Errors
-    /// If the service refuses the ticket or the stream breaks.
+    /// If the service refuses the ticket or stays away.
     pub async fn held_out(&self, ticket: &Ticket) -> Result<Vec<HeldOutUser>, FlightClientError> {
-        let mut decoder = self.do_get(ticket).await?;
+        self.patience.answer("held-out users", || self.try_held_out(ticket)).await
+    }
+
+    async fn try_held_out(&self, ticket: &Ticket) -> Result<Vec<HeldOutUser>, FlightClientError> {
+        let mut open = self.do_get(ticket).await?;
         let mut users = Vec::new();
-        while let Some((batch, _)) = next_batch(&mut decoder).await? {
+        while let Some((batch, _)) = self.next_batch(&mut open).await? {
             let (rows, history, targets) =
                 (numbers(&batch, "row")?, lists(&batch, "history")?, lists(&batch, "targets")?);
             let extras = Extras::of(&batch, asks_for_times(ticket))?;
@@ -171,32 +225,38 @@ impl DataClient {
     /// Training interactions of each item, by item index.
     ///
     /// # Errors
-    /// If the service refuses or the stream breaks.
+    /// If the service refuses or stays away.
     pub async fn popularity(&self) -> Result<Vec<u32>, FlightClientError> {
-        let mut decoder = self.do_get(&Ticket::Popularity {}).await?;
+        self.patience.answer("popularity", || self.try_popularity()).await
+    }
+
+    async fn try_popularity(&self) -> Result<Vec<u32>, FlightClientError> {
+        let mut open = self.do_get(&Ticket::Popularity {}).await?;
         let mut counts = Vec::new();
-        while let Some((batch, _)) = next_batch(&mut decoder).await? {
+        while let Some((batch, _)) = self.next_batch(&mut open).await? {
             counts.extend_from_slice(numbers(&batch, "interactions")?.values());
         }
         Ok(counts)
     }
 
-    /// Opens an exchange for rows of `dim` values.
-    ///
-    /// # Errors
-    /// If the service refuses it.
-    pub async fn rows(&self, dim: usize) -> Result<RowExchange, FlightClientError> {
+    /// An exchange for rows of `dim` values.
+    #[must_use]
+    pub fn rows(&self, dim: usize) -> RowExchange {
+        RowExchange { client: self.clone(), open: None, schema: Arc::new(rows_request_schema()), dim }
+    }
+
+    async fn do_exchange(&self, schema: &SchemaRef) -> Result<OpenedRows, FlightClientError> {
         let (requests, received) = mpsc::channel::<RecordBatch>(1);
-        let schema = Arc::new(rows_request_schema());
         let stream = FlightDataEncoderBuilder::new()
             .with_schema(schema.clone())
             .with_flight_descriptor(Some(FlightDescriptor::new_cmd(Exchange::Rows {}.encode())))
             .build(received.map(Ok))
             // encoding one u32 column cannot fail; if it did, the exchange would end and the reader says so
             .filter_map(|message: Result<FlightData, FlightError>| futures::future::ready(message.ok()));
-        let response = self.inner.clone().do_exchange(stream).await?;
-        let answers = FlightDataDecoder::new(response.into_inner().map_err(FlightError::from));
-        Ok(RowExchange { requests, answers, schema, sent: 0, dim })
+        let (link, mut client) = self.link();
+        let response = client.do_exchange(stream).await.map_err(|status| self.failed(link, &status))?;
+        let decoder = FlightDataDecoder::new(response.into_inner().map_err(FlightError::from));
+        Ok(OpenedRows { requests, answers: Opened { decoder, link }, sent: 0 })
     }
 }
 
@@ -204,11 +264,34 @@ impl ShareStream {
     /// The next step's share; `None` after the last step of the job.
     ///
     /// # Errors
-    /// If the stream breaks or holds something else.
+    /// If the service refuses, stays away, or sends something else.
     pub async fn next(&mut self) -> Result<Option<(BatchMeta, Vec<UserShare>)>, FlightClientError> {
+        let mut trying = self.client.patience.trying("batches");
+        loop {
+            match self.try_next().await {
+                Ok(share) => {
+                    trying.answered();
+                    if let (Some((meta, _)), Ticket::Batches { from_step, .. }) = (&share, &mut self.ticket) {
+                        *from_step = meta.step + 1;
+                    }
+                    return Ok(share);
+                }
+                Err(error) => {
+                    self.open = None;
+                    trying.again(error).await?;
+                }
+            }
+        }
+    }
+
+    async fn try_next(&mut self) -> Result<Option<(BatchMeta, Vec<UserShare>)>, FlightClientError> {
+        let open = match &mut self.open {
+            Some(open) => open,
+            none => none.insert(self.client.do_get(&self.ticket).await?),
+        };
         let mut share = Vec::new();
         loop {
-            let Some((batch, metadata)) = next_batch(&mut self.decoder).await? else {
+            let Some((batch, metadata)) = self.client.next_batch(open).await? else {
                 return if share.is_empty() { Ok(None) } else { Err(unexpected("the stream ended within a step")) };
             };
             let meta: BatchMeta =
@@ -225,21 +308,41 @@ impl RowExchange {
     /// The rows `[items, dim]` of `items`, in their order.
     ///
     /// # Errors
-    /// If the exchange breaks or answers something else.
+    /// If the service refuses, stays away, or answers something else.
     pub async fn fetch(&mut self, items: &[u32]) -> Result<Vec<f16>, FlightClientError> {
+        let mut trying = self.client.patience.trying("rows");
+        loop {
+            match self.try_fetch(items).await {
+                Ok(rows) => {
+                    trying.answered();
+                    return Ok(rows);
+                }
+                Err(error) => {
+                    self.open = None;
+                    trying.again(error).await?;
+                }
+            }
+        }
+    }
+
+    async fn try_fetch(&mut self, items: &[u32]) -> Result<Vec<f16>, FlightClientError> {
         let column = UInt32Array::from(items.to_vec());
         let request = RecordBatch::try_new(self.schema.clone(), vec![Arc::new(column)])
             .map_err(|error| unexpected(error.to_string()))?;
-        self.requests
-            .send(request)
-            .await
-            .map_err(|_| FlightClientError::Broken("the row exchange has ended".into()))?;
-        let number = self.sent;
-        self.sent += 1;
+        let open = match &mut self.open {
+            Some(open) => open,
+            none => none.insert(self.client.do_exchange(&self.schema).await?),
+        };
+        let ended = |link: usize, reason: &'static str| self.client.failed(link, &tonic::Status::unavailable(reason));
+        if open.requests.send(request).await.is_err() {
+            return Err(ended(open.answers.link, "the row exchange has ended"));
+        }
+        let number = open.sent;
+        open.sent += 1;
         let mut rows = Vec::with_capacity(items.len() * self.dim);
         loop {
-            let Some((batch, metadata)) = next_batch(&mut self.answers).await? else {
-                return Err(FlightClientError::Broken("the row exchange ended before its answer".into()));
+            let Some((batch, metadata)) = self.client.next_batch(&mut open.answers).await? else {
+                return Err(ended(open.answers.link, "the row exchange ended before its answer"));
             };
             let meta: RowsMeta =
                 serde_json::from_slice(&metadata).map_err(|error| unexpected(format!("rows metadata: {error}")))?;
@@ -267,15 +370,6 @@ impl RowExchange {
             Err(unexpected(format!("{} values for {} rows of {}", rows.len(), items.len(), self.dim)))
         }
     }
-}
-
-async fn next_batch(decoder: &mut FlightDataDecoder) -> Result<Option<(RecordBatch, bytes::Bytes)>, FlightClientError> {
-    while let Some(DecodedFlightData { inner, payload }) = decoder.try_next().await? {
-        if let DecodedPayload::RecordBatch(batch) = payload {
-            return Ok(Some((batch, inner.app_metadata)));
-        }
-    }
-    Ok(None)
 }
 
 fn asks_for_times(ticket: &Ticket) -> bool {

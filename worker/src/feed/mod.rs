@@ -91,11 +91,10 @@ pub struct RowSource {
 }
 
 impl RowSource {
-    /// # Errors
-    /// If the data service refuses the exchange.
-    pub async fn open(client: &DataClient, settings: &RowSettings, metrics: WorkerMetrics) -> Result<Self, FeedError> {
-        let exchange = if settings.dim > 0 { Some(client.rows(settings.dim).await?) } else { None };
-        Ok(Self { exchange, cache: RowCache::new(settings.dim, settings.cache_bytes), metrics })
+    #[must_use]
+    pub fn new(client: &DataClient, settings: &RowSettings, metrics: WorkerMetrics) -> Self {
+        let exchange = (settings.dim > 0).then(|| client.rows(settings.dim));
+        Self { exchange, cache: RowCache::new(settings.dim, settings.cache_bytes), metrics }
     }
 
     /// The rows `[items, dim]` of distinct items; what was not there stays in the cache.
@@ -208,10 +207,10 @@ async fn fetch_steps(
     sender: &SyncSender<Result<PreparedStep, FeedError>>,
 ) -> Result<(), FeedError> {
     let row_settings = RowSettings { dim: settings.dim, cache_bytes: settings.cache_bytes };
-    let mut source = RowSource::open(&client, &row_settings, metrics.clone()).await?;
+    let mut source = RowSource::new(&client, &row_settings, metrics.clone());
     let FeedSettings { rank, world_size, from_step, times, .. } = settings;
     let ticket = Ticket::Batches { rank, world_size, from_step, steps: 0, times };
-    let mut shares = client.shares(&ticket).await?;
+    let mut shares = client.shares(ticket);
     while let Some((meta, share)) = shares.next().await? {
         let started = Instant::now();
         let items: usize = share.iter().map(|user| user.history.len() + user.targets.len()).sum();

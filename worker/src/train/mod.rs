@@ -117,7 +117,8 @@ impl<'a> Trainer<'a> {
             optimizer.spare(&parameters, |name| !cvr::owns(name));
         }
         let handle = membership.member.handle();
-        let data = handle.block_on(DataClient::connect(&admission.data_locations, &membership.secret))?;
+        let patience = membership.member.patience();
+        let data = handle.block_on(DataClient::new(&admission.data_locations, &membership.secret, patience))?;
         let mut evaluator = Evaluator::new(membership, data.clone())?;
         let counted = config.objective.logq_correction || config.model.item_input == ItemInput::ContentId;
         let popularity = if counted { Some(handle.block_on(data.popularity())?) } else { None };

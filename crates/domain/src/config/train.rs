@@ -343,6 +343,9 @@ pub struct ClusterConfig {
     pub heartbeat_interval: Span,
     /// A worker that was silent for this long is lost.
     pub heartbeat_timeout: Span,
+    /// Workers wait this long for a coordinator or data service that is away, and go on as far as what they have fetched
+    /// reaches; then they give up.
+    pub coordinator_timeout: Span,
     /// All workers must have joined within this.
     pub join_timeout: Span,
     /// A collective operation that takes longer fails.
@@ -377,6 +380,7 @@ impl Default for ClusterConfig {
             http_port: 0,
             heartbeat_interval: Span::from_secs(1),
             heartbeat_timeout: Span::from_secs(15),
+            coordinator_timeout: Span::from_secs(60),
             join_timeout: Span::from_secs(120),
             collective_timeout: Span::from_secs(120),
             stop_timeout: Span::from_secs(0),
@@ -538,6 +542,9 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     }
     if cluster.heartbeat_timeout <= cluster.heartbeat_interval {
         return fail("cluster.heartbeat_timeout", "must be longer than cluster.heartbeat_interval");
+    }
+    if cluster.coordinator_timeout <= cluster.heartbeat_interval {
+        return fail("cluster.coordinator_timeout", "must be longer than cluster.heartbeat_interval");
     }
     if cluster.stop_within() <= cluster.heartbeat_interval.0 {
         return fail("cluster.stop_timeout", "must be longer than cluster.heartbeat_interval");
