@@ -177,6 +177,37 @@ fn a_study_prepares_and_embeds_what_its_runs_read() {
     assert!(text(&site.launch(&arguments)).contains("3 runs, 0 of them to do"));
 }
 
+const WITHOUT_A_MODEL: &str = r#"
+study = { name = "s", config = "job.toml" }
+table = [{ name = "s", title = "S" }]
+
+[[variant]]
+name = "llm"
+set.data.dataset = "llm"
+set.embed = { from = "", model = "nowhere" }
+
+[[variant]]
+name = "there"
+
+[[variant]]
+name = "id"
+set.data.dataset = "llm"
+set.embed = { from = "", model = "nowhere" }
+set.model.item_input = "id"
+"#;
+
+#[test]
+fn a_dataset_that_cannot_be_made_fails_the_runs_that_read_it() {
+    let site = Site::raw(SMALL);
+    fs::write(site.path("s.toml"), WITHOUT_A_MODEL).unwrap();
+    let done = site.launch(&["study", "s.toml", "--set", "training.max_steps=3"]);
+    assert_eq!(done.status.code(), Some(1), "{}", text(&done));
+    let table = fs::read_to_string(site.run_dir("s").join("tables/s.md")).unwrap();
+    for words in ["| llm | failed | failed | failed | 0 of 1 |", "| there | 0.", "| id | 0.", "set embed.model to"] {
+        assert!(table.contains(words), "{words} is not in {table}");
+    }
+}
+
 #[test]
 fn a_study_that_is_stopped_while_it_embeds_goes_on_from_there() {
     let site = Site::raw(SMALL);

@@ -297,7 +297,12 @@ fn finished(name: &str, status: std::process::ExitStatus, said: &[String]) -> Re
         return Ok(());
     }
     let mut message = format!("{name} ended with {}", process::describe(status));
-    for line in said {
+    // its own last words say why; a study shows only this first line
+    let why = said.iter().rposition(|line| line.starts_with("learn-embed: "));
+    if let Some(why) = why {
+        message += &said[why].replacen("learn-embed", "", 1);
+    }
+    for (_, line) in said.iter().enumerate().filter(|(place, _)| Some(*place) != why) {
         message += &format!("\n  | {line}");
     }
     let code = status.code().unwrap_or(exit::FAILED);

@@ -114,13 +114,13 @@ impl Study {
             super::shown(&self.root)
         ));
         let missing = datasets::missing(&self.runs);
+        let unmade = datasets::make(&missing, &logs, &mut stops, output)?;
         if !missing.is_empty() {
-            datasets::make(&missing, &logs, &mut stops, output)?;
             // what seemed done may be a run of other data than these
             self.runs.iter_mut().try_for_each(StudyRun::look)?;
             self.settle_foreign(args.force, output)?;
         }
-        queue::work(&mut self.runs, Terms { slots: args.parallel, logs: &logs }, stops, output)
+        queue::work(&mut self.runs, Terms { slots: args.parallel, logs: &logs, unmade: &unmade }, stops, output)
     }
 
     /// Runs of other settings or data are refused, or moved aside.

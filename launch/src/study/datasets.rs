@@ -1,14 +1,13 @@
 //! The datasets of a study: which ones are missing, and making them.
 //!
-//! Input: the runs. Output: prepared and embedded datasets, each made once with `learn-launch` itself. Invariant: all runs
-//! on one dataset mean the same one, so it does not matter whose configuration makes it.
+//! Input: the runs. Output: prepared and embedded datasets, each made once with `learn-launch` itself, and those that could
+//! not be made. Invariant: all runs on one dataset mean the same one, so it does not matter whose configuration makes it.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use learn_dataset::Dataset;
 use learn_domain::Config;
-use learn_domain::report::exit;
 use serde_json::Value;
 
 use super::children::{self, POLL, Stops};
@@ -93,11 +92,30 @@ fn made_from(config: &Config) -> Result<Value> {
     }))
 }
 
-/// Makes the datasets that are not there; `logs` gets what each command says.
+/// A dataset that could not be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unmade {
+    pub dataset: PathBuf,
+    /// It is prepared, and only lacks content embeddings.
+    pub bare: bool,
+    /// The command that failed, and what it said.
+    pub reason: String,
+}
+
+impl Unmade {
+    /// Whether this run needs what is not there.
+    #[must_use]
+    pub fn hinders(&self, run: &StudyRun) -> bool {
+        run.config.data.dataset == self.dataset && (!self.bare || run.config.model.item_input.has_content())
+    }
+}
+
+/// Makes the datasets that are not there and gives those that cannot be made; `logs` gets what each command says.
 ///
 /// # Errors
-/// A dataset cannot be made, so that the runs on it could not even start; or the study was stopped.
-pub fn make(missing: &[Missing], logs: &Path, stops: &mut Stops, output: &Output) -> Result<()> {
+/// The study was stopped, or a process could not be started.
+pub fn make(missing: &[Missing], logs: &Path, stops: &mut Stops, output: &Output) -> Result<Vec<Unmade>> {
+    let mut unmade = Vec::new();
     for one in missing {
         for step in one.steps() {
             stops.check()?;
@@ -114,12 +132,14 @@ pub fn make(missing: &[Missing], logs: &Path, stops: &mut Stops, output: &Output
             }
             stops.check()?;
             if let Some(reason) = children::reason(&mut child) {
-                let message = format!("`learn-launch {step} {}` failed: {reason}", one.file.display());
-                return Err(Failure::Child { code: exit::FAILED, message }.into());
+                let reason = format!("`learn-launch {step} {}` failed: {reason}", one.file.display());
+                output.note(&format!("{reason} (log: {})", log.display()));
+                unmade.push(Unmade { dataset: one.dataset.clone(), bare: step == "embed", reason });
+                break;
             }
         }
     }
-    Ok(())
+    Ok(unmade)
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow};
 
 use super::children::{POLL, Stops, launch, reason};
+use super::datasets::Unmade;
 use super::runs::{Left, StudyRun};
 use crate::failure;
 use crate::output::{Output, Progress, Unit};
@@ -29,6 +30,8 @@ pub struct Terms<'a> {
     pub slots: usize,
     /// Gets what each command says.
     pub logs: &'a Path,
+    /// Runs on these have failed before they start.
+    pub unmade: &'a [Unmade],
 }
 
 /// Trains what is left.
@@ -36,15 +39,18 @@ pub struct Terms<'a> {
 /// # Errors
 /// The study was stopped, or a process could not be started.
 pub fn work(planned: &mut [StudyRun], terms: Terms<'_>, stops: Stops, output: &Output) -> Result<Failures> {
-    let Terms { slots, logs } = terms;
+    let Terms { slots, logs, unmade } = terms;
     let todo = (0..planned.len()).filter(|&run| planned[run].left != Left::Nothing);
+    let hindered = |run: usize| unmade.iter().find(|dataset| dataset.hinders(&planned[run]));
+    let reason = |run: usize| Some((planned[run].name().to_owned(), hindered(run)?.reason.clone()));
+    let waiting: Vec<usize> = todo.clone().filter(|&run| hindered(run).is_none()).rev().collect();
     let mut queue = Queue {
-        waiting: todo.rev().collect(),
+        done: planned.len() - waiting.len(),
+        waiting,
         running: Vec::new(),
-        failures: Failures::new(),
+        failures: todo.filter_map(reason).collect(),
         stops,
         progress: output.progress(Unit::Count),
-        done: planned.iter().filter(|run| run.left == Left::Nothing).count(),
     };
     queue.progress.stage("study", Some(planned.len() as u64));
     let mut asked: Option<Instant> = None;
