@@ -133,6 +133,12 @@ mod tests {
     }
 
     #[test]
+    fn examples_in_the_conversion_of_gguf_hold() {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/python/gguf_to_hf.py");
+        process::output("doctest", Command::new("python3").args(["-B", "-m", "doctest", script])).unwrap();
+    }
+
+    #[test]
     fn a_missing_python_comes_with_the_remedy() {
         let error = format!("{:#}", probe(Path::new("no-such-python")).unwrap_err());
         assert!(error.contains("apt-get install -y python3-venv"), "{error}");
