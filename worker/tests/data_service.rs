@@ -1,0 +1,263 @@
+//! The client of the data service against services that go away, come back, or stay away.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use arrow_array::builder::{Float16Builder, ListBuilder, UInt32Builder};
+use arrow_array::cast::AsArray;
+use arrow_array::types::UInt32Type;
+use arrow_array::{FixedSizeListArray, RecordBatch, UInt32Array};
+use arrow_flight::decode::FlightRecordBatchStream;
+use arrow_flight::encode::FlightDataEncoderBuilder;
+use arrow_flight::error::FlightError;
+use arrow_flight::flight_service_server::{FlightService, FlightServiceServer};
+use arrow_flight::{
+    Action, ActionType, Criteria, Empty, FlightData, FlightDescriptor, FlightInfo, HandshakeRequest, HandshakeResponse,
+    PollInfo, PutResult, SchemaResult, Ticket as RawTicket,
+};
+use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
+use half::f16;
+use learn_proto::auth::Secret;
+use learn_proto::flight::{BatchMeta, Extras, RowsMeta, Ticket, batches_schema, element, rows_schema};
+use learn_worker::feed::flight::{DataClient, FlightClientError};
+use learn_worker::retry::Patience;
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status, Streaming};
+
+const DIM: i32 = 2;
+
+/// Serves step after step, and rows; goes away within the answer that `break_at` names.
+#[derive(Clone, Default)]
+struct Fake {
+    tickets: Arc<Mutex<Vec<u64>>>,
+    break_at: Option<u64>,
+}
+
+fn batch(step: u64) -> RecordBatch {
+    let list = |values: &[u32]| {
+        let element = element(arrow_schema::DataType::UInt32);
+        let mut lists = ListBuilder::new(UInt32Builder::new()).with_field(element);
+        lists.append_value(values.iter().copied().map(Some));
+        Arc::new(lists.finish())
+    };
+    let number = |value: u32| Arc::new(UInt32Array::from(vec![value]));
+    let columns: Vec<arrow_array::ArrayRef> =
+        vec![number(step as u32), number(0), list(&[1, 2]), list(&[3]), list(&[1]), list(&[0])];
+    RecordBatch::try_new(Arc::new(batches_schema(Extras::default())), columns).unwrap()
+}
+
+fn rows(items: &[u32]) -> RecordBatch {
+    let mut values = Float16Builder::new();
+    items.iter().for_each(|&item| (0..DIM).for_each(|_| values.append_value(f16::from_f32(item as f32))));
+    let schema = Arc::new(rows_schema(DIM as u32));
+    let arrow_schema::DataType::FixedSizeList(field, _) = schema.field_with_name("embedding").unwrap().data_type()
+    else {
+        panic!("rows are fixed-size lists")
+    };
+    let list = FixedSizeListArray::new(field.clone(), DIM, Arc::new(values.finish()), None);
+    let columns: Vec<arrow_array::ArrayRef> = match schema.fields().len() {
+        1 => vec![Arc::new(list)],
+        _ => vec![Arc::new(UInt32Array::from(items.to_vec())), Arc::new(list)],
+    };
+    RecordBatch::try_new(schema, columns).unwrap()
+}
+
+/// The messages of one batch, the schema first if it is the first.
+async fn messages(batch: RecordBatch, metadata: Vec<u8>, first: bool) -> Vec<FlightData> {
+    let encoder = FlightDataEncoderBuilder::new().with_schema(batch.schema()).build(stream::iter([Ok(batch)]));
+    let mut messages: Vec<FlightData> = encoder.try_collect().await.unwrap();
+    messages.last_mut().unwrap().app_metadata = metadata.into();
+    if first { messages } else { messages.split_off(1) }
+}
+
+type Messages = BoxStream<'static, Result<FlightData, Status>>;
+
+fn away() -> Vec<Result<FlightData, Status>> {
+    vec![Err(Status::unavailable("going away"))]
+}
+
+fn none<T>() -> Result<Response<T>, Status> {
+    Err(Status::unimplemented("not here"))
+}
+
+#[tonic::async_trait]
+impl FlightService for Fake {
+    type HandshakeStream = BoxStream<'static, Result<HandshakeResponse, Status>>;
+    type ListFlightsStream = BoxStream<'static, Result<FlightInfo, Status>>;
+    type DoGetStream = Messages;
+    type DoPutStream = BoxStream<'static, Result<PutResult, Status>>;
+    type DoActionStream = BoxStream<'static, Result<arrow_flight::Result, Status>>;
+    type ListActionsStream = BoxStream<'static, Result<ActionType, Status>>;
+    type DoExchangeStream = Messages;
+
+    async fn do_get(&self, request: Request<RawTicket>) -> Result<Response<Messages>, Status> {
+        let ticket = Ticket::decode(&request.get_ref().ticket).unwrap();
+        let Ticket::Batches { from_step, .. } = ticket else {
+            return Err(Status::invalid_argument("only batches"));
+        };
+        self.tickets.lock().unwrap().push(from_step);
+        let break_at = self.break_at;
+        let steps = stream::iter(from_step..).then(move |step| async move {
+            // a step has two parts, and a break comes between them
+            let mut all = Vec::new();
+            for part in 0..2 {
+                let meta = BatchMeta { step, epoch: 0, global_users: 2, global_pairs: 2, part, parts: 2 };
+                let first = step == from_step && part == 0;
+                let messages = messages(batch(step), serde_json::to_vec(&meta).unwrap(), first).await;
+                all.extend(messages.into_iter().map(Ok));
+                if break_at == Some(step) {
+                    all.extend(away());
+                    break;
+                }
+            }
+            stream::iter(all)
+        });
+        Ok(Response::new(steps.flatten().boxed()))
+    }
+
+    async fn do_exchange(&self, request: Request<Streaming<FlightData>>) -> Result<Response<Messages>, Status> {
+        let requests = request.into_inner().map_err(|status| FlightError::Tonic(Box::new(status)));
+        let requests = FlightRecordBatchStream::new_from_flight_data(requests);
+        let break_at = self.break_at;
+        let answers = requests.enumerate().then(move |(number, request)| async move {
+            let number = number as u64;
+            if break_at == Some(number) {
+                return stream::iter(away());
+            }
+            let request = request.unwrap();
+            let items = request.column(0).as_primitive::<UInt32Type>().values().to_vec();
+            let meta = RowsMeta { request: number, part: 0, parts: 1 };
+            let messages = messages(rows(&items), serde_json::to_vec(&meta).unwrap(), number == 0).await;
+            stream::iter(messages.into_iter().map(Ok).collect::<Vec<_>>())
+        });
+        Ok(Response::new(answers.flatten().boxed()))
+    }
+
+    async fn handshake(
+        &self,
+        _: Request<Streaming<HandshakeRequest>>,
+    ) -> Result<Response<Self::HandshakeStream>, Status> {
+        none()
+    }
+    async fn list_flights(&self, _: Request<Criteria>) -> Result<Response<Self::ListFlightsStream>, Status> {
+        none()
+    }
+    async fn get_flight_info(&self, _: Request<FlightDescriptor>) -> Result<Response<FlightInfo>, Status> {
+        none()
+    }
+    async fn poll_flight_info(&self, _: Request<FlightDescriptor>) -> Result<Response<PollInfo>, Status> {
+        none()
+    }
+    async fn get_schema(&self, _: Request<FlightDescriptor>) -> Result<Response<SchemaResult>, Status> {
+        none()
+    }
+    async fn do_put(&self, _: Request<Streaming<FlightData>>) -> Result<Response<Self::DoPutStream>, Status> {
+        none()
+    }
+    async fn do_action(&self, _: Request<Action>) -> Result<Response<Self::DoActionStream>, Status> {
+        none()
+    }
+    async fn list_actions(&self, _: Request<Empty>) -> Result<Response<Self::ListActionsStream>, Status> {
+        none()
+    }
+}
+
+/// A service with a runtime of its own, so that it dies with all its connections.
+struct Service {
+    runtime: Runtime,
+    address: SocketAddr,
+}
+
+impl Service {
+    fn start(fake: Fake, address: &str) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let listener = runtime.block_on(TcpListener::bind(address)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let serve = Server::builder().add_service(FlightServiceServer::new(fake));
+        runtime.spawn(serve.serve_with_incoming(TcpIncoming::from(listener)));
+        Self { runtime, address }
+    }
+
+    fn location(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    fn kill(self) -> SocketAddr {
+        self.runtime.shutdown_timeout(Duration::from_secs(10));
+        self.address
+    }
+}
+
+fn client(runtime: &Runtime, locations: &[String], patience: Duration) -> DataClient {
+    let secret = Secret::new("0123456789abcdef").unwrap();
+    runtime.block_on(DataClient::new(locations, &secret, &Patience::new(patience))).unwrap()
+}
+
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
+const PATIENT: Duration = Duration::from_secs(30);
+
+fn batches(from_step: u64) -> Ticket {
+    Ticket::Batches { rank: 0, world_size: 1, from_step, steps: 0, times: false }
+}
+
+#[test]
+fn steps_follow_each_other_through_breaks_and_the_death_of_the_service() {
+    let runtime = runtime();
+    let first = Fake { break_at: Some(6), ..Fake::default() };
+    let service = Service::start(first.clone(), "127.0.0.1:0");
+    let mut shares = client(&runtime, &[service.location()], PATIENT).shares(batches(5));
+    let mut next = |expected: u64| {
+        let (meta, users) = runtime.block_on(shares.next()).unwrap().unwrap();
+        assert_eq!((meta.step, users.len(), users[0].user), (expected, 2, expected as u32));
+    };
+    next(5);
+    let address = service.kill();
+    // what was on its way may still arrive; then the service is asked again for the step that is due
+    let second = Fake::default();
+    let _service = Service::start(second.clone(), &address.to_string());
+    (6..40).for_each(&mut next);
+    assert_eq!(*first.tickets.lock().unwrap(), [5]);
+    assert_eq!(*second.tickets.lock().unwrap(), [6], "the half of step 6 that had come was asked for again");
+}
+
+#[test]
+fn another_location_takes_over_from_one_that_is_dead_or_breaks() {
+    let runtime = runtime();
+    let dead = Service::start(Fake::default(), "127.0.0.1:0");
+    let nobody = dead.location();
+    dead.kill();
+    let breaking = Service::start(Fake { break_at: Some(2), ..Fake::default() }, "127.0.0.1:0");
+    let whole = Service::start(Fake::default(), "127.0.0.1:0");
+    let client = client(&runtime, &[nobody, breaking.location(), whole.location()], PATIENT);
+    let mut rows = client.rows(DIM as usize);
+    for number in 0..6 {
+        let items = [number, 7 + number];
+        let got = runtime.block_on(rows.fetch(&items)).unwrap();
+        let expected: Vec<f16> = items.iter().flat_map(|&item| [f16::from_f32(item as f32); DIM as usize]).collect();
+        assert_eq!(got, expected);
+    }
+}
+
+#[test]
+fn patience_ends_and_a_refusal_is_final() {
+    let runtime = runtime();
+    let service = Service::start(Fake::default(), "127.0.0.1:0");
+    let location = service.location();
+    let refused = runtime.block_on(client(&runtime, std::slice::from_ref(&location), PATIENT).popularity());
+    assert!(matches!(refused, Err(FlightClientError::Refused(_))), "{refused:?}");
+    service.kill();
+    let started = Instant::now();
+    let client = client(&runtime, std::slice::from_ref(&location), Duration::from_millis(300));
+    let away = runtime.block_on(client.popularity()).unwrap_err();
+    assert!(matches!(&away, FlightClientError::Away { location: named, .. } if *named == location), "{away}");
+    assert!(started.elapsed() >= Duration::from_millis(300) && started.elapsed() < PATIENT);
+}
