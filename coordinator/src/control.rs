@@ -4,17 +4,20 @@
 
 use std::time::{Duration, Instant};
 
-use learn_domain::membership::Directive;
+use futures::stream::{BoxStream, StreamExt};
+use learn_domain::membership::{Directive, Refusal};
 use learn_domain::{Generation, Step, WorkerId};
-use learn_proto::convert::{self, Admission, Applicant, StepReport};
+use learn_proto::convert::{self, Admission, Applicant, Beginning, StepReport};
 use learn_proto::v1::control_server::Control;
 use learn_proto::v1::{
-    CommitCheckpointRequest, CommitCheckpointResponse, GetRequest, GetResponse, HeartbeatRequest, HeartbeatResponse,
-    JoinRequest, JoinResponse, LeaveRequest, LeaveResponse, PutRequest, PutResponse, ReportEvaluationRequest,
+    AttendRequest, BeginGenerationRequest, BeginGenerationResponse, CommitCheckpointRequest, CommitCheckpointResponse,
+    GetRequest, GetResponse, HeartbeatRequest, HeartbeatResponse, JoinRequest, JoinResponse, LeaveRequest,
+    LeaveResponse, PutRequest, PutResponse, ReadyRequest, ReadyResponse, ReportEvaluationRequest,
     ReportEvaluationResponse, ReportEventRequest, ReportEventResponse, ReportStepRequest, ReportStepResponse,
 };
 use learn_proto::{MAX_KEY_BYTES, MAX_VALUE_BYTES, MAX_WAIT_MILLIS};
 use learn_telemetry::CoordinatorMetrics;
+use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status};
 
 use crate::job::actor::{AskError, Command, JobHandle, Key};
@@ -26,6 +29,25 @@ pub struct ControlService {
     pub metrics: CoordinatorMetrics,
     /// What every worker learns when it joins, its number aside.
     pub admission: Admission,
+}
+
+/// A worker's open call; its end, however it comes, is told to the job.
+struct Attendance {
+    job: JobHandle,
+    worker: WorkerId,
+    number: u64,
+}
+
+impl Attendance {
+    fn message(&self, directive: Directive) -> Result<HeartbeatResponse, Status> {
+        Ok(convert::directive_message(self.worker, directive)?)
+    }
+}
+
+impl Drop for Attendance {
+    fn drop(&mut self) {
+        self.job.disconnected(self.worker, self.number);
+    }
 }
 
 impl From<AskError> for Status {
@@ -41,10 +63,14 @@ impl From<AskError> for Status {
                 | JobError::Books(BooksError::Epoch { .. } | BooksError::TooFarAhead { .. }) => {
                     Self::invalid_argument(text)
                 }
-                JobError::Refused(_)
-                | JobError::StaleGeneration { .. }
+                // a place may become free
+                JobError::Refused(Refusal::Full) => Self::resource_exhausted(text),
+                JobError::StaleGeneration { .. } | JobError::Regrouping(_) => Self::aborted(text),
+                JobError::Refused(Refusal::Over)
                 | JobError::Stopping(_)
-                | JobError::Books(BooksError::OldCheckpoint { .. }) => Self::failed_precondition(text),
+                | JobError::Books(BooksError::OldCheckpoint { .. } | BooksError::Behind { .. }) => {
+                    Self::failed_precondition(text)
+                }
             },
         }
     }
@@ -86,7 +112,7 @@ impl ControlService {
         let answer = self.job.ask(|reply| Command::Get(key, reply)).await??;
         match tokio::time::timeout(wait, answer).await {
             Ok(Ok(value)) => Ok(GetResponse { value }),
-            Ok(Err(_)) => Err(Status::failed_precondition("this generation ended while a rank waited for a key of it")),
+            Ok(Err(_)) => Err(Status::aborted("this generation ended while a rank waited for a key of it")),
             Err(_) => Err(Status::deadline_exceeded(format!("nobody has put `{name}` within {} ms", wait.as_millis()))),
         }
     }
@@ -109,7 +135,44 @@ impl Control for ControlService {
             let worker = WorkerId(worker_id);
             let beat = Heartbeat { worker, step: Step(step), phase: convert::bounded("phase", phase)? };
             let directive: Directive = self.job.ask(|reply| Command::Heartbeat(beat, reply)).await?;
-            Ok(convert::heartbeat_response(worker, directive)?)
+            Ok(convert::directive_message(worker, directive)?)
+        })
+        .await
+    }
+
+    type AttendStream = BoxStream<'static, Result<HeartbeatResponse, Status>>;
+
+    async fn attend(&self, request: Request<AttendRequest>) -> Result<Response<Self::AttendStream>, Status> {
+        self.timed("attend", async {
+            let worker = WorkerId(request.into_inner().worker_id);
+            let (number, directives) = self.job.ask(|reply| Command::Attend(worker, reply)).await?;
+            let attendance = Attendance { job: self.job.clone(), worker, number };
+            // the whole attendance goes with the stream, so that its end is the stream's
+            let messages = WatchStream::new(directives).map(move |directive| attendance.message(directive));
+            Ok(messages.boxed())
+        })
+        .await
+    }
+
+    async fn ready(&self, request: Request<ReadyRequest>) -> Result<Response<ReadyResponse>, Status> {
+        self.timed("ready", async {
+            let ReadyRequest { worker_id, generation, broken } = request.into_inner();
+            let (worker, generation) = (WorkerId(worker_id), Generation(generation));
+            let broken = broken.map(|broken| convert::bounded("broken", broken)).transpose()?;
+            self.job.ask(|reply| Command::Ready { worker, generation, broken, reply }).await??;
+            Ok(ReadyResponse {})
+        })
+        .await
+    }
+
+    async fn begin_generation(
+        &self,
+        request: Request<BeginGenerationRequest>,
+    ) -> Result<Response<BeginGenerationResponse>, Status> {
+        self.timed("begin_generation", async {
+            let beginning = Beginning::from(request.into_inner());
+            self.job.ask(|reply| Command::Begin(beginning, reply)).await??;
+            Ok(BeginGenerationResponse {})
         })
         .await
     }

@@ -1,6 +1,7 @@
-//! The coordinator over plain HTTP: metrics, health, the job as JSON, and the operator's stop.
+//! The coordinator over plain HTTP: metrics, health, the job as JSON, and the operator's stop
+//! and scale.
 //!
-//! Reading is open to whoever reaches the port; stopping needs the job's secret.
+//! Reading is open to whoever reaches the port; stopping and scaling need the job's secret.
 
 use axum::extract::State;
 use axum::http::header::AUTHORIZATION;
@@ -26,6 +27,7 @@ pub fn router(job: JobHandle, secret: Secret, exposition: Exposition) -> Router 
         .route("/readyz", get(ready))
         .route("/api/v1/job", get(status))
         .route("/api/v1/stop", post(stop))
+        .route("/api/v1/scale", post(scale))
         .with_state(Shared { job, secret })
         .merge(learn_telemetry::router(exposition))
 }
@@ -48,17 +50,41 @@ async fn ready(State(shared): State<Shared>) -> Response {
         Ok(status) if status.state == JobState::Gathering => {
             gone(format!("{} of {} workers have joined", status.workers.len(), status.world_size))
         }
+        Ok(status) if status.state == JobState::Regrouping => gone("the workers regroup"),
         Ok(status) => gone(status.cause.unwrap_or_else(|| "the job has ended".into())),
         Err(error) => gone(error),
     }
 }
 
 async fn stop(State(shared): State<Shared>, headers: HeaderMap) -> Response {
-    if let Err(error) = shared.secret.verify(headers.get(AUTHORIZATION).map(|value| value.as_bytes())) {
-        return (StatusCode::UNAUTHORIZED, format!("{error}\n")).into_response();
+    if let Some(refused) = refused(&shared, &headers) {
+        return refused;
     }
     match shared.job.ask(Command::OperatorStop).await {
         Ok(()) => (StatusCode::ACCEPTED, "stopping\n").into_response(),
         Err(error) => gone(error),
     }
+}
+
+/// So many workers are wanted.
+#[derive(Debug, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Scale {
+    workers: u32,
+}
+
+async fn scale(State(shared): State<Shared>, headers: HeaderMap, Json(wanted): Json<Scale>) -> Response {
+    if let Some(refused) = refused(&shared, &headers) {
+        return refused;
+    }
+    match shared.job.ask(|reply| Command::Scale(wanted.workers, reply)).await {
+        Ok(workers) => (StatusCode::ACCEPTED, Json(serde_json::json!({ "wanted_workers": workers }))).into_response(),
+        Err(error) => gone(error),
+    }
+}
+
+/// The answer to those who do not know the job's secret.
+fn refused(shared: &Shared, headers: &HeaderMap) -> Option<Response> {
+    let known = shared.secret.verify(headers.get(AUTHORIZATION).map(|value| value.as_bytes()));
+    known.err().map(|error| (StatusCode::UNAUTHORIZED, format!("{error}\n")).into_response())
 }

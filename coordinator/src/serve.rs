@@ -183,7 +183,7 @@ impl Coordinator {
             config: config.clone(),
             task: task.clone(),
             dataset: source.facts.clone(),
-            steps_per_epoch: source.plan.steps_per_epoch(),
+            plan: source.plan.clone(),
             total_steps: source.total_steps,
             history,
         });

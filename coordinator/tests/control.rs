@@ -10,16 +10,17 @@ use std::time::Duration;
 use learn_coordinator::files::{read_json, read_lines};
 use learn_coordinator::{Coordinator, CoordinatorError, Outcome, Settings, StopCause};
 use learn_domain::Config;
-use learn_domain::membership::Departure;
+use learn_domain::event::{Happening, JobEvent};
+use learn_domain::membership::{Departure, LossCause};
 use learn_domain::report::{Evaluation, JobState, JobStatus, Split, StepRecord, Summary, Task};
 use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
-use learn_proto::convert::{Order, StepReport, evaluation_json};
+use learn_proto::convert::{AfterStep, Order, StepReport, evaluation_json};
 use learn_proto::v1::control_client::ControlClient;
 use learn_proto::v1::{
     CommitCheckpointRequest, GetRequest, HeartbeatRequest, PutRequest, ReportEvaluationRequest, ReportStepRequest,
 };
 use learn_proto::{MAX_KEY_BYTES, MAX_VALUE_BYTES};
-use support::{Control, Ground, heartbeat, join, join_request, leave, millis, train};
+use support::{Control, Ground, attend, beginning, enter, heartbeat, join, join_request, leave, millis, ready, train};
 use tonic::Code;
 
 fn put(worker: u32, generation: u64, key: &str, value: &[u8]) -> PutRequest {
@@ -43,14 +44,37 @@ fn report(worker: u32, step: u64, users: &[UserIndex]) -> ReportStepRequest {
     report.into()
 }
 
+fn evaluation(step: u64) -> Evaluation {
+    Evaluation {
+        split: Split::Valid,
+        step: Step(step),
+        epoch: 0,
+        users: 4,
+        metrics: BTreeMap::from([("ndcg@10".to_owned(), 0.25)]),
+        seconds: 0.5,
+        segments: Vec::new(),
+        comparisons: Vec::new(),
+    }
+}
+
 fn commit(step: u64) -> CommitCheckpointRequest {
     CommitCheckpointRequest { worker_id: 0, generation: 1, step, path: format!("checkpoints/step-{step:010}") }
 }
 
-async fn two(control: &mut Control) {
+/// Two workers whose first generation goes on from `step`.
+async fn two(control: &mut Control, step: u64) {
     for name in ["a", "b"] {
-        join(control, name).await;
+        enter(control, name).await;
     }
+    control.begin_generation(beginning(WorkerId(0), 1, step)).await.unwrap();
+}
+
+fn run(generation: u64, rank: u32, world_size: u32, after: AfterStep) -> Order {
+    Order::Run { generation: Generation(generation), rank: Rank(rank), world_size, after }
+}
+
+fn secret() -> String {
+    format!("Authorization: Bearer {}\r\n", support::SECRET)
 }
 
 #[tokio::test]
@@ -86,12 +110,17 @@ async fn workers_join_meet_and_leave() {
     assert_eq!(first.data_locations, std::slice::from_ref(&running.address.grpc));
     assert_eq!(heartbeat(&mut control, first.worker).await, Order::Wait);
     let early = control.put(put(0, 0, "k", b"v")).await.unwrap_err();
-    assert_eq!(early.code(), Code::FailedPrecondition);
+    assert_eq!(early.code(), Code::Aborted);
 
     let second = join(&mut control, "b").await;
-    let run = Order::Run { generation: Generation(1), rank: Rank(1), world_size: 2 };
-    assert_eq!(heartbeat(&mut control, second.worker).await, run);
-    assert_eq!(control.join(join_request("c")).await.unwrap_err().code(), Code::FailedPrecondition);
+    ready(&mut control, first.worker, 0, None).await;
+    for worker in [first.worker, second.worker] {
+        assert_eq!(heartbeat(&mut control, worker).await, Order::Wait, "one of them is not ready");
+    }
+    ready(&mut control, second.worker, 0, None).await;
+    assert_eq!(heartbeat(&mut control, second.worker).await, run(1, 1, 2, AfterStep::Continue));
+    let full = control.join(join_request("c")).await.unwrap_err();
+    assert_eq!(full.code(), Code::ResourceExhausted, "a place may become free: {full}");
     let unknown = HeartbeatRequest { worker_id: 9, generation: 1, step: 0, phase: String::new() };
     assert_eq!(control.heartbeat(unknown).await.unwrap_err().code(), Code::NotFound);
 
@@ -103,7 +132,7 @@ async fn workers_join_meet_and_leave() {
     let missing = control.get(get(0, 1, "nothing", 20)).await.unwrap_err();
     assert_eq!(missing.code(), Code::DeadlineExceeded);
     assert!(missing.message().contains("`nothing`"));
-    assert_eq!(control.put(put(1, 2, "k", b"v")).await.unwrap_err().code(), Code::FailedPrecondition);
+    assert_eq!(control.put(put(1, 2, "k", b"v")).await.unwrap_err().code(), Code::Aborted);
     let long = "k".repeat(MAX_KEY_BYTES + 1);
     assert_eq!(control.put(put(1, 1, &long, b"v")).await.unwrap_err().code(), Code::InvalidArgument);
     let large = vec![0; MAX_VALUE_BYTES + 1];
@@ -119,33 +148,147 @@ async fn workers_join_meet_and_leave() {
 }
 
 #[tokio::test]
-async fn a_silent_worker_stops_the_job_with_its_name() {
+async fn a_silent_worker_is_lost_and_with_it_a_job_that_has_no_other() {
     let mut ground = Ground::new(2);
     ground.config.cluster.heartbeat_interval = millis(50);
     ground.config.cluster.heartbeat_timeout = millis(400);
     let running = ground.start(train()).await;
     let mut control = running.control();
-    two(&mut control).await;
+    two(&mut control, 0).await;
     let mut waiting = running.control();
     let waits = tokio::spawn(async move { waiting.get(get(0, 1, "never", 30_000)).await });
     let mut beats = tokio::time::interval(Duration::from_millis(50));
-    let cause = loop {
+    loop {
         beats.tick().await;
-        if let Order::Stop { graceful, cause } = heartbeat(&mut control, WorkerId(0)).await {
-            assert!(!graceful);
-            break cause;
+        match heartbeat(&mut control, WorkerId(0)).await {
+            Order::Run { after: AfterStep::Continue, .. } => {}
+            order => break assert_eq!(order, Order::Regroup(Generation(1))),
         }
-    };
-    assert!(cause.contains("rank 1 (worker 1) was lost"), "{cause}");
-    assert_eq!(waits.await.unwrap().unwrap_err().code(), Code::FailedPrecondition, "a rendezvous does not outlive it");
+    }
+    assert_eq!(waits.await.unwrap().unwrap_err().code(), Code::Aborted, "a rendezvous does not outlive it");
     let refused = control.put(put(0, 1, "k", b"v")).await.unwrap_err();
-    assert!(refused.message().contains("rank 1"), "{refused}");
+    assert_eq!(refused.code(), Code::Aborted, "{refused}");
     leave(&mut control, WorkerId(0), Departure::Failed("aborted".into())).await;
     let outcome = running.end().await;
-    assert!(matches!(&outcome, Outcome::Stopped(StopCause::Silent { rank: Rank(1), .. })), "{outcome:?}");
+    assert!(matches!(&outcome, Outcome::Stopped(StopCause::Failed { rank: Rank(0), .. })), "{outcome:?}");
     assert_eq!(learn_coordinator::exit_code(&outcome), 4);
     let status: JobStatus = read_json(&ground.run_dir().status()).unwrap();
-    assert_eq!((status.state, status.cause.unwrap()), (JobState::Failed, cause));
+    assert_eq!((status.state, status.cause.unwrap()), (JobState::Failed, "rank 0 (worker 0) failed: aborted".into()));
+    let lost = events(&ground).into_iter().find_map(|event| match event.happening {
+        Happening::WorkerLost { worker, rank, cause } => Some((worker, rank, cause)),
+        _ => None,
+    });
+    let (worker, rank, cause) = lost.unwrap();
+    assert_eq!((worker, rank), (WorkerId(1), Rank(1)));
+    assert!(matches!(cause, LossCause::Silent { .. }), "{cause}");
+}
+
+fn events(ground: &Ground) -> Vec<JobEvent> {
+    read_lines(&ground.run_dir().events()).unwrap()
+}
+
+#[tokio::test]
+async fn survivors_hear_of_a_broken_connection_at_once_and_go_on_without_it() {
+    let mut ground = Ground::new(3);
+    ground.config.training.epochs = 1;
+    // nothing here waits for a silence
+    ground.config.cluster.heartbeat_timeout = millis(3_600_000);
+    let running = ground.start(train()).await;
+    let mut control = running.control();
+    let (mut first, mut second) = (running.control(), running.control());
+    let mut orders = Vec::new();
+    for (name, connection) in [("a", &mut first), ("b", &mut second), ("c", &mut control)] {
+        let worker = join(connection, name).await.worker;
+        let mut attended = attend(connection, worker).await;
+        attended.until(&Order::Wait).await;
+        ready(connection, worker, 0, None).await;
+        orders.push(attended);
+    }
+    for (rank, orders) in orders.iter_mut().enumerate() {
+        orders.until(&run(1, rank as u32, 3, AfterStep::Continue)).await;
+    }
+    control.begin_generation(beginning(WorkerId(0), 1, 0)).await.unwrap();
+    control.report_step(report(0, 1, &[])).await.unwrap();
+    let mut waiting = running.control();
+    let waits = tokio::spawn(async move { waiting.get(get(1, 1, "never", 30_000)).await });
+
+    // the process that was rank 0 is no more; nobody else has told of steps 1 and 2
+    drop((orders.remove(0), first));
+    for orders in &mut orders {
+        orders.until(&Order::Regroup(Generation(1))).await;
+    }
+    assert_eq!(waits.await.unwrap().unwrap_err().code(), Code::Aborted);
+    ready(&mut second, WorkerId(1), 1, Some("peer lost")).await;
+    orders[0].until(&Order::Wait).await;
+    ready(&mut control, WorkerId(2), 1, Some("peer lost")).await;
+    orders[0].until(&run(2, 0, 2, AfterStep::Continue)).await;
+    control.put(put(2, 2, "address", b"host:2")).await.unwrap();
+    control.begin_generation(beginning(WorkerId(1), 2, 2)).await.unwrap();
+
+    // what the old generation says changes nothing
+    let gone = control.heartbeat(HeartbeatRequest { worker_id: 0, generation: 1, step: 1, phase: String::new() }).await;
+    assert_eq!(gone.unwrap_err().code(), Code::NotFound, "it must join again");
+    let old = |error: tonic::Status| assert_eq!(error.code(), Code::Aborted, "{error}");
+    old(control.report_step(report(1, 2, &[])).await.unwrap_err());
+    old(control.put(put(1, 1, "k", b"v")).await.unwrap_err());
+    old(control.get(get(1, 1, "address", 0)).await.unwrap_err());
+    old(control.commit_checkpoint(commit(1)).await.unwrap_err());
+    old(control.begin_generation(beginning(WorkerId(0), 1, 9)).await.unwrap_err());
+    let evaluation_json = evaluation_json(&evaluation(1)).unwrap();
+    let told = ReportEvaluationRequest { worker_id: 0, generation: 1, evaluation_json };
+    old(control.report_evaluation(told).await.unwrap_err());
+
+    // another takes its place at a step's end
+    let fourth = enter(&mut control, "d").await;
+    orders[1].until(&run(2, 1, 2, AfterStep::Regroup)).await;
+    for worker in [1, 2] {
+        ready(&mut control, WorkerId(worker), 2, None).await;
+    }
+    assert_eq!(heartbeat(&mut control, fourth).await, run(3, 2, 3, AfterStep::Continue));
+    control.begin_generation(beginning(WorkerId(1), 3, 3)).await.unwrap();
+    for worker in [1, 2, 3] {
+        leave(&mut control, WorkerId(worker), Departure::Done).await;
+    }
+    assert_eq!(running.end().await, Outcome::Finished);
+    let steps: Vec<StepRecord> = read_lines(&ground.run_dir().metrics()).unwrap();
+    let steps: Vec<(u64, f64)> = steps.iter().map(|record| (record.step.0, record.loss)).collect();
+    assert_eq!(steps, [(1, 1.0), (2, 2.0), (3, 2.0)], "each once, whoever has told of it");
+    let said: Vec<String> = events(&ground).iter().map(|event| event.happening.to_string()).collect();
+    assert!(said.iter().any(|text| text.contains("its connection broke")), "{said:?}");
+}
+
+#[tokio::test]
+async fn workers_are_wanted_and_dismissed_by_whoever_knows_the_secret() {
+    let ground = Ground::new(2);
+    let running = ground.start(train()).await;
+    let mut control = running.control();
+    two(&mut control, 0).await;
+    let three = r#"{"workers": 3}"#;
+    assert_eq!(running.http_with("POST /api/v1/scale", "", three).await.0, 401);
+    assert_eq!(running.http_with("POST /api/v1/scale", "Authorization: Bearer another\r\n", three).await.0, 401);
+    assert_eq!(control.join(join_request("c")).await.unwrap_err().code(), Code::ResourceExhausted);
+    assert_eq!(running.http_with("POST /api/v1/scale", &secret(), r#"{"workers": -1}"#).await.0, 422);
+    let (code, body) = running.http_with("POST /api/v1/scale", &secret(), three).await;
+    assert_eq!((code, serde_json::from_str(&body).ok()), (202, Some(serde_json::json!({"wanted_workers": 3}))));
+    let third = enter(&mut control, "c").await;
+    for worker in [0, 1] {
+        assert_eq!(heartbeat(&mut control, WorkerId(worker)).await, run(1, worker, 2, AfterStep::Regroup));
+        ready(&mut control, WorkerId(worker), 1, None).await;
+    }
+    assert_eq!(heartbeat(&mut control, third).await, run(2, 2, 3, AfterStep::Continue));
+
+    assert_eq!(running.http_with("POST /api/v1/scale", &secret(), r#"{"workers": 1}"#).await.0, 202);
+    for worker in [0, 1, 2] {
+        ready(&mut control, WorkerId(worker), 2, None).await;
+    }
+    assert_eq!(heartbeat(&mut control, WorkerId(0)).await, run(3, 0, 1, AfterStep::Continue));
+    for worker in [WorkerId(1), third] {
+        assert_eq!(heartbeat(&mut control, worker).await, Order::Dismissed);
+    }
+    let status: JobStatus = serde_json::from_str(&running.http("GET /api/v1/job", "").await.1).unwrap();
+    assert_eq!((status.wanted_workers, status.world_size), (1, 1));
+    leave(&mut control, WorkerId(0), Departure::Done).await;
+    assert_eq!(running.end().await, Outcome::Finished);
 }
 
 #[tokio::test]
@@ -154,7 +297,7 @@ async fn a_job_is_journaled_stopped_and_resumed_exactly() {
     ground.config.training.epochs = 1;
     let running = ground.start(train()).await;
     let mut control = running.control();
-    two(&mut control).await;
+    two(&mut control, 0).await;
     let users: Vec<UserIndex> = (0..ground.dataset().facts().train_users).map(UserIndex).collect();
     let step = |step: u64| users.chunks(16).nth(step as usize - 1).unwrap();
     for number in 1..=3 {
@@ -168,16 +311,7 @@ async fn a_job_is_journaled_stopped_and_resumed_exactly() {
     control.commit_checkpoint(commit(2)).await.unwrap();
     let old = control.commit_checkpoint(commit(1)).await.unwrap_err();
     assert_eq!(old.code(), Code::FailedPrecondition);
-    let evaluation = Evaluation {
-        split: Split::Valid,
-        step: Step(3),
-        epoch: 0,
-        users: 4,
-        metrics: BTreeMap::from([("ndcg@10".to_owned(), 0.25)]),
-        seconds: 0.5,
-        segments: Vec::new(),
-        comparisons: Vec::new(),
-    };
+    let evaluation = evaluation(3);
     let evaluation_json = evaluation_json(&evaluation).unwrap();
     let request = ReportEvaluationRequest { worker_id: 0, generation: 1, evaluation_json };
     control.report_evaluation(request.clone()).await.unwrap();
@@ -185,10 +319,9 @@ async fn a_job_is_journaled_stopped_and_resumed_exactly() {
     assert_eq!(control.report_evaluation(nonsense).await.unwrap_err().code(), Code::InvalidArgument);
 
     assert_eq!(running.http("POST /api/v1/stop", "").await.0, 401);
-    let secret = format!("Authorization: Bearer {}\r\n", support::SECRET);
-    assert_eq!(running.http("POST /api/v1/stop", &secret).await.0, 202);
+    assert_eq!(running.http("POST /api/v1/stop", &secret()).await.0, 202);
     for worker in [WorkerId(0), WorkerId(1)] {
-        assert!(matches!(heartbeat(&mut control, worker).await, Order::Stop { graceful: true, .. }));
+        assert_eq!(heartbeat(&mut control, worker).await, run(1, worker.0, 2, AfterStep::Stop));
         leave(&mut control, worker, Departure::Stopped).await;
     }
     let outcome = running.end().await;
@@ -207,7 +340,7 @@ async fn a_job_is_journaled_stopped_and_resumed_exactly() {
     steps(2);
     assert_eq!(read_lines::<Evaluation>(&run_dir.evaluations()).unwrap(), []);
     let mut control = running.control();
-    two(&mut control).await;
+    two(&mut control, 2).await;
     for number in 3..=(users.len() as u64).div_ceil(16) {
         let (a, b) = step(number).split_at(2);
         control.report_step(report(0, number, a)).await.unwrap();
@@ -229,7 +362,7 @@ async fn http_shows_the_job() {
     assert_eq!(running.http("GET /healthz", "").await.0, 200);
     let (code, body) = running.http("GET /readyz", "").await;
     assert!(code == 503 && body.contains("0 of 1 workers"), "{body}");
-    join(&mut running.control(), "a").await;
+    enter(&mut running.control(), "a").await;
     assert_eq!(running.http("GET /readyz", "").await.0, 200);
     let (_, metrics) = running.http("GET /metrics", "").await;
     assert!(metrics.contains("learn_job_state{state=\"running\"} 1"), "{metrics}");
@@ -288,5 +421,5 @@ async fn workers_that_never_come_end_the_job() {
     let running = ground.start(train()).await;
     let outcome = running.end().await;
     assert!(matches!(&outcome, Outcome::Stopped(StopCause::JoinDeadline { joined: 0, wanted: 2, .. })));
-    assert_eq!(learn_coordinator::exit_code(&outcome), 1);
+    assert_eq!(learn_coordinator::exit_code(&outcome), 4);
 }

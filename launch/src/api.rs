@@ -54,6 +54,22 @@ impl Api {
         answer.map_err(|source| ApiError { url, source: Box::new(source) })
     }
 
+    /// Asks for so many workers; gives how many are wanted now.
+    ///
+    /// # Errors
+    /// No answer, or a refusal.
+    pub fn scale(&self, secret: &str, workers: u32) -> Result<u32, ApiError> {
+        #[derive(serde::Deserialize)]
+        struct Wanted {
+            wanted_workers: u32,
+        }
+        let url = format!("{}/api/v1/scale", self.base);
+        let request = self.agent.post(&url).header("authorization", format!("Bearer {secret}"));
+        let answer = request.send_json(serde_json::json!({ "workers": workers }));
+        let wanted = answer.and_then(|mut response| response.body_mut().read_json::<Wanted>());
+        wanted.map(|wanted| wanted.wanted_workers).map_err(|source| ApiError { url, source: Box::new(source) })
+    }
+
     /// Asks the job to stop after the step it is in, with a checkpoint.
     ///
     /// # Errors

@@ -6,7 +6,9 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use learn_domain::Config;
 
-use crate::commands::{config, doctor, embed, eval, export, prepare, recommend, resume, status, stop, study, train};
+use crate::commands::{
+    config, doctor, embed, eval, export, prepare, recommend, resume, scale, status, stop, study, train,
+};
 use crate::settings::Resolver;
 
 const EXIT_CODES: &str = "\
@@ -15,9 +17,10 @@ Exit codes:
   1  something failed; the message says what
   2  wrong flags or configuration
   3  stopped by the operator; a checkpoint was written, `resume` continues
-  4  a worker was lost; `resume` continues from the last checkpoint
+  4  workers were lost, too many to go on; `resume` continues from the last checkpoint
   5  a loss, gradient or score was not a finite number
-  6  the last checkpoint could not be written; an earlier one may be there";
+  6  the last checkpoint could not be written; an earlier one may be there
+  7  workers were lost again and again without a finished step between";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -83,6 +86,9 @@ pub enum Command {
     /// Stop a running job after its current step, with a checkpoint; or an embed job
     #[command(after_help = stop::HELP)]
     Stop(stop::StopArgs),
+    /// Give a running job more workers, or fewer
+    #[command(after_help = scale::HELP)]
+    Scale(scale::ScaleArgs),
     /// Show, check or document the configuration
     #[command(after_help = config::HELP)]
     Config(config::ConfigArgs),

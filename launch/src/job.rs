@@ -2,7 +2,8 @@
 //!
 //! Input: a run directory with its configuration and secret, and a task. Output: the job's last status, or a failure
 //! that names the cause, the guilty process with the end of its log, and what to do. Invariants: a request to stop goes
-//! to the coordinator alone, which ends the job gracefully; a second one kills; no process outlives [`run`].
+//! to the coordinator alone, which ends the job gracefully; a second one kills; a worker that is lost is replaced as long as
+//! the job goes on ([`crate::crew`]); no process outlives [`run`].
 
 use std::path::Path;
 use std::process::Command;
@@ -10,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use learn_domain::Config;
-use learn_domain::ids::Rank;
 use learn_domain::report::{CoordinatorAddress, JobState, JobStatus, Task, exit};
 use learn_domain::run_dir::RunDir;
 
 use crate::api::Api;
+use crate::crew::Crew;
 use crate::failure::Failure;
 use crate::output::{Output, Progress, Unit};
 use crate::process::{self, Process};
@@ -54,25 +55,10 @@ pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
     system::catch_stop_signals();
     let mut job = LocalJob::start(spec, output)?;
     if let Some(address) = job.wait_for_coordinator() {
-        job.start_workers(&address)?;
-        job.watch(&Api::new(&address));
+        job.crew = Some(Crew::start(spec.run, spec.config, spec.task, &address)?);
+        job.watch(&Api::new(&address))?;
     }
     job.conclude()
-}
-
-/// Threads of one local worker.
-#[must_use]
-pub fn threads_per_worker(config: &Config) -> usize {
-    match config.training.threads {
-        0 => (cores() / config.cluster.workers as usize).max(1),
-        threads => threads as usize,
-    }
-}
-
-/// Cores that this process may use.
-#[must_use]
-pub fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 struct LocalJob<'a> {
@@ -80,18 +66,16 @@ struct LocalJob<'a> {
     output: &'a Output,
     progress: Progress,
     coordinator: Process,
-    workers: Vec<Process>,
+    /// None until the coordinator serves.
+    crew: Option<Crew<'a>>,
     /// Requests to stop that were passed on.
     stops: usize,
-    /// The first worker that failed, before anybody asked to stop.
-    lost: Option<Lost>,
+    /// The worker that failed before all had joined.
+    lost: Option<u32>,
+    /// When the last worker was found to have ended before the coordinator.
+    deserted: Option<Instant>,
     gathering: bool,
     evaluations: usize,
-}
-
-struct Lost {
-    worker: usize,
-    at: Instant,
 }
 
 impl<'a> LocalJob<'a> {
@@ -117,9 +101,10 @@ impl<'a> LocalJob<'a> {
             output,
             progress,
             coordinator,
-            workers: Vec::new(),
+            crew: None,
             stops: system::stop_requests(),
             lost: None,
+            deserted: None,
             gathering: true,
             evaluations: 0,
         })
@@ -144,40 +129,27 @@ impl<'a> LocalJob<'a> {
         None
     }
 
-    fn start_workers(&mut self, address: &CoordinatorAddress) -> Result<()> {
-        let binary = process::sibling("learn-worker")?;
-        let JobSpec { run, config, .. } = self.spec;
-        let threads = threads_per_worker(config).to_string();
-        let device = serde_json::to_value(config.cluster.device)?;
-        for number in 0..config.cluster.workers {
-            let mut command = Command::new(&binary);
-            command
-                .arg("join")
-                .args(["--coordinator", &address.grpc])
-                .arg("--secret-file")
-                .arg(run.secret())
-                .args(["--device", device.as_str().unwrap_or("auto")])
-                .args(["--ordinal", &number.to_string()])
-                .args(["--threads", &threads])
-                .args(["--bind", &config.cluster.bind])
-                .env("OMP_NUM_THREADS", &threads);
-            let log = run.worker_log(Rank(number));
-            self.workers.push(Process::start(format!("worker process {number}"), &mut command, &log)?);
-        }
-        Ok(())
-    }
-
-    fn watch(&mut self, api: &Api) {
+    fn watch(&mut self, api: &Api) -> Result<()> {
         let mut asked: Option<Instant> = None;
         while self.coordinator.ended().is_none() {
-            if asked.is_none_or(|at| at.elapsed() >= STATUS_INTERVAL) {
-                if let Ok(status) = api.job() {
-                    self.show(&status);
+            let interval = if self.crew.as_mut().is_some_and(Crew::asks) { POLL } else { STATUS_INTERVAL };
+            if asked.is_none_or(|at| at.elapsed() >= interval) {
+                match api.job() {
+                    Ok(status) => {
+                        self.show(&status);
+                        self.look_after_crew(&status.state, status.wanted_workers)?;
+                        self.gathering = status.state == JobState::Gathering;
+                    }
+                    // one that cannot be asked yet has not gathered anybody
+                    Err(_) if self.gathering => {
+                        self.look_after_crew(&JobState::Gathering, self.spec.config.cluster.workers)?;
+                    }
+                    Err(_) => {}
                 }
                 asked = Some(Instant::now());
             }
             self.pass_on_stops();
-            self.look_after_lost();
+            self.look_after_deserted();
             std::thread::sleep(POLL);
         }
         // The last evaluations and steps came after the last look.
@@ -185,10 +157,10 @@ impl<'a> LocalJob<'a> {
             self.show(&status);
         }
         self.progress.finish();
+        Ok(())
     }
 
     fn show(&mut self, status: &JobStatus) {
-        self.gathering = status.state == JobState::Gathering;
         // A restarted coordinator may know fewer evaluations than were shown.
         for evaluation in status.evaluations.iter().skip(self.evaluations) {
             self.progress.line(&render::evaluation(evaluation));
@@ -220,35 +192,43 @@ impl<'a> LocalJob<'a> {
     }
 
     fn end_all(&mut self, how: End) {
-        for process in self.workers.iter_mut().chain([&mut self.coordinator]) {
-            process.ask_to_end(how);
-        }
+        self.crew.iter_mut().for_each(|crew| crew.ask_to_end(how));
+        self.coordinator.ask_to_end(how);
     }
 
-    /// The coordinator learns of a dead worker from heartbeats; before all have joined, or when it does not act in
-    /// time, this side ends the job.
-    fn look_after_lost(&mut self) {
-        if self.lost.is_none() && self.stops == 0 {
-            let worker = (0..self.workers.len()).find(|number| self.workers[*number].failed());
-            self.lost = worker.map(|worker| Lost { worker, at: Instant::now() });
-            if self.lost.is_some() && self.gathering {
-                self.coordinator.ask_to_end(End::Gracefully);
-            }
+    /// Replaces workers that are lost; one that is lost before all have joined ends the job.
+    fn look_after_crew(&mut self, state: &JobState, wanted: u32) -> Result<()> {
+        let Some(crew) = self.crew.as_mut().filter(|_| self.stops == 0 && self.lost.is_none()) else { return Ok(()) };
+        let changes = crew.follow(state, wanted)?;
+        for line in &changes.lines {
+            self.progress.line(line);
         }
-        let limit = self.spec.config.cluster.heartbeat_timeout.0 + NOTICE;
-        if self.lost.as_ref().is_some_and(|lost| lost.at.elapsed() > limit) {
+        self.lost = changes.lost;
+        if self.lost.is_some() {
+            self.coordinator.ask_to_end(End::Gracefully);
+        }
+        Ok(())
+    }
+
+    /// The coordinator learns by itself that nobody is left; when it does not act in time, this side ends the job.
+    fn look_after_deserted(&mut self) {
+        if !self.crew.as_mut().is_some_and(Crew::is_gone) {
+            self.deserted = None;
+            return;
+        }
+        let since = *self.deserted.get_or_insert_with(Instant::now);
+        if since.elapsed() > self.spec.config.cluster.heartbeat_timeout.0 + NOTICE {
             self.end_all(End::AtOnce);
         }
     }
 
     fn conclude(mut self) -> Result<JobStatus> {
         self.progress.finish();
-        if self.lost.is_some() {
-            self.workers.iter_mut().for_each(|worker| worker.ask_to_end(End::Gracefully));
-        }
-        let leave = Instant::now();
-        for worker in &mut self.workers {
-            worker.wait(LEAVE.saturating_sub(leave.elapsed()));
+        if let Some(crew) = &mut self.crew {
+            if self.lost.is_some() {
+                crew.ask_to_end(End::Gracefully);
+            }
+            crew.wait(LEAVE);
         }
         let status = runs::last_status(self.spec.run)?;
         let Some(ended) = self.coordinator.ended() else {
@@ -297,12 +277,8 @@ impl<'a> LocalJob<'a> {
 
     /// The cause, the guilty process, the end of its log, the way on.
     fn explain(&mut self, cause: Option<String>, status: Option<&JobStatus>) -> String {
-        let failed = self.lost.as_ref().map(|lost| lost.worker);
-        let failed = failed.or_else(|| (0..self.workers.len()).find(|number| self.workers[*number].failed()));
-        let guilty = match failed {
-            Some(number) => &mut self.workers[number],
-            None => &mut self.coordinator,
-        };
+        let lost = self.lost;
+        let guilty = self.crew.as_mut().and_then(|crew| crew.guilty(lost)).unwrap_or(&mut self.coordinator);
         let how = guilty.ended().map_or("did not end".into(), process::describe);
         let mut message = format!(
             "the job failed: {}\n{} ended with {how}; the end of {}:\n",

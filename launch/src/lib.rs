@@ -15,6 +15,7 @@
 pub mod api;
 pub mod cli;
 pub mod commands;
+pub mod crew;
 pub mod failure;
 pub mod job;
 pub mod output;

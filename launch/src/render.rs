@@ -81,6 +81,7 @@ pub fn state(state: &JobState) -> &'static str {
     match state {
         JobState::Gathering => "gathering",
         JobState::Running => "running",
+        JobState::Regrouping => "regrouping",
         JobState::Stopping => "stopping",
         JobState::Finished => "finished",
         JobState::Stopped => "stopped",

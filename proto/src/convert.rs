@@ -6,12 +6,13 @@
 use std::path::PathBuf;
 
 use learn_domain::event::Happening;
-use learn_domain::membership::{Departure, Directive, GiveUp};
+use learn_domain::membership::{Call, Departure, Directive, GiveUp};
 use learn_domain::report::{DatasetFacts, Evaluation, StepRecord, Task};
 use learn_domain::{Config, Generation, Incarnation, Rank, Step, UserIndex, WorkerId};
 
 use crate::v1::{
-    HeartbeatResponse, JoinRequest, JoinResponse, ReportStepRequest, StepNumbers, heartbeat_response, leave_request,
+    BeginGenerationRequest, HeartbeatResponse, JoinRequest, JoinResponse, ReportStepRequest, StepNumbers,
+    heartbeat_response, leave_request,
 };
 use crate::{MAX_TEXT_BYTES, PROTOCOL};
 
@@ -152,7 +153,7 @@ impl TryFrom<JoinResponse> for Admission {
     }
 }
 
-/// A [`Directive`] as a worker reads it from the answer to its heartbeat.
+/// A [`Directive`] as a worker reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Order {
     Wait,
@@ -160,26 +161,46 @@ pub enum Order {
         generation: Generation,
         rank: Rank,
         world_size: u32,
+        after: AfterStep,
     },
-    /// Graceful: finish the step and write a checkpoint; else abort collectives and leave at once.
+    /// Abort the collectives of this generation, and be ready for the next.
+    Regroup(Generation),
+    /// Abort collectives, and leave at once.
     Stop {
-        graceful: bool,
         cause: String,
     },
+    Dismissed,
 }
 
-/// The answer to a heartbeat of `worker`.
+/// What a member of a generation is to do after the step it is at; the greatest that any of them was told counts for all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum AfterStep {
+    #[default]
+    Continue,
+    /// Leave the generation, and be ready for the next.
+    Regroup,
+    /// Write a checkpoint and leave the job.
+    Stop,
+}
+
+/// What `worker` is to do, as a message.
 ///
 /// # Errors
 /// [`ConvertError::UnknownWorker`], which a status of `NOT_FOUND` carries to the worker.
-pub fn heartbeat_response(worker: WorkerId, directive: Directive) -> Result<HeartbeatResponse, ConvertError> {
-    use heartbeat_response::{Directive as Message, Run, Stop, Wait};
+pub fn directive_message(worker: WorkerId, directive: Directive) -> Result<HeartbeatResponse, ConvertError> {
+    use heartbeat_response::{Directive as Message, Dismissed, Regroup, Run, Stop, Wait};
     let message = match directive {
         Directive::Wait => Message::Wait(Wait {}),
-        Directive::Run { generation, rank, world_size } => {
-            Message::Run(Run { generation: generation.0, rank: rank.0, world_size })
-        }
-        Directive::Stop(cause) => Message::Stop(Stop { graceful: cause.graceful(), cause: cause.to_string() }),
+        Directive::Run { generation, rank, world_size, call } => Message::Run(Run {
+            generation: generation.0,
+            rank: rank.0,
+            world_size,
+            regroup: call == Call::Regroup,
+            stop: matches!(call, Call::Stop(_)),
+        }),
+        Directive::Regroup(generation) => Message::Regroup(Regroup { generation: generation.0 }),
+        Directive::Stop(cause) => Message::Stop(Stop { cause: cause.to_string() }),
+        Directive::Dismissed => Message::Dismissed(Dismissed {}),
         Directive::Unknown => return Err(ConvertError::UnknownWorker(worker)),
     };
     Ok(HeartbeatResponse { directive: Some(message) })
@@ -192,10 +213,19 @@ impl TryFrom<HeartbeatResponse> for Order {
         use heartbeat_response::Directive as Message;
         Ok(match response.directive.ok_or(ConvertError::Missing("directive"))? {
             Message::Wait(_) => Self::Wait,
-            Message::Run(run) => {
-                Self::Run { generation: Generation(run.generation), rank: Rank(run.rank), world_size: run.world_size }
-            }
-            Message::Stop(stop) => Self::Stop { graceful: stop.graceful, cause: stop.cause },
+            Message::Run(run) => Self::Run {
+                generation: Generation(run.generation),
+                rank: Rank(run.rank),
+                world_size: run.world_size,
+                after: match (run.stop, run.regroup) {
+                    (true, _) => AfterStep::Stop,
+                    (false, true) => AfterStep::Regroup,
+                    (false, false) => AfterStep::Continue,
+                },
+            },
+            Message::Regroup(regroup) => Self::Regroup(Generation(regroup.generation)),
+            Message::Stop(stop) => Self::Stop { cause: stop.cause },
+            Message::Dismissed(_) => Self::Dismissed,
         })
     }
 }
@@ -205,6 +235,7 @@ impl From<Departure> for leave_request::Departure {
         match departure {
             Departure::Done => Self::Done(leave_request::Done {}),
             Departure::Stopped => Self::Stopped(leave_request::Stopped {}),
+            Departure::Crashed(message) => Self::Crashed(leave_request::Failed { message: cut(message) }),
             Departure::Failed(message) => Self::Failed(leave_request::Failed { message: cut(message) }),
             Departure::GaveUp(why, message) => {
                 let message = leave_request::GaveUp { message: cut(message) };
@@ -218,7 +249,8 @@ impl From<Departure> for leave_request::Departure {
 }
 
 /// At most as much of a message as is read, in whole characters.
-fn cut(mut message: String) -> String {
+#[must_use]
+pub fn cut(mut message: String) -> String {
     message.truncate(message.floor_char_boundary(MAX_TEXT_BYTES));
     message
 }
@@ -232,6 +264,7 @@ pub fn departure_from(departure: Option<leave_request::Departure>) -> Result<Dep
     Ok(match departure.ok_or(ConvertError::Missing("departure"))? {
         Message::Done(_) => Departure::Done,
         Message::Stopped(_) => Departure::Stopped,
+        Message::Crashed(crashed) => Departure::Crashed(bounded("crashed.message", crashed.message)?),
         Message::Failed(failed) => Departure::Failed(bounded("failed.message", failed.message)?),
         Message::Diverged(gone) => Departure::GaveUp(GiveUp::Diverged, bounded("diverged.message", gone.message)?),
         Message::Unsaved(gone) => Departure::GaveUp(GiveUp::Unsaved, bounded("unsaved.message", gone.message)?),
@@ -259,17 +292,7 @@ impl From<StepReport> for ReportStepRequest {
             step: report.step.0,
             epoch: report.epoch,
             users: report.users.iter().map(|user| user.0).collect(),
-            numbers: report.record.map(|record| StepNumbers {
-                loss: record.loss,
-                accuracy: record.accuracy,
-                learning_rate: record.learning_rate,
-                gradient_norm: record.gradient_norm,
-                users: record.users,
-                tokens: record.tokens,
-                padding_share: record.padding_share,
-                seconds: record.seconds,
-                cvr_loss: record.cvr_loss,
-            }),
+            numbers: report.record.as_ref().map(StepNumbers::from),
         }
     }
 }
@@ -283,20 +306,79 @@ impl From<ReportStepRequest> for StepReport {
             step,
             epoch,
             users: request.users.into_iter().map(UserIndex).collect(),
-            record: request.numbers.map(|numbers| StepRecord {
-                step,
-                epoch,
-                generation,
-                loss: numbers.loss,
-                accuracy: numbers.accuracy,
-                learning_rate: numbers.learning_rate,
-                gradient_norm: numbers.gradient_norm,
-                users: numbers.users,
-                tokens: numbers.tokens,
-                padding_share: numbers.padding_share,
-                seconds: numbers.seconds,
-                cvr_loss: numbers.cvr_loss,
-            }),
+            record: request.numbers.map(|numbers| numbers.record(step, epoch, generation)),
+        }
+    }
+}
+
+impl From<&StepRecord> for StepNumbers {
+    fn from(record: &StepRecord) -> Self {
+        Self {
+            loss: record.loss,
+            accuracy: record.accuracy,
+            learning_rate: record.learning_rate,
+            gradient_norm: record.gradient_norm,
+            users: record.users,
+            tokens: record.tokens,
+            padding_share: record.padding_share,
+            seconds: record.seconds,
+            cvr_loss: record.cvr_loss,
+        }
+    }
+}
+
+impl StepNumbers {
+    fn record(self, step: Step, epoch: u32, generation: Generation) -> StepRecord {
+        StepRecord {
+            step,
+            epoch,
+            generation,
+            loss: self.loss,
+            accuracy: self.accuracy,
+            learning_rate: self.learning_rate,
+            gradient_norm: self.gradient_norm,
+            users: self.users,
+            tokens: self.tokens,
+            padding_share: self.padding_share,
+            seconds: self.seconds,
+            cvr_loss: self.cvr_loss,
+        }
+    }
+}
+
+/// Where a generation goes on from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Beginning {
+    pub worker: WorkerId,
+    pub generation: Generation,
+    /// Finished steps.
+    pub step: Step,
+    /// The record of the last of them, if it has numbers; nobody may have reported it.
+    pub last: Option<StepRecord>,
+}
+
+impl From<Beginning> for BeginGenerationRequest {
+    fn from(beginning: Beginning) -> Self {
+        let last = beginning.last.as_ref();
+        Self {
+            worker_id: beginning.worker.0,
+            generation: beginning.generation.0,
+            step: beginning.step.0,
+            numbers: last.map(StepNumbers::from),
+            epoch: last.map_or(0, |record| record.epoch),
+            numbers_generation: last.map_or(0, |record| record.generation.0),
+        }
+    }
+}
+
+impl From<BeginGenerationRequest> for Beginning {
+    fn from(request: BeginGenerationRequest) -> Self {
+        let (step, of) = (Step(request.step), Generation(request.numbers_generation));
+        Self {
+            worker: WorkerId(request.worker_id),
+            generation: Generation(request.generation),
+            step,
+            last: request.numbers.map(|numbers| numbers.record(step, request.epoch, of)),
         }
     }
 }
@@ -378,21 +460,32 @@ mod tests {
 
     #[test]
     fn directives_become_orders() {
-        let order = |directive| Order::try_from(heartbeat_response(WorkerId(1), directive).unwrap()).unwrap();
+        let order = |directive| Order::try_from(directive_message(WorkerId(1), directive).unwrap()).unwrap();
         assert_eq!(order(Directive::Wait), Order::Wait);
-        let run = Directive::Run { generation: Generation(2), rank: Rank(1), world_size: 3 };
-        assert_eq!(order(run), Order::Run { generation: Generation(2), rank: Rank(1), world_size: 3 });
-        let lost = StopCause::Silent { worker: WorkerId(0), rank: Rank(0), seconds: 9 };
-        assert_eq!(order(Directive::Stop(lost.clone())), Order::Stop { graceful: false, cause: lost.to_string() });
-        assert!(matches!(order(Directive::Stop(StopCause::Operator)), Order::Stop { graceful: true, .. }));
-        assert!(heartbeat_response(WorkerId(1), Directive::Unknown).unwrap_err().to_string().contains("worker 1"));
+        let calls = [
+            (Call::Continue, AfterStep::Continue),
+            (Call::Regroup, AfterStep::Regroup),
+            (Call::Stop(StopCause::Operator), AfterStep::Stop),
+        ];
+        for (call, after) in calls {
+            let (generation, rank) = (Generation(2), Rank(1));
+            let run = Directive::Run { generation, rank, world_size: 3, call };
+            assert_eq!(order(run), Order::Run { generation, rank, world_size: 3, after });
+        }
+        assert_eq!(order(Directive::Regroup(Generation(4))), Order::Regroup(Generation(4)));
+        assert_eq!(order(Directive::Dismissed), Order::Dismissed);
+        let stop = Order::Stop { cause: StopCause::Operator.to_string() };
+        assert_eq!(order(Directive::Stop(StopCause::Operator)), stop);
+        assert!(directive_message(WorkerId(1), Directive::Unknown).unwrap_err().to_string().contains("worker 1"));
     }
 
     #[test]
     fn departures_and_reports_survive_the_wire() {
         let gave_up = |why| Departure::GaveUp(why, "nan".into());
-        let simple = [Departure::Done, Departure::Stopped, Departure::Failed("why".into())];
-        for departure in simple.into_iter().chain([gave_up(GiveUp::Diverged), gave_up(GiveUp::Unsaved)]) {
+        let simple = [Departure::Done, Departure::Stopped];
+        let with_message = [Departure::Failed("why".into()), Departure::Crashed("how".into())];
+        let gave_up = [gave_up(GiveUp::Diverged), gave_up(GiveUp::Unsaved)];
+        for departure in simple.into_iter().chain(with_message).chain(gave_up) {
             let message = leave_request::Departure::from(departure.clone());
             assert_eq!(departure_from(Some(message)).unwrap(), departure);
         }
@@ -413,8 +506,12 @@ mod tests {
             step: Step(4),
             epoch: 1,
             users: vec![UserIndex(9)],
-            record: Some(record),
+            record: Some(record.clone()),
         };
         assert_eq!(StepReport::from(ReportStepRequest::from(report.clone())), report);
+        for last in [Some(StepRecord { generation: Generation(1), ..record }), None] {
+            let beginning = Beginning { worker: WorkerId(1), generation: Generation(3), step: Step(4), last };
+            assert_eq!(Beginning::from(BeginGenerationRequest::from(beginning.clone())), beginning);
+        }
     }
 }

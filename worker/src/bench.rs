@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use half::f16;
-use learn_collective::{Group, MemoryRendezvous, connect_tcp};
+use learn_collective::{Aborter, Group, MemoryRendezvous, connect_tcp};
 use learn_domain::UserIndex;
 use learn_domain::config::{Config, ObjectiveKind, Precision};
 use learn_domain::random::Draws;
@@ -81,6 +81,7 @@ pub fn bench_step(settings: &BenchSettings) -> Result<BenchResult, WorkerError> 
         bind: "127.0.0.1".into(),
         advertise: "127.0.0.1".into(),
         timeout: config.cluster.collective_timeout.0,
+        aborter: Aborter::default(),
     };
     let mut exchange = Exchange::new(connect_tcp(group, &MemoryRendezvous::default())?, metrics);
     let step = synthetic_step(settings);

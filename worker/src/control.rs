@@ -15,15 +15,17 @@ use learn_domain::membership::Departure;
 use learn_domain::report::{Evaluation, StepRecord};
 use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
 use learn_proto::auth::{BearerInterceptor, Secret};
-use learn_proto::convert::{Admission, Applicant, ConvertError, Order, StepReport, evaluation_json, event_json};
+use learn_proto::convert::{
+    Admission, Applicant, Beginning, ConvertError, Order, StepReport, cut, evaluation_json, event_json,
+};
 use learn_proto::v1;
 use learn_proto::v1::control_client::ControlClient;
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
-use tonic::{Response, Status};
+use tonic::{Code, Response, Status, Streaming};
 
 use crate::retry::{Passing, Patience};
 
@@ -35,6 +37,8 @@ pub const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// Patience until the coordinator has told its own (`cluster.coordinator_timeout`).
 const FIRST_PATIENCE: Duration = Duration::from_secs(30);
 
+const JOIN: &str = "join";
+
 /// Messages of the report queue; a full queue holds the training thread back.
 const REPORT_QUEUE: usize = 256;
 
@@ -45,6 +49,12 @@ pub enum ControlError {
     Connect { url: String, reason: String },
     #[error("the coordinator has not answered {call} for too long (cluster.coordinator_timeout): {reason}")]
     Away { call: &'static str, reason: String },
+    #[error("the coordinator does not know this worker (any more), says its answer to {call}")]
+    Unknown { call: &'static str },
+    #[error("the generation had ended before {call}: {message}")]
+    Ended { call: &'static str, message: String },
+    #[error("there is no place in the job: {0}")]
+    Full(String),
     #[error("the coordinator refused {call}: {message}")]
     Refused { call: &'static str, message: String },
     #[error("{call}: {source}; are the coordinator and this worker of the same version?")]
@@ -58,10 +68,12 @@ pub enum ControlError {
 fn failed(call: &'static str) -> impl Fn(Status) -> ControlError {
     move |status| {
         let text = format!("{} ({})", status.message(), status.code());
-        if status.may_pass() {
-            ControlError::Away { call, reason: text }
-        } else {
-            ControlError::Refused { call, message: text }
+        match status.code() {
+            Code::NotFound => ControlError::Unknown { call },
+            Code::Aborted => ControlError::Ended { call, message: status.message().to_owned() },
+            Code::ResourceExhausted if call == JOIN => ControlError::Full(status.message().to_owned()),
+            _ if status.may_pass() => ControlError::Away { call, reason: text },
+            _ => ControlError::Refused { call, message: text },
         }
     }
 }
@@ -75,8 +87,9 @@ pub struct Place {
 }
 
 /// The phases of a worker, as heartbeats name them.
-pub const PHASES: [&str; 12] = [
+pub const PHASES: [&str; 13] = [
     "starting",
+    "regrouping",
     "data_wait",
     "forward",
     "gather",
@@ -93,6 +106,7 @@ pub const PHASES: [&str; 12] = [
 /// Where the training thread is, readable from the heartbeat task.
 #[derive(Debug, Default)]
 pub struct Progress {
+    generation: AtomicU64,
     step: AtomicU64,
     phase: AtomicU8,
 }
@@ -101,6 +115,16 @@ impl Progress {
     pub fn enter(&self, phase: &'static str) {
         let index = PHASES.iter().position(|known| *known == phase).unwrap_or(0);
         self.phase.store(index as u8, Ordering::Relaxed);
+    }
+
+    /// A generation begins.
+    pub fn begin(&self, generation: Generation) {
+        self.generation.store(generation.0, Ordering::Relaxed);
+    }
+
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        Generation(self.generation.load(Ordering::Relaxed))
     }
 
     pub fn finished(&self, step: Step) {
@@ -126,6 +150,13 @@ pub struct FinishedStep {
     pub epoch: u32,
     pub users: Vec<UserIndex>,
     pub record: Option<StepRecord>,
+}
+
+/// What waits in the report queue.
+enum Queued {
+    Report(Report),
+    /// Everything before has arrived.
+    Flush(oneshot::Sender<()>),
 }
 
 enum Report {
@@ -186,12 +217,12 @@ impl Control {
     /// If the coordinator refuses, or its answer cannot be read.
     pub fn join(&self, applicant: Applicant) -> Result<Admission, ControlError> {
         let request = v1::JoinRequest::from(applicant);
-        let answer = self.call("join", |mut client| {
+        let answer = self.call(JOIN, |mut client| {
             let request = request.clone();
             async move { client.join(request).await }
         });
-        let answer = self.handle.block_on(answer).map_err(failed("join"))?;
-        let admission: Admission = answer.try_into().map_err(|source| ControlError::Answer { call: "join", source })?;
+        let answer = self.handle.block_on(answer).map_err(failed(JOIN))?;
+        let admission: Admission = answer.try_into().map_err(|source| ControlError::Answer { call: JOIN, source })?;
         self.patience.set(admission.config.cluster.coordinator_timeout.0);
         Ok(admission)
     }
@@ -200,20 +231,39 @@ impl Control {
     ///
     /// # Errors
     /// If the coordinator cannot be reached or no longer knows the worker.
-    pub async fn heartbeat(
-        &self,
-        worker: WorkerId,
-        generation: Generation,
-        progress: &Progress,
-    ) -> Result<Order, ControlError> {
+    pub async fn heartbeat(&self, worker: WorkerId, progress: &Progress) -> Result<Order, ControlError> {
         let request = v1::HeartbeatRequest {
             worker_id: worker.0,
-            generation: generation.0,
+            generation: progress.generation().0,
             step: progress.step().0,
             phase: progress.phase().to_owned(),
         };
         let answer = self.client.clone().heartbeat(request).await.map_err(failed("heartbeat"))?;
         answer.into_inner().try_into().map_err(|source| ControlError::Answer { call: "heartbeat", source })
+    }
+
+    /// Opens the call by which orders come as soon as they change. By its end the coordinator learns that a worker is gone.
+    ///
+    /// # Errors
+    /// If the coordinator cannot be reached.
+    pub async fn attend(&self, worker: WorkerId) -> Result<Orders, ControlError> {
+        let request = v1::AttendRequest { worker_id: worker.0 };
+        Ok(Orders(self.client.clone().attend(request).await.map_err(failed("attend"))?.into_inner()))
+    }
+
+    /// Says that `worker` has left `generation` (0 = it was in none) and may take part in the next; `broken` is what went
+    /// wrong with its collective.
+    ///
+    /// # Errors
+    /// If the coordinator stays away or does not know the worker.
+    pub fn ready(&self, worker: WorkerId, generation: Generation, broken: Option<String>) -> Result<(), ControlError> {
+        let broken = broken.map(cut);
+        let request = v1::ReadyRequest { worker_id: worker.0, generation: generation.0, broken };
+        let said = self.call("ready", |mut client| {
+            let request = request.clone();
+            async move { client.ready(request).await }
+        });
+        self.handle.block_on(said).map(drop).map_err(failed("ready"))
     }
 
     /// Leaves the job.
@@ -233,11 +283,25 @@ impl Control {
     /// A member's connection: reports and the rendezvous of its generation.
     #[must_use]
     pub fn member(&self, worker: WorkerId, place: Place) -> Member {
-        let (queue, mut reports) = mpsc::channel::<Report>(REPORT_QUEUE);
+        let (queue, mut reports) = mpsc::channel::<Queued>(REPORT_QUEUE);
         let control = self.clone();
         let drain = self.handle.spawn(async move {
             while let Some(report) = reports.recv().await {
-                control.deliver(&report).await?;
+                let report = match report {
+                    Queued::Report(report) => report,
+                    Queued::Flush(arrived) => {
+                        // nobody waits any more if the training has failed meanwhile
+                        let _ = arrived.send(());
+                        continue;
+                    }
+                };
+                match control.deliver(&report).await {
+                    // the next generation says where it goes on from, which covers what was not heard of this one
+                    Err(error @ (ControlError::Ended { .. } | ControlError::Unknown { .. })) => {
+                        tracing::debug!(%error, "a report came too late");
+                    }
+                    result => result?,
+                }
             }
             Ok(())
         });
@@ -278,13 +342,27 @@ impl Control {
     }
 }
 
+/// Orders as they come.
+pub struct Orders(Streaming<v1::HeartbeatResponse>);
+
+impl Orders {
+    /// The next order; `None` when the coordinator has no more.
+    ///
+    /// # Errors
+    /// If the call breaks, or the coordinator does not know the worker.
+    pub async fn next(&mut self) -> Result<Option<Order>, ControlError> {
+        let Some(message) = self.0.message().await.map_err(failed("attend"))? else { return Ok(None) };
+        message.try_into().map(Some).map_err(|source| ControlError::Answer { call: "attend", source })
+    }
+}
+
 /// A member of one generation.
 #[derive(Clone)]
 pub struct Member {
     control: Control,
     pub worker: WorkerId,
     pub place: Place,
-    queue: mpsc::Sender<Report>,
+    queue: mpsc::Sender<Queued>,
     drain: Arc<Drain>,
 }
 
@@ -304,7 +382,11 @@ impl Member {
         self.place.rank == Rank(0)
     }
 
-    fn send(&self, report: Report) -> Result<(), ControlError> {
+    fn report(&self, report: Report) -> Result<(), ControlError> {
+        self.send(Queued::Report(report))
+    }
+
+    fn send(&self, report: Queued) -> Result<(), ControlError> {
         self.queue.blocking_send(report).map_err(|_| match self.finish_reports() {
             Err(error) => error,
             Ok(()) => ControlError::Reports("it was closed".into()),
@@ -318,7 +400,19 @@ impl Member {
     pub fn report_step(&self, finished: FinishedStep) -> Result<(), ControlError> {
         let FinishedStep { step, epoch, users, record } = finished;
         let report = StepReport { worker: self.worker, generation: self.place.generation, step, epoch, users, record };
-        self.send(Report::Step(report.into()))
+        self.report(Report::Step(report.into()))
+    }
+
+    /// Says from which finished step this generation goes on; only rank 0 does.
+    ///
+    /// # Errors
+    /// If the coordinator refuses or stays away.
+    pub fn begin(&self, step: Step, last: Option<StepRecord>) -> Result<(), ControlError> {
+        let beginning = Beginning { worker: self.worker, generation: self.place.generation, step, last };
+        let request = v1::BeginGenerationRequest::from(beginning);
+        let begun =
+            self.control.call("begin-generation", |mut client| async move { client.begin_generation(request).await });
+        self.control.handle.block_on(begun).map(drop).map_err(failed("begin-generation"))
     }
 
     /// Reports a durable checkpoint and waits until the coordinator has recorded it.
@@ -346,7 +440,7 @@ impl Member {
     pub fn report_evaluation(&self, evaluation: &Evaluation) -> Result<(), ControlError> {
         let evaluation_json =
             evaluation_json(evaluation).map_err(|source| ControlError::Answer { call: "report-evaluation", source })?;
-        self.send(Report::Evaluation(v1::ReportEvaluationRequest {
+        self.report(Report::Evaluation(v1::ReportEvaluationRequest {
             worker_id: self.worker.0,
             generation: self.place.generation.0,
             evaluation_json,
@@ -360,21 +454,25 @@ impl Member {
     pub fn report_event(&self, happening: &Happening) -> Result<(), ControlError> {
         let event_json =
             event_json(happening).map_err(|source| ControlError::Answer { call: "report-event", source })?;
-        self.send(Report::Event(v1::ReportEventRequest {
+        self.report(Report::Event(v1::ReportEventRequest {
             worker_id: self.worker.0,
             generation: self.place.generation.0,
             event_json,
         }))
     }
 
-    /// Waits until every report has arrived; nothing can be reported afterwards.
+    /// Waits until every report so far has arrived.
     ///
     /// # Errors
     /// The first report that failed.
-    pub fn finish(self) -> Result<(), ControlError> {
-        let Self { queue, drain, control, .. } = self;
-        drop(queue);
-        join_drain(&control.handle, &drain)
+    pub fn flush(&self) -> Result<(), ControlError> {
+        let (arrived, all) = oneshot::channel();
+        self.send(Queued::Flush(arrived))?;
+        // the queue is drained in order, or its end says what failed
+        match self.control.handle.block_on(all) {
+            Ok(()) => Ok(()),
+            Err(_) => self.finish_reports(),
+        }
     }
 
     fn finish_reports(&self) -> Result<(), ControlError> {

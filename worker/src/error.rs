@@ -77,6 +77,13 @@ impl WorkerError {
         }
     }
 
+    /// It ends a generation and not this worker: what it holds is as it was.
+    #[must_use]
+    pub fn passes(&self) -> bool {
+        let ended = |error: &ControlError| matches!(error, ControlError::Ended { .. } | ControlError::Unknown { .. });
+        matches!(self, Self::Collective(_)) || matches!(self, Self::Control(error) if ended(error))
+    }
+
     /// The exit code of a process that ends with this error.
     #[must_use]
     pub fn exit_code(&self) -> i32 {

@@ -8,14 +8,15 @@ use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use learn_domain::event::{Happening, JobEvent};
-use learn_domain::membership::{Departure, Directive, Effect, Outcome, StopCause};
-use learn_domain::report::{Evaluation, JobState, JobStatus, Task};
+use learn_domain::membership::{Departure, Directive, Effect, Loss, Outcome, StopCause};
+use learn_domain::report::{Evaluation, JobState, JobStatus, StepRecord, Task};
 use learn_domain::{Generation, Step, WorkerId};
-use learn_proto::convert::{Applicant, StepReport};
+use learn_proto::convert::{Applicant, Beginning, StepReport};
 use learn_telemetry::CoordinatorMetrics;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 
+use super::attendance::Attendances;
 use super::{Heartbeat, Job, JobError};
 use crate::journal::Entry;
 use crate::store::{Store, StoreFull};
@@ -28,7 +29,7 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 const QUEUE: usize = 1024;
 
 /// States of the job as metrics name them.
-pub const STATES: &[&str] = &["gathering", "running", "stopping", "finished", "stopped", "failed"];
+pub const STATES: &[&str] = &["gathering", "running", "regrouping", "stopping", "finished", "stopped", "failed"];
 
 /// Why the owner of the job gave no answer, or no good one.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +57,17 @@ pub struct Key {
 pub enum Command {
     Join(Applicant, Reply<Result<WorkerId, JobError>>),
     Heartbeat(Heartbeat, Reply<Directive>),
+    /// The answer is the number of the attendance, which [`Command::Disconnected`] names, and what to do each time that
+    /// it changes.
+    Attend(WorkerId, Reply<(u64, watch::Receiver<Directive>)>),
+    Disconnected(WorkerId, u64),
+    Ready {
+        worker: WorkerId,
+        generation: Generation,
+        broken: Option<String>,
+        reply: Reply<Result<(), JobError>>,
+    },
+    Begin(Beginning, Reply<Result<(), JobError>>),
     Put(Key, Vec<u8>, Reply<Result<(), AskError>>),
     /// The inner reply ends without a value when the generation does.
     Get(Key, Reply<Result<oneshot::Receiver<Vec<u8>>, JobError>>),
@@ -66,6 +78,8 @@ pub enum Command {
     Event(WorkerId, Generation, Happening, Reply<Result<(), JobError>>),
     Leave(WorkerId, Departure, Reply<Result<(), JobError>>),
     OperatorStop(Reply<()>),
+    /// The answer is the number of workers that are wanted now.
+    Scale(u32, Reply<u32>),
     Status(Reply<JobStatus>),
 }
 
@@ -81,6 +95,13 @@ impl JobHandle {
         self.0.send(command(reply)).await.map_err(|_| AskError::Gone)?;
         answer.await.map_err(|_| AskError::Gone)
     }
+
+    /// A worker's attendance has ended. Never waits: should the queue be full, the heartbeats tell the same later.
+    pub fn disconnected(&self, worker: WorkerId, attendance: u64) {
+        if self.0.try_send(Command::Disconnected(worker, attendance)).is_err() {
+            tracing::debug!(%worker, "nobody takes note of a broken connection");
+        }
+    }
 }
 
 /// The owner of a job.
@@ -89,6 +110,9 @@ pub struct JobOwner {
     task: Task,
     store: Store,
     commits: BTreeMap<Step, Vec<Reply<()>>>,
+    attendances: Attendances,
+    /// When the last generation broke, until a step is finished.
+    recovering: Option<Instant>,
     commands: mpsc::Receiver<Command>,
     journal: mpsc::Sender<Entry>,
     metrics: CoordinatorMetrics,
@@ -114,8 +138,19 @@ impl JobOwner {
     pub fn new(job: Job, parts: OwnerParts) -> (JobHandle, Self) {
         let (sender, commands) = mpsc::channel(QUEUE);
         let OwnerParts { task, journal, metrics } = parts;
-        let (store, commits, started) = (Store::default(), BTreeMap::new(), Instant::now());
-        (JobHandle(sender), Self { job, task, store, commits, commands, journal, metrics, started })
+        let owner = Self {
+            job,
+            task,
+            store: Store::default(),
+            commits: BTreeMap::new(),
+            attendances: Attendances::default(),
+            recovering: None,
+            commands,
+            journal,
+            metrics,
+            started: Instant::now(),
+        };
+        (JobHandle(sender), owner)
     }
 
     /// Works until the job has ended and everybody knows, or has gone silent.
@@ -133,9 +168,10 @@ impl JobOwner {
                     // nobody can ask any more: the servers have failed
                     None => break,
                 },
-                _ = ticks.tick() => { self.apply(|job, now| job.tick(now)); }
+                _ = ticks.tick() => self.apply(Job::tick).await?,
             }
             self.enter_commits().await?;
+            self.attendances.tell(&self.job);
             self.show();
             if self.job.outcome().is_some() {
                 if self.job.everybody_knows(self.now()) {
@@ -188,18 +224,46 @@ impl JobOwner {
     async fn take(&mut self, command: Command) -> Result<(), OwnerError> {
         match command {
             Command::Join(applicant, reply) => {
-                let now = self.now();
-                let answer = self.job.join(now, applicant).map(|(worker, effects)| {
-                    self.carry_out(&effects);
-                    worker
-                });
+                let answer = match self.job.join(self.now(), applicant) {
+                    Ok((worker, effects)) => {
+                        self.carry_out(effects).await?;
+                        Ok(worker)
+                    }
+                    Err(error) => Err(error),
+                };
                 let _ = reply.send(answer);
             }
             Command::Heartbeat(beat, reply) => {
                 self.metrics.heartbeats_total.inc();
                 let (directive, effects) = self.job.heartbeat(self.now(), beat);
-                self.carry_out(&effects);
+                self.carry_out(effects).await?;
                 let _ = reply.send(directive);
+            }
+            Command::Attend(worker, reply) => {
+                let _ = reply.send(self.attendances.begin(worker, self.job.directive(worker)));
+            }
+            Command::Disconnected(worker, attendance) => {
+                // a worker that has come back by another connection is not lost
+                if self.attendances.end(worker, attendance) {
+                    self.apply(|job, now| job.disconnected(now, worker)).await?;
+                }
+            }
+            Command::Ready { worker, generation, broken, reply } => {
+                let answer = match self.job.ready(self.now(), worker, (generation, broken)) {
+                    Ok(effects) => {
+                        self.carry_out(effects).await?;
+                        Ok(())
+                    }
+                    Err(error) => Err(error),
+                };
+                let _ = reply.send(answer);
+            }
+            Command::Begin(beginning, reply) => {
+                let answer = self.job.begin(self.now(), beginning);
+                if let Ok(Some(record)) = &answer {
+                    self.enter_step(record).await?;
+                }
+                let _ = reply.send(answer.map(drop));
             }
             Command::Put(key, value, reply) => {
                 let member = self.job.running_member(key.worker, key.generation).map_err(AskError::from);
@@ -214,14 +278,14 @@ impl JobOwner {
                 let _ = reply.send(answer);
             }
             Command::Report(report, reply) => {
-                let answer = self.job.report(report);
+                let answer = self.job.report(self.now(), report);
                 if let Ok(Some(record)) = &answer {
-                    self.metrics.steps_total.inc();
-                    self.metrics.loss.set(record.loss);
-                    self.metrics.epoch.set(i64::from(record.epoch));
-                    self.enter(Entry::Step(record.clone())).await?;
+                    self.enter_step(record).await?;
+                    if let Some(since) = self.recovering.take() {
+                        self.metrics.recovery_seconds.observe(since.elapsed().as_secs_f64());
+                    }
                 }
-                let _ = reply.send(answer.map(|_| ()));
+                let _ = reply.send(answer.map(drop));
             }
             Command::Commit(worker, generation, step, reply) => {
                 let answer = self.job.commit(worker, generation, step).map(|()| {
@@ -248,12 +312,23 @@ impl JobOwner {
             }
             Command::Leave(worker, departure, reply) => {
                 tracing::info!(%worker, ?departure, "worker leaves");
-                let answer = self.job.leave(self.now(), worker, departure).map(|effects| self.carry_out(&effects));
+                let answer = match self.job.leave(self.now(), worker, departure) {
+                    Ok(effects) => {
+                        self.carry_out(effects).await?;
+                        Ok(())
+                    }
+                    Err(error) => Err(error),
+                };
                 let _ = reply.send(answer);
             }
             Command::OperatorStop(reply) => {
-                self.apply(|job, now| job.operator_stop(now));
+                self.apply(Job::operator_stop).await?;
                 let _ = reply.send(());
+            }
+            Command::Scale(workers, reply) => {
+                self.apply(|job, now| job.scale(now, workers)).await?;
+                tracing::info!(workers = self.job.wanted(), "workers are wanted");
+                let _ = reply.send(self.job.wanted());
             }
             Command::Status(reply) => {
                 let _ = reply.send(self.job.status(self.now()));
@@ -271,54 +346,77 @@ impl JobOwner {
             }
             Happening::CheckpointFailed { .. } => self.metrics.checkpoint_failures_total.inc(),
             Happening::CheckpointSkipped { .. } => self.metrics.checkpoints_skipped_total.inc(),
+            Happening::WorkerLost { cause, .. } => {
+                self.metrics.worker_lost_total.with_label_values(&[cause.label()]).inc();
+            }
+            Happening::Regrouping { .. } | Happening::Formed { .. } | Happening::WorkerDismissed { .. } => {}
         }
         // for people alone: nothing is decided by it
         let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
         self.enter(Entry::Event(Box::new(JobEvent { time, generation, happening }))).await
     }
 
-    fn apply(&mut self, event: impl FnOnce(&mut Job, Duration) -> Vec<Effect>) {
-        let now = self.now();
-        let effects = event(&mut self.job, now);
-        self.carry_out(&effects);
+    async fn enter_step(&self, record: &StepRecord) -> Result<(), OwnerError> {
+        self.metrics.steps_total.inc();
+        self.metrics.loss.set(record.loss);
+        self.metrics.epoch.set(i64::from(record.epoch));
+        self.enter(Entry::Step(record.clone())).await
     }
 
-    fn carry_out(&mut self, effects: &[Effect]) {
+    async fn apply(&mut self, event: impl FnOnce(&mut Job, Duration) -> Vec<Effect>) -> Result<(), OwnerError> {
+        let now = self.now();
+        let effects = event(&mut self.job, now);
+        self.carry_out(effects).await
+    }
+
+    async fn carry_out(&mut self, effects: Vec<Effect>) -> Result<(), OwnerError> {
+        let generation = self.job.generation();
         for effect in effects {
             match effect {
                 Effect::Admitted(worker) => tracing::info!(%worker, "worker joined"),
                 Effect::Refused(refusal) => tracing::warn!(%refusal, "worker refused"),
+                Effect::Lost(loss) => {
+                    let Loss { worker, rank, cause } = loss;
+                    self.note(generation, Happening::WorkerLost { worker, rank, cause }).await?;
+                }
+                Effect::Regrouping(cause) => {
+                    // whoever waits for a key of this generation waits in vain
+                    self.store.clear();
+                    self.recovering.get_or_insert_with(Instant::now);
+                    self.note(generation, Happening::Regrouping { reason: cause.to_string() }).await?;
+                }
+                Effect::Dismissed(worker) => {
+                    self.note(generation, Happening::WorkerDismissed { worker }).await?;
+                }
                 Effect::Formed { generation, members } => {
                     self.store.clear();
-                    tracing::info!(%generation, world_size = members.len(), "generation formed");
+                    let world_size = members.len() as u32;
+                    self.note(generation, Happening::Formed { world_size }).await?;
                 }
                 Effect::Stop(cause) => {
-                    tracing::warn!(%cause, graceful = cause.graceful(), "stopping");
-                    self.count_loss(cause);
-                    if !cause.graceful() {
+                    tracing::warn!(%cause, "stopping");
+                    self.count_stop(&cause);
+                    if self.job.stops_at_once() {
                         self.store.clear();
                     }
                 }
                 Effect::Ended(outcome) => {
                     self.store.clear();
-                    match outcome {
+                    match &outcome {
                         Outcome::Finished => tracing::info!("job finished"),
                         Outcome::Stopped(cause) => tracing::warn!(%cause, "job stopped"),
-                    }
-                    if let Outcome::Stopped(cause @ StopCause::JoinDeadline { .. }) = outcome {
-                        self.count_loss(cause);
                     }
                 }
             }
         }
+        Ok(())
     }
 
-    fn count_loss(&self, cause: &StopCause) {
+    /// What stops the job without a loss that was counted already.
+    fn count_stop(&self, cause: &StopCause) {
         let label = match cause {
-            StopCause::Operator | StopCause::GaveUp { .. } => return,
-            StopCause::Silent { .. } => "silent",
             StopCause::Failed { .. } => "failed",
-            StopCause::JoinDeadline { .. } => "join_deadline",
+            _ => return,
         };
         self.metrics.worker_lost_total.with_label_values(&[label]).inc();
     }
@@ -327,6 +425,7 @@ impl JobOwner {
         self.metrics.set_state(match self.job.state() {
             JobState::Gathering => "gathering",
             JobState::Running => "running",
+            JobState::Regrouping => "regrouping",
             JobState::Stopping => "stopping",
             JobState::Finished => "finished",
             JobState::Stopped => "stopped",

@@ -2,7 +2,9 @@
 //!
 //! Input: what each rank says it has trained. Output: the ledger now, and the ledger as it was after any step since the
 //! last checkpoint (a checkpoint of step `s` is committed when later steps have already been reported, and a resume
-//! replays those). Invariants: a repeated report changes nothing; a step is entered when all its ranks have reported.
+//! replays those). Invariants: a repeated report changes nothing; a step is entered when all its ranks have reported, or
+//! when a new generation goes on behind it: then the plan says whose users it had, because one rank can only have finished
+//! a step whose gradient holds the shares of all.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -28,6 +30,8 @@ pub enum BooksError {
     TooFarAhead { step: Step, complete: Step },
     #[error("rank {rank} says that step {step} belongs to epoch {theirs}; another rank said {ours}")]
     Epoch { rank: Rank, step: Step, theirs: u32, ours: u32 },
+    #[error("a generation cannot go on from step {step}: all ranks have reported step {complete}")]
+    Behind { step: Step, complete: Step },
     #[error("a checkpoint of step {step} is older than the last committed one, of step {committed}")]
     OldCheckpoint { step: Step, committed: Step },
 }
@@ -54,11 +58,11 @@ pub struct Books {
 }
 
 impl Books {
-    /// Goes on from `ledger`, as it was after `step`.
+    /// Goes on from `ledger`, as it was after `step`; nobody reports before [`Books::form`].
     #[must_use]
-    pub fn new(world_size: u32, step: Step, ledger: Ledger) -> Self {
+    pub fn new(step: Step, ledger: Ledger) -> Self {
         Self {
-            world_size,
+            world_size: u32::MAX,
             committed: ledger.clone(),
             committed_step: step,
             since: VecDeque::new(),
@@ -66,6 +70,38 @@ impl Books {
             open: BTreeMap::new(),
             gone: BTreeSet::new(),
         }
+    }
+
+    /// A generation of `world_size` ranks reports from now on.
+    pub fn form(&mut self, world_size: u32) {
+        self.world_size = world_size;
+        self.gone.clear();
+        // nobody of it reports before [`Books::settle`] has closed the steps of the one before
+        for open in self.open.values_mut() {
+            open.ranks.clear();
+        }
+    }
+
+    /// The generation goes on from `step`: steps up to it are entered with the epoch and the users that `planned` gives,
+    /// and what was reported of later ones (by ranks that are lost) is forgotten, for they will be trained again.
+    ///
+    /// # Errors
+    /// If all ranks had already reported a later step, or the step is further on than anybody can be.
+    pub fn settle(&mut self, step: Step, planned: impl Fn(Step) -> (u32, Vec<UserIndex>)) -> Result<(), BooksError> {
+        let complete = self.complete();
+        if step < complete {
+            return Err(BooksError::Behind { step, complete });
+        }
+        if step.0 - complete.0 > MAX_OPEN_STEPS {
+            return Err(BooksError::TooFarAhead { step, complete });
+        }
+        self.open.clear();
+        for step in complete.0 + 1..=step.0 {
+            let (epoch, users) = planned(Step(step));
+            self.open.insert(Step(step), Open { epoch, users, ..Open::default() });
+            self.enter();
+        }
+        Ok(())
     }
 
     /// The last step that all ranks have reported.
@@ -135,14 +171,6 @@ impl Books {
         Ok(Some(self.committed.clone()))
     }
 
-    /// Enters the steps up to `step` with what was reported: a rank that is gone reports no more, and the users that
-    /// nobody vouches for are to be seen in the ledger.
-    pub fn give_up_waiting(&mut self, step: Step) {
-        while self.open.range(..=step).next().is_some() {
-            self.enter();
-        }
-    }
-
     fn next(&self) -> Step {
         Step(self.complete().0 + 1)
     }
@@ -159,7 +187,9 @@ mod tests {
     use super::*;
 
     fn books() -> Books {
-        Books::new(2, Step(0), Ledger::new(8, 100))
+        let mut books = Books::new(Step(0), Ledger::new(8, 100));
+        books.form(2);
+        books
     }
 
     fn entry(rank: u32, step: u64, epoch: u32, users: &[u32]) -> Entry {
@@ -203,18 +233,10 @@ mod tests {
         assert_eq!(books.summary().epochs[0].seen, 6);
         assert_eq!(books.commit(Step(2)).unwrap().unwrap(), at_two, "a retry gets the same");
         assert!(matches!(books.commit(Step(1)), Err(BooksError::OldCheckpoint { .. })));
-        let mut resumed = Books::new(1, Step(2), at_two);
+        let mut resumed = Books::new(Step(2), at_two);
+        resumed.form(1);
         resumed.report(entry(0, 3, 0, &[4, 5, 6, 7])).unwrap();
         assert!(resumed.summary().exact && resumed.summary().epochs[0].exact());
-    }
-
-    #[test]
-    fn giving_up_shows_what_nobody_reported() {
-        let mut books = books();
-        books.report(entry(0, 2, 0, &[4])).unwrap();
-        books.give_up_waiting(Step(2));
-        let ledger = books.commit(Step(2)).unwrap().unwrap();
-        assert_eq!(ledger.summary().epochs[0].seen, 1);
     }
 
     #[test]
@@ -228,10 +250,31 @@ mod tests {
     }
 
     #[test]
+    fn a_new_generation_goes_on_behind_the_step_that_a_survivor_finished() {
+        let planned = |step: Step| (0, (0..2).map(|user| UserIndex(2 * (step.0 as u32 - 1) + user)).collect());
+        let mut books = books();
+        for rank in 0..2 {
+            books.report(entry(rank, 1, 0, &[rank])).unwrap();
+        }
+        // rank 0 has finished step 2 and reported step 3, too; only rank 1, which has step 2, survives
+        books.report(entry(0, 2, 0, &[2])).unwrap();
+        books.report(entry(0, 3, 0, &[4])).unwrap();
+        books.form(1);
+        books.settle(Step(2), planned).unwrap();
+        assert_eq!((books.complete(), books.summary().epochs[0].seen), (Step(2), 4));
+        assert!(books.report(entry(0, 3, 0, &[4, 5])).unwrap(), "step 3 is trained again");
+        let summary = books.summary();
+        assert!(summary.exact && summary.epochs[0].seen == 6, "{summary:?}");
+        assert_eq!(books.settle(Step(2), planned), Err(BooksError::Behind { step: Step(2), complete: Step(3) }));
+    }
+
+    #[test]
     fn nonsense_is_refused() {
         let mut books = books();
         books.report(entry(0, 1, 0, &[])).unwrap();
         assert!(matches!(books.report(entry(1, 1, 1, &[])), Err(BooksError::Epoch { .. })));
         assert!(matches!(books.report(entry(1, 9000, 1, &[])), Err(BooksError::TooFarAhead { .. })));
+        let settled = books.settle(Step(u64::MAX), |_| (0, Vec::new()));
+        assert!(matches!(settled, Err(BooksError::TooFarAhead { .. })));
     }
 }

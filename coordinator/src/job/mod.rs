@@ -5,8 +5,10 @@
 //! wants to know of the job. Invariant: a message of another generation, or of a worker that has left, changes nothing.
 
 pub mod actor;
+mod attendance;
 mod books;
 mod history;
+mod status;
 mod summary;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,9 +21,10 @@ use learn_domain::ledger::Ledger;
 use learn_domain::membership::{
     Departure, Directive, Effect, Event, Membership, MembershipSettings, Outcome, Refusal, State, StopCause,
 };
-use learn_domain::report::{DatasetFacts, Evaluation, JobState, JobStatus, Split, StepRecord, Task, WorkerStatus};
-use learn_domain::{Config, Generation, Rank, Step, WorkerId};
-use learn_proto::convert::{Applicant, StepReport};
+use learn_domain::plan::Plan;
+use learn_domain::report::{DatasetFacts, Evaluation, StepRecord, Task};
+use learn_domain::{Config, Generation, Rank, Step, UserIndex, WorkerId};
+use learn_proto::convert::{Applicant, Beginning, StepReport};
 
 /// Why a message changes nothing.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -32,6 +35,8 @@ pub enum JobError {
     UnknownWorker(WorkerId),
     #[error("generation {theirs} is not the one that runs (that is {ours}); ask the next heartbeat what to do")]
     StaleGeneration { theirs: Generation, ours: Generation },
+    #[error("generation {0} has ended; ask the next heartbeat what to do")]
+    Regrouping(Generation),
     #[error("the job is stopping: {0}")]
     Stopping(StopCause),
     #[error("only rank 0 may do this; worker {worker} has rank {rank}")]
@@ -51,7 +56,7 @@ pub struct JobSettings {
     pub config: Config,
     pub task: Task,
     pub dataset: DatasetFacts,
-    pub steps_per_epoch: u64,
+    pub plan: Plan,
     pub total_steps: u64,
     pub history: History,
 }
@@ -85,6 +90,8 @@ pub struct Job {
     trained_users: u64,
     step_seconds: f64,
     earlier_seconds: f64,
+    /// Rank 0 of the present generation has said where it goes on from.
+    begun: bool,
     formed: Option<Duration>,
     ended: Option<Duration>,
     outcome: Option<Outcome>,
@@ -95,7 +102,9 @@ pub struct Job {
 pub fn membership_settings(config: &Config) -> MembershipSettings {
     let cluster = &config.cluster;
     MembershipSettings {
-        world_size: cluster.workers,
+        workers: cluster.workers,
+        min_workers: cluster.min_workers,
+        max_recoveries: cluster.max_recoveries,
         heartbeat_timeout: cluster.heartbeat_timeout.0,
         join_timeout: cluster.join_timeout.0,
         stop_timeout: cluster.stop_within(),
@@ -108,11 +117,12 @@ impl Job {
         let history = std::mem::take(&mut settings.history);
         let step_seconds = history.steps.iter().map(|record| record.seconds).sum();
         let evaluation_seconds: f64 = history.evaluations.iter().map(|evaluation| evaluation.seconds).sum();
-        let ledger =
-            history.ledger.unwrap_or_else(|| Ledger::new(settings.dataset.train_users, settings.steps_per_epoch));
+        let ledger = history
+            .ledger
+            .unwrap_or_else(|| Ledger::new(settings.dataset.train_users, settings.plan.steps_per_epoch()));
         Self {
             membership: Membership::new(membership_settings(&settings.config)),
-            books: Books::new(settings.config.cluster.workers, history.step, ledger),
+            books: Books::new(history.step, ledger),
             workers: BTreeMap::new(),
             trained_users: history.steps.iter().map(|record| u64::from(record.users)).sum(),
             step_seconds,
@@ -121,6 +131,7 @@ impl Job {
             last_checkpoint: (history.step > Step(0)).then_some(history.step),
             evaluations: history.evaluations,
             commits: BTreeSet::new(),
+            begun: false,
             formed: None,
             ended: None,
             outcome: None,
@@ -162,7 +173,7 @@ impl Job {
                     return Ok((worker, effects));
                 }
                 Effect::Refused(refusal) => return Err(JobError::Refused(*refusal)),
-                Effect::Formed { .. } | Effect::Stop(_) | Effect::Ended(_) => {}
+                _ => {}
             }
         }
         Err(JobError::Refused(Refusal::Over))
@@ -178,29 +189,92 @@ impl Job {
             worker.step = beat.step;
             worker.phase = beat.phase;
             worker.rank = rank.or(worker.rank);
-            worker.told = matches!(directive, Directive::Stop(_) | Directive::Unknown);
+            worker.told = matches!(directive, Directive::Stop(_) | Directive::Dismissed | Directive::Unknown);
         }
         (directive, effects)
+    }
+
+    /// What `worker` is to do now.
+    #[must_use]
+    pub fn directive(&self, worker: WorkerId) -> Directive {
+        self.membership.directive(worker)
+    }
+
+    /// A worker is out of `generation` and may take part in the next.
+    ///
+    /// # Errors
+    /// If it is not known.
+    pub fn ready(
+        &mut self,
+        now: Duration,
+        worker: WorkerId,
+        (generation, broken): (Generation, Option<String>),
+    ) -> Result<Vec<Effect>, JobError> {
+        if !self.workers.contains_key(&worker) {
+            return Err(JobError::UnknownWorker(worker));
+        }
+        Ok(self.take(now, Event::Ready { worker, generation, broken }))
+    }
+
+    /// The connection by which a worker attends is gone.
+    pub fn disconnected(&mut self, now: Duration, worker: WorkerId) -> Vec<Effect> {
+        self.take(now, Event::Disconnected(worker))
+    }
+
+    /// The ranks of a generation agree on the finished step that they go on from. Gives the record of that step if it is
+    /// to be journaled, because nobody who reported it is left.
+    ///
+    /// # Errors
+    /// If the message is stale or not from rank 0, or the step cannot be.
+    pub fn begin(&mut self, now: Duration, beginning: Beginning) -> Result<Option<StepRecord>, JobError> {
+        let Beginning { worker, generation, step, last } = beginning;
+        self.rank_zero(worker, generation)?;
+        // a retry, which may come when others have reported already
+        if self.begun {
+            return Ok(None);
+        }
+        let before = self.books.complete();
+        let plan = &self.settings.plan;
+        self.books.settle(step, |step| planned(plan, step))?;
+        self.begun = true;
+        if self.books.complete() > before {
+            self.take(now, Event::Progress(generation));
+        }
+        let Some(record) = last else { return Ok(None) };
+        finite(&record)?;
+        Ok(self.count(record))
     }
 
     /// Takes the report of one rank's share of a step; gives the record that is to be journaled, if it is rank 0's.
     ///
     /// # Errors
     /// If it is stale, or its numbers show that training has diverged.
-    pub fn report(&mut self, report: StepReport) -> Result<Option<StepRecord>, JobError> {
+    pub fn report(&mut self, now: Duration, report: StepReport) -> Result<Option<StepRecord>, JobError> {
         let StepReport { worker, generation, step, epoch, users, record } = report;
         let rank = self.member(worker, generation)?;
         if let Some(record) = &record {
             finite(record)?;
         }
+        let before = self.books.complete();
         if !self.books.report(Entry { rank, step, epoch, users })? {
             return Ok(None);
         }
-        let Some(record) = record.filter(|_| rank == Rank(0)) else { return Ok(None) };
+        if self.books.complete() > before {
+            self.take(now, Event::Progress(generation));
+        }
+        let record = record.filter(|_| rank == Rank(0));
+        Ok(record.and_then(|record| self.count(record)))
+    }
+
+    /// Takes a finished step into account, once: a step that was trained again after a loss has the same numbers.
+    fn count(&mut self, record: StepRecord) -> Option<StepRecord> {
+        if self.last_step.as_ref().is_some_and(|last| record.step <= last.step) {
+            return None;
+        }
         self.trained_users += u64::from(record.users);
         self.step_seconds += record.seconds;
         self.last_step = Some(record.clone());
-        Ok(Some(record))
+        Some(record)
     }
 
     /// Takes note that rank 0 has made the checkpoint of `step` durable; its ledger comes from
@@ -220,8 +294,13 @@ impl Job {
     pub fn complete_commits(&mut self) -> Vec<(Step, Ledger)> {
         let mut complete = Vec::new();
         while let Some(&step) = self.commits.first() {
-            if self.no_more_reports() {
-                self.books.give_up_waiting(step);
+            if self.no_more_reports() && step > self.books.complete() {
+                // it was finished, else there were no checkpoint of it; only the reports have not come
+                let plan = &self.settings.plan;
+                if let Err(error) = self.books.settle(step, |step| planned(plan, step)) {
+                    tracing::error!(%error, "the ledger of a checkpoint is lost");
+                    break;
+                }
             }
             // cannot be too old: the set is taken from its front
             let Ok(Some(ledger)) = self.books.commit(step) else { break };
@@ -233,11 +312,13 @@ impl Job {
     }
 
     fn no_more_reports(&self) -> bool {
-        match self.membership.state() {
-            State::Stopping { cause, .. } => !cause.graceful(),
-            State::Ended(_) => true,
-            State::Gathering { .. } | State::Running { .. } => false,
-        }
+        self.stops_at_once() || self.outcome.is_some()
+    }
+
+    /// Nobody finishes a step any more.
+    #[must_use]
+    pub fn stops_at_once(&self) -> bool {
+        matches!(self.membership.state(), State::Stopping { .. })
     }
 
     /// Takes an evaluation; gives it back if it is new.
@@ -254,7 +335,9 @@ impl Job {
         if let Some((what, _)) = evaluation.metrics.iter().find(|(_, value)| !value.is_finite()) {
             return Err(JobError::Diverged { what: what.clone(), step: evaluation.step });
         }
-        if self.evaluations.contains(&evaluation) {
+        // a retry, or another generation that evaluates again what one before had not brought to its end
+        let same = |known: &Evaluation| (known.split, known.step) == (evaluation.split, evaluation.step);
+        if self.evaluations.iter().any(same) {
             return Ok(None);
         }
         self.evaluations.push(evaluation.clone());
@@ -268,13 +351,15 @@ impl Job {
     pub fn leave(&mut self, now: Duration, id: WorkerId, departure: Departure) -> Result<Vec<Effect>, JobError> {
         let worker = self.workers.get_mut(&id).ok_or(JobError::UnknownWorker(id))?;
         worker.left = true;
-        if let Some(rank) = worker.rank {
+        let in_peace = matches!(departure, Departure::Done | Departure::Stopped | Departure::GaveUp(..));
+        // of one that breaks down, the plan says what it had finished: when the next generation begins, or the job ends
+        if let Some(rank) = self.membership.members().and_then(|members| members.get(&id)?.rank).filter(|_| in_peace) {
             self.books.leave(rank);
         }
         worker.phase = match departure {
             Departure::Done => "done".into(),
             Departure::Stopped => "stopped".into(),
-            Departure::Failed(_) => "failed".into(),
+            Departure::Crashed(_) | Departure::Failed(_) => "failed".into(),
             Departure::GaveUp(..) => "gave up".into(),
         };
         Ok(self.take(now, Event::Leave(id, departure)))
@@ -282,6 +367,18 @@ impl Job {
 
     pub fn operator_stop(&mut self, now: Duration) -> Vec<Effect> {
         self.take(now, Event::OperatorStop)
+    }
+
+    /// So many workers are wanted from now on, but no more than there are users in a step.
+    pub fn scale(&mut self, now: Duration, workers: u32) -> Vec<Effect> {
+        let most = self.settings.config.training.global_batch;
+        self.take(now, Event::Scale(workers.min(most)))
+    }
+
+    /// Workers that the job wants to have.
+    #[must_use]
+    pub fn wanted(&self) -> u32 {
+        self.membership.wanted()
     }
 
     pub fn tick(&mut self, now: Duration) -> Vec<Effect> {
@@ -297,12 +394,8 @@ impl Job {
         if generation != ours || ours == Generation(0) {
             return Err(JobError::StaleGeneration { theirs: generation, ours });
         }
-        let members = match self.membership.state() {
-            State::Running { members } | State::Stopping { members, .. } => Some(members),
-            State::Gathering { .. } | State::Ended(_) => None,
-        };
-        let member = members.and_then(|members| members.get(&worker)).ok_or(JobError::UnknownWorker(worker))?;
-        Ok(member.rank)
+        let member = self.membership.members().and_then(|members| members.get(&worker));
+        member.and_then(|member| member.rank).ok_or(JobError::UnknownWorker(worker))
     }
 
     /// As [`Job::member`], for those who want to start a collective: a job that stops forms none.
@@ -312,7 +405,10 @@ impl Job {
     pub fn running_member(&self, worker: WorkerId, generation: Generation) -> Result<Rank, JobError> {
         match self.membership.directive(worker) {
             Directive::Stop(cause) => Err(JobError::Stopping(cause)),
-            Directive::Wait | Directive::Run { .. } | Directive::Unknown => self.member(worker, generation),
+            Directive::Regroup(ended) => Err(JobError::Regrouping(ended)),
+            Directive::Wait | Directive::Run { .. } | Directive::Dismissed | Directive::Unknown => {
+                self.member(worker, generation)
+            }
         }
     }
 
@@ -326,7 +422,7 @@ impl Job {
     fn rank(&self, worker: WorkerId) -> Option<Rank> {
         match self.membership.directive(worker) {
             Directive::Run { rank, .. } => Some(rank),
-            Directive::Wait | Directive::Stop(_) | Directive::Unknown => None,
+            _ => None,
         }
     }
 
@@ -335,11 +431,28 @@ impl Job {
         for effect in &effects {
             match effect {
                 Effect::Formed { members, .. } => {
-                    self.formed = Some(now);
+                    self.formed.get_or_insert(now);
+                    self.begun = false;
+                    self.books.form(members.len() as u32);
+                    for worker in self.workers.values_mut() {
+                        worker.rank = None;
+                    }
                     for (rank, worker) in members.iter().enumerate() {
                         if let Some(worker) = self.workers.get_mut(worker) {
                             worker.rank = Some(Rank(rank as u32));
                         }
+                    }
+                }
+                Effect::Lost(loss) => {
+                    if let Some(worker) = self.workers.get_mut(&loss.worker) {
+                        worker.left = true;
+                        worker.rank = None;
+                        worker.phase = "lost".into();
+                    }
+                }
+                Effect::Dismissed(worker) => {
+                    if let Some(worker) = self.workers.get_mut(worker) {
+                        worker.phase = "dismissed".into();
                     }
                 }
                 Effect::Stop(_) => self.workers.values_mut().for_each(|worker| worker.told = false),
@@ -347,7 +460,7 @@ impl Job {
                     self.ended = Some(now);
                     self.outcome = Some(outcome.clone());
                 }
-                Effect::Admitted(_) | Effect::Refused(_) => {}
+                Effect::Admitted(_) | Effect::Refused(_) | Effect::Regrouping(_) => {}
             }
         }
         effects
@@ -369,67 +482,6 @@ impl Job {
                 .values()
                 .all(|worker| worker.left || worker.told || now.saturating_sub(worker.seen) > patience)
     }
-
-    #[must_use]
-    pub fn state(&self) -> JobState {
-        match self.membership.state() {
-            State::Gathering { .. } => JobState::Gathering,
-            State::Running { .. } => JobState::Running,
-            State::Stopping { .. } => JobState::Stopping,
-            State::Ended(Outcome::Finished) => JobState::Finished,
-            State::Ended(Outcome::Stopped(StopCause::Operator)) => JobState::Stopped,
-            State::Ended(Outcome::Stopped(_)) => JobState::Failed,
-        }
-    }
-
-    /// The best evaluation on valid by `checkpoint.metric`.
-    #[must_use]
-    pub fn best(&self) -> Option<&Evaluation> {
-        let metric = |evaluation: &Evaluation| evaluation.metrics.get(&self.settings.config.checkpoint.metric).copied();
-        let valid = self.evaluations.iter().filter(|evaluation| evaluation.split == Split::Valid);
-        // of equals the first: it needed fewer steps
-        valid
-            .filter(|evaluation| metric(evaluation).is_some())
-            .reduce(|best, other| if metric(other) > metric(best) { other } else { best })
-    }
-
-    /// Everything there is to know now.
-    #[must_use]
-    pub fn status(&self, now: Duration) -> JobStatus {
-        let cause = match self.membership.state() {
-            State::Stopping { cause, .. } | State::Ended(Outcome::Stopped(cause)) => Some(cause.to_string()),
-            State::Gathering { .. } | State::Running { .. } | State::Ended(Outcome::Finished) => None,
-        };
-        let workers = self.workers.iter().map(|(&id, worker)| WorkerStatus {
-            worker: id,
-            rank: worker.rank,
-            host: worker.applicant.host.clone(),
-            pid: worker.applicant.pid,
-            device: worker.applicant.device.clone(),
-            step: worker.step,
-            phase: worker.phase.clone(),
-            metrics_url: worker.applicant.metrics_url.clone(),
-            seconds_since_heartbeat: now.saturating_sub(worker.seen).as_secs_f64(),
-        });
-        JobStatus {
-            name: self.settings.config.job.name.clone(),
-            task: self.settings.task.clone(),
-            state: self.state(),
-            cause,
-            generation: self.generation(),
-            world_size: self.settings.config.cluster.workers,
-            dataset: self.settings.dataset.clone(),
-            steps_per_epoch: self.settings.steps_per_epoch,
-            total_steps: self.settings.total_steps,
-            last_step: self.last_step.clone(),
-            last_checkpoint: self.last_checkpoint,
-            best: self.best().cloned(),
-            evaluations: self.evaluations.clone(),
-            workers: workers.collect(),
-            ledger: self.books.summary(),
-            seconds: now.as_secs_f64(),
-        }
-    }
 }
 
 /// A worker's sign of life.
@@ -440,6 +492,12 @@ pub struct Heartbeat {
     pub step: Step,
     /// What it is doing.
     pub phase: String,
+}
+
+/// Epoch and users of a step, by the plan.
+fn planned(plan: &Plan, step: Step) -> (u32, Vec<UserIndex>) {
+    let position = plan.position(Step(step.0 - 1));
+    (position.epoch, plan.users(position))
 }
 
 fn finite(record: &StepRecord) -> Result<(), JobError> {

@@ -26,7 +26,7 @@ impl Job {
             users: facts.users,
             items: facts.items,
             interactions: facts.interactions,
-            world_size: self.settings.config.cluster.workers,
+            world_size: self.membership.world_size(),
             steps: steps.0,
             seconds: self.earlier_seconds + ended.saturating_sub(formed).as_secs_f64(),
             samples_per_second: if self.step_seconds > 0.0 {

@@ -1,8 +1,10 @@
 use std::collections::BTreeMap;
 
+use learn_domain::Incarnation;
 use learn_domain::config::Span;
-use learn_domain::report::Comparison;
-use learn_domain::{Incarnation, UserIndex};
+use learn_domain::membership::{LossCause, RegroupCause, StopCause};
+use learn_domain::plan::PlanKey;
+use learn_domain::report::{Comparison, JobState, Split};
 
 use super::*;
 
@@ -16,7 +18,7 @@ fn settings(workers: u32) -> JobSettings {
         config,
         task: Task::Train { resume_from: None },
         dataset: DatasetFacts { train_users: 8, users: 9, items: 5, interactions: 40, ..DatasetFacts::default() },
-        steps_per_epoch: 2,
+        plan: Plan::new(PlanKey { fingerprint: "f".into(), seed: 1, users: 8, global_batch: 4 }).unwrap(),
         total_steps: 4,
         history: History::default(),
     }
@@ -32,12 +34,33 @@ fn applicant(name: &str) -> Applicant {
     }
 }
 
+fn enter(job: &mut Job, name: &str) -> WorkerId {
+    let (worker, _) = job.join(SECOND, applicant(name)).unwrap();
+    job.ready(SECOND, worker, (Generation(0), None)).unwrap();
+    worker
+}
+
 fn running(workers: u32) -> Job {
     let mut job = Job::new(settings(workers));
     for worker in 0..workers {
-        job.join(SECOND, applicant(&worker.to_string())).unwrap();
+        enter(&mut job, &worker.to_string());
     }
+    job.begin(SECOND, beginning(0, 1, 0)).unwrap();
     job
+}
+
+fn beginning(worker: u32, generation: u64, step: u64) -> Beginning {
+    let last = StepRecord { step: Step(step), users: 4, ..StepRecord::default() };
+    let (worker, generation) = (WorkerId(worker), Generation(generation));
+    Beginning { worker, generation, step: Step(step), last: (step > 0).then_some(last) }
+}
+
+/// The first worker is lost, and the others go on without it.
+fn regroup(job: &mut Job, left: u64, survivors: std::ops::Range<u32>) {
+    for worker in survivors {
+        job.ready(SECOND, WorkerId(worker), (Generation(left), Some("peer lost".into()))).unwrap();
+    }
+    assert_eq!(job.generation(), Generation(left + 1));
 }
 
 fn report(worker: u32, step: u64, users: std::ops::Range<u32>) -> StepReport {
@@ -51,6 +74,12 @@ fn report(worker: u32, step: u64, users: std::ops::Range<u32>) -> StepReport {
         users: users.map(UserIndex).collect(),
         record: (worker == 0).then_some(record),
     }
+}
+
+/// A part of the users that the plan has for a step.
+fn share(job: &Job, (worker, generation): (u32, u64), step: u64, part: std::ops::Range<usize>) -> StepReport {
+    let (epoch, users) = planned(&job.settings.plan, Step(step));
+    StepReport { generation: Generation(generation), epoch, users: users[part].to_vec(), ..report(worker, step, 0..0) }
 }
 
 fn evaluation(split: Split, step: u64, value: f64) -> Evaluation {
@@ -70,9 +99,9 @@ fn evaluation(split: Split, step: u64, value: f64) -> Evaluation {
 #[test]
 fn a_repeated_report_is_journaled_and_counted_once() {
     let mut job = running(2);
-    assert!(job.report(report(0, 1, 0..2)).unwrap().is_some());
-    assert!(job.report(report(0, 1, 0..2)).unwrap().is_none());
-    assert!(job.report(report(1, 1, 2..4)).unwrap().is_none(), "only rank 0's numbers are journaled");
+    assert!(job.report(SECOND, report(0, 1, 0..2)).unwrap().is_some());
+    assert!(job.report(SECOND, report(0, 1, 0..2)).unwrap().is_none());
+    assert!(job.report(SECOND, report(1, 1, 2..4)).unwrap().is_none(), "only rank 0's numbers are journaled");
     let status = job.status(SECOND * 2);
     assert_eq!((status.ledger.epochs[0].seen, status.ledger.epochs[0].repeated), (4, 0));
     assert_eq!(status.last_step.unwrap().step, Step(1));
@@ -82,8 +111,8 @@ fn a_repeated_report_is_journaled_and_counted_once() {
 fn stale_messages_change_nothing() {
     let mut job = running(2);
     let stale = StepReport { generation: Generation(0), ..report(0, 1, 0..4) };
-    assert!(matches!(job.report(stale), Err(JobError::StaleGeneration { .. })));
-    assert!(matches!(job.report(report(7, 1, 0..4)), Err(JobError::UnknownWorker(WorkerId(7)))));
+    assert!(matches!(job.report(SECOND, stale), Err(JobError::StaleGeneration { .. })));
+    assert!(matches!(job.report(SECOND, report(7, 1, 0..4)), Err(JobError::UnknownWorker(WorkerId(7)))));
     assert!(matches!(job.commit(WorkerId(1), Generation(1), Step(1)), Err(JobError::NotRankZero { .. })));
     let test = evaluation(Split::Test, 1, 0.5);
     assert!(matches!(job.evaluation(WorkerId(1), Generation(1), test), Err(JobError::NotRankZero { .. })));
@@ -97,7 +126,7 @@ fn diverged_numbers_are_refused_with_a_remedy() {
     let mut job = running(1);
     let mut bad = report(0, 1, 0..4);
     bad.record.as_mut().unwrap().loss = f64::NAN;
-    let text = job.report(bad).unwrap_err().to_string();
+    let text = job.report(SECOND, bad).unwrap_err().to_string();
     assert!(text.contains("loss of step 1") && text.contains("optimizer.learning_rate"), "{text}");
     assert!(job.evaluation(WorkerId(0), Generation(1), evaluation(Split::Valid, 1, f64::INFINITY)).is_err());
 }
@@ -105,11 +134,11 @@ fn diverged_numbers_are_refused_with_a_remedy() {
 #[test]
 fn a_commit_waits_for_the_reports_of_its_step() {
     let mut job = running(2);
-    job.report(report(0, 1, 0..2)).unwrap();
+    job.report(SECOND, report(0, 1, 0..2)).unwrap();
     job.commit(WorkerId(0), Generation(1), Step(1)).unwrap();
     assert!(job.complete_commits().is_empty());
     assert_eq!(job.status(SECOND).last_checkpoint, None);
-    job.report(report(1, 1, 2..4)).unwrap();
+    job.report(SECOND, report(1, 1, 2..4)).unwrap();
     let complete = job.complete_commits();
     assert_eq!((complete[0].0, complete[0].1.summary().epochs[0].seen), (Step(1), 4));
     assert_eq!(job.status(SECOND).last_checkpoint, Some(Step(1)));
@@ -118,19 +147,117 @@ fn a_commit_waits_for_the_reports_of_its_step() {
 #[test]
 fn a_lost_worker_does_not_hold_a_commit_up() {
     let mut job = running(2);
-    job.report(report(0, 1, 0..2)).unwrap();
+    job.report(SECOND, report(0, 1, 0..2)).unwrap();
     job.commit(WorkerId(0), Generation(1), Step(1)).unwrap();
     job.leave(SECOND * 2, WorkerId(1), Departure::Failed("out of memory".into())).unwrap();
-    assert_eq!(job.complete_commits()[0].1.summary().epochs[0].seen, 2);
+    let complete = job.complete_commits();
+    assert_eq!(complete[0].1.summary().epochs[0].seen, 4, "the step was finished, so all had their part in it");
     assert!(job.status(SECOND * 2).cause.unwrap().contains("out of memory"));
+}
+
+#[test]
+fn survivors_go_on_from_a_finished_step_that_was_not_reported() {
+    let mut job = running(3);
+    for (worker, part) in [(0, 0..1), (1, 1..3), (2, 3..4)] {
+        let told = share(&job, (worker, 1), 1, part);
+        job.report(SECOND, told).unwrap();
+    }
+    // rank 0 tells of step 2 and writes its checkpoint, and is gone before the others have told
+    let told = share(&job, (0, 1), 2, 0..1);
+    job.report(SECOND, told).unwrap();
+    job.commit(WorkerId(0), Generation(1), Step(2)).unwrap();
+    let effects = job.disconnected(SECOND, WorkerId(0));
+    assert!(matches!(effects[..], [Effect::Lost(_), Effect::Regrouping(RegroupCause::Lost(_))]), "{effects:?}");
+    assert_eq!((job.state(), job.complete_commits().len()), (JobState::Regrouping, 0));
+    assert!(matches!(job.running_member(WorkerId(1), Generation(1)), Err(JobError::Regrouping(Generation(1)))));
+    regroup(&mut job, 1, 1..3);
+
+    let not_first = job.begin(SECOND, beginning(2, 2, 3));
+    assert!(matches!(not_first, Err(JobError::NotRankZero { .. })));
+    let stale = job.begin(SECOND, beginning(1, 1, 3));
+    assert!(matches!(stale, Err(JobError::StaleGeneration { .. })));
+    let behind = job.begin(SECOND, beginning(1, 2, 0));
+    assert!(matches!(behind, Err(JobError::Books(BooksError::Behind { .. }))), "all have told of step 1");
+    let record = job.begin(SECOND, beginning(1, 2, 3)).unwrap();
+    assert_eq!(record.unwrap().step, Step(3), "nobody who has told of it is left");
+    let commits = job.complete_commits();
+    assert_eq!((commits.len(), commits[0].1.summary().epochs[0].seen), (1, 8), "the plan knows whose step 2 was");
+    assert_eq!(job.status(SECOND).ledger.epochs[1].seen, 4);
+
+    // a report that comes before a retry of the beginning stays
+    let told = share(&job, (2, 2), 4, 0..2);
+    job.report(SECOND, told).unwrap();
+    assert_eq!(job.begin(SECOND, beginning(1, 2, 3)).unwrap(), None);
+    let told = share(&job, (1, 2), 4, 2..4);
+    job.report(SECOND, told).unwrap();
+    let ledger = job.status(SECOND).ledger;
+    assert!(ledger.exact && ledger.epochs.iter().all(|epoch| epoch.exact()), "{ledger:?}");
+}
+
+#[test]
+fn a_process_that_breaks_down_takes_no_share_out_of_a_step() {
+    let mut job = running(2);
+    job.report(SECOND, report(0, 1, 0..2)).unwrap();
+    job.leave(SECOND, WorkerId(1), Departure::Crashed("it panicked".into())).unwrap();
+    assert_eq!(job.status(SECOND).ledger.epochs, [], "whether step 1 was finished is for the survivors to say");
+    regroup(&mut job, 1, 0..1);
+    job.begin(SECOND, beginning(0, 2, 1)).unwrap();
+    assert_eq!(job.status(SECOND).ledger.epochs[0].seen, 4);
+}
+
+#[test]
+fn a_step_that_only_the_next_generation_tells_of_is_progress_too() {
+    let mut settings = settings(3);
+    settings.config.cluster.max_recoveries = 1;
+    let mut job = Job::new(settings);
+    for worker in 0..3 {
+        enter(&mut job, &worker.to_string());
+    }
+    job.begin(SECOND, beginning(0, 1, 0)).unwrap();
+    for generation in 1..=2 {
+        job.disconnected(SECOND, WorkerId(generation - 1));
+        assert_eq!(job.state(), JobState::Regrouping, "generation {generation}");
+        regroup(&mut job, generation.into(), generation..3);
+        job.begin(SECOND, beginning(generation, u64::from(generation) + 1, generation.into())).unwrap();
+    }
+    let broken = (Generation(3), Some("x".to_owned()));
+    job.ready(SECOND, WorkerId(2), broken).unwrap();
+    job.begin(SECOND, beginning(2, 4, 2)).unwrap();
+    job.ready(SECOND, WorkerId(2), (Generation(4), Some("x".into()))).unwrap();
+    assert!(matches!(job.membership.stop_cause(), Some(StopCause::NoProgress { .. })), "step 2 was told of before");
+}
+
+#[test]
+fn an_old_generation_changes_nothing() {
+    let mut job = running(2);
+    let lost = job.disconnected(SECOND, WorkerId(0));
+    assert!(matches!(&lost[0], Effect::Lost(loss) if loss.cause == LossCause::Disconnected));
+    regroup(&mut job, 1, 1..2);
+    job.begin(SECOND, beginning(1, 2, 0)).unwrap();
+    let stale = JobError::StaleGeneration { theirs: Generation(1), ours: Generation(2) };
+    for worker in 0..2 {
+        assert_eq!(job.report(SECOND, report(worker, 1, 0..4)).unwrap_err(), stale);
+        assert_eq!(job.commit(WorkerId(worker), Generation(1), Step(1)).unwrap_err(), stale);
+        let told = evaluation(Split::Valid, 1, 0.5);
+        assert_eq!(job.evaluation(WorkerId(worker), Generation(1), told).unwrap_err(), stale);
+        assert_eq!(job.running_member(WorkerId(worker), Generation(1)).unwrap_err(), stale);
+    }
+    let current = StepReport { generation: Generation(2), ..report(0, 1, 0..4) };
+    assert_eq!(job.report(SECOND, current).unwrap_err(), JobError::UnknownWorker(WorkerId(0)), "it must join again");
+    let status = job.status(SECOND);
+    assert_eq!((status.ledger.epochs.len(), status.last_step, status.evaluations.len()), (0, None, 0));
+    assert_eq!(status.workers[0].phase, "lost");
 }
 
 #[test]
 fn the_status_follows_the_membership() {
     let mut job = Job::new(settings(2));
-    job.join(SECOND, applicant("a")).unwrap();
+    enter(&mut job, "a");
     assert_eq!((job.state(), job.status(SECOND).workers.len()), (JobState::Gathering, 1));
-    job.join(SECOND, applicant("b")).unwrap();
+    let (second, _) = job.join(SECOND, applicant("b")).unwrap();
+    assert_eq!(job.state(), JobState::Gathering, "it is not ready");
+    job.ready(SECOND, second, (Generation(0), None)).unwrap();
+    assert_eq!(job.ready(SECOND, WorkerId(7), (Generation(0), None)), Err(JobError::UnknownWorker(WorkerId(7))));
     let status = job.status(SECOND * 3);
     assert_eq!((status.state, status.generation), (JobState::Running, Generation(1)));
     assert_eq!(status.workers.iter().map(|worker| worker.rank).collect::<Vec<_>>(), [Some(Rank(0)), Some(Rank(1))]);
@@ -154,7 +281,7 @@ fn the_end_waits_until_the_others_were_told() {
     let beat = |worker| Heartbeat { worker: WorkerId(worker), step: Step(0), phase: String::new() };
     job.heartbeat(SECOND * 9, beat(0));
     job.tick(SECOND * 12);
-    assert_eq!(job.state(), JobState::Stopping, "worker 1 was silent");
+    assert_eq!(job.state(), JobState::Regrouping, "worker 1 was silent");
     job.tick(SECOND * 20);
     assert_eq!((job.state(), job.everybody_knows(SECOND * 20)), (JobState::Failed, true), "and so is worker 0 now");
 
@@ -170,7 +297,7 @@ fn the_end_waits_until_the_others_were_told() {
 fn the_summary_shows_the_tested_weights() {
     let mut job = running(1);
     for step in 1..=4 {
-        job.report(report(0, step, 0..4)).unwrap();
+        job.report(SECOND, report(0, step, 0..4)).unwrap();
     }
     for (split, step, value) in [(Split::Valid, 2, 0.4), (Split::Valid, 3, 0.4), (Split::Valid, 4, 0.3)] {
         let new = evaluation(split, step, value);
@@ -205,10 +332,11 @@ fn a_resumed_job_goes_on_counting() {
     settings.history = History { step: Step(1), ledger: Some(ledger), steps, evaluations };
     let mut job = Job::new(settings);
     assert_eq!(job.status(SECOND).last_checkpoint, Some(Step(1)));
-    job.join(SECOND, applicant("a")).unwrap();
-    job.report(report(0, 1, 0..4)).unwrap();
+    enter(&mut job, "a");
+    job.begin(SECOND, beginning(0, 1, 1)).unwrap();
+    job.report(SECOND, report(0, 1, 0..4)).unwrap();
     assert_eq!(job.status(SECOND).ledger.epochs[0].seen, 4, "a step of before is not counted again");
-    job.report(report(0, 2, 4..8)).unwrap();
+    job.report(SECOND, report(0, 2, 4..8)).unwrap();
     assert!(job.status(SECOND).ledger.exact && job.status(SECOND).ledger.epochs[0].exact());
     job.leave(SECOND * 2, WorkerId(0), Departure::Done).unwrap();
     let summary = job.summary();

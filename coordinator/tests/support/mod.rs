@@ -12,17 +12,20 @@ use learn_dataset::Dataset;
 use learn_dataset::embeddings::{EmbeddingSpec, EmbeddingStore};
 use learn_domain::config::{Config, Precision, Span};
 use learn_domain::membership::Departure;
-use learn_domain::report::{CoordinatorAddress, Task};
+use learn_domain::report::{CoordinatorAddress, StepRecord, Task};
 use learn_domain::run_dir::RunDir;
-use learn_domain::{Incarnation, WorkerId};
+use learn_domain::{Generation, Incarnation, Step, WorkerId};
 use learn_proto::auth::{BearerInterceptor, Secret};
-use learn_proto::convert::{Admission, Applicant, Order};
+use learn_proto::convert::{Admission, Applicant, Beginning, Order};
 use learn_proto::v1::control_client::ControlClient;
-use learn_proto::v1::{HeartbeatRequest, JoinRequest, LeaveRequest};
+use learn_proto::v1::{
+    AttendRequest, BeginGenerationRequest, HeartbeatRequest, HeartbeatResponse, JoinRequest, LeaveRequest, ReadyRequest,
+};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+use tonic::Streaming;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 
@@ -183,9 +186,15 @@ impl Running {
 
     /// `METHOD path` over HTTP: status code and body.
     pub async fn http(&self, request: &str, headers: &str) -> (u16, String) {
+        self.http_with(request, headers, "").await
+    }
+
+    /// [`Running::http`] with JSON.
+    pub async fn http_with(&self, request: &str, headers: &str, body: &str) -> (u16, String) {
         let host = self.address.http.strip_prefix("http://").unwrap();
         let mut stream = tokio::net::TcpStream::connect(host).await.unwrap();
-        let text = format!("{request} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{headers}\r\n");
+        let json = format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len());
+        let text = format!("{request} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{json}{headers}\r\n{body}");
         stream.write_all(text.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
@@ -211,6 +220,45 @@ pub fn join_request(name: &str) -> JoinRequest {
 
 pub async fn join(control: &mut Control, name: &str) -> Admission {
     control.join(join_request(name)).await.unwrap().into_inner().try_into().unwrap()
+}
+
+/// Says that `worker` is out of `generation` (0 = it was in none).
+pub async fn ready(control: &mut Control, worker: WorkerId, generation: u64, broken: Option<&str>) {
+    let request = ReadyRequest { worker_id: worker.0, generation, broken: broken.map(str::to_owned) };
+    control.ready(request).await.unwrap();
+}
+
+/// Joins, and is ready for a first generation.
+pub async fn enter(control: &mut Control, name: &str) -> WorkerId {
+    let worker = join(control, name).await.worker;
+    ready(control, worker, 0, None).await;
+    worker
+}
+
+/// Where `generation` goes on from; the record is that of its last step.
+pub fn beginning(worker: WorkerId, generation: u64, step: u64) -> BeginGenerationRequest {
+    let last = (step > 0).then(|| StepRecord {
+        step: Step(step),
+        generation: Generation(generation - 1),
+        loss: 2.0,
+        users: 16,
+        ..StepRecord::default()
+    });
+    Beginning { worker, generation: Generation(generation), step: Step(step), last }.into()
+}
+
+/// A worker's open call.
+pub struct Orders(Streaming<HeartbeatResponse>);
+
+pub async fn attend(control: &mut Control, worker: WorkerId) -> Orders {
+    Orders(control.attend(AttendRequest { worker_id: worker.0 }).await.unwrap().into_inner())
+}
+
+impl Orders {
+    /// Waits for an order; one that was overtaken may never be seen.
+    pub async fn until(&mut self, wanted: &Order) {
+        while Order::try_from(self.0.message().await.unwrap().unwrap()).unwrap() != *wanted {}
+    }
 }
 
 pub async fn heartbeat(control: &mut Control, worker: WorkerId) -> Order {

@@ -4,24 +4,29 @@
 //! backend only ever waits in a loop of queries, so there the flag is enough and no foreign handle crosses threads.
 
 use std::net::{Shutdown, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::CollectiveError;
 
-/// Ends a collective: running and later operations fail with [`CollectiveError::Aborted`].
-#[derive(Clone, Debug)]
+/// Ends a collective, also while it is being connected: running and later operations fail with
+/// [`CollectiveError::Aborted`]. One for each collective; clones share it.
+#[derive(Clone, Debug, Default)]
 pub struct Aborter(Arc<Inner>);
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Inner {
     aborted: AtomicBool,
-    sockets: Vec<Arc<TcpStream>>,
+    sockets: Mutex<Vec<Arc<TcpStream>>>,
 }
 
 impl Aborter {
-    pub(crate) fn new(sockets: Vec<Arc<TcpStream>>) -> Self {
-        Self(Arc::new(Inner { aborted: AtomicBool::new(false), sockets }))
+    /// A connection that an abort is to close; at once, if the abort came before.
+    pub(crate) fn watch(&self, socket: Arc<TcpStream>) {
+        self.0.sockets.lock().unwrap_or_else(PoisonError::into_inner).push(socket);
+        if self.check().is_err() {
+            self.hang_up();
+        }
     }
 
     /// Aborts; again is harmless.
@@ -32,7 +37,7 @@ impl Aborter {
 
     /// Closes the connections for both sides, so that the peers learn at once that this rank is gone.
     pub(crate) fn hang_up(&self) {
-        for socket in &self.0.sockets {
+        for socket in &*self.0.sockets.lock().unwrap_or_else(PoisonError::into_inner) {
             // A connection that the peer has already closed answers with an error; closed is what is wanted.
             let _ = socket.shutdown(Shutdown::Both);
         }

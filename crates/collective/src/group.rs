@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use crate::CollectiveError;
 use crate::call::Call;
+use crate::{Aborter, CollectiveError};
 
 /// This rank's view of one generation.
 #[derive(Clone)]
@@ -19,6 +19,8 @@ pub struct Group {
     pub advertise: String,
     /// Deadline of the set-up and of each operation.
     pub timeout: Duration,
+    /// Ends the set-up and the collective that comes of it.
+    pub aborter: Aborter,
 }
 
 impl std::fmt::Debug for Group {

@@ -76,6 +76,22 @@ fn abort_ends_an_operation_that_waits_for_a_peer_and_all_later_ones() {
 }
 
 #[test]
+fn abort_ends_a_set_up_that_waits_for_its_peers() {
+    // someone who lets connections in and never answers, and nobody for the own door
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let store = Store::default();
+    store.put("tcp/1", silent.local_addr().unwrap().to_string().into_bytes()).unwrap();
+    let group = group(0, 2, PATIENT);
+    let aborter = group.aborter.clone();
+    std::thread::scope(|scope| {
+        let connecting = scope.spawn(|| connect_tcp(group, &store).err().unwrap());
+        let _dialled = silent.accept().unwrap();
+        aborter.abort();
+        assert_eq!(connecting.join().unwrap(), CollectiveError::Aborted);
+    });
+}
+
+#[test]
 fn an_abort_of_one_rank_frees_all_ranks() {
     for world in 2..=5 {
         let errors = ranks(world, tcp(world, PATIENT), |mut rank| {

@@ -8,7 +8,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::config::NonFinite;
-use crate::ids::{Generation, Step, UserIndex};
+use crate::ids::{Generation, Rank, Step, UserIndex, WorkerId};
+use crate::membership::LossCause;
 
 /// Most users that an event names.
 pub const MAX_NAMED_USERS: usize = 1024;
@@ -47,6 +48,14 @@ pub enum Happening {
     CheckpointFailed { step: Step, reason: String },
     /// A checkpoint was due while one was still being written and another waited.
     CheckpointSkipped { step: Step },
+    /// A worker was lost; the job goes on without it if it can.
+    WorkerLost { worker: WorkerId, rank: Rank, cause: LossCause },
+    /// The generation has ended at once, for a new one.
+    Regrouping { reason: String },
+    /// The generation of this event was formed.
+    Formed { world_size: u32 },
+    /// A worker is not needed any more.
+    WorkerDismissed { worker: WorkerId },
 }
 
 impl fmt::Display for Happening {
@@ -63,6 +72,12 @@ impl fmt::Display for Happening {
             Self::CheckpointSkipped { step } => {
                 write!(f, "no checkpoint of step {step}: those before are still being written")
             }
+            Self::WorkerLost { worker, rank, cause } => {
+                write!(f, "rank {rank} (worker {worker}) was lost: {cause}")
+            }
+            Self::Regrouping { reason } => write!(f, "the workers regroup: {reason}"),
+            Self::Formed { world_size } => write!(f, "a generation of {world_size} workers was formed"),
+            Self::WorkerDismissed { worker } => write!(f, "worker {worker} is not needed any more"),
         }
     }
 }
@@ -85,6 +100,11 @@ mod tests {
             },
             Happening::CheckpointFailed { step: Step(8), reason: "disk full".into() },
             Happening::CheckpointSkipped { step: Step(9) },
+            Happening::WorkerLost { worker: WorkerId(3), rank: Rank(1), cause: LossCause::Disconnected },
+            Happening::WorkerLost { worker: WorkerId(3), rank: Rank(1), cause: LossCause::Silent { seconds: 9 } },
+            Happening::Regrouping { reason: "a worker joined".into() },
+            Happening::Formed { world_size: 4 },
+            Happening::WorkerDismissed { worker: WorkerId(5) },
         ];
         for happening in events {
             let event = JobEvent { time: 1.5, generation: Generation(2), happening };

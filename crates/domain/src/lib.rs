@@ -10,6 +10,7 @@
 //! - [`time_gap`]: how long after the item before it an item came, in buckets.
 //! - [`lease`]: which worker makes which range of items, when content embeddings are made by several.
 //! - [`membership`]: who belongs to a job, as a state machine with explicit generations.
+//! - [`recovery`]: where the ranks of a new generation go on from, and whose state they take.
 //! - [`ledger`]: the proof that an epoch used every user exactly once.
 //! - [`schedule`]: the learning rate of a step.
 //! - [`ranking`]: what a rank is (ties included) and the metrics made of ranks.
@@ -30,6 +31,7 @@ pub mod plan;
 pub mod prompt;
 pub mod random;
 pub mod ranking;
+pub mod recovery;
 pub mod report;
 pub mod resampling;
 pub mod run_dir;

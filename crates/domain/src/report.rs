@@ -177,6 +177,8 @@ pub enum JobState {
     /// Waiting for workers to join.
     Gathering,
     Running,
+    /// Between two generations.
+    Regrouping,
     Stopping,
     Finished,
     /// Stopped by its operator; can be resumed.
@@ -201,7 +203,11 @@ pub struct JobStatus {
     /// Why it is stopping, stopped or failed.
     pub cause: Option<String>,
     pub generation: Generation,
+    /// Ranks of this generation; before the first, how many there will be.
     pub world_size: u32,
+    /// Workers that the job wants to have; 0 in files of older versions.
+    #[serde(default)]
+    pub wanted_workers: u32,
     pub dataset: DatasetFacts,
     pub steps_per_epoch: u64,
     pub total_steps: u64,
@@ -280,12 +286,14 @@ pub mod exit {
     pub const USAGE: i32 = 2;
     /// Stopped by the operator (SIGTERM, SIGINT, `learn-launch stop`); a checkpoint was written, `resume` continues.
     pub const STOPPED: i32 = 3;
-    /// A worker was lost; `resume` continues from the last checkpoint.
+    /// Workers were lost and the job could not go on without them; `resume` continues from the last checkpoint.
     pub const WORKER_LOST: i32 = 4;
     /// Loss or gradient was not a finite number, and `training.non_finite` says stop.
     pub const DIVERGED: i32 = 5;
     /// The job went on to its end, or to a stop, but its last checkpoint could not be written.
     pub const UNSAVED: i32 = 6;
+    /// The workers kept being lost or losing each other without finishing a step (`cluster.max_recoveries`).
+    pub const NO_PROGRESS: i32 = 7;
 }
 
 #[cfg(test)]

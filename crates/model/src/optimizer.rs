@@ -112,6 +112,18 @@ impl AdamW {
         self.steps
     }
 
+    /// All moments as they lie in memory, for a transfer as a whole; [`AdamW::continue_after`] completes it.
+    #[must_use]
+    pub fn buffers(&self) -> Vec<Tensor> {
+        let rows = self.rows.iter().flat_map(|(first, second)| [first, second]);
+        [&self.first, &self.second].into_iter().chain(rows).map(Tensor::shallow_clone).collect()
+    }
+
+    /// The moments are those after so many updates.
+    pub fn continue_after(&mut self, steps: u64) {
+        self.steps = steps;
+    }
+
     /// The moments as `exp_avg.NAME` and `exp_avg_sq.NAME`; views, so copy them before the next step. The number of steps
     /// is [`AdamW::steps`].
     #[must_use]

@@ -1,6 +1,6 @@
 //! Metrics of the coordinator: the job, its control calls and its data service.
 
-use prometheus::{Gauge, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+use prometheus::{Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
 use crate::exposition::Exposition;
 use crate::names;
@@ -24,6 +24,7 @@ pub struct CoordinatorMetrics {
     pub flight_bytes_total: IntCounterVec,
     /// Label `cause`.
     pub worker_lost_total: IntCounterVec,
+    pub recovery_seconds: Histogram,
     pub checkpoints_total: IntCounter,
     pub last_checkpoint_step: IntGauge,
     pub checkpoint_failures_total: IntCounter,
@@ -51,6 +52,7 @@ impl CoordinatorMetrics {
             flight_rows_total: e.counter(&names::FLIGHT_ROWS),
             flight_bytes_total: e.counter_vec(&names::FLIGHT_BYTES),
             worker_lost_total: e.counter_vec(&names::JOB_WORKERS_LOST),
+            recovery_seconds: e.histogram(&names::JOB_RECOVERY_SECONDS),
             checkpoints_total: e.counter(&names::JOB_CHECKPOINTS),
             last_checkpoint_step: e.int_gauge(&names::JOB_LAST_CHECKPOINT),
             checkpoint_failures_total: e.counter(&names::JOB_CHECKPOINT_FAILURES),

@@ -39,6 +39,8 @@ const PHASE_BUCKETS: &[f64] =
     &[1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 /// Upper bounds in seconds for remote calls.
 const RPC_BUCKETS: &[f64] = &[1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.5, 1.0, 5.0, 30.0];
+/// Upper bounds in seconds for going on after a loss.
+const RECOVERY_BUCKETS: &[f64] = &[0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0];
 /// Upper bounds in seconds for writing a checkpoint.
 const CHECKPOINT_BUCKETS: &[f64] = &[0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0];
 
@@ -107,6 +109,8 @@ metrics! {
         "Heartbeats received.";
     JOB_WORKERS_LOST = "learn_job_workers_lost_total", Kind::Counter, ["cause"],
         "Workers lost, by cause.";
+    JOB_RECOVERY_SECONDS = "learn_job_recovery_seconds", Kind::Histogram(RECOVERY_BUCKETS), [],
+        "From the end of a generation by a loss or a broken collective to the next finished step.";
     JOB_CHECKPOINTS = "learn_job_checkpoints_total", Kind::Counter, [],
         "Checkpoints committed.";
     JOB_LAST_CHECKPOINT = "learn_job_last_checkpoint_steps", Kind::Gauge, [],

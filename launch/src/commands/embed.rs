@@ -22,7 +22,7 @@ use crate::failure::Failure;
 use crate::output::{Output, Unit};
 use crate::process::{self, Process};
 use crate::system::{self, End};
-use crate::{job, render, runs};
+use crate::{crew, render, runs};
 
 pub const HELP: &str = "\
 Examples:
@@ -256,7 +256,7 @@ impl EmbedJob<'_> {
         let binary = process::sibling("learn-embed")?;
         let count = self.config.embed.processes;
         let threads = match self.config.embed.threads {
-            0 => (job::cores() / count as usize).max(1),
+            0 => (crew::cores() / count as usize).max(1),
             threads => threads as usize,
         };
         let threads = threads.to_string();

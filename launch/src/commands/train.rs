@@ -11,6 +11,7 @@ use learn_domain::report::{Summary, Task};
 use learn_domain::run_dir::RunDir;
 
 use crate::cli::{SettingsArgs, anchor};
+use crate::crew;
 use crate::failure::Failure;
 use crate::job::{self, JobSpec};
 use crate::output::Output;
@@ -88,7 +89,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         "{}: {} workers with {} threads each; logs in {}",
         super::shown(&root),
         config.cluster.workers,
-        job::threads_per_worker(&config),
+        crew::threads_per_worker(&config, config.cluster.workers),
         super::shown(&run.logs())
     ));
     let task = Task::Train { resume_from: None };
@@ -127,7 +128,7 @@ fn describe(root: &Path, config: &Config, output: &Output) -> Result<()> {
         config.training.epochs,
         super::shown(root),
         config.cluster.workers,
-        job::threads_per_worker(config),
+        crew::threads_per_worker(config, config.cluster.workers),
         super::shown(&config.data.dataset),
         if root.exists() { "the run exists: train would refuse without --force" } else { "nothing is in the way" },
     );

@@ -18,12 +18,23 @@ fn every_command_explains_itself() -> TestResult {
     let top = launch(folder.path(), &["--help"]);
     assert!(top.status.success());
     let text = out(&top);
-    for code in ["0  done", "2  wrong flags", "3  stopped", "4  a worker was lost"] {
+    for code in ["0  done", "2  wrong flags", "3  stopped", "4  workers were lost", "7  workers were lost again"] {
         assert!(text.contains(code), "{text}");
     }
-    for command in
-        ["prepare", "embed", "train", "resume", "eval", "export", "recommend", "status", "stop", "config", "doctor"]
-    {
+    for command in [
+        "prepare",
+        "embed",
+        "train",
+        "resume",
+        "eval",
+        "export",
+        "recommend",
+        "status",
+        "scale",
+        "stop",
+        "config",
+        "doctor",
+    ] {
         assert!(text.contains(&format!("  {command} ")), "{command} is not listed:\n{text}");
         let help = launch(folder.path(), &[command, "--help"]);
         assert!(help.status.success() && err(&help).is_empty(), "{command}");

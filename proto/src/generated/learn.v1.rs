@@ -54,7 +54,7 @@ pub struct HeartbeatRequest {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HeartbeatResponse {
-    #[prost(oneof = "heartbeat_response::Directive", tags = "1, 2, 3")]
+    #[prost(oneof = "heartbeat_response::Directive", tags = "1, 2, 3, 4, 5")]
     pub directive: ::core::option::Option<heartbeat_response::Directive>,
 }
 /// Nested message and enum types in `HeartbeatResponse`.
@@ -69,15 +69,28 @@ pub mod heartbeat_response {
         pub rank: u32,
         #[prost(uint32, tag = "3")]
         pub world_size: u32,
+        /// Leave the generation after the step, and be ready for the next.
+        #[prost(bool, tag = "4")]
+        pub regroup: bool,
+        /// Write a checkpoint after the step, and leave the job.
+        #[prost(bool, tag = "5")]
+        pub stop: bool,
     }
+    /// Abort the collectives of the generation, and be ready for the next.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct Regroup {
+        #[prost(uint64, tag = "1")]
+        pub generation: u64,
+    }
+    /// Abort collectives, and leave at once.
     #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
     pub struct Stop {
-        /// Finish the step and write a checkpoint; else abort collectives and leave at once.
-        #[prost(bool, tag = "1")]
-        pub graceful: bool,
         #[prost(string, tag = "2")]
         pub cause: ::prost::alloc::string::String,
     }
+    /// Leave in peace: the job has finished, or needs fewer workers.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct Dismissed {}
     #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum Directive {
         #[prost(message, tag = "1")]
@@ -86,8 +99,50 @@ pub mod heartbeat_response {
         Run(Run),
         #[prost(message, tag = "3")]
         Stop(Stop),
+        #[prost(message, tag = "4")]
+        Regroup(Regroup),
+        #[prost(message, tag = "5")]
+        Dismissed(Dismissed),
     }
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AttendRequest {
+    #[prost(uint32, tag = "1")]
+    pub worker_id: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReadyRequest {
+    #[prost(uint32, tag = "1")]
+    pub worker_id: u32,
+    /// The generation that it has left; 0 = none.
+    #[prost(uint64, tag = "2")]
+    pub generation: u64,
+    /// What went wrong with its collective, if anything did.
+    #[prost(string, optional, tag = "3")]
+    pub broken: ::core::option::Option<::prost::alloc::string::String>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReadyResponse {}
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct BeginGenerationRequest {
+    #[prost(uint32, tag = "1")]
+    pub worker_id: u32,
+    #[prost(uint64, tag = "2")]
+    pub generation: u64,
+    /// Finished steps.
+    #[prost(uint64, tag = "3")]
+    pub step: u64,
+    /// Those of the last finished step, which nobody may have reported.
+    #[prost(message, optional, tag = "4")]
+    pub numbers: ::core::option::Option<StepNumbers>,
+    #[prost(uint32, tag = "5")]
+    pub epoch: u32,
+    /// The generation that finished it.
+    #[prost(uint64, tag = "6")]
+    pub numbers_generation: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BeginGenerationResponse {}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PutRequest {
     #[prost(uint32, tag = "1")]
@@ -204,7 +259,7 @@ pub struct LeaveRequest {
     pub worker_id: u32,
     #[prost(uint64, tag = "2")]
     pub generation: u64,
-    #[prost(oneof = "leave_request::Departure", tags = "3, 4, 5, 6, 7")]
+    #[prost(oneof = "leave_request::Departure", tags = "3, 4, 5, 6, 7, 8")]
     pub departure: ::core::option::Option<leave_request::Departure>,
 }
 /// Nested message and enum types in `LeaveRequest`.
@@ -236,6 +291,8 @@ pub mod leave_request {
         Diverged(GaveUp),
         #[prost(message, tag = "7")]
         Unsaved(GaveUp),
+        #[prost(message, tag = "8")]
+        Crashed(Failed),
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -362,6 +419,73 @@ pub mod control_client {
             let mut req = request.into_request();
             req.extensions_mut()
                 .insert(GrpcMethod::new("learn.v1.Control", "Heartbeat"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// What to do, each time it changes. A worker keeps this call open as long as it is in the job: one whose call breaks is
+        /// lost.
+        pub async fn attend(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AttendRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::HeartbeatResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/learn.v1.Control/Attend");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("learn.v1.Control", "Attend"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// A worker is in no generation (any more) and may take part in the next.
+        pub async fn ready(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReadyRequest>,
+        ) -> std::result::Result<tonic::Response<super::ReadyResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/learn.v1.Control/Ready");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("learn.v1.Control", "Ready"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Rank 0 says which finished step a generation goes on from.
+        pub async fn begin_generation(
+            &mut self,
+            request: impl tonic::IntoRequest<super::BeginGenerationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::BeginGenerationResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/learn.v1.Control/BeginGeneration",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("learn.v1.Control", "BeginGeneration"));
             self.inner.unary(req, path, codec).await
         }
         /// Rendezvous store of one generation: addresses of the TCP collective, the NCCL id.
@@ -547,6 +671,31 @@ pub mod control_server {
             request: tonic::Request<super::HeartbeatRequest>,
         ) -> std::result::Result<
             tonic::Response<super::HeartbeatResponse>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the Attend method.
+        type AttendStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::HeartbeatResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// What to do, each time it changes. A worker keeps this call open as long as it is in the job: one whose call breaks is
+        /// lost.
+        async fn attend(
+            &self,
+            request: tonic::Request<super::AttendRequest>,
+        ) -> std::result::Result<tonic::Response<Self::AttendStream>, tonic::Status>;
+        /// A worker is in no generation (any more) and may take part in the next.
+        async fn ready(
+            &self,
+            request: tonic::Request<super::ReadyRequest>,
+        ) -> std::result::Result<tonic::Response<super::ReadyResponse>, tonic::Status>;
+        /// Rank 0 says which finished step a generation goes on from.
+        async fn begin_generation(
+            &self,
+            request: tonic::Request<super::BeginGenerationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::BeginGenerationResponse>,
             tonic::Status,
         >;
         /// Rendezvous store of one generation: addresses of the TCP collective, the NCCL id.
@@ -744,6 +893,140 @@ pub mod control_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = HeartbeatSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/learn.v1.Control/Attend" => {
+                    #[allow(non_camel_case_types)]
+                    struct AttendSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::ServerStreamingService<super::AttendRequest>
+                    for AttendSvc<T> {
+                        type Response = super::HeartbeatResponse;
+                        type ResponseStream = T::AttendStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::AttendRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::attend(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = AttendSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/learn.v1.Control/Ready" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReadySvc<T: Control>(pub Arc<T>);
+                    impl<T: Control> tonic::server::UnaryService<super::ReadyRequest>
+                    for ReadySvc<T> {
+                        type Response = super::ReadyResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReadyRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::ready(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReadySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/learn.v1.Control/BeginGeneration" => {
+                    #[allow(non_camel_case_types)]
+                    struct BeginGenerationSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::BeginGenerationRequest>
+                    for BeginGenerationSvc<T> {
+                        type Response = super::BeginGenerationResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::BeginGenerationRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::begin_generation(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = BeginGenerationSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -33,7 +33,7 @@ use crate::error::WorkerError;
 use crate::feed::assemble::{Seen, newest_positions};
 use crate::feed::flight::{DataClient, HeldOutUser};
 use crate::feed::{RowSettings, RowSource, item_bytes};
-use crate::session::{Ended, Membership};
+use crate::session::{Ended, Session, Turn};
 use crate::train::{Exchange, rows_tensor, sequences, shape};
 
 /// Items whose content embeddings are fetched and embedded at once.
@@ -77,27 +77,22 @@ pub struct Evaluator {
 ///
 /// # Errors
 /// If the checkpoint does not fit the dataset, or the job breaks.
-pub fn run(
-    membership: &Membership,
-    mut exchange: Exchange,
-    checkpoint: &str,
-    split: Split,
-) -> Result<Ended, WorkerError> {
-    let admission = &membership.admission;
-    let handle = membership.member.handle();
-    let patience = membership.member.patience();
-    let data = handle.block_on(DataClient::new(&admission.data_locations, &membership.secret, patience))?;
+pub fn run(session: &Session, turn: &mut Turn, checkpoint: &str, split: Split) -> Result<Ended, WorkerError> {
+    let admission = &session.admission;
+    let handle = session.handle();
+    let patience = session.control.patience();
+    let data = handle.block_on(DataClient::new(&admission.data_locations, &session.secret, patience))?;
     let model = Pch::new(shape(&admission.config, &admission.dataset))?;
     let expected = checkpoint::Expected { dataset: &admission.dataset, signature: None };
     let snapshot = checkpoint::read(checkpoint.as_ref(), Some(&expected))?;
-    let parameters = Parameters::load(model.shape(), snapshot.model, Kind::Float, membership.device)?;
-    let mut evaluator = Evaluator::new(membership, data)?;
+    let parameters = Parameters::load(model.shape(), snapshot.model, Kind::Float, session.device)?;
+    let mut evaluator = Evaluator::new(session, data)?;
     let catalogue = Catalogue { model: &model, parameters: &parameters };
     let state = snapshot.state;
     let request = Request { split, step: state.step, epoch: state.epoch, full: true };
-    let evaluation = evaluator.evaluate(&catalogue, &mut exchange, &request)?;
-    if membership.member.is_first() {
-        membership.member.report_evaluation(&evaluation)?;
+    let evaluation = evaluator.evaluate(&catalogue, &mut turn.exchange, &request)?;
+    if turn.is_first() {
+        turn.member.report_evaluation(&evaluation)?;
     }
     Ok(Ended::Done)
 }
@@ -105,24 +100,24 @@ pub fn run(
 impl Evaluator {
     /// # Errors
     /// If the data service refuses.
-    pub fn new(membership: &Membership, data: DataClient) -> Result<Self, WorkerError> {
-        let (config, dataset) = (&membership.admission.config, &membership.admission.dataset);
-        let handle = membership.member.handle().clone();
+    pub fn new(session: &Session, data: DataClient) -> Result<Self, WorkerError> {
+        let (config, dataset) = (&session.admission.config, &session.admission.dataset);
+        let handle = session.handle().clone();
         // the feed has the cache; evaluation reads past it
         let settings = RowSettings { dim: dataset.embedding_dim as usize, cache_bytes: 0 };
-        let rows = RowSource::new(&data, &settings, membership.metrics.clone());
+        let rows = RowSource::new(&data, &settings, session.metrics.clone());
         Ok(Self {
             handle,
             data,
             rows,
             settings: config.evaluation.clone(),
             forward: Forward { train: false, precision: config.training.precision },
-            device: membership.device,
+            device: session.device,
             dim: settings.dim,
             items: dataset.items as usize,
             max_history: config.sampling.history as usize,
             times: config.model.reads_times(),
-            metrics: membership.metrics.clone(),
+            metrics: session.metrics.clone(),
         })
     }
 

@@ -5,6 +5,7 @@
 
 use learn_collective::{Buffer, Collective, CollectiveError};
 use learn_model::RowGradient;
+use learn_proto::convert::AfterStep;
 use learn_telemetry::WorkerMetrics;
 use tch::Tensor;
 
@@ -21,8 +22,8 @@ pub struct Announcement {
     pub padded_tokens: i64,
     /// Sampled targets with a label.
     pub exposures: i64,
-    /// It was asked to stop before this step.
-    pub stop: bool,
+    /// What it was asked to do before this step.
+    pub after: AfterStep,
     /// Steps of the run whose loss or gradient was not finite, as it has counted them.
     pub non_finite: i64,
 }
@@ -58,8 +59,8 @@ impl Exchange {
     /// # Errors
     /// If the collective fails.
     pub fn announce(&mut self, mine: Announcement) -> Result<Vec<Announcement>, WorkerError> {
-        let Announcement { rows, targets, tokens, padded_tokens, exposures, stop, non_finite } = mine;
-        let mut send: [i64; SAID] = [rows, targets, tokens, padded_tokens, exposures, i64::from(stop), non_finite];
+        let Announcement { rows, targets, tokens, padded_tokens, exposures, after, non_finite } = mine;
+        let mut send: [i64; SAID] = [rows, targets, tokens, padded_tokens, exposures, after as i64, non_finite];
         let all = self.gather_i64(&mut send, &vec![SAID; self.world_size()])?;
         Ok(all
             .chunks_exact(SAID)
@@ -69,7 +70,11 @@ impl Exchange {
                 tokens: said[2],
                 padded_tokens: said[3],
                 exposures: said[4],
-                stop: said[5] != 0,
+                after: match said[5] {
+                    0 => AfterStep::Continue,
+                    1 => AfterStep::Regroup,
+                    _ => AfterStep::Stop,
+                },
                 non_finite: said[6],
             })
             .collect())
@@ -170,14 +175,27 @@ impl Exchange {
         Ok(RowGradient::merge(&items.squeeze_dim(1), &rows))
     }
 
-    /// Gives every rank the first one's values, in place.
+    /// Gives every rank the values of `source`, in place.
     ///
     /// # Errors
     /// If the collective fails.
-    pub fn broadcast(&mut self, tensor: &mut Tensor) -> Result<(), WorkerError> {
-        self.collective.broadcast(0, &mut learn_torch::buffer(tensor)?)?;
+    pub fn broadcast(&mut self, source: usize, tensor: &mut Tensor) -> Result<(), WorkerError> {
+        self.collective.broadcast(source, &mut learn_torch::buffer(tensor)?)?;
         self.count_bytes();
         Ok(())
+    }
+
+    /// Gives every rank the bytes of `source`, however many those are.
+    ///
+    /// # Errors
+    /// If the collective fails.
+    pub fn broadcast_bytes(&mut self, source: usize, mut bytes: Vec<u8>) -> Result<Vec<u8>, WorkerError> {
+        let mut length = [bytes.len() as i64];
+        self.collective.broadcast(source, &mut Buffer::i64(&mut length))?;
+        bytes.resize(length[0].max(0) as usize, 0);
+        self.collective.broadcast(source, &mut Buffer::u8(&mut bytes))?;
+        self.count_bytes();
+        Ok(bytes)
     }
 
     /// Waits for every rank.

@@ -1,9 +1,13 @@
-//! The training task of a member: steps, evaluations and checkpoints until the job's last step or a stop.
+//! The training task: steps, evaluations and checkpoints until the job's last step or a stop, through any number of
+//! generations.
 //!
-//! Input: the feed's prepared steps. Output: step reports, evaluations, checkpoints. Invariants: every rank runs the
-//! same sequence of collectives, because each decision (stop, evaluate, save, best) follows from values that all ranks
-//! share; only rank 0 writes and speaks for the whole batch.
+//! Input: the feed's prepared steps. Output: step reports, evaluations, checkpoints. The [`Trainer`] is what a worker
+//! holds for as long as it lives; a [`Turn`] is its place in one generation. Invariants: every rank runs the
+//! same sequence of collectives, because each decision (stop, regroup, evaluate, save, best) follows from values that all
+//! ranks share; only rank 0 writes and speaks for the whole batch; an error of the collective leaves the state that of the
+//! last finished step.
 
+mod begin;
 mod exchange;
 mod non_finite;
 mod objective;
@@ -15,7 +19,7 @@ use std::path::Path;
 use std::time::Instant;
 
 pub use exchange::Exchange;
-use learn_domain::config::{Config, ItemInput, ObjectiveKind};
+use learn_domain::config::{Config, ItemInput};
 use learn_domain::plan::{Plan, PlanKey};
 use learn_domain::report::{DatasetFacts, Evaluation, Split, StepRecord};
 use learn_domain::schedule::learning_rate;
@@ -25,22 +29,19 @@ use learn_model::{AdamW, Forward, Parameters, Pch, PchShape};
 use learn_telemetry::Phase;
 pub use objective::{Conversion, FullSoftmax, InBatch, Objective};
 pub use passes::{rows_tensor, sequences};
-use save::{Need, on_cpu, signature, start_writer};
-use step::agree_on_start;
+use save::{Need, Speaker, on_cpu};
 pub use step::{PhaseClock, StepEnd, Stepper, Word};
+use tch::Kind;
 
-use crate::checkpoint::{self, Best, Snapshot, Writer};
-use crate::control::FinishedStep;
+use crate::checkpoint::{self, Best, Writer};
+use crate::control::{FinishedStep, Member, Place};
 use crate::error::WorkerError;
 use crate::evaluate::{Catalogue, Evaluator, Request};
 use crate::feed::assemble::Layout;
 use crate::feed::flight::DataClient;
 use crate::feed::{Feed, FeedSettings, UniformNegatives};
-use crate::init::{Origin, Weights};
-use crate::session::{Ended, Membership};
-
-/// Most items of the catalogue that a fresh start measures.
-const INIT_SAMPLE: usize = 16_384;
+use crate::init::Origin;
+use crate::session::{Ended, Session, Turn};
 
 /// The shape of the model that a configuration and a dataset make.
 #[must_use]
@@ -54,43 +55,30 @@ pub fn shape(config: &Config, dataset: &DatasetFacts) -> PchShape {
     }
 }
 
-/// Trains, from a checkpoint directory if one is given.
-///
-/// # Errors
-/// Anything that keeps the job from going on; what is already durable stays.
-pub fn run(membership: &Membership, exchange: Exchange, resume_from: Option<&str>) -> Result<Ended, WorkerError> {
-    let mut trainer = Trainer::new(membership, exchange)?;
-    match resume_from {
-        Some(path) => trainer.restore(Path::new(path))?,
-        None => trainer.initialize()?,
-    }
-    agree_on_start(&trainer.stepper.parameters, &mut trainer.exchange)?;
-    if membership.member.is_first() {
-        trainer.writer = Some(start_writer(membership));
-    }
-    trainer.hold();
-    let ended = trainer.train()?;
-    // every checkpoint is durable before any rank reads one; one that could not be written is told of when all is done
-    let saved = trainer.finish();
-    if ended == Ended::Done {
-        trainer.test()?;
-    }
-    saved?;
-    Ok(ended)
-}
-
-struct Trainer<'a> {
-    membership: &'a Membership,
+/// The training of one worker.
+pub struct Trainer<'a> {
+    session: &'a Session,
     config: &'a Config,
-    exchange: Exchange,
     stepper: Stepper,
     evaluator: Evaluator,
     data: DataClient,
+    /// Training interactions of each item, if the objective corrects for them.
+    popularity: Option<Vec<u32>>,
     /// On rank 0 only.
     writer: Option<Writer>,
+    /// Through which the writer speaks.
+    speaker: Speaker,
+    /// Checkpoint that the job starts with.
+    resume_from: Option<&'a Path>,
     steps_per_epoch: u64,
     total_steps: u64,
+    /// It has the job's state, not just initial values.
+    has_state: bool,
     finished: Step,
+    /// What follows the last finished step is done.
+    followed_up: bool,
+    /// Of the last finished step, for a generation in which nobody is left who has reported it.
+    last: Option<StepRecord>,
     best: Option<Best>,
     init: Option<Origin>,
     saved: Option<Step>,
@@ -101,8 +89,12 @@ struct Trainer<'a> {
 }
 
 impl<'a> Trainer<'a> {
-    fn new(membership: &'a Membership, exchange: Exchange) -> Result<Self, WorkerError> {
-        let admission = &membership.admission;
+    /// Makes everything that needs no other rank.
+    ///
+    /// # Errors
+    /// If model and dataset do not go together, or the data service refuses.
+    pub fn prepare(session: &'a Session, resume_from: Option<&'a str>) -> Result<Self, WorkerError> {
+        let admission = &session.admission;
         let (config, dataset) = (&admission.config, &admission.dataset);
         let plan = Plan::new(PlanKey {
             fingerprint: dataset.fingerprint.clone(),
@@ -111,15 +103,15 @@ impl<'a> Trainer<'a> {
             global_batch: config.training.global_batch,
         })?;
         let model = Pch::new(shape(config, dataset))?;
-        let mut parameters = Parameters::init(model.shape(), config.job.seed, membership.device);
+        let mut parameters = Parameters::init(model.shape(), config.job.seed, session.device);
         let mut optimizer = AdamW::new(&parameters, &config.optimizer);
         if config.training.freeze_towers {
             optimizer.spare(&parameters, |name| !cvr::owns(name));
         }
-        let handle = membership.member.handle();
-        let patience = membership.member.patience();
-        let data = handle.block_on(DataClient::new(&admission.data_locations, &membership.secret, patience))?;
-        let mut evaluator = Evaluator::new(membership, data.clone())?;
+        let handle = session.handle();
+        let patience = session.control.patience();
+        let data = handle.block_on(DataClient::new(&admission.data_locations, &session.secret, patience))?;
+        let evaluator = Evaluator::new(session, data.clone())?;
         let counted = config.objective.logq_correction || config.model.item_input == ItemInput::ContentId;
         let popularity = if counted { Some(handle.block_on(data.popularity())?) } else { None };
         if config.model.item_input == ItemInput::ContentId
@@ -128,16 +120,6 @@ impl<'a> Trainer<'a> {
             let unseen: Vec<bool> = counts.iter().map(|&count| count == 0).collect();
             parameters.freeze_item_vectors(&tch::Tensor::from_slice(&unseen));
         }
-        let objective = match config.objective.kind {
-            _ if config.training.freeze_towers => Objective::Frozen,
-            ObjectiveKind::DenseAllAction | ObjectiveKind::NextItem => {
-                let popularity = popularity.filter(|_| config.objective.logq_correction);
-                Objective::InBatch(InBatch::new(&config.objective, popularity.as_deref(), membership.device))
-            }
-            ObjectiveKind::FullSoftmax => {
-                Objective::FullSoftmax(FullSoftmax::new(&config.objective, evaluator.own_items(&exchange)?))
-            }
-        };
         let weight = config.objective.cvr_weight;
         let stepper = Stepper {
             model,
@@ -145,25 +127,31 @@ impl<'a> Trainer<'a> {
             optimizer,
             optimizer_config: config.optimizer.clone(),
             forward: Forward { train: !config.training.freeze_towers, precision: config.training.precision },
-            device: membership.device,
+            device: session.device,
             input_dim: dataset.embedding_dim as usize,
-            objective,
+            // each generation sets its own
+            objective: Objective::Frozen,
             conversion: config.objective.cvr_head().map(|_| Conversion { weight }),
             draw_seed: plan.draw_seed(),
-            clock: PhaseClock::new(membership.metrics.clone(), membership.progress.clone()),
+            clock: PhaseClock::new(session.metrics.clone(), session.progress.clone()),
         };
         let steps_per_epoch = plan.steps_per_epoch();
         Ok(Self {
-            membership,
+            session,
             config,
-            exchange,
             stepper,
             evaluator,
             data,
+            popularity: popularity.filter(|_| config.objective.logq_correction),
             writer: None,
+            speaker: Speaker::default(),
+            resume_from: resume_from.map(Path::new),
             steps_per_epoch,
             total_steps: config.training.total_steps(steps_per_epoch),
+            has_state: false,
             finished: Step(0),
+            followed_up: true,
+            last: None,
             best: None,
             init: None,
             saved: None,
@@ -172,81 +160,57 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// What a fresh start does beyond random weights: takes those of `training.init`, measures what is not among them.
-    fn initialize(&mut self) -> Result<(), WorkerError> {
-        let Stepper { model, parameters, .. } = &mut self.stepper;
-        let mut measured = model.measured();
-        // the other ranks take them over from the first one, so only its host needs the files
-        if let Some(path) = &self.config.training.init
-            && self.membership.member.is_first()
-        {
-            let weights = Weights::open(path)?;
-            self.init = Some(weights.origin.clone());
-            let dataset = &self.membership.admission.dataset.fingerprint;
-            let used = weights.apply(parameters, (model.shape(), dataset), self.config.training.init_partial)?;
-            tracing::info!(path = %path.display(), "{used}");
-            measured.retain(|name| used.fresh.iter().any(|fresh| fresh == name));
+    /// Takes part in one generation.
+    ///
+    /// # Errors
+    /// Anything that keeps the generation, or the job, from going on; what is already durable stays.
+    pub fn take_part(&mut self, turn: &mut Turn) -> Result<Ended, WorkerError> {
+        self.begin(turn)?;
+        let ended = self.train(turn)?;
+        if ended == Ended::Regroup {
+            return Ok(ended);
         }
-        if !measured.is_empty() {
-            let sample = self.evaluator.sample_items(INIT_SAMPLE)?;
-            model.measure(parameters, &sample, &measured);
+        // every checkpoint is durable before any rank reads one; one that could not be written is told of when all is done
+        let saved = self.finish(turn);
+        if ended == Ended::Done {
+            self.test(turn)?;
         }
-        Ok(())
+        saved?;
+        Ok(ended)
     }
 
-    /// Takes over parameters, moments and counters of a checkpoint.
-    fn restore(&mut self, path: &Path) -> Result<(), WorkerError> {
-        let signature = signature(&self.stepper.parameters);
-        let dataset = &self.membership.admission.dataset;
-        let expected = checkpoint::Expected { dataset, signature: Some(&signature) };
-        let Snapshot { state, model, optimizer } = checkpoint::read(path, Some(&expected))?;
-        // no rank may still read a checkpoint that the first one moves
-        self.exchange.barrier()?;
-        if self.membership.member.is_first() {
-            checkpoint::supersede_later(&self.membership.run_dir(), &state)?;
-        }
-        self.stepper.parameters.assign(model)?;
-        self.stepper.optimizer.load_state(&self.stepper.parameters, optimizer, state.optimizer_step)?;
-        self.finished = state.step;
-        self.saved = Some(state.step);
-        self.best = state.best;
-        self.init = state.init;
-        self.non_finite = state.non_finite;
-        self.membership.progress.finished(self.finished);
-        tracing::info!(step = %self.finished, checkpoint = %path.display(), "resumed");
-        Ok(())
-    }
-
-    fn train(&mut self) -> Result<Ended, WorkerError> {
+    fn train(&mut self, turn: &mut Turn) -> Result<Ended, WorkerError> {
         if self.finished.0 >= self.total_steps {
             return Ok(Ended::Done);
         }
-        let mut feed = self.start_feed();
+        let mut feed = self.start_feed(turn.member.place);
         let mut last_finished = Instant::now();
         while self.finished.0 < self.total_steps {
             self.stepper.clock.enter(Phase::DataWait);
             let prepared = feed.next_step()?;
             let rate = learning_rate(&self.config.optimizer, self.finished, self.total_steps);
-            let word = Word { stop: self.membership.stops.requested(), non_finite: self.non_finite };
-            let outcome = match self.stepper.step(&prepared, &mut self.exchange, rate, word)? {
+            let word = Word { after: self.session.signals.after(), non_finite: self.non_finite };
+            let outcome = match self.stepper.step(&prepared, &mut turn.exchange, rate, word)? {
                 StepEnd::Finished(outcome) => outcome,
                 StepEnd::Stopped => {
-                    self.save(Need::Kept)?;
+                    self.save(turn, Need::Kept)?;
                     return Ok(Ended::Stopped);
                 }
+                StepEnd::Regroup => return Ok(Ended::Regroup),
                 StepEnd::NonFinite(step) => {
-                    self.not_finite(prepared, step)?;
+                    self.not_finite(turn, prepared, step)?;
                     last_finished = Instant::now();
                     continue;
                 }
             };
             self.finished.0 += 1;
+            self.followed_up = false;
             let seconds = last_finished.elapsed().as_secs_f64();
             last_finished = Instant::now();
             let record = StepRecord {
                 step: self.finished,
                 epoch: prepared.meta.epoch,
-                generation: self.membership.member.place.generation,
+                generation: turn.member.place.generation,
                 loss: outcome.loss,
                 accuracy: outcome.accuracy,
                 learning_rate: rate,
@@ -258,8 +222,9 @@ impl<'a> Trainer<'a> {
                 cvr_loss: outcome.cvr_loss,
             };
             let tokens = prepared.micro_batches.iter().map(|(batch, _)| batch.tokens).sum();
-            self.report(record, tokens, prepared.users)?;
-            self.after_step()?;
+            self.last = Some(record.clone());
+            self.report(&turn.member, record, tokens, prepared.users)?;
+            self.after_step(turn)?;
             // evaluating and saving are not part of the next step
             if self.finished.0.is_multiple_of(self.steps_per_epoch) {
                 last_finished = Instant::now();
@@ -268,8 +233,7 @@ impl<'a> Trainer<'a> {
         Ok(Ended::Done)
     }
 
-    fn start_feed(&self) -> Feed {
-        let place = self.membership.member.place;
+    fn start_feed(&self, place: Place) -> Feed {
         let settings = FeedSettings {
             rank: place.rank.0,
             world_size: place.world_size,
@@ -277,7 +241,7 @@ impl<'a> Trainer<'a> {
             layout: Layout::new(&self.config.objective, self.config.training.micro_batch),
             uniform: UniformNegatives {
                 seed: self.stepper.draw_seed,
-                items: self.membership.admission.dataset.items,
+                items: self.session.admission.dataset.items,
                 count: self.config.objective.uniform_negatives,
             },
             prefetch_steps: self.config.cluster.prefetch_steps,
@@ -285,14 +249,14 @@ impl<'a> Trainer<'a> {
             cache_bytes: self.config.cluster.row_cache.0,
             times: self.config.model.reads_times(),
         };
-        let handle = self.membership.member.handle().clone();
-        Feed::start(handle, self.data.clone(), settings, self.membership.metrics.clone())
+        let handle = self.session.handle().clone();
+        Feed::start(handle, self.data.clone(), settings, self.session.metrics.clone())
     }
 
     /// `tokens` and `users` are this rank's share of the step.
-    fn report(&self, record: StepRecord, tokens: u64, users: Vec<u32>) -> Result<(), WorkerError> {
-        let metrics = &self.membership.metrics;
-        self.membership.progress.finished(record.step);
+    fn report(&self, member: &Member, record: StepRecord, tokens: u64, users: Vec<u32>) -> Result<(), WorkerError> {
+        let metrics = &self.session.metrics;
+        self.session.progress.finished(record.step);
         metrics.step.set(record.step.0 as i64);
         metrics.loss.set(record.loss);
         metrics.accuracy.set(record.accuracy);
@@ -303,35 +267,35 @@ impl<'a> Trainer<'a> {
         metrics.tokens_total.inc_by(tokens);
         metrics.samples_per_second.set(users.len() as f64 / record.seconds);
         metrics.tokens_per_second.set(tokens as f64 / record.seconds);
-        self.membership.member.report_step(FinishedStep {
+        member.report_step(FinishedStep {
             step: record.step,
             epoch: record.epoch,
             users: users.into_iter().map(UserIndex).collect(),
-            record: self.membership.member.is_first().then_some(record),
+            record: member.is_first().then_some(record),
         })?;
         Ok(())
     }
 
     /// Evaluates and saves where the configuration says so.
-    fn after_step(&mut self) -> Result<(), WorkerError> {
+    fn after_step(&mut self, turn: &mut Turn) -> Result<(), WorkerError> {
         let step = self.finished.0;
         let last = step == self.total_steps;
         let epochs = if step.is_multiple_of(self.steps_per_epoch) { (step / self.steps_per_epoch) as u32 } else { 0 };
         let due = |every: u32| every > 0 && epochs > 0 && epochs.is_multiple_of(every);
         let mut is_best = false;
         if due(self.config.evaluation.every_epochs) || last {
-            let evaluation = self.evaluate(Split::Valid)?;
+            let evaluation = self.evaluate(turn, Split::Valid)?;
             is_best = self.note_best(&evaluation)?;
         }
         let every_steps = self.config.checkpoint.every_steps;
         let by_steps = every_steps > 0 && step.is_multiple_of(every_steps);
         if last || (is_best && self.config.checkpoint.keep_best) {
-            self.save(Need::Kept)
+            self.save(turn, Need::Kept)?;
         } else if by_steps || due(self.config.checkpoint.every_epochs) {
-            self.save(Need::Due)
-        } else {
-            Ok(())
+            self.save(turn, Need::Due)?;
         }
+        self.followed_up = true;
+        Ok(())
     }
 
     /// Every rank comes to the same verdict, because the evaluation is summed over ranks.
@@ -344,58 +308,70 @@ impl<'a> Trainer<'a> {
                 evaluation.split
             )));
         };
-        let better = self.best.as_ref().is_none_or(|best| value > best.value);
+        // the same evaluation again, after a generation that did not bring what follows it to its end, is the best still
+        let better = self.best.as_ref().is_none_or(|best| value > best.value || best.step == self.finished);
         if better && self.config.checkpoint.keep_best {
             self.best = Some(Best { step: self.finished, metric: metric.clone(), value });
         }
         Ok(better)
     }
 
-    fn evaluate(&mut self, split: Split) -> Result<Evaluation, WorkerError> {
-        self.membership.progress.enter("evaluation");
-        // between the epochs the metrics alone are wanted
-        let full = split == Split::Test;
-        let request = Request { split, step: self.finished, epoch: self.epochs_done(), full };
+    /// Evaluates the state after the last finished step.
+    fn evaluate(&mut self, turn: &mut Turn, split: Split) -> Result<Evaluation, WorkerError> {
+        let request = self.request(split, self.finished);
         let catalogue = Catalogue { model: &self.stepper.model, parameters: &self.stepper.parameters };
-        let evaluation = self.evaluator.evaluate(&catalogue, &mut self.exchange, &request)?;
-        if self.membership.member.is_first() {
-            self.membership.member.report_evaluation(&evaluation)?;
-        }
-        Ok(evaluation)
+        evaluate_at(self.session, (&mut self.evaluator, catalogue), turn, &request)
     }
 
-    fn epochs_done(&self) -> u32 {
-        (self.finished.0 / self.steps_per_epoch) as u32
+    fn request(&self, split: Split, step: Step) -> Request {
+        // between the epochs the metrics alone are wanted
+        Request { split, step, epoch: (step.0 / self.steps_per_epoch) as u32, full: split == Split::Test }
     }
 
-    /// Tests with the best checkpoint that is on disk, or with the last parameters if none is kept.
-    fn test(&mut self) -> Result<(), WorkerError> {
-        if let Some(best) = self.best.clone() {
-            let found = self.best_on_disk()?;
-            if found != Some(best.step) {
-                tracing::warn!(best = %best.step, ?found, "the best checkpoint could not be kept");
-            }
-            if let Some(step) = found.filter(|step| *step != self.finished) {
-                let snapshot = checkpoint::read(&self.membership.run_dir().checkpoint(step), None)?;
-                self.stepper.parameters.assign(snapshot.model)?;
-                self.finished = step;
-            }
+    /// Tests with the best checkpoint that is on disk, or with the last parameters if none is kept; the state stays that of
+    /// the last step, for a generation that may have to do it again.
+    fn test(&mut self, turn: &mut Turn) -> Result<(), WorkerError> {
+        let Some(best) = self.best.clone() else { return self.evaluate(turn, Split::Test).map(drop) };
+        let found = self.best_on_disk(turn)?;
+        if found != Some(best.step) {
+            tracing::warn!(best = %best.step, ?found, "the best checkpoint could not be kept");
         }
-        self.evaluate(Split::Test)?;
-        Ok(())
+        let Some(step) = found.filter(|step| *step != self.finished) else {
+            return self.evaluate(turn, Split::Test).map(drop);
+        };
+        let snapshot = checkpoint::read(&self.session.run_dir().checkpoint(step), None)?;
+        let model = &self.stepper.model;
+        let parameters = Parameters::load(model.shape(), snapshot.model, Kind::Float, self.session.device)?;
+        let (catalogue, request) = (Catalogue { model, parameters: &parameters }, self.request(Split::Test, step));
+        evaluate_at(self.session, (&mut self.evaluator, catalogue), turn, &request).map(drop)
     }
 
     /// The step of the best checkpoint on disk, which `eval` and `export` take too. The first rank looks and tells the
     /// others, so that all have the same parameters whatever a shared disk shows each of them.
-    fn best_on_disk(&mut self) -> Result<Option<Step>, WorkerError> {
+    fn best_on_disk(&self, turn: &mut Turn) -> Result<Option<Step>, WorkerError> {
         let mut found = [0];
-        if self.membership.member.is_first() {
-            let run = self.membership.run_dir();
+        if turn.is_first() {
+            let run = self.session.run_dir();
             let best = checkpoint::read_best(&run).filter(|best| run.checkpoint(best.step).exists());
             // no checkpoint is of step 0
             found[0] = best.map_or(0, |best| best.step.0 as i64);
         }
-        self.exchange.sum_i64(&mut found)?;
+        turn.exchange.sum_i64(&mut found)?;
         Ok((found[0] > 0).then_some(Step(found[0] as u64)))
     }
+}
+
+/// Evaluates on all ranks; the first one reports.
+fn evaluate_at(
+    session: &Session,
+    (evaluator, catalogue): (&mut Evaluator, Catalogue<'_>),
+    turn: &mut Turn,
+    request: &Request,
+) -> Result<Evaluation, WorkerError> {
+    session.progress.enter("evaluation");
+    let evaluation = evaluator.evaluate(&catalogue, &mut turn.exchange, request)?;
+    if turn.is_first() {
+        turn.member.report_evaluation(&evaluation)?;
+    }
+    Ok(evaluation)
 }

@@ -11,10 +11,11 @@ use learn_domain::{Step, UserIndex};
 use tch::Tensor;
 
 use super::passes::{Embeddings, Share};
-use super::{Need, Trainer, on_cpu};
+use super::{Exchange, Need, Trainer, on_cpu};
 use crate::control::FinishedStep;
 use crate::error::WorkerError;
 use crate::feed::PreparedStep;
+use crate::session::Turn;
 
 /// A step that was not applied.
 #[derive(Clone, Debug, PartialEq)]
@@ -73,16 +74,21 @@ impl Trainer<'_> {
     ///
     /// # Errors
     /// [`WorkerError::NonFiniteStep`] if the training stops here; a checkpoint of the steps before is durable then.
-    pub(super) fn not_finite(&mut self, prepared: PreparedStep, step: NonFiniteStep) -> Result<(), WorkerError> {
+    pub(super) fn not_finite(
+        &mut self,
+        turn: &mut Turn,
+        prepared: PreparedStep,
+        step: NonFiniteStep,
+    ) -> Result<(), WorkerError> {
         let training = &self.config.training;
         let action = training.non_finite.action(step.before, training.non_finite_budget);
         self.non_finite = step.before.saturating_add(1);
-        self.tell(&prepared, &step, action)?;
+        self.tell(turn, &prepared, &step, action)?;
         match action {
             NonFinite::Stop => {
                 if self.finished.0 > 0 && self.finite() {
-                    self.save(Need::Kept)?;
-                    self.finish()?;
+                    self.save(turn, Need::Kept)?;
+                    self.finish(turn)?;
                 }
                 let what = if step.loss.is_finite() { "gradient" } else { "loss" };
                 return Err(WorkerError::NonFiniteStep { step: Step(self.finished.0 + 1), what });
@@ -101,29 +107,37 @@ impl Trainer<'_> {
         }
         // its users have had their turn; it has no numbers that a record could hold
         self.finished.0 += 1;
-        self.membership.progress.finished(self.finished);
-        self.membership.member.report_step(FinishedStep {
+        self.followed_up = false;
+        self.last = None;
+        self.session.progress.finished(self.finished);
+        turn.member.report_step(FinishedStep {
             step: self.finished,
             epoch: prepared.meta.epoch,
             users: prepared.users.into_iter().map(UserIndex).collect(),
             record: None,
         })?;
-        self.after_step()
+        self.after_step(turn)
     }
 
     /// Gathers the users from all ranks; the first one reports.
-    fn tell(&mut self, prepared: &PreparedStep, step: &NonFiniteStep, action: NonFinite) -> Result<(), WorkerError> {
-        let mut users = self.gather_users(&step.suspects)?;
+    fn tell(
+        &self,
+        turn: &mut Turn,
+        prepared: &PreparedStep,
+        step: &NonFiniteStep,
+        action: NonFinite,
+    ) -> Result<(), WorkerError> {
+        let mut users = gather_users(&mut turn.exchange, &step.suspects)?;
         let suspected = !users.is_empty();
         if !suspected {
-            users = self.gather_users(&prepared.users)?;
+            users = gather_users(&mut turn.exchange, &prepared.users)?;
         }
-        if !self.membership.member.is_first() {
+        if !turn.is_first() {
             return Ok(());
         }
         let user_count = users.len() as u64;
         users.truncate(MAX_NAMED_USERS);
-        self.membership.member.report_event(&Happening::NonFinite {
+        turn.member.report_event(&Happening::NonFinite {
             step: Step(self.finished.0 + 1),
             loss: Some(step.loss).filter(|loss| loss.is_finite()),
             gradient_norm: step.gradient_norm.filter(|norm| norm.is_finite()),
@@ -134,18 +148,18 @@ impl Trainer<'_> {
         })?;
         Ok(())
     }
+}
 
-    /// The users that all ranks name, ascending.
-    fn gather_users(&mut self, mine: &[u32]) -> Result<Vec<UserIndex>, WorkerError> {
-        let world = self.exchange.world_size();
-        let counts = self.exchange.gather_i64(&mut [mine.len() as i64], &vec![1; world])?;
-        let counts: Vec<usize> = counts.into_iter().map(|count| count.max(0) as usize).collect();
-        let mut mine: Vec<i64> = mine.iter().map(|&user| user.into()).collect();
-        let all = self.exchange.gather_i64(&mut mine, &counts)?;
-        let mut users: Vec<UserIndex> = all.into_iter().map(|user| UserIndex(user as u32)).collect();
-        users.sort_unstable();
-        Ok(users)
-    }
+/// The users that all ranks name, ascending.
+fn gather_users(exchange: &mut Exchange, mine: &[u32]) -> Result<Vec<UserIndex>, WorkerError> {
+    let world = exchange.world_size();
+    let counts = exchange.gather_i64(&mut [mine.len() as i64], &vec![1; world])?;
+    let counts: Vec<usize> = counts.into_iter().map(|count| count.max(0) as usize).collect();
+    let mut mine: Vec<i64> = mine.iter().map(|&user| user.into()).collect();
+    let all = exchange.gather_i64(&mut mine, &counts)?;
+    let mut users: Vec<UserIndex> = all.into_iter().map(|user| UserIndex(user as u32)).collect();
+    users.sort_unstable();
+    Ok(users)
 }
 
 #[cfg(test)]

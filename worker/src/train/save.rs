@@ -4,6 +4,7 @@
 //! a moment at most for a slow disk, but for a checkpoint that is to be kept (the best, the last); a checkpoint that could
 //! not be written is an event, and only that of the end is an error, after it was tried again.
 
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use learn_domain::event::Happening;
@@ -12,8 +13,9 @@ use tch::Tensor;
 
 use super::Trainer;
 use crate::checkpoint::{self, Snapshot, State, Writer, Written};
+use crate::control::{ControlError, Member};
 use crate::error::WorkerError;
-use crate::session::Membership;
+use crate::session::{Session, Turn};
 
 /// Pauses before the last checkpoint is tried again.
 const RETRIES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
@@ -32,19 +34,19 @@ pub(super) enum Need {
 
 impl Trainer<'_> {
     /// Hands the state after the last finished step to the writer, once; never parameters that are not finite.
-    pub(super) fn save(&mut self, need: Need) -> Result<(), WorkerError> {
+    pub(super) fn save(&mut self, turn: &Turn, need: Need) -> Result<(), WorkerError> {
         if self.saved == Some(self.finished) || !self.finite() {
             return Ok(());
         }
         self.hold();
         if need == Need::Due && self.writer.as_mut().is_some_and(|writer| !writer.ready(HOLD_BACK)) {
-            self.membership.member.report_event(&Happening::CheckpointSkipped { step: self.finished })?;
+            turn.member.report_event(&Happening::CheckpointSkipped { step: self.finished })?;
             return Ok(());
         }
         self.saved = Some(self.finished);
         let Some(writer) = &mut self.writer else { return Ok(()) };
-        self.membership.progress.enter("checkpoint");
-        let (dataset, stepper) = (&self.membership.admission.dataset, &self.stepper);
+        self.session.progress.enter("checkpoint");
+        let (dataset, stepper) = (&self.session.admission.dataset, &self.stepper);
         let state = State {
             version: checkpoint::VERSION,
             step: self.finished,
@@ -70,14 +72,14 @@ impl Trainer<'_> {
     ///
     /// # Errors
     /// [`WorkerError::Unsaved`].
-    pub(super) fn finish(&mut self) -> Result<(), WorkerError> {
-        self.membership.progress.enter("finishing");
+    pub(super) fn finish(&mut self, turn: &Turn) -> Result<(), WorkerError> {
+        self.session.progress.enter("finishing");
         let mut pauses = RETRIES.iter();
         while let Some(Err(error)) = self.writer.as_mut().map(Writer::settle) {
             let Some(pause) = pauses.next() else { return Err(WorkerError::Unsaved(error)) };
             std::thread::sleep(*pause);
             self.saved = None;
-            self.save(Need::Kept)?;
+            self.save(turn, Need::Kept)?;
         }
         Ok(())
     }
@@ -93,21 +95,59 @@ pub(super) fn signature(parameters: &Parameters) -> String {
     format!("{:016x}", parameters.signature())
 }
 
-pub(super) fn start_writer(membership: &Membership) -> Writer {
-    let (member, metrics) = (membership.member.clone(), membership.metrics.clone());
-    let keep_last = membership.admission.config.checkpoint.keep_last;
-    Writer::start(membership.run_dir(), keep_last, move |written| match written {
+/// The member of the present generation, for a writer that outlives generations.
+#[derive(Clone, Default)]
+pub(super) struct Speaker(Arc<(Mutex<Option<Member>>, Condvar)>);
+
+impl Speaker {
+    /// Another generation has begun.
+    pub(super) fn set(&self, member: Member) {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(member);
+        self.0.1.notify_all();
+    }
+
+    /// Says something as the present member, and if its generation had ended before, once more in the next; `patience` is
+    /// how long that may take to come.
+    fn say(&self, patience: Duration, what: impl Fn(&Member) -> Result<(), ControlError>) -> Result<(), ControlError> {
+        let mut member = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let Some(present) = member.clone() else { return Err(ControlError::Silent) };
+            drop(member);
+            let error = match what(&present) {
+                Err(error @ ControlError::Ended { .. }) => error,
+                said => return said,
+            };
+            let same = |known: &mut Option<Member>| {
+                known.as_ref().is_some_and(|known| known.place.generation == present.place.generation)
+            };
+            let known = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let (known, waited) =
+                self.0.1.wait_timeout_while(known, patience, same).unwrap_or_else(PoisonError::into_inner);
+            if waited.timed_out() {
+                return Err(error);
+            }
+            member = known;
+        }
+    }
+}
+
+pub(super) fn start_writer(session: &Session, speaker: Speaker) -> Writer {
+    let (metrics, config) = (session.metrics.clone(), &session.admission.config);
+    let patience = config.cluster.stop_within();
+    Writer::start(session.run_dir(), config.checkpoint.keep_last, move |written| match written {
         Written::Committed { step, path, duration } => {
             metrics.checkpoint_age_seconds.mark();
             metrics.checkpoint_seconds.observe(duration.as_secs_f64());
-            if let Err(error) = member.commit_checkpoint(step, path.display().to_string()) {
+            let path = path.display().to_string();
+            if let Err(error) = speaker.say(patience, |member| member.commit_checkpoint(step, path.clone())) {
                 tracing::warn!(%error, %step, "the coordinator was not told of a checkpoint");
             }
         }
         Written::Failed { step, error } => {
             let reason = error.to_string();
             tracing::error!(%step, reason, "a checkpoint could not be written; training goes on");
-            if let Err(error) = member.report_event(&Happening::CheckpointFailed { step, reason }) {
+            let happening = Happening::CheckpointFailed { step, reason };
+            if let Err(error) = speaker.say(patience, |member| member.report_event(&happening)) {
                 tracing::warn!(%error, %step, "the coordinator was not told of a failed checkpoint");
             }
         }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use learn_domain::config::OptimizerConfig;
 use learn_domain::random;
 use learn_model::{AdamW, Forward, Parameters, Pch, optimizer};
+use learn_proto::convert::AfterStep;
 use learn_telemetry::{Phase, WorkerMetrics};
 use tch::Device;
 
@@ -58,8 +59,8 @@ pub struct StepOutcome {
 /// What a rank has to say before a step.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Word {
-    /// It was asked to stop before this step.
-    pub stop: bool,
+    /// What it was asked to do before this step.
+    pub after: AfterStep,
     /// Steps of the run whose loss or gradient was not finite, as it has counted them.
     pub non_finite: u32,
 }
@@ -70,6 +71,8 @@ pub enum StepEnd {
     Finished(StepOutcome),
     /// A rank was asked to stop before it: nothing was done on any rank.
     Stopped,
+    /// A rank was asked to end the generation before it: nothing was done on any rank.
+    Regroup,
     /// Loss or gradient was not finite: parameters and moments are as they were.
     NonFinite(NonFiniteStep),
 }
@@ -80,7 +83,7 @@ impl StepEnd {
     pub fn finished(self) -> Option<StepOutcome> {
         match self {
             Self::Finished(outcome) => Some(outcome),
-            Self::Stopped | Self::NonFinite(_) => None,
+            Self::Stopped | Self::Regroup | Self::NonFinite(_) => None,
         }
     }
 }
@@ -137,11 +140,13 @@ impl Stepper {
             tokens: share.tokens as i64,
             padded_tokens: share.padded_tokens as i64,
             exposures: share.exposures.count(),
-            stop: word.stop,
+            after: word.after,
             non_finite: word.non_finite.into(),
         })?;
-        if announced.iter().any(|said| said.stop) {
-            return Ok(StepEnd::Stopped);
+        match announced.iter().map(|said| said.after).max() {
+            Some(AfterStep::Stop) => return Ok(StepEnd::Stopped),
+            Some(AfterStep::Regroup) => return Ok(StepEnd::Regroup),
+            Some(AfterStep::Continue) | None => {}
         }
         let counts = |part: fn(&Announcement) -> i64| announced.iter().map(|said| part(said) as usize).collect();
         let (row_counts, item_counts): (Vec<usize>, Vec<usize>) =
@@ -222,23 +227,5 @@ impl Stepper {
             tokens,
             padding_share: 1.0 - tokens as f64 / padded.max(1) as f64,
         }))
-    }
-}
-
-/// Makes every rank start with the first one's parameters, after a comparison of their names and shapes. Ranks would come
-/// to the same values by themselves, but for rounding on different processors.
-///
-/// # Errors
-/// If a rank has other parameters, or the collective fails.
-pub fn agree_on_start(parameters: &Parameters, exchange: &mut Exchange) -> Result<(), WorkerError> {
-    let mut mine = [parameters.signature() as i64];
-    let all = exchange.gather_i64(&mut mine, &vec![1; exchange.world_size()])?;
-    if all.iter().any(|theirs| *theirs != mine[0]) {
-        return Err(WorkerError::Signature);
-    }
-    exchange.broadcast(&mut parameters.flat().shallow_clone())?;
-    match parameters.item_vectors() {
-        Some(table) => exchange.broadcast(&mut table.shallow_clone()),
-        None => Ok(()),
     }
 }

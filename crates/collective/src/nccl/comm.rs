@@ -147,7 +147,7 @@ mod tests {
 
     #[test]
     fn a_wait_ends_done_aborted_at_its_deadline_or_with_an_error() {
-        let (aborter, long) = (Aborter::new(Vec::new()), Call::start("barrier", Duration::from_secs(60)));
+        let (aborter, long) = (Aborter::default(), Call::start("barrier", Duration::from_secs(60)));
         let mut looks = 0;
         wait(&long, &aborter, || {
             looks += 1;

@@ -51,6 +51,7 @@ pub(super) fn decode(group: &Group, bytes: &[u8]) -> Result<ncclUniqueId, Collec
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Aborter;
     use std::time::Duration;
 
     fn group(secret: &str, generation: u64) -> Group {
@@ -62,6 +63,7 @@ mod tests {
             bind: String::new(),
             advertise: String::new(),
             timeout: Duration::ZERO,
+            aborter: Aborter::default(),
         }
     }
 

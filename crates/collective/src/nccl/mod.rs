@@ -63,7 +63,7 @@ pub fn connect_nccl(
     } else {
         identity::decode(&group, &group::get(rendezvous, KEY, 0, &call)?)?
     };
-    let aborter = Aborter::new(Vec::new());
+    let aborter = group.aborter.clone();
     let membership = Membership { rank: group.rank, world_size: group.world_size, id };
     let comm = Comm::join(nccl, &membership, &call, &aborter)?;
     Ok(Box::new(NcclCollective {

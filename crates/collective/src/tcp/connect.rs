@@ -11,7 +11,7 @@ use super::handshake::{self, PROOF_BYTES, REPLY_BYTES, Terms};
 use super::listen::Door;
 use crate::call::Call;
 use crate::secret::Key;
-use crate::{CollectiveError, Group, Rendezvous, group};
+use crate::{Aborter, CollectiveError, Group, Rendezvous, group};
 
 /// Between two attempts to reach a worker whose connection failed.
 const RETRY: Duration = Duration::from_millis(100);
@@ -27,8 +27,9 @@ pub(super) fn ring(group: &Group, rendezvous: &dyn Rendezvous) -> Result<Duplex,
     let target = String::from_utf8(group::get(rendezvous, &key, next, &call)?)
         .map_err(|_| CollectiveError::Rendezvous { key, reason: "the value is not an address".to_owned() })?;
 
-    let dial = Dial { target, terms: Terms::new(group, group.rank, next), peer: next, call: &call };
-    let door = Door { listener, terms: Terms::new(group, previous, group.rank), peer: previous, call: &call };
+    let (call, aborter) = (&call, &group.aborter);
+    let dial = Dial { target, terms: Terms::new(group, group.rank, next), peer: next, call, aborter };
+    let door = Door { listener, terms: Terms::new(group, previous, group.rank), peer: previous, call, aborter };
     let (mut failed, give_up) = UnixStream::pair().map_err(|error| local(error, group))?;
     let (dialled, came) = std::thread::scope(|scope| {
         let dialling = scope.spawn(|| {
@@ -86,6 +87,7 @@ struct Dial<'a> {
     terms: Terms,
     peer: usize,
     call: &'a Call,
+    aborter: &'a Aborter,
 }
 
 enum Attempt {
@@ -103,7 +105,10 @@ impl Dial<'_> {
     /// Tries until the deadline; being refused ends it at once, since it would be refused again.
     fn run(&self) -> Result<(TcpStream, Key), CollectiveError> {
         loop {
-            match self.attempt() {
+            let attempt = self.attempt();
+            // what failed by the abort is not to be told as something else
+            self.aborter.check()?;
+            match attempt {
                 Ok(connection) => return Ok(connection),
                 Err(Attempt::Refused(reason)) => return Err(CollectiveError::Refused { peer: self.peer, reason }),
                 // A worker publishes its address after it listens, and listens until its neighbour came or it failed.
@@ -135,6 +140,7 @@ impl Dial<'_> {
             }
         }
         let mut stream = stream.ok_or(last)?;
+        self.aborter.watch(Arc::new(stream.try_clone()?));
         // The listener may still wait for its own rendezvous, so the answer may take until the deadline.
         stream.set_read_timeout(Some(left()?))?;
         stream.set_write_timeout(Some(left()?))?;

@@ -189,6 +189,7 @@ pub(super) fn proof(bytes: &[u8]) -> blake3::Hash {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Aborter;
     use std::time::Duration;
 
     fn group(secret: &str, generation: u64, world_size: usize) -> Group {
@@ -200,6 +201,7 @@ mod tests {
             bind: "127.0.0.1".into(),
             advertise: "127.0.0.1".into(),
             timeout: Duration::from_secs(1),
+            aborter: Aborter::default(),
         }
     }
 

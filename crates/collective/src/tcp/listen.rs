@@ -11,12 +11,14 @@ use std::time::{Duration, Instant};
 
 use super::handshake::{self, HELLO_BYTES, Hello, PROOF_BYTES, Terms, Verdict};
 use super::poll;
-use crate::CollectiveError;
 use crate::call::Call;
 use crate::secret::Key;
+use crate::{Aborter, CollectiveError};
 
 /// How long a connection may take with its side of the handshake.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How soon an abort is noticed.
+const ABORT_LOOK: Duration = Duration::from_millis(50);
 /// Connections watched at a time; the oldest makes room.
 const SLOTS: usize = 64;
 
@@ -52,13 +54,14 @@ pub(super) struct Door<'a> {
     pub(super) terms: Terms,
     pub(super) peer: usize,
     pub(super) call: &'a Call,
+    pub(super) aborter: &'a Aborter,
 }
 
 impl Door<'_> {
     /// Waits for the peer; `None` when `give_up` became readable first.
     ///
     /// # Errors
-    /// `Refused` when the wait ended and a worker had been turned away, `Deadline` when nobody came.
+    /// `Refused` when the wait ended and a worker had been turned away, `Deadline` when nobody came, `Aborted`.
     pub(super) fn wait(self, give_up: &UnixStream) -> Result<Option<(TcpStream, Key)>, CollectiveError> {
         let failed = |error: io::Error| CollectiveError::Listen {
             address: self.listener.local_addr().map_or_else(|_| "its port".to_owned(), |address| address.to_string()),
@@ -70,8 +73,10 @@ impl Door<'_> {
         loop {
             let mut entries = vec![poll::readable(give_up.as_fd()), poll::readable(self.listener.as_fd())];
             entries.extend(visitors.iter().map(|visitor| poll::readable(visitor.stream.as_fd())));
-            let until = visitors.iter().map(|visitor| visitor.until).fold(self.call.until(), Instant::min);
+            let until = self.call.until().min(Instant::now() + ABORT_LOOK);
+            let until = visitors.iter().map(|visitor| visitor.until).fold(until, Instant::min);
             poll::wait(&mut entries, until).map_err(failed)?;
+            self.aborter.check()?;
             if entries[0].revents != 0 {
                 return turned_away
                     .map_or(Ok(None), |reason| Err(CollectiveError::Refused { peer: self.peer, reason }));

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 pub use learn_collective::MemoryRendezvous as Store;
-use learn_collective::{Buffer, Collective, CollectiveError, Group, connect_tcp};
+use learn_collective::{Aborter, Buffer, Collective, CollectiveError, Group, connect_tcp};
 
 /// Long enough never to matter in a test that passes.
 pub const PATIENT: Duration = Duration::from_secs(60);
@@ -19,6 +19,7 @@ pub fn group(rank: usize, world_size: usize, timeout: Duration) -> Group {
         bind: "127.0.0.1".into(),
         advertise: "127.0.0.1".into(),
         timeout,
+        aborter: Aborter::default(),
     }
 }
 

@@ -164,6 +164,7 @@ mod tests {
         assert_eq!(refused(|c| c.evaluation.segments.head_items = 0.0), "evaluation.segments.head_items");
         assert_eq!(refused(|c| c.evaluation.segments.active_users = 5), "evaluation.segments.active_users");
         assert_eq!(refused(|c| c.cluster.workers = 0), "cluster.workers");
+        assert_eq!(refused(|c| c.cluster.min_workers = c.cluster.workers + 1), "cluster.min_workers");
         assert_eq!(refused(|c| c.checkpoint.metric = "loss".into()), "checkpoint.metric");
         assert_eq!(refused(|c| c.checkpoint.metric = "cvr.auc".into()), "checkpoint.metric");
         assert_eq!(refused(|c| c.objective.cvr_weight = -1.0), "objective.cvr_weight");

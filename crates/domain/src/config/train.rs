@@ -330,8 +330,14 @@ impl Default for CheckpointConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ClusterConfig {
-    /// Workers of the job (the world size).
+    /// Workers of the job (the world size it starts with).
     pub workers: u32,
+    /// The job goes on with so many when others are lost, and waits for more (`join_timeout`) with fewer.
+    pub min_workers: u32,
+    /// Worker processes that `learn-launch` starts in place of lost ones, over the whole job.
+    pub max_restarts: u32,
+    /// Recoveries in a row without a finished step between them, after which the job is given up (exit code 7).
+    pub max_recoveries: u32,
     pub device: DeviceKind,
     /// Address that local processes bind to.
     pub bind: String,
@@ -346,12 +352,13 @@ pub struct ClusterConfig {
     /// Workers wait this long for a coordinator or data service that is away, and go on as far as what they have fetched
     /// reaches; then they give up.
     pub coordinator_timeout: Span,
-    /// All workers must have joined within this.
+    /// All workers must have joined within this; after losses `min_workers` of them.
     pub join_timeout: Span,
     /// A collective operation that takes longer fails.
     pub collective_timeout: Span,
     /// A job that was asked to stop has this long to finish its step and write a checkpoint; then it ends without those
-    /// who have not left. "0s" = as long as `collective_timeout` and `heartbeat_timeout` together.
+    /// who have not left. A worker that was told to leave a broken generation has as long, and is lost after it. "0s" = as
+    /// long as `collective_timeout` and `heartbeat_timeout` together.
     pub stop_timeout: Span,
     /// Steps that a worker fetches ahead.
     pub prefetch_steps: u32,
@@ -374,6 +381,9 @@ impl Default for ClusterConfig {
     fn default() -> Self {
         Self {
             workers: 2,
+            min_workers: 1,
+            max_restarts: 10,
+            max_recoveries: 5,
             device: DeviceKind::Auto,
             bind: "127.0.0.1".into(),
             grpc_port: 0,
@@ -426,6 +436,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         ("evaluation.batch_users", evaluation.batch_users.into()),
         ("checkpoint.keep_last", checkpoint.keep_last.into()),
         ("cluster.workers", cluster.workers.into()),
+        ("cluster.min_workers", cluster.min_workers.into()),
         ("cluster.prefetch_steps", cluster.prefetch_steps.into()),
     ];
     let fail = |key, problem: &str| Err(ConfigError { key, problem: problem.into() });
@@ -539,6 +550,9 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         if checkpoint.keep_best && !of_head {
             return fail("checkpoint.metric", "does not change with frozen towers; set cvr.auc, cvr.uauc or cvr.wuauc");
         }
+    }
+    if cluster.min_workers > cluster.workers {
+        return fail("cluster.min_workers", "must be at most cluster.workers");
     }
     if cluster.heartbeat_timeout <= cluster.heartbeat_interval {
         return fail("cluster.heartbeat_timeout", "must be longer than cluster.heartbeat_interval");

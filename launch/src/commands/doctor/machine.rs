@@ -8,7 +8,7 @@ use learn_domain::config::DeviceKind;
 
 use super::Check;
 use crate::render::bytes;
-use crate::{job, system};
+use crate::{crew, system};
 
 /// Below this a run may fill the disk with its checkpoints.
 const MIN_DISK: u64 = 5 << 30;
@@ -40,8 +40,9 @@ fn system_check() -> Check {
 }
 
 fn cores(config: &Config) -> Check {
-    let (cores, workers) = (job::cores(), config.cluster.workers as usize);
-    let found = format!("{cores}, {} for each of {workers} workers", job::threads_per_worker(config));
+    let (cores, workers) = (crew::cores(), config.cluster.workers as usize);
+    let found =
+        format!("{cores}, {} for each of {workers} workers", crew::threads_per_worker(config, config.cluster.workers));
     if config.cluster.device != DeviceKind::Cuda && workers > cores {
         Check::warning("cores", found, format!("workers share cores: set cluster.workers to at most {cores}"))
     } else {

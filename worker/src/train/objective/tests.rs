@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use half::f16;
-use learn_collective::{Group, MemoryRendezvous, connect_tcp};
+use learn_collective::{Aborter, Group, MemoryRendezvous, connect_tcp};
 use learn_domain::UserIndex;
 use learn_domain::config::{Config, ItemInput, ItemTower, ObjectiveKind, PositionEmbedding, TimeEmbedding};
 use learn_domain::random::Draws;
@@ -183,6 +183,7 @@ fn steps(config: &Config, world_size: usize, points: &[Vec<f64>]) -> Vec<Outcome
                         bind: "127.0.0.1".into(),
                         advertise: "127.0.0.1".into(),
                         timeout: Duration::from_secs(60),
+                        aborter: Aborter::default(),
                     };
                     let collective = connect_tcp(group, &store).unwrap();
                     rank_steps(config, points, &mut Exchange::new(collective, WorkerMetrics::new()))

@@ -1,0 +1,76 @@
+//! What a person wants to know of a job.
+
+use std::time::Duration;
+
+use learn_domain::membership::{Outcome, State, StopCause};
+use learn_domain::report::{Evaluation, JobState, JobStatus, Split, WorkerStatus};
+
+use super::Job;
+
+impl Job {
+    #[must_use]
+    pub fn state(&self) -> JobState {
+        match self.membership.state() {
+            State::Gathering { .. } => JobState::Gathering,
+            State::Stopping { .. } => JobState::Stopping,
+            State::Running { .. } | State::Regrouping { .. } if self.membership.stop_cause().is_some() => {
+                JobState::Stopping
+            }
+            State::Running { .. } => JobState::Running,
+            State::Regrouping { .. } => JobState::Regrouping,
+            State::Ended(Outcome::Finished) => JobState::Finished,
+            State::Ended(Outcome::Stopped(StopCause::Operator)) => JobState::Stopped,
+            State::Ended(Outcome::Stopped(_)) => JobState::Failed,
+        }
+    }
+
+    /// The best evaluation on valid by `checkpoint.metric`.
+    #[must_use]
+    pub fn best(&self) -> Option<&Evaluation> {
+        let metric = |evaluation: &Evaluation| evaluation.metrics.get(&self.settings.config.checkpoint.metric).copied();
+        let valid = self.evaluations.iter().filter(|evaluation| evaluation.split == Split::Valid);
+        // of equals the first: it needed fewer steps
+        valid
+            .filter(|evaluation| metric(evaluation).is_some())
+            .reduce(|best, other| if metric(other) > metric(best) { other } else { best })
+    }
+
+    /// Everything there is to know now.
+    #[must_use]
+    pub fn status(&self, now: Duration) -> JobStatus {
+        let cause = self.membership.stop_cause().map(ToString::to_string);
+        let workers = self.workers.iter().map(|(&id, worker)| WorkerStatus {
+            worker: id,
+            rank: worker.rank,
+            host: worker.applicant.host.clone(),
+            pid: worker.applicant.pid,
+            device: worker.applicant.device.clone(),
+            step: worker.step,
+            phase: worker.phase.clone(),
+            metrics_url: worker.applicant.metrics_url.clone(),
+            seconds_since_heartbeat: now.saturating_sub(worker.seen).as_secs_f64(),
+        });
+        JobStatus {
+            name: self.settings.config.job.name.clone(),
+            task: self.settings.task.clone(),
+            state: self.state(),
+            cause,
+            generation: self.generation(),
+            world_size: match self.membership.world_size() {
+                0 => self.wanted(),
+                ranks => ranks,
+            },
+            wanted_workers: self.wanted(),
+            dataset: self.settings.dataset.clone(),
+            steps_per_epoch: self.settings.plan.steps_per_epoch(),
+            total_steps: self.settings.total_steps,
+            last_step: self.last_step.clone(),
+            last_checkpoint: self.last_checkpoint,
+            best: self.best().cloned(),
+            evaluations: self.evaluations.clone(),
+            workers: workers.collect(),
+            ledger: self.books.summary(),
+            seconds: now.as_secs_f64(),
+        }
+    }
+}

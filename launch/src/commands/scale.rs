@@ -1,0 +1,78 @@
+//! `learn-launch scale`: more or fewer workers for a running job.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use clap::Args;
+use learn_domain::report::{JobState, JobStatus};
+
+use crate::api::Api;
+use crate::cli::RunArgs;
+use crate::failure::Failure;
+use crate::output::Output;
+use crate::{render, runs};
+
+pub const HELP: &str = "\
+Examples:
+  learn-launch scale runs/quickstart --workers 4
+  learn-launch scale quickstart --workers 1 --no-wait
+
+New workers join, and surplus ones leave, between two steps; the batches, the losses and the result stay the same. The
+`learn-launch` that runs the job starts the new processes. Never fewer than cluster.min_workers.";
+
+/// Pause between two looks at the job.
+const POLL: Duration = Duration::from_millis(200);
+
+/// Arguments of `scale`.
+#[derive(Debug, Args)]
+pub struct ScaleArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    /// Workers that the job shall have
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    workers: u32,
+    /// Return at once instead of waiting until they are there
+    #[arg(long)]
+    no_wait: bool,
+    /// Give up waiting after this many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    timeout: u64,
+}
+
+/// # Errors
+/// The run is not running, its coordinator refuses, or the workers are not there in time.
+pub fn run(args: &ScaleArgs, output: &Output) -> Result<()> {
+    let run = runs::find(&args.run.run, &args.run.runs_dir)?;
+    let shown = super::shown_run(&run);
+    let Some(address) = runs::live(&run) else {
+        let message = format!("{shown} is not running; `learn-launch status {shown}` shows how it ended");
+        return Err(Failure::Usage(message).into());
+    };
+    let api = Api::new(&address);
+    let wanted = api.scale(&runs::secret(&run)?, args.workers)?;
+    if wanted != args.workers {
+        output.note(&format!("{shown}: {wanted} is what it can have (cluster.min_workers, training.global_batch)"));
+    }
+    if args.no_wait {
+        return output.result(&format!("{shown}: {wanted} workers are wanted"), &api.job()?);
+    }
+    let started = Instant::now();
+    let status = loop {
+        let status: JobStatus = api.job()?;
+        if status.state == JobState::Running && status.world_size == wanted {
+            break status;
+        }
+        if !matches!(status.state, JobState::Gathering | JobState::Running | JobState::Regrouping) {
+            bail!("{shown} is {} already", render::state(&status.state));
+        }
+        if started.elapsed() > Duration::from_secs(args.timeout) {
+            bail!(
+                "{shown} has {} of {wanted} workers after {} s; its logs say what the others do",
+                status.world_size,
+                args.timeout
+            );
+        }
+        std::thread::sleep(POLL);
+    };
+    output.result(&format!("{shown}: {wanted} workers since generation {}", status.generation), &status)
+}

@@ -1,0 +1,134 @@
+//! Being there: heartbeats, and the open call by which orders come at once.
+//!
+//! Input: an admission. Output: the newest order, and what it means to the running generation ([`Signals`]). Invariants: a
+//! worker is alive as long as it says so; a call that breaks is opened again as long as there is patience.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use learn_domain::WorkerId;
+use learn_proto::convert::Order;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::signals::Signals;
+use crate::control::{Control, ControlError, Progress};
+
+/// Between two tries to open the call again; heartbeats are what is patient.
+const REOPEN: Duration = Duration::from_millis(200);
+
+/// What is heard from the coordinator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Heard {
+    Order(Order),
+    /// It does not know this worker (any more).
+    Unknown,
+    /// It has not been heard of for too long.
+    Nothing(String),
+}
+
+/// One admission's attendance; ends when it is dropped.
+pub struct Attendance {
+    pub worker: WorkerId,
+    pub heard: watch::Receiver<Heard>,
+    tasks: [JoinHandle<()>; 2],
+}
+
+/// What an attendance works with.
+#[derive(Clone)]
+pub struct Parts {
+    pub control: Control,
+    pub worker: WorkerId,
+    pub interval: Duration,
+    pub timeout: Duration,
+    pub progress: Arc<Progress>,
+    pub signals: Arc<Signals>,
+}
+
+impl Attendance {
+    #[must_use]
+    pub fn begin(handle: &Handle, parts: Parts) -> Self {
+        let (sender, heard) = watch::channel(Heard::Order(Order::Wait));
+        let sender = Arc::new(sender);
+        let worker = parts.worker;
+        let tasks = [handle.spawn(parts.clone().beat(Arc::clone(&sender))), handle.spawn(parts.listen(sender))];
+        Self { worker, heard, tasks }
+    }
+}
+
+impl Drop for Attendance {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+impl Parts {
+    fn hear(&self, sender: &watch::Sender<Heard>, heard: Heard) {
+        match &heard {
+            Heard::Order(order) => self.signals.obey(order),
+            Heard::Unknown => self.signals.forgotten(),
+            Heard::Nothing(cause) => self.signals.obey(&Order::Stop { cause: cause.clone() }),
+        }
+        sender.send_if_modified(|known| {
+            // an answer that was overtaken by a push does not bring an ended generation back
+            let stale = match (&heard, &*known) {
+                (
+                    Heard::Order(Order::Run { generation: old, .. }),
+                    Heard::Order(Order::Run { generation: new, .. }),
+                ) => old < new,
+                _ => false,
+            };
+            let changed = !stale && *known != heard;
+            if changed {
+                *known = heard;
+            }
+            changed
+        });
+    }
+
+    async fn beat(self, sender: Arc<watch::Sender<Heard>>) {
+        let mut ticks = tokio::time::interval(self.interval);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut last_answer = Instant::now();
+        loop {
+            ticks.tick().await;
+            let heartbeat = self.control.heartbeat(self.worker, &self.progress);
+            let answer = tokio::time::timeout(self.timeout, heartbeat).await;
+            match answer.unwrap_or(Err(ControlError::Silent)) {
+                Ok(order) => {
+                    last_answer = Instant::now();
+                    self.hear(&sender, Heard::Order(order));
+                }
+                Err(ControlError::Unknown { .. }) => {
+                    last_answer = Instant::now();
+                    self.hear(&sender, Heard::Unknown);
+                }
+                Err(error) if last_answer.elapsed() > self.control.patience().limit() => {
+                    let cause = format!("the coordinator has not answered for {:?}: {error}", last_answer.elapsed());
+                    self.hear(&sender, Heard::Nothing(cause));
+                }
+                Err(error) => tracing::warn!(%error, "heartbeat failed"),
+            }
+        }
+    }
+
+    async fn listen(self, sender: Arc<watch::Sender<Heard>>) {
+        loop {
+            match self.control.attend(self.worker).await {
+                Ok(mut orders) => loop {
+                    match orders.next().await {
+                        Ok(Some(order)) => self.hear(&sender, Heard::Order(order)),
+                        Err(ControlError::Unknown { .. }) => {
+                            self.hear(&sender, Heard::Unknown);
+                            break;
+                        }
+                        Ok(None) | Err(_) => break,
+                    }
+                },
+                Err(error) => tracing::debug!(%error, "the open call could not be made"),
+            }
+            tokio::time::sleep(REOPEN).await;
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! The beginning of a generation: all ranks come to the same state.
+//!
+//! Input: what each rank holds. Output: trainers that go on from the same finished step with the same bits, and a
+//! coordinator that knows it. Invariants: `learn_domain::recovery` decides; no disk is read, but for a job that starts; a
+//! rank whose generation breaks here still holds what it held, or the whole of what it was given.
+
+use std::path::Path;
+
+use learn_domain::Step;
+use learn_domain::config::ObjectiveKind;
+use learn_domain::recovery::{Agreement, Holding, agree};
+use learn_domain::report::StepRecord;
+use serde::{Deserialize, Serialize};
+
+use super::objective::{FullSoftmax, InBatch, Objective};
+use super::save::{signature, start_writer};
+use super::{Exchange, Stepper, Trainer};
+use crate::checkpoint::{self, Best, Snapshot};
+use crate::error::WorkerError;
+use crate::init::{Origin, Weights};
+use crate::session::Turn;
+
+/// Most items of the catalogue that a fresh start measures.
+const INIT_SAMPLE: usize = 16_384;
+
+/// What a trainer holds besides parameters and moments, as one rank gives it to the others.
+#[derive(Debug, Serialize, Deserialize)]
+struct Counters {
+    finished: Step,
+    optimizer_steps: u64,
+    last: Option<StepRecord>,
+    best: Option<Best>,
+    init: Option<Origin>,
+    saved: Option<Step>,
+    non_finite: u32,
+}
+
+/// Numbers by which a rank says what it holds.
+const SAID: usize = 4;
+
+impl Trainer<'_> {
+    /// Brings this rank to where the generation goes on from.
+    pub(super) fn begin(&mut self, turn: &mut Turn) -> Result<(), WorkerError> {
+        // of a step that was not brought to its end
+        drop(self.stepper.parameters.gradients_into_flat());
+        drop(self.stepper.parameters.row_gradient());
+        let holdings = self.tell_holdings(&mut turn.exchange)?;
+        let follow_up = match agree(&holdings) {
+            Agreement::Start => {
+                match self.resume_from {
+                    Some(path) => self.restore(turn, path)?,
+                    None => self.initialize(turn)?,
+                }
+                // ranks would come to the same values by themselves, but for rounding on different processors
+                self.take_over(&mut turn.exchange, 0)?;
+                self.has_state = true;
+                false
+            }
+            Agreement::GoOn { finished, source, follow_up } => {
+                if let Some(source) = source {
+                    tracing::info!(step = %finished, source, "taking over the state of the most advanced rank");
+                    self.take_over(&mut turn.exchange, source)?;
+                    self.has_state = true;
+                }
+                follow_up
+            }
+        };
+        self.session.progress.finished(self.finished);
+        self.stepper.objective = self.objective(&turn.exchange)?;
+        let mine = turn.is_first();
+        if mine {
+            turn.member.begin(self.finished, self.last.clone())?;
+        }
+        self.speaker.set(turn.member.clone());
+        let takes_up_writing = mine && self.writer.is_none();
+        if takes_up_writing {
+            self.writer = Some(start_writer(self.session, self.speaker.clone()));
+        } else if !mine {
+            self.writer = None;
+        }
+        self.hold();
+        // the rank that was to write the checkpoint of this step may be gone
+        let unwritten = takes_up_writing
+            && self.saved == Some(self.finished)
+            && !self.session.run_dir().checkpoint(self.finished).exists();
+        let mut again = [i64::from(unwritten || follow_up)];
+        turn.exchange.sum_i64(&mut again)?;
+        if again[0] > 0 {
+            self.followed_up = false;
+            self.saved = None;
+            self.after_step(turn)?;
+        }
+        Ok(())
+    }
+
+    /// What every rank holds, in rank order.
+    ///
+    /// # Errors
+    /// [`WorkerError::Signature`] if a rank has other parameters.
+    fn tell_holdings(&self, exchange: &mut Exchange) -> Result<Vec<Holding>, WorkerError> {
+        let signature = self.stepper.parameters.signature() as i64;
+        let (state, followed_up) = (i64::from(self.has_state), i64::from(self.followed_up));
+        let mut mine: [i64; SAID] = [signature, state, self.finished.0 as i64, followed_up];
+        let all = exchange.gather_i64(&mut mine, &vec![SAID; exchange.world_size()])?;
+        if all.chunks_exact(SAID).any(|said| said[0] != signature) {
+            return Err(WorkerError::Signature);
+        }
+        let holding = |said: &[i64]| Holding {
+            state: said[1] != 0,
+            finished: Step(said[2].max(0) as u64),
+            followed_up: said[3] != 0,
+        };
+        Ok(all.chunks_exact(SAID).map(holding).collect())
+    }
+
+    /// Gives all ranks the state of `source`. Values come into copies first, so that a rank whose generation breaks
+    /// meanwhile keeps its own.
+    fn take_over(&mut self, exchange: &mut Exchange, source: usize) -> Result<(), WorkerError> {
+        let counters = Counters {
+            finished: self.finished,
+            optimizer_steps: self.stepper.optimizer.steps(),
+            last: self.last.clone(),
+            best: self.best.clone(),
+            init: self.init.clone(),
+            saved: self.saved,
+            non_finite: self.non_finite,
+        };
+        let failed = |error: serde_json::Error| WorkerError::Usage(format!("the counters of a rank: {error}"));
+        let bytes = exchange.broadcast_bytes(source, serde_json::to_vec(&counters).map_err(failed)?)?;
+        let counters: Counters = serde_json::from_slice(&bytes).map_err(failed)?;
+        let parameters = &self.stepper.parameters;
+        let mut held = vec![parameters.flat().shallow_clone()];
+        held.extend(parameters.item_vectors().map(tch::Tensor::shallow_clone));
+        held.extend(self.stepper.optimizer.buffers());
+        let mut given = Vec::new();
+        for tensor in &held {
+            let mut copy = tensor.detach().copy();
+            exchange.broadcast(source, &mut copy)?;
+            given.push(copy);
+        }
+        tch::no_grad(|| held.iter_mut().zip(&given).for_each(|(held, given)| held.copy_(given)));
+        self.stepper.optimizer.continue_after(counters.optimizer_steps);
+        self.finished = counters.finished;
+        self.followed_up = true;
+        self.last = counters.last;
+        self.best = counters.best;
+        self.init = counters.init;
+        self.saved = counters.saved;
+        self.non_finite = counters.non_finite;
+        Ok(())
+    }
+
+    /// The objective for this generation's division of the catalogue.
+    fn objective(&mut self, exchange: &Exchange) -> Result<Objective, WorkerError> {
+        let (config, device) = (self.config, self.session.device);
+        Ok(match config.objective.kind {
+            _ if config.training.freeze_towers => Objective::Frozen,
+            ObjectiveKind::DenseAllAction | ObjectiveKind::NextItem => {
+                Objective::InBatch(InBatch::new(&config.objective, self.popularity.as_deref(), device))
+            }
+            ObjectiveKind::FullSoftmax => {
+                Objective::FullSoftmax(FullSoftmax::new(&config.objective, self.evaluator.own_items(exchange)?))
+            }
+        })
+    }
+
+    /// What a fresh start does beyond random weights: takes those of `training.init`, measures what is not among them.
+    fn initialize(&mut self, turn: &Turn) -> Result<(), WorkerError> {
+        let Stepper { model, parameters, .. } = &mut self.stepper;
+        let mut measured = model.measured();
+        // the other ranks take them over from the first one, so only its host needs the files
+        if let Some(path) = &self.config.training.init
+            && turn.is_first()
+        {
+            let weights = Weights::open(path)?;
+            self.init = Some(weights.origin.clone());
+            let dataset = &self.session.admission.dataset.fingerprint;
+            let used = weights.apply(parameters, (model.shape(), dataset), self.config.training.init_partial)?;
+            tracing::info!(path = %path.display(), "{used}");
+            measured.retain(|name| used.fresh.iter().any(|fresh| fresh == name));
+        }
+        if !measured.is_empty() {
+            let sample = self.evaluator.sample_items(INIT_SAMPLE)?;
+            model.measure(parameters, &sample, &measured);
+        }
+        Ok(())
+    }
+
+    /// Takes over parameters, moments and counters of a checkpoint.
+    fn restore(&mut self, turn: &mut Turn, path: &Path) -> Result<(), WorkerError> {
+        let signature = signature(&self.stepper.parameters);
+        let dataset = &self.session.admission.dataset;
+        let expected = checkpoint::Expected { dataset, signature: Some(&signature) };
+        let Snapshot { state, model, optimizer } = checkpoint::read(path, Some(&expected))?;
+        // no rank may still read a checkpoint that the first one moves
+        turn.exchange.barrier()?;
+        if turn.is_first() {
+            checkpoint::supersede_later(&self.session.run_dir(), &state)?;
+        }
+        self.stepper.parameters.assign(model)?;
+        self.stepper.optimizer.load_state(&self.stepper.parameters, optimizer, state.optimizer_step)?;
+        self.finished = state.step;
+        self.saved = Some(state.step);
+        self.best = state.best;
+        self.init = state.init;
+        self.non_finite = state.non_finite;
+        self.session.progress.finished(self.finished);
+        tracing::info!(step = %self.finished, checkpoint = %path.display(), "resumed");
+        Ok(())
+    }
+}
