@@ -212,7 +212,7 @@ async fn survivors_hear_of_a_broken_connection_at_once_and_go_on_without_it() {
     let mut waiting = running.control();
     let waits = tokio::spawn(async move { waiting.get(get(1, 1, "never", 30_000)).await });
 
-    // the process that was rank 0 is no more; nobody else has told of steps 1 and 2
+    // the process that was rank 0 is no more; nobody has told of steps 2 and 3
     drop((orders.remove(0), first));
     for orders in &mut orders {
         orders.until(&Order::Regroup(Generation(1))).await;
@@ -223,7 +223,7 @@ async fn survivors_hear_of_a_broken_connection_at_once_and_go_on_without_it() {
     ready(&mut control, WorkerId(2), 1, Some("peer lost")).await;
     orders[0].until(&run(2, 0, 2, AfterStep::Continue)).await;
     control.put(put(2, 2, "address", b"host:2")).await.unwrap();
-    control.begin_generation(beginning(WorkerId(1), 2, 2)).await.unwrap();
+    control.begin_generation(beginning(WorkerId(1), 2, 3)).await.unwrap();
 
     // what the old generation says changes nothing
     let gone = control.heartbeat(HeartbeatRequest { worker_id: 0, generation: 1, step: 1, phase: String::new() }).await;
@@ -245,14 +245,14 @@ async fn survivors_hear_of_a_broken_connection_at_once_and_go_on_without_it() {
         ready(&mut control, WorkerId(worker), 2, None).await;
     }
     assert_eq!(heartbeat(&mut control, fourth).await, run(3, 2, 3, AfterStep::Continue));
-    control.begin_generation(beginning(WorkerId(1), 3, 3)).await.unwrap();
+    control.begin_generation(beginning(WorkerId(1), 3, 4)).await.unwrap();
     for worker in [1, 2, 3] {
         leave(&mut control, WorkerId(worker), Departure::Done).await;
     }
     assert_eq!(running.end().await, Outcome::Finished);
     let steps: Vec<StepRecord> = read_lines(&ground.run_dir().metrics()).unwrap();
     let steps: Vec<(u64, f64)> = steps.iter().map(|record| (record.step.0, record.loss)).collect();
-    assert_eq!(steps, [(1, 1.0), (2, 2.0), (3, 2.0)], "each once, whoever has told of it");
+    assert_eq!(steps, [(1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0)], "each once, whoever has told of it");
     let said: Vec<String> = events(&ground).iter().map(|event| event.happening.to_string()).collect();
     assert!(said.iter().any(|text| text.contains("its connection broke")), "{said:?}");
 }

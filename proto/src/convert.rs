@@ -11,7 +11,7 @@ use learn_domain::report::{DatasetFacts, Evaluation, StepRecord, Task};
 use learn_domain::{Config, Generation, Incarnation, Rank, Step, UserIndex, WorkerId};
 
 use crate::v1::{
-    BeginGenerationRequest, HeartbeatResponse, JoinRequest, JoinResponse, ReportStepRequest, StepNumbers,
+    BeginGenerationRequest, FinishedStep, HeartbeatResponse, JoinRequest, JoinResponse, ReportStepRequest, StepNumbers,
     heartbeat_response, leave_request,
 };
 use crate::{MAX_TEXT_BYTES, PROTOCOL};
@@ -353,32 +353,38 @@ pub struct Beginning {
     pub generation: Generation,
     /// Finished steps.
     pub step: Step,
-    /// The record of the last of them, if it has numbers; nobody may have reported it.
-    pub last: Option<StepRecord>,
+    /// Records of the last of them, in order; the rank that was to report them may be lost.
+    pub last: Vec<StepRecord>,
 }
 
 impl From<Beginning> for BeginGenerationRequest {
     fn from(beginning: Beginning) -> Self {
-        let last = beginning.last.as_ref();
+        let finished = |record: &StepRecord| FinishedStep {
+            step: record.step.0,
+            epoch: record.epoch,
+            generation: record.generation.0,
+            numbers: Some(StepNumbers::from(record)),
+        };
         Self {
             worker_id: beginning.worker.0,
             generation: beginning.generation.0,
             step: beginning.step.0,
-            numbers: last.map(StepNumbers::from),
-            epoch: last.map_or(0, |record| record.epoch),
-            numbers_generation: last.map_or(0, |record| record.generation.0),
+            last: beginning.last.iter().map(finished).collect(),
         }
     }
 }
 
 impl From<BeginGenerationRequest> for Beginning {
     fn from(request: BeginGenerationRequest) -> Self {
-        let (step, of) = (Step(request.step), Generation(request.numbers_generation));
+        let record = |finished: FinishedStep| {
+            let FinishedStep { step, epoch, generation, numbers } = finished;
+            Some(numbers?.record(Step(step), epoch, Generation(generation)))
+        };
         Self {
             worker: WorkerId(request.worker_id),
             generation: Generation(request.generation),
-            step,
-            last: request.numbers.map(|numbers| numbers.record(step, request.epoch, of)),
+            step: Step(request.step),
+            last: request.last.into_iter().filter_map(record).collect(),
         }
     }
 }
@@ -509,7 +515,8 @@ mod tests {
             record: Some(record.clone()),
         };
         assert_eq!(StepReport::from(ReportStepRequest::from(report.clone())), report);
-        for last in [Some(StepRecord { generation: Generation(1), ..record }), None] {
+        let before = StepRecord { step: Step(3), generation: Generation(1), ..record.clone() };
+        for last in [vec![before, record], Vec::new()] {
             let beginning = Beginning { worker: WorkerId(1), generation: Generation(3), step: Step(4), last };
             assert_eq!(Beginning::from(BeginGenerationRequest::from(beginning.clone())), beginning);
         }

@@ -40,7 +40,7 @@ const FIRST_PATIENCE: Duration = Duration::from_secs(30);
 const JOIN: &str = "join";
 
 /// Messages of the report queue; a full queue holds the training thread back.
-const REPORT_QUEUE: usize = 256;
+pub const REPORT_QUEUE: usize = 256;
 
 /// The coordinator could not be talked to.
 #[derive(Debug, thiserror::Error)]
@@ -407,11 +407,13 @@ impl Member {
     ///
     /// # Errors
     /// If the coordinator refuses or stays away.
-    pub fn begin(&self, step: Step, last: Option<StepRecord>) -> Result<(), ControlError> {
+    pub fn begin(&self, step: Step, last: Vec<StepRecord>) -> Result<(), ControlError> {
         let beginning = Beginning { worker: self.worker, generation: self.place.generation, step, last };
         let request = v1::BeginGenerationRequest::from(beginning);
-        let begun =
-            self.control.call("begin-generation", |mut client| async move { client.begin_generation(request).await });
+        let begun = self.control.call("begin-generation", |mut client| {
+            let request = request.clone();
+            async move { client.begin_generation(request).await }
+        });
         self.control.handle.block_on(begun).map(drop).map_err(failed("begin-generation"))
     }
 

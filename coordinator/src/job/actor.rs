@@ -260,7 +260,7 @@ impl JobOwner {
             }
             Command::Begin(beginning, reply) => {
                 let answer = self.job.begin(self.now(), beginning);
-                if let Ok(Some(record)) = &answer {
+                for record in answer.iter().flatten() {
                     self.enter_step(record).await?;
                 }
                 let _ = reply.send(answer.map(drop));

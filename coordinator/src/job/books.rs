@@ -30,7 +30,10 @@ pub enum BooksError {
     TooFarAhead { step: Step, complete: Step },
     #[error("rank {rank} says that step {step} belongs to epoch {theirs}; another rank said {ours}")]
     Epoch { rank: Rank, step: Step, theirs: u32, ours: u32 },
-    #[error("a generation cannot go on from step {step}: all ranks have reported step {complete}")]
+    #[error(
+        "a generation cannot go on from step {step}: all ranks have reported step {complete}, and nobody who holds it is \
+         left; `learn-launch resume` continues from the last checkpoint"
+    )]
     Behind { step: Step, complete: Step },
     #[error("a checkpoint of step {step} is older than the last committed one, of step {committed}")]
     OldCheckpoint { step: Step, committed: Step },

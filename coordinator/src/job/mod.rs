@@ -221,18 +221,19 @@ impl Job {
         self.take(now, Event::Disconnected(worker))
     }
 
-    /// The ranks of a generation agree on the finished step that they go on from. Gives the record of that step if it is
-    /// to be journaled, because nobody who reported it is left.
+    /// The ranks of a generation agree on the finished step that they go on from. Gives the records that are to be
+    /// journaled, because the rank that was to report them is lost.
     ///
     /// # Errors
     /// If the message is stale or not from rank 0, or the step cannot be.
-    pub fn begin(&mut self, now: Duration, beginning: Beginning) -> Result<Option<StepRecord>, JobError> {
+    pub fn begin(&mut self, now: Duration, beginning: Beginning) -> Result<Vec<StepRecord>, JobError> {
         let Beginning { worker, generation, step, last } = beginning;
         self.rank_zero(worker, generation)?;
         // a retry, which may come when others have reported already
         if self.begun {
-            return Ok(None);
+            return Ok(Vec::new());
         }
+        last.iter().try_for_each(finite)?;
         let before = self.books.complete();
         let plan = &self.settings.plan;
         self.books.settle(step, |step| planned(plan, step))?;
@@ -240,9 +241,7 @@ impl Job {
         if self.books.complete() > before {
             self.take(now, Event::Progress(generation));
         }
-        let Some(record) = last else { return Ok(None) };
-        finite(&record)?;
-        Ok(self.count(record))
+        Ok(last.into_iter().filter_map(|record| self.count(record)).collect())
     }
 
     /// Takes the report of one rank's share of a step; gives the record that is to be journaled, if it is rank 0's.

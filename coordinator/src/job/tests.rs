@@ -50,9 +50,9 @@ fn running(workers: u32) -> Job {
 }
 
 fn beginning(worker: u32, generation: u64, step: u64) -> Beginning {
-    let last = StepRecord { step: Step(step), users: 4, ..StepRecord::default() };
+    let record = |step| StepRecord { step: Step(step), users: 4, ..StepRecord::default() };
     let (worker, generation) = (WorkerId(worker), Generation(generation));
-    Beginning { worker, generation, step: Step(step), last: (step > 0).then_some(last) }
+    Beginning { worker, generation, step: Step(step), last: (1..=step).map(record).collect() }
 }
 
 /// The first worker is lost, and the others go on without it.
@@ -178,8 +178,9 @@ fn survivors_go_on_from_a_finished_step_that_was_not_reported() {
     assert!(matches!(stale, Err(JobError::StaleGeneration { .. })));
     let behind = job.begin(SECOND, beginning(1, 2, 0));
     assert!(matches!(behind, Err(JobError::Books(BooksError::Behind { .. }))), "all have told of step 1");
-    let record = job.begin(SECOND, beginning(1, 2, 3)).unwrap();
-    assert_eq!(record.unwrap().step, Step(3), "nobody who has told of it is left");
+    let records = job.begin(SECOND, beginning(1, 2, 3)).unwrap();
+    let steps: Vec<u64> = records.iter().map(|record| record.step.0).collect();
+    assert_eq!(steps, [3], "steps 1 and 2 were told of by the one that is lost");
     let commits = job.complete_commits();
     assert_eq!((commits.len(), commits[0].1.summary().epochs[0].seen), (1, 8), "the plan knows whose step 2 was");
     assert_eq!(job.status(SECOND).ledger.epochs[1].seen, 4);
@@ -187,7 +188,7 @@ fn survivors_go_on_from_a_finished_step_that_was_not_reported() {
     // a report that comes before a retry of the beginning stays
     let told = share(&job, (2, 2), 4, 0..2);
     job.report(SECOND, told).unwrap();
-    assert_eq!(job.begin(SECOND, beginning(1, 2, 3)).unwrap(), None);
+    assert_eq!(job.begin(SECOND, beginning(1, 2, 3)).unwrap(), []);
     let told = share(&job, (1, 2), 4, 2..4);
     job.report(SECOND, told).unwrap();
     let ledger = job.status(SECOND).ledger;

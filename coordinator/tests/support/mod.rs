@@ -235,15 +235,16 @@ pub async fn enter(control: &mut Control, name: &str) -> WorkerId {
     worker
 }
 
-/// Where `generation` goes on from; the record is that of its last step.
+/// Where `generation` goes on from, with the records of all steps so far.
 pub fn beginning(worker: WorkerId, generation: u64, step: u64) -> BeginGenerationRequest {
-    let last = (step > 0).then(|| StepRecord {
+    let record = |step| StepRecord {
         step: Step(step),
         generation: Generation(generation - 1),
         loss: 2.0,
         users: 16,
         ..StepRecord::default()
-    });
+    };
+    let last = (1..=step).map(record).collect();
     Beginning { worker, generation: Generation(generation), step: Step(step), last }.into()
 }
 

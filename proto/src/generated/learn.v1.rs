@@ -123,7 +123,7 @@ pub struct ReadyRequest {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReadyResponse {}
-#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct BeginGenerationRequest {
     #[prost(uint32, tag = "1")]
     pub worker_id: u32,
@@ -132,14 +132,21 @@ pub struct BeginGenerationRequest {
     /// Finished steps.
     #[prost(uint64, tag = "3")]
     pub step: u64,
-    /// Those of the last finished step, which nobody may have reported.
-    #[prost(message, optional, tag = "4")]
-    pub numbers: ::core::option::Option<StepNumbers>,
-    #[prost(uint32, tag = "5")]
+    /// The last of them, in order: the rank that was to report them may be lost.
+    #[prost(message, repeated, tag = "4")]
+    pub last: ::prost::alloc::vec::Vec<FinishedStep>,
+}
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct FinishedStep {
+    #[prost(uint64, tag = "1")]
+    pub step: u64,
+    #[prost(uint32, tag = "2")]
     pub epoch: u32,
     /// The generation that finished it.
-    #[prost(uint64, tag = "6")]
-    pub numbers_generation: u64,
+    #[prost(uint64, tag = "3")]
+    pub generation: u64,
+    #[prost(message, optional, tag = "4")]
+    pub numbers: ::core::option::Option<StepNumbers>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct BeginGenerationResponse {}

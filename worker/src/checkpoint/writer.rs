@@ -7,7 +7,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -65,6 +65,14 @@ impl Writer {
         self.open <= 1
     }
 
+    /// Whether everything handed over is durable or has failed.
+    pub fn is_idle(&mut self) -> bool {
+        while let Ok(result) = self.results.try_recv() {
+            self.take(result);
+        }
+        self.open == 0
+    }
+
     /// Hands a snapshot over.
     ///
     /// # Errors
@@ -85,6 +93,19 @@ impl Writer {
             self.take(result);
         }
         std::mem::replace(&mut self.newest, Ok(()))
+    }
+
+    /// As [`Writer::settle`]; `None` if `limit` was not enough.
+    pub fn settle_within(&mut self, limit: Duration) -> Option<Result<(), CheckpointError>> {
+        let started = Instant::now();
+        while self.open > 0 {
+            match self.results.recv_timeout(limit.saturating_sub(started.elapsed())) {
+                Ok(result) => self.take(result),
+                Err(RecvTimeoutError::Timeout) => return None,
+                Err(RecvTimeoutError::Disconnected) => return Some(Err(CheckpointError::WriterGone)),
+            }
+        }
+        Some(self.settle())
     }
 
     fn take(&mut self, result: Result<(), CheckpointError>) {

@@ -93,7 +93,10 @@ pub fn run(session: &Session, turn: &mut Turn, checkpoint: &str, split: Split) -
     let evaluation = evaluator.evaluate(&catalogue, &mut turn.exchange, &request)?;
     if turn.is_first() {
         turn.member.report_evaluation(&evaluation)?;
+        turn.member.flush()?;
     }
+    // a rank that is done speaks for all
+    turn.exchange.barrier()?;
     Ok(Ended::Done)
 }
 

@@ -4,6 +4,7 @@
 //! coordinator that knows it. Invariants: `learn_domain::recovery` decides; no disk is read, but for a job that starts; a
 //! rank whose generation breaks here still holds what it held, or the whole of what it was given.
 
+use std::collections::VecDeque;
 use std::path::Path;
 
 use learn_domain::Step;
@@ -15,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::objective::{FullSoftmax, InBatch, Objective};
 use super::save::{signature, start_writer};
 use super::{Exchange, Stepper, Trainer};
-use crate::checkpoint::{self, Best, Snapshot};
+use crate::checkpoint::{self, Best, Snapshot, Writer};
 use crate::error::WorkerError;
 use crate::init::{Origin, Weights};
 use crate::session::Turn;
@@ -28,7 +29,7 @@ const INIT_SAMPLE: usize = 16_384;
 struct Counters {
     finished: Step,
     optimizer_steps: u64,
-    last: Option<StepRecord>,
+    last: VecDeque<StepRecord>,
     best: Option<Best>,
     init: Option<Origin>,
     saved: Option<Step>,
@@ -45,7 +46,9 @@ impl Trainer<'_> {
         drop(self.stepper.parameters.gradients_into_flat());
         drop(self.stepper.parameters.row_gradient());
         let holdings = self.tell_holdings(&mut turn.exchange)?;
-        let follow_up = match agree(&holdings) {
+        let agreement = agree(&holdings);
+        let goes_on = agreement != Agreement::Start;
+        let follow_up = match agreement {
             Agreement::Start => {
                 match self.resume_from {
                     Some(path) => self.restore(turn, path)?,
@@ -62,6 +65,8 @@ impl Trainer<'_> {
                     self.take_over(&mut turn.exchange, source)?;
                     self.has_state = true;
                 }
+                // known to all from here on, should this generation break before it is done
+                self.followed_up = !follow_up;
                 follow_up
             }
         };
@@ -69,20 +74,22 @@ impl Trainer<'_> {
         self.stepper.objective = self.objective(&turn.exchange)?;
         let mine = turn.is_first();
         if mine {
-            turn.member.begin(self.finished, self.last.clone())?;
+            turn.member.begin(self.finished, self.last.iter().cloned().collect())?;
         }
         self.speaker.set(turn.member.clone());
-        let takes_up_writing = mine && self.writer.is_none();
-        if takes_up_writing {
+        if mine && self.writer.is_none() {
             self.writer = Some(start_writer(self.session, self.speaker.clone()));
         } else if !mine {
             self.writer = None;
         }
         self.hold();
-        // the rank that was to write the checkpoint of this step may be gone
-        let unwritten = takes_up_writing
-            && self.saved == Some(self.finished)
-            && !self.session.run_dir().checkpoint(self.finished).exists();
+        // the rank that was to write the checkpoint of this step, or to tell of it, may be gone
+        let due = goes_on && self.saved == Some(self.finished) && self.writer.as_mut().is_some_and(Writer::is_idle);
+        let path = self.session.run_dir().checkpoint(self.finished);
+        let unwritten = due && !path.exists();
+        if due && !unwritten {
+            turn.member.commit_checkpoint(self.finished, path.display().to_string())?;
+        }
         let mut again = [i64::from(unwritten || follow_up)];
         turn.exchange.sum_i64(&mut again)?;
         if again[0] > 0 {

@@ -15,6 +15,7 @@ mod passes;
 mod save;
 mod step;
 
+use std::collections::VecDeque;
 use std::path::Path;
 use std::time::Instant;
 
@@ -34,7 +35,7 @@ pub use step::{PhaseClock, StepEnd, Stepper, Word};
 use tch::Kind;
 
 use crate::checkpoint::{self, Best, Writer};
-use crate::control::{FinishedStep, Member, Place};
+use crate::control::{FinishedStep, Member, Place, REPORT_QUEUE};
 use crate::error::WorkerError;
 use crate::evaluate::{Catalogue, Evaluator, Request};
 use crate::feed::assemble::Layout;
@@ -77,8 +78,8 @@ pub struct Trainer<'a> {
     finished: Step,
     /// What follows the last finished step is done.
     followed_up: bool,
-    /// Of the last finished step, for a generation in which nobody is left who has reported it.
-    last: Option<StepRecord>,
+    /// Of the last finished steps, for a generation in which nobody is left who has reported them.
+    last: VecDeque<StepRecord>,
     best: Option<Best>,
     init: Option<Origin>,
     saved: Option<Step>,
@@ -151,7 +152,7 @@ impl<'a> Trainer<'a> {
             has_state: false,
             finished: Step(0),
             followed_up: true,
-            last: None,
+            last: VecDeque::new(),
             best: None,
             init: None,
             saved: None,
@@ -222,7 +223,11 @@ impl<'a> Trainer<'a> {
                 cvr_loss: outcome.cvr_loss,
             };
             let tokens = prepared.micro_batches.iter().map(|(batch, _)| batch.tokens).sum();
-            self.last = Some(record.clone());
+            // whatever the first rank has not brought to the coordinator is among these
+            if self.last.len() > REPORT_QUEUE + 1 {
+                self.last.pop_front();
+            }
+            self.last.push_back(record.clone());
             self.report(&turn.member, record, tokens, prepared.users)?;
             self.after_step(turn)?;
             // evaluating and saving are not part of the next step
@@ -361,7 +366,7 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// Evaluates on all ranks; the first one reports.
+/// Evaluates on all ranks; the first one reports, and all go on when that has arrived.
 fn evaluate_at(
     session: &Session,
     (evaluator, catalogue): (&mut Evaluator, Catalogue<'_>),
@@ -372,6 +377,8 @@ fn evaluate_at(
     let evaluation = evaluator.evaluate(&catalogue, &mut turn.exchange, request)?;
     if turn.is_first() {
         turn.member.report_evaluation(&evaluation)?;
+        turn.member.flush()?;
     }
+    turn.exchange.barrier()?;
     Ok(evaluation)
 }

@@ -108,7 +108,6 @@ impl Trainer<'_> {
         // its users have had their turn; it has no numbers that a record could hold
         self.finished.0 += 1;
         self.followed_up = false;
-        self.last = None;
         self.session.progress.finished(self.finished);
         turn.member.report_step(FinishedStep {
             step: self.finished,

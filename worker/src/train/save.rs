@@ -7,6 +7,7 @@
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use learn_collective::CollectiveError;
 use learn_domain::event::Happening;
 use learn_model::Parameters;
 use tch::Tensor;
@@ -19,6 +20,9 @@ use crate::session::{Session, Turn};
 
 /// Pauses before the last checkpoint is tried again.
 const RETRIES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
+
+/// How often a wait for the writer looks whether the generation is still there.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// A checkpoint that is due by the interval holds the training back so long at most.
 const HOLD_BACK: Duration = Duration::from_secs(1);
@@ -71,11 +75,18 @@ impl Trainer<'_> {
     /// Waits until the checkpoint of the last finished step is durable, and tries it again if it could not be written.
     ///
     /// # Errors
-    /// [`WorkerError::Unsaved`].
+    /// [`WorkerError::Unsaved`]; or that the generation was ended meanwhile: the coordinator records a checkpoint when all
+    /// ranks have reported its step, and the next generation does so for one that is lost.
     pub(super) fn finish(&mut self, turn: &Turn) -> Result<(), WorkerError> {
         self.session.progress.enter("finishing");
         let mut pauses = RETRIES.iter();
-        while let Some(Err(error)) = self.writer.as_mut().map(Writer::settle) {
+        while let Some(writer) = &mut self.writer {
+            let error = match writer.settle_within(LOOK) {
+                Some(Ok(())) => break,
+                Some(Err(error)) => error,
+                None if self.session.signals.aborted().is_some() => return Err(CollectiveError::Aborted.into()),
+                None => continue,
+            };
             let Some(pause) = pauses.next() else { return Err(WorkerError::Unsaved(error)) };
             std::thread::sleep(*pause);
             self.saved = None;
@@ -106,15 +117,15 @@ impl Speaker {
         self.0.1.notify_all();
     }
 
-    /// Says something as the present member, and if its generation had ended before, once more in the next; `patience` is
-    /// how long that may take to come.
+    /// Says something as the present member, and if its generation had ended before, or the coordinator had lost it, once
+    /// more in the next; `patience` is how long that may take to come.
     fn say(&self, patience: Duration, what: impl Fn(&Member) -> Result<(), ControlError>) -> Result<(), ControlError> {
         let mut member = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             let Some(present) = member.clone() else { return Err(ControlError::Silent) };
             drop(member);
             let error = match what(&present) {
-                Err(error @ ControlError::Ended { .. }) => error,
+                Err(error @ (ControlError::Ended { .. } | ControlError::Unknown { .. })) => error,
                 said => return said,
             };
             let same = |known: &mut Option<Member>| {

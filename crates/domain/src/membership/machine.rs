@@ -74,8 +74,7 @@ impl Membership {
         if stopping {
             return vec![Effect::Refused(Refusal::Over)];
         }
-        // those who are done have left their places
-        if members.values().filter(|member| !member.done).count() >= wanted {
+        if members.len() >= wanted {
             return vec![Effect::Refused(Refusal::Full)];
         }
         let worker = WorkerId(self.next_worker);
@@ -122,6 +121,9 @@ impl Membership {
 
     /// Ends the generation at once, for a new one.
     fn recover(&mut self, now: Duration, cause: RegroupCause) -> Vec<Effect> {
+        if self.all_is_done() {
+            return self.end(Outcome::Finished);
+        }
         // what breaks while a generation is being ended belongs to the same recovery
         if !matches!(self.state, State::Regrouping { hard: true, .. }) {
             self.recoveries += 1;
@@ -135,6 +137,12 @@ impl Membership {
         let mut effects = vec![Effect::Regrouping(cause)];
         effects.extend(self.form_if_complete(now));
         effects
+    }
+
+    /// A rank is done when it has seen the last of all that was to do come to its end: whatever befalls the others then
+    /// takes nothing away.
+    fn all_is_done(&self) -> bool {
+        self.members().into_iter().flatten().any(|(_, member)| member.done)
     }
 
     /// Forms the next generation once nobody is missing.
@@ -208,8 +216,7 @@ impl Membership {
             return effects;
         }
         if self.participants().next().is_none() {
-            let first_done = self.members().into_iter().flatten().any(|(_, m)| m.done && m.rank == Some(Rank(0)));
-            effects.extend(if first_done {
+            effects.extend(if self.all_is_done() {
                 self.end(Outcome::Finished)
             } else {
                 self.abort(now, StopCause::Lost(loss))

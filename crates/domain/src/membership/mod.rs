@@ -16,6 +16,7 @@
 //! | running | ready, of a participant that yielded | regrouping | - |
 //! | running | ready, of a participant whose collective broke | regrouping (hard) | regrouping |
 //! | running, regrouping | participant lost | regrouping (hard) | lost, regrouping |
+//! | running, regrouping | participant lost, or its collective broke, when another is done | ended (finished) | ended |
 //! | running, regrouping | the last participant lost | ended | lost, stop, ended |
 //! | running, regrouping | too many recoveries without a finished step | stopping | stop |
 //! | regrouping | ready, of the last participant; enough are ready | running, generation + 1 | formed, dismissed |
@@ -88,7 +89,7 @@ pub enum Event {
 /// How a worker left.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Departure {
-    /// Its task is finished.
+    /// The task is finished: everything that was to be written or reported has arrived, whichever rank was to do it.
     Done,
     /// It did as a graceful stop told it.
     Stopped,

@@ -220,23 +220,6 @@ fn one_that_does_not_come_back_from_a_step_boundary_is_lost_too() {
 }
 
 #[test]
-fn the_places_of_those_who_are_done_are_free() {
-    let settings = MembershipSettings { min_workers: 3, ..SETTINGS };
-    let mut membership = Membership::new(settings);
-    for (worker, name) in ["a", "b", "c"].into_iter().enumerate() {
-        join(&mut membership, 1, name);
-        membership.step(at(1), ready(worker as u32, 0));
-    }
-    membership.step(at(2), Event::Leave(WorkerId(1), Departure::Done));
-    membership.step(at(2), Event::Disconnected(WorkerId(0)));
-    membership.step(at(2), ready(2, 1));
-    // worker 2 needs two others to do what is left
-    assert_eq!(join(&mut membership, 3, "d"), [Effect::Admitted(WorkerId(3))]);
-    assert_eq!(join(&mut membership, 3, "e"), [Effect::Admitted(WorkerId(4))]);
-    assert_eq!(survivors_ready(&mut membership, 3, 0, &[3, 4]), [formed(2, &[2, 3, 4])]);
-}
-
-#[test]
 fn only_a_tick_looks_at_deadlines() {
     let mut membership = running();
     assert_eq!(membership.step(at(99), Event::Progress(Generation(1))), [], "no loss gets lost among other effects");
@@ -260,21 +243,21 @@ fn all_done_is_finished_and_waits_for_the_slowest() {
 }
 
 #[test]
-fn one_lost_at_the_very_end_leaves_the_rest_to_the_others() {
-    let mut membership = running();
-    membership.step(at(2), Event::Leave(WorkerId(1), Departure::Done));
-    membership.step(at(2), Event::Disconnected(WorkerId(0)));
-    let settings = membership.settings;
-    assert_eq!(membership.step(at(2), ready(2, 1)), [], "{settings:?}");
-    let end = membership.step(at(2), Event::Leave(WorkerId(2), Departure::Done));
-    assert_eq!(end, [Effect::Ended(Outcome::Finished)]);
-
-    let mut membership = running();
-    for worker in [0, 1] {
-        membership.step(at(2), Event::Leave(WorkerId(worker), Departure::Done));
+fn what_befalls_the_others_when_one_is_done_takes_nothing_away() {
+    let ends: [fn(&mut Membership) -> Vec<Effect>; 3] = [
+        |membership| membership.step(at(2), broken(2, 1)),
+        |membership| membership.step(at(2), Event::Disconnected(WorkerId(0))),
+        |membership| {
+            membership.step(at(2), Event::Leave(WorkerId(2), Departure::Done));
+            membership.step(at(2), Event::Leave(WorkerId(0), Departure::Crashed("x".into())))
+        },
+    ];
+    for end in ends {
+        let mut membership = running();
+        membership.step(at(2), Event::Leave(WorkerId(1), Departure::Done));
+        assert_eq!(end(&mut membership).last(), Some(&Effect::Ended(Outcome::Finished)));
+        assert_eq!(membership.directive(WorkerId(2)), Directive::Dismissed);
     }
-    let effects = membership.step(at(2), Event::Disconnected(WorkerId(2)));
-    assert_eq!(effects.last(), Some(&Effect::Ended(Outcome::Finished)), "the first rank had done all there was to do");
 }
 
 #[test]
