@@ -15,7 +15,7 @@ use learn_domain::report::{CoordinatorAddress, JobState, JobStatus, Task, exit};
 use learn_domain::run_dir::RunDir;
 
 use crate::api::Api;
-use crate::crew::{Crew, View};
+use crate::crew::Crew;
 use crate::failure::Failure;
 use crate::output::{Output, Progress, Unit};
 use crate::process::{self, Process};
@@ -74,8 +74,7 @@ struct LocalJob<'a> {
     lost: Option<u32>,
     /// When the last worker was found to have ended before the coordinator.
     deserted: Option<Instant>,
-    /// The job when it was last looked at.
-    view: View,
+    gathering: bool,
     evaluations: usize,
 }
 
@@ -106,7 +105,7 @@ impl<'a> LocalJob<'a> {
             stops: system::stop_requests(),
             lost: None,
             deserted: None,
-            view: View::at_start(spec.config),
+            gathering: true,
             evaluations: 0,
         })
     }
@@ -138,11 +137,13 @@ impl<'a> LocalJob<'a> {
                 match api.job() {
                     Ok(status) => {
                         self.show(&status);
-                        self.view = View::from(&status);
-                        self.look_after_crew()?;
+                        self.look_after_crew(&status.state, status.wanted_workers)?;
+                        self.gathering = status.state == JobState::Gathering;
                     }
                     // one that cannot be asked yet has not gathered anybody
-                    Err(_) if self.view.state == JobState::Gathering => self.look_after_crew()?,
+                    Err(_) if self.gathering => {
+                        self.look_after_crew(&JobState::Gathering, self.spec.config.cluster.workers)?;
+                    }
                     Err(_) => {}
                 }
                 asked = Some(Instant::now());
@@ -196,9 +197,9 @@ impl<'a> LocalJob<'a> {
     }
 
     /// Replaces workers that are lost; one that is lost before all have joined ends the job.
-    fn look_after_crew(&mut self) -> Result<()> {
+    fn look_after_crew(&mut self, state: &JobState, wanted: u32) -> Result<()> {
         let Some(crew) = self.crew.as_mut().filter(|_| self.stops == 0 && self.lost.is_none()) else { return Ok(()) };
-        let changes = crew.follow(&self.view)?;
+        let changes = crew.follow(state, wanted)?;
         for line in &changes.lines {
             self.progress.line(line);
         }
