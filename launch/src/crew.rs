@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use learn_domain::Config;
 use learn_domain::ids::Rank;
-use learn_domain::report::{CoordinatorAddress, JobState, Task};
+use learn_domain::report::{CoordinatorAddress, JobState, JobStatus, Task};
 use learn_domain::run_dir::RunDir;
 
 use crate::process::{self, Process};
@@ -53,6 +53,32 @@ pub struct Crew<'a> {
     hands: BTreeMap<u32, Hand>,
     wanted: u32,
     restarts: u32,
+}
+
+/// The job as its coordinator sees it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct View {
+    pub state: JobState,
+    /// Workers that the job wants to have.
+    pub wanted: u32,
+    /// There is something to train still.
+    pub steps_left: bool,
+}
+
+impl View {
+    /// Of a job that nobody could ask yet.
+    #[must_use]
+    pub fn at_start(config: &Config) -> Self {
+        Self { state: JobState::Gathering, wanted: config.cluster.workers, steps_left: true }
+    }
+}
+
+impl From<&JobStatus> for View {
+    fn from(status: &JobStatus) -> Self {
+        let finished = status.last_step.as_ref().map_or(0, |record| record.step.0);
+        let steps_left = finished < status.total_steps;
+        Self { state: status.state.clone(), wanted: status.wanted_workers, steps_left }
+    }
 }
 
 /// What came of a look at the crew.
@@ -115,9 +141,10 @@ impl<'a> Crew<'a> {
     ///
     /// # Errors
     /// A process cannot be started.
-    pub fn follow(&mut self, state: &JobState, wanted: u32) -> Result<Changes> {
+    pub fn follow(&mut self, view: &View) -> Result<Changes> {
         let mut changes = Changes::default();
-        let goes_on = self.replaces && matches!(state, JobState::Running | JobState::Regrouping);
+        let goes_on =
+            self.replaces && view.steps_left && matches!(view.state, JobState::Running | JobState::Regrouping);
         let fallen: Vec<u32> = self
             .hands
             .iter_mut()
@@ -127,10 +154,10 @@ impl<'a> Crew<'a> {
             let Some(hand) = self.hands.get_mut(&number) else { continue };
             let how = hand.process.ended().map_or_else(String::new, process::describe);
             let name = hand.process.name.clone();
-            if *state == JobState::Gathering {
+            if view.state == JobState::Gathering {
                 hand.seen = true;
                 changes.lost.get_or_insert(number);
-            } else if goes_on && self.restarts < self.config.cluster.max_restarts && self.wanted <= wanted {
+            } else if goes_on && self.restarts < self.config.cluster.max_restarts {
                 if hand.replacement && hand.started.elapsed() < SHORT_LIFE {
                     continue;
                 }
@@ -147,17 +174,18 @@ impl<'a> Crew<'a> {
                 }
             }
         }
-        if goes_on && wanted > self.wanted {
-            let free =
-                (0..).filter(|number| self.hands.get_mut(number).is_none_or(|hand| hand.process.ended().is_some()));
-            let free: Vec<u32> = free.take((wanted - self.wanted) as usize).collect();
-            self.wanted = wanted;
-            for number in free {
-                self.hire(number, false)?;
-                changes.lines.push(format!("worker process {number} joins"));
-            }
-        } else if goes_on {
-            self.wanted = wanted;
+        if !goes_on {
+            return Ok(changes);
+        }
+        self.wanted = view.wanted;
+        // those that left in peace were too many once; those that failed are not replaced this way
+        let counts = |hand: &mut Hand| hand.process.ended().is_none() || hand.process.failed();
+        let there = self.hands.values_mut().filter_map(|hand| counts(hand).then_some(())).count();
+        let free = (0..).filter(|number| self.hands.get_mut(number).is_none_or(|hand| !counts(hand)));
+        let free: Vec<u32> = free.take((self.wanted as usize).saturating_sub(there)).collect();
+        for number in free {
+            self.hire(number, false)?;
+            changes.lines.push(format!("worker process {number} joins"));
         }
         Ok(changes)
     }

@@ -15,7 +15,7 @@ use learn_domain::report::{CoordinatorAddress, JobState, JobStatus, Task, exit};
 use learn_domain::run_dir::RunDir;
 
 use crate::api::Api;
-use crate::crew::Crew;
+use crate::crew::{Crew, View};
 use crate::failure::Failure;
 use crate::output::{Output, Progress, Unit};
 use crate::process::{self, Process};
@@ -74,7 +74,8 @@ struct LocalJob<'a> {
     lost: Option<u32>,
     /// When the last worker was found to have ended before the coordinator.
     deserted: Option<Instant>,
-    gathering: bool,
+    /// The job when it was last looked at.
+    view: View,
     evaluations: usize,
 }
 
@@ -105,7 +106,7 @@ impl<'a> LocalJob<'a> {
             stops: system::stop_requests(),
             lost: None,
             deserted: None,
-            gathering: true,
+            view: View::at_start(spec.config),
             evaluations: 0,
         })
     }
@@ -137,13 +138,11 @@ impl<'a> LocalJob<'a> {
                 match api.job() {
                     Ok(status) => {
                         self.show(&status);
-                        self.look_after_crew(&status.state, status.wanted_workers)?;
-                        self.gathering = status.state == JobState::Gathering;
+                        self.view = View::from(&status);
+                        self.look_after_crew()?;
                     }
                     // one that cannot be asked yet has not gathered anybody
-                    Err(_) if self.gathering => {
-                        self.look_after_crew(&JobState::Gathering, self.spec.config.cluster.workers)?;
-                    }
+                    Err(_) if self.view.state == JobState::Gathering => self.look_after_crew()?,
                     Err(_) => {}
                 }
                 asked = Some(Instant::now());
@@ -197,9 +196,9 @@ impl<'a> LocalJob<'a> {
     }
 
     /// Replaces workers that are lost; one that is lost before all have joined ends the job.
-    fn look_after_crew(&mut self, state: &JobState, wanted: u32) -> Result<()> {
+    fn look_after_crew(&mut self) -> Result<()> {
         let Some(crew) = self.crew.as_mut().filter(|_| self.stops == 0 && self.lost.is_none()) else { return Ok(()) };
-        let changes = crew.follow(state, wanted)?;
+        let changes = crew.follow(&self.view)?;
         for line in &changes.lines {
             self.progress.line(line);
         }

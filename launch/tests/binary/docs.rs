@@ -30,7 +30,7 @@ fn the_metrics_table_is_current() -> TestResult {
 
 #[test]
 fn the_exit_codes_are_those_of_the_code() -> TestResult {
-    use learn_domain::report::exit::{DIVERGED, FAILED, OK, STOPPED, UNSAVED, USAGE, WORKER_LOST};
+    use learn_domain::report::exit::{DIVERGED, FAILED, NO_PROGRESS, OK, STOPPED, UNSAVED, USAGE, WORKER_LOST};
     let text = std::fs::read_to_string(page())?;
     let rows: Vec<_> =
         text.lines().filter(|line| line.starts_with("| ") && line.as_bytes()[2].is_ascii_digit()).collect();
@@ -39,9 +39,10 @@ fn the_exit_codes_are_those_of_the_code() -> TestResult {
         (FAILED, "failed"),
         (USAGE, "Wrong flags"),
         (STOPPED, "Stopped"),
-        (WORKER_LOST, "worker was lost"),
+        (WORKER_LOST, "Workers were lost"),
         (DIVERGED, "not a finite number"),
         (UNSAVED, "could not be written"),
+        (NO_PROGRESS, "without a finished step"),
     ];
     assert_eq!(rows.len(), meant.len(), "{rows:?}");
     for (row, (code, words)) in rows.iter().zip(meant) {
