@@ -1,11 +1,15 @@
 //! Files of a run that survive a kill: written aside, synced and renamed, or appended line by line.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+/// Most bytes of a line that a kill has cut.
+const MEND_BYTES: u64 = 1 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
@@ -88,9 +92,17 @@ impl JsonLines {
     /// # Errors
     /// If the file cannot be extended.
     pub fn append<T: Serialize>(&mut self, value: &T) -> Result<(), FileError> {
-        let mut line = serde_json::to_vec(value).map_err(json_error(&self.path))?;
-        line.push(b'\n');
-        self.file.write_all(&line).map_err(write_error("append to", &self.path))
+        let line = serde_json::to_string(value).map_err(json_error(&self.path))?;
+        self.append_line(&line)
+    }
+
+    /// Appends one line, which is JSON already, with one write.
+    ///
+    /// # Errors
+    /// If the file cannot be extended.
+    pub fn append_line(&mut self, line: &str) -> Result<(), FileError> {
+        let line = format!("{line}\n");
+        self.file.write_all(line.as_bytes()).map_err(write_error("append to", &self.path))
     }
 }
 
@@ -109,6 +121,46 @@ pub fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, FileError>
         serde_json::from_str(line).map_err(|source| FileError::Line { path: path.to_owned(), line: index + 1, source })
     };
     whole.lines().enumerate().map(parse).collect()
+}
+
+/// Makes `lines` the last of a file: a last line that a kill has cut goes, and those that are not there yet are appended.
+///
+/// # Errors
+/// If the file cannot be read or extended.
+pub fn mend_lines(path: &Path, lines: &[&str]) -> Result<(), FileError> {
+    let mut file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(path)
+        .map_err(write_error("open", path))?;
+    let length = file.metadata().map_err(read_error(path))?.len();
+    // some of the lines and a cut one are the last: no more than this has to be read, however long the file is
+    let reach = 2 * lines.iter().map(|line| line.len() as u64 + 1).sum::<u64>() + MEND_BYTES;
+    let mut tail = |from| -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        file.seek(SeekFrom::Start(from))?;
+        file.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let mut from = length.saturating_sub(reach);
+    let mut bytes = tail(from).map_err(read_error(path))?;
+    if !bytes.contains(&b'\n') {
+        from = 0;
+        bytes = tail(from).map_err(read_error(path))?;
+    }
+    let whole = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+    let there: BTreeSet<&[u8]> = bytes[..whole].split(|&byte| byte == b'\n').collect();
+    let missing = lines.iter().filter(|line| !there.contains(line.as_bytes()));
+    let text: String = missing.flat_map(|line| [*line, "\n"]).collect();
+    let end = from + whole as u64;
+    let mut mend = || {
+        file.set_len(end)?;
+        file.seek(SeekFrom::Start(end))?;
+        file.write_all(text.as_bytes())
+    };
+    mend().map_err(write_error("mend", path))
 }
 
 /// Keeps the lines that `keep` names, in one atomic replacement, and gives them back.
@@ -147,6 +199,24 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), "1\n2\n");
         fs::write(&path, "1\nx\n").unwrap();
         assert!(read_lines::<u32>(&path).unwrap_err().to_string().contains("line 2"));
+    }
+
+    #[test]
+    fn lines_that_a_kill_kept_from_their_file_are_mended_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.jsonl");
+        mend_lines(&path, &["1", "2"]).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "1\n2\n", "a file that was not there");
+        for cut in ["1\n2\n3\n4", "1\n2\n3\n", "1\n2\n3\n44\n5", "1\n2\n3\n44\n55\n"] {
+            fs::write(&path, cut).unwrap();
+            mend_lines(&path, &["3", "44", "55"]).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), "1\n2\n3\n44\n55\n", "from {cut:?}");
+        }
+        fs::write(&path, format!("{}\n1\ncu", "0".repeat(3 << 20))).unwrap();
+        mend_lines(&path, &["1"]).unwrap();
+        assert!(fs::read_to_string(&path).unwrap().ends_with("00\n1\n"), "only the end of a long file is read");
+        mend_lines(&path, &[]).unwrap();
+        assert!(fs::read_to_string(&path).unwrap().ends_with("00\n1\n"));
     }
 
     #[test]

@@ -1,27 +1,60 @@
 //! The run directory's files, written by one thread in the order of their events.
 //!
-//! Input: [`Entry`] values from the job's owner, through a bounded queue. Output: files. Invariant: an acknowledgement
-//! is sent when the file is durable; the first failure ends the journal, and with it the job.
+//! Input: [`Entry`] values from the job's owner, through a bounded queue. Output: files. Invariants: an acknowledgement
+//! is sent when the file is durable; a line is forgotten by [`crate::state`] only when it is in its file, so that each is
+//! there once whenever this process is killed; the first failure ends the journal, and with it the job.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use learn_domain::Step;
-use learn_domain::event::JobEvent;
 use learn_domain::ledger::Ledger;
-use learn_domain::report::{Evaluation, JobStatus, StepRecord, Summary};
+use learn_domain::report::{JobStatus, Summary};
 use learn_domain::run_dir::RunDir;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::files::{FileError, JsonLines, write_json};
+use crate::files::{FileError, JsonLines, mend_lines, write_json};
 use crate::job::{LedgerFile, prune_ledgers};
 
 /// Entries that may wait for the disk before the job's owner waits too.
 const QUEUE: usize = 256;
 
+/// The files that grow line by line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LineFile {
+    Steps,
+    Evaluations,
+    Events,
+}
+
+impl LineFile {
+    const ALL: [Self; 3] = [Self::Steps, Self::Evaluations, Self::Events];
+
+    fn path(self, run_dir: &RunDir) -> PathBuf {
+        match self {
+            Self::Steps => run_dir.metrics(),
+            Self::Evaluations => run_dir.evaluations(),
+            Self::Events => run_dir.events(),
+        }
+    }
+}
+
+/// A line as it stands in its file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Line {
+    pub file: LineFile,
+    /// JSON, without a line break.
+    pub text: String,
+}
+
 /// Something to be kept.
 #[derive(Debug)]
 pub enum Entry {
-    Step(StepRecord),
-    Evaluation(Evaluation),
-    Event(Box<JobEvent>),
+    /// A line by its number.
+    Line(u64, Line),
     Status(Box<JobStatus>),
     Summary(Box<Summary>),
     /// Those who wait are told when it is durable.
@@ -37,10 +70,24 @@ pub enum Entry {
 pub struct Journal {
     run_dir: RunDir,
     fingerprint: String,
-    steps: JsonLines,
-    evaluations: JsonLines,
-    events: JsonLines,
+    /// By [`LineFile`].
+    lines: [JsonLines; 3],
+    /// Lines with smaller numbers are in their files.
+    written: Arc<AtomicU64>,
     entries: mpsc::Receiver<Entry>,
+}
+
+/// Adds the lines to their files that a coordinator kept and, when it was killed, had not written yet.
+///
+/// # Errors
+/// If a file cannot be read or extended.
+pub fn mend(run_dir: &RunDir, kept: &[(u64, Line)]) -> Result<(), FileError> {
+    for file in LineFile::ALL {
+        let lines: Vec<&str> =
+            kept.iter().filter(|(_, line)| line.file == file).map(|(_, line)| line.text.as_str()).collect();
+        mend_lines(&file.path(run_dir), &lines)?;
+    }
+    Ok(())
 }
 
 impl Journal {
@@ -50,10 +97,15 @@ impl Journal {
     /// If the run directory is not writable.
     pub fn open(run_dir: RunDir, fingerprint: String) -> Result<(mpsc::Sender<Entry>, Self), FileError> {
         let (sender, entries) = mpsc::channel(QUEUE);
-        let steps = JsonLines::open(run_dir.metrics())?;
-        let evaluations = JsonLines::open(run_dir.evaluations())?;
-        let events = JsonLines::open(run_dir.events())?;
-        Ok((sender, Self { run_dir, fingerprint, steps, evaluations, events, entries }))
+        let [steps, evaluations, events] = LineFile::ALL.map(|file| JsonLines::open(file.path(&run_dir)));
+        let lines = [steps?, evaluations?, events?];
+        Ok((sender, Self { run_dir, fingerprint, lines, written: Arc::default(), entries }))
+    }
+
+    /// Lines below this number are in their files; it grows.
+    #[must_use]
+    pub fn written(&self) -> Arc<AtomicU64> {
+        self.written.clone()
     }
 
     /// Writes until every sender is gone. Blocks: for a thread of its own.
@@ -63,9 +115,10 @@ impl Journal {
     pub fn write_all(mut self) -> Result<(), FileError> {
         while let Some(entry) = self.entries.blocking_recv() {
             match entry {
-                Entry::Step(record) => self.steps.append(&record)?,
-                Entry::Evaluation(evaluation) => self.evaluations.append(&evaluation)?,
-                Entry::Event(event) => self.events.append(&event)?,
+                Entry::Line(number, line) => {
+                    self.lines[line.file as usize].append_line(&line.text)?;
+                    self.written.store(number + 1, Ordering::Release);
+                }
                 Entry::Status(status) => write_json(&self.run_dir.status(), &status)?,
                 Entry::Summary(summary) => write_json(&self.run_dir.summary(), &summary)?,
                 Entry::Ledger { step, ledger, done } => {

@@ -3,7 +3,7 @@
 //! Input: a run directory with its configuration and secret, a dataset, a task. Output: a control service and a data service
 //! (gRPC, one port), metrics and status (HTTP), the run directory's files, and how the job ended. Shape: rules are in
 //! `learn-domain`; [`job`] is the one owner of the job's state; [`control`], [`data`] and [`http`] carry its inputs and
-//! outputs; [`journal`] writes its files. Invariant: nothing is served before configuration, dataset and history were
+//! outputs; [`journal`] writes its files, and [`state`] keeps what a coordinator that takes over needs. Invariant: nothing is served before configuration, dataset and history were
 //! checked.
 
 pub mod control;
@@ -15,9 +15,11 @@ pub mod job;
 pub mod journal;
 mod serve;
 pub mod settings;
+pub mod state;
 pub mod store;
 
 use std::future::Future;
+use std::path::Path;
 
 pub use learn_domain::membership::{GiveUp, Outcome, StopCause};
 use learn_domain::report::exit;
@@ -36,6 +38,10 @@ pub enum CoordinatorError {
     #[error(transparent)]
     Files(#[from] files::FileError),
     #[error(transparent)]
+    State(#[from] state::StateError),
+    #[error("this job cannot be taken over: {0}")]
+    TakeOver(#[from] job::TakeOverError),
+    #[error(transparent)]
     Serve(#[from] ServeError),
 }
 
@@ -45,7 +51,12 @@ impl CoordinatorError {
     pub fn exit_code(&self) -> i32 {
         match self {
             Self::Settings(_) | Self::Source(data::SourceError::ContentTower { .. }) => exit::USAGE,
-            Self::Source(_) | Self::Resume(_) | Self::Files(_) | Self::Serve(_) => exit::FAILED,
+            Self::Source(_)
+            | Self::Resume(_)
+            | Self::Files(_)
+            | Self::State(_)
+            | Self::TakeOver(_)
+            | Self::Serve(_) => exit::FAILED,
         }
     }
 }
@@ -71,4 +82,12 @@ pub fn exit_code(outcome: &Outcome) -> i32 {
 /// If the job cannot be started, or its files not be written any more.
 pub async fn run(settings: Settings, shutdown: impl Future<Output = ()> + Send) -> Result<Outcome, CoordinatorError> {
     Coordinator::bind(settings).await?.run(shutdown).await
+}
+
+/// As [`run`], for the job that a killed coordinator of this run directory has left.
+///
+/// # Errors
+/// If there is none, or as [`run`].
+pub async fn take_over(run_dir: &Path, shutdown: impl Future<Output = ()> + Send) -> Result<Outcome, CoordinatorError> {
+    Coordinator::take_over(run_dir).await?.run(shutdown).await
 }

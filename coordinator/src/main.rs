@@ -5,7 +5,7 @@ use std::process::exit;
 
 use clap::Parser;
 use learn_coordinator::embedding::{EmbeddingCoordinator, Ended};
-use learn_coordinator::{CoordinatorError, Outcome, Settings, exit_code, run};
+use learn_coordinator::{CoordinatorError, Outcome, Settings, exit_code, run, take_over};
 use learn_domain::report;
 use learn_domain::report::Task;
 use tokio::signal::unix::{SignalKind, signal};
@@ -21,8 +21,11 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// What the workers are there for, like {"kind":"train","resume_from":null}
-    #[arg(long, value_name = "JSON", value_parser = task, required_unless_present = "embed")]
+    #[arg(long, value_name = "JSON", value_parser = task, required_unless_present_any = ["embed", "take_over"])]
     task_json: Option<Task>,
+    /// Go on with the job of a coordinator of DIR that was killed: same task, same ports, where it was
+    #[arg(long, conflicts_with_all = ["task_json", "config", "embed"])]
+    take_over: bool,
     /// Serve an embed job instead: lease item ranges to `learn-embed` processes
     #[arg(long, conflicts_with_all = ["task_json", "config"])]
     embed: bool,
@@ -63,6 +66,9 @@ async fn serve(arguments: Arguments) -> anyhow::Result<i32> {
             _ = notice.recv() => {}
         }
     };
+    if arguments.take_over {
+        return Ok(said(&take_over(&arguments.run_dir, shutdown).await?));
+    }
     // Without a task it is an embed job: clap sees to it.
     let Some(task) = arguments.task_json else {
         return Ok(match EmbeddingCoordinator::bind(&arguments.run_dir).await?.run(shutdown).await? {
@@ -75,9 +81,13 @@ async fn serve(arguments: Arguments) -> anyhow::Result<i32> {
         });
     };
     let settings = Settings::load(&arguments.run_dir, arguments.config, task).map_err(CoordinatorError::from)?;
-    let outcome = run(settings, shutdown).await?;
-    if let Outcome::Stopped(cause) = &outcome {
+    Ok(said(&run(settings, shutdown).await?))
+}
+
+/// Says why a job was stopped; the exit code.
+fn said(outcome: &Outcome) -> i32 {
+    if let Outcome::Stopped(cause) = outcome {
         eprintln!("learn-coordinator: {cause}");
     }
-    Ok(exit_code(&outcome))
+    exit_code(outcome)
 }

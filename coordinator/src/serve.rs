@@ -4,21 +4,22 @@ use std::fs::{File, TryLockError};
 use std::future::Future;
 use std::io::ErrorKind;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arrow_flight::flight_service_server::FlightServiceServer;
 use learn_dataset::Dataset;
 use learn_domain::WorkerId;
 use learn_domain::config::ClusterConfig;
 use learn_domain::membership::Outcome;
-use learn_domain::report::CoordinatorAddress;
+use learn_domain::report::{CoordinatorAddress, Task};
 use learn_domain::run_dir::RunDir;
 use learn_proto::auth::RequireBearer;
 use learn_proto::convert::Admission;
 use learn_proto::v1::control_server::ControlServer;
 use learn_telemetry::CoordinatorMetrics;
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -30,12 +31,29 @@ use crate::control::ControlService;
 use crate::data::{DataService, Source, SourceError};
 use crate::files::{FileError, write_json};
 use crate::job::actor::{Command, JobHandle, JobOwner, OwnerError, OwnerParts, STATES};
-use crate::job::{History, Job, JobSettings};
-use crate::journal::Journal;
+use crate::job::{History, Job, JobSettings, Keeping, LedgerFile, TakeOverError};
+use crate::journal::{Journal, Line, mend};
+use crate::state::{StateFile, Turn};
+use crate::store::Store;
 use crate::{CoordinatorError, Settings, http};
 
 /// Calls that are still open when the job has ended may take this long.
 const GRACE: Duration = Duration::from_secs(2);
+/// The ports of a process that was killed are free this soon.
+const PORTS_WITHIN: Duration = Duration::from_secs(2);
+/// Name of [`Identity`] in the state.
+const IDENTITY: &str = "identity";
+
+/// What a coordinator that takes over must have in common with the one before.
+#[derive(Debug, Serialize, Deserialize)]
+struct Identity {
+    task: Task,
+    /// Of the dataset.
+    fingerprint: String,
+    /// Where the workers look for their coordinator.
+    grpc_port: u16,
+    http_port: u16,
+}
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -62,8 +80,8 @@ pub struct Coordinator {
     job: JobHandle,
     owner: JobOwner,
     journal: Journal,
-    /// Holds the lock on the run directory.
-    _lock: File,
+    /// On the run directory; the journal holds it to its end.
+    lock: File,
 }
 
 /// One coordinator a run: an advisory lock on its secret, a file that is never replaced; the system drops it with the
@@ -81,22 +99,40 @@ pub(crate) fn lock(run_dir: &RunDir) -> Result<File, ServeError> {
 pub(crate) struct Ports {
     pub grpc: TcpListener,
     pub http: TcpListener,
+    /// Of gRPC and HTTP.
+    pub ports: (u16, u16),
     pub address: CoordinatorAddress,
 }
 
 impl Ports {
+    /// As [`Ports::bind`], but waits a moment for ports that a killed process had.
+    async fn inherit(cluster: &ClusterConfig) -> Result<Self, ServeError> {
+        let started = Instant::now();
+        loop {
+            match Self::bind(cluster).await {
+                Err(ServeError::Bind { source, .. })
+                    if source.kind() == ErrorKind::AddrInUse && started.elapsed() < PORTS_WITHIN =>
+                {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                bound => return bound,
+            }
+        }
+    }
+
     /// # Errors
     /// A port is taken.
     pub async fn bind(cluster: &ClusterConfig) -> Result<Self, ServeError> {
         let (grpc, grpc_port) = listen(&cluster.bind, cluster.grpc_port, "grpc_port").await?;
         let (http, http_port) = listen(&cluster.bind, cluster.http_port, "http_port").await?;
         let host = advertised(&cluster.bind);
+        let ports = (grpc_port, http_port);
         let address = CoordinatorAddress {
             pid: std::process::id(),
             grpc: format!("http://{host}:{grpc_port}"),
             http: format!("http://{host}:{http_port}"),
         };
-        Ok(Self { grpc, http, address })
+        Ok(Self { grpc, http, ports, address })
     }
 }
 
@@ -156,11 +192,29 @@ pub(crate) async fn close<T: 'static>(stop: &watch::Sender<bool>, servers: &mut 
     }
 }
 
-fn open_source(settings: &Settings) -> Result<Source, SourceError> {
-    let dataset = Dataset::open(&settings.config.data.dataset)?;
-    let source = Source::new(dataset, &settings.config)?;
-    source.dataset.verify()?;
-    Ok(source)
+/// `verify`: every byte is read and compared with its checksum.
+async fn open_source(settings: &Settings, verify: bool) -> Result<Arc<Source>, CoordinatorError> {
+    let config = settings.config.clone();
+    let open = move || -> Result<Source, SourceError> {
+        let dataset = Dataset::open(&config.data.dataset)?;
+        let source = Source::new(dataset, &config)?;
+        if verify {
+            source.dataset.verify()?;
+        }
+        Ok(source)
+    };
+    Ok(Arc::new(tokio::task::spawn_blocking(open).await.map_err(ServeError::Task)??))
+}
+
+fn job_settings(settings: &Settings, source: &Source, history: History) -> JobSettings {
+    JobSettings {
+        config: settings.config.clone(),
+        task: settings.task.clone(),
+        dataset: source.facts.clone(),
+        plan: source.plan.clone(),
+        total_steps: source.total_steps,
+        history,
+    }
 }
 
 impl Coordinator {
@@ -170,26 +224,65 @@ impl Coordinator {
     /// If dataset, configuration and history do not go together, or a port is taken.
     pub async fn bind(settings: Settings) -> Result<Self, CoordinatorError> {
         let lock = lock(&settings.run_dir)?;
-        let opening = settings.clone();
-        let source = tokio::task::spawn_blocking(move || open_source(&opening)).await.map_err(ServeError::Task)??;
-        let source = Arc::new(source);
+        let source = open_source(&settings, true).await?;
         let Settings { run_dir, config, task, .. } = &settings;
         let history = History::load(run_dir, task, &source.facts.fingerprint)?;
         let (entries, journal) = Journal::open(run_dir.clone(), source.facts.fingerprint.clone())?;
-
         let ports = Ports::bind(&config.cluster).await?;
+        let mut state = StateFile::create(&run_dir.coordinator_state())?;
+        let mut identity = Turn::default();
+        let fingerprint = source.facts.fingerprint.clone();
+        let (grpc_port, http_port) = ports.ports;
+        identity.value(IDENTITY, &Identity { task: task.clone(), fingerprint, grpc_port, http_port })?;
+        state.write(identity)?;
+        let job = Job::new(job_settings(&settings, &source, history));
         let metrics = CoordinatorMetrics::new(STATES);
-        let job = Job::new(JobSettings {
-            config: config.clone(),
+        let parts = OwnerParts {
             task: task.clone(),
-            dataset: source.facts.clone(),
-            plan: source.plan.clone(),
-            total_steps: source.total_steps,
-            history,
-        });
-        let parts = OwnerParts { task: task.clone(), journal: entries, metrics: metrics.clone() };
-        let (job, owner) = JobOwner::new(job, parts);
-        Ok(Self { ports, source, metrics, job, owner, journal, _lock: lock, settings })
+            keeping: Keeping { state, journal: entries, written: journal.written() },
+            metrics: metrics.clone(),
+            store: Store::default(),
+            earlier: Duration::ZERO,
+            taken_over: false,
+        };
+        let (job, owner) = JobOwner::new(job, parts).await.map_err(ServeError::Owner)?;
+        Ok(Self { ports, source, metrics, job, owner, journal, lock, settings })
+    }
+
+    /// Goes on with the job of a coordinator that was killed, on the same ports. The bytes of the dataset, which the one
+    /// before has verified, are not read again.
+    ///
+    /// # Errors
+    /// If there is no such job, its state is damaged, or its ports are taken.
+    pub async fn take_over(run_dir: &Path) -> Result<Self, CoordinatorError> {
+        let run_dir = RunDir::new(run_dir);
+        let lock = lock(&run_dir)?;
+        let state = StateFile::open(&run_dir.coordinator_state())?;
+        let identity: Identity = state.value(IDENTITY)?.ok_or(TakeOverError::Incomplete(IDENTITY))?;
+        let settings = Settings::load(run_dir.root(), None, identity.task)?;
+        let source = open_source(&settings, false).await?;
+        if source.facts.fingerprint != identity.fingerprint {
+            return Err(TakeOverError::Dataset(settings.config.data.dataset.clone()).into());
+        }
+        let (job, earlier) = Job::take_over(job_settings(&settings, &source, History::default()), &state)?;
+        mend(&run_dir, &state.lines::<Line>()?)?;
+        if let Some((step, ledger)) = job.committed().filter(|(step, _)| !run_dir.ledger(*step).exists()) {
+            LedgerFile::write(&run_dir, step, &identity.fingerprint, ledger.clone())?;
+        }
+        let (entries, journal) = Journal::open(run_dir.clone(), identity.fingerprint)?;
+        let (grpc_port, http_port) = (identity.grpc_port, identity.http_port);
+        let ports = Ports::inherit(&ClusterConfig { grpc_port, http_port, ..settings.config.cluster.clone() }).await?;
+        let metrics = CoordinatorMetrics::new(STATES);
+        let parts = OwnerParts {
+            task: settings.task.clone(),
+            store: Store::kept(state.keys()?),
+            keeping: Keeping { state, journal: entries, written: journal.written() },
+            metrics: metrics.clone(),
+            earlier,
+            taken_over: true,
+        };
+        let (job, owner) = JobOwner::new(job, parts).await.map_err(ServeError::Owner)?;
+        Ok(Self { ports, source, metrics, job, owner, journal, lock, settings })
     }
 
     #[must_use]
@@ -207,7 +300,12 @@ impl Coordinator {
             std::fs::rename(from, &to).map_err(|source| FileError::Write { action: "replace", path: to, source })?;
         }
         let (run_dir, address) = (self.settings.run_dir.clone(), self.ports.address.clone());
-        announced(&run_dir, &address, self.serve(shutdown)).await
+        let ended = announced(&run_dir, &address, self.serve(shutdown)).await?;
+        let state = run_dir.coordinator_state();
+        if let Err(error) = std::fs::remove_file(&state) {
+            tracing::warn!(%error, path = %state.display(), "cannot remove the state of a job that has ended");
+        }
+        Ok(ended)
     }
 
     async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<Outcome, CoordinatorError> {
@@ -215,7 +313,7 @@ impl Coordinator {
         let (control, data) = (self.control(), self.data());
         let require = RequireBearer(self.settings.secret.clone());
         let router = http::router(self.job.clone(), self.settings.secret.clone(), self.metrics.exposition.clone());
-        let Self { ports: Ports { grpc, http, .. }, job, owner, journal, _lock, .. } = self;
+        let Self { ports: Ports { grpc, http, .. }, job, owner, journal, lock, .. } = self;
 
         let mut servers = JoinSet::new();
         let grpc = Server::builder()
@@ -225,7 +323,11 @@ impl Coordinator {
         servers.spawn(async move { ("gRPC", ending(grpc.await)) });
         let http = axum::serve(http, router).with_graceful_shutdown(on_stop(stopped));
         servers.spawn(async move { ("HTTP", ending(http.await)) });
-        let journal = tokio::task::spawn_blocking(move || journal.write_all());
+        // whoever comes next must not meet a thread that still writes
+        let journal = tokio::task::spawn_blocking(move || {
+            let _lock = lock;
+            journal.write_all()
+        });
         let mut owner = tokio::spawn(owner.run());
         let mut shutdown = std::pin::pin!(shutdown);
         let mut asked = false;

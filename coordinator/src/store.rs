@@ -22,6 +22,13 @@ pub struct Store {
 }
 
 impl Store {
+    /// The store of a generation that another coordinator has kept.
+    #[must_use]
+    pub fn kept(values: Vec<(String, Vec<u8>)>) -> Self {
+        let bytes = values.iter().map(|(key, value)| key.len() + value.len()).sum();
+        Self { values: values.into_iter().collect(), bytes, waiting: BTreeMap::new() }
+    }
+
     /// Sets a value and wakes those that wait for it.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 //! Input: a run directory with its configuration and secret, and a task. Output: the job's last status, or a failure
 //! that names the cause, the guilty process with the end of its log, and what to do. Invariants: a request to stop goes
 //! to the coordinator alone, which ends the job gracefully; a second one kills; a worker that is lost is replaced as long as
-//! the job goes on ([`crate::crew`]); no process outlives [`run`].
+//! the job goes on ([`crate::crew`]), and so is a coordinator that was killed; no process outlives [`run`].
 
 use std::path::Path;
 use std::process::Command;
@@ -30,6 +30,8 @@ const STATUS_INTERVAL: Duration = Duration::from_millis(500);
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Workers may take this long to leave after their coordinator has ended.
 const LEAVE: Duration = Duration::from_secs(30);
+/// So long they may take if it cannot have told them: what they would still save has no ledger.
+const LEAVE_UNTOLD: Duration = Duration::from_secs(3);
 /// Beyond the heartbeat timeout, the coordinator may take this long to end a job that has lost a worker.
 const NOTICE: Duration = Duration::from_secs(20);
 /// Lines of a guilty log that a failure shows.
@@ -66,10 +68,14 @@ struct LocalJob<'a> {
     output: &'a Output,
     progress: Progress,
     coordinator: Process,
+    /// Coordinators that took the place of one that was killed.
+    take_overs: u32,
     /// None until the coordinator serves.
     crew: Option<Crew<'a>>,
     /// Requests to stop that were passed on.
     stops: usize,
+    /// This side has killed the job.
+    killed: bool,
     /// The worker that failed before all had joined.
     lost: Option<u32>,
     /// When the last worker was found to have ended before the coordinator.
@@ -102,8 +108,10 @@ impl<'a> LocalJob<'a> {
             output,
             progress,
             coordinator,
+            take_overs: 0,
             crew: None,
             stops: system::stop_requests(),
+            killed: false,
             lost: None,
             deserted: None,
             view: View::at_start(spec.config),
@@ -116,9 +124,9 @@ impl<'a> LocalJob<'a> {
         let start = Instant::now();
         let mut said = false;
         while self.coordinator.ended().is_none() {
-            let address = runs::read_json::<CoordinatorAddress>(&self.spec.run.coordinator());
-            if let Ok(address) = address {
-                return Some(address);
+            match runs::read_json::<CoordinatorAddress>(&self.spec.run.coordinator()) {
+                Ok(address) if address.pid == self.coordinator.pid() => return Some(address),
+                _ => {}
             }
             if !said && start.elapsed() > PATIENCE {
                 self.output.note("waiting for the coordinator, which checks the dataset first");
@@ -131,6 +139,44 @@ impl<'a> LocalJob<'a> {
     }
 
     fn watch(&mut self, api: &Api) -> Result<()> {
+        loop {
+            self.watch_one(api)?;
+            if !self.take_over()? {
+                break;
+            }
+        }
+        // The last evaluations and steps came after the last look.
+        if let Ok(Some(status)) = runs::last_status(self.spec.run) {
+            self.show(&status);
+        }
+        self.progress.finish();
+        Ok(())
+    }
+
+    /// Starts another coordinator if the last one was killed; it serves at the same address. `false` if it was not, or
+    /// has been too often.
+    fn take_over(&mut self) -> Result<bool> {
+        let Some(ended) = self.coordinator.ended() else { return Ok(false) };
+        let most = self.spec.config.cluster.coordinator_restarts;
+        if ended.code().is_some() || self.killed || self.take_overs >= most {
+            return Ok(false);
+        }
+        self.take_overs += 1;
+        let (count, how) = (self.take_overs, process::describe(ended));
+        self.progress
+            .line(&format!("the coordinator ended with {how}; another takes over ({count} of {most} restarts)"));
+        let run = self.spec.run;
+        let mut command = Command::new(process::sibling("learn-coordinator")?);
+        command.arg("--run-dir").arg(run.root()).arg("--take-over");
+        self.coordinator = Process::start("coordinator", &mut command, &run.coordinator_log())?;
+        // it may not have heard of what the one before was asked for
+        if self.wait_for_coordinator().is_some() && (self.stops > 0 || self.lost.is_some()) {
+            self.coordinator.ask_to_end(End::Gracefully);
+        }
+        Ok(true)
+    }
+
+    fn watch_one(&mut self, api: &Api) -> Result<()> {
         let mut asked: Option<Instant> = None;
         while self.coordinator.ended().is_none() {
             let interval = if self.crew.as_mut().is_some_and(Crew::asks) { POLL } else { STATUS_INTERVAL };
@@ -151,11 +197,6 @@ impl<'a> LocalJob<'a> {
             self.look_after_deserted();
             std::thread::sleep(POLL);
         }
-        // The last evaluations and steps came after the last look.
-        if let Ok(Some(status)) = runs::last_status(self.spec.run) {
-            self.show(&status);
-        }
-        self.progress.finish();
         Ok(())
     }
 
@@ -185,14 +226,15 @@ impl<'a> LocalJob<'a> {
             self.coordinator.ask_to_end(End::Gracefully);
         } else {
             self.progress.line("killing all processes of the job");
-            self.end_all(End::AtOnce);
+            self.kill_all();
         }
         self.stops = requests;
     }
 
-    fn end_all(&mut self, how: End) {
-        self.crew.iter_mut().for_each(|crew| crew.ask_to_end(how));
-        self.coordinator.ask_to_end(how);
+    fn kill_all(&mut self) {
+        self.killed = true;
+        self.crew.iter_mut().for_each(|crew| crew.ask_to_end(End::AtOnce));
+        self.coordinator.ask_to_end(End::AtOnce);
     }
 
     /// Replaces workers that are lost; one that is lost before all have joined ends the job.
@@ -217,7 +259,7 @@ impl<'a> LocalJob<'a> {
         }
         let since = *self.deserted.get_or_insert_with(Instant::now);
         if since.elapsed() > self.spec.config.cluster.heartbeat_timeout.0 + NOTICE {
-            self.end_all(End::AtOnce);
+            self.kill_all();
         }
     }
 
@@ -227,7 +269,8 @@ impl<'a> LocalJob<'a> {
             if self.lost.is_some() {
                 crew.ask_to_end(End::Gracefully);
             }
-            crew.wait(LEAVE);
+            let untold = self.coordinator.ended().is_none_or(|ended| matches!(ended.code(), None | Some(exit::FAILED)));
+            crew.wait(if untold { LEAVE_UNTOLD } else { LEAVE });
         }
         let status = runs::last_status(self.spec.run)?;
         let Some(ended) = self.coordinator.ended() else {

@@ -59,7 +59,7 @@ pub fn bounded(field: &'static str, text: String) -> Result<String, ConvertError
 }
 
 /// A worker that asks to take part.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Applicant {
     pub incarnation: Incarnation,
     pub host: String,

@@ -1,8 +1,8 @@
 //! The one owner of a job's state: takes commands one by one, and ticks.
 //!
-//! Input: [`Command`]s through a [`JobHandle`], the clock. Output: answers, journal entries, metrics, log lines. Invariant:
-//! nothing here waits for a worker or the disk, besides a full journal queue; a wait of a caller (a rendezvous key, a
-//! durable ledger) is a reply that is kept.
+//! Input: [`Command`]s through a [`JobHandle`], the clock. Output: answers, journal entries, metrics, log lines. Invariants:
+//! nothing here waits for a worker, nor for a file to be synced, besides a full journal queue; a wait of a caller (a
+//! rendezvous key, a durable ledger) is a reply that is kept. Commands that are there already are taken in one turn.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -17,8 +17,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::attendance::Attendances;
+use super::turn::{Keeping, Turns};
 use super::{Heartbeat, Job, JobError};
-use crate::journal::Entry;
+use crate::journal::{Entry, LineFile};
+use crate::state::StateError;
 use crate::store::{Store, StoreFull};
 
 /// How often deadlines are looked at.
@@ -27,6 +29,8 @@ const TICK: Duration = Duration::from_millis(200);
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// Commands that may wait.
 const QUEUE: usize = 1024;
+/// Commands that are taken in one turn.
+const COMMANDS_A_TURN: usize = 256;
 
 /// States of the job as metrics name them.
 pub const STATES: &[&str] = &["gathering", "running", "regrouping", "stopping", "finished", "stopped", "failed"];
@@ -114,43 +118,57 @@ pub struct JobOwner {
     /// When the last generation broke, until a step is finished.
     recovering: Option<Instant>,
     commands: mpsc::Receiver<Command>,
-    journal: mpsc::Sender<Entry>,
+    turn: Turns,
     metrics: CoordinatorMetrics,
     started: Instant,
+    /// Time of the job before `started`.
+    earlier: Duration,
 }
 
 /// What a job's owner needs besides the job.
 pub struct OwnerParts {
     pub task: Task,
-    pub journal: mpsc::Sender<Entry>,
+    pub keeping: Keeping,
     pub metrics: CoordinatorMetrics,
+    /// Keys of the generation that runs, and time of the job so far, from a coordinator that was killed.
+    pub store: Store,
+    pub earlier: Duration,
+    pub taken_over: bool,
 }
 
-/// The journal has ended before the job.
+/// What happens cannot be kept.
 #[derive(Debug, thiserror::Error)]
 pub enum OwnerError {
     #[error("the run's files cannot be written any more")]
     JournalEnded,
+    #[error(transparent)]
+    State(#[from] StateError),
 }
 
 impl JobOwner {
-    #[must_use]
-    pub fn new(job: Job, parts: OwnerParts) -> (JobHandle, Self) {
+    /// # Errors
+    /// If the first turn cannot be kept.
+    pub async fn new(job: Job, parts: OwnerParts) -> Result<(JobHandle, Self), OwnerError> {
         let (sender, commands) = mpsc::channel(QUEUE);
-        let OwnerParts { task, journal, metrics } = parts;
-        let owner = Self {
+        let OwnerParts { task, keeping, metrics, store, earlier, taken_over } = parts;
+        let mut owner = Self {
             job,
             task,
-            store: Store::default(),
+            store,
             commits: BTreeMap::new(),
             attendances: Attendances::default(),
             recovering: None,
             commands,
-            journal,
+            turn: Turns::new(keeping, metrics.clone()),
             metrics,
             started: Instant::now(),
+            earlier,
         };
-        (JobHandle(sender), owner)
+        if taken_over {
+            owner.note(owner.job.generation(), Happening::TakenOver)?;
+        }
+        owner.close_turn().await?;
+        Ok((JobHandle(sender), owner))
     }
 
     /// Works until the job has ended and everybody knows, or has gone silent.
@@ -164,14 +182,13 @@ impl JobOwner {
         loop {
             tokio::select! {
                 command = self.commands.recv() => match command {
-                    Some(command) => self.take(command).await?,
+                    Some(command) => self.take_waiting(command)?,
                     // nobody can ask any more: the servers have failed
                     None => break,
                 },
-                _ = ticks.tick() => self.apply(Job::tick).await?,
+                _ = ticks.tick() => self.apply(Job::tick)?,
             }
-            self.enter_commits().await?;
-            self.attendances.tell(&self.job);
+            self.close_turn().await?;
             self.show();
             if self.job.outcome().is_some() {
                 if self.job.everybody_knows(self.now()) {
@@ -181,93 +198,116 @@ impl JobOwner {
             }
             let state = self.job.state();
             if written.as_ref().is_none_or(|(at, known)| at.elapsed() >= STATUS_INTERVAL || *known != state) {
-                self.enter_status().await?;
+                self.enter_status();
+                self.close_turn().await?;
                 written = Some((Instant::now(), state));
             }
         }
         self.finish().await
     }
 
+    async fn close_turn(&mut self) -> Result<(), OwnerError> {
+        self.enter_commits();
+        let now = self.now();
+        self.turn.close(&mut self.job, now).await?;
+        self.attendances.tell(&self.job);
+        Ok(())
+    }
+
     /// The summary, if there is one, is there before the final status says so.
-    async fn finish(self) -> Result<Outcome, OwnerError> {
+    async fn finish(mut self) -> Result<Outcome, OwnerError> {
         let outcome = self.job.outcome().cloned().unwrap_or(Outcome::Stopped(StopCause::Operator));
         if outcome == Outcome::Finished && matches!(self.task, Task::Train { .. }) {
-            self.enter(Entry::Summary(Box::new(self.job.summary()))).await?;
+            let summary = Box::new(self.job.summary());
+            self.turn.entry(Entry::Summary(summary));
         }
-        self.enter_status().await?;
+        self.enter_status();
+        self.close_turn().await?;
         Ok(outcome)
     }
 
     fn now(&self) -> Duration {
-        self.started.elapsed()
+        self.earlier + self.started.elapsed()
     }
 
-    async fn enter(&self, entry: Entry) -> Result<(), OwnerError> {
-        self.journal.send(entry).await.map_err(|_| OwnerError::JournalEnded)
+    fn enter_status(&mut self) {
+        let status = Box::new(self.job.status(self.now()));
+        self.turn.entry(Entry::Status(status));
     }
 
-    async fn enter_status(&self) -> Result<(), OwnerError> {
-        self.enter(Entry::Status(Box::new(self.job.status(self.now())))).await
-    }
-
-    async fn enter_commits(&mut self) -> Result<(), OwnerError> {
+    fn enter_commits(&mut self) {
         for (step, ledger) in self.job.complete_commits() {
             self.metrics.checkpoints_total.inc();
             self.metrics.last_checkpoint_step.set(step.0 as i64);
             let done = self.commits.remove(&step).unwrap_or_default();
-            self.enter(Entry::Ledger { step, ledger: Box::new(ledger), done }).await?;
+            self.turn.entry(Entry::Ledger { step, ledger: Box::new(ledger), done });
+        }
+    }
+
+    /// Takes a command and those that wait behind it.
+    fn take_waiting(&mut self, first: Command) -> Result<(), OwnerError> {
+        self.take(first)?;
+        for _ in 1..COMMANDS_A_TURN {
+            match self.commands.try_recv() {
+                Ok(command) => self.take(command)?,
+                Err(_) => break,
+            }
         }
         Ok(())
     }
 
-    // an answer whose asker has gone is dropped: every `let _ = reply.send(…)` below
-    async fn take(&mut self, command: Command) -> Result<(), OwnerError> {
+    fn take(&mut self, command: Command) -> Result<(), OwnerError> {
         match command {
             Command::Join(applicant, reply) => {
                 let answer = match self.job.join(self.now(), applicant) {
                     Ok((worker, effects)) => {
-                        self.carry_out(effects).await?;
+                        self.carry_out(effects)?;
                         Ok(worker)
                     }
                     Err(error) => Err(error),
                 };
-                let _ = reply.send(answer);
+                self.turn.answer(reply, answer);
             }
             Command::Heartbeat(beat, reply) => {
                 self.metrics.heartbeats_total.inc();
                 let (directive, effects) = self.job.heartbeat(self.now(), beat);
-                self.carry_out(effects).await?;
-                let _ = reply.send(directive);
+                self.carry_out(effects)?;
+                self.turn.answer(reply, directive);
             }
             Command::Attend(worker, reply) => {
-                let _ = reply.send(self.attendances.begin(worker, self.job.directive(worker)));
+                let attendance = self.attendances.begin(worker, self.job.directive(worker));
+                self.turn.answer(reply, attendance);
             }
             Command::Disconnected(worker, attendance) => {
                 // a worker that has come back by another connection is not lost
                 if self.attendances.end(worker, attendance) {
-                    self.apply(|job, now| job.disconnected(now, worker)).await?;
+                    self.apply(|job, now| job.disconnected(now, worker))?;
                 }
             }
             Command::Ready { worker, generation, broken, reply } => {
                 let answer = match self.job.ready(self.now(), worker, (generation, broken)) {
                     Ok(effects) => {
-                        self.carry_out(effects).await?;
+                        self.carry_out(effects)?;
                         Ok(())
                     }
                     Err(error) => Err(error),
                 };
-                let _ = reply.send(answer);
+                self.turn.answer(reply, answer);
             }
             Command::Begin(beginning, reply) => {
                 let answer = self.job.begin(self.now(), beginning);
                 for record in answer.iter().flatten() {
-                    self.enter_step(record).await?;
+                    self.enter_step(record)?;
                 }
-                let _ = reply.send(answer.map(drop));
+                self.turn.answer(reply, answer.map(drop));
             }
             Command::Put(key, value, reply) => {
                 let member = self.job.running_member(key.worker, key.generation).map_err(AskError::from);
-                let _ = reply.send(member.and_then(|_| Ok(self.store.put(key.key, value)?)));
+                let answer = member.and_then(|_| Ok(self.store.put(key.key.clone(), value.clone())?));
+                if answer.is_ok() {
+                    self.turn.key(key.key, value);
+                }
+                self.turn.answer(reply, answer);
             }
             Command::Get(key, reply) => {
                 let answer = self.job.running_member(key.worker, key.generation).map(|_| {
@@ -275,17 +315,17 @@ impl JobOwner {
                     self.store.get(key.key, value);
                     answer
                 });
-                let _ = reply.send(answer);
+                self.turn.answer(reply, answer);
             }
             Command::Report(report, reply) => {
                 let answer = self.job.report(self.now(), report);
                 if let Ok(Some(record)) = &answer {
-                    self.enter_step(record).await?;
+                    self.enter_step(record)?;
                     if let Some(since) = self.recovering.take() {
                         self.metrics.recovery_seconds.observe(since.elapsed().as_secs_f64());
                     }
                 }
-                let _ = reply.send(answer.map(drop));
+                self.turn.answer(reply, answer.map(drop));
             }
             Command::Commit(worker, generation, step, reply) => {
                 let answer = self.job.commit(worker, generation, step).map(|()| {
@@ -293,52 +333,52 @@ impl JobOwner {
                     self.commits.entry(step).or_default().push(done);
                     durable
                 });
-                let _ = reply.send(answer);
+                self.turn.answer(reply, answer);
             }
             Command::Evaluation(worker, generation, evaluation, reply) => {
                 let answer = self.job.evaluation(worker, generation, evaluation);
                 if let Ok(Some(evaluation)) = &answer {
                     tracing::info!(split = %evaluation.split, step = %evaluation.step, metrics = ?evaluation.metrics, "evaluated");
-                    self.enter(Entry::Evaluation(evaluation.clone())).await?;
+                    self.turn.line(LineFile::Evaluations, evaluation)?;
                 }
-                let _ = reply.send(answer.map(|_| ()));
+                self.turn.answer(reply, answer.map(|_| ()));
             }
             Command::Event(worker, generation, happening, reply) => {
                 let answer = self.job.member(worker, generation).map(drop);
                 if answer.is_ok() {
-                    self.note(generation, happening).await?;
+                    self.note(generation, happening)?;
                 }
-                let _ = reply.send(answer);
+                self.turn.answer(reply, answer);
             }
             Command::Leave(worker, departure, reply) => {
                 tracing::info!(%worker, ?departure, "worker leaves");
                 let answer = match self.job.leave(self.now(), worker, departure) {
                     Ok(effects) => {
-                        self.carry_out(effects).await?;
+                        self.carry_out(effects)?;
                         Ok(())
                     }
                     Err(error) => Err(error),
                 };
-                let _ = reply.send(answer);
+                self.turn.answer(reply, answer);
             }
             Command::OperatorStop(reply) => {
-                self.apply(Job::operator_stop).await?;
-                let _ = reply.send(());
+                self.apply(Job::operator_stop)?;
+                self.turn.answer(reply, ());
             }
             Command::Scale(workers, reply) => {
-                self.apply(|job, now| job.scale(now, workers)).await?;
+                self.apply(|job, now| job.scale(now, workers))?;
                 tracing::info!(workers = self.job.wanted(), "workers are wanted");
-                let _ = reply.send(self.job.wanted());
+                self.turn.answer(reply, self.job.wanted());
             }
             Command::Status(reply) => {
-                let _ = reply.send(self.job.status(self.now()));
+                self.turn.answer(reply, self.job.status(self.now()));
             }
         }
         Ok(())
     }
 
     /// Brings what has happened to the log, the metrics and the events.
-    async fn note(&self, generation: Generation, happening: Happening) -> Result<(), OwnerError> {
+    fn note(&mut self, generation: Generation, happening: Happening) -> Result<(), OwnerError> {
         tracing::warn!(%generation, "{happening}");
         match &happening {
             Happening::NonFinite { action, .. } => {
@@ -349,27 +389,30 @@ impl JobOwner {
             Happening::WorkerLost { cause, .. } => {
                 self.metrics.worker_lost_total.with_label_values(&[cause.label()]).inc();
             }
-            Happening::Regrouping { .. } | Happening::Formed { .. } | Happening::WorkerDismissed { .. } => {}
+            Happening::Regrouping { .. }
+            | Happening::Formed { .. }
+            | Happening::WorkerDismissed { .. }
+            | Happening::TakenOver => {}
         }
         // for people alone: nothing is decided by it
         let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
-        self.enter(Entry::Event(Box::new(JobEvent { time, generation, happening }))).await
+        Ok(self.turn.line(LineFile::Events, &JobEvent { time, generation, happening })?)
     }
 
-    async fn enter_step(&self, record: &StepRecord) -> Result<(), OwnerError> {
+    fn enter_step(&mut self, record: &StepRecord) -> Result<(), OwnerError> {
         self.metrics.steps_total.inc();
         self.metrics.loss.set(record.loss);
         self.metrics.epoch.set(i64::from(record.epoch));
-        self.enter(Entry::Step(record.clone())).await
+        Ok(self.turn.line(LineFile::Steps, record)?)
     }
 
-    async fn apply(&mut self, event: impl FnOnce(&mut Job, Duration) -> Vec<Effect>) -> Result<(), OwnerError> {
+    fn apply(&mut self, event: impl FnOnce(&mut Job, Duration) -> Vec<Effect>) -> Result<(), OwnerError> {
         let now = self.now();
         let effects = event(&mut self.job, now);
-        self.carry_out(effects).await
+        self.carry_out(effects)
     }
 
-    async fn carry_out(&mut self, effects: Vec<Effect>) -> Result<(), OwnerError> {
+    fn carry_out(&mut self, effects: Vec<Effect>) -> Result<(), OwnerError> {
         let generation = self.job.generation();
         for effect in effects {
             match effect {
@@ -377,31 +420,31 @@ impl JobOwner {
                 Effect::Refused(refusal) => tracing::warn!(%refusal, "worker refused"),
                 Effect::Lost(loss) => {
                     let Loss { worker, rank, cause } = loss;
-                    self.note(generation, Happening::WorkerLost { worker, rank, cause }).await?;
+                    self.note(generation, Happening::WorkerLost { worker, rank, cause })?;
                 }
                 Effect::Regrouping(cause) => {
                     // whoever waits for a key of this generation waits in vain
-                    self.store.clear();
+                    self.clear_store();
                     self.recovering.get_or_insert_with(Instant::now);
-                    self.note(generation, Happening::Regrouping { reason: cause.to_string() }).await?;
+                    self.note(generation, Happening::Regrouping { reason: cause.to_string() })?;
                 }
                 Effect::Dismissed(worker) => {
-                    self.note(generation, Happening::WorkerDismissed { worker }).await?;
+                    self.note(generation, Happening::WorkerDismissed { worker })?;
                 }
                 Effect::Formed { generation, members } => {
-                    self.store.clear();
+                    self.clear_store();
                     let world_size = members.len() as u32;
-                    self.note(generation, Happening::Formed { world_size }).await?;
+                    self.note(generation, Happening::Formed { world_size })?;
                 }
                 Effect::Stop(cause) => {
                     tracing::warn!(%cause, "stopping");
                     self.count_stop(&cause);
                     if self.job.stops_at_once() {
-                        self.store.clear();
+                        self.clear_store();
                     }
                 }
                 Effect::Ended(outcome) => {
-                    self.store.clear();
+                    self.clear_store();
                     match &outcome {
                         Outcome::Finished => tracing::info!("job finished"),
                         Outcome::Stopped(cause) => tracing::warn!(%cause, "job stopped"),
@@ -410,6 +453,11 @@ impl JobOwner {
             }
         }
         Ok(())
+    }
+
+    fn clear_store(&mut self) {
+        self.store.clear();
+        self.turn.clear_keys();
     }
 
     /// What stops the job without a loss that was counted already.

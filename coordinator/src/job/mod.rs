@@ -8,8 +8,10 @@ pub mod actor;
 mod attendance;
 mod books;
 mod history;
+mod saved;
 mod status;
 mod summary;
+mod turn;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -25,6 +27,10 @@ use learn_domain::plan::Plan;
 use learn_domain::report::{DatasetFacts, Evaluation, StepRecord, Task};
 use learn_domain::{Config, Generation, Rank, Step, UserIndex, WorkerId};
 use learn_proto::convert::{Applicant, Beginning, StepReport};
+pub use saved::TakeOverError;
+use saved::Unsaved;
+use serde::{Deserialize, Serialize};
+pub use turn::Keeping;
 
 /// Why a message changes nothing.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -61,7 +67,7 @@ pub struct JobSettings {
     pub history: History,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Worker {
     applicant: Applicant,
     rank: Option<Rank>,
@@ -95,6 +101,9 @@ pub struct Job {
     formed: Option<Duration>,
     ended: Option<Duration>,
     outcome: Option<Outcome>,
+    /// Whoever asks before is answered even when the job has ended.
+    answers_until: Duration,
+    unsaved: Unsaved,
 }
 
 /// Deadlines and size of the membership that a configuration asks for.
@@ -135,6 +144,8 @@ impl Job {
             formed: None,
             ended: None,
             outcome: None,
+            answers_until: Duration::ZERO,
+            unsaved: Unsaved { job: true, progress: true, books: true, weight: 0 },
             settings,
         }
     }
@@ -238,6 +249,7 @@ impl Job {
         let plan = &self.settings.plan;
         self.books.settle(step, |step| planned(plan, step))?;
         self.begun = true;
+        self.unsaved.job = true;
         if self.books.complete() > before {
             self.take(now, Event::Progress(generation));
         }
@@ -255,7 +267,8 @@ impl Job {
             finite(record)?;
         }
         let before = self.books.complete();
-        if !self.books.report(Entry { rank, step, epoch, users })? {
+        let plan = &self.settings.plan;
+        if !self.books.report(Entry { rank, step, epoch, users }, |step| planned(plan, step))? {
             return Ok(None);
         }
         if self.books.complete() > before {
@@ -273,6 +286,7 @@ impl Job {
         self.trained_users += u64::from(record.users);
         self.step_seconds += record.seconds;
         self.last_step = Some(record.clone());
+        self.unsaved.progress = true;
         Some(record)
     }
 
@@ -283,8 +297,10 @@ impl Job {
     /// If the message is stale, not from rank 0, or a later checkpoint was committed before.
     pub fn commit(&mut self, worker: WorkerId, generation: Generation, step: Step) -> Result<(), JobError> {
         self.rank_zero(worker, generation)?;
-        self.books.commit(step)?;
+        let plan = &self.settings.plan;
+        self.books.commit(step, |step| planned(plan, step))?;
         self.commits.insert(step);
+        (self.unsaved.job, self.unsaved.books) = (true, true);
         Ok(())
     }
 
@@ -293,18 +309,19 @@ impl Job {
     pub fn complete_commits(&mut self) -> Vec<(Step, Ledger)> {
         let mut complete = Vec::new();
         while let Some(&step) = self.commits.first() {
+            let plan = &self.settings.plan;
             if self.no_more_reports() && step > self.books.complete() {
                 // it was finished, else there were no checkpoint of it; only the reports have not come
-                let plan = &self.settings.plan;
                 if let Err(error) = self.books.settle(step, |step| planned(plan, step)) {
                     tracing::error!(%error, "the ledger of a checkpoint is lost");
                     break;
                 }
             }
             // cannot be too old: the set is taken from its front
-            let Ok(Some(ledger)) = self.books.commit(step) else { break };
+            let Ok(Some(ledger)) = self.books.commit(step, |step| planned(plan, step)) else { break };
             self.commits.pop_first();
             self.last_checkpoint = Some(step);
+            (self.unsaved.job, self.unsaved.books) = (true, true);
             complete.push((step, ledger));
         }
         complete
@@ -340,6 +357,7 @@ impl Job {
             return Ok(None);
         }
         self.evaluations.push(evaluation.clone());
+        self.unsaved.job = true;
         Ok(Some(evaluation))
     }
 
@@ -353,7 +371,8 @@ impl Job {
         let in_peace = matches!(departure, Departure::Done | Departure::Stopped | Departure::GaveUp(..));
         // of one that breaks down, the plan says what it had finished: when the next generation begins, or the job ends
         if let Some(rank) = self.membership.members().and_then(|members| members.get(&id)?.rank).filter(|_| in_peace) {
-            self.books.leave(rank);
+            let plan = &self.settings.plan;
+            self.books.leave(rank, |step| planned(plan, step));
         }
         worker.phase = match departure {
             Departure::Done => "done".into(),
@@ -426,7 +445,14 @@ impl Job {
     }
 
     fn take(&mut self, now: Duration, event: Event) -> Vec<Effect> {
+        // a sign of life alone need not outlive the coordinator
+        let vital = match event {
+            Event::Heartbeat(_) | Event::Tick => false,
+            Event::Progress(_) => self.membership.recoveries() > 0,
+            _ => true,
+        };
         let effects = self.membership.step(now, event);
+        self.unsaved.job |= vital || !effects.is_empty();
         for effect in &effects {
             match effect {
                 Effect::Formed { members, .. } => {
@@ -476,6 +502,7 @@ impl Job {
     pub fn everybody_knows(&self, now: Duration) -> bool {
         let patience = self.settings.config.cluster.heartbeat_timeout.0;
         self.outcome.is_some()
+            && now >= self.answers_until
             && self
                 .workers
                 .values()

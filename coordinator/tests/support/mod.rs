@@ -151,7 +151,7 @@ pub struct Running {
 }
 
 impl Running {
-    fn start(coordinator: Coordinator) -> Self {
+    pub fn start(coordinator: Coordinator) -> Self {
         let address = coordinator.address().clone();
         let (stop, stopped) = oneshot::channel::<()>();
         let shutdown = async {
@@ -165,6 +165,14 @@ impl Running {
     pub async fn end(self) -> Outcome {
         let _not_stopped = self.stop;
         self.job.await.unwrap().unwrap()
+    }
+
+    /// Ends it without a word to anybody; its journal, a thread of this process, ends by itself.
+    pub async fn kill(self, ground: &Ground) {
+        self.job.abort();
+        assert!(self.job.await.unwrap_err().is_cancelled());
+        let locked = std::fs::File::open(ground.run_dir().secret()).unwrap();
+        tokio::task::spawn_blocking(move || locked.lock()).await.unwrap().unwrap();
     }
 
     pub async fn stop(self) -> Outcome {

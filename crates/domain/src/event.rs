@@ -56,6 +56,8 @@ pub enum Happening {
     Formed { world_size: u32 },
     /// A worker is not needed any more.
     WorkerDismissed { worker: WorkerId },
+    /// A coordinator has taken the job over from one that was killed.
+    TakenOver,
 }
 
 impl fmt::Display for Happening {
@@ -78,6 +80,7 @@ impl fmt::Display for Happening {
             Self::Regrouping { reason } => write!(f, "the workers regroup: {reason}"),
             Self::Formed { world_size } => write!(f, "a generation of {world_size} workers was formed"),
             Self::WorkerDismissed { worker } => write!(f, "worker {worker} is not needed any more"),
+            Self::TakenOver => f.write_str("the coordinator was lost, and another has taken the job over"),
         }
     }
 }
@@ -105,6 +108,7 @@ mod tests {
             Happening::Regrouping { reason: "a worker joined".into() },
             Happening::Formed { world_size: 4 },
             Happening::WorkerDismissed { worker: WorkerId(5) },
+            Happening::TakenOver,
         ];
         for happening in events {
             let event = JobEvent { time: 1.5, generation: Generation(2), happening };

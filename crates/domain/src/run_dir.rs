@@ -56,6 +56,12 @@ impl RunDir {
         self.0.join("coordinator.json")
     }
 
+    /// What a coordinator that takes over a killed one needs; gone when the job has ended.
+    #[must_use]
+    pub fn coordinator_state(&self) -> PathBuf {
+        self.0.join("coordinator.redb")
+    }
+
     /// The last [`crate::report::JobStatus`].
     #[must_use]
     pub fn status(&self) -> PathBuf {

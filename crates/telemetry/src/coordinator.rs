@@ -19,6 +19,7 @@ pub struct CoordinatorMetrics {
     pub heartbeats_total: IntCounter,
     /// Label `method`.
     pub rpc_seconds: HistogramVec,
+    pub state_write_seconds: Histogram,
     pub flight_rows_total: IntCounter,
     /// Label `kind`.
     pub flight_bytes_total: IntCounterVec,
@@ -49,6 +50,7 @@ impl CoordinatorMetrics {
             loss: e.gauge(&names::JOB_LOSS),
             heartbeats_total: e.counter(&names::JOB_HEARTBEATS),
             rpc_seconds: e.histogram_vec(&names::RPC_SECONDS),
+            state_write_seconds: e.histogram(&names::JOB_STATE_WRITE_SECONDS),
             flight_rows_total: e.counter(&names::FLIGHT_ROWS),
             flight_bytes_total: e.counter_vec(&names::FLIGHT_BYTES),
             worker_lost_total: e.counter_vec(&names::JOB_WORKERS_LOST),

@@ -123,6 +123,8 @@ metrics! {
         "Steps whose loss or gradient was not a finite number, by what was done: stop, skip or rollback.";
     RPC_SECONDS = "learn_rpc_duration_seconds", Kind::Histogram(RPC_BUCKETS), ["method"],
         "Seconds that the coordinator took to answer a control call.";
+    JOB_STATE_WRITE_SECONDS = "learn_job_state_write_seconds", Kind::Histogram(RPC_BUCKETS), [],
+        "Seconds that the coordinator took to keep what it decided before it answered.";
     FLIGHT_ROWS = "learn_flight_served_rows_total", Kind::Counter, [],
         "Rows that the data service has sent.";
     FLIGHT_BYTES = "learn_flight_served_bytes_total", Kind::Counter, ["kind"],

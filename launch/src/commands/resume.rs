@@ -66,6 +66,9 @@ pub struct Checkpoint {
     pub valid: bool,
     pub reason: Option<String>,
     pub best: bool,
+    /// The coordinator has not written its ledger: it was killed before it heard of the checkpoint.
+    #[serde(default)]
+    pub uncommitted: bool,
 }
 
 impl Checkpoint {
@@ -157,16 +160,18 @@ fn with_ledgers(run: &RunDir, checkpoints: Vec<Checkpoint>) -> Vec<Checkpoint> {
             return checkpoint;
         }
         let reason = format!("its ledger {} is missing, which says whom the epoch has used", ledger.display());
-        Checkpoint { valid: false, reason: Some(reason), ..checkpoint }
+        Checkpoint { valid: false, reason: Some(reason), uncommitted: true, ..checkpoint }
     };
     checkpoints.into_iter().map(check).collect()
 }
 
-/// The checkpoint that `wanted` names (`best`, `last` or a directory's name), or the latest; never a damaged one.
+/// The checkpoint that `wanted` names (`best`, `last` or a directory's name), or the latest that was committed; never a
+/// damaged one.
 pub(super) fn choose<'a>(checkpoints: &'a [Checkpoint], wanted: Option<&str>, shown: &str) -> Result<&'a Checkpoint> {
     let usage = |message: String| anyhow::Error::from(Failure::Usage(message));
     let chosen = match wanted {
-        None | Some("last") => checkpoints.last(),
+        None => checkpoints.iter().rfind(|checkpoint| !checkpoint.uncommitted).or(checkpoints.last()),
+        Some("last") => checkpoints.last(),
         Some("best") => checkpoints.iter().find(|checkpoint| checkpoint.best),
         Some(name) => checkpoints.iter().find(|checkpoint| checkpoint.name() == name),
     };
@@ -197,7 +202,14 @@ mod tests {
 
     fn checkpoint(step: u64, valid: bool, best: bool) -> Checkpoint {
         let reason = (!valid).then(|| "checksum of model.safetensors differs".to_owned());
-        Checkpoint { step: Step(step), path: format!("/r/checkpoints/step-{step:010}").into(), valid, reason, best }
+        Checkpoint {
+            step: Step(step),
+            path: format!("/r/checkpoints/step-{step:010}").into(),
+            valid,
+            reason,
+            best,
+            uncommitted: false,
+        }
     }
 
     #[test]
@@ -221,13 +233,14 @@ mod tests {
     }
 
     #[test]
-    fn one_without_its_ledger_is_refused_and_the_one_before_offered() {
+    fn one_without_its_ledger_is_passed_over_and_refused_if_it_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let run = RunDir::new(folder.path());
         std::fs::create_dir_all(run.ledger(Step(10)).parent().unwrap()).unwrap();
         std::fs::write(run.ledger(Step(10)), "{}").unwrap();
         let all = with_ledgers(&run, vec![checkpoint(10, true, false), checkpoint(20, true, false)]);
-        let text = choose(&all, None, "r").unwrap_err().to_string();
+        assert_eq!(choose(&all, None, "r").unwrap().step, Step(10));
+        let text = choose(&all, Some("last"), "r").unwrap_err().to_string();
         assert!(text.contains("its ledger") && text.contains("--checkpoint step-0000000010"), "{text}");
     }
 

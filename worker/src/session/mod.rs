@@ -30,6 +30,7 @@ use crate::control::{Control, ControlError, Member, Place, Progress};
 use crate::error::WorkerError;
 use crate::evaluate;
 use crate::panic;
+use crate::retry::Patience;
 use crate::train::{Exchange, Trainer};
 
 /// Between two tries to get a place in a job that is full.
@@ -129,7 +130,8 @@ pub fn join(settings: &JoinSettings) -> Result<i32, WorkerError> {
     let admission = enter(&control, &applicant)?;
     tracing::info!(worker = %admission.worker, coordinator = settings.coordinator, "joined");
     let (progress, signals) = (Arc::new(Progress::default()), Arc::new(Signals::default()));
-    spawn_signals(&runtime, signals.clone(), admission.config.cluster.stop_within());
+    let grace = admission.config.cluster.stop_within();
+    spawn_signals(&runtime, signals.clone(), control.patience().clone(), grace);
     let worker = admission.worker;
     let session =
         Session { admission, control, secret, device, metrics, progress, signals, bind: settings.bind.clone() };
@@ -350,7 +352,7 @@ impl Life<'_> {
 
 /// SIGTERM and SIGUSR1 (a scheduler's notice) ask for a graceful stop; a worker that is stuck ends after `grace` all the
 /// same, so that none is left over when nobody is there to kill it. SIGINT is left to the launcher: a terminal sends it to every process of the job.
-fn spawn_signals(runtime: &Runtime, signals: Arc<Signals>, grace: Duration) {
+fn spawn_signals(runtime: &Runtime, signals: Arc<Signals>, patience: Patience, grace: Duration) {
     use tokio::signal::unix::{SignalKind, signal};
     runtime.spawn(async move {
         let kinds = [SignalKind::terminate(), SignalKind::user_defined1(), SignalKind::interrupt()];
@@ -369,6 +371,7 @@ fn spawn_signals(runtime: &Runtime, signals: Arc<Signals>, grace: Duration) {
         };
         asked.await;
         signals.stop_here();
+        patience.hurry();
         tokio::time::sleep(grace).await;
         tracing::error!(
             "asked to stop {grace:?} ago, and still at it (cluster.stop_timeout); ending without a checkpoint"

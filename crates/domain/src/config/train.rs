@@ -352,6 +352,8 @@ pub struct ClusterConfig {
     /// Workers wait this long for a coordinator or data service that is away, and go on as far as what they have fetched
     /// reaches; then they give up.
     pub coordinator_timeout: Span,
+    /// `learn-launch` starts another coordinator in the place of one that was killed, so many times in a job.
+    pub coordinator_restarts: u32,
     /// All workers must have joined within this; after losses `min_workers` of them.
     pub join_timeout: Span,
     /// A collective operation that takes longer fails.
@@ -391,6 +393,7 @@ impl Default for ClusterConfig {
             heartbeat_interval: Span::from_secs(1),
             heartbeat_timeout: Span::from_secs(15),
             coordinator_timeout: Span::from_secs(60),
+            coordinator_restarts: 10,
             join_timeout: Span::from_secs(120),
             collective_timeout: Span::from_secs(120),
             stop_timeout: Span::from_secs(0),

@@ -418,6 +418,12 @@ impl Membership {
         self.wanted
     }
 
+    /// Recoveries in a row without a finished step.
+    #[must_use]
+    pub fn recoveries(&self) -> u32 {
+        self.recoveries
+    }
+
     /// Why the job stops or has stopped.
     #[must_use]
     pub fn stop_cause(&self) -> Option<&StopCause> {

@@ -1,0 +1,174 @@
+//! What of a job outlives its coordinator: written as changes of a turn, read by the coordinator that takes over.
+//!
+//! Input: the job, or the state that a coordinator left. Output: a [`Turn`]'s values and entries, or the job as it was. The
+//! large part, the books, is written whole now and then, at checkpoints at least, and as changes in between; the rest when it
+//! has changed.
+//! Invariant: time goes on where it was, so that no stored time lies in the future; and nobody is blamed for the time
+//! when nobody could be heard.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use learn_domain::ledger::Ledger;
+use learn_domain::membership::{Membership, Outcome};
+use learn_domain::report::{Evaluation, StepRecord};
+use learn_domain::{Step, WorkerId};
+use serde::{Deserialize, Serialize};
+
+use super::books::{BooksError, Change, SavedBooks};
+use super::{Job, JobSettings, Worker, planned};
+use crate::state::{StateError, StateFile, Turn};
+
+/// How long a coordinator that took over answers at least: a worker may not know yet that it has left.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Weight of changes that are kept one by one; then the books are kept as a whole, so that taking them over stays fast.
+const MOST_CHANGES: usize = 1 << 20;
+
+/// Names of the values.
+const BOOKS: &str = "books";
+const JOB: &str = "job";
+const PROGRESS: &str = "progress";
+const CLOCK: &str = "clock";
+
+#[derive(Debug, thiserror::Error)]
+pub enum TakeOverError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("the state of the run has no `{0}`: its coordinator was killed before it served; start the job again")]
+    Incomplete(&'static str),
+    #[error(
+        "{0} is not the dataset that the run has begun with, or has changed; bring that one back, or start a new run"
+    )]
+    Dataset(PathBuf),
+    #[error(
+        "the books of the run contradict themselves ({0}); `learn-launch resume` continues from the last checkpoint"
+    )]
+    Books(#[from] BooksError),
+}
+
+/// What changes seldom: with who comes and goes, with checkpoints and evaluations.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    membership: Membership,
+    workers: BTreeMap<WorkerId, Worker>,
+    last_checkpoint: Option<Step>,
+    commits: BTreeSet<Step>,
+    evaluations: Vec<Evaluation>,
+    earlier_seconds: f64,
+    begun: bool,
+    formed: Option<Duration>,
+    ended: Option<Duration>,
+    outcome: Option<Outcome>,
+}
+
+/// What changes with every step.
+#[derive(Serialize, Deserialize)]
+struct Progress {
+    last_step: Option<StepRecord>,
+    trained_users: u64,
+    step_seconds: f64,
+}
+
+/// What has changed since it was written last.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Unsaved {
+    pub job: bool,
+    pub progress: bool,
+    /// The books as a whole, because a ledger was committed.
+    pub books: bool,
+    /// Of the changes of the books that are kept one by one.
+    pub weight: usize,
+}
+
+impl Job {
+    /// The ledger of the last checkpoint, if it was asked for.
+    #[must_use]
+    pub fn committed(&self) -> Option<(Step, &Ledger)> {
+        let (step, ledger) = self.books.committed();
+        (self.last_checkpoint == Some(step)).then_some((step, ledger))
+    }
+
+    /// Adds to `turn` what has changed since the last call.
+    ///
+    /// # Errors
+    /// If something is no JSON.
+    pub fn save(&mut self, now: Duration, turn: &mut Turn) -> Result<(), StateError> {
+        let Unsaved { job, progress, books, weight } = std::mem::take(&mut self.unsaved);
+        let changes = self.books.take_changes();
+        self.unsaved.weight = weight + changes.iter().map(Change::weight).sum::<usize>();
+        if books || self.unsaved.weight > MOST_CHANGES {
+            turn.value(BOOKS, &self.books)?;
+            turn.forget_entries();
+            self.unsaved.weight = 0;
+        } else {
+            changes.iter().try_for_each(|change| turn.entry(change))?;
+        }
+        if job {
+            turn.value(
+                JOB,
+                &Saved {
+                    membership: self.membership.clone(),
+                    workers: self.workers.clone(),
+                    last_checkpoint: self.last_checkpoint,
+                    commits: self.commits.clone(),
+                    evaluations: self.evaluations.clone(),
+                    earlier_seconds: self.earlier_seconds,
+                    begun: self.begun,
+                    formed: self.formed,
+                    ended: self.ended,
+                    outcome: self.outcome.clone(),
+                },
+            )?;
+        }
+        if progress {
+            let Self { last_step, trained_users, step_seconds, .. } = self;
+            let (last_step, trained_users, step_seconds) = (last_step.clone(), *trained_users, *step_seconds);
+            turn.value(PROGRESS, &Progress { last_step, trained_users, step_seconds })?;
+        }
+        if !turn.is_empty() {
+            turn.value(CLOCK, &now)?;
+        }
+        Ok(())
+    }
+
+    /// The job as the coordinator that was killed has left it, and its time.
+    ///
+    /// # Errors
+    /// If the state is damaged or incomplete.
+    pub fn take_over(settings: JobSettings, state: &StateFile) -> Result<(Self, Duration), TakeOverError> {
+        let saved: Saved = state.value(JOB)?.ok_or(TakeOverError::Incomplete(JOB))?;
+        let books: SavedBooks = state.value(BOOKS)?.ok_or(TakeOverError::Incomplete(BOOKS))?;
+        let progress: Progress = state.value(PROGRESS)?.ok_or(TakeOverError::Incomplete(PROGRESS))?;
+        let now: Duration = state.value(CLOCK)?.ok_or(TakeOverError::Incomplete(CLOCK))?;
+        let mut books = books.open(|step| planned(&settings.plan, step));
+        for change in state.entries::<Change>()? {
+            books.replay(change, |step| planned(&settings.plan, step))?;
+        }
+        let mut membership = saved.membership;
+        membership.restart_clock(now);
+        let mut workers = saved.workers;
+        workers.values_mut().for_each(|worker| worker.seen = now);
+        let job = Self {
+            settings,
+            membership,
+            books,
+            workers,
+            last_step: progress.last_step,
+            last_checkpoint: saved.last_checkpoint,
+            evaluations: saved.evaluations,
+            commits: saved.commits,
+            trained_users: progress.trained_users,
+            step_seconds: progress.step_seconds,
+            earlier_seconds: saved.earlier_seconds,
+            begun: saved.begun,
+            formed: saved.formed,
+            ended: saved.ended,
+            outcome: saved.outcome,
+            answers_until: now + LINGER,
+            unsaved: Unsaved::default(),
+        };
+        Ok((job, now))
+    }
+}

@@ -1,0 +1,193 @@
+//! A coordinator that ends without a word, and the one that goes on with its job.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::collections::BTreeMap;
+
+use learn_coordinator::files::{read_json, read_lines};
+use learn_coordinator::{Coordinator, Outcome};
+use learn_domain::membership::Departure;
+use learn_domain::report::{Evaluation, JobState, JobStatus, Split, StepRecord, Summary};
+use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
+use learn_proto::convert::{Order, StepReport, evaluation_json};
+use learn_proto::v1::{
+    CommitCheckpointRequest, GetRequest, PutRequest, ReadyRequest, ReportEvaluationRequest, ReportStepRequest,
+};
+use support::{Control, Ground, Running, heartbeat, join, join_request, leave, train};
+use tonic::Code;
+
+fn report(worker: u32, step: u64, users: &[UserIndex]) -> ReportStepRequest {
+    let record =
+        StepRecord { step: Step(step), loss: 1.0 / step as f64, users: 16, seconds: 0.1, ..StepRecord::default() };
+    let report = StepReport {
+        worker: WorkerId(worker),
+        generation: Generation(1),
+        step: Step(step),
+        epoch: 0,
+        users: users.to_vec(),
+        record: (worker == 0).then_some(record),
+    };
+    report.into()
+}
+
+fn evaluation(step: u64) -> ReportEvaluationRequest {
+    let evaluation = Evaluation {
+        split: Split::Valid,
+        step: Step(step),
+        epoch: 0,
+        users: 4,
+        metrics: BTreeMap::from([("ndcg@10".to_owned(), 0.1 + 0.2)]),
+        seconds: 0.5,
+        segments: Vec::new(),
+        comparisons: Vec::new(),
+    };
+    ReportEvaluationRequest { worker_id: 0, generation: 1, evaluation_json: evaluation_json(&evaluation).unwrap() }
+}
+
+async fn enter(control: &mut Control, name: &str) -> WorkerId {
+    let worker = join(control, name).await.worker;
+    control.ready(ReadyRequest { worker_id: worker.0, generation: 0, broken: None }).await.unwrap();
+    worker
+}
+
+async fn status(running: &Running) -> JobStatus {
+    serde_json::from_str(&running.http("GET /api/v1/job", "").await.1).unwrap()
+}
+
+#[tokio::test]
+async fn a_job_goes_on_where_its_coordinator_was_killed() {
+    let mut ground = Ground::new(2);
+    ground.config.training.epochs = 1;
+    let users: Vec<UserIndex> = (0..ground.dataset().facts().train_users).map(UserIndex).collect();
+    let step = |step: u64| users.chunks(16).nth(step as usize - 1).unwrap();
+    let steps = (users.len() as u64).div_ceil(16);
+    let run_dir = ground.run_dir();
+
+    let running = ground.start(train()).await;
+    let address = running.address.clone();
+    let mut control = running.control();
+    let (first, second) = (enter(&mut control, "a").await, enter(&mut control, "b").await);
+    let put = PutRequest { worker_id: 1, generation: 1, key: "address".into(), value: b"host:1".to_vec() };
+    control.put(put).await.unwrap();
+    for number in 1..=3 {
+        let (a, b) = step(number).split_at(5);
+        control.report_step(report(0, number, a)).await.unwrap();
+        control.report_step(report(1, number, b)).await.unwrap();
+    }
+    std::fs::create_dir_all(run_dir.checkpoint(Step(2))).unwrap();
+    let commit = |step: u64| CommitCheckpointRequest { worker_id: 0, generation: 1, step, path: String::new() };
+    control.commit_checkpoint(commit(2)).await.unwrap();
+    control.report_evaluation(evaluation(3)).await.unwrap();
+    // the report of one rank is in, the other's is under way
+    control.report_step(report(0, 4, step(4).split_at(5).0)).await.unwrap();
+    let before = status(&running).await;
+    running.kill(&ground).await;
+    std::fs::remove_file(run_dir.ledger(Step(2))).unwrap();
+
+    let running = Running::start(Coordinator::take_over(run_dir.root()).await.unwrap());
+    assert_eq!((&running.address.grpc, &running.address.http), (&address.grpc, &address.http));
+    assert!(Coordinator::take_over(run_dir.root()).await.is_err_and(|error| error.to_string().contains("another")));
+    assert!(run_dir.ledger(Step(2)).is_file(), "the ledger of a checkpoint is written again if it is missing");
+    let after = status(&running).await;
+    assert_eq!(after.generation, before.generation);
+    assert_eq!(after.ledger, before.ledger);
+    assert_eq!(after.last_step, before.last_step);
+    assert_eq!((after.last_checkpoint, after.evaluations), (Some(Step(2)), before.evaluations));
+    assert!(before.seconds - after.seconds < 1.0, "its time goes on from the last turn that changed anything");
+    let Order::Run { generation: Generation(1), rank: Rank(1), world_size: 2, .. } =
+        heartbeat(&mut running.control(), second).await
+    else {
+        panic!("the generation goes on")
+    };
+    // what was not answered is asked again, and what was is taken for the same
+    let mut control = running.control();
+    let got = control.get(GetRequest { worker_id: 0, generation: 1, key: "address".into(), wait_millis: 0 }).await;
+    assert_eq!(got.unwrap().into_inner().value, b"host:1");
+    for number in 3..=steps {
+        let (a, b) = step(number).split_at(5.min(step(number).len()));
+        control.report_step(report(1, number, b)).await.unwrap();
+        control.report_step(report(0, number, a)).await.unwrap();
+    }
+    control.commit_checkpoint(commit(2)).await.unwrap();
+    control.report_evaluation(evaluation(3)).await.unwrap();
+    let now = status(&running).await;
+    assert!(now.ledger.exact && now.ledger.epochs[0].exact(), "{:?}", now.ledger);
+    for worker in [first, second] {
+        leave(&mut control, worker, Departure::Done).await;
+    }
+    assert_eq!(running.end().await, Outcome::Finished);
+    let lines = read_lines::<StepRecord>(&run_dir.metrics()).unwrap();
+    assert_eq!(lines.iter().map(|line| line.step.0).collect::<Vec<_>>(), (1..=steps).collect::<Vec<_>>());
+    assert_eq!(read_lines::<Evaluation>(&run_dir.evaluations()).unwrap().len(), 1);
+    let events = std::fs::read_to_string(run_dir.events()).unwrap();
+    assert_eq!(events.matches("\"taken_over\"").count(), 1, "{events}");
+    let summary: Summary = read_json(&run_dir.summary()).unwrap();
+    assert_eq!(summary.steps, steps);
+    assert!(!run_dir.coordinator_state().exists());
+    let over = Coordinator::take_over(run_dir.root()).await.err().unwrap().to_string();
+    assert!(over.contains("coordinator.redb is not there"), "{over}");
+}
+
+#[tokio::test]
+async fn lines_that_were_kept_and_not_written_are_written() {
+    let ground = Ground::new(1);
+    let running = ground.start(train()).await;
+    let mut control = running.control();
+    enter(&mut control, "a").await;
+    for number in 1..=3 {
+        control.report_step(report(0, number, &[UserIndex(number as u32)])).await.unwrap();
+    }
+    control.report_evaluation(evaluation(3)).await.unwrap();
+    running.kill(&ground).await;
+    // a kill between the state and the files: they lack the last lines, or a part of one
+    let run_dir = ground.run_dir();
+    let text = std::fs::read_to_string(run_dir.metrics()).unwrap();
+    let second = text.match_indices('\n').nth(1).unwrap().0;
+    std::fs::write(run_dir.metrics(), &text[..second - 9]).unwrap();
+    std::fs::write(run_dir.evaluations(), "").unwrap();
+    let running = Running::start(Coordinator::take_over(run_dir.root()).await.unwrap());
+    assert_eq!(std::fs::read_to_string(run_dir.metrics()).unwrap(), text);
+    assert_eq!(read_lines::<Evaluation>(&run_dir.evaluations()).unwrap().len(), 1);
+    running.kill(&ground).await;
+    let running = Running::start(Coordinator::take_over(run_dir.root()).await.unwrap());
+    assert_eq!(std::fs::read_to_string(run_dir.metrics()).unwrap(), text, "a second time changes nothing");
+    running.kill(&ground).await;
+}
+
+#[tokio::test]
+async fn the_last_leave_is_answered_by_the_coordinator_that_takes_over() {
+    let ground = Ground::new(1);
+    let running = ground.start(train()).await;
+    let mut control = running.control();
+    let worker = enter(&mut control, "a").await;
+    let gathering = control.join(join_request("b")).await.unwrap_err();
+    assert_eq!(gathering.code(), Code::ResourceExhausted);
+    leave(&mut control, worker, Departure::Done).await;
+    // its answer was lost
+    running.kill(&ground).await;
+    let running = Running::start(Coordinator::take_over(ground.run_dir().root()).await.unwrap());
+    assert_eq!(status(&running).await.state, JobState::Finished);
+    leave(&mut running.control(), worker, Departure::Done).await;
+    assert_eq!(running.end().await, Outcome::Finished);
+}
+
+#[tokio::test]
+async fn what_cannot_be_taken_over_is_refused_with_the_way_on() {
+    let ground = Ground::new(1);
+    let run_dir = ground.settings(train()).run_dir;
+    let refusal = async || Coordinator::take_over(run_dir.root()).await.err().unwrap().to_string();
+    assert!(refusal().await.contains("learn-launch train"), "no coordinator was there");
+    let running = ground.start(train()).await;
+    enter(&mut running.control(), "a").await;
+    running.kill(&ground).await;
+    let state = run_dir.coordinator_state();
+    let whole = std::fs::read(&state).unwrap();
+    std::fs::write(&state, &whole[..whole.len() / 3]).unwrap();
+    assert!(refusal().await.contains("learn-launch resume"), "a cut file");
+    std::fs::write(&state, "not a database").unwrap();
+    assert!(refusal().await.contains("learn-launch resume"), "a foreign file");
+    std::fs::write(&state, whole).unwrap();
+    Running::start(Coordinator::take_over(run_dir.root()).await.unwrap()).kill(&ground).await;
+}
