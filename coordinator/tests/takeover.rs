@@ -13,7 +13,8 @@ use learn_domain::report::{Evaluation, JobState, JobStatus, Split, StepRecord, S
 use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
 use learn_proto::convert::{Order, StepReport, evaluation_json};
 use learn_proto::v1::{
-    CommitCheckpointRequest, GetRequest, PutRequest, ReadyRequest, ReportEvaluationRequest, ReportStepRequest,
+    AttendRequest, CommitCheckpointRequest, GetRequest, PutRequest, ReadyRequest, ReportEvaluationRequest,
+    ReportStepRequest,
 };
 use support::{Control, Ground, Running, heartbeat, join, join_request, leave, train};
 use tonic::Code;
@@ -171,6 +172,28 @@ async fn the_last_leave_is_answered_by_the_coordinator_that_takes_over() {
     assert_eq!(status(&running).await.state, JobState::Finished);
     leave(&mut running.control(), worker, Departure::Done).await;
     assert_eq!(running.end().await, Outcome::Finished);
+}
+
+#[tokio::test]
+async fn a_worker_that_was_lost_with_the_coordinator_is_missed() {
+    let ground = Ground::new(2);
+    let running = ground.start(train()).await;
+    let mut control = running.control();
+    let (first, second) = (enter(&mut control, "a").await, enter(&mut control, "b").await);
+    assert!(matches!(heartbeat(&mut control, second).await, Order::Run { world_size: 2, .. }));
+    running.kill(&ground).await;
+    let running = Running::start(Coordinator::take_over(ground.run_dir().root()).await.unwrap());
+    let attending = running.control().attend(AttendRequest { worker_id: first.0 }).await;
+    let mut orders = attending.unwrap().into_inner();
+    let next = async |orders: &mut tonic::Streaming<_>| Order::try_from(orders.message().await.unwrap().unwrap());
+    assert!(matches!(next(&mut orders).await.unwrap(), Order::Run { world_size: 2, .. }));
+    // sooner than by its heartbeats, and though none of its connections breaks
+    let started = std::time::Instant::now();
+    assert_eq!(next(&mut orders).await.unwrap(), Order::Regroup(Generation(1)));
+    assert!(started.elapsed() < ground.config.cluster.heartbeat_timeout.0);
+    // in this process a call that is open keeps the owner alive
+    drop(orders);
+    running.kill(&ground).await;
 }
 
 #[tokio::test]

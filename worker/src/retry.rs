@@ -162,6 +162,14 @@ impl Trying {
         Ok(())
     }
 
+    /// Waits as after a failure, but for as long as it takes.
+    pub async fn pause(&mut self) {
+        let draw = self.draws.unit();
+        if let Some(pause) = self.outage.failed(Duration::ZERO, Duration::MAX, draw) {
+            tokio::time::sleep(pause).await;
+        }
+    }
+
     /// There was an answer at last.
     pub fn answered(&self) {
         if self.outage.failures > 0 {

@@ -29,6 +29,8 @@ const TICK: Duration = Duration::from_millis(200);
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// Commands that may wait.
 const QUEUE: usize = 1024;
+/// Members of a job that was taken over are heard of within this, from the first one on; who is not went meanwhile.
+const REUNION: Duration = Duration::from_secs(3);
 /// Commands that are taken in one turn.
 const COMMANDS_A_TURN: usize = 256;
 
@@ -123,6 +125,14 @@ pub struct JobOwner {
     started: Instant,
     /// Time of the job before `started`.
     earlier: Duration,
+    reunion: Option<Reunion>,
+}
+
+/// A job was taken over, and some of its members were not heard of yet.
+struct Reunion {
+    since: Duration,
+    /// When the first one was.
+    first: Option<Duration>,
 }
 
 /// What a job's owner needs besides the job.
@@ -163,6 +173,7 @@ impl JobOwner {
             metrics,
             started: Instant::now(),
             earlier,
+            reunion: taken_over.then_some(Reunion { since: earlier, first: None }),
         };
         if taken_over {
             owner.note(owner.job.generation(), Happening::TakenOver)?;
@@ -186,7 +197,10 @@ impl JobOwner {
                     // nobody can ask any more: the servers have failed
                     None => break,
                 },
-                _ = ticks.tick() => self.apply(Job::tick)?,
+                _ = ticks.tick() => {
+                    self.apply(Job::tick)?;
+                    self.miss_absent()?;
+                }
             }
             self.close_turn().await?;
             self.show();
@@ -244,6 +258,28 @@ impl JobOwner {
         }
     }
 
+    fn heard_of_one(&mut self) {
+        let now = self.now();
+        if let Some(reunion) = &mut self.reunion {
+            reunion.first.get_or_insert(now);
+        }
+    }
+
+    /// A connection that was gone when this coordinator came cannot break any more.
+    fn miss_absent(&mut self) -> Result<(), OwnerError> {
+        let Some(Reunion { since, first: Some(first) }) = self.reunion else { return Ok(()) };
+        if self.now().saturating_sub(first) <= REUNION {
+            return Ok(());
+        }
+        self.reunion = None;
+        for worker in self.job.unheard_since(since) {
+            if !self.attendances.attends(worker) {
+                self.apply(|job, now| job.disconnected(now, worker))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Takes a command and those that wait behind it.
     fn take_waiting(&mut self, first: Command) -> Result<(), OwnerError> {
         self.take(first)?;
@@ -269,12 +305,14 @@ impl JobOwner {
                 self.turn.answer(reply, answer);
             }
             Command::Heartbeat(beat, reply) => {
+                self.heard_of_one();
                 self.metrics.heartbeats_total.inc();
                 let (directive, effects) = self.job.heartbeat(self.now(), beat);
                 self.carry_out(effects)?;
                 self.turn.answer(reply, directive);
             }
             Command::Attend(worker, reply) => {
+                self.heard_of_one();
                 let attendance = self.attendances.begin(worker, self.job.directive(worker));
                 self.turn.answer(reply, attendance);
             }

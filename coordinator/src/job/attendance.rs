@@ -36,6 +36,11 @@ impl Attendances {
         present
     }
 
+    #[must_use]
+    pub fn attends(&self, worker: WorkerId) -> bool {
+        self.workers.contains_key(&worker)
+    }
+
     /// Tells everybody what has changed.
     pub fn tell(&self, job: &Job) {
         for (&worker, (_, sender)) in &self.workers {

@@ -491,6 +491,14 @@ impl Job {
         effects
     }
 
+    /// Members without a sign of life after `time`.
+    #[must_use]
+    pub fn unheard_since(&self, time: Duration) -> Vec<WorkerId> {
+        let members = self.membership.members().into_iter().flatten();
+        let unheard = members.filter(|(id, _)| self.workers.get(id).is_none_or(|worker| worker.seen <= time));
+        unheard.map(|(&id, _)| id).collect()
+    }
+
     /// Workers that have joined and not left.
     #[must_use]
     pub fn present(&self) -> usize {

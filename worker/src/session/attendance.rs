@@ -15,9 +15,6 @@ use tokio::task::JoinHandle;
 use super::signals::Signals;
 use crate::control::{Control, ControlError, Progress};
 
-/// Between two tries to open the call again; heartbeats are what is patient.
-const REOPEN: Duration = Duration::from_millis(200);
-
 /// What is heard from the coordinator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Heard {
@@ -90,13 +87,16 @@ impl Parts {
     async fn beat(self, sender: Arc<watch::Sender<Heard>>) {
         let mut ticks = tokio::time::interval(self.interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut last_answer = Instant::now();
+        let (mut last_answer, mut failing) = (Instant::now(), false);
         loop {
             ticks.tick().await;
             let heartbeat = self.control.heartbeat(self.worker, &self.progress);
             let answer = tokio::time::timeout(self.timeout, heartbeat).await;
             match answer.unwrap_or(Err(ControlError::Silent)) {
                 Ok(order) => {
+                    if std::mem::take(&mut failing) {
+                        tracing::info!(after = ?last_answer.elapsed(), "the coordinator answers again");
+                    }
                     last_answer = Instant::now();
                     self.hear(&sender, Heard::Order(order));
                 }
@@ -108,17 +108,27 @@ impl Parts {
                     let cause = format!("the coordinator has not answered for {:?}: {error}", last_answer.elapsed());
                     self.hear(&sender, Heard::Nothing(cause));
                 }
-                Err(error) => tracing::warn!(%error, "heartbeat failed"),
+                Err(error) if failing => tracing::debug!(%error, "heartbeat failed again"),
+                Err(error) => {
+                    failing = true;
+                    tracing::warn!(%error, patience = ?self.control.patience().limit(), "heartbeat failed");
+                }
             }
         }
     }
 
     async fn listen(self, sender: Arc<watch::Sender<Heard>>) {
+        // heartbeats are what is patient
+        let trying = || self.control.patience().trying("attend");
+        let mut pauses = trying();
         loop {
             match self.control.attend(self.worker).await {
                 Ok(mut orders) => loop {
                     match orders.next().await {
-                        Ok(Some(order)) => self.hear(&sender, Heard::Order(order)),
+                        Ok(Some(order)) => {
+                            pauses = trying();
+                            self.hear(&sender, Heard::Order(order));
+                        }
                         Err(ControlError::Unknown { .. }) => {
                             self.hear(&sender, Heard::Unknown);
                             break;
@@ -128,7 +138,7 @@ impl Parts {
                 },
                 Err(error) => tracing::debug!(%error, "the open call could not be made"),
             }
-            tokio::time::sleep(REOPEN).await;
+            pauses.pause().await;
         }
     }
 }
