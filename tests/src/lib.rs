@@ -12,6 +12,8 @@ use std::process::{Child, Command, Output, Stdio};
 use serde_json::Value;
 use tempfile::TempDir;
 
+pub mod chaos;
+
 /// A folder with inputs, one dataset and any number of runs.
 pub struct Site {
     folder: TempDir,
@@ -34,8 +36,10 @@ pub const SMALL: Shape = Shape { users: 90, items: 50, dim: 16 };
 /// If it was not built.
 #[must_use]
 pub fn binary(name: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("a running test has a path");
-    let profile = test.ancestors().nth(2).expect("tests lie in target/PROFILE/deps");
+    let own = std::env::current_exe().expect("a running program has a path");
+    let folder = own.parent().expect("a program lies in a folder");
+    // tests lie in target/PROFILE/deps
+    let profile = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
     let path = profile.join(name);
     assert!(path.exists(), "{} is missing: run `cargo test --workspace`, which builds it", path.display());
     path
@@ -96,6 +100,11 @@ impl Site {
         fs::write(site.path("vectors.npy"), vectors(shape)).expect("the folder is writable");
         fs::write(site.path("job.toml"), config).expect("the folder is writable");
         site
+    }
+
+    /// Whether the folder stays when this value goes.
+    pub fn keep(&mut self, keep: bool) {
+        self.folder.disable_cleanup(keep);
     }
 
     #[must_use]

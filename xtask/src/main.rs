@@ -1,8 +1,9 @@
-//! The repository's own tasks: set-up, the quickstart, the tests, what CI runs and the GPU check.
+//! The repository's own tasks: set-up, the quickstart, the tests, what CI runs, the chaos run and the GPU check.
 //!
 //! Depends on little, so that the first command on a new machine starts soon; in particular on no other crate of the
 //! workspace and never on libtorch, which `setup` brings.
 
+mod chaos;
 mod ci;
 mod gpu_check;
 mod process;
@@ -41,6 +42,8 @@ enum Task {
     Test(test::Options),
     /// What CI runs: the tests, then the quickstart for one epoch.
     Ci,
+    /// Disturb a real job with kills, pauses, broken connections and full disks, and check that nothing is lost.
+    Chaos(chaos::Options),
     /// Pack what checks the CUDA path on a machine with an NVIDIA GPU and PyTorch, without network or toolchain.
     GpuCheck(gpu_check::Options),
 }
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Task::Quickstart(options) => quickstart::run(&workspace, &options),
         Task::Test(options) => test::run(&workspace, &options),
         Task::Ci => ci::run(&workspace),
+        Task::Chaos(options) => chaos::run(&workspace, &options),
         Task::GpuCheck(options) => gpu_check::run(&workspace, &options),
     });
     let Err(error) = result else { return ExitCode::SUCCESS };
