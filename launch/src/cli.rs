@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use learn_domain::Config;
 
 use crate::commands::{
-    config, doctor, embed, eval, export, prepare, recommend, resume, scale, status, stop, study, train,
+    config, doctor, embed, eval, export, prepare, recommend, resume, scale, simulate, status, stop, study, train,
 };
 use crate::settings::Resolver;
 
@@ -89,6 +89,9 @@ pub enum Command {
     /// Give a running job more workers, or fewer
     #[command(after_help = scale::HELP)]
     Scale(scale::ScaleArgs),
+    /// Load a coordinator with thousands of simulated workers and say how fast it answers
+    #[command(after_help = simulate::HELP)]
+    Simulate(simulate::SimulateArgs),
     /// Show, check or document the configuration
     #[command(after_help = config::HELP)]
     Config(config::ConfigArgs),

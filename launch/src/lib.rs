@@ -18,6 +18,7 @@ pub mod commands;
 pub mod crew;
 pub mod failure;
 pub mod job;
+pub mod load;
 pub mod output;
 pub mod process;
 pub mod render;

@@ -2,7 +2,7 @@
 //!
 //! The only `unsafe` of `learn-launch`: each block is one libc call over plain values.
 
-#![allow(unsafe_code, reason = "prctl, kill, sigaction, statvfs and getrlimit have no safe form in std")]
+#![allow(unsafe_code, reason = "prctl, kill, sigaction, statvfs, getrlimit and setrlimit have no safe form in std")]
 
 use std::ffi::CString;
 use std::io;
@@ -111,6 +111,26 @@ pub fn open_file_limit() -> Option<u64> {
     // SAFETY: `limit` is a valid place for the answer.
     let answer = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
     (answer == 0).then_some(limit.rlim_cur)
+}
+
+/// Lets this process, and those that it starts, hold `files` open.
+///
+/// # Errors
+/// The hard limit is lower.
+pub fn raise_open_file_limit(files: u64) -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a valid place for the answer, and then a valid value.
+    let answer = unsafe {
+        let answer = libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
+        if answer != 0 || limit.rlim_cur >= files {
+            answer
+        } else {
+            limit.rlim_cur = files;
+            limit.rlim_max = limit.rlim_max.max(files);
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit)
+        }
+    };
+    if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[cfg(test)]

@@ -117,6 +117,8 @@ pub struct JobOwner {
     store: Store,
     commits: BTreeMap<Step, Vec<Reply<()>>>,
     attendances: Attendances,
+    /// Revision of the job that the metrics show.
+    shown: Option<u64>,
     /// When the last generation broke, until a step is finished.
     recovering: Option<Instant>,
     commands: mpsc::Receiver<Command>,
@@ -167,6 +169,7 @@ impl JobOwner {
             store,
             commits: BTreeMap::new(),
             attendances: Attendances::default(),
+            shown: None,
             recovering: None,
             commands,
             turn: Turns::new(keeping, metrics.clone()),
@@ -507,7 +510,10 @@ impl JobOwner {
         self.metrics.worker_lost_total.with_label_values(&[label]).inc();
     }
 
-    fn show(&self) {
+    fn show(&mut self) {
+        if self.shown.replace(self.job.revision()) == Some(self.job.revision()) {
+            return;
+        }
         self.metrics.set_state(match self.job.state() {
             JobState::Gathering => "gathering",
             JobState::Running => "running",

@@ -15,6 +15,8 @@ use super::Job;
 pub struct Attendances {
     workers: BTreeMap<WorkerId, (u64, watch::Sender<Directive>)>,
     next: u64,
+    /// Revision of the job that everybody was told.
+    told: u64,
 }
 
 impl Attendances {
@@ -41,8 +43,11 @@ impl Attendances {
         self.workers.contains_key(&worker)
     }
 
-    /// Tells everybody what has changed.
-    pub fn tell(&self, job: &Job) {
+    /// Tells everybody what has changed. Costs nothing while nothing has, however many attend.
+    pub fn tell(&mut self, job: &Job) {
+        if std::mem::replace(&mut self.told, job.revision()) == job.revision() {
+            return;
+        }
         for (&worker, (_, sender)) in &self.workers {
             let directive = job.directive(worker);
             sender.send_if_modified(|known| {

@@ -96,6 +96,8 @@ pub struct Job {
     trained_users: u64,
     step_seconds: f64,
     earlier_seconds: f64,
+    /// Grows whenever a directive, the state or who is there may have changed; a heartbeat changes none of them.
+    revision: u64,
     /// Rank 0 of the present generation has said where it goes on from.
     begun: bool,
     formed: Option<Duration>,
@@ -140,6 +142,7 @@ impl Job {
             last_checkpoint: (history.step > Step(0)).then_some(history.step),
             evaluations: history.evaluations,
             commits: BTreeSet::new(),
+            revision: 0,
             begun: false,
             formed: None,
             ended: None,
@@ -203,6 +206,12 @@ impl Job {
             worker.told = matches!(directive, Directive::Stop(_) | Directive::Dismissed | Directive::Unknown);
         }
         (directive, effects)
+    }
+
+    /// Grows whenever a directive, the state or who is there may have changed.
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.revision
     }
 
     /// What `worker` is to do now.
@@ -445,14 +454,12 @@ impl Job {
     }
 
     fn take(&mut self, now: Duration, event: Event) -> Vec<Effect> {
+        let passive = matches!(event, Event::Heartbeat(_) | Event::Progress(_) | Event::Tick);
         // a sign of life alone need not outlive the coordinator
-        let vital = match event {
-            Event::Heartbeat(_) | Event::Tick => false,
-            Event::Progress(_) => self.membership.recoveries() > 0,
-            _ => true,
-        };
+        let vital = !passive || (matches!(event, Event::Progress(_)) && self.membership.recoveries() > 0);
         let effects = self.membership.step(now, event);
         self.unsaved.job |= vital || !effects.is_empty();
+        self.revision += u64::from(!passive || !effects.is_empty());
         for effect in &effects {
             match effect {
                 Effect::Formed { members, .. } => {

@@ -162,6 +162,7 @@ impl Job {
             trained_users: progress.trained_users,
             step_seconds: progress.step_seconds,
             earlier_seconds: saved.earlier_seconds,
+            revision: 0,
             begun: saved.begun,
             formed: saved.formed,
             ended: saved.ended,

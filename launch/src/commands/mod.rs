@@ -9,6 +9,7 @@ pub mod prepare;
 pub mod recommend;
 pub mod resume;
 pub mod scale;
+pub mod simulate;
 pub mod status;
 pub mod stop;
 pub mod study;
@@ -46,6 +47,7 @@ pub fn run(cli: Cli) -> i32 {
         Command::Status(args) => status::run(&args, &output),
         Command::Study(args) => study::run(&args, &output),
         Command::Scale(args) => scale::run(&args, &output),
+        Command::Simulate(args) => simulate::run(&args, &output),
         Command::Stop(args) => stop::run(&args, &output),
         Command::Config(args) => config::run(&args, &output),
         Command::Doctor(args) => doctor::run(&args, &output),
