@@ -6,7 +6,8 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -280,8 +281,16 @@ pub fn processes_of(folder: &Path) -> Vec<String> {
     entries.filter_map(|entry| entry.file_name().into_string().ok()).filter_map(line).collect()
 }
 
-/// Sends a signal; a process that has gone meanwhile is no error.
+/// A shell that sends signals: starting one for each would take longer than what is to be caught.
+static SHELL: Mutex<Option<Child>> = Mutex::new(None);
+
+/// Sends a signal, in the order of the calls; a process that has gone meanwhile is no error.
 pub fn send(name: &str, pid: u64) {
-    // the shell has `kill` built in; a program of that name may not be there
-    let _sent = Command::new("sh").args(["-c", &format!("kill -{name} {pid} 2>/dev/null")]).status();
+    let mut shell = SHELL.lock().unwrap_or_else(PoisonError::into_inner);
+    if shell.is_none() {
+        // it ends with its standard input, which is this program's
+        *shell = Command::new("sh").stdin(Stdio::piped()).stderr(Stdio::null()).spawn().ok();
+    }
+    let _sent =
+        shell.as_mut().and_then(|shell| shell.stdin.as_mut()).map(|input| writeln!(input, "kill -{name} {pid}"));
 }

@@ -182,14 +182,14 @@ impl Disk {
         self.folder.join("filler")
     }
 
-    /// Leaves no free byte.
+    /// Leaves no free byte; again and again, because an old checkpoint that is removed makes room for a new one.
     ///
     /// # Errors
     /// If it is not that which ends the writing.
     pub fn fill(&self) -> Result<()> {
         let mut zeros = io::repeat(0);
-        let mut file = std::fs::File::create(self.filler()).context("cannot begin to fill the disk")?;
-        match io::copy(&mut zeros, &mut file) {
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(self.filler());
+        match file.and_then(|mut file| io::copy(&mut zeros, &mut file)) {
             Err(error) if error.kind() == io::ErrorKind::StorageFull => Ok(()),
             other => bail!("the disk was to be filled, but: {other:?}"),
         }

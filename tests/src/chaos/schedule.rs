@@ -62,10 +62,11 @@ impl Kind {
     /// What it takes with recovery and the quiet time before it, roughly.
     fn nominal(self) -> Duration {
         Duration::from_millis(match self {
-            Self::PauseShort | Self::StallNetwork => 3000,
-            Self::KillFirst | Self::KillOther | Self::Scale | Self::BreakConnection | Self::SlowNetwork => 5000,
-            Self::KillInEvaluation | Self::KillInCheckpoint | Self::KillCoordinator => 7000,
-            Self::PauseLong | Self::FullDisk => 9000,
+            Self::PauseShort | Self::StallNetwork => 2000,
+            Self::KillFirst | Self::KillOther | Self::Scale | Self::BreakConnection | Self::KillCoordinator => 2500,
+            Self::KillInEvaluation | Self::SlowNetwork => 4000,
+            Self::KillInCheckpoint | Self::FullDisk => 5000,
+            Self::PauseLong => 6000,
         })
     }
 
@@ -200,7 +201,7 @@ mod tests {
             prop_assert!(faults.iter().all(|fault| kinds.contains(&fault.kind)));
             prop_assert!(faults.iter().all(|fault| (FEWEST..=workers).contains(&fault.workers)));
             let nominal: Duration = faults.iter().map(|fault| fault.kind.nominal()).sum();
-            prop_assert!(nominal <= length.max(Duration::from_secs(9)));
+            prop_assert!(nominal <= length.max(Duration::from_secs(6)));
             for round in faults.chunks(kinds.len()) {
                 let mut seen: Vec<Kind> = round.iter().map(|fault| fault.kind).collect();
                 seen.sort_unstable();

@@ -16,6 +16,8 @@ use crate::is_alive;
 
 /// Longest wait for what must come.
 const LIMIT: Duration = Duration::from_secs(60);
+/// Longest hunt for a moment that must be hit.
+const HUNT: Duration = Duration::from_secs(150);
 /// So long a participant is stopped while it is looked whether it was caught where it should be.
 const CAUGHT: Duration = Duration::from_millis(150);
 /// Between two looks for a moment that must not be missed.
@@ -46,12 +48,16 @@ pub fn strike(job: &mut Job<'_>, fault: &Fault, disk: Option<&Disk>, evaluation:
             let lost = job.event(known, "worker_lost", LIMIT, |event| event["worker"] == victim.worker)?;
             std::thread::sleep(fault.lasts);
             drop(paused);
-            let back = |job: &Job<'_>| {
-                let now = job.status().ok()?.participants();
-                now.into_iter().find(|now| now.pid == victim.pid && now.worker != victim.worker)
-            };
-            let back = job.wait("the woken worker takes part again", LIMIT, back)?;
-            Ok(format!("rank {} was lost ({}) and came back as rank {}", victim.rank, lost["cause"], back.rank))
+            let (pid, cause) = (victim.pid, &lost["cause"]);
+            let settled = job.wait("the woken worker, or another one, in its place", LIMIT, |job| {
+                let status = job.status().ok()?;
+                let now = status.participants();
+                let back = now.iter().find(|now| now.pid == pid && now.worker != victim.worker);
+                let full = status.state() == "running" && now.len() as u64 >= status.wanted();
+                back.map(|back| Some(back.rank)).or_else(|| full.then_some(None))
+            })?;
+            let came = settled.map_or("another took its place".into(), |rank| format!("came back as rank {rank}"));
+            Ok(format!("rank {} was lost ({cause}); {came}", victim.rank))
         }
         Kind::Scale => {
             let before = job.status().map(|status| status.wanted()).unwrap_or_default();
@@ -166,10 +172,15 @@ fn break_connection(job: &mut Job<'_>, pick: u64) -> Result<String> {
 
 fn full_disk(job: &mut Job<'_>, disk: &Disk) -> Result<String> {
     let known = job.lines("events.jsonl").len();
-    disk.fill()?;
-    let failed = job.event(known, "checkpoint_failed", LIMIT, |_| true);
+    let failed = job.wait("a checkpoint that fails", LIMIT, |job| {
+        if let Err(error) = disk.fill() {
+            return Some(Err(error));
+        }
+        let mut events = job.lines("events.jsonl").into_iter().skip(known);
+        events.find(|event| event["event"] == "checkpoint_failed").map(Ok)
+    });
     disk.empty()?;
-    let failed = failed?;
+    let failed = failed??;
     let step = failed["step"].as_u64().unwrap_or(0);
     let later = |job: &Job<'_>| job.status().ok().map(|status| status.last_checkpoint()).filter(|&last| last > step);
     let later = job.wait("a checkpoint after the disk was full", LIMIT, later)?;
@@ -180,7 +191,7 @@ fn full_disk(job: &mut Job<'_>, disk: &Disk) -> Result<String> {
 fn kill_in_evaluation(job: &mut Job<'_>, pick: u64, every: u64) -> Result<String> {
     let started = Instant::now();
     let mut seen = 0;
-    while started.elapsed() < LIMIT {
+    while started.elapsed() < HUNT {
         let Ok(status) = job.status() else { continue };
         let workers = status.participants();
         if status.state() != "running" || workers.len() < 2 {
@@ -208,7 +219,7 @@ fn kill_in_evaluation(job: &mut Job<'_>, pick: u64, every: u64) -> Result<String
             return Ok(format!("after step {step}: {}", lost(job, known, victim)?));
         }
     }
-    bail!("no participant could be caught in an evaluation within {} s", LIMIT.as_secs())
+    bail!("no participant could be caught in an evaluation within {} s", HUNT.as_secs())
 }
 
 /// The number of the last whole line, read from the file's end.
@@ -223,7 +234,7 @@ fn last_step(metrics: &Path) -> u64 {
 fn kill_in_checkpoint(job: &mut Job<'_>) -> Result<String> {
     let started = Instant::now();
     let folder = job.folder().join("checkpoints");
-    while started.elapsed() < LIMIT {
+    while started.elapsed() < HUNT {
         let names = fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.file_name());
         let unfinished = names.filter_map(|name| {
             let name = name.into_string().ok()?;
@@ -246,5 +257,5 @@ fn kill_in_checkpoint(job: &mut Job<'_>) -> Result<String> {
         ensure!(folder.join(&name).exists(), "{name} was finished after all");
         return Ok(format!("{name} was left: {}", lost(job, known, victim)?));
     }
-    bail!("no checkpoint could be caught while it was written within {} s", LIMIT.as_secs())
+    bail!("no checkpoint could be caught while it was written within {} s", HUNT.as_secs())
 }
