@@ -87,6 +87,17 @@ fn a_killed_write_is_never_taken_for_a_checkpoint() {
     fs::write(run.checkpoints().join("step-0000000002.tmp-99").join(MODEL), "half").unwrap();
     assert_eq!(list(&run).unwrap().iter().map(|one| one.step).collect::<Vec<_>>(), [Step(1)]);
     assert_eq!(resolve(&run, Some("last")).unwrap(), run.checkpoint(Step(1)));
+    // and whoever writes the next checkpoints clears away
+    let mut writer = Writer::start(run.clone(), 1, |_| ());
+    writer.save(snapshot(3, 1.0, None)).unwrap();
+    writer.settle().unwrap();
+    drop(writer);
+    let mut left: Vec<_> = fs::read_dir(run.checkpoints())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    left.sort();
+    assert_eq!(left, ["step-0000000003"]);
 }
 
 #[test]

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use learn_domain::Step;
 use learn_domain::run_dir::RunDir;
 
-use super::{CheckpointError, Snapshot, io, keep, read_best, steps, write, write_best};
+use super::{CheckpointError, Snapshot, checkpoint_step, io, keep, read_best, steps, write, write_best};
 
 /// What became of a snapshot.
 #[derive(Debug)]
@@ -162,8 +162,20 @@ fn write_one(run: &RunDir, folder: &Path, snapshot: Snapshot) -> Result<PathBuf,
     Ok(path)
 }
 
-/// Removes all but the latest and the best that is there, which need not be the best that was evaluated.
+/// Removes all but the latest and the best that is there, which need not be the best that was evaluated, and what writers
+/// that were killed have left unfinished, once it is older than all the latest: nobody is still at it then.
 fn prune(run: &RunDir, folder: &Path, keep_last: u32) -> Result<(), CheckpointError> {
+    let mut latest = steps(folder)?;
+    latest.sort_unstable_by(|a, b| b.cmp(a));
+    let oldest = latest.iter().take(keep_last.max(1) as usize).next_back().copied();
+    for entry in fs::read_dir(folder).map_err(io(folder))? {
+        let path = entry.map_err(io(folder))?.path();
+        let unfinished = path.extension().is_some_and(|kind| kind.to_string_lossy().starts_with("tmp-"));
+        let step = path.file_stem().and_then(|name| name.to_str()).and_then(checkpoint_step);
+        if unfinished && step.is_some() && step < oldest && path.is_dir() {
+            fs::remove_dir_all(&path).map_err(io(&path))?;
+        }
+    }
     for step in keep::surplus(&steps(folder)?, keep_last, read_best(run).map(|best| best.step)) {
         let old = run.checkpoint(step);
         fs::remove_dir_all(&old).map_err(io(&old))?;
