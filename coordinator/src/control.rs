@@ -131,9 +131,16 @@ impl Control for ControlService {
 
     async fn heartbeat(&self, request: Request<HeartbeatRequest>) -> Result<Response<HeartbeatResponse>, Status> {
         self.timed("heartbeat", async {
-            let HeartbeatRequest { worker_id, step, phase, .. } = request.into_inner();
+            let HeartbeatRequest { worker_id, step, phase, entered, inside, since_millis, .. } = request.into_inner();
             let worker = WorkerId(worker_id);
-            let beat = Heartbeat { worker, step: Step(step), phase: convert::bounded("phase", phase)? };
+            let beat = Heartbeat {
+                worker,
+                step: Step(step),
+                phase: convert::bounded("phase", phase)?,
+                entered,
+                inside,
+                since: Duration::from_millis(since_millis),
+            };
             let directive: Directive = self.job.ask(|reply| Command::Heartbeat(beat, reply)).await?;
             Ok(convert::directive_message(worker, directive)?)
         })

@@ -12,6 +12,7 @@ use learn_coordinator::{Coordinator, CoordinatorError, Outcome, Settings, StopCa
 use learn_domain::Config;
 use learn_domain::event::{Happening, JobEvent};
 use learn_domain::membership::{Departure, LossCause};
+use learn_domain::progress::Work;
 use learn_domain::report::{Evaluation, JobState, JobStatus, Split, StepRecord, Summary, Task};
 use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
 use learn_proto::convert::{AfterStep, Order, StepReport, evaluation_json};
@@ -39,6 +40,7 @@ fn report(worker: u32, step: u64, users: &[UserIndex]) -> ReportStepRequest {
         step: Step(step),
         epoch: 0,
         users: users.to_vec(),
+        work: Work::default(),
         record: (worker == 0).then_some(record),
     };
     report.into()
@@ -121,7 +123,7 @@ async fn workers_join_meet_and_leave() {
     assert_eq!(heartbeat(&mut control, second.worker).await, run(1, 1, 2, AfterStep::Continue));
     let full = control.join(join_request("c")).await.unwrap_err();
     assert_eq!(full.code(), Code::ResourceExhausted, "a place may become free: {full}");
-    let unknown = HeartbeatRequest { worker_id: 9, generation: 1, step: 0, phase: String::new() };
+    let unknown = HeartbeatRequest { worker_id: 9, generation: 1, ..HeartbeatRequest::default() };
     assert_eq!(control.heartbeat(unknown).await.unwrap_err().code(), Code::NotFound);
 
     let mut waiting = running.control();
@@ -226,7 +228,7 @@ async fn survivors_hear_of_a_broken_connection_at_once_and_go_on_without_it() {
     control.begin_generation(beginning(WorkerId(1), 2, 3)).await.unwrap();
 
     // what the old generation says changes nothing
-    let gone = control.heartbeat(HeartbeatRequest { worker_id: 0, generation: 1, step: 1, phase: String::new() }).await;
+    let gone = control.heartbeat(HeartbeatRequest { worker_id: 0, generation: 1, ..HeartbeatRequest::default() }).await;
     assert_eq!(gone.unwrap_err().code(), Code::NotFound, "it must join again");
     let old = |error: tonic::Status| assert_eq!(error.code(), Code::Aborted, "{error}");
     old(control.report_step(report(1, 2, &[])).await.unwrap_err());

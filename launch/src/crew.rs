@@ -145,6 +145,8 @@ impl<'a> Crew<'a> {
         let mut changes = Changes::default();
         let goes_on =
             self.replaces && view.steps_left && matches!(view.state, JobState::Running | JobState::Regrouping);
+        let grows = goes_on || (self.replaces && view.state == JobState::Gathering);
+        let mut there = self.hands.values_mut().filter_map(|hand| hand.process.ended().is_none().then_some(())).count();
         let fallen: Vec<u32> = self
             .hands
             .iter_mut()
@@ -157,11 +159,12 @@ impl<'a> Crew<'a> {
             if view.state == JobState::Gathering {
                 hand.seen = true;
                 changes.lost.get_or_insert(number);
-            } else if goes_on && self.restarts < self.config.cluster.max_restarts {
+            } else if goes_on && self.restarts < self.config.cluster.max_restarts && there < view.wanted as usize {
                 if hand.replacement && hand.started.elapsed() < SHORT_LIFE {
                     continue;
                 }
                 self.restarts += 1;
+                there += 1;
                 self.hire(number, true)?;
                 let (count, most) = (self.restarts, self.config.cluster.max_restarts);
                 changes
@@ -174,7 +177,7 @@ impl<'a> Crew<'a> {
                 }
             }
         }
-        if !goes_on {
+        if !grows || changes.lost.is_some() {
             return Ok(changes);
         }
         self.wanted = view.wanted;

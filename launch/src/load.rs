@@ -190,7 +190,7 @@ async fn worker(shared: Arc<Shared>, number: u32, mut phases: watch::Receiver<Ph
     loop {
         tokio::select! {
             _ = beats.tick() => {
-                let request = HeartbeatRequest { worker_id: worker.0, generation: 1, step: 0, phase: "simulated".into() };
+                let request = HeartbeatRequest { worker_id: worker.0, generation: 1, phase: "simulated".into(), ..HeartbeatRequest::default() };
                 let (sent, measuring) = (Instant::now(), *phases.borrow() == Phase::Measuring);
                 match control.heartbeat(request).await {
                     Ok(_) if measuring => micros.push(sent.elapsed().as_micros().min(u32::MAX.into()) as u32),

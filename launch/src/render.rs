@@ -193,6 +193,9 @@ pub fn status(status: &JobStatus, freshness: Freshness) -> String {
     let mut row = |name: &str, value: String| {
         let _infallible = writeln!(out, "  {name:<12}{value}");
     };
+    if let Some(stall) = &status.stall {
+        row("stands still", stall.clone());
+    }
     if let Some(cause) = &status.cause {
         row("cause", cause.clone());
     }

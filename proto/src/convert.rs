@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use learn_domain::event::Happening;
 use learn_domain::membership::{Call, Departure, Directive, GiveUp};
+use learn_domain::progress::Work;
 use learn_domain::report::{DatasetFacts, Evaluation, StepRecord, Task};
 use learn_domain::{Config, Generation, Incarnation, Rank, Step, UserIndex, WorkerId};
 
@@ -281,6 +282,8 @@ pub struct StepReport {
     pub epoch: u32,
     /// Users of this rank's share.
     pub users: Vec<UserIndex>,
+    /// What this rank did by itself in the step.
+    pub work: Work,
     pub record: Option<StepRecord>,
 }
 
@@ -293,6 +296,8 @@ impl From<StepReport> for ReportStepRequest {
             epoch: report.epoch,
             users: report.users.iter().map(|user| user.0).collect(),
             numbers: report.record.as_ref().map(StepNumbers::from),
+            data_seconds: report.work.data_seconds,
+            compute_seconds: report.work.compute_seconds,
         }
     }
 }
@@ -306,6 +311,7 @@ impl From<ReportStepRequest> for StepReport {
             step,
             epoch,
             users: request.users.into_iter().map(UserIndex).collect(),
+            work: Work { data_seconds: request.data_seconds, compute_seconds: request.compute_seconds },
             record: request.numbers.map(|numbers| numbers.record(step, epoch, generation)),
         }
     }
@@ -512,6 +518,7 @@ mod tests {
             step: Step(4),
             epoch: 1,
             users: vec![UserIndex(9)],
+            work: Work { data_seconds: 0.25, compute_seconds: 1.5 },
             record: Some(record.clone()),
         };
         assert_eq!(StepReport::from(ReportStepRequest::from(report.clone())), report);

@@ -123,6 +123,32 @@ fn a_paused_worker_is_lost_and_rejoins_when_it_wakes() {
 }
 
 #[test]
+fn a_worker_that_hangs_is_named_and_then_lost() {
+    let site = Site::new(SMALL);
+    let settings = ["cluster.workers=3", "cluster.progress_timeout=1s", "cluster.stop_timeout=3s"];
+    let more = ["cluster.max_restarts=0", "training.max_steps=1000000", "cluster.heartbeat_timeout=60s"];
+    let child = start(&site, "hanging", &[&settings[..], &more].concat());
+    follow(&site, "hanging", 40);
+    let pid = pid_of(&site, "hanging", 1);
+    signal("STOP", pid);
+    let log = site.run_dir("hanging").join("events.jsonl");
+    follow_file(&log, "\"formed\"", 2);
+    let stalled = events(&site, "hanging", "stalled");
+    assert_eq!((&stalled[0]["stall"]["guilty"][1], &stalled[0]["stall"]["cause"]), (&1.into(), &"host".into()));
+    let lost = events(&site, "hanging", "worker_lost");
+    assert!(lost.len() == 1 && lost[0]["rank"] == 1 && !lost[0]["cause"]["Stalled"].is_null(), "{lost:?}");
+    let steps = site.steps("hanging").len();
+    follow(&site, "hanging", steps + 20);
+    // it wakes up to find that it is not wanted in that generation any more, and comes back
+    signal("CONT", pid);
+    follow_file(&log, "\"formed\"", 3);
+    succeeds(&site.launch(&["stop", "runs/hanging"]));
+    let output = child.wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(3), "{}", text(&output));
+    assert_eq!(site.status("hanging")["ledger"]["exact"], true);
+}
+
+#[test]
 fn a_running_job_is_scaled_up_and_down() {
     let site = Site::new(SMALL);
     let child = start(&site, "scaled", &["cluster.workers=1"]);

@@ -46,12 +46,12 @@ fn training_goes_on_without_a_checkpoint_directory_and_uses_it_once_it_is_back()
 #[test]
 fn a_last_checkpoint_that_is_larger_than_the_disk_allows_ends_with_a_code_of_its_own() {
     let site = Site::new(SMALL);
-    let arguments =
-        site.train(&["job.name=run", "training.max_steps=8", "checkpoint.every_steps=2", "model.hidden=64"]);
-    // no file may be longer than 128 KiB, which every file but a model's is; the signal for it is ignored, so that a
+    let settings = ["job.name=run", "training.max_steps=8", "checkpoint.every_steps=2", "model.hidden=768"];
+    // no file may be longer than 8 MiB, which every file but a model's is; the signal for it is ignored, so that a
     // write fails as on a full disk
+    let arguments = site.train(&[&settings[..], &["cluster.workers=2"]].concat());
     let limited = Command::new("sh")
-        .args(["-c", "trap '' XFSZ; ulimit -f 256; exec \"$0\" \"$@\""])
+        .args(["-c", "trap '' XFSZ; ulimit -f 16384; exec \"$0\" \"$@\""])
         .arg(binary("learn-launch"))
         .args(&arguments)
         .current_dir(site.path(""))

@@ -83,7 +83,7 @@ pub fn bench_step(settings: &BenchSettings) -> Result<BenchResult, WorkerError> 
         timeout: config.cluster.collective_timeout.0,
         aborter: Aborter::default(),
     };
-    let mut exchange = Exchange::new(connect_tcp(group, &MemoryRendezvous::default())?, metrics);
+    let mut exchange = Exchange::new(connect_tcp(group, &MemoryRendezvous::default())?, metrics, Arc::default());
     let step = synthetic_step(settings);
     let tokens = step.micro_batches.iter().map(|(batch, _)| batch.tokens).sum();
     let mut seconds = Vec::new();

@@ -6,12 +6,13 @@
 //! comes again anyway, waits patiently for a coordinator that is away: all of them may be repeated.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use learn_collective::Rendezvous;
 use learn_domain::event::Happening;
 use learn_domain::membership::Departure;
+use learn_domain::progress::Work;
 use learn_domain::report::{Evaluation, StepRecord};
 use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
 use learn_proto::auth::{BearerInterceptor, Secret};
@@ -109,17 +110,57 @@ pub struct Progress {
     generation: AtomicU64,
     step: AtomicU64,
     phase: AtomicU8,
+    /// Collective operations that were entered in this generation.
+    entered: AtomicU64,
+    inside: AtomicBool,
+    /// When the phase or the collective was entered, in milliseconds after `start`.
+    since_millis: AtomicU64,
+    start: Start,
+}
+
+/// When the process began to count.
+#[derive(Debug)]
+struct Start(Instant);
+
+impl Default for Start {
+    fn default() -> Self {
+        Self(Instant::now())
+    }
 }
 
 impl Progress {
     pub fn enter(&self, phase: &'static str) {
         let index = PHASES.iter().position(|known| *known == phase).unwrap_or(0);
         self.phase.store(index as u8, Ordering::Relaxed);
+        self.mark();
+    }
+
+    /// The training thread enters a collective.
+    pub fn enter_collective(&self) {
+        self.entered.fetch_add(1, Ordering::Relaxed);
+        self.inside.store(true, Ordering::Relaxed);
+        self.mark();
+    }
+
+    pub fn leave_collective(&self) {
+        self.inside.store(false, Ordering::Relaxed);
+        self.mark();
+    }
+
+    fn mark(&self) {
+        self.since_millis.store(self.start.0.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    fn millis_since(&self) -> u64 {
+        let now = self.start.0.elapsed().as_millis() as u64;
+        now.saturating_sub(self.since_millis.load(Ordering::Relaxed))
     }
 
     /// A generation begins.
     pub fn begin(&self, generation: Generation) {
         self.generation.store(generation.0, Ordering::Relaxed);
+        self.entered.store(0, Ordering::Relaxed);
+        self.inside.store(false, Ordering::Relaxed);
     }
 
     #[must_use]
@@ -149,6 +190,7 @@ pub struct FinishedStep {
     pub step: Step,
     pub epoch: u32,
     pub users: Vec<UserIndex>,
+    pub work: Work,
     pub record: Option<StepRecord>,
 }
 
@@ -237,6 +279,9 @@ impl Control {
             generation: progress.generation().0,
             step: progress.step().0,
             phase: progress.phase().to_owned(),
+            entered: progress.entered.load(Ordering::Relaxed),
+            inside: progress.inside.load(Ordering::Relaxed),
+            since_millis: progress.millis_since(),
         };
         let answer = self.client.clone().heartbeat(request).await.map_err(failed("heartbeat"))?;
         answer.into_inner().try_into().map_err(|source| ControlError::Answer { call: "heartbeat", source })
@@ -398,8 +443,9 @@ impl Member {
     /// # Errors
     /// If an earlier report failed.
     pub fn report_step(&self, finished: FinishedStep) -> Result<(), ControlError> {
-        let FinishedStep { step, epoch, users, record } = finished;
-        let report = StepReport { worker: self.worker, generation: self.place.generation, step, epoch, users, record };
+        let FinishedStep { step, epoch, users, work, record } = finished;
+        let report =
+            StepReport { worker: self.worker, generation: self.place.generation, step, epoch, users, work, record };
         self.report(Report::Step(report.into()))
     }
 

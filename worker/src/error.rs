@@ -4,6 +4,8 @@ use learn_domain::Step;
 use learn_domain::membership::GiveUp;
 use learn_domain::report::exit;
 
+use learn_collective::CollectiveError;
+
 use crate::checkpoint::CheckpointError;
 use crate::control::ControlError;
 use crate::feed::FeedError;
@@ -80,8 +82,26 @@ impl WorkerError {
     /// It ends a generation and not this worker: what it holds is as it was.
     #[must_use]
     pub fn passes(&self) -> bool {
-        let ended = |error: &ControlError| matches!(error, ControlError::Ended { .. } | ControlError::Unknown { .. });
-        matches!(self, Self::Collective(_)) || matches!(self, Self::Control(error) if ended(error))
+        match self {
+            Self::Control(error) => matches!(error, ControlError::Ended { .. } | ControlError::Unknown { .. }),
+            Self::Feed(FeedError::Aborted) => true,
+            Self::Collective(error) => matches!(
+                error,
+                CollectiveError::Aborted
+                    | CollectiveError::PeerLost { .. }
+                    | CollectiveError::Deadline { .. }
+                    | CollectiveError::Rendezvous { .. }
+                    | CollectiveError::Refused { .. }
+                    | CollectiveError::Protocol { .. }
+            ),
+            _ => false,
+        }
+    }
+
+    /// It ends this process and says nothing of others in its place: a defect, a broken device.
+    #[must_use]
+    pub fn crashes(&self) -> bool {
+        matches!(self, Self::Panic(_) | Self::Collective(_))
     }
 
     /// The exit code of a process that ends with this error.

@@ -25,6 +25,8 @@ use crate::store::{Store, StoreFull};
 
 /// How often deadlines are looked at.
 const TICK: Duration = Duration::from_millis(200);
+/// Ticks that are so far apart say that this process stood still.
+const STOOD_STILL: Duration = Duration::from_secs(2);
 /// How often the status is written.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// Commands that may wait.
@@ -193,6 +195,7 @@ impl JobOwner {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut written: Option<(Instant, JobState)> = None;
+        let mut looked = Instant::now();
         loop {
             tokio::select! {
                 command = self.commands.recv() => match command {
@@ -201,10 +204,18 @@ impl JobOwner {
                     None => break,
                 },
                 _ = ticks.tick() => {
+                    // who has stood still has not heard what was said meanwhile
+                    if looked.elapsed() > STOOD_STILL {
+                        tracing::warn!(stood_still = ?looked.elapsed(), "this coordinator was stopped or held up");
+                        let now = self.now();
+                        self.job.restart_clock(now);
+                    }
+                    looked = Instant::now();
                     self.apply(Job::tick)?;
                     self.miss_absent()?;
                 }
             }
+            self.note_notices()?;
             self.close_turn().await?;
             self.show();
             if self.job.outcome().is_some() {
@@ -430,14 +441,27 @@ impl JobOwner {
             Happening::WorkerLost { cause, .. } => {
                 self.metrics.worker_lost_total.with_label_values(&[cause.label()]).inc();
             }
+            Happening::Stalled { stall, .. } => {
+                self.metrics.stalls_total.with_label_values(&[&stall.cause.to_string()]).inc();
+            }
             Happening::Regrouping { .. }
             | Happening::Formed { .. }
             | Happening::WorkerDismissed { .. }
+            | Happening::Lagging { .. }
+            | Happening::KeepsUp { .. }
             | Happening::TakenOver => {}
         }
         // for people alone: nothing is decided by it
         let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
         Ok(self.turn.line(LineFile::Events, &JobEvent { time, generation, happening })?)
+    }
+
+    fn note_notices(&mut self) -> Result<(), OwnerError> {
+        let generation = self.job.generation();
+        for happening in self.job.take_notices() {
+            self.note(generation, happening)?;
+        }
+        Ok(())
     }
 
     fn enter_step(&mut self, record: &StepRecord) -> Result<(), OwnerError> {
@@ -474,6 +498,7 @@ impl JobOwner {
                 }
                 Effect::Formed { generation, members } => {
                     self.clear_store();
+                    self.metrics.work_ratio.reset();
                     let world_size = members.len() as u32;
                     self.note(generation, Happening::Formed { world_size })?;
                 }
@@ -525,5 +550,8 @@ impl JobOwner {
         });
         self.metrics.generation.set(self.job.generation().0 as i64);
         self.metrics.workers.set(self.job.present() as i64);
+        for (rank, ratio) in self.job.work_ratios() {
+            self.metrics.work_ratio.with_label_values(&[&rank.to_string()]).set(ratio);
+        }
     }
 }

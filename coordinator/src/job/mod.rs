@@ -12,6 +12,7 @@ mod saved;
 mod status;
 mod summary;
 mod turn;
+mod vigil;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -31,6 +32,7 @@ pub use saved::TakeOverError;
 use saved::Unsaved;
 use serde::{Deserialize, Serialize};
 pub use turn::Keeping;
+use vigil::Vigil;
 
 /// Why a message changes nothing.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -74,10 +76,22 @@ struct Worker {
     step: Step,
     phase: String,
     seen: Duration,
+    /// Collective operations that it has entered in this generation.
+    entered: u64,
+    /// It is inside the last of them.
+    inside: bool,
+    /// How long it had been in its phase or collective when it was seen.
+    since: Duration,
     /// It has said that it leaves.
     left: bool,
     /// It knows that the job stops.
     told: bool,
+}
+
+impl Worker {
+    fn on_gpu(&self) -> bool {
+        self.applicant.device.starts_with("cuda")
+    }
 }
 
 /// The job.
@@ -90,6 +104,8 @@ pub struct Job {
     last_step: Option<StepRecord>,
     last_checkpoint: Option<Step>,
     evaluations: Vec<Evaluation>,
+    /// Those of earlier processes, in front.
+    inherited: usize,
     /// Checkpoints whose ledger is still incomplete.
     commits: BTreeSet<Step>,
     /// Users and seconds of all finished steps, and seconds of everything that earlier processes have done.
@@ -106,6 +122,7 @@ pub struct Job {
     /// Whoever asks before is answered even when the job has ended.
     answers_until: Duration,
     unsaved: Unsaved,
+    vigil: Vigil,
 }
 
 /// Deadlines and size of the membership that a configuration asks for.
@@ -140,6 +157,7 @@ impl Job {
             earlier_seconds: step_seconds + evaluation_seconds,
             last_step: history.steps.into_iter().next_back(),
             last_checkpoint: (history.step > Step(0)).then_some(history.step),
+            inherited: history.evaluations.len(),
             evaluations: history.evaluations,
             commits: BTreeSet::new(),
             revision: 0,
@@ -149,6 +167,7 @@ impl Job {
             outcome: None,
             answers_until: Duration::ZERO,
             unsaved: Unsaved { job: true, progress: true, books: true, weight: 0 },
+            vigil: Vigil::default(),
             settings,
         }
     }
@@ -179,6 +198,9 @@ impl Job {
                         step,
                         phase,
                         seen: now,
+                        entered: 0,
+                        inside: false,
+                        since: Duration::ZERO,
                         left: false,
                         told: false,
                     };
@@ -202,6 +224,9 @@ impl Job {
             worker.seen = now;
             worker.step = beat.step;
             worker.phase = beat.phase;
+            worker.entered = beat.entered;
+            worker.inside = beat.inside;
+            worker.since = beat.since;
             worker.rank = rank.or(worker.rank);
             worker.told = matches!(directive, Directive::Stop(_) | Directive::Dismissed | Directive::Unknown);
         }
@@ -261,6 +286,7 @@ impl Job {
         self.unsaved.job = true;
         if self.books.complete() > before {
             self.take(now, Event::Progress(generation));
+            self.vigil.moved(now);
         }
         Ok(last.into_iter().filter_map(|record| self.count(record)).collect())
     }
@@ -270,7 +296,7 @@ impl Job {
     /// # Errors
     /// If it is stale, or its numbers show that training has diverged.
     pub fn report(&mut self, now: Duration, report: StepReport) -> Result<Option<StepRecord>, JobError> {
-        let StepReport { worker, generation, step, epoch, users, record } = report;
+        let StepReport { worker, generation, step, epoch, users, work, record } = report;
         let rank = self.member(worker, generation)?;
         if let Some(record) = &record {
             finite(record)?;
@@ -282,7 +308,9 @@ impl Job {
         }
         if self.books.complete() > before {
             self.take(now, Event::Progress(generation));
+            self.vigil.moved(now);
         }
+        self.vigil.worked(rank, work, self.workers.get(&worker).is_some_and(Worker::on_gpu));
         let record = record.filter(|_| rank == Rank(0));
         Ok(record.and_then(|record| self.count(record)))
     }
@@ -294,6 +322,7 @@ impl Job {
         }
         self.trained_users += u64::from(record.users);
         self.step_seconds += record.seconds;
+        self.vigil.paced(record.seconds);
         self.last_step = Some(record.clone());
         self.unsaved.progress = true;
         Some(record)
@@ -362,7 +391,7 @@ impl Job {
         }
         // a retry, or another generation that evaluates again what one before had not brought to its end
         let same = |known: &Evaluation| (known.split, known.step) == (evaluation.split, evaluation.step);
-        if self.evaluations.iter().any(same) {
+        if self.evaluations[self.inherited..].iter().any(same) {
             return Ok(None);
         }
         self.evaluations.push(evaluation.clone());
@@ -408,8 +437,16 @@ impl Job {
         self.membership.wanted()
     }
 
+    /// Nobody is to be blamed for the time before `now`.
+    pub fn restart_clock(&mut self, now: Duration) {
+        self.membership.restart_clock(now);
+        self.vigil.moved(now);
+    }
+
     pub fn tick(&mut self, now: Duration) -> Vec<Effect> {
-        self.take(now, Event::Tick)
+        let mut effects = self.take(now, Event::Tick);
+        effects.extend(self.watch_progress(now));
+        effects
     }
 
     /// The rank of a worker that belongs to `generation`.
@@ -464,6 +501,7 @@ impl Job {
             match effect {
                 Effect::Formed { members, .. } => {
                     self.formed.get_or_insert(now);
+                    self.vigil.begin(now);
                     self.begun = false;
                     self.books.form(members.len() as u32);
                     for worker in self.workers.values_mut() {
@@ -526,13 +564,19 @@ impl Job {
 }
 
 /// A worker's sign of life.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Heartbeat {
     pub worker: WorkerId,
     /// Finished steps.
     pub step: Step,
     /// What it is doing.
     pub phase: String,
+    /// Collective operations that it has entered in this generation.
+    pub entered: u64,
+    /// It is inside the last of them.
+    pub inside: bool,
+    /// Since it entered the phase or the collective.
+    pub since: Duration,
 }
 
 /// Epoch and users of a step, by the plan.

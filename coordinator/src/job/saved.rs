@@ -17,6 +17,7 @@ use learn_domain::{Step, WorkerId};
 use serde::{Deserialize, Serialize};
 
 use super::books::{BooksError, Change, SavedBooks};
+use super::vigil::Vigil;
 use super::{Job, JobSettings, Worker, planned};
 use crate::state::{StateError, StateFile, Turn};
 
@@ -56,6 +57,7 @@ struct Saved {
     last_checkpoint: Option<Step>,
     commits: BTreeSet<Step>,
     evaluations: Vec<Evaluation>,
+    inherited: usize,
     earlier_seconds: f64,
     begun: bool,
     formed: Option<Duration>,
@@ -114,6 +116,7 @@ impl Job {
                     last_checkpoint: self.last_checkpoint,
                     commits: self.commits.clone(),
                     evaluations: self.evaluations.clone(),
+                    inherited: self.inherited,
                     earlier_seconds: self.earlier_seconds,
                     begun: self.begun,
                     formed: self.formed,
@@ -150,7 +153,7 @@ impl Job {
         membership.restart_clock(now);
         let mut workers = saved.workers;
         workers.values_mut().for_each(|worker| worker.seen = now);
-        let job = Self {
+        let mut job = Self {
             settings,
             membership,
             books,
@@ -158,6 +161,7 @@ impl Job {
             last_step: progress.last_step,
             last_checkpoint: saved.last_checkpoint,
             evaluations: saved.evaluations,
+            inherited: saved.inherited,
             commits: saved.commits,
             trained_users: progress.trained_users,
             step_seconds: progress.step_seconds,
@@ -169,7 +173,9 @@ impl Job {
             outcome: saved.outcome,
             answers_until: now + LINGER,
             unsaved: Unsaved::default(),
+            vigil: Vigil::default(),
         };
+        job.vigil.begin(now);
         Ok((job, now))
     }
 }

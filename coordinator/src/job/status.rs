@@ -48,6 +48,7 @@ impl Job {
             step: worker.step,
             phase: worker.phase.clone(),
             metrics_url: worker.applicant.metrics_url.clone(),
+            work_ratio: worker.rank.and_then(|rank| self.vigil.work_ratio(rank)),
             seconds_since_heartbeat: now.saturating_sub(worker.seen).as_secs_f64(),
         });
         JobStatus {
@@ -55,6 +56,7 @@ impl Job {
             task: self.settings.task.clone(),
             state: self.state(),
             cause,
+            stall: self.vigil.stall().map(ToString::to_string),
             generation: self.generation(),
             world_size: match self.membership.world_size() {
                 0 => self.wanted(),

@@ -4,6 +4,7 @@ use learn_domain::Incarnation;
 use learn_domain::config::Span;
 use learn_domain::membership::{LossCause, RegroupCause, StopCause};
 use learn_domain::plan::PlanKey;
+use learn_domain::progress::Work;
 use learn_domain::report::{Comparison, JobState, Split};
 
 use super::*;
@@ -72,6 +73,7 @@ fn report(worker: u32, step: u64, users: std::ops::Range<u32>) -> StepReport {
         step,
         epoch,
         users: users.map(UserIndex).collect(),
+        work: Work::default(),
         record: (worker == 0).then_some(record),
     }
 }
@@ -150,6 +152,11 @@ fn a_lost_worker_does_not_hold_a_commit_up() {
     job.report(SECOND, report(0, 1, 0..2)).unwrap();
     job.commit(WorkerId(0), Generation(1), Step(1)).unwrap();
     job.leave(SECOND * 2, WorkerId(1), Departure::Failed("out of memory".into())).unwrap();
+    assert!(job.complete_commits().is_empty(), "the other one says first what it holds");
+    job.ready(SECOND * 2, WorkerId(0), (Generation(1), None)).unwrap();
+    let last = Vec::new();
+    let beginning = Beginning { worker: WorkerId(0), generation: Generation(2), step: Step(1), last };
+    job.begin(SECOND * 2, beginning).unwrap();
     let complete = job.complete_commits();
     assert_eq!(complete[0].1.summary().epochs[0].seen, 4, "the step was finished, so all had their part in it");
     assert!(job.status(SECOND * 2).cause.unwrap().contains("out of memory"));
@@ -263,7 +270,7 @@ fn the_status_follows_the_membership() {
     assert_eq!((status.state, status.generation), (JobState::Running, Generation(1)));
     assert_eq!(status.workers.iter().map(|worker| worker.rank).collect::<Vec<_>>(), [Some(Rank(0)), Some(Rank(1))]);
     assert!((status.workers[0].seconds_since_heartbeat - 2.0).abs() < 1e-9);
-    let beat = Heartbeat { worker: WorkerId(1), step: Step(3), phase: "forward".into() };
+    let beat = Heartbeat { worker: WorkerId(1), step: Step(3), phase: "forward".into(), ..Heartbeat::default() };
     assert!(matches!(job.heartbeat(SECOND * 4, beat).0, Directive::Run { rank: Rank(1), .. }));
     let worker = &job.status(SECOND * 4).workers[1];
     assert_eq!((worker.step, worker.phase.as_str()), (Step(3), "forward"));
@@ -279,7 +286,7 @@ fn the_status_follows_the_membership() {
 #[test]
 fn the_end_waits_until_the_others_were_told() {
     let mut job = running(2);
-    let beat = |worker| Heartbeat { worker: WorkerId(worker), step: Step(0), phase: String::new() };
+    let beat = |worker| Heartbeat { worker: WorkerId(worker), ..Heartbeat::default() };
     job.heartbeat(SECOND * 9, beat(0));
     job.tick(SECOND * 12);
     assert_eq!(job.state(), JobState::Regrouping, "worker 1 was silent");

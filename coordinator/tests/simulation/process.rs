@@ -181,7 +181,7 @@ impl World {
         if process.worker != Some(worker) {
             return;
         }
-        let beat = Heartbeat { worker, step: process.state.finished, phase: String::new() };
+        let beat = Heartbeat { worker, step: process.state.finished, ..Heartbeat::default() };
         self.send_once(p, Request::Heartbeat(beat));
         self.after(self.times.beat, Happens::Beat(p, worker));
     }

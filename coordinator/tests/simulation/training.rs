@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use learn_coordinator::job::{BooksError, JobError};
 use learn_domain::membership::Departure;
 use learn_domain::plan::contiguous_part;
+use learn_domain::progress::Work;
 use learn_domain::recovery::{Agreement, agree};
 use learn_domain::report::{Evaluation, Split, StepRecord};
 use learn_domain::{Generation, Rank, Step, UserIndex};
@@ -195,6 +196,7 @@ impl World {
             step: Step(step),
             epoch,
             users: users[part].iter().copied().map(UserIndex).collect(),
+            work: Work::default(),
             record: (place.rank == Rank(0)).then_some(record),
         };
         process.reports.push_back(Request::Report(report));

@@ -271,7 +271,8 @@ impl Orders {
 }
 
 pub async fn heartbeat(control: &mut Control, worker: WorkerId) -> Order {
-    let request = HeartbeatRequest { worker_id: worker.0, generation: 1, step: 0, phase: "test".into() };
+    let request =
+        HeartbeatRequest { worker_id: worker.0, generation: 1, phase: "test".into(), ..HeartbeatRequest::default() };
     control.heartbeat(request).await.unwrap().into_inner().try_into().unwrap()
 }
 

@@ -43,7 +43,9 @@ impl Aborter {
         }
     }
 
-    pub(crate) fn check(&self) -> Result<(), CollectiveError> {
+    /// # Errors
+    /// [`CollectiveError::Aborted`] after an abort.
+    pub fn check(&self) -> Result<(), CollectiveError> {
         if self.0.aborted.load(Ordering::SeqCst) { Err(CollectiveError::Aborted) } else { Ok(()) }
     }
 }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::NonFinite;
 use crate::ids::{Generation, Rank, Step, UserIndex, WorkerId};
 use crate::membership::LossCause;
+use crate::progress::{Cause, Stall};
 
 /// Most users that an event names.
 pub const MAX_NAMED_USERS: usize = 1024;
@@ -54,6 +55,12 @@ pub enum Happening {
     Regrouping { reason: String },
     /// The generation of this event was formed.
     Formed { world_size: u32 },
+    /// No step was finished within the progress deadline.
+    Stalled { stall: Stall, seconds: u64 },
+    /// A rank's own work takes much longer than that of the others, by this ratio to their median.
+    Lagging { rank: Rank, ratio: f64, cause: Cause },
+    /// It does no longer.
+    KeepsUp { rank: Rank, ratio: f64 },
     /// A worker is not needed any more.
     WorkerDismissed { worker: WorkerId },
     /// A coordinator has taken the job over from one that was killed.
@@ -79,6 +86,11 @@ impl fmt::Display for Happening {
             }
             Self::Regrouping { reason } => write!(f, "the workers regroup: {reason}"),
             Self::Formed { world_size } => write!(f, "a generation of {world_size} workers was formed"),
+            Self::Stalled { stall, seconds } => write!(f, "no step for {seconds} s: {stall}"),
+            Self::Lagging { rank, ratio, cause } => {
+                write!(f, "rank {rank} lags: its own work takes {ratio:.2} times the median (cause: {cause})")
+            }
+            Self::KeepsUp { rank, ratio } => write!(f, "rank {rank} keeps up again ({ratio:.2} times the median)"),
             Self::WorkerDismissed { worker } => write!(f, "worker {worker} is not needed any more"),
             Self::TakenOver => f.write_str("the coordinator was lost, and another has taken the job over"),
         }
@@ -109,6 +121,12 @@ mod tests {
             Happening::Formed { world_size: 4 },
             Happening::WorkerDismissed { worker: WorkerId(5) },
             Happening::TakenOver,
+            Happening::Stalled {
+                stall: Stall { guilty: Some((WorkerId(1), Rank(0))), cause: Cause::Data, phase: "data_wait".into() },
+                seconds: 31,
+            },
+            Happening::Lagging { rank: Rank(1), ratio: 1.75, cause: Cause::Device },
+            Happening::KeepsUp { rank: Rank(1), ratio: 1.0 },
         ];
         for happening in events {
             let event = JobEvent { time: 1.5, generation: Generation(2), happening };

@@ -10,6 +10,7 @@
 //! - [`time_gap`]: how long after the item before it an item came, in buckets.
 //! - [`lease`]: which worker makes which range of items, when content embeddings are made by several.
 //! - [`membership`]: who belongs to a job, as a state machine with explicit generations.
+//! - [`progress`]: who hangs and who lags.
 //! - [`recovery`]: where the ranks of a new generation go on from, and whose state they take.
 //! - [`ledger`]: the proof that an epoch used every user exactly once.
 //! - [`schedule`]: the learning rate of a step.
@@ -28,6 +29,7 @@ pub mod lease;
 pub mod ledger;
 pub mod membership;
 pub mod plan;
+pub mod progress;
 pub mod prompt;
 pub mod random;
 pub mod ranking;

@@ -168,6 +168,9 @@ pub struct WorkerStatus {
     /// `http://HOST:PORT/metrics`.
     pub metrics_url: String,
     pub seconds_since_heartbeat: f64,
+    /// Its own work in a step by the median of all ranks; none while there is too little to say so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub work_ratio: Option<f64>,
 }
 
 /// Where a job stands.
@@ -202,6 +205,9 @@ pub struct JobStatus {
     pub state: JobState,
     /// Why it is stopping, stopped or failed.
     pub cause: Option<String>,
+    /// Whom it stands still for, if no step was finished within the progress deadline.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stall: Option<String>,
     pub generation: Generation,
     /// Ranks of this generation; before the first, how many there will be.
     pub world_size: u32,

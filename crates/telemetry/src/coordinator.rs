@@ -1,6 +1,6 @@
 //! Metrics of the coordinator: the job, its control calls and its data service.
 
-use prometheus::{Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+use prometheus::{Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
 use crate::exposition::Exposition;
 use crate::names;
@@ -26,6 +26,10 @@ pub struct CoordinatorMetrics {
     /// Label `cause`.
     pub worker_lost_total: IntCounterVec,
     pub recovery_seconds: Histogram,
+    /// Label `cause`.
+    pub stalls_total: IntCounterVec,
+    /// Label `of_rank`.
+    pub work_ratio: GaugeVec,
     pub checkpoints_total: IntCounter,
     pub last_checkpoint_step: IntGauge,
     pub checkpoint_failures_total: IntCounter,
@@ -54,6 +58,8 @@ impl CoordinatorMetrics {
             flight_rows_total: e.counter(&names::FLIGHT_ROWS),
             flight_bytes_total: e.counter_vec(&names::FLIGHT_BYTES),
             worker_lost_total: e.counter_vec(&names::JOB_WORKERS_LOST),
+            stalls_total: e.counter_vec(&names::JOB_STALLS),
+            work_ratio: e.gauge_vec(&names::JOB_WORK_RATIO),
             recovery_seconds: e.histogram(&names::JOB_RECOVERY_SECONDS),
             checkpoints_total: e.counter(&names::JOB_CHECKPOINTS),
             last_checkpoint_step: e.int_gauge(&names::JOB_LAST_CHECKPOINT),
@@ -97,6 +103,8 @@ mod tests {
         coordinator.flight_bytes_total.with_label_values(&["rows"]).inc();
         coordinator.worker_lost_total.with_label_values(&["silent"]).inc();
         coordinator.non_finite_total.with_label_values(&["skip"]).inc();
+        coordinator.stalls_total.with_label_values(&["data"]).inc();
+        coordinator.work_ratio.with_label_values(&["0"]).set(1.0);
         let embedding = crate::EmbeddingMetrics::new();
         let text = worker.exposition.render() + &coordinator.exposition.render() + &embedding.exposition.render();
         for metric in names::ALL {

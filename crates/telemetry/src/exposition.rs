@@ -12,7 +12,7 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use prometheus::core::Collector;
 use prometheus::proto::LabelPair;
-use prometheus::{Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge};
+use prometheus::{Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge};
 use prometheus::{IntGaugeVec, Opts, Registry, TEXT_FORMAT, TextEncoder};
 use tokio::net::TcpListener;
 
@@ -73,6 +73,10 @@ impl Exposition {
 
     pub(crate) fn int_gauge(&self, metric: &Metric) -> IntGauge {
         self.register(metric, IntGauge::with_opts(opts(metric)))
+    }
+
+    pub(crate) fn gauge_vec(&self, metric: &Metric) -> GaugeVec {
+        self.register(metric, GaugeVec::new(opts(metric), metric.labels))
     }
 
     pub(crate) fn int_gauge_vec(&self, metric: &Metric) -> IntGaugeVec {

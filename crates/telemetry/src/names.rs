@@ -109,6 +109,10 @@ metrics! {
         "Heartbeats received.";
     JOB_WORKERS_LOST = "learn_job_workers_lost_total", Kind::Counter, ["cause"],
         "Workers lost, by cause.";
+    JOB_STALLS = "learn_job_stalls_total", Kind::Counter, ["cause"],
+        "Times that no step was finished within the progress deadline, by the cause of whom the others waited for.";
+    JOB_WORK_RATIO = "learn_job_work_ratio", Kind::Gauge, ["of_rank"],
+        "A rank's own work in a step, smoothed, by the median of all ranks: above 1.5 it lags.";
     JOB_RECOVERY_SECONDS = "learn_job_recovery_seconds", Kind::Histogram(RECOVERY_BUCKETS), [],
         "From the end of a generation by a loss or a broken collective to the next finished step.";
     JOB_CHECKPOINTS = "learn_job_checkpoints_total", Kind::Counter, [],
@@ -157,7 +161,7 @@ mod tests {
 
     const UNITS: [&str; 9] = ["seconds", "bytes", "rows", "users", "tokens", "steps", "nats", "ratio", "heartbeats"];
     /// Pure numbers and counts of what the name says.
-    const UNITLESS: [&str; 12] = [
+    const UNITLESS: [&str; 13] = [
         "learn_worker_learning_rate",
         "learn_worker_gradient_norm",
         "learn_worker_generation",
@@ -166,6 +170,7 @@ mod tests {
         "learn_job_workers",
         "learn_job_epoch",
         "learn_job_workers_lost_total",
+        "learn_job_stalls_total",
         "learn_job_checkpoints_total",
         "learn_job_checkpoint_failures_total",
         "learn_job_checkpoints_skipped_total",

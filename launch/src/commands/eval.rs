@@ -71,6 +71,8 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<()> {
     let mut config = Resolver::new(&runs::config(&run)?)
         .sets(&args.sets)?
         .flag("--workers", "cluster.workers", args.workers)?
+        // whoever is left evaluates alone what the others do not
+        .flag("--workers", "cluster.min_workers", Some(1))?
         .finish()?;
     // Ports that are fixed for the training may be in use by it.
     (config.cluster.grpc_port, config.cluster.http_port) = (0, 0);

@@ -51,6 +51,15 @@ pub struct HeartbeatRequest {
     /// What the worker is doing, for example "forward".
     #[prost(string, tag = "4")]
     pub phase: ::prost::alloc::string::String,
+    /// Collective operations that it has entered in this generation.
+    #[prost(uint64, tag = "5")]
+    pub entered: u64,
+    /// It is inside the last of them.
+    #[prost(bool, tag = "6")]
+    pub inside: bool,
+    /// Milliseconds since it entered the phase or the collective.
+    #[prost(uint64, tag = "7")]
+    pub since_millis: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HeartbeatResponse {
@@ -197,6 +206,12 @@ pub struct ReportStepRequest {
     /// Only from rank 0: numbers of the whole global batch.
     #[prost(message, optional, tag = "6")]
     pub numbers: ::core::option::Option<StepNumbers>,
+    /// Seconds that this rank waited for its batch.
+    #[prost(double, tag = "7")]
+    pub data_seconds: f64,
+    /// Seconds of its other work in the step, outside collectives.
+    #[prost(double, tag = "8")]
+    pub compute_seconds: f64,
 }
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct StepNumbers {

@@ -42,9 +42,10 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Starts the thread; `tell` is called on it.
+    /// Starts the thread; `tell` is called on it, and says whether the checkpoint counts: one of a rank that the job has gone
+    /// on without is not the best of anything, and takes no other's place.
     #[must_use]
-    pub fn start(run: RunDir, keep_last: u32, tell: impl Fn(Written<'_>) + Send + 'static) -> Self {
+    pub fn start(run: RunDir, keep_last: u32, tell: impl Fn(Written<'_>) -> bool + Send + 'static) -> Self {
         let (snapshots, queue) = sync_channel::<Snapshot>(1);
         let (answers, results) = channel();
         let thread = std::thread::spawn(move || write_all(&run, keep_last, (&queue, &answers), tell));
@@ -132,34 +133,30 @@ fn write_all(
     run: &RunDir,
     keep_last: u32,
     (queue, answers): (&Receiver<Snapshot>, &Sender<Result<(), CheckpointError>>),
-    tell: impl Fn(Written<'_>),
+    tell: impl Fn(Written<'_>) -> bool,
 ) {
     let folder = run.checkpoints();
     for snapshot in queue {
         let started = Instant::now();
         let step = snapshot.state.step;
-        let written = write_one(run, &folder, snapshot);
-        match &written {
-            Ok(path) => tell(Written::Committed { step, path: path.clone(), duration: started.elapsed() }),
-            Err(error) => tell(Written::Failed { step, error }),
+        let best = snapshot.state.best.clone().filter(|best| best.step == step);
+        let mut written = write(&folder, snapshot);
+        if let Ok(path) = &written {
+            let counts = tell(Written::Committed { step, path: path.clone(), duration: started.elapsed() });
+            if counts {
+                if let Err(error) = best.map_or(Ok(()), |best| write_best(run, Some(&best))) {
+                    written = Err(error);
+                } else if let Err(error) = prune(run, &folder, keep_last) {
+                    tracing::warn!(%error, "old checkpoints could not be removed");
+                }
+            }
         }
-        if written.is_ok()
-            && let Err(error) = prune(run, &folder, keep_last)
-        {
-            tracing::warn!(%error, "old checkpoints could not be removed");
+        if let Err(error) = &written {
+            tell(Written::Failed { step, error });
         }
         // nobody waits for it any more when the training thread has failed
         let _ = answers.send(written.map(drop));
     }
-}
-
-fn write_one(run: &RunDir, folder: &Path, snapshot: Snapshot) -> Result<PathBuf, CheckpointError> {
-    let (step, best) = (snapshot.state.step, snapshot.state.best.clone());
-    let path = write(folder, snapshot)?;
-    if best.as_ref().is_some_and(|best| best.step == step) {
-        write_best(run, best.as_ref())?;
-    }
-    Ok(path)
 }
 
 /// Removes all but the latest and the best that is there, which need not be the best that was evaluated, and what writers

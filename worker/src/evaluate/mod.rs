@@ -154,6 +154,7 @@ impl Evaluator {
         let mut totals = vec![empty; 1 + comparisons.len()];
         let mut score = || -> Result<(), WorkerError> {
             for batch in users.chunks(self.settings.batch_users as usize) {
+                exchange.check()?;
                 let histories: Vec<Seen<'_>> = batch.iter().map(|user| user.seen().newest(self.max_history)).collect();
                 let mut add = |scorer: usize, users: &Tensor, items: &Tensor| -> Result<(), WorkerError> {
                     let placements = rank::place(users, items, batch, exclude_history)?;
@@ -263,6 +264,7 @@ impl Evaluator {
         let mine: Vec<u32> = part.clone().map(|item| item as u32).collect();
         let all = Tensor::empty([mine.len() as i64, self.dim as i64], (Kind::Half, self.device));
         for (number, chunk) in mine.chunks(ITEM_CHUNK).enumerate() {
+            exchange.check()?;
             let rows = self.handle.block_on(self.rows.fetch(chunk))?;
             all.narrow(0, (number * ITEM_CHUNK) as i64, chunk.len() as i64).copy_(&rows_tensor(
                 &rows,
@@ -290,6 +292,7 @@ impl Evaluator {
         let content =
             keep_content.then(|| Tensor::empty([mine.len() as i64, self.dim as i64], (Kind::Float, self.device)));
         for (number, chunk) in mine.chunks(ITEM_CHUNK).enumerate() {
+            exchange.check()?;
             let rows = self.handle.block_on(self.rows.fetch(chunk))?;
             let rows = rows_tensor(&rows, (chunk.len(), self.dim), self.device);
             let inputs = ItemInputs { items: chunk, content: &rows, id_seed: None };

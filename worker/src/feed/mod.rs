@@ -7,9 +7,9 @@ pub mod assemble;
 pub mod cache;
 pub mod flight;
 
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use assemble::{Layout, MicroBatch, assemble};
 use cache::RowCache;
@@ -22,6 +22,9 @@ use learn_telemetry::WorkerMetrics;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
+/// How soon a wait for data notices an abort.
+const ABORT_LOOK: Duration = Duration::from_millis(50);
+
 /// The feed could not deliver.
 #[derive(Debug, thiserror::Error)]
 pub enum FeedError {
@@ -31,6 +34,8 @@ pub enum FeedError {
     Cache(#[from] cache::CacheTooSmall),
     #[error("the data stream ended before the job did")]
     Ended,
+    #[error("the generation was aborted while its data was waited for")]
+    Aborted,
     #[error("the data stream is at step {got}, but step {wanted} is due")]
     OutOfStep { wanted: u64, got: u64 },
 }
@@ -166,13 +171,20 @@ impl Feed {
         Self { steps: Some(steps), thread: Some(thread), cancel: Some(cancel), next_step }
     }
 
-    /// Waits for the next step.
+    /// Waits for the next step, or until `aborted`.
     ///
     /// # Errors
     /// If the stream broke, ended early or is out of step.
-    pub fn next_step(&mut self) -> Result<PreparedStep, FeedError> {
+    pub fn next_step(&mut self, aborted: impl Fn() -> bool) -> Result<PreparedStep, FeedError> {
         let steps = self.steps.as_ref().ok_or(FeedError::Ended)?;
-        let step = steps.recv().map_err(|_| FeedError::Ended)??;
+        let step = loop {
+            match steps.recv_timeout(ABORT_LOOK) {
+                Ok(step) => break step?,
+                Err(RecvTimeoutError::Disconnected) => return Err(FeedError::Ended),
+                Err(RecvTimeoutError::Timeout) if aborted() => return Err(FeedError::Aborted),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        };
         if step.meta.step != self.next_step {
             return Err(FeedError::OutOfStep { wanted: self.next_step, got: step.meta.step });
         }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use learn_domain::WorkerId;
+use learn_domain::report::exit;
 use learn_proto::convert::Order;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -39,6 +40,8 @@ pub struct Parts {
     pub worker: WorkerId,
     pub interval: Duration,
     pub timeout: Duration,
+    /// A training thread may take this long to leave a generation that has ended.
+    pub grace: Duration,
     pub progress: Arc<Progress>,
     pub signals: Arc<Signals>,
 }
@@ -54,9 +57,16 @@ impl Attendance {
     }
 }
 
+impl Attendance {
+    /// Nothing more is said or heard.
+    pub fn end(&self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
 impl Drop for Attendance {
     fn drop(&mut self) {
-        self.tasks.iter().for_each(JoinHandle::abort);
+        self.end();
     }
 }
 
@@ -90,6 +100,14 @@ impl Parts {
         let (mut last_answer, mut failing) = (Instant::now(), false);
         loop {
             ticks.tick().await;
+            if self.signals.overdue(self.grace) {
+                tracing::error!(
+                    phase = self.progress.phase(),
+                    grace = ?self.grace,
+                    "stuck in a generation that has ended (cluster.stop_timeout); ending, so that another can take the place"
+                );
+                std::process::exit(exit::FAILED);
+            }
             let heartbeat = self.control.heartbeat(self.worker, &self.progress);
             let answer = tokio::time::timeout(self.timeout, heartbeat).await;
             match answer.unwrap_or(Err(ControlError::Silent)) {

@@ -164,6 +164,7 @@ fn attend(session: &Session, worker: WorkerId) -> Attendance {
         worker,
         interval: cluster.heartbeat_interval.0,
         timeout: cluster.heartbeat_timeout.0,
+        grace: cluster.stop_within(),
         progress: session.progress.clone(),
         signals: session.signals.clone(),
     };
@@ -213,7 +214,8 @@ impl Life<'_> {
                 Ok(()) | Err(ControlError::Unknown { .. }) => {}
                 Err(error) => return Err(error.into()),
             }
-            let (place, after) = match self.wait()? {
+            let holds_state = trainer.as_ref().is_some_and(Trainer::has_state);
+            let (place, after) = match self.wait(holds_state)? {
                 Next::TakePart(place, after) => (place, after),
                 Next::Leave => return Ok(End::Stopped),
                 Next::Dismissed => return Ok(End::Dismissed),
@@ -227,6 +229,7 @@ impl Life<'_> {
             let ended = span.in_scope(|| {
                 panic::caught(|| self.take_part(place, after, trainer.as_mut()), || session.progress.phase())
             });
+            session.signals.end();
             match (ended, session.signals.aborted()) {
                 (Ok(Ended::Done), _) => return Ok(End::Done),
                 (Ok(Ended::Stopped), _) => return Ok(End::Stopped),
@@ -246,7 +249,7 @@ impl Life<'_> {
     }
 
     /// Waits for a place in a generation after the one that was left.
-    fn wait(&mut self) -> Result<Next, WorkerError> {
+    fn wait(&mut self, holds_state: bool) -> Result<Next, WorkerError> {
         let (left, signals) = (self.left, &self.session.signals);
         let heard = &mut self.attendance.heard;
         self.session.handle().block_on(async {
@@ -261,8 +264,8 @@ impl Life<'_> {
                     }
                     Heard::Order(Order::Dismissed) => return Ok(Next::Dismissed),
                     Heard::Unknown => return Ok(Next::Rejoin),
-                    // nothing that it holds would be lost: others hold the same
-                    Heard::Order(_) if signals.stopped_here() => return Ok(Next::Leave),
+                    // one that holds the state stays: the next generation writes it down, and leaves
+                    Heard::Order(_) if signals.stopped_here() && !holds_state => return Ok(Next::Leave),
                     Heard::Order(_) => {}
                 }
                 if let Ok(Err(_)) = tokio::time::timeout(LOOK, heard.changed()).await {
@@ -275,6 +278,8 @@ impl Life<'_> {
     /// Joins anew, as another worker with the same state.
     fn rejoin(&mut self) -> Result<(), WorkerError> {
         tracing::warn!(worker = %self.attendance.worker, "the coordinator has gone on without this worker; joining again");
+        // what the old place hears from here on is nothing to the new one
+        self.attendance.end();
         let admission = enter(&self.session.control, &self.applicant)?;
         self.session.signals.rejoined();
         self.attendance = attend(self.session, admission.worker);
@@ -309,7 +314,7 @@ impl Life<'_> {
             tch::Device::Cuda(ordinal) => learn_collective::connect_nccl(group, ordinal as i32, &member)?,
             _ => learn_collective::connect_tcp(group, &member)?,
         };
-        let exchange = Exchange::new(collective, session.metrics.clone());
+        let exchange = Exchange::new(collective, session.metrics.clone(), session.progress.clone());
         let mut turn = Turn { member, exchange };
         let ended = match (&session.admission.task, trainer) {
             (Task::Evaluate { checkpoint, split }, _) => evaluate::run(session, &mut turn, checkpoint, *split),
@@ -332,7 +337,7 @@ impl Life<'_> {
             Ok(End::Stopped) => Departure::Stopped,
             Err(error) => match (error, error.gives_up()) {
                 (_, Some(why)) => Departure::GaveUp(why, error.to_string()),
-                (WorkerError::Panic(_), None) => Departure::Crashed(error.to_string()),
+                (error, None) if error.crashes() => Departure::Crashed(error.to_string()),
                 _ => Departure::Failed(error.to_string()),
             },
         };

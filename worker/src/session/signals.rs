@@ -5,6 +5,7 @@
 //! for one generation does nothing to the next.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use learn_collective::Aborter;
 use learn_domain::Generation;
@@ -29,6 +30,7 @@ struct State {
     /// This process was asked to stop.
     stopped_here: bool,
     abort: Option<Abort>,
+    aborted_at: Option<Instant>,
     aborter: Aborter,
 }
 
@@ -45,6 +47,7 @@ impl Signals {
     pub fn begin(&self, generation: Generation, after: AfterStep) -> Aborter {
         let mut state = self.state();
         state.generation = generation;
+        state.aborted_at = None;
         state.after = after;
         state.aborter = Aborter::default();
         match state.abort {
@@ -53,6 +56,18 @@ impl Signals {
             Some(Abort::Regroup) | None => state.abort = None,
         }
         state.aborter.clone()
+    }
+
+    /// The training thread is out of its generation.
+    pub fn end(&self) {
+        self.state().generation = Generation(0);
+    }
+
+    /// The training thread was told to leave its generation longer than `limit` ago, and has not.
+    #[must_use]
+    pub fn overdue(&self, limit: Duration) -> bool {
+        let state = self.state();
+        state.generation != Generation(0) && state.aborted_at.is_some_and(|at| at.elapsed() > limit)
     }
 
     /// Does what an order means to the running generation.
@@ -112,6 +127,7 @@ impl State {
         if !matches!(self.abort, Some(Abort::Leave(_))) {
             self.abort = Some(why);
         }
+        self.aborted_at.get_or_insert_with(Instant::now);
         self.aborter.abort();
     }
 }
@@ -154,5 +170,16 @@ mod tests {
         assert_eq!(signals.aborted(), Some(Abort::Leave("failed".into())));
         signals.stop_here();
         assert_eq!(signals.after(), AfterStep::Stop);
+    }
+
+    #[test]
+    fn one_that_does_not_leave_is_overdue() {
+        let signals = Signals::default();
+        let _aborter = signals.begin(Generation(4), AfterStep::Continue);
+        assert!(!signals.overdue(Duration::ZERO));
+        signals.obey(&Order::Regroup(Generation(4)));
+        assert!(signals.overdue(Duration::ZERO) && !signals.overdue(Duration::from_secs(60)));
+        signals.end();
+        assert!(!signals.overdue(Duration::ZERO));
     }
 }

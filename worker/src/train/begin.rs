@@ -75,6 +75,10 @@ impl Trainer<'_> {
         let mine = turn.is_first();
         if mine {
             turn.member.begin(self.finished, self.last.iter().cloned().collect())?;
+            // all ranks have read theirs, and the coordinator agrees that the job goes on from it
+            if let Some(state) = self.superseding.take() {
+                checkpoint::supersede_later(&self.session.run_dir(), &state)?;
+            }
         }
         self.speaker.set(turn.member.clone());
         if mine && self.writer.is_none() {
@@ -90,13 +94,38 @@ impl Trainer<'_> {
         if due && !unwritten {
             turn.member.commit_checkpoint(self.finished, path.display().to_string())?;
         }
-        let mut again = [i64::from(unwritten || follow_up)];
-        turn.exchange.sum_i64(&mut again)?;
-        if again[0] > 0 {
+        let missing = goes_on && self.best_is_missing(turn);
+        let mut said = [i64::from(unwritten || follow_up), i64::from(missing)];
+        turn.exchange.sum_i64(&mut said)?;
+        let [again, missing] = said;
+        if missing > 0 {
+            self.take_best_on_disk(turn)?;
+        }
+        if again > 0 {
             self.followed_up = false;
             self.saved = None;
             self.after_step(turn)?;
         }
+        Ok(())
+    }
+
+    /// The best checkpoint went with the rank that was to write it.
+    fn best_is_missing(&mut self, turn: &Turn) -> bool {
+        let here = turn.is_first() && self.writer.as_mut().is_some_and(Writer::is_idle);
+        let best = self.best.as_ref().filter(|best| here && best.step != self.finished);
+        best.is_some_and(|best| !self.session.run_dir().checkpoint(best.step).exists())
+    }
+
+    /// What is on disk is the best from here on, so that a later evaluation which beats it is kept.
+    fn take_best_on_disk(&mut self, turn: &mut Turn) -> Result<(), WorkerError> {
+        let failed = |error: serde_json::Error| WorkerError::Usage(format!("the best checkpoint: {error}"));
+        let run = self.session.run_dir();
+        let found = turn.is_first().then(|| checkpoint::read_best(&run)).flatten();
+        let found = found.filter(|best| run.checkpoint(best.step).exists());
+        let bytes = turn.exchange.broadcast_bytes(0, serde_json::to_vec(&found).map_err(failed)?)?;
+        let found: Option<Best> = serde_json::from_slice(&bytes).map_err(failed)?;
+        tracing::warn!(lost = ?self.best, ?found, "the best checkpoint was lost before it was written");
+        self.best = found;
         Ok(())
     }
 
@@ -199,11 +228,7 @@ impl Trainer<'_> {
         let dataset = &self.session.admission.dataset;
         let expected = checkpoint::Expected { dataset, signature: Some(&signature) };
         let Snapshot { state, model, optimizer } = checkpoint::read(path, Some(&expected))?;
-        // no rank may still read a checkpoint that the first one moves
-        turn.exchange.barrier()?;
-        if turn.is_first() {
-            checkpoint::supersede_later(&self.session.run_dir(), &state)?;
-        }
+        self.superseding = turn.is_first().then(|| state.clone());
         self.stepper.parameters.assign(model)?;
         self.stepper.optimizer.load_state(&self.stepper.parameters, optimizer, state.optimizer_step)?;
         self.finished = state.step;

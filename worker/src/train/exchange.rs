@@ -3,12 +3,16 @@
 //! Input: this rank's tensors. Output: the same on every rank, or this rank's part. Invariant: every rank calls the
 //! same operations in the same order with the same counts, which [`Exchange::announce`] has made known.
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
 use learn_collective::{Buffer, Collective, CollectiveError};
 use learn_model::RowGradient;
 use learn_proto::convert::AfterStep;
 use learn_telemetry::WorkerMetrics;
 use tch::Tensor;
 
+use crate::control::Progress;
 use crate::error::WorkerError;
 
 /// What a rank tells the others before a step.
@@ -35,13 +39,37 @@ const SAID: usize = 7;
 pub struct Exchange {
     collective: Box<dyn Collective>,
     metrics: WorkerMetrics,
+    progress: Arc<Progress>,
     counted_bytes: u64,
+    waited: Duration,
 }
 
 impl Exchange {
     #[must_use]
-    pub fn new(collective: Box<dyn Collective>, metrics: WorkerMetrics) -> Self {
-        Self { collective, metrics, counted_bytes: 0 }
+    pub fn new(collective: Box<dyn Collective>, metrics: WorkerMetrics, progress: Arc<Progress>) -> Self {
+        Self { collective, metrics, progress, counted_bytes: 0, waited: Duration::ZERO }
+    }
+
+    /// Time inside collectives so far.
+    #[must_use]
+    pub fn waited(&self) -> Duration {
+        self.waited
+    }
+
+    /// Runs one operation; that it was entered can be seen from outside while it waits.
+    fn run(
+        &mut self,
+        operation: impl FnOnce(&mut dyn Collective) -> Result<(), CollectiveError>,
+    ) -> Result<(), CollectiveError> {
+        self.progress.enter_collective();
+        let entered = Instant::now();
+        let result = operation(&mut *self.collective);
+        self.waited += entered.elapsed();
+        self.progress.leave_collective();
+        let moved = self.collective.bytes_moved();
+        self.metrics.collective_bytes_total.inc_by(moved - self.counted_bytes);
+        self.counted_bytes = moved;
+        result
     }
 
     #[must_use]
@@ -52,6 +80,14 @@ impl Exchange {
     #[must_use]
     pub fn world_size(&self) -> usize {
         self.collective.world_size()
+    }
+
+    /// Between two collectives, in long work that needs no other rank.
+    ///
+    /// # Errors
+    /// If this collective was aborted.
+    pub fn check(&self) -> Result<(), CollectiveError> {
+        self.collective.aborter().check()
     }
 
     /// What every rank has to say about the next step, by rank.
@@ -86,8 +122,7 @@ impl Exchange {
     /// If the collective fails.
     pub fn gather_i64(&mut self, mine: &mut [i64], counts: &[usize]) -> Result<Vec<i64>, WorkerError> {
         let mut all = vec![0; counts.iter().sum()];
-        self.collective.all_gather(counts, &mut Buffer::i64(mine), &mut Buffer::i64(&mut all))?;
-        self.count_bytes();
+        self.run(|collective| collective.all_gather(counts, &mut Buffer::i64(mine), &mut Buffer::i64(&mut all)))?;
         Ok(all)
     }
 
@@ -96,8 +131,7 @@ impl Exchange {
     /// # Errors
     /// If the collective fails.
     pub fn sum_i64(&mut self, values: &mut [i64]) -> Result<(), WorkerError> {
-        self.collective.all_reduce_sum(&mut Buffer::i64(values))?;
-        self.count_bytes();
+        self.run(|collective| collective.all_reduce_sum(&mut Buffer::i64(values)))?;
         Ok(())
     }
 
@@ -106,8 +140,7 @@ impl Exchange {
     /// # Errors
     /// If the collective fails.
     pub fn sum(&mut self, values: &mut [f64]) -> Result<(), WorkerError> {
-        self.collective.all_reduce_sum(&mut Buffer::f64(values))?;
-        self.count_bytes();
+        self.run(|collective| collective.all_reduce_sum(&mut Buffer::f64(values)))?;
         Ok(())
     }
 
@@ -116,8 +149,8 @@ impl Exchange {
     /// # Errors
     /// If the collective fails.
     pub fn sum_tensor(&mut self, tensor: &mut Tensor) -> Result<(), WorkerError> {
-        self.collective.all_reduce_sum(&mut learn_torch::buffer(tensor)?)?;
-        self.count_bytes();
+        let mut buffer = learn_torch::buffer(tensor)?;
+        self.run(|collective| collective.all_reduce_sum(&mut buffer))?;
         Ok(())
     }
 
@@ -131,12 +164,8 @@ impl Exchange {
         let mut all = Tensor::empty([rows as i64, width], (mine.kind(), mine.device()));
         let mut send = mine.contiguous();
         let elements = elements(counts, width);
-        self.collective.all_gather(
-            &elements,
-            &mut learn_torch::buffer(&mut send)?,
-            &mut learn_torch::buffer(&mut all)?,
-        )?;
-        self.count_bytes();
+        let (mut sent, mut received) = (learn_torch::buffer(&mut send)?, learn_torch::buffer(&mut all)?);
+        self.run(|collective| collective.all_gather(&elements, &mut sent, &mut received))?;
         Ok(all)
     }
 
@@ -149,12 +178,8 @@ impl Exchange {
         let mut mine = Tensor::empty([counts[self.rank()] as i64, width], (all.kind(), all.device()));
         let mut send = all.contiguous();
         let elements = elements(counts, width);
-        self.collective.reduce_scatter_sum(
-            &elements,
-            &mut learn_torch::buffer(&mut send)?,
-            &mut learn_torch::buffer(&mut mine)?,
-        )?;
-        self.count_bytes();
+        let (mut sent, mut received) = (learn_torch::buffer(&mut send)?, learn_torch::buffer(&mut mine)?);
+        self.run(|collective| collective.reduce_scatter_sum(&elements, &mut sent, &mut received))?;
         Ok(mine)
     }
 
@@ -180,8 +205,8 @@ impl Exchange {
     /// # Errors
     /// If the collective fails.
     pub fn broadcast(&mut self, source: usize, tensor: &mut Tensor) -> Result<(), WorkerError> {
-        self.collective.broadcast(source, &mut learn_torch::buffer(tensor)?)?;
-        self.count_bytes();
+        let mut buffer = learn_torch::buffer(tensor)?;
+        self.run(|collective| collective.broadcast(source, &mut buffer))?;
         Ok(())
     }
 
@@ -191,10 +216,9 @@ impl Exchange {
     /// If the collective fails.
     pub fn broadcast_bytes(&mut self, source: usize, mut bytes: Vec<u8>) -> Result<Vec<u8>, WorkerError> {
         let mut length = [bytes.len() as i64];
-        self.collective.broadcast(source, &mut Buffer::i64(&mut length))?;
+        self.run(|collective| collective.broadcast(source, &mut Buffer::i64(&mut length)))?;
         bytes.resize(length[0].max(0) as usize, 0);
-        self.collective.broadcast(source, &mut Buffer::u8(&mut bytes))?;
-        self.count_bytes();
+        self.run(|collective| collective.broadcast(source, &mut Buffer::u8(&mut bytes)))?;
         Ok(bytes)
     }
 
@@ -203,13 +227,7 @@ impl Exchange {
     /// # Errors
     /// If the collective fails.
     pub fn barrier(&mut self) -> Result<(), CollectiveError> {
-        self.collective.barrier()
-    }
-
-    fn count_bytes(&mut self) {
-        let moved = self.collective.bytes_moved();
-        self.metrics.collective_bytes_total.inc_by(moved - self.counted_bytes);
-        self.counted_bytes = moved;
+        self.run(|collective| collective.barrier())
     }
 }
 

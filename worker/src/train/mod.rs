@@ -22,6 +22,7 @@ use std::time::Instant;
 pub use exchange::Exchange;
 use learn_domain::config::{Config, ItemInput};
 use learn_domain::plan::{Plan, PlanKey};
+use learn_domain::progress::Work;
 use learn_domain::report::{DatasetFacts, Evaluation, Split, StepRecord};
 use learn_domain::schedule::learning_rate;
 use learn_domain::{Step, UserIndex};
@@ -69,6 +70,8 @@ pub struct Trainer<'a> {
     writer: Option<Writer>,
     /// Through which the writer speaks.
     speaker: Speaker,
+    /// The checkpoint that was read, until later ones are moved out of its way.
+    superseding: Option<checkpoint::State>,
     /// Checkpoint that the job starts with.
     resume_from: Option<&'a Path>,
     steps_per_epoch: u64,
@@ -146,6 +149,7 @@ impl<'a> Trainer<'a> {
             popularity: popularity.filter(|_| config.objective.logq_correction),
             writer: None,
             speaker: Speaker::default(),
+            superseding: None,
             resume_from: resume_from.map(Path::new),
             steps_per_epoch,
             total_steps: config.training.total_steps(steps_per_epoch),
@@ -159,6 +163,12 @@ impl<'a> Trainer<'a> {
             non_finite: 0,
             held: None,
         })
+    }
+
+    /// It holds what others would miss.
+    #[must_use]
+    pub fn has_state(&self) -> bool {
+        self.has_state
     }
 
     /// Takes part in one generation.
@@ -175,6 +185,9 @@ impl<'a> Trainer<'a> {
         let saved = self.finish(turn);
         if ended == Ended::Done {
             self.test(turn)?;
+        } else {
+            // as long as the checkpoint is not there, nobody lets go of what could be written instead
+            turn.exchange.barrier()?;
         }
         saved?;
         Ok(ended)
@@ -188,7 +201,9 @@ impl<'a> Trainer<'a> {
         let mut last_finished = Instant::now();
         while self.finished.0 < self.total_steps {
             self.stepper.clock.enter(Phase::DataWait);
-            let prepared = feed.next_step()?;
+            let asked = Instant::now();
+            let prepared = feed.next_step(|| self.session.signals.aborted().is_some())?;
+            let (arrived, waited) = (Instant::now(), turn.exchange.waited());
             let rate = learning_rate(&self.config.optimizer, self.finished, self.total_steps);
             let word = Word { after: self.session.signals.after(), non_finite: self.non_finite };
             let outcome = match self.stepper.step(&prepared, &mut turn.exchange, rate, word)? {
@@ -222,13 +237,18 @@ impl<'a> Trainer<'a> {
                 seconds,
                 cvr_loss: outcome.cvr_loss,
             };
+            let inside = turn.exchange.waited() - waited;
+            let work = Work {
+                data_seconds: (arrived - asked).as_secs_f64(),
+                compute_seconds: arrived.elapsed().saturating_sub(inside).as_secs_f64(),
+            };
             let tokens = prepared.micro_batches.iter().map(|(batch, _)| batch.tokens).sum();
             // whatever the first rank has not brought to the coordinator is among these
             if self.last.len() > REPORT_QUEUE + 1 {
                 self.last.pop_front();
             }
             self.last.push_back(record.clone());
-            self.report(&turn.member, record, tokens, prepared.users)?;
+            self.report(&turn.member, record, work, (tokens, prepared.users))?;
             self.after_step(turn)?;
             // evaluating and saving are not part of the next step
             if self.finished.0.is_multiple_of(self.steps_per_epoch) {
@@ -259,7 +279,13 @@ impl<'a> Trainer<'a> {
     }
 
     /// `tokens` and `users` are this rank's share of the step.
-    fn report(&self, member: &Member, record: StepRecord, tokens: u64, users: Vec<u32>) -> Result<(), WorkerError> {
+    fn report(
+        &self,
+        member: &Member,
+        record: StepRecord,
+        work: Work,
+        (tokens, users): (u64, Vec<u32>),
+    ) -> Result<(), WorkerError> {
         let metrics = &self.session.metrics;
         self.session.progress.finished(record.step);
         metrics.step.set(record.step.0 as i64);
@@ -276,6 +302,7 @@ impl<'a> Trainer<'a> {
             step: record.step,
             epoch: record.epoch,
             users: users.into_iter().map(UserIndex).collect(),
+            work,
             record: member.is_first().then_some(record),
         })?;
         Ok(())

@@ -7,6 +7,7 @@
 
 use learn_domain::config::NonFinite;
 use learn_domain::event::{Happening, MAX_NAMED_USERS};
+use learn_domain::progress::Work;
 use learn_domain::{Step, UserIndex};
 use tch::Tensor;
 
@@ -82,8 +83,9 @@ impl Trainer<'_> {
     ) -> Result<(), WorkerError> {
         let training = &self.config.training;
         let action = training.non_finite.action(step.before, training.non_finite_budget);
-        self.non_finite = step.before.saturating_add(1);
         self.tell(turn, &prepared, &step, action)?;
+        // counted when all know: a step whose generation breaks here is done again
+        self.non_finite = step.before.saturating_add(1);
         match action {
             NonFinite::Stop => {
                 if self.finished.0 > 0 && self.finite() {
@@ -113,6 +115,8 @@ impl Trainer<'_> {
             step: self.finished,
             epoch: prepared.meta.epoch,
             users: prepared.users.into_iter().map(UserIndex).collect(),
+            // its work was not measured to the end
+            work: Work::default(),
             record: None,
         })?;
         self.after_step(turn)

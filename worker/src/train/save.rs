@@ -150,8 +150,13 @@ pub(super) fn start_writer(session: &Session, speaker: Speaker) -> Writer {
             metrics.checkpoint_age_seconds.mark();
             metrics.checkpoint_seconds.observe(duration.as_secs_f64());
             let path = path.display().to_string();
-            if let Err(error) = speaker.say(patience, |member| member.commit_checkpoint(step, path.clone())) {
-                tracing::warn!(%error, %step, "the coordinator was not told of a checkpoint");
+            match speaker.say(patience, |member| member.commit_checkpoint(step, path.clone())) {
+                Ok(()) => true,
+                Err(error) => {
+                    tracing::warn!(%error, %step, "the coordinator was not told of a checkpoint");
+                    // away, it has not said that others have gone on
+                    matches!(error, ControlError::Away { .. })
+                }
             }
         }
         Written::Failed { step, error } => {
@@ -161,6 +166,7 @@ pub(super) fn start_writer(session: &Session, speaker: Speaker) -> Writer {
             if let Err(error) = speaker.say(patience, |member| member.report_event(&happening)) {
                 tracing::warn!(%error, %step, "the coordinator was not told of a failed checkpoint");
             }
+            false
         }
     })
 }

@@ -134,6 +134,7 @@ impl Stepper {
             items: random::key(&[self.draw_seed, prepared.meta.step]),
         };
         let share = Share::load(&prepared.micro_batches, self.input_dim, seeds, self.device);
+        self.clock.enter(Phase::Gather);
         let announced = exchange.announce(Announcement {
             rows: share.row_user.size()[0],
             targets: share.item_id.size()[0],

@@ -13,6 +13,8 @@ use crate::call::Call;
 use crate::secret::Key;
 use crate::{Aborter, CollectiveError, Group, Rendezvous, group};
 
+/// One attempt to reach an address that does not answer; an abort is noticed between two.
+const ATTEMPT: Duration = Duration::from_secs(2);
 /// Between two attempts to reach a worker whose connection failed.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -131,7 +133,7 @@ impl Dial<'_> {
         let mut last = io::Error::other("the host name has no address");
         let mut stream = None;
         for address in self.target.to_socket_addrs()? {
-            match TcpStream::connect_timeout(&address, left()?) {
+            match TcpStream::connect_timeout(&address, left()?.min(ATTEMPT)) {
                 Ok(connected) => {
                     stream = Some(connected);
                     break;

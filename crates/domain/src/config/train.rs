@@ -356,6 +356,9 @@ pub struct ClusterConfig {
     pub coordinator_restarts: u32,
     /// All workers must have joined within this; after losses `min_workers` of them.
     pub join_timeout: Span,
+    /// Within this a step must be finished; then the log, the events and the status name the rank that the others wait for,
+    /// and after twice as long it is lost. "0s" = 20 times the median step, but at least 30 s.
+    pub progress_timeout: Span,
     /// A collective operation that takes longer fails.
     pub collective_timeout: Span,
     /// A job that was asked to stop has this long to finish its step and write a checkpoint; then it ends without those
@@ -395,6 +398,7 @@ impl Default for ClusterConfig {
             coordinator_timeout: Span::from_secs(60),
             coordinator_restarts: 10,
             join_timeout: Span::from_secs(120),
+            progress_timeout: Span::from_secs(0),
             collective_timeout: Span::from_secs(120),
             stop_timeout: Span::from_secs(0),
             prefetch_steps: 4,

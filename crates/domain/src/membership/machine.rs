@@ -8,6 +8,9 @@ use super::{
 };
 use crate::ids::{Generation, Incarnation, Rank, WorkerId};
 
+/// The last worker that holds the state may take this long to be heard of again when its connection broke.
+const RECONNECT: Duration = Duration::from_secs(3);
+
 impl Membership {
     /// Takes one event at time `now` (since the job started). Deadlines are looked at by a tick alone, so that the effects of
     /// any other event are its own.
@@ -19,7 +22,8 @@ impl Membership {
                 self.seen(now, worker);
                 Vec::new()
             }
-            Event::Disconnected(worker) => self.lose(now, worker, LossCause::Disconnected),
+            Event::Disconnected(worker) => self.disconnected(now, worker),
+            Event::Stalled { worker, phase, seconds } => self.lose(now, worker, LossCause::Stalled { phase, seconds }),
             Event::Progress(generation) => {
                 if generation == self.generation {
                     self.recoveries = 0;
@@ -122,7 +126,7 @@ impl Membership {
     /// Ends the generation at once, for a new one.
     fn recover(&mut self, now: Duration, cause: RegroupCause) -> Vec<Effect> {
         if self.all_is_done() {
-            return self.end(Outcome::Finished);
+            return self.end_done();
         }
         // what breaks while a generation is being ended belongs to the same recovery
         if !matches!(self.state, State::Regrouping { hard: true, .. }) {
@@ -130,7 +134,12 @@ impl Membership {
         }
         if self.recoveries > self.settings.max_recoveries {
             let (recoveries, last) = (self.recoveries, cause.to_string());
-            return self.abort(now, StopCause::NoProgress { recoveries, last });
+            let cause = StopCause::NoProgress { recoveries, last };
+            // once more, to write down what they hold; if that fails too, there is no more to do
+            if self.stop.is_some() {
+                return self.abort(now, cause);
+            }
+            return self.save_and_stop(now, cause);
         }
         let members = self.take_members();
         self.state = State::Regrouping { members, hard: true, since: now };
@@ -197,6 +206,19 @@ impl Membership {
         vec![Effect::Dismissed(worker)]
     }
 
+    /// A broken connection is a loss at once, but for the last one that holds the state: it may come back by another.
+    fn disconnected(&mut self, now: Duration, worker: WorkerId) -> Vec<Effect> {
+        let alone = self.participants().all(|(participant, _)| participant == worker);
+        let timeout = self.settings.heartbeat_timeout;
+        match self.members_mut().and_then(|members| members.get_mut(&worker)) {
+            Some(member) if alone && member.takes_part() => {
+                member.last_seen = member.last_seen.min(now.saturating_sub(timeout.saturating_sub(RECONNECT)));
+                Vec::new()
+            }
+            _ => self.lose(now, worker, LossCause::Disconnected),
+        }
+    }
+
     /// The one entrance of losing a worker.
     fn lose(&mut self, now: Duration, worker: WorkerId, cause: LossCause) -> Vec<Effect> {
         let Some(members) = self.members_mut() else { return Vec::new() };
@@ -207,7 +229,9 @@ impl Membership {
         let Some(member) = members.remove(&worker) else { return Vec::new() };
         let Some(rank) = member.rank else {
             // whoever waited for it may have waited in vain
-            return self.form_if_complete(now);
+            let mut effects = self.form_if_complete(now);
+            effects.extend(self.end_if_empty());
+            return effects;
         };
         let loss = Loss { worker, rank, cause };
         let mut effects = vec![Effect::Lost(loss.clone())];
@@ -216,11 +240,7 @@ impl Membership {
             return effects;
         }
         if self.participants().next().is_none() {
-            effects.extend(if self.all_is_done() {
-                self.end(Outcome::Finished)
-            } else {
-                self.abort(now, StopCause::Lost(loss))
-            });
+            effects.extend(if self.all_is_done() { self.end_done() } else { self.abort(now, StopCause::Lost(loss)) });
             return effects;
         }
         if let Some(stop) = &mut self.stop {
@@ -246,7 +266,7 @@ impl Membership {
                     None => return Vec::new(),
                 }
                 if self.participants().next().is_none() {
-                    return self.end(Outcome::Finished);
+                    return self.end_done();
                 }
                 self.form_if_complete(now)
             }
@@ -256,12 +276,29 @@ impl Membership {
                 // a newcomer that cannot begin is no loss
                 let Some(rank) = member.rank else { return self.form_if_complete(now) };
                 match departure {
-                    Departure::Failed(message) => self.abort(now, StopCause::Failed { worker, rank, message }),
+                    Departure::Failed(message) => {
+                        let cause = StopCause::Failed { worker, rank, message };
+                        if self.participants().next().is_none() {
+                            return self.abort(now, cause);
+                        }
+                        self.save_and_stop(now, cause)
+                    }
                     Departure::GaveUp(why, message) => self.ask_to_stop(now, StopCause::GaveUp { why, message }),
                     _ => self.ask_to_stop(now, StopCause::Operator),
                 }
             }
         }
+    }
+
+    /// Ends the generation at once, for a last one that writes a checkpoint and leaves.
+    fn save_and_stop(&mut self, now: Duration, cause: StopCause) -> Vec<Effect> {
+        let since = self.stop.as_ref().map_or(now, |stop| stop.since);
+        self.stop = Some(Stop { cause: cause.clone(), since });
+        let members = self.take_members();
+        self.state = State::Regrouping { members, hard: true, since: now };
+        let mut effects = vec![Effect::Stop(cause.clone()), Effect::Regrouping(RegroupCause::Stopping(cause))];
+        effects.extend(self.form_if_complete(now));
+        effects
     }
 
     /// A graceful stop; the first cause stays, but for an operator's, which is no trouble.
@@ -359,6 +396,14 @@ impl Membership {
         let mut effects = vec![Effect::Stop(cause)];
         effects.extend(self.end_if_empty());
         effects
+    }
+
+    /// All that was to do is done; that one of the ranks has given up all the same (its checkpoint could not be written) is
+    /// how the job ends, whoever said what first.
+    fn end_done(&mut self) -> Vec<Effect> {
+        let gave_up = self.stop.as_ref().filter(|stop| matches!(stop.cause, StopCause::GaveUp { .. }));
+        let outcome = gave_up.map_or(Outcome::Finished, |stop| Outcome::Stopped(stop.cause.clone()));
+        self.end(outcome)
     }
 
     fn end_if_empty(&mut self) -> Vec<Effect> {

@@ -17,14 +17,15 @@
 //! | running | ready, of a participant whose collective broke | regrouping (hard) | regrouping |
 //! | running, regrouping | participant lost | regrouping (hard) | lost, regrouping |
 //! | running, regrouping | participant lost, or its collective broke, when another is done | ended (finished) | ended |
-//! | running, regrouping | the last participant lost | ended | lost, stop, ended |
-//! | running, regrouping | too many recoveries without a finished step | stopping | stop |
+//! | running, regrouping | the last participant disconnected | as it was, for a moment | - |
+//! | running, regrouping | the last participant lost | stopping, ended when newcomers have left | lost, stop, ended |
+//! | running, regrouping | too many recoveries without a finished step | regrouping (hard) with a stop; stopping if there is one | stop, regrouping; stop |
 //! | regrouping | ready, of the last participant; enough are ready | running, generation + 1 | formed, dismissed |
 //! | regrouping | tick: a participant is not ready for too long | as when it is lost | lost, regrouping |
 //! | regrouping | too few for too long | running, generation + 1, with a stop | stop, formed |
 //! | running, regrouping | leave, done | as it was; ended (finished) after the last | -; ended |
 //! | running, regrouping | operator stop; leave, stopped or gave up | as it was, with a stop | stop |
-//! | running, regrouping | leave, failed | stopping | stop |
+//! | running, regrouping | leave, failed | regrouping (hard) with a stop; stopping if nobody is left | stop, regrouping; stop |
 //! | running with a stop | the last participant has left; stop deadline | ended | ended |
 //! | stopping | leave; worker lost; stop deadline | ended after the last | ended |
 //! | any | join, with a stop or later | unchanged | refused |
@@ -77,6 +78,12 @@ pub enum Event {
     Heartbeat(WorkerId),
     /// The connection by which a member attends is gone.
     Disconnected(WorkerId),
+    /// A member that is alive holds the others up for too long, in a phase.
+    Stalled {
+        worker: WorkerId,
+        phase: String,
+        seconds: u64,
+    },
     /// A step was finished.
     Progress(Generation),
     Leave(WorkerId, Departure),
@@ -120,6 +127,11 @@ pub enum LossCause {
     Crashed {
         message: String,
     },
+    /// The others waited for it, and it made no progress.
+    Stalled {
+        phase: String,
+        seconds: u64,
+    },
     /// It was told to leave its generation and did not.
     Stuck {
         seconds: u64,
@@ -132,6 +144,9 @@ impl fmt::Display for LossCause {
             Self::Silent { seconds } => write!(f, "no heartbeat for {seconds} s"),
             Self::Disconnected => f.write_str("its connection broke"),
             Self::Crashed { message } => f.write_str(message),
+            Self::Stalled { phase, seconds } => {
+                write!(f, "the others waited for it for {seconds} s, in the phase {phase}")
+            }
             Self::Stuck { seconds } => write!(f, "it did not leave its generation within {seconds} s"),
         }
     }
@@ -146,6 +161,7 @@ impl LossCause {
             Self::Disconnected => "disconnected",
             Self::Crashed { .. } => "crashed",
             Self::Stuck { .. } => "stuck",
+            Self::Stalled { .. } => "stalled",
         }
     }
 }
@@ -169,9 +185,17 @@ impl fmt::Display for Loss {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RegroupCause {
     Lost(Loss),
-    Broken { worker: WorkerId, rank: Rank, message: String },
+    Broken {
+        worker: WorkerId,
+        rank: Rank,
+        message: String,
+    },
+    /// To write down what is there, and stop.
+    Stopping(StopCause),
     Joined,
-    Scaled { workers: u32 },
+    Scaled {
+        workers: u32,
+    },
 }
 
 impl fmt::Display for RegroupCause {
@@ -181,6 +205,7 @@ impl fmt::Display for RegroupCause {
             Self::Broken { worker, rank, message } => {
                 write!(f, "the collective broke at rank {rank} (worker {worker}): {message}")
             }
+            Self::Stopping(cause) => write!(f, "to write a checkpoint and stop: {cause}"),
             Self::Joined => f.write_str("a worker joined"),
             Self::Scaled { workers } => write!(f, "{workers} workers are wanted"),
         }

@@ -162,12 +162,31 @@ fn too_few_survivors_wait_for_others_and_then_save_what_they_hold() {
 #[test]
 fn losing_everybody_ends_the_job_with_the_last_loss() {
     let mut membership = running();
+    (0..3).for_each(|worker| drop(membership.step(at(9), Event::Heartbeat(WorkerId(worker)))));
+    membership.step(at(10), Event::Disconnected(WorkerId(0)));
+    membership.step(at(10), Event::Disconnected(WorkerId(1)));
+    assert_eq!(
+        membership.step(at(10), Event::Disconnected(WorkerId(2))),
+        [],
+        "it alone has the state: it may come back"
+    );
+    assert_eq!(membership.step(at(13), Event::Tick), []);
+    let effects = membership.step(at(14), Event::Tick);
+    let loss = Loss { worker: WorkerId(2), rank: Rank(2), cause: LossCause::Silent { seconds: 11 } };
+    let cause = StopCause::Lost(loss.clone());
+    let end = [Effect::Lost(loss), Effect::Stop(cause.clone()), Effect::Ended(Outcome::Stopped(cause))];
+    assert_eq!(effects, end);
+}
+
+#[test]
+fn the_last_worker_may_lose_its_connection_for_a_moment() {
+    let mut membership = running();
     membership.step(at(2), Event::Disconnected(WorkerId(0)));
     membership.step(at(2), Event::Disconnected(WorkerId(1)));
-    let effects = membership.step(at(2), Event::Disconnected(WorkerId(2)));
-    let loss = Loss { worker: WorkerId(2), rank: Rank(2), cause: LossCause::Disconnected };
-    let cause = StopCause::Lost(loss.clone());
-    assert_eq!(effects, [Effect::Lost(loss), Effect::Stop(cause.clone()), Effect::Ended(Outcome::Stopped(cause))]);
+    membership.step(at(2), Event::Disconnected(WorkerId(2)));
+    membership.step(at(4), Event::Heartbeat(WorkerId(2)));
+    assert_eq!(membership.step(at(13), Event::Tick), []);
+    assert_eq!(membership.directive(WorkerId(2)), Directive::Regroup(Generation(1)));
 }
 
 #[test]
@@ -184,7 +203,14 @@ fn recoveries_without_a_step_end_a_hopeless_job() {
     membership.step(at(2), Event::Progress(Generation(2)));
     recover(&mut membership, 3);
     let effects = recover(&mut membership, 4);
-    assert!(matches!(&effects[..], [Effect::Stop(StopCause::NoProgress { recoveries: 3, .. })]), "{effects:?}");
+    let why = |effects: &[Effect]| matches!(&effects[0], Effect::Stop(StopCause::NoProgress { recoveries: 3, .. }));
+    assert!(why(&effects) && matches!(&effects[1], Effect::Regrouping(RegroupCause::Stopping(_))), "{effects:?}");
+    assert!(
+        matches!(membership.directive(WorkerId(1)), Directive::Run { call: Call::Stop(_), .. }),
+        "once more, to write down what they hold"
+    );
+    let effects = recover(&mut membership, 5);
+    assert!(matches!(&effects[..], [Effect::Stop(StopCause::NoProgress { recoveries: 4, .. })]), "{effects:?}");
     assert!(matches!(membership.directive(WorkerId(1)), Directive::Stop(_)));
 }
 
@@ -275,16 +301,37 @@ fn an_operator_stop_is_graceful_even_through_a_loss() {
 }
 
 #[test]
-fn a_failure_that_others_would_repeat_stops_at_once() {
+fn a_failure_that_others_would_repeat_stops_when_the_others_have_saved() {
+    let failed = |message: &str| Departure::Failed(message.into());
     let mut membership = running();
-    let effects = membership.step(at(3), Event::Leave(WorkerId(1), Departure::Failed("no such file".into())));
-    assert!(matches!(&effects[..], [Effect::Stop(StopCause::Failed { message, .. })] if message == "no such file"));
-    membership.step(at(4), Event::Leave(WorkerId(0), Departure::Failed("aborted".into())));
-    let end = membership.step(at(4), Event::Leave(WorkerId(2), Departure::Failed("aborted".into())));
-    assert!(
-        matches!(&end[..], [Effect::Ended(Outcome::Stopped(StopCause::Failed { rank: Rank(1), .. }))]),
-        "the first cause is the one that counts"
-    );
+    let effects = membership.step(at(3), Event::Leave(WorkerId(1), failed("no memory")));
+    assert!(matches!(&effects[0], Effect::Stop(StopCause::Failed { message, .. }) if message == "no memory"));
+    assert_eq!(survivors_ready(&mut membership, 3, 1, &[0, 2]), [formed(2, &[0, 2])]);
+    assert!(matches!(membership.directive(WorkerId(2)), Directive::Run { call: Call::Stop(_), .. }));
+    membership.step(at(4), Event::Leave(WorkerId(0), Departure::Stopped));
+    let end = membership.step(at(4), Event::Leave(WorkerId(2), Departure::Stopped));
+    assert!(matches!(&end[..], [Effect::Ended(Outcome::Stopped(StopCause::Failed { rank: Rank(1), .. }))]), "{end:?}");
+
+    let mut membership = running();
+    for worker in [1, 0] {
+        membership.step(at(3), Event::Leave(WorkerId(worker), failed("no such file")));
+    }
+    let end = membership.step(at(4), Event::Leave(WorkerId(2), failed("no such file")));
+    assert!(matches!(end.last(), Some(Effect::Ended(Outcome::Stopped(StopCause::Failed { .. })))), "{end:?}");
+}
+
+#[test]
+fn a_checkpoint_that_could_not_be_written_counts_whoever_leaves_first() {
+    let gave_up = || Departure::GaveUp(GiveUp::Unsaved, "disk full".into());
+    for order in [[0, 1, 2], [1, 0, 2], [1, 2, 0]] {
+        let mut membership = running();
+        for worker in order {
+            let departure = if worker == 0 { gave_up() } else { Departure::Done };
+            membership.step(at(2), Event::Leave(WorkerId(worker), departure));
+        }
+        let cause = StopCause::GaveUp { why: GiveUp::Unsaved, message: "disk full".into() };
+        assert_eq!(membership.state(), &State::Ended(Outcome::Stopped(cause)), "{order:?}");
+    }
 }
 
 #[test]

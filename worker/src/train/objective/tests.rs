@@ -186,7 +186,7 @@ fn steps(config: &Config, world_size: usize, points: &[Vec<f64>]) -> Vec<Outcome
                         aborter: Aborter::default(),
                     };
                     let collective = connect_tcp(group, &store).unwrap();
-                    rank_steps(config, points, &mut Exchange::new(collective, WorkerMetrics::new()))
+                    rank_steps(config, points, &mut Exchange::new(collective, WorkerMetrics::new(), Arc::default()))
                 })
             })
             .collect();
