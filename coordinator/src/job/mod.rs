@@ -13,6 +13,7 @@ mod status;
 mod summary;
 mod turn;
 mod vigil;
+mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -30,9 +31,10 @@ use learn_domain::{Config, Generation, Rank, Step, UserIndex, WorkerId};
 use learn_proto::convert::{Applicant, Beginning, StepReport};
 pub use saved::TakeOverError;
 use saved::Unsaved;
-use serde::{Deserialize, Serialize};
 pub use turn::Keeping;
 use vigil::Vigil;
+pub use worker::Heartbeat;
+use worker::Worker;
 
 /// Why a message changes nothing.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -67,31 +69,6 @@ pub struct JobSettings {
     pub plan: Plan,
     pub total_steps: u64,
     pub history: History,
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Worker {
-    applicant: Applicant,
-    rank: Option<Rank>,
-    step: Step,
-    phase: String,
-    seen: Duration,
-    /// Collective operations that it has entered in this generation.
-    entered: u64,
-    /// It is inside the last of them.
-    inside: bool,
-    /// How long it had been in its phase or collective when it was seen.
-    since: Duration,
-    /// It has said that it leaves.
-    left: bool,
-    /// It knows that the job stops.
-    told: bool,
-}
-
-impl Worker {
-    fn on_gpu(&self) -> bool {
-        self.applicant.device.starts_with("cuda")
-    }
 }
 
 /// The job.
@@ -561,22 +538,6 @@ impl Job {
                 .values()
                 .all(|worker| worker.left || worker.told || now.saturating_sub(worker.seen) > patience)
     }
-}
-
-/// A worker's sign of life.
-#[derive(Clone, Debug, Default)]
-pub struct Heartbeat {
-    pub worker: WorkerId,
-    /// Finished steps.
-    pub step: Step,
-    /// What it is doing.
-    pub phase: String,
-    /// Collective operations that it has entered in this generation.
-    pub entered: u64,
-    /// It is inside the last of them.
-    pub inside: bool,
-    /// Since it entered the phase or the collective.
-    pub since: Duration,
 }
 
 /// Epoch and users of a step, by the plan.
