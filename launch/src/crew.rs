@@ -42,6 +42,8 @@ struct Hand {
     replacement: bool,
     /// Its end was taken note of.
     seen: bool,
+    /// It was asked to end.
+    asked: bool,
 }
 
 /// The workers of one job.
@@ -128,7 +130,7 @@ impl<'a> Crew<'a> {
             .env("OMP_NUM_THREADS", &threads);
         let log = self.run.worker_log(Rank(number));
         let process = Process::start(format!("worker process {number}"), &mut command, &log)?;
-        self.hands.insert(number, Hand { process, started: Instant::now(), replacement, seen: false });
+        self.hands.insert(number, Hand { process, started: Instant::now(), replacement, seen: false, asked: false });
         Ok(())
     }
 
@@ -199,7 +201,10 @@ impl<'a> Crew<'a> {
     }
 
     pub fn ask_to_end(&mut self, how: End) {
-        self.hands.values_mut().for_each(|hand| hand.process.ask_to_end(how));
+        for hand in self.hands.values_mut().filter_map(|hand| hand.process.ended().is_none().then_some(hand)) {
+            hand.asked = true;
+            hand.process.ask_to_end(how);
+        }
     }
 
     /// Waits up to `limit` until all have left.
@@ -212,7 +217,8 @@ impl<'a> Crew<'a> {
 
     /// The worker that a failure is to be explained by: `number`, or the one that failed first.
     pub fn guilty(&mut self, number: Option<u32>) -> Option<&mut Process> {
-        let first = self.hands.iter_mut().find_map(|(&number, hand)| hand.process.failed().then_some(number));
+        let by_itself = |hand: &mut Hand| !hand.asked && hand.process.failed();
+        let first = self.hands.iter_mut().find_map(|(&number, hand)| by_itself(hand).then_some(number));
         let hand = self.hands.get_mut(&number.or(first)?)?;
         Some(&mut hand.process)
     }

@@ -28,10 +28,11 @@ const POLL: Duration = Duration::from_millis(50);
 const STATUS_INTERVAL: Duration = Duration::from_millis(500);
 /// A coordinator that is silent for this long at its start is said to be checking the dataset.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Workers may take this long to leave after their coordinator has ended.
+/// Workers may take this long to leave by themselves after their coordinator has ended. If it cannot have told them, that is
+/// all: what they would still save has no ledger.
+const LEAVE_BY_THEMSELVES: Duration = Duration::from_secs(3);
+/// So long they may take when they were asked to.
 const LEAVE: Duration = Duration::from_secs(30);
-/// So long they may take if it cannot have told them: what they would still save has no ledger.
-const LEAVE_UNTOLD: Duration = Duration::from_secs(3);
 /// Beyond the heartbeat timeout, the coordinator may take this long to end a job that has lost a worker.
 const NOTICE: Duration = Duration::from_secs(20);
 /// Lines of a guilty log that a failure shows.
@@ -270,7 +271,12 @@ impl<'a> LocalJob<'a> {
                 crew.ask_to_end(End::Gracefully);
             }
             let untold = self.coordinator.ended().is_none_or(|ended| matches!(ended.code(), None | Some(exit::FAILED)));
-            crew.wait(if untold { LEAVE_UNTOLD } else { LEAVE });
+            crew.wait(LEAVE_BY_THEMSELVES);
+            if !untold {
+                // one that still asks for a place would ask for long: nobody gives it one any more
+                crew.ask_to_end(End::Gracefully);
+                crew.wait(LEAVE);
+            }
         }
         let status = runs::last_status(self.spec.run)?;
         let Some(ended) = self.coordinator.ended() else {
