@@ -43,7 +43,7 @@ async fn status(State(shared): State<Shared>) -> Response {
     }
 }
 
-/// 200 while all workers are there.
+/// 200 while a generation runs, with all workers that are wanted or fewer.
 async fn ready(State(shared): State<Shared>) -> Response {
     match shared.job.ask(Command::Status).await {
         Ok(status) if status.state == JobState::Running => "ready\n".into_response(),

@@ -418,11 +418,6 @@ impl Member {
     }
 
     #[must_use]
-    pub fn patience(&self) -> &Patience {
-        self.control.patience()
-    }
-
-    #[must_use]
     pub fn is_first(&self) -> bool {
         self.place.rank == Rank(0)
     }

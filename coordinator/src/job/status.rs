@@ -49,6 +49,7 @@ impl Job {
             phase: worker.phase.clone(),
             metrics_url: worker.applicant.metrics_url.clone(),
             work_ratio: worker.rank.and_then(|rank| self.vigil.work_ratio(rank)),
+            seconds_in_phase: (worker.since + now.saturating_sub(worker.seen)).as_secs_f64(),
             seconds_since_heartbeat: now.saturating_sub(worker.seen).as_secs_f64(),
         });
         JobStatus {

@@ -120,7 +120,6 @@ impl Job {
                 entered: worker.entered,
                 inside: worker.inside,
                 phase: worker.phase.clone(),
-                since: worker.since + now.saturating_sub(worker.seen),
                 silent: now.saturating_sub(worker.seen) > silent,
             })
         };

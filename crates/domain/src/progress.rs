@@ -67,8 +67,6 @@ pub struct Whereabouts {
     pub inside: bool,
     /// As heartbeats name it.
     pub phase: String,
-    /// Since it entered the phase or the collective.
-    pub since: Duration,
     /// It was not heard of when it should have been.
     pub silent: bool,
 }
@@ -250,7 +248,6 @@ mod tests {
             entered,
             inside,
             phase: phase.into(),
-            since: Duration::from_secs(9),
             silent: false,
         }
     }

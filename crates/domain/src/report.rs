@@ -168,6 +168,9 @@ pub struct WorkerStatus {
     /// `http://HOST:PORT/metrics`.
     pub metrics_url: String,
     pub seconds_since_heartbeat: f64,
+    /// Since it entered the phase, or the collective in it that it waits in; 0 in files of older versions.
+    #[serde(default)]
+    pub seconds_in_phase: f64,
     /// Its own work in a step by the median of all ranks; none while there is too little to say so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub work_ratio: Option<f64>,

@@ -48,6 +48,7 @@ fn job() -> JobStatus {
             phase: "backward".into(),
             metrics_url: String::new(),
             seconds_since_heartbeat: 0.25,
+            seconds_in_phase: 0.5,
             work_ratio: None,
         }],
         ledger: LedgerSummary { exact: true, epochs: vec![epoch(0, 943), epoch(1, 512)] },

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{
-    Call, Departure, Effect, Event, Loss, LossCause, Member, Members, Membership, Outcome, Refusal, RegroupCause,
-    State, Stop, StopCause,
+    Departure, Effect, Event, Loss, LossCause, Member, Members, Membership, Outcome, Refusal, RegroupCause, State,
+    Stop, StopCause,
 };
 use crate::ids::{Generation, Incarnation, Rank, WorkerId};
 
@@ -421,13 +421,5 @@ impl Membership {
     fn end(&mut self, outcome: Outcome) -> Vec<Effect> {
         self.state = State::Ended(outcome.clone());
         vec![Effect::Ended(outcome)]
-    }
-}
-
-impl Call {
-    /// The members are asked to end their generation after the step.
-    #[must_use]
-    pub fn yields(&self) -> bool {
-        !matches!(self, Self::Continue)
     }
 }
