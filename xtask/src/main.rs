@@ -10,7 +10,9 @@ mod process;
 mod progress;
 mod python;
 mod quickstart;
+mod report;
 mod setup;
+mod system;
 mod test;
 mod workspace;
 
@@ -40,7 +42,9 @@ enum Task {
     Quickstart(quickstart::Options),
     /// Format, lint, and pass all tests.
     Test(test::Options),
-    /// What CI runs: the tests, then the quickstart for one epoch.
+    /// Tests against real programs of a cluster: Slurm, Prometheus, a browser.
+    System(system::Options),
+    /// What CI runs: the tests, those against real programs, then the quickstart for one epoch.
     Ci,
     /// Disturb a real job with kills, pauses, broken connections and full disks, and check that nothing is lost.
     Chaos(chaos::Options),
@@ -54,6 +58,7 @@ fn main() -> ExitCode {
         Task::Setup(options) => setup::run(&workspace, &options),
         Task::Quickstart(options) => quickstart::run(&workspace, &options),
         Task::Test(options) => test::run(&workspace, &options),
+        Task::System(options) => system::run(&workspace, &options),
         Task::Ci => ci::run(&workspace),
         Task::Chaos(options) => chaos::run(&workspace, &options),
         Task::GpuCheck(options) => gpu_check::run(&workspace, &options),

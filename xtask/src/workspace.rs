@@ -84,9 +84,9 @@ impl Workspace {
         self.deps().join("cargo")
     }
 
-    /// The closing lines of the last `cargo xtask test`.
-    pub fn test_report(&self) -> PathBuf {
-        self.target.join("xtask").join("test.txt")
+    /// The closing lines of the last run of a task.
+    pub fn report(&self, task: &str) -> PathBuf {
+        self.target.join("xtask").join(format!("{task}.txt"))
     }
 
     /// `cargo` in the repository's root, with our own tools after the user's.

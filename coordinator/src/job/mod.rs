@@ -111,6 +111,7 @@ pub fn membership_settings(config: &Config) -> MembershipSettings {
         min_workers: cluster.min_workers,
         max_recoveries: cluster.max_recoveries,
         heartbeat_timeout: cluster.heartbeat_timeout.0,
+        coordinator_timeout: cluster.coordinator_timeout.0,
         join_timeout: cluster.join_timeout.0,
         stop_timeout: cluster.stop_within(),
     }

@@ -79,7 +79,6 @@ impl Whereabouts {
 
     fn cause(&self) -> Cause {
         match self.phase.as_str() {
-            _ if self.silent => Cause::Host,
             "data_wait" => Cause::Data,
             _ if self.gpu => Cause::Device,
             _ => Cause::Host,
@@ -90,7 +89,7 @@ impl Whereabouts {
 /// What nothing moves for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stall {
-    /// The rank that others wait for; none if they all wait.
+    /// The rank that others wait for; none if they all wait, or cannot be heard.
     pub guilty: Option<(WorkerId, Rank)>,
     pub cause: Cause,
     pub phase: String,
@@ -103,29 +102,40 @@ impl fmt::Display for Stall {
             Some((worker, rank)) => {
                 write!(f, "rank {rank} (worker {worker}) holds the others up in the phase {phase} (cause: {cause})")
             }
-            None => write!(f, "all ranks wait in the same collective, in the phase {phase} (cause: {cause})"),
+            None => write!(
+                f,
+                "no rank gets on, and none by itself holds the others up, in the phase {phase} (cause: {cause})"
+            ),
         }
     }
 }
 
-/// Names the rank that a job stands still for; none if some rank is at something that takes as long as it takes.
+/// Names the rank that a job stands still for; none if some rank is at something that takes as long as it takes. Who is
+/// silent is at nothing, whatever its phase was.
 #[must_use]
 pub fn stall(ranks: &[Whereabouts]) -> Option<Stall> {
+    if let Some(silent) = ranks.iter().filter(|rank| rank.silent).min_by_key(|rank| rank.rank) {
+        // of several ranks that nobody hears of, none is guilty: they cannot reach their coordinator
+        let network = ranks.len() > 1 && ranks.iter().all(|rank| rank.silent);
+        let cause = if network { Cause::Network } else { Cause::Host };
+        let guilty = (!network).then_some((silent.worker, silent.rank));
+        return Some(Stall { guilty, cause, phase: silent.phase.clone() });
+    }
     if ranks.is_empty() || !ranks.iter().all(Whereabouts::trains) {
         return None;
     }
     // who is furthest behind; of those at the same place one that is not inside the collective yet
-    let behind = ranks.iter().min_by_key(|rank| (rank.step, rank.entered, rank.inside && !rank.silent, rank.rank))?;
+    let behind = ranks.iter().min_by_key(|rank| (rank.step, rank.entered, rank.inside, rank.rank))?;
     let ahead = ranks.iter().any(|rank| (rank.step, rank.entered) > (behind.step, behind.entered));
     let others_wait = ranks.iter().any(|rank| rank.inside);
     let phase = behind.phase.clone();
-    if !behind.silent && behind.inside {
+    if behind.inside {
         // it waits as well: if others have gone on, its data does not reach it
         let guilty = ahead.then_some((behind.worker, behind.rank));
         return Some(Stall { guilty, cause: Cause::Network, phase });
     }
     let alone = ranks.len() == 1;
-    let guilty = (others_wait || ahead || alone || behind.silent).then_some((behind.worker, behind.rank));
+    let guilty = (others_wait || ahead || alone).then_some((behind.worker, behind.rank));
     Some(Stall { guilty, cause: behind.cause(), phase })
 }
 
@@ -279,6 +289,12 @@ mod tests {
     fn what_takes_as_long_as_it_takes_is_no_stall() {
         assert_eq!(stall(&[at(0, 8, true, "gather"), at(1, 7, false, "evaluation")]), None);
         assert_eq!(stall(&[]), None);
+        // nor is it a reason to wait for a process that has stopped in the midst of it
+        let stopped = Whereabouts { silent: true, ..at(1, 7, false, "evaluation") };
+        assert_eq!(stall(&[at(0, 7, false, "evaluation"), stopped.clone()]), named(1, Cause::Host, "evaluation"));
+        let everybody = [stopped.clone(), Whereabouts { silent: true, ..at(0, 7, false, "evaluation") }];
+        assert_eq!(stall(&everybody).map(|stall| (stall.guilty, stall.cause)), Some((None, Cause::Network)));
+        assert_eq!(stall(&[stopped]), named(1, Cause::Host, "evaluation"));
         assert_eq!(stall(&[at(0, 3, false, "forward")]), named(0, Cause::Host, "forward"));
     }
 

@@ -8,7 +8,8 @@ use super::{
 };
 use crate::ids::{Generation, Incarnation, Rank, WorkerId};
 
-/// The last worker that holds the state may take this long to be heard of again when its connection broke.
+/// The last participant may take this long to be heard of again when its connection broke out of full health: if its process
+/// lives, that takes an instant.
 const RECONNECT: Duration = Duration::from_secs(3);
 
 impl Membership {
@@ -49,7 +50,7 @@ impl Membership {
 
     fn seen(&mut self, now: Duration, worker: WorkerId) {
         if let Some(member) = self.members_mut().and_then(|members| members.get_mut(&worker)) {
-            member.last_seen = now;
+            member.heard(now);
         }
     }
 
@@ -72,7 +73,7 @@ impl Membership {
         };
         // a retried request of the same start is the same worker
         if let Some((&worker, member)) = members.iter_mut().find(|(_, member)| member.incarnation == incarnation) {
-            member.last_seen = now;
+            member.heard(now);
             return vec![Effect::Admitted(worker)];
         }
         if stopping {
@@ -83,7 +84,8 @@ impl Membership {
         }
         let worker = WorkerId(self.next_worker);
         self.next_worker += 1;
-        members.insert(worker, Member { incarnation, rank: None, last_seen: now, ready: false, done: false });
+        members
+            .insert(worker, Member { incarnation, rank: None, last_seen: now, due: None, ready: false, done: false });
         vec![Effect::Admitted(worker)]
     }
 
@@ -191,7 +193,7 @@ impl Membership {
             if let Some(member) = members.get_mut(worker) {
                 member.rank = Some(Rank(rank as u32));
                 member.ready = false;
-                member.last_seen = now;
+                member.heard(now);
             }
         }
         self.generation.0 += 1;
@@ -206,16 +208,38 @@ impl Membership {
         vec![Effect::Dismissed(worker)]
     }
 
-    /// A broken connection is a loss at once, but for the last one that holds the state: it may come back by another.
+    /// A broken connection is a loss at once, but for the last participant: it may come back by another. Whether that was
+    /// its process or the network is told by when it was heard of last.
     fn disconnected(&mut self, now: Duration, worker: WorkerId) -> Vec<Effect> {
-        let alone = self.participants().all(|(participant, _)| participant == worker);
-        let timeout = self.settings.heartbeat_timeout;
-        match self.members_mut().and_then(|members| members.get_mut(&worker)) {
-            Some(member) if alone && member.takes_part() => {
-                member.last_seen = member.last_seen.min(now.saturating_sub(timeout.saturating_sub(RECONNECT)));
-                Vec::new()
-            }
-            _ => self.lose(now, worker, LossCause::Disconnected),
+        if !self.is_last(worker) {
+            return self.lose(now, worker, LossCause::Disconnected);
+        }
+        let half = self.settings.heartbeat_timeout / 2;
+        if let Some(member) = self.members_mut().and_then(|members| members.get_mut(&worker))
+            && now.saturating_sub(member.last_seen) < half
+        {
+            member.due.get_or_insert(now + RECONNECT);
+        }
+        Vec::new()
+    }
+
+    /// Nobody else takes part.
+    fn is_last(&self, worker: WorkerId) -> bool {
+        let mut participants = self.participants();
+        participants.next().is_some_and(|(first, _)| first == worker) && participants.next().is_none()
+    }
+
+    /// Why a member is lost, if it was silent for too long.
+    fn silence(&self, now: Duration, worker: WorkerId, member: &Member) -> Option<LossCause> {
+        let Self { settings, .. } = self;
+        let least = if self.is_last(worker) { settings.coordinator_timeout } else { Duration::ZERO };
+        let silent = now.saturating_sub(member.last_seen);
+        if member.done {
+            None
+        } else if member.due.is_some_and(|due| now > due) {
+            Some(LossCause::Disconnected)
+        } else {
+            (silent > settings.heartbeat_timeout.max(least)).then(|| LossCause::Silent { seconds: silent.as_secs() })
         }
     }
 
@@ -343,16 +367,15 @@ impl Membership {
     fn deadlines(&mut self, now: Duration) -> Vec<Effect> {
         let settings = self.settings;
         let late = |since: Duration, limit: Duration| now.saturating_sub(since) > limit;
-        let silent = |member: &Member| !member.done && late(member.last_seen, settings.heartbeat_timeout);
         let mut effects = Vec::new();
         loop {
-            let lost = self.members().into_iter().flatten().find(|(_, member)| silent(member));
-            let Some((&worker, member)) = lost else { break };
-            let seconds = now.saturating_sub(member.last_seen).as_secs();
+            let mut members = self.members().into_iter().flatten();
+            let lost = members.find_map(|(&worker, member)| Some((worker, self.silence(now, worker, member)?)));
+            let Some((worker, cause)) = lost else { break };
             if matches!(self.state, State::Gathering { .. }) {
                 self.members_mut().and_then(|members| members.remove(&worker));
             } else {
-                effects.extend(self.lose(now, worker, LossCause::Silent { seconds }));
+                effects.extend(self.lose(now, worker, cause));
             }
         }
         effects.extend(match &self.state {

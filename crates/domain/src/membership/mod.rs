@@ -17,7 +17,7 @@
 //! | running | ready, of a participant whose collective broke | regrouping (hard) | regrouping |
 //! | running, regrouping | participant lost | regrouping (hard) | lost, regrouping |
 //! | running, regrouping | participant lost, or its collective broke, when another is done | ended (finished) | ended |
-//! | running, regrouping | the last participant disconnected | as it was, for a moment | - |
+//! | running, regrouping | the last participant disconnected, or silent with all others | as it was, for a while | - |
 //! | running, regrouping | the last participant lost | stopping, ended when newcomers have left | lost, stop, ended |
 //! | running, regrouping | too many recoveries without a finished step | regrouping (hard) with a stop; stopping if there is one | stop, regrouping; stop |
 //! | regrouping | ready, of the last participant; enough are ready | running, generation + 1 | formed, dismissed |
@@ -56,8 +56,11 @@ pub struct MembershipSettings {
     pub min_workers: u32,
     /// Recoveries in a row that are tolerated without a finished step between them.
     pub max_recoveries: u32,
-    /// A member that was silent for longer is lost.
+    /// A member that was silent for longer is lost,
     pub heartbeat_timeout: Duration,
+    /// and the last participant only when it was silent for longer than this too: workers try so long to reach their
+    /// coordinator, and when none of them can, the network may be at fault, not they.
+    pub coordinator_timeout: Duration,
     /// So long the first generation may take to gather, and a later one to reach `min_workers`.
     pub join_timeout: Duration,
     /// Members that were told to stop must have left within this, and those that were told to regroup be ready.
@@ -368,6 +371,9 @@ pub struct Member {
     /// In the present generation; none for those who wait for the next.
     pub rank: Option<Rank>,
     pub last_seen: Duration,
+    /// Its connection broke, and it has to be heard of again by then.
+    #[serde(default)]
+    pub due: Option<Duration>,
     /// It may take part in the next generation.
     pub ready: bool,
     /// It has said that its task is finished.
@@ -375,6 +381,11 @@ pub struct Member {
 }
 
 impl Member {
+    fn heard(&mut self, now: Duration) {
+        self.last_seen = now;
+        self.due = None;
+    }
+
     /// It has work of the present generation to do.
     #[must_use]
     pub fn takes_part(&self) -> bool {
@@ -482,7 +493,7 @@ impl Membership {
             *since = now;
         }
         for member in self.members_mut().into_iter().flatten().map(|(_, member)| member) {
-            member.last_seen = now;
+            member.heard(now);
         }
     }
 

@@ -9,6 +9,7 @@ const SETTINGS: MembershipSettings = MembershipSettings {
     min_workers: 2,
     max_recoveries: 2,
     heartbeat_timeout: Duration::from_secs(10),
+    coordinator_timeout: Duration::from_secs(40),
     join_timeout: Duration::from_secs(60),
     stop_timeout: Duration::from_secs(30),
 };
@@ -172,7 +173,7 @@ fn losing_everybody_ends_the_job_with_the_last_loss() {
     );
     assert_eq!(membership.step(at(13), Event::Tick), []);
     let effects = membership.step(at(14), Event::Tick);
-    let loss = Loss { worker: WorkerId(2), rank: Rank(2), cause: LossCause::Silent { seconds: 11 } };
+    let loss = Loss { worker: WorkerId(2), rank: Rank(2), cause: LossCause::Disconnected };
     let cause = StopCause::Lost(loss.clone());
     let end = [Effect::Lost(loss), Effect::Stop(cause.clone()), Effect::Ended(Outcome::Stopped(cause))];
     assert_eq!(effects, end);
@@ -187,6 +188,22 @@ fn the_last_worker_may_lose_its_connection_for_a_moment() {
     membership.step(at(4), Event::Heartbeat(WorkerId(2)));
     assert_eq!(membership.step(at(13), Event::Tick), []);
     assert_eq!(membership.directive(WorkerId(2)), Directive::Regroup(Generation(1)));
+}
+
+#[test]
+fn when_nobody_is_heard_of_the_last_is_waited_for() {
+    let mut membership = running();
+    let lost = membership.step(at(12), Event::Tick);
+    assert_eq!(lost.iter().filter(|effect| matches!(effect, Effect::Lost(_))).count(), 2);
+    // its connection breaks later, as connections do that lead nowhere
+    assert_eq!(membership.step(at(20), Event::Disconnected(WorkerId(2))), []);
+    assert_eq!(membership.step(at(41), Event::Tick), []);
+    let mut back = membership.clone();
+    assert_eq!(back.step(at(41), ready(2, 1)), []);
+    assert_eq!(join(&mut back, 41, "another start"), [Effect::Admitted(WorkerId(3))]);
+    assert_eq!(back.step(at(42), ready(3, 0)), [formed(2, &[2, 3])]);
+    let effects = membership.step(at(42), Event::Tick);
+    assert!(matches!(&effects[0], Effect::Lost(Loss { cause: LossCause::Silent { seconds: 41 }, .. })), "{effects:?}");
 }
 
 #[test]
