@@ -13,6 +13,7 @@ pub mod files;
 pub mod http;
 pub mod job;
 pub mod journal;
+pub mod sd;
 mod serve;
 pub mod settings;
 pub mod state;

@@ -33,9 +33,10 @@ use crate::files::{FileError, write_json};
 use crate::job::actor::{Command, JobHandle, JobOwner, OwnerError, OwnerParts, STATES};
 use crate::job::{History, Job, JobSettings, Keeping, LedgerFile, TakeOverError};
 use crate::journal::{Journal, Line, mend};
+use crate::sd::Origin;
 use crate::state::{StateFile, Turn};
 use crate::store::Store;
-use crate::{CoordinatorError, Settings, http};
+use crate::{CoordinatorError, Settings, http, sd};
 
 /// Calls that are still open when the job has ended may take this long.
 const GRACE: Duration = Duration::from_secs(2);
@@ -168,12 +169,15 @@ async fn listen(host: &str, port: u16, key: &'static str) -> Result<(TcpListener
 /// The host by which others reach an address that processes bind to.
 fn advertised(bind: &str) -> String {
     match bind.parse::<IpAddr>() {
-        Ok(ip) if ip.is_unspecified() => std::fs::read_to_string("/proc/sys/kernel/hostname")
-            .map(|name| name.trim().to_owned())
-            .unwrap_or_else(|_| "localhost".into()),
+        Ok(ip) if ip.is_unspecified() => host_name(),
         Ok(IpAddr::V6(ip)) => format!("[{ip}]"),
         Ok(IpAddr::V4(_)) | Err(_) => bind.to_owned(),
     }
+}
+
+pub(crate) fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    if name.trim().is_empty() { "localhost".into() } else { name.trim().into() }
 }
 
 /// Ends when the servers are to stop.
@@ -312,7 +316,9 @@ impl Coordinator {
         let (stop, stopped) = watch::channel(false);
         let (control, data) = (self.control(), self.data());
         let require = RequireBearer(self.settings.secret.clone());
-        let router = http::router(self.job.clone(), self.settings.secret.clone(), self.metrics.exposition.clone());
+        let origin = Origin { job: self.settings.config.job.name.clone(), http: self.ports.address.http.clone() };
+        let router = http::router(self.job.clone(), self.settings.secret.clone(), self.metrics.exposition.clone())
+            .merge(sd::router(self.job.clone(), origin));
         let Self { ports: Ports { grpc, http, .. }, job, owner, journal, lock, .. } = self;
 
         let mut servers = JoinSet::new();

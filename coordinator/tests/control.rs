@@ -375,6 +375,34 @@ async fn http_shows_the_job() {
 }
 
 #[tokio::test]
+async fn service_discovery_names_the_processes_that_are_there() {
+    let ground = Ground::new(2);
+    let running = ground.start(train()).await;
+    let (code, body) = running.http("GET /sd", "").await;
+    let own = serde_json::json!(running.address.http.strip_prefix("http://").unwrap());
+    let groups: serde_json::Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((code, &groups[0]["targets"][0], groups.as_array().unwrap().len()), (200, &own, 1), "{body}");
+    assert_eq!(groups[0]["labels"]["role"], "coordinator");
+    let mut control = running.control();
+    let first = enter(&mut control, "a").await;
+    let second = enter(&mut control, "b").await;
+    let workers = async || {
+        let groups: serde_json::Value = serde_json::from_str(&running.http("GET /sd", "").await.1).unwrap();
+        groups.as_array().unwrap()[1..].to_vec()
+    };
+    let worker = |rank: &str| {
+        let labels = serde_json::json!({"job": "test", "role": "worker", "host": "here", "rank": rank});
+        serde_json::json!({"targets": ["here:1"], "labels": labels})
+    };
+    assert_eq!(workers().await, [worker("0"), worker("1")]);
+    leave(&mut control, first, Departure::Crashed("killed".into())).await;
+    let left = workers().await;
+    assert_eq!(left, [worker("1")]);
+    leave(&mut control, second, Departure::Failed("enough".into())).await;
+    running.end().await;
+}
+
+#[tokio::test]
 async fn what_does_not_go_together_is_refused_before_anything_starts() {
     let bare = Ground::bare(1);
     let text = bare.refusal(train()).await.to_string();

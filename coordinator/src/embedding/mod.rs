@@ -28,6 +28,7 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
 use crate::files::read_json;
+use crate::sd::{self, Origin};
 use crate::serve::{Ports, announced, close, lock, on_stop};
 use crate::settings::SettingsError;
 use crate::{CoordinatorError, ServeError};
@@ -88,6 +89,7 @@ impl EmbeddingCoordinator {
         let cluster = &self.config.cluster;
         let job = SharedJob::new(EmbeddingJob::new(cluster.heartbeat_timeout.0, cluster.join_timeout.0));
         let (stop, stopped) = watch::channel(false);
+        let origin = Origin { job: self.config.job.name.clone(), http: self.ports.address.http.clone() };
         let service = EmbeddingService { job: job.clone(), config: Arc::new(self.config) };
         let shared = Shared {
             job: job.clone(),
@@ -101,7 +103,7 @@ impl EmbeddingCoordinator {
             TcpIncoming::from(self.ports.grpc).with_nodelay(Some(true)),
             on_stop(stopped.clone()),
         );
-        let router = service::router(shared.clone());
+        let router = service::router(shared.clone()).merge(sd::alone(origin));
         let http = axum::serve(self.ports.http, router).with_graceful_shutdown(on_stop(stopped));
         let mut servers = tokio::task::JoinSet::new();
         servers.spawn(async move { ("gRPC", grpc.await.map_err(|error| error.to_string())) });

@@ -20,6 +20,7 @@ use super::attendance::Attendances;
 use super::turn::{Keeping, Turns};
 use super::{Heartbeat, Job, JobError};
 use crate::journal::{Entry, LineFile};
+use crate::sd::Present;
 use crate::state::StateError;
 use crate::store::{Store, StoreFull};
 
@@ -89,6 +90,8 @@ pub enum Command {
     /// The answer is the number of workers that are wanted now.
     Scale(u32, Reply<u32>),
     Status(Reply<JobStatus>),
+    /// Workers that have joined and not left.
+    Present(Reply<Vec<Present>>),
 }
 
 /// Sends commands to the owner of a job.
@@ -425,6 +428,7 @@ impl JobOwner {
             Command::Status(reply) => {
                 self.turn.answer(reply, self.job.status(self.now()));
             }
+            Command::Present(reply) => self.turn.answer(reply, self.job.present().collect()),
         }
         Ok(())
     }
@@ -549,7 +553,7 @@ impl JobOwner {
             JobState::Failed => "failed",
         });
         self.metrics.generation.set(self.job.generation().0 as i64);
-        self.metrics.workers.set(self.job.present() as i64);
+        self.metrics.workers.set(self.job.present().count() as i64);
         for (rank, ratio) in self.job.work_ratios() {
             self.metrics.work_ratio.with_label_values(&[&rank.to_string()]).set(ratio);
         }

@@ -18,6 +18,7 @@ mod worker;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use crate::sd::Present;
 pub use books::BooksError;
 use books::{Books, Entry};
 pub use history::{History, LedgerFile, ResumeError, prune_ledgers};
@@ -524,8 +525,12 @@ impl Job {
 
     /// Workers that have joined and not left.
     #[must_use]
-    pub fn present(&self) -> usize {
-        self.workers.values().filter(|worker| !worker.left).count()
+    pub fn present(&self) -> impl Iterator<Item = Present> {
+        self.workers.values().filter(|worker| !worker.left).map(|worker| Present {
+            rank: worker.rank,
+            host: worker.applicant.host.clone(),
+            metrics_url: worker.applicant.metrics_url.clone(),
+        })
     }
 
     /// Nobody is left who has to learn that the job has ended.

@@ -1,0 +1,119 @@
+//! `GET /sd`: what Prometheus' `http_sd_configs` scrapes of a job.
+//!
+//! Input: the workers that are there, and this coordinator's own address. Output: one group for each process that lives,
+//! with the labels `job`, `role`, `host` and, for a worker that has one, `rank`. Invariant: whoever has left or was lost is not
+//! in it.
+
+use std::collections::BTreeMap;
+
+use axum::Json;
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use learn_domain::Rank;
+use serde::Serialize;
+
+use crate::job::actor::{Command, JobHandle};
+use crate::serve::host_name;
+
+/// A worker that has joined and not left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Present {
+    pub rank: Option<Rank>,
+    pub host: String,
+    /// `http://HOST:PORT/metrics`.
+    pub metrics_url: String,
+}
+
+/// One process, as Prometheus wants it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Group {
+    targets: [String; 1],
+    labels: BTreeMap<&'static str, String>,
+}
+
+/// The name of a job, and where its coordinator serves HTTP (`http://HOST:PORT`).
+#[derive(Clone, Debug)]
+pub struct Origin {
+    pub job: String,
+    pub http: String,
+}
+
+impl Origin {
+    /// The coordinator alone.
+    #[must_use]
+    pub fn coordinator(&self, host: String) -> Group {
+        let address = self.http.trim_start_matches("http://").to_owned();
+        self.group("coordinator", address, host)
+    }
+
+    fn worker(&self, worker: Present) -> Option<Group> {
+        let address = worker.metrics_url.strip_prefix("http://")?.strip_suffix("/metrics")?;
+        let mut group = self.group("worker", address.to_owned(), worker.host);
+        if let Some(rank) = worker.rank {
+            group.labels.insert("rank", rank.to_string());
+        }
+        Some(group)
+    }
+
+    fn group(&self, role: &str, address: String, host: String) -> Group {
+        let labels = [("job", self.job.clone()), ("role", role.into()), ("host", host)];
+        Group { targets: [address], labels: labels.into() }
+    }
+}
+
+/// `/sd` of a training.
+pub fn router(job: JobHandle, origin: Origin) -> Router {
+    Router::new().route("/sd", get(targets)).with_state((job, origin))
+}
+
+async fn targets(State((job, origin)): State<(JobHandle, Origin)>) -> Response {
+    match job.ask(Command::Present).await {
+        Ok(workers) => {
+            let own = origin.coordinator(host_name());
+            let workers = workers.into_iter().filter_map(|worker| origin.worker(worker));
+            Json(std::iter::once(own).chain(workers).collect::<Vec<_>>()).into_response()
+        }
+        // Prometheus keeps the targets of its last good answer
+        Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")).into_response(),
+    }
+}
+
+/// `/sd` of an embed job, whose processes tell their coordinator what there is to know.
+pub fn alone(origin: Origin) -> Router {
+    let answer = move || async move { Json([origin.coordinator(host_name())]) };
+    Router::new().route("/sd", get(answer))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn origin() -> Origin {
+        Origin { job: "shop".into(), http: "http://login:8080".into() }
+    }
+
+    #[test]
+    fn the_answer_is_what_prometheus_reads() {
+        let worker = |rank, url: &str| Present { rank, host: "node1".into(), metrics_url: url.into() };
+        let ranked = origin().worker(worker(Some(Rank(1)), "http://node1:4711/metrics"));
+        let unranked = origin().worker(worker(None, "http://[::1]:4712/metrics"));
+        let groups = [Some(origin().coordinator("login".into())), ranked, unranked];
+        let expected = serde_json::json!([
+            {"targets": ["login:8080"], "labels": {"job": "shop", "role": "coordinator", "host": "login"}},
+            {"targets": ["node1:4711"], "labels": {"job": "shop", "role": "worker", "host": "node1", "rank": "1"}},
+            {"targets": ["[::1]:4712"], "labels": {"job": "shop", "role": "worker", "host": "node1"}},
+        ]);
+        assert_eq!(serde_json::to_value(groups).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_worker_without_metrics_is_no_target() {
+        for url in ["", "http://node1:4711/", "https://node1:4711/metrics"] {
+            let worker = Present { rank: Some(Rank(0)), host: "node1".into(), metrics_url: url.into() };
+            assert_eq!(origin().worker(worker), None, "{url}");
+        }
+    }
+}
