@@ -18,10 +18,12 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// Version of the tables and what is in them.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Values that are replaced as a whole, JSON by name.
 const VALUES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("values");
+/// Values of many that are replaced one by one, JSON by number.
+const ROWS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("rows");
 /// What was entered into the books since their value was written, JSON in order.
 const ENTRIES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("entries");
 /// Lines for the run's files, JSON in order, until they are surely in them.
@@ -95,6 +97,7 @@ pub struct StateFile {
 #[derive(Debug, Default)]
 pub struct Turn {
     values: Vec<(&'static str, Vec<u8>)>,
+    rows: Vec<(u64, Vec<u8>)>,
     entries: Vec<Vec<u8>>,
     /// The entries of earlier turns are in a value of this one.
     forget_entries: bool,
@@ -112,6 +115,15 @@ impl Turn {
     /// If it is not JSON.
     pub fn value<T: Serialize>(&mut self, name: &'static str, value: &T) -> Result<(), StateError> {
         self.values.push((name, json(name, value)?));
+        Ok(())
+    }
+
+    /// Replaces a row.
+    ///
+    /// # Errors
+    /// If it is not JSON.
+    pub fn row<T: Serialize>(&mut self, number: u64, row: &T) -> Result<(), StateError> {
+        self.rows.push((number, json("a row", row)?));
         Ok(())
     }
 
@@ -159,6 +171,7 @@ impl Turn {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.values.is_empty()
+            && self.rows.is_empty()
             && self.entries.is_empty()
             && !self.forget_entries
             && self.lines.is_empty()
@@ -241,6 +254,10 @@ impl StateFile {
             for (name, value) in &turn.values {
                 values.insert(*name, value.as_slice())?;
             }
+            let mut rows = transaction.open_table(ROWS)?;
+            for (number, row) in &turn.rows {
+                rows.insert(number, row.as_slice())?;
+            }
             let mut entries = transaction.open_table(ENTRIES)?;
             if turn.forget_entries {
                 entries.retain(|_, _| false)?;
@@ -286,13 +303,20 @@ impl StateFile {
         bytes.map(|bytes| self.parse(name, &bytes)).transpose()
     }
 
+    /// The rows, in the order of their numbers.
+    ///
+    /// # Errors
+    /// If one cannot be read as a `T`.
+    pub fn rows<T: DeserializeOwned>(&self) -> Result<Vec<(u64, T)>, StateError> {
+        self.parsed(ROWS, "row")
+    }
+
     /// The entries since their value was written, in order.
     ///
     /// # Errors
     /// If one cannot be read as a `T`.
     pub fn entries<T: DeserializeOwned>(&self) -> Result<Vec<T>, StateError> {
-        let entries = self.numbered(ENTRIES)?;
-        entries.iter().map(|(number, entry)| self.parse(&format!("entry {number}"), entry)).collect()
+        Ok(self.parsed(ENTRIES, "entry")?.into_iter().map(|(_, entry)| entry).collect())
     }
 
     /// The lines that may not be in the files yet, with their numbers.
@@ -300,8 +324,7 @@ impl StateFile {
     /// # Errors
     /// If one cannot be read as a `T`.
     pub fn lines<T: DeserializeOwned>(&self) -> Result<Vec<(u64, T)>, StateError> {
-        let lines = self.numbered(LINES)?;
-        lines.iter().map(|(number, line)| Ok((*number, self.parse(&format!("line {number}"), line)?))).collect()
+        self.parsed(LINES, "line")
     }
 
     /// The rendezvous store.
@@ -315,6 +338,15 @@ impl StateFile {
             Ok(pairs.collect::<Result<_, _>>()?)
         };
         read().map_err(damaged(&self.path))
+    }
+
+    fn parsed<T: DeserializeOwned>(
+        &self,
+        table: TableDefinition<'_, u64, &[u8]>,
+        what: &str,
+    ) -> Result<Vec<(u64, T)>, StateError> {
+        let rows = self.numbered(table)?;
+        rows.iter().map(|(number, row)| Ok((*number, self.parse(&format!("{what} {number}"), row)?))).collect()
     }
 
     fn numbered(&self, table: TableDefinition<'_, u64, &[u8]>) -> Result<Vec<(u64, Vec<u8>)>, StateError> {

@@ -42,8 +42,105 @@ struct Hand {
     replacement: bool,
     /// Its end was taken note of.
     seen: bool,
+    /// It was wanted when it failed, and `cluster.max_restarts` did not allow another.
+    missed: bool,
     /// It was asked to end.
     asked: bool,
+}
+
+impl Hand {
+    fn fate(&mut self) -> Fate {
+        let life = match (self.process.ended().is_none(), self.process.failed()) {
+            (true, _) => Life::Alive,
+            (false, true) => Life::Failed,
+            (false, false) => Life::Left,
+        };
+        let young = self.replacement && self.started.elapsed() < SHORT_LIFE;
+        Fate { life, young, seen: self.seen, missed: self.missed }
+    }
+}
+
+/// What has become of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Life {
+    Alive,
+    /// In peace.
+    Left,
+    Failed,
+}
+
+/// What is known of a process.
+#[derive(Clone, Copy, Debug)]
+struct Fate {
+    life: Life,
+    /// A replacement that has started just now.
+    young: bool,
+    seen: bool,
+    missed: bool,
+}
+
+impl Fate {
+    /// Its place is taken. Who left in peace, or failed when there were too many, is gone; who is missed, or whose turn is
+    /// still to come, is not replaced by a newcomer.
+    fn counts(self) -> bool {
+        match self.life {
+            Life::Alive => true,
+            Life::Left => false,
+            Life::Failed => self.missed || !self.seen,
+        }
+    }
+}
+
+/// What is allowed.
+#[derive(Clone, Copy, Debug)]
+struct Rules {
+    replaces: bool,
+    restarts_left: u32,
+}
+
+/// What is done about the process of a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Action {
+    /// Another one in the place of one that failed.
+    Replace,
+    /// One more.
+    Hire,
+    /// Its end is taken note of; `missed`: it was wanted still.
+    Note { missed: bool, tell: bool },
+}
+
+/// What brings the processes to what the job wants.
+fn decide(fates: &BTreeMap<u32, Fate>, view: &View, rules: Rules) -> Vec<(u32, Action)> {
+    let wanted = view.wanted as usize;
+    let goes_on = rules.replaces && view.steps_left && matches!(view.state, JobState::Running | JobState::Regrouping);
+    let gathers = view.state == JobState::Gathering;
+    let mut actions = Vec::new();
+    let mut restarts_left = rules.restarts_left;
+    let mut fates = fates.clone();
+    let mut alive = fates.values().filter(|fate| fate.life == Life::Alive).count();
+    for (&number, fate) in fates.iter_mut().filter(|(_, fate)| fate.life == Life::Failed && !fate.seen) {
+        if goes_on && restarts_left > 0 && alive < wanted {
+            if fate.young {
+                continue;
+            }
+            restarts_left -= 1;
+            alive += 1;
+            fate.life = Life::Alive;
+            actions.push((number, Action::Replace));
+        } else {
+            (fate.seen, fate.missed) = (true, alive < wanted);
+            actions.push((number, Action::Note { missed: fate.missed, tell: goes_on }));
+        }
+    }
+    // one that failed before all had joined ends the job
+    let failed = gathers && fates.values().any(|fate| fate.life == Life::Failed);
+    if goes_on || (rules.replaces && gathers && !failed) {
+        let counts = |number: &u32| fates.get(number).is_some_and(|fate| fate.counts());
+        let there = fates.values().filter(|fate| fate.counts()).count();
+        let free = (0..).filter(|number| !counts(number)).take(wanted.saturating_sub(there));
+        actions.extend(free.map(|number| (number, Action::Hire)));
+    }
+    actions
 }
 
 /// The workers of one job.
@@ -130,7 +227,10 @@ impl<'a> Crew<'a> {
             .env("OMP_NUM_THREADS", &threads);
         let log = self.run.worker_log(Rank(number));
         let process = Process::start(format!("worker process {number}"), &mut command, &log)?;
-        self.hands.insert(number, Hand { process, started: Instant::now(), replacement, seen: false, asked: false });
+        self.hands.insert(
+            number,
+            Hand { process, started: Instant::now(), replacement, seen: false, missed: false, asked: false },
+        );
         Ok(())
     }
 
@@ -145,52 +245,38 @@ impl<'a> Crew<'a> {
     /// A process cannot be started.
     pub fn follow(&mut self, view: &View) -> Result<Changes> {
         let mut changes = Changes::default();
-        let goes_on =
-            self.replaces && view.steps_left && matches!(view.state, JobState::Running | JobState::Regrouping);
-        let grows = goes_on || (self.replaces && view.state == JobState::Gathering);
-        let mut there = self.hands.values_mut().filter_map(|hand| hand.process.ended().is_none().then_some(())).count();
-        let fallen: Vec<u32> = self
-            .hands
-            .iter_mut()
-            .filter_map(|(&number, hand)| (!hand.seen && hand.process.failed()).then_some(number))
-            .collect();
-        for number in fallen {
-            let Some(hand) = self.hands.get_mut(&number) else { continue };
-            let how = hand.process.ended().map_or_else(String::new, process::describe);
-            let name = hand.process.name.clone();
-            if view.state == JobState::Gathering {
-                hand.seen = true;
-                changes.lost.get_or_insert(number);
-            } else if goes_on && self.restarts < self.config.cluster.max_restarts && there < view.wanted as usize {
-                if hand.replacement && hand.started.elapsed() < SHORT_LIFE {
-                    continue;
+        self.wanted = view.wanted;
+        let most = self.config.cluster.max_restarts;
+        let rules = Rules { replaces: self.replaces, restarts_left: most.saturating_sub(self.restarts) };
+        let fates = self.hands.iter_mut().map(|(&number, hand)| (number, hand.fate())).collect();
+        for (number, action) in decide(&fates, view, rules) {
+            let name = format!("worker process {number}");
+            let how = |hand: &mut Hand| hand.process.ended().map_or_else(String::new, process::describe);
+            let how = self.hands.get_mut(&number).map_or_else(String::new, how);
+            match action {
+                Action::Replace => {
+                    self.restarts += 1;
+                    self.hire(number, true)?;
+                    let count = self.restarts;
+                    changes
+                        .lines
+                        .push(format!("{name} ended with {how}; another takes its place ({count} of {most} restarts)"));
                 }
-                self.restarts += 1;
-                there += 1;
-                self.hire(number, true)?;
-                let (count, most) = (self.restarts, self.config.cluster.max_restarts);
-                changes
-                    .lines
-                    .push(format!("{name} ended with {how}; another takes its place ({count} of {most} restarts)"));
-            } else {
-                hand.seen = true;
-                if goes_on {
-                    changes.lines.push(format!("{name} ended with {how}; the others go on without it"));
+                Action::Hire => {
+                    self.hire(number, false)?;
+                    changes.lines.push(format!("{name} joins"));
+                }
+                Action::Note { missed, tell } => {
+                    if let Some(hand) = self.hands.get_mut(&number) {
+                        (hand.seen, hand.missed) = (true, missed);
+                    }
+                    if view.state == JobState::Gathering {
+                        changes.lost.get_or_insert(number);
+                    } else if tell {
+                        changes.lines.push(format!("{name} ended with {how}; the others go on without it"));
+                    }
                 }
             }
-        }
-        if !grows || changes.lost.is_some() {
-            return Ok(changes);
-        }
-        self.wanted = view.wanted;
-        // those that left in peace were too many once; those that failed are not replaced this way
-        let counts = |hand: &mut Hand| hand.process.ended().is_none() || hand.process.failed();
-        let there = self.hands.values_mut().filter_map(|hand| counts(hand).then_some(())).count();
-        let free = (0..).filter(|number| self.hands.get_mut(number).is_none_or(|hand| !counts(hand)));
-        let free: Vec<u32> = free.take((self.wanted as usize).saturating_sub(there)).collect();
-        for number in free {
-            self.hire(number, false)?;
-            changes.lines.push(format!("worker process {number} joins"));
         }
         Ok(changes)
     }
@@ -221,5 +307,59 @@ impl<'a> Crew<'a> {
         let first = self.hands.iter_mut().find_map(|(&number, hand)| by_itself(hand).then_some(number));
         let hand = self.hands.get_mut(&number.or(first)?)?;
         Some(&mut hand.process)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALIVE: Fate = Fate { life: Life::Alive, young: false, seen: false, missed: false };
+    const FAILED: Fate = Fate { life: Life::Failed, ..ALIVE };
+    const LEFT: Fate = Fate { life: Life::Left, ..ALIVE };
+    const RULES: Rules = Rules { replaces: true, restarts_left: 2 };
+
+    fn decided(fates: &[Fate], wanted: u32, state: JobState, rules: Rules) -> Vec<(u32, Action)> {
+        let fates = (0..).zip(fates.iter().copied()).collect();
+        decide(&fates, &View { state, wanted, steps_left: true }, rules)
+    }
+
+    fn running(fates: &[Fate], wanted: u32) -> Vec<(u32, Action)> {
+        decided(fates, wanted, JobState::Running, RULES)
+    }
+
+    #[test]
+    fn one_that_failed_is_replaced_while_there_are_restarts() {
+        assert_eq!(running(&[ALIVE, FAILED], 2), [(1, Action::Replace)]);
+        assert_eq!(running(&[ALIVE, ALIVE], 2), []);
+        let young = Fate { young: true, ..FAILED };
+        assert_eq!(running(&[ALIVE, young], 2), [], "not yet");
+        let none = Rules { restarts_left: 0, ..RULES };
+        let missed = (1, Action::Note { missed: true, tell: true });
+        assert_eq!(decided(&[ALIVE, FAILED], 2, JobState::Running, none), [missed]);
+        let noted = Fate { seen: true, missed: true, ..FAILED };
+        assert_eq!(decided(&[ALIVE, noted], 2, JobState::Running, none), []);
+        assert_eq!(decided(&[ALIVE, noted], 3, JobState::Running, none), [(2, Action::Hire)]);
+        let one = Rules { restarts_left: 1, ..RULES };
+        assert_eq!(decided(&[FAILED, FAILED], 2, JobState::Running, one), [(0, Action::Replace), missed]);
+    }
+
+    #[test]
+    fn one_that_failed_when_there_were_too_many_is_not_missed_later() {
+        let surplus = (1, Action::Note { missed: false, tell: true });
+        assert_eq!(running(&[ALIVE, FAILED, ALIVE], 2), [surplus]);
+        let noted = Fate { seen: true, ..FAILED };
+        assert_eq!(running(&[ALIVE, noted, ALIVE], 4), [(1, Action::Hire), (3, Action::Hire)]);
+        assert_eq!(running(&[ALIVE, LEFT, ALIVE], 4), [(1, Action::Hire), (3, Action::Hire)]);
+    }
+
+    #[test]
+    fn a_failure_before_all_have_joined_is_told_and_nobody_is_hired() {
+        let lost = [(0, Action::Note { missed: true, tell: false })];
+        assert_eq!(decided(&[FAILED, ALIVE], 3, JobState::Gathering, RULES), lost);
+        assert_eq!(decided(&[ALIVE], 2, JobState::Gathering, RULES), [(1, Action::Hire)]);
+        assert_eq!(decided(&[LEFT], 2, JobState::Stopping, RULES), []);
+        let evaluates = Rules { replaces: false, ..RULES };
+        assert_eq!(decided(&[LEFT], 2, JobState::Running, evaluates), []);
     }
 }

@@ -442,7 +442,7 @@ impl JobOwner {
             }
             Happening::CheckpointFailed { .. } => self.metrics.checkpoint_failures_total.inc(),
             Happening::CheckpointSkipped { .. } => self.metrics.checkpoints_skipped_total.inc(),
-            Happening::WorkerLost { cause, .. } => {
+            Happening::WorkerLost { cause, .. } | Happening::NewcomerLost { cause, .. } => {
                 self.metrics.worker_lost_total.with_label_values(&[cause.label()]).inc();
             }
             Happening::Stalled { stall, .. } => {
@@ -490,6 +490,9 @@ impl JobOwner {
                 Effect::Lost(loss) => {
                     let Loss { worker, rank, cause } = loss;
                     self.note(generation, Happening::WorkerLost { worker, rank, cause })?;
+                }
+                Effect::NewcomerLost(worker, cause) => {
+                    self.note(generation, Happening::NewcomerLost { worker, cause })?;
                 }
                 Effect::Regrouping(cause) => {
                     // whoever waits for a key of this generation waits in vain

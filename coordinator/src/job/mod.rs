@@ -31,7 +31,7 @@ use learn_domain::report::{DatasetFacts, Evaluation, StepRecord, Task};
 use learn_domain::{Config, Generation, Rank, Step, UserIndex, WorkerId};
 use learn_proto::convert::{Applicant, Beginning, StepReport};
 pub use saved::TakeOverError;
-use saved::Unsaved;
+use saved::{Changed, Unsaved};
 pub use turn::Keeping;
 use vigil::Vigil;
 pub use worker::Heartbeat;
@@ -145,7 +145,7 @@ impl Job {
             ended: None,
             outcome: None,
             answers_until: Duration::ZERO,
-            unsaved: Unsaved { job: true, progress: true, books: true, weight: 0 },
+            unsaved: Unsaved { job: true, workers: Changed::All, progress: true, books: true, weight: 0 },
             vigil: Vigil::default(),
             settings,
         }
@@ -473,8 +473,9 @@ impl Job {
         let passive = matches!(event, Event::Heartbeat(_) | Event::Progress(_) | Event::Tick);
         // a sign of life alone need not outlive the coordinator
         let vital = !passive || (matches!(event, Event::Progress(_)) && self.membership.recoveries() > 0);
-        let effects = self.membership.step(now, event);
+        let effects = self.membership.step(now, event.clone());
         self.unsaved.job |= vital || !effects.is_empty();
+        self.unsaved.workers.add(&event, &effects);
         self.revision += u64::from(!passive || !effects.is_empty());
         for effect in &effects {
             match effect {
@@ -496,6 +497,12 @@ impl Job {
                     if let Some(worker) = self.workers.get_mut(&loss.worker) {
                         worker.left = true;
                         worker.rank = None;
+                        worker.phase = "lost".into();
+                    }
+                }
+                Effect::NewcomerLost(worker, _) => {
+                    if let Some(worker) = self.workers.get_mut(worker) {
+                        worker.left = true;
                         worker.phase = "lost".into();
                     }
                 }

@@ -1,8 +1,8 @@
 //! What of a job outlives its coordinator: written as changes of a turn, read by the coordinator that takes over.
 //!
 //! Input: the job, or the state that a coordinator left. Output: a [`Turn`]'s values and entries, or the job as it was. The
-//! large part, the books, is written whole now and then, at checkpoints at least, and as changes in between; the rest when it
-//! has changed.
+//! large part, the books, is written whole now and then, at checkpoints at least, and as changes in between; workers one by
+//! one; the rest when it has changed.
 //! Invariant: time goes on where it was, so that no stored time lies in the future; and nobody is blamed for the time
 //! when nobody could be heard.
 
@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use learn_domain::ledger::Ledger;
-use learn_domain::membership::{Membership, Outcome};
+use learn_domain::membership::{Effect, Event, Member, Membership, Outcome};
 use learn_domain::report::{Evaluation, StepRecord};
 use learn_domain::{Step, WorkerId};
 use serde::{Deserialize, Serialize};
@@ -52,8 +52,8 @@ pub enum TakeOverError {
 /// What changes seldom: with who comes and goes, with checkpoints and evaluations.
 #[derive(Serialize, Deserialize)]
 struct Saved {
+    /// Without its members.
     membership: Membership,
-    workers: BTreeMap<WorkerId, Worker>,
     last_checkpoint: Option<Step>,
     commits: BTreeSet<Step>,
     evaluations: Vec<Evaluation>,
@@ -65,6 +65,14 @@ struct Saved {
     outcome: Option<Outcome>,
 }
 
+/// A worker, in a row of its own.
+#[derive(Serialize, Deserialize)]
+struct Row {
+    worker: Worker,
+    /// None for one that has left.
+    member: Option<Member>,
+}
+
 /// What changes with every step.
 #[derive(Serialize, Deserialize)]
 struct Progress {
@@ -73,10 +81,48 @@ struct Progress {
     step_seconds: f64,
 }
 
+/// Workers that have changed.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Changed {
+    These(BTreeSet<WorkerId>),
+    All,
+}
+
+impl Default for Changed {
+    fn default() -> Self {
+        Self::These(BTreeSet::new())
+    }
+}
+
+impl Changed {
+    /// An event changes the worker that it names; its effects may change any.
+    pub fn add(&mut self, event: &Event, effects: &[Effect]) {
+        let worker = match event {
+            Event::Ready { worker, .. }
+            | Event::Disconnected(worker)
+            | Event::Stalled { worker, .. }
+            | Event::Leave(worker, _) => Some(*worker),
+            // whether one was seen is not kept
+            Event::Heartbeat(_) | Event::Join(_) | Event::Progress(_) | Event::Tick => None,
+            Event::Scale(_) | Event::OperatorStop => None,
+        };
+        let admitted = |effect: &Effect| match effect {
+            Effect::Admitted(worker) => Some(*worker),
+            _ => None,
+        };
+        if effects.iter().any(|effect| !matches!(effect, Effect::Admitted(_) | Effect::Refused(_))) {
+            *self = Self::All;
+        } else if let Self::These(workers) = self {
+            workers.extend(worker.into_iter().chain(effects.iter().filter_map(admitted)));
+        }
+    }
+}
+
 /// What has changed since it was written last.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Unsaved {
     pub job: bool,
+    pub workers: Changed,
     pub progress: bool,
     /// The books as a whole, because a ledger was committed.
     pub books: bool,
@@ -97,7 +143,7 @@ impl Job {
     /// # Errors
     /// If something is no JSON.
     pub fn save(&mut self, now: Duration, turn: &mut Turn) -> Result<(), StateError> {
-        let Unsaved { job, progress, books, weight } = std::mem::take(&mut self.unsaved);
+        let Unsaved { job, workers, progress, books, weight } = std::mem::take(&mut self.unsaved);
         let changes = self.books.take_changes();
         self.unsaved.weight = weight + changes.iter().map(Change::weight).sum::<usize>();
         if books || self.unsaved.weight > MOST_CHANGES {
@@ -111,8 +157,7 @@ impl Job {
             turn.value(
                 JOB,
                 &Saved {
-                    membership: self.membership.clone(),
-                    workers: self.workers.clone(),
+                    membership: self.membership.without_members(),
                     last_checkpoint: self.last_checkpoint,
                     commits: self.commits.clone(),
                     evaluations: self.evaluations.clone(),
@@ -125,6 +170,10 @@ impl Job {
                 },
             )?;
         }
+        match workers {
+            Changed::These(ids) => ids.into_iter().try_for_each(|id| self.save_worker(id, turn))?,
+            Changed::All => self.workers.keys().try_for_each(|&id| self.save_worker(id, turn))?,
+        }
         if progress {
             let Self { last_step, trained_users, step_seconds, .. } = self;
             let (last_step, trained_users, step_seconds) = (last_step.clone(), *trained_users, *step_seconds);
@@ -134,6 +183,12 @@ impl Job {
             turn.value(CLOCK, &now)?;
         }
         Ok(())
+    }
+
+    fn save_worker(&self, id: WorkerId, turn: &mut Turn) -> Result<(), StateError> {
+        let Some(worker) = self.workers.get(&id) else { return Ok(()) };
+        let member = self.membership.members().and_then(|members| members.get(&id)).cloned();
+        turn.row(u64::from(id.0), &Row { worker: worker.clone(), member })
     }
 
     /// The job as the coordinator that was killed has left it, and its time.
@@ -149,10 +204,16 @@ impl Job {
         for change in state.entries::<Change>()? {
             books.replay(change, |step| planned(&settings.plan, step))?;
         }
+        let (mut workers, mut members) = (BTreeMap::new(), BTreeMap::new());
+        for (number, Row { worker, member }) in state.rows()? {
+            // it was written as a worker's number
+            let id = WorkerId(number as u32);
+            workers.insert(id, Worker { seen: now, ..worker });
+            members.extend(member.map(|member| (id, member)));
+        }
         let mut membership = saved.membership;
+        membership.set_members(members);
         membership.restart_clock(now);
-        let mut workers = saved.workers;
-        workers.values_mut().for_each(|worker| worker.seen = now);
         let mut job = Self {
             settings,
             membership,

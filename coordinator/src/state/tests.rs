@@ -17,6 +17,8 @@ fn what_was_written_is_there_after_a_kill() {
     state
         .write(turn(|turn| {
             turn.value("clock", &3).unwrap();
+            turn.row(7, &"seven").unwrap();
+            turn.row(5, &"five").unwrap();
             turn.entry(&"a").unwrap();
             turn.line(&"one").unwrap();
             turn.key("id".into(), vec![1, 2]);
@@ -25,6 +27,7 @@ fn what_was_written_is_there_after_a_kill() {
     state
         .write(turn(|turn| {
             turn.value("clock", &4).unwrap();
+            turn.row(7, &"seven again").unwrap();
             turn.entry(&"b").unwrap();
             turn.line(&"two").unwrap();
         }))
@@ -35,6 +38,7 @@ fn what_was_written_is_there_after_a_kill() {
     let left = StateFile::open(&killed).unwrap();
     assert_eq!(left.value::<u32>("clock").unwrap(), Some(4));
     assert_eq!(left.value::<u32>("nothing").unwrap(), None);
+    assert_eq!(left.rows::<String>().unwrap(), [(5, "five".into()), (7, "seven again".into())]);
     assert_eq!(left.entries::<String>().unwrap(), ["a", "b"]);
     assert_eq!(left.lines::<String>().unwrap(), [(0, "one".into()), (1, "two".into())]);
     assert_eq!(left.keys().unwrap(), [("id".to_owned(), vec![1, 2])]);
@@ -99,9 +103,9 @@ fn a_missing_foreign_cut_or_newer_file_is_refused_with_the_way_on() {
     }
 
     let mut state = StateFile::create(&path).unwrap();
-    state.write(turn(|turn| turn.value("format", &2).unwrap())).unwrap();
+    state.write(turn(|turn| turn.value("format", &(FORMAT + 1)).unwrap())).unwrap();
     drop(state);
-    assert!(StateFile::open(&path).unwrap_err().to_string().contains("format 2"));
+    assert!(StateFile::open(&path).unwrap_err().to_string().contains(&format!("format {}", FORMAT + 1)));
 }
 
 /// A kill between any two writes of the database leaves the state before or after the turn.

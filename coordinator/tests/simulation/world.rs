@@ -524,7 +524,8 @@ impl World {
                 Effect::Lost(loss) => *self.fired.losses.entry(loss.cause.label()).or_default() += 1,
                 Effect::Dismissed(_) => self.fired.dismissed += 1,
                 Effect::Ended(outcome) => assert!(self.outcome.replace(outcome).is_none(), "a job ends once"),
-                Effect::Admitted(_) | Effect::Refused(_) | Effect::Regrouping(_) | Effect::Stop(_) => {}
+                Effect::Admitted(_) | Effect::Refused(_) | Effect::NewcomerLost(..) => {}
+                Effect::Regrouping(_) | Effect::Stop(_) => {}
             }
         }
     }

@@ -51,6 +51,8 @@ pub enum Happening {
     CheckpointSkipped { step: Step },
     /// A worker was lost; the job goes on without it if it can.
     WorkerLost { worker: WorkerId, rank: Rank, cause: LossCause },
+    /// A worker was lost that waited for its first generation.
+    NewcomerLost { worker: WorkerId, cause: LossCause },
     /// The generation has ended at once, for a new one.
     Regrouping { reason: String },
     /// The generation of this event was formed.
@@ -83,6 +85,9 @@ impl fmt::Display for Happening {
             }
             Self::WorkerLost { worker, rank, cause } => {
                 write!(f, "rank {rank} (worker {worker}) was lost: {cause}")
+            }
+            Self::NewcomerLost { worker, cause } => {
+                write!(f, "worker {worker}, which had no rank yet, was lost: {cause}")
             }
             Self::Regrouping { reason } => write!(f, "the workers regroup: {reason}"),
             Self::Formed { world_size } => write!(f, "a generation of {world_size} workers was formed"),
@@ -120,6 +125,7 @@ mod tests {
             Happening::Regrouping { reason: "a worker joined".into() },
             Happening::Formed { world_size: 4 },
             Happening::WorkerDismissed { worker: WorkerId(5) },
+            Happening::NewcomerLost { worker: WorkerId(6), cause: LossCause::Disconnected },
             Happening::TakenOver,
             Happening::Stalled {
                 stall: Stall { guilty: Some((WorkerId(1), Rank(0))), cause: Cause::Data, phase: "data_wait".into() },

@@ -252,8 +252,9 @@ impl Membership {
         }
         let Some(member) = members.remove(&worker) else { return Vec::new() };
         let Some(rank) = member.rank else {
+            let mut effects = vec![Effect::NewcomerLost(worker, cause)];
             // whoever waited for it may have waited in vain
-            let mut effects = self.form_if_complete(now);
+            effects.extend(self.form_if_complete(now));
             effects.extend(self.end_if_empty());
             return effects;
         };
@@ -372,11 +373,7 @@ impl Membership {
             let mut members = self.members().into_iter().flatten();
             let lost = members.find_map(|(&worker, member)| Some((worker, self.silence(now, worker, member)?)));
             let Some((worker, cause)) = lost else { break };
-            if matches!(self.state, State::Gathering { .. }) {
-                self.members_mut().and_then(|members| members.remove(&worker));
-            } else {
-                effects.extend(self.lose(now, worker, cause));
-            }
+            effects.extend(self.lose(now, worker, cause));
         }
         effects.extend(match &self.state {
             State::Gathering { members } if late(Duration::ZERO, settings.join_timeout) => {

@@ -8,13 +8,14 @@
 //! | state | event | next state | effects |
 //! |---|---|---|---|
 //! | gathering | join, ready | gathering; running once all wanted workers are ready | admitted; formed |
-//! | gathering | worker lost or left | gathering (it is forgotten) | - |
+//! | gathering | worker lost or left | gathering (it is forgotten) | newcomer lost; - |
 //! | gathering | join deadline, operator stop | ended | ended |
 //! | running | join | running (it waits and prepares) | admitted, or refused when nobody is wanted |
 //! | running | ready, of a newcomer | running, yielding; as it was if nobody is wanted | -; dismissed |
 //! | running | scale below the number of participants | running, yielding | - |
 //! | running | ready, of a participant that yielded | regrouping | - |
 //! | running | ready, of a participant whose collective broke | regrouping (hard) | regrouping |
+//! | running, regrouping | newcomer lost | as it was; running, generation + 1, if only it was waited for | newcomer lost; formed |
 //! | running, regrouping | participant lost | regrouping (hard) | lost, regrouping |
 //! | running, regrouping | participant lost, or its collective broke, when another is done | ended (finished) | ended |
 //! | running, regrouping | the last participant disconnected, or silent with all others | as it was, for a while | - |
@@ -292,6 +293,8 @@ pub enum Effect {
     Admitted(WorkerId),
     Refused(Refusal),
     Lost(Loss),
+    /// A newcomer, which had no rank yet, is lost: it costs nothing.
+    NewcomerLost(WorkerId, LossCause),
     /// The generation ends at once, for a new one.
     Regrouping(RegroupCause),
     /// A generation was formed; `members[rank]` is the worker of that rank.
@@ -481,6 +484,27 @@ impl Membership {
             | State::Regrouping { members, .. }
             | State::Stopping { members, .. } => Some(members),
             State::Ended(_) => None,
+        }
+    }
+
+    /// All but the members, who can be kept one by one.
+    #[must_use]
+    pub fn without_members(&self) -> Self {
+        let members = Members::new();
+        let state = match &self.state {
+            State::Gathering { .. } => State::Gathering { members },
+            &State::Running { yielding, .. } => State::Running { members, yielding },
+            &State::Regrouping { hard, since, .. } => State::Regrouping { members, hard, since },
+            State::Stopping { cause, since, .. } => State::Stopping { members, cause: cause.clone(), since: *since },
+            State::Ended(outcome) => State::Ended(outcome.clone()),
+        };
+        Self { state, stop: self.stop.clone(), dismissed: self.dismissed.clone(), ..*self }
+    }
+
+    /// Gives the members back to what [`Membership::without_members`] gave.
+    pub fn set_members(&mut self, members: Members) {
+        if let Some(none) = self.members_mut() {
+            *none = members;
         }
     }
 
