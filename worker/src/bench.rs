@@ -1,7 +1,6 @@
 //! `learn-worker bench-step`: seconds of a training step on synthetic data, one rank, no network.
 //!
-//! Input: a model shape and a batch. Output: users and tokens per second of each repetition. Lengths are uniform in
-//! `1..=history`, so about half of a padded batch is padding.
+//! Input: a model shape, a batch, and lengths. Output: users and tokens per second of each repetition.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -12,7 +11,7 @@ use learn_domain::UserIndex;
 use learn_domain::config::{Config, ObjectiveKind, Precision};
 use learn_domain::random::Draws;
 use learn_domain::report::DatasetFacts;
-use learn_domain::sampling::{SampleKey, uniform_items};
+use learn_domain::sampling::{SampleKey, SamplingShape, uniform_items};
 use learn_model::{AdamW, Forward, Parameters, Pch};
 use learn_proto::flight::BatchMeta;
 use learn_telemetry::WorkerMetrics;
@@ -31,6 +30,9 @@ pub struct BenchSettings {
     pub config: Config,
     pub input_dim: u32,
     pub items: u32,
+    /// History lengths, which users take in turn; if there are none they are uniform.
+    #[serde(skip)]
+    pub lengths: Vec<u32>,
     pub repetitions: u32,
     #[serde(skip)]
     pub device: tch::Device,
@@ -127,14 +129,41 @@ fn synthetic_objective(settings: &BenchSettings) -> Objective {
     }
 }
 
+/// A user whose last items are the targets, at the newest positions of both; and its pairs.
+fn uncut(user: u32, items: &[u32], sampling: &SamplingShape) -> (UserShare, u64) {
+    let (history, targets) = items.split_at(items.len() - sampling.targets as usize);
+    let newest = |length: usize, most: u32| {
+        let length = length as u32;
+        (length.saturating_sub(most)..length).collect::<Vec<_>>()
+    };
+    let share = UserShare {
+        user,
+        place: user,
+        user_positions: newest(history.len(), sampling.user_positions),
+        item_positions: newest(targets.len(), sampling.item_positions),
+        history: history.to_vec(),
+        targets: targets.to_vec(),
+        ..UserShare::default()
+    };
+    let pairs = (share.user_positions.len() * share.item_positions.len()) as u64;
+    (share, pairs)
+}
+
 fn synthetic_step(settings: &BenchSettings) -> PreparedStep {
     let config = &settings.config;
     let sampling = config.sample_shape();
     let users = config.training.global_batch;
     let mut draws = Draws::new(&[config.job.seed]);
     let drawn = (0..users).filter_map(|user| {
-        let length = 2 + draws.below(u64::from(sampling.history + sampling.targets - 1)) as u32;
+        let given = settings.lengths.get(user as usize % settings.lengths.len().max(1));
+        let length = match given {
+            Some(&history) => history.min(sampling.history) + sampling.targets,
+            None => 2 + draws.below(u64::from(sampling.history + sampling.targets - 1)) as u32,
+        };
         let items: Vec<u32> = (0..length).map(|_| draws.below(u64::from(settings.items)) as u32).collect();
+        if given.is_some() {
+            return Some(uncut(user, &items, &sampling));
+        }
         let key = SampleKey { seed: 1, epoch: 0, user: UserIndex(user) };
         UserShare::draw(Seen { items: &items, times: &[] }, key, &sampling)
     });

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use learn_domain::config::{ByteSize, Config, DeviceKind, Precision};
+use learn_domain::config::{ByteSize, Config, DeviceKind, ItemTower, Precision};
 use learn_domain::report::{Split, exit};
 use learn_domain::run_dir::RunDir;
 use learn_worker::bench::{BenchSettings, bench_step};
@@ -120,6 +120,23 @@ impl From<SplitName> for Split {
     }
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum Tower {
+    Causal,
+    PerItem,
+    Content,
+}
+
+impl From<Tower> for ItemTower {
+    fn from(tower: Tower) -> Self {
+        match tower {
+            Tower::Causal => Self::Causal,
+            Tower::PerItem => Self::PerItem,
+            Tower::Content => Self::Content,
+        }
+    }
+}
+
 #[derive(Args)]
 struct JoinArgs {
     /// `http://HOST:PORT` of the coordinator.
@@ -167,6 +184,11 @@ struct BenchArgs {
     history: u32,
     #[arg(long, default_value_t = 20)]
     targets: u32,
+    /// JSON array of history lengths, which users take in turn; default: uniform in 1..=HISTORY.
+    #[arg(long, value_name = "FILE")]
+    lengths: Option<PathBuf>,
+    #[arg(long, value_enum, default_value = "per-item")]
+    item_tower: Tower,
     #[arg(long, default_value_t = 100_000)]
     items: u32,
     /// bf16 matrix products.
@@ -260,6 +282,7 @@ fn bench_settings(args: &BenchArgs) -> Result<BenchSettings, WorkerError> {
     config.model.hidden = args.hidden;
     config.model.heads = args.heads;
     config.model.output_dim = args.output_dim;
+    config.model.item_tower = args.item_tower.into();
     config.sampling.history = args.history;
     config.sampling.targets = args.targets;
     config.training.global_batch = args.batch;
@@ -268,8 +291,20 @@ fn bench_settings(args: &BenchArgs) -> Result<BenchSettings, WorkerError> {
     config.cluster.row_cache = ByteSize(0);
     config.validate().map_err(|error| WorkerError::Usage(error.to_string()))?;
     let device = learn_torch::device(args.device.into(), 0)?;
+    let lengths = match &args.lengths {
+        Some(file) => {
+            let usage = |problem: String| WorkerError::Usage(format!("{}: {problem}", file.display()));
+            let text = std::fs::read_to_string(file).map_err(|error| usage(error.to_string()))?;
+            let lengths: Vec<u32> = serde_json::from_str(&text).map_err(|error| usage(error.to_string()))?;
+            if lengths.is_empty() || lengths.contains(&0) {
+                return Err(usage("must be a JSON array of history lengths of at least 1".into()));
+            }
+            lengths
+        }
+        None => Vec::new(),
+    };
     let (input_dim, items, repetitions) = (args.input_dim, args.items, args.repetitions);
-    Ok(BenchSettings { config, input_dim, items, repetitions, device })
+    Ok(BenchSettings { config, input_dim, items, lengths, repetitions, device })
 }
 
 fn print_json(value: &impl serde::Serialize) -> Result<(), WorkerError> {

@@ -149,10 +149,10 @@ impl Offline {
             .chunks(USER_CHUNK)
             .map(|chunk| {
                 let newest: Vec<Seen<'_>> = chunk.iter().map(|history| self.seen(history).newest(most)).collect();
-                let (unique, padded) = newest_positions(&newest);
+                let (unique, packed) = newest_positions(&newest);
                 let inputs = ItemInputs { items: &unique, content: &self.rows(&unique), id_seed: None };
-                let padded = sequences(&padded, self.device);
-                let embedded = tch::no_grad(|| embed_histories(&self.catalogue(), &inputs, &padded, &self.forward()));
+                let packed = sequences(&packed, self.device);
+                let embedded = tch::no_grad(|| embed_histories(&self.catalogue(), &inputs, &packed, &self.forward()));
                 embedded.to_device(Device::Cpu)
             })
             .collect();

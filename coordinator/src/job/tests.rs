@@ -291,7 +291,9 @@ fn the_end_waits_until_the_others_were_told() {
     job.tick(SECOND * 12);
     assert_eq!(job.state(), JobState::Regrouping, "worker 1 was silent");
     job.tick(SECOND * 20);
-    assert_eq!((job.state(), job.everybody_knows(SECOND * 20)), (JobState::Failed, true), "and so is worker 0 now");
+    assert_eq!(job.state(), JobState::Regrouping, "nobody is heard of, so the last is waited for");
+    job.tick(SECOND * 70);
+    assert_eq!((job.state(), job.everybody_knows(SECOND * 70)), (JobState::Failed, true), "worker 0 is lost too");
 
     let mut job = Job::new(settings(2));
     job.join(SECOND, applicant("a")).unwrap();

@@ -28,6 +28,7 @@ pub mod ids;
 pub mod lease;
 pub mod ledger;
 pub mod membership;
+pub mod packing;
 pub mod plan;
 pub mod progress;
 pub mod prompt;

@@ -1,18 +1,19 @@
 //! One BERT layer: attention and feed-forward, each followed by dropout, residual and layer norm (post-LN), exact GELU.
 //!
-//! Input: hidden states `[B, L, D]`, weights found by name. Output: hidden states of the same shape and kind.
+//! Input: hidden states `[B, L, D]`, or `[T, D]` of packed sequences, weights found by name. Output: hidden states of the same
+//! shape and kind.
 //! With `Precision::Bf16` or `F16` the matrix products and the attention have that kind; layer norms, residuals and the
 //! softmax's statistics keep the kind of the input (f32). With `F32` everything has the input's kind, so f64 works too.
 
 use learn_domain::config::Precision;
+use learn_domain::packing::Run;
 use tch::Tensor;
 
 /// Who attends to whom.
 #[derive(Clone, Copy, Debug)]
 pub enum Attention<'a> {
-    /// Each position to itself and the earlier ones. With right-padded sequences no padding mask is needed: padding lies
-    /// in the future of every valid position, and what comes out at padding is never used.
-    Causal,
+    /// Packed sequences `[T, D]`: each position to itself and the earlier ones of its sequence.
+    Causal(&'a [Run]),
     /// Each position to itself only, so the context is its value and queries and keys do not matter.
     Alone,
     /// To the keys where the mask (bool, `[B, 1, 1, L]` or broadcastable to `[B, heads, L, L]`) is true; every query
@@ -98,7 +99,7 @@ impl LayerNorm<'_> {
     }
 }
 
-/// Hidden states after one layer: `[B, L, D]` to `[B, L, D]`.
+/// Hidden states after one layer: `[.., D]` to `[.., D]`.
 pub fn layer(weights: &LayerWeights, x: &Tensor, attention: &Attention, forward: &LayerForward) -> Tensor {
     let after = |dense: Tensor, residual: &Tensor, norm: &LayerNorm| {
         let dropped = dense.dropout(forward.dropout, forward.train).to_kind(residual.kind());
@@ -112,23 +113,45 @@ pub fn layer(weights: &LayerWeights, x: &Tensor, attention: &Attention, forward:
     after(narrow, &attended, &weights.output_norm)
 }
 
-/// The heads' weighted values, side by side: `[B, L, D]`.
+/// The heads' weighted values, side by side: `[.., D]`.
 fn context(weights: &LayerWeights, x: &Tensor, attention: &Attention, forward: &LayerForward) -> Tensor {
     let value = weights.value.forward(x, forward.precision);
-    let (mask, causal) = match attention {
+    let others = || (weights.query.forward(x, forward.precision), weights.key.forward(x, forward.precision));
+    match attention {
+        _ if x.numel() == 0 => value,
         // One key has weight 1. Dropping that weight would erase the item instead of thinning its context.
-        Attention::Alone => return value,
-        _ if x.numel() == 0 => return value,
-        Attention::Causal => (None, true),
-        Attention::Masked(mask) => (Some(*mask), false),
-    };
-    let size = value.size();
+        Attention::Alone => value,
+        Attention::Masked(mask) => {
+            let (query, key) = others();
+            attend(forward, (&query, &key, &value), Some(*mask))
+        }
+        Attention::Causal(runs) => {
+            let (query, key) = others();
+            let parts = blocks(&query, runs).zip(blocks(&key, runs)).zip(blocks(&value, runs));
+            let attended = parts.map(|(((query, run), (key, _)), (value, _))| match run.length {
+                1 => value.flatten(0, 1),
+                _ => attend(forward, (&query, &key, &value), None).flatten(0, 1),
+            });
+            Tensor::cat(&attended.collect::<Vec<_>>(), 0)
+        }
+    }
+}
+
+/// The blocks `[count, length, ..]` of `x` `[T, ..]`, and their runs. The gradient of all is put together in one piece.
+pub(crate) fn blocks<'a>(x: &Tensor, runs: &'a [Run]) -> impl Iterator<Item = (Tensor, &'a Run)> {
+    let sizes: Vec<i64> = runs.iter().map(|run| run.tokens() as i64).collect();
+    let block = |(part, run): (Tensor, &'a Run)| (part.unflatten(0, [run.count as i64, run.length as i64]), run);
+    x.split_with_sizes(sizes, 0).into_iter().zip(runs).map(block)
+}
+
+/// Attention over a block `[B, L, D]`, causal without a mask.
+fn attend(forward: &LayerForward, parts: (&Tensor, &Tensor, &Tensor), mask: Option<&Tensor>) -> Tensor {
+    let size = parts.0.size();
     // [B, L, D] -> [B, heads, L, D / heads]
-    let split = |x: Tensor| x.view([size[0], size[1], forward.heads, -1]).transpose(1, 2);
-    let query = split(weights.query.forward(x, forward.precision));
-    let key = split(weights.key.forward(x, forward.precision));
+    let split = |x: &Tensor| x.view([size[0], size[1], forward.heads, -1]).transpose(1, 2);
+    let (query, key, value) = (split(parts.0), split(parts.1), split(parts.2));
     let dropout = if forward.train { forward.dropout } else { 0.0 };
-    Tensor::scaled_dot_product_attention(&query, &key, &split(value), mask, dropout, causal, None, false)
+    Tensor::scaled_dot_product_attention(&query, &key, &value, mask, dropout, mask.is_none(), None, false)
         .transpose(1, 2)
         .reshape(size)
 }
@@ -208,9 +231,13 @@ mod tests {
         let alone = Tensor::eye(6, (Kind::Bool, Device::Cpu)).view([1, 1, 6, 6]);
         let lengths = Tensor::from_slice(&[6_i64, 1, 4, 3]).view([4, 1, 1, 1]);
         let present = Tensor::arange(6, (Kind::Int64, Device::Cpu)).view([1, 1, 1, 6]).lt_tensor(&lengths);
-        let cases = [(Attention::Causal, &causal), (Attention::Alone, &alone), (Attention::Masked(&present), &present)];
+        let runs = [Run { count: 4, length: 6 }];
+        let cases =
+            [(Attention::Causal(&runs), &causal), (Attention::Alone, &alone), (Attention::Masked(&present), &present)];
         for (attention, allowed) in cases {
-            let (ours, theirs) = (layer(&w, &x, &attention, &settings(0.0)), spelled_out(&w, &x, allowed));
+            let packed = if matches!(attention, Attention::Causal(_)) { x.flatten(0, 1) } else { x.shallow_clone() };
+            let ours = layer(&w, &packed, &attention, &settings(0.0)).view_as(&x);
+            let theirs = spelled_out(&w, &x, allowed);
             assert!(gap(&ours, &theirs) < 1e-12, "{attention:?}");
             let cotangent = Tensor::randn_like(&ours);
             let gradient = |y: &Tensor| {
@@ -226,13 +253,33 @@ mod tests {
     }
 
     #[test]
+    fn packed_sequences_do_not_see_each_other() {
+        let all = weights(Kind::Double);
+        let w = find(&all);
+        let runs = [(2, 1), (1, 2), (3, 4)].map(|(count, length)| Run { count, length });
+        let x = Tensor::randn([16, WIDTH], (Kind::Double, Device::Cpu));
+        let together = layer(&w, &x, &Attention::Causal(&runs), &settings(0.0));
+        let mut place = 0;
+        for run in runs {
+            for _ in 0..run.count {
+                let length = run.length as i64;
+                let causal =
+                    Tensor::ones([length, length], (Kind::Bool, Device::Cpu)).tril(0).view([1, 1, length, length]);
+                let own = spelled_out(&w, &x.narrow(0, place, length).unsqueeze(0), &causal).squeeze_dim(0);
+                assert!(gap(&own, &together.narrow(0, place, length)) < 1e-12, "{run:?} at {place}");
+                place += length;
+            }
+        }
+    }
+
+    #[test]
     fn dropout_thins_in_training_only_and_follows_the_seed() {
         let all = weights(Kind::Float);
         let w = find(&all);
-        let x = Tensor::randn([2, 5, WIDTH], (Kind::Float, Device::Cpu));
+        let x = Tensor::randn([10, WIDTH], (Kind::Float, Device::Cpu));
         let run = |seed, forward: &LayerForward| {
             learn_torch::seed(seed);
-            layer(&w, &x, &Attention::Causal, forward)
+            layer(&w, &x, &Attention::Causal(&[Run { count: 2, length: 5 }]), forward)
         };
         assert_eq!(run(1, &settings(0.3)), run(1, &settings(0.3)));
         assert_ne!(run(1, &settings(0.3)), run(2, &settings(0.3)));
@@ -244,10 +291,11 @@ mod tests {
     fn half_precisions_stay_near_f32_and_return_f32() {
         let all = weights(Kind::Float);
         let w = find(&all);
-        let x = Tensor::randn([3, 5, WIDTH], (Kind::Float, Device::Cpu));
-        let full = layer(&w, &x, &Attention::Causal, &settings(0.0));
+        let x = Tensor::randn([15, WIDTH], (Kind::Float, Device::Cpu));
+        let causal = Attention::Causal(&[Run { count: 3, length: 5 }]);
+        let full = layer(&w, &x, &causal, &settings(0.0));
         for precision in [Precision::Bf16, Precision::F16] {
-            let half = layer(&w, &x, &Attention::Causal, &LayerForward { precision, ..settings(0.0) });
+            let half = layer(&w, &x, &causal, &LayerForward { precision, ..settings(0.0) });
             assert_eq!(half.kind(), Kind::Float);
             assert!(gap(&full, &half) > 0.0, "{precision:?}");
             let cosine = (&full * &half).sum(Kind::Float) / (full.norm() * half.norm());
@@ -261,7 +309,7 @@ mod tests {
         for shape in [[0, 5, WIDTH], [3, 0, WIDTH], [0, 0, WIDTH]] {
             let x = Tensor::zeros(shape, (Kind::Float, Device::Cpu));
             let mask = Tensor::ones([shape[0], 1, 1, shape[1]], (Kind::Bool, Device::Cpu));
-            for attention in [Attention::Causal, Attention::Alone, Attention::Masked(&mask)] {
+            for attention in [Attention::Causal(&[]), Attention::Alone, Attention::Masked(&mask)] {
                 assert_eq!(layer(&find(&all), &x, &attention, &settings(0.1)).size(), shape);
             }
         }

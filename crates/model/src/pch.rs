@@ -1,7 +1,7 @@
 //! The towers: sequences of content embeddings in, L2-normalised user and item embeddings out.
 //!
 //! adaptor (linear) or learned item vectors, or their sum -> encoder (post-LN BERT layers, causal) -> mlp (linear) -> L2 normalisation. Shapes: U unique items,
-//! B users, L padded length, R sampled history positions, M sampled targets, D hidden, d output. Invariants: an output
+//! B users, T tokens of all sequences, R sampled history positions, M sampled targets, D hidden, d output. Invariants: an output
 //! does not depend on padding or on the other users of the batch; a tower without positions gives `[0, d]` with a graph.
 //!
 //! With `model.time_embedding = "gap"` the vector of each item's time gap (`learn_domain::time_gap`) is added where positions
@@ -12,6 +12,7 @@
 //! over the history up to p and w = `model.residual_decay`.
 
 mod history_code;
+mod sequences;
 mod start;
 
 use learn_domain::config::{ItemInput, ItemTower, ModelConfig, PositionEmbedding, Precision, Residual, TimeEmbedding};
@@ -19,6 +20,7 @@ use learn_domain::random::Draws;
 use learn_domain::time_gap;
 use tch::{Kind, Tensor};
 
+pub use self::sequences::Sequences;
 use crate::ModelError;
 use crate::bert::{self, Attention, LayerForward, LayerWeights, Linear};
 use crate::objective::cvr;
@@ -54,20 +56,6 @@ pub struct PchShape {
     pub max_history: i64,
     /// Width of the CVR head's hidden layer, if the model has one; see [`crate::objective::cvr`].
     pub cvr_hidden: Option<i64>,
-}
-
-/// Right-padded sequences and the positions in them that are sampled.
-#[derive(Debug)]
-pub struct Sequences {
-    /// `[B, L]` i64: rows of the batch's unique items; padding is any valid one.
-    pub items: Tensor,
-    /// `[B]` i64.
-    pub lengths: Tensor,
-    /// `[R]` i64: `user * L + position`, by user, then by position.
-    pub positions: Tensor,
-    /// `[B, L]` i64: [`time_gap::buckets`]; padding is any bucket. None for items alone, and for a model that does not read
-    /// times.
-    pub gaps: Option<Tensor>,
 }
 
 /// How a pass is computed.
@@ -290,7 +278,7 @@ impl Pch {
 
     /// The item tower at the sampled targets: `[M, d]`.
     pub fn item(&self, parameters: &Parameters, items: &Items, targets: &Sequences, forward: &Forward) -> Tensor {
-        let sampled = targets.items.reshape([-1]).index_select(0, &targets.positions);
+        let sampled = targets.items.index_select(0, &targets.positions);
         let own = |rows: &Tensor| take(rows, &sampled);
         let item = match &items.content {
             Some(content) => own(content),
@@ -321,23 +309,24 @@ impl Pch {
     /// `[R, d]`: at each sampled position the mean of the history up to it, the newest item with weight 1 and each older one
     /// with `residual_decay` times the weight of the next.
     fn recent(&self, projected: &Tensor, histories: &Sequences) -> Tensor {
+        if histories.is_unread() {
+            return projected.narrow(0, 0, 0);
+        }
         let options = (projected.kind(), projected.device());
-        let place = Tensor::arange(histories.items.size()[1], options);
-        let age = place.unsqueeze(1) - &place;
         let decay = Tensor::full([1], self.shape.model.residual_decay, options);
-        let weights = decay.pow(&age.clamp_min(0)).tril(0);
-        let weights = &weights / weights.sum_dim_intlist([1_i64].as_slice(), true, projected.kind());
-        let means = weights.matmul(&take(projected, &histories.items));
-        means.reshape([-1, self.shape.output_dim()]).index_select(0, &histories.positions)
+        histories.by_block(|items, length| {
+            let place = Tensor::arange(length, options);
+            let age = place.unsqueeze(1) - &place;
+            let weights = decay.pow(&age.clamp_min(0)).tril(0);
+            let weights = &weights / weights.sum_dim_intlist([1_i64].as_slice(), true, projected.kind());
+            weights.matmul(&take(projected, items))
+        })
     }
 
-    /// `[B, L, D]`: the learned vector of each position's distance from the newest item. Items older than the learned
+    /// `[T, D]`: the learned vector of each position's distance from the newest item. Items older than the learned
     /// positions reach share the last one.
     fn position_vectors(&self, table: &Tensor, histories: &Sequences) -> Tensor {
-        let length = histories.items.size()[1];
-        let newest = histories.lengths.unsqueeze(1) - 1;
-        let distance = newest - Tensor::arange(length, (Kind::Int64, table.device()));
-        take(table, &distance.clamp(0, self.shape.max_history - 1))
+        take(table, &histories.ages().clamp(0, self.shape.max_history - 1))
     }
 
     /// Causal encoding of whole sequences, at the sampled positions: `[R, D]`.
@@ -348,7 +337,7 @@ impl Pch {
         (sequences, positions): (&Sequences, Option<Tensor>),
         forward: &Forward,
     ) -> Tensor {
-        if sequences.positions.size()[0] == 0 {
+        if sequences.is_unread() {
             return items.adapted.narrow(0, 0, 0);
         }
         let mut x = take(&items.adapted, &sequences.items);
@@ -358,16 +347,16 @@ impl Pch {
         if let Some(table) = parameters.find(TIME_GAP) {
             match &sequences.gaps {
                 Some(gaps) => x += gap_vectors(table, gaps),
-                None => assert!(sequences.items.size()[1] == 1, "a sequence of several items came without its times"),
+                None => assert!(sequences.is_alone(), "a sequence of several items came without its times"),
             }
         }
-        let hidden = self.encode(parameters, x, &Attention::Causal, forward);
-        hidden.reshape([-1, self.shape.hidden()]).index_select(0, &sequences.positions)
+        let hidden = self.encode(parameters, x, &Attention::Causal(&sequences.runs), forward);
+        hidden.index_select(0, &sequences.positions)
     }
 
     /// Items `[M, D]`, each encoded as a sequence of one: `[M, D]`.
     fn alone(&self, parameters: &Parameters, adapted: &Tensor, forward: &Forward) -> Tensor {
-        self.encode(parameters, adapted.unsqueeze(1), &Attention::Alone, forward).squeeze_dim(1)
+        self.encode(parameters, adapted.shallow_clone(), &Attention::Alone, forward)
     }
 
     fn encode(&self, parameters: &Parameters, x: Tensor, attention: &Attention, forward: &Forward) -> Tensor {
@@ -407,7 +396,7 @@ fn coded(embeddings: Tensor, codes: Option<Tensor>) -> Tensor {
     }
 }
 
-/// `[B, L, D]`: the learned vector of each bucket; 0 for bucket 0.
+/// `[T, D]`: the learned vector of each bucket; 0 for bucket 0.
 fn gap_vectors(table: &Tensor, gaps: &Tensor) -> Tensor {
     let nothing = table.zeros_like().narrow(0, 0, 1);
     take(&Tensor::cat(&[&nothing, table], 0), gaps)

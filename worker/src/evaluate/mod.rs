@@ -311,11 +311,11 @@ impl Evaluator {
 
     /// User embeddings `[B, d]` at the newest item of each history.
     fn embed_users(&mut self, catalogue: &Catalogue<'_>, histories: &[Seen<'_>]) -> Result<Tensor, WorkerError> {
-        let (unique, padded) = newest_positions(histories);
+        let (unique, packed) = newest_positions(histories);
         let rows = self.handle.block_on(self.rows.fetch(&unique))?;
         let rows = rows_tensor(&rows, (unique.len(), self.dim), self.device);
         let inputs = ItemInputs { items: &unique, content: &rows, id_seed: None };
-        Ok(embed_histories(catalogue, &inputs, &sequences(&padded, self.device), &self.forward))
+        Ok(embed_histories(catalogue, &inputs, &sequences(&packed, self.device), &self.forward))
     }
 }
 
@@ -326,7 +326,7 @@ fn content_peak(items: usize, dim: usize, world_size: usize) -> u64 {
     4 * (items + own) as u64 * dim as u64
 }
 
-/// User embeddings `[B, d]` of padded histories over their unique items.
+/// User embeddings `[B, d]` of packed histories over their unique items.
 pub fn embed_histories(
     catalogue: &Catalogue<'_>,
     inputs: &ItemInputs<'_>,

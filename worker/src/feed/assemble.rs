@@ -1,12 +1,13 @@
 //! From a rank's share of a step to the arrays of its forward passes.
 //!
 //! Input: the share's users with their histories, targets and sampled positions, as item indices. Output: per
-//! micro-batch, the unique items and right-padded index matrices `[B, L]` into them, with the time gaps of their items if
-//! there are times. Pure; no tensor, no network.
+//! micro-batch, the unique items and packed sequences of indices into them, with the time gaps of their items if there are
+//! times. Pure; no tensor, no network.
 
 use std::collections::HashMap;
 
 use learn_domain::config::{ObjectiveConfig, ObjectiveKind};
+use learn_domain::packing::{Packing, Run};
 use learn_domain::plan::contiguous_part;
 use learn_domain::sampling::{Pairs, SampleKey, SamplingShape, sample, sample_size};
 use learn_domain::time_gap;
@@ -94,18 +95,15 @@ impl UserShare {
     }
 }
 
-/// Right-padded sequences and the sampled positions in them.
+/// Sequences without padding, in the layout of [`Packing`], and the sampled positions in them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PaddedSequences {
-    /// `[B, L]` row-major indices into the unique items; padding is 0.
+pub struct PackedSequences {
+    /// `[T]`: indices into the unique items.
     pub items: Vec<i64>,
-    /// `[B]`.
-    pub lengths: Vec<i64>,
-    /// `L`, the longest sequence.
-    pub width: i64,
-    /// Flat positions `b * L + position`, by user, then position.
+    pub runs: Vec<Run>,
+    /// `[R]`: places in `items`, by user, then by position.
     pub positions: Vec<i64>,
-    /// `[B, L]` row-major: [`time_gap::buckets`]; padding is 0. Empty without times, and for items alone.
+    /// `[T]`: [`time_gap::buckets`]. Empty without times, and for items alone.
     pub gaps: Vec<i64>,
 }
 
@@ -114,10 +112,10 @@ pub struct PaddedSequences {
 pub struct MicroBatch {
     /// Item indices whose content embeddings are needed, ascending, each once.
     pub unique_items: Vec<u32>,
-    pub history: PaddedSequences,
-    pub targets: PaddedSequences,
+    pub history: PackedSequences,
+    pub targets: PackedSequences,
     /// Further items that are negatives for every user, each as a sequence of one.
-    pub negatives: PaddedSequences,
+    pub negatives: PackedSequences,
     /// `[R]`: place in the global batch of each sampled history position's user.
     pub row_user: Vec<i64>,
     /// `[M]`: item index of each sampled target, then of each negative.
@@ -127,8 +125,8 @@ pub struct MicroBatch {
     pub exposures: Exposures,
     /// Real tokens of both towers.
     pub tokens: u64,
-    /// Tokens that the padded matrices hold.
-    pub padded_tokens: u64,
+    /// Rows that the encoder computes for them.
+    pub encoded_rows: u64,
 }
 
 /// The sampled targets with a label, each with its user's newest sampled history position, or, if each stands alone, with
@@ -234,11 +232,11 @@ fn lay_out(users: &[UserShare], further: &[u32], layout: Layout) -> MicroBatch {
     unique_items.sort_unstable();
     unique_items.dedup();
     let index: HashMap<u32, i64> = unique_items.iter().zip(0..).map(|(&item, row)| (item, row)).collect();
-    let history = pad(users.iter().map(UserShare::history_sequence), &index);
+    let history = pack(users.iter().map(UserShare::history_sequence), &index);
     let targets = match layout.targets {
-        Targets::Sequence => pad(users.iter().map(UserShare::target_sequence), &index),
+        Targets::Sequence => pack(users.iter().map(UserShare::target_sequence), &index),
         Targets::Alone => alone(users.iter().flat_map(sampled_targets), &index),
-        Targets::Named => PaddedSequences::default(),
+        Targets::Named => PackedSequences::default(),
     };
     let history_negatives = layout.history_negatives as usize;
     let newest = |user: &UserShare| user.history.len().saturating_sub(history_negatives)..user.history.len();
@@ -256,7 +254,7 @@ fn lay_out(users: &[UserShare], further: &[u32], layout: Layout) -> MicroBatch {
         item_id: users.iter().flat_map(sampled_targets).chain(negative_items.iter().copied()).map(i64::from).collect(),
         exposures: Exposures::of(users, layout.targets),
         tokens: users.iter().map(|user| (user.history.len() + embedded(user)) as u64).sum(),
-        padded_tokens: (history.items.len() + targets.items.len()) as u64,
+        encoded_rows: (history.items.len() + targets.items.len()) as u64,
         negatives,
         unique_items,
         history,
@@ -269,36 +267,37 @@ fn sampled_targets(user: &UserShare) -> impl Iterator<Item = u32> {
 }
 
 /// Each item as a sequence of one.
-fn alone(items: impl Iterator<Item = u32>, index: &HashMap<u32, i64>) -> PaddedSequences {
+fn alone(items: impl Iterator<Item = u32>, index: &HashMap<u32, i64>) -> PackedSequences {
     let items: Vec<i64> = items.map(|item| index[&item]).collect();
-    let count = items.len() as i64;
-    PaddedSequences {
-        lengths: vec![1; items.len()],
-        width: 1,
-        positions: (0..count).collect(),
+    let count = items.len();
+    PackedSequences {
+        positions: (0..count as i64).collect(),
+        runs: if count == 0 { Vec::new() } else { vec![Run { count, length: 1 }] },
         gaps: Vec::new(),
         items,
     }
 }
 
-fn pad<'a>(sequences: impl Iterator<Item = Sequence<'a>> + Clone, index: &HashMap<u32, i64>) -> PaddedSequences {
-    let width = sequences.clone().map(|sequence| sequence.seen.items.len()).max().unwrap_or(0);
-    let mut padded = PaddedSequences { width: width as i64, ..PaddedSequences::default() };
-    for (row, Sequence { seen: Seen { items, times }, positions }) in sequences.enumerate() {
-        let padding = || std::iter::repeat_n(0, width - items.len());
-        padded.items.extend(items.iter().map(|item| index[item]).chain(padding()));
-        if !times.is_empty() {
-            padded.gaps.extend(time_gap::buckets(times).map(i64::from).chain(padding()));
-        }
-        padded.lengths.push(items.len() as i64);
-        padded.positions.extend(positions.iter().map(|&position| (row * width) as i64 + i64::from(position)));
+fn pack<'a>(sequences: impl Iterator<Item = Sequence<'a>>, index: &HashMap<u32, i64>) -> PackedSequences {
+    let sequences: Vec<Sequence<'_>> = sequences.collect();
+    let packing = Packing::new(&sequences.iter().map(|sequence| sequence.seen.items.len()).collect::<Vec<_>>());
+    let mut packed = PackedSequences { runs: packing.runs, ..PackedSequences::default() };
+    for &number in &packing.order {
+        let Seen { items, times } = sequences[number].seen;
+        packed.items.extend(items.iter().map(|item| index[item]));
+        packed.gaps.extend(time_gap::buckets(times).map(i64::from));
     }
-    padded
+    let places = |(sequence, start): (&Sequence<'_>, usize)| {
+        let place = move |&position: &u32| start as i64 + i64::from(position);
+        sequence.positions.iter().map(place).collect::<Vec<_>>()
+    };
+    packed.positions = sequences.iter().zip(packing.starts).flat_map(places).collect();
+    packed
 }
 
 /// The sequences of users whose embedding is wanted at their newest item only (evaluation, export, recommendation).
 #[must_use]
-pub fn newest_positions(histories: &[Seen<'_>]) -> (Vec<u32>, PaddedSequences) {
+pub fn newest_positions(histories: &[Seen<'_>]) -> (Vec<u32>, PackedSequences) {
     let users: Vec<UserShare> = histories
         .iter()
         .map(|history| UserShare {
@@ -335,14 +334,14 @@ mod tests {
         let batches = assemble(&share(), &[], Layout::default());
         let [batch] = &batches[..] else { panic!("one micro-batch") };
         assert_eq!(batch.unique_items, [2, 3, 5, 7, 9]);
-        assert_eq!((batch.history.width, &batch.history.items[..]), (3, &[3, 1, 0, 1, 1, 2][..]));
-        assert_eq!(batch.history.lengths, [2, 3]);
-        assert_eq!(batch.history.positions, [0, 1, 5]);
-        assert_eq!((batch.targets.width, &batch.targets.items[..]), (2, &[4, 0, 3, 0][..]));
-        assert_eq!(batch.targets.positions, [0, 2, 3]);
+        assert_eq!(batch.history.items, [3, 1, 1, 1, 2]);
+        assert_eq!(batch.history.runs, [2, 3].map(|length| Run { count: 1, length }));
+        assert_eq!(batch.history.positions, [0, 1, 4]);
+        assert_eq!(batch.targets.items, [4, 3, 0]);
+        assert_eq!(batch.targets.positions, [0, 1, 2]);
         assert_eq!((&batch.row_user[..], &batch.item_user[..]), (&[0, 0, 4][..], &[0, 4, 4][..]));
         assert_eq!(batch.item_id, [9, 7, 2]);
-        assert_eq!((batch.tokens, batch.padded_tokens), (8, 10));
+        assert_eq!((batch.tokens, batch.encoded_rows), (8, 8));
     }
 
     #[test]
@@ -382,7 +381,8 @@ mod tests {
         let batch = &batches[0];
         assert_eq!(batch.item_id, [9, 7, 2, 7, 3, 3, 5]);
         assert_eq!(batch.item_user, [0, 4, 4, NOBODY, NOBODY, NOBODY, NOBODY]);
-        assert_eq!((batch.negatives.width, &batch.negatives.items[..]), (1, &[3, 1, 1, 2][..]));
+        assert_eq!(batch.negatives.runs, [Run { count: 4, length: 1 }]);
+        assert_eq!(batch.negatives.items, [3, 1, 1, 2]);
         assert_eq!(batch.negatives.positions, [0, 1, 2, 3]);
     }
 
@@ -390,10 +390,10 @@ mod tests {
     fn next_items_stand_alone() {
         let batches = assemble(&share(), &[], Layout { targets: Targets::Alone, ..Layout::default() });
         let targets = &batches[0].targets;
-        assert_eq!((targets.width, &targets.items[..]), (1, &[4, 3, 0][..]));
-        assert_eq!((&targets.lengths[..], &targets.positions[..]), (&[1; 3][..], &[0, 1, 2][..]));
+        assert_eq!((&targets.items[..], &targets.runs[..]), (&[4, 3, 0][..], &[Run { count: 3, length: 1 }][..]));
+        assert_eq!(targets.positions, [0, 1, 2]);
         assert_eq!((&batches[0].item_id[..], &batches[0].item_user[..]), (&[9, 7, 2][..], &[0, 4, 4][..]));
-        assert_eq!(batches[0].padded_tokens, 9);
+        assert_eq!(batches[0].encoded_rows, 8);
     }
 
     #[test]
@@ -413,16 +413,16 @@ mod tests {
         let batches = assemble(&share(), &[], Layout { targets: Targets::Named, ..Layout::default() });
         let batch = &batches[0];
         assert_eq!((&batch.unique_items[..], &batch.item_id[..]), (&[3, 5, 7][..], &[9, 7, 2][..]));
-        assert_eq!((batch.embedded_items(), batch.tokens, batch.padded_tokens), (0, 5, 6));
+        assert_eq!((batch.embedded_items(), batch.tokens, batch.encoded_rows), (0, 5, 5));
     }
 
     #[test]
     fn newest_position_is_the_last_real_one() {
         let seen = |items| Seen { items, times: &[] };
-        let (unique, padded) = newest_positions(&[seen(&[4]), seen(&[4, 8, 6])]);
+        let (unique, packed) = newest_positions(&[seen(&[4, 8, 6]), seen(&[4])]);
         assert_eq!(unique, [4, 6, 8]);
-        assert_eq!((padded.width, padded.positions), (3, vec![0, 5]));
-        assert!(padded.gaps.is_empty(), "nobody said when");
+        assert_eq!((packed.items, packed.positions), (vec![0, 0, 2, 1], vec![3, 0]));
+        assert!(packed.gaps.is_empty(), "nobody said when");
     }
 
     #[test]
@@ -442,10 +442,10 @@ mod tests {
             let batch = assemble(&users, &[], layout).remove(0);
             (batch.history.gaps, batch.targets.gaps)
         };
-        assert_eq!(gaps(Layout::default()), (vec![0, 4, 0, 0, 1, 2], vec![0, 0, 0, 3]));
+        assert_eq!(gaps(Layout::default()), (vec![0, 4, 0, 1, 2], vec![0, 0, 3]));
         let alone = Layout { targets: Targets::Alone, ..Layout::default() };
         assert_eq!(gaps(alone).1, [0_i64; 0], "an item alone has none before it");
-        let (_, padded) = newest_positions(&[Seen { items: &[7, 3], times: &[100, 104] }]);
-        assert_eq!(padded.gaps, [0, 4]);
+        let (_, packed) = newest_positions(&[Seen { items: &[7, 3], times: &[100, 104] }]);
+        assert_eq!(packed.gaps, [0, 4]);
     }
 }

@@ -23,7 +23,7 @@ pub struct Announcement {
     /// Sampled targets and further negatives of its share (`M` of this rank).
     pub targets: i64,
     pub tokens: i64,
-    pub padded_tokens: i64,
+    pub encoded_rows: i64,
     /// Sampled targets with a label.
     pub exposures: i64,
     /// What it was asked to do before this step.
@@ -95,8 +95,8 @@ impl Exchange {
     /// # Errors
     /// If the collective fails.
     pub fn announce(&mut self, mine: Announcement) -> Result<Vec<Announcement>, WorkerError> {
-        let Announcement { rows, targets, tokens, padded_tokens, exposures, after, non_finite } = mine;
-        let mut send: [i64; SAID] = [rows, targets, tokens, padded_tokens, exposures, after as i64, non_finite];
+        let Announcement { rows, targets, tokens, encoded_rows, exposures, after, non_finite } = mine;
+        let mut send: [i64; SAID] = [rows, targets, tokens, encoded_rows, exposures, after as i64, non_finite];
         let all = self.gather_i64(&mut send, &vec![SAID; self.world_size()])?;
         Ok(all
             .chunks_exact(SAID)
@@ -104,7 +104,7 @@ impl Exchange {
                 rows: said[0],
                 targets: said[1],
                 tokens: said[2],
-                padded_tokens: said[3],
+                encoded_rows: said[3],
                 exposures: said[4],
                 after: match said[5] {
                     0 => AfterStep::Continue,

@@ -12,7 +12,7 @@ use learn_model::{ItemInputs, Sequences};
 use tch::{Device, Tensor};
 
 use super::objective::Towers;
-use crate::feed::assemble::{MicroBatch, PaddedSequences};
+use crate::feed::assemble::{MicroBatch, PackedSequences};
 
 /// The tensors of one forward pass.
 pub struct Pass {
@@ -40,7 +40,7 @@ pub struct Share {
     pub item_user: Tensor,
     pub exposures: Exposures,
     pub tokens: u64,
-    pub padded_tokens: u64,
+    pub encoded_rows: u64,
 }
 
 /// The sampled targets that have a label.
@@ -59,16 +59,15 @@ pub struct Embeddings {
     pub item: Tensor,
 }
 
-/// Right-padded sequences as tensors.
+/// Packed sequences as tensors.
 #[must_use]
-pub fn sequences(padded: &PaddedSequences, device: Device) -> Sequences {
-    let users = padded.lengths.len() as i64;
-    let matrix = |values: &[i64]| Tensor::from_slice(values).view([users, padded.width]).to_device(device);
+pub fn sequences(packed: &PackedSequences, device: Device) -> Sequences {
+    let on_device = |values: &[i64]| Tensor::from_slice(values).to_device(device);
     Sequences {
-        items: matrix(&padded.items),
-        gaps: (!padded.gaps.is_empty()).then(|| matrix(&padded.gaps)),
-        lengths: Tensor::from_slice(&padded.lengths).to_device(device),
-        positions: Tensor::from_slice(&padded.positions).to_device(device),
+        items: on_device(&packed.items),
+        gaps: (!packed.gaps.is_empty()).then(|| on_device(&packed.gaps)),
+        runs: packed.runs.clone(),
+        positions: on_device(&packed.positions),
     }
 }
 
@@ -95,7 +94,7 @@ impl Share {
             items: batch.unique_items.clone(),
             history: sequences(&batch.history, device),
             targets: sequences(&batch.targets, device),
-            negatives: (!batch.negatives.lengths.is_empty()).then(|| sequences(&batch.negatives, device)),
+            negatives: (!batch.negatives.items.is_empty()).then(|| sequences(&batch.negatives, device)),
             seeds: Seeds { dropout: random::key(&[seeds.dropout, number as u64]), ..seeds },
             counts: (batch.row_user.len() as i64, batch.embedded_items() as i64),
         });
@@ -110,7 +109,7 @@ impl Share {
             item_id: joined(|batch| &batch.item_id),
             item_user: joined(|batch| &batch.item_user),
             tokens: micro_batches.iter().map(|(batch, _)| batch.tokens).sum(),
-            padded_tokens: micro_batches.iter().map(|(batch, _)| batch.padded_tokens).sum(),
+            encoded_rows: micro_batches.iter().map(|(batch, _)| batch.encoded_rows).sum(),
         }
     }
 }

@@ -139,7 +139,7 @@ impl Stepper {
             rows: share.row_user.size()[0],
             targets: share.item_id.size()[0],
             tokens: share.tokens as i64,
-            padded_tokens: share.padded_tokens as i64,
+            encoded_rows: share.encoded_rows as i64,
             exposures: share.exposures.count(),
             after: word.after,
             non_finite: word.non_finite.into(),
@@ -219,14 +219,14 @@ impl Stepper {
         self.clock.stop();
 
         let total = |part: fn(&Announcement) -> i64| announced.iter().map(part).sum::<i64>().max(0) as u64;
-        let (tokens, padded) = (total(|said| said.tokens), total(|said| said.padded_tokens));
+        let (tokens, rows) = (total(|said| said.tokens), total(|said| said.encoded_rows));
         Ok(StepEnd::Finished(StepOutcome {
             loss,
             accuracy: correct / (prepared.meta.global_pairs.max(1)) as f64,
             cvr_loss: cvr.map(|_| cvr_loss),
             gradient_norm,
             tokens,
-            padding_share: 1.0 - tokens as f64 / padded.max(1) as f64,
+            padding_share: 1.0 - tokens as f64 / rows.max(1) as f64,
         }))
     }
 }

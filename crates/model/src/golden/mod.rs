@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use learn_domain::config::{
     ItemInput, ItemTower, ModelConfig, ObjectiveKind, PositionEmbedding, Precision, Residual, TimeEmbedding,
 };
+use learn_domain::packing::Packing;
 use learn_domain::sampling::Pairs;
 use learn_domain::time_gap;
 use objective::{Embedded, Towers};
@@ -232,26 +233,38 @@ impl Case {
         Vec::try_from(self.tensor(name)?).map_err(|error: tch::TchError| self.layout(name, &error))
     }
 
-    /// `[B, L]`: the buckets of a side's times, if the case has some.
-    fn gaps(&self, name: &str) -> Result<Option<Tensor>, GoldenError> {
+    /// Right-padded rows without their padding, one behind the other.
+    fn packed(&self, rows: &[Vec<i64>], packing: &Packing, lengths: &[usize]) -> Tensor {
+        let tokens = packing.order.iter().flat_map(|&user| &rows[user][..lengths[user]]);
+        self.index(&tokens.copied().collect::<Vec<_>>())
+    }
+
+    /// The buckets of a side's times, right-padded, if the case has some.
+    fn gaps(&self, name: &str) -> Result<Option<Vec<Vec<i64>>>, GoldenError> {
         if !self.tensors.contains_key(name) {
             return Ok(None);
         }
         let times = self.integers(name)?;
-        let gaps: Vec<i64> = times.iter().flat_map(|row| time_gap::buckets(row)).map(i64::from).collect();
-        Ok(Some(self.index(&gaps).view([times.len() as i64, -1])))
+        Ok(Some(times.iter().map(|row| time_gap::buckets(row).map(i64::from).collect()).collect()))
     }
 
     fn side(&self, sequence: &str, sampled: &str) -> Result<Side, GoldenError> {
-        let items = self.tensor(&format!("in.{sequence}_id"))?;
         let ids = self.integers(&format!("in.{sequence}_id"))?;
         let positions = self.integers(&format!("in.{sampled}"))?;
+        let lengths = self.tensor(&format!("in.{sequence}_len"))?;
+        let lengths: Vec<i64> = Vec::try_from(lengths).map_err(|error| self.layout(sequence, &error))?;
+        let lengths: Vec<usize> = lengths.into_iter().map(|length| length as usize).collect();
+        if let Some(ids) = ids.iter().zip(&lengths).find_map(|(ids, &length)| (ids.len() < length).then_some(ids)) {
+            let problem = format!("in.{sequence}_len is longer than a sequence of {}", ids.len());
+            return Err(GoldenError::Layout { path: self.path.clone(), problem });
+        }
+        let packing = Packing::new(&lengths);
         let mut side = Side {
             sequences: Sequences {
-                items: items.shallow_clone(),
-                lengths: self.tensor(&format!("in.{sequence}_len"))?.shallow_clone(),
+                items: self.packed(&ids, &packing, &lengths),
+                runs: packing.runs.clone(),
                 positions: Tensor::new(),
-                gaps: self.gaps(&format!("in.{sequence}_time"))?,
+                gaps: self.gaps(&format!("in.{sequence}_time"))?.map(|gaps| self.packed(&gaps, &packing, &lengths)),
             },
             user: Vec::new(),
             id: Vec::new(),
@@ -264,7 +277,7 @@ impl Case {
                     let problem = format!("in.{sampled} has position {position} in a sequence of {}", ids.len());
                     GoldenError::Layout { path: self.path.clone(), problem }
                 })?;
-                flat.push((user * ids.len()) as i64 + position);
+                flat.push(packing.starts[user] as i64 + position);
                 side.user.push(user as i64);
                 side.id.push(*item);
                 side.place.push((user * positions.len() + nth) as i64);

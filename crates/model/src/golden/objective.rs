@@ -1,6 +1,7 @@
 //! The objective of a case, as a training step computes it, with several shards and tiles.
 
 use learn_domain::config::ObjectiveKind;
+use learn_domain::packing::Run;
 use learn_domain::sampling::Pairs;
 use tch::{Kind, Tensor};
 
@@ -64,12 +65,11 @@ impl Towers<'_> {
     fn in_batch(&self, case: &Case) -> Result<Minimised, GoldenError> {
         let (table, pairing) = (case.tensor("in.table")?, case.config.pairs);
         let alone = || {
-            let count = self.target.id.len() as i64;
-            let ones = Tensor::ones([count], (Kind::Int64, case.device));
+            let count = self.target.id.len();
             Sequences {
-                items: case.index(&self.target.id).view([count, 1]),
-                positions: ones.cumsum(0, Kind::Int64) - 1,
-                lengths: ones,
+                items: case.index(&self.target.id),
+                positions: Tensor::arange(count as i64, (Kind::Int64, case.device)),
+                runs: vec![Run { count, length: 1 }],
                 gaps: None,
             }
         };

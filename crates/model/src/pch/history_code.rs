@@ -34,18 +34,21 @@ pub fn codes(items: &[u32], dimensions: i64, options: (Kind, Device)) -> Tensor 
 
 /// `[R, K]`: at each sampled position -`weight` times the sum of the codes `[U, K]` of the distinct items up to it.
 pub fn history(codes: &Tensor, histories: &Sequences, weight: f64) -> Tensor {
-    if histories.positions.size()[0] == 0 {
+    if histories.is_unread() {
         return codes.narrow(0, 0, 0);
     }
-    let items = &histories.items;
-    let again = items.unsqueeze(2).eq_tensor(&items.unsqueeze(1)).tril(-1).any_dim(-1, false);
-    let first = again.logical_not().to_kind(codes.kind()).unsqueeze(2);
-    let sums = (take(codes, items) * first).cumsum(1, codes.kind());
-    sums.reshape([-1, codes.size()[1]]).index_select(0, &histories.positions) * -weight
+    let sums = histories.by_block(|items, _| {
+        let again = items.unsqueeze(2).eq_tensor(&items.unsqueeze(1)).tril(-1).any_dim(-1, false);
+        let first = again.logical_not().to_kind(codes.kind()).unsqueeze(2);
+        (take(codes, items) * first).cumsum(1, codes.kind())
+    });
+    sums * -weight
 }
 
 #[cfg(test)]
 mod tests {
+    use learn_domain::packing::Run;
+
     use super::*;
 
     const OPTIONS: (Kind, Device) = (Kind::Double, Device::Cpu);
@@ -67,9 +70,9 @@ mod tests {
     fn a_repeated_item_counts_once_and_later_ones_not_yet() {
         let all = codes(&[5, 9, 2], 8, OPTIONS);
         let histories = Sequences {
-            items: Tensor::from_slice(&[1_i64, 0, 1, 2, 2, 2, 0, 0]).view([2, 4]),
-            lengths: Tensor::from_slice(&[4_i64, 2]),
-            positions: Tensor::from_slice(&[0_i64, 2, 3, 5]),
+            items: Tensor::from_slice(&[2_i64, 2, 1, 0, 1, 2]),
+            runs: [2, 4].map(|length| Run { count: 1, length }).to_vec(),
+            positions: Tensor::from_slice(&[2_i64, 4, 5, 1]),
             gaps: None,
         };
         let ours = history(&all, &histories, 0.5);

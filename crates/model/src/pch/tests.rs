@@ -1,6 +1,7 @@
 //! Tests of the towers that the golden cases do not make: padding, positions, empty shares, precision, the catalogue.
 
 use learn_domain::config::AdaptorInit;
+use learn_domain::packing::Packing;
 use learn_domain::sampling::Pairs;
 use learn_torch::seed;
 use tch::Device;
@@ -48,21 +49,20 @@ fn catalogue(model: &Pch, parameters: &Parameters, content: &Tensor, forward: &F
     with_inputs(content, |inputs| model.catalogue(parameters, inputs, forward))
 }
 
-fn sequences(items: &[&[i64]], width: usize, padding: i64, sampled: &[i64]) -> Sequences {
-    let flat: Vec<i64> = items
-        .iter()
-        .flat_map(|user| user.iter().copied().chain(std::iter::repeat(padding)).take(width).collect::<Vec<_>>())
-        .collect();
-    let lengths: Vec<i64> = items.iter().map(|user| user.len() as i64).collect();
+/// Sequences, and (sequence, position) of what is sampled.
+fn sequences(items: &[&[i64]], sampled: &[(usize, i64)]) -> Sequences {
+    let packing = Packing::new(&items.iter().map(|user| user.len()).collect::<Vec<_>>());
+    let flat: Vec<i64> = packing.order.iter().flat_map(|&user| items[user]).copied().collect();
+    let positions: Vec<i64> = sampled.iter().map(|&(user, position)| packing.starts[user] as i64 + position).collect();
     Sequences {
-        items: Tensor::from_slice(&flat).view([items.len() as i64, width as i64]),
-        lengths: Tensor::from_slice(&lengths),
-        positions: Tensor::from_slice(sampled),
+        items: Tensor::from_slice(&flat),
+        runs: packing.runs,
+        positions: Tensor::from_slice(&positions),
         gaps: None,
     }
 }
 
-/// The same with a time for each item of `[B, width]`.
+/// The same with a time for each item, the shortest sequence first.
 fn timed(sequences: Sequences, times: &[&[i64]]) -> Sequences {
     let gaps: Vec<i64> = times.iter().flat_map(|row| time_gap::buckets(row)).map(i64::from).collect();
     let gaps = Tensor::from_slice(&gaps).view_as(&sequences.items);
@@ -81,9 +81,9 @@ fn padding_and_neighbours_do_not_matter() {
         let rows = rows(7);
         let items = items(&model, &parameters, &rows, &STILL);
         let user = |sequences: Sequences| model.user(&parameters, &items, &sequences, &STILL);
-        let both = user(sequences(&[&[3, 1, 4], &[5, 2]], 5, 6, &[1, 2, 5, 6]));
-        let first = user(sequences(&[&[3, 1, 4]], 3, 0, &[1, 2]));
-        let second = user(sequences(&[&[5, 2]], 2, 0, &[0, 1]));
+        let both = user(sequences(&[&[3, 1, 4], &[5, 2]], &[(0, 1), (0, 2), (1, 0), (1, 1)]));
+        let first = user(sequences(&[&[3, 1, 4]], &[(0, 1), (0, 2)]));
+        let second = user(sequences(&[&[5, 2]], &[(0, 0), (0, 1)]));
         assert!(gap(&both, &Tensor::cat(&[first, second], 0)) < 1e-6);
         let lengths = both.norm_scalaropt_dim(2.0, [1_i64].as_slice(), false);
         assert!(gap(&lengths, &lengths.ones_like()) < 1e-6);
@@ -97,7 +97,7 @@ fn learned_positions_count_from_the_newest_item_and_spare_the_item_tower() {
     let table = rows(6);
     let items = items(&model, &parameters, &table, &STILL);
     // 6 items, but only 4 positions: the three oldest share the last vector
-    let history = sequences(&[&[0, 1, 2, 3, 4, 5], &[2, 3]], 6, 0, &[5, 7]);
+    let history = sequences(&[&[0, 1, 2, 3, 4, 5], &[2, 3]], &[(0, 5), (1, 1)]);
     model.user(&parameters, &items, &history, &STILL).get(1).sum(Kind::Float).backward();
     let gradient = parameters.gradients_into_flat();
     let positions = |name: &str| parameters.parts(&gradient).find(|(found, _)| *found == name).unwrap().1;
@@ -117,7 +117,7 @@ fn time_gaps_reach_the_items_that_follow_them_in_both_causal_towers() {
     let rows = rows(6);
     let items = items(&model, &parameters, &rows, &STILL);
     let run = |user: bool, times: &[i64]| {
-        let sequences = timed(sequences(&[&[0, 1, 2, 3]], 4, 0, &[0, 1, 2, 3]), &[times]);
+        let sequences = timed(sequences(&[&[0, 1, 2, 3]], &[(0, 0), (0, 1), (0, 2), (0, 3)]), &[times]);
         match user {
             true => model.user(&parameters, &items, &sequences, &STILL),
             false => model.item(&parameters, &items, &sequences, &STILL),
@@ -130,7 +130,7 @@ fn time_gaps_reach_the_items_that_follow_them_in_both_causal_towers() {
         // 10 and 15 share a bucket
         assert!(gap(&first, &run(user, &[0, 15, 15, 505])) < 1e-6);
     }
-    let alone = model.item(&parameters, &items, &sequences(&[&[3]], 1, 0, &[0]), &STILL);
+    let alone = model.item(&parameters, &items, &sequences(&[&[3]], &[(0, 0)]), &STILL);
     assert!(gap(&alone, &catalogue(&model, &parameters, &rows, &STILL).narrow(0, 3, 1)) < 1e-6);
 
     run(true, &[0, 1, 3, 3]).sum(Kind::Float).backward();
@@ -147,7 +147,7 @@ fn time_gaps_reach_the_items_that_follow_them_in_both_causal_towers() {
 fn a_history_without_times_is_not_taken_for_one_without_gaps() {
     let (model, parameters) = towers(ModelConfig { time_embedding: TimeEmbedding::Gap, ..config() });
     let items = items(&model, &parameters, &rows(2), &STILL);
-    let _ = model.user(&parameters, &items, &sequences(&[&[0, 1]], 2, 0, &[1]), &STILL);
+    let _ = model.user(&parameters, &items, &sequences(&[&[0, 1]], &[(0, 1)]), &STILL);
 }
 
 #[test]
@@ -156,10 +156,10 @@ fn an_item_alone_is_the_same_by_every_way() {
         let (model, parameters) = towers(ModelConfig { item_tower, ..config() });
         let rows = rows(4);
         let items = items(&model, &parameters, &rows, &STILL);
-        let singles = sequences(&[&[0], &[1], &[2], &[3]], 1, 0, &[0, 1, 2, 3]);
+        let singles = sequences(&[&[0], &[1], &[2], &[3]], &[(0, 0), (1, 0), (2, 0), (3, 0)]);
         let one_by_one = model.item(&parameters, &items, &singles, &STILL);
         assert!(gap(&one_by_one, &catalogue(&model, &parameters, &rows, &STILL)) < 1e-6, "{item_tower:?}");
-        let together = sequences(&[&[0, 1, 2, 3]], 4, 0, &[0, 1, 2, 3]);
+        let together = sequences(&[&[0, 1, 2, 3]], &[(0, 0), (0, 1), (0, 2), (0, 3)]);
         let together = model.item(&parameters, &items, &together, &STILL);
         let context_matters = gap(&one_by_one, &together) > 1e-4;
         assert_eq!(context_matters, item_tower == ItemTower::Causal, "{item_tower:?}");
@@ -172,11 +172,7 @@ fn an_empty_share_has_shapes_and_zero_gradients() {
         for position_embedding in [PositionEmbedding::None, PositionEmbedding::Learned] {
             let (model, mut parameters) = towers(ModelConfig { item_tower, position_embedding, ..config() });
             let training = Forward { train: true, precision: Precision::Bf16 };
-            for (rows, sequences) in [
-                (rows(0), sequences(&[], 0, 0, &[])),
-                (rows(0), sequences(&[], 3, 0, &[])),
-                (rows(2), sequences(&[&[0, 1]], 2, 0, &[])),
-            ] {
+            for (rows, sequences) in [(rows(0), sequences(&[], &[])), (rows(2), sequences(&[&[0, 1]], &[]))] {
                 let items = items(&model, &parameters, &rows, &training);
                 let user = model.user(&parameters, &items, &sequences, &training);
                 let item = model.item(&parameters, &items, &sequences, &training);
@@ -192,8 +188,8 @@ fn an_empty_share_has_shapes_and_zero_gradients() {
 /// Loss and flat gradient of a small batch.
 fn step(model: &Pch, parameters: &mut Parameters, forward: &Forward) -> (f64, Tensor) {
     let table = rows(12);
-    let history = sequences(&[&[0, 1, 2, 3], &[4, 5], &[6, 7, 8]], 4, 11, &[1, 3, 4, 5, 9, 10]);
-    let target = sequences(&[&[9, 4], &[10, 1], &[11, 3, 2]], 3, 0, &[0, 1, 3, 4, 6, 8]);
+    let history = sequences(&[&[0, 1, 2, 3], &[4, 5], &[6, 7, 8]], &[(0, 1), (0, 3), (1, 0), (1, 1), (2, 1), (2, 2)]);
+    let target = sequences(&[&[9, 4], &[10, 1], &[11, 3, 2]], &[(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 2)]);
     let users = Tensor::from_slice(&[0_i64, 0, 1, 1, 2, 2]);
     let items = items(model, parameters, &table, forward);
     let user = model.user(parameters, &items, &history, forward);
@@ -237,7 +233,7 @@ fn dropout_follows_the_seed() {
         // `step` makes its rows from a seed of its own, so the draws of dropout come after it
         seed(number);
         let items = items(&model, &parameters, &Tensor::ones([3, 6], (Kind::Float, Device::Cpu)), &training);
-        let user = model.user(&parameters, &items, &sequences(&[&[0, 1, 2]], 3, 0, &[0, 2]), &training);
+        let user = model.user(&parameters, &items, &sequences(&[&[0, 1, 2]], &[(0, 0), (0, 2)]), &training);
         user.sum(Kind::Float).backward();
         (user.detach(), parameters.gradients_into_flat().copy())
     };
@@ -350,10 +346,10 @@ fn a_residual_model_starts_as_the_training_free_recommender() {
         model.measure(&mut parameters, &rows, &model.measured());
         let history = [3, 1, 4, 1];
         let items = items(&model, &parameters, &rows, &STILL);
-        let padded = sequences(&[&history, &[2, 6]], 6, 0, &[1, 3, 7]);
-        let user = model.user(&parameters, &items, &padded, &STILL);
+        let packed = sequences(&[&history, &[2, 6]], &[(0, 1), (0, 3), (1, 1)]);
+        let user = model.user(&parameters, &items, &packed, &STILL);
         let catalogue = catalogue(&model, &parameters, &rows, &STILL);
-        let target = model.item(&parameters, &items, &sequences(&[&[5, 0, 2]], 3, 0, &[0, 2]), &STILL);
+        let target = model.item(&parameters, &items, &sequences(&[&[5, 0, 2]], &[(0, 0), (0, 2)]), &STILL);
         for (row, history) in [&history[..2], &history[..], &[2, 6][..]].into_iter().enumerate() {
             let (free_user, free_items) = training_free(&rows, history, 0.6);
             let user = user.get(row as i64).to_kind(Kind::Double);
@@ -403,11 +399,11 @@ fn padding_and_neighbours_do_not_matter_to_a_residual_model() {
     model.measure(&mut parameters, &rows, &model.measured());
     let items = items(&model, &parameters, &rows, &STILL);
     let user = |sequences: Sequences| model.user(&parameters, &items, &sequences, &STILL);
-    let both = user(sequences(&[&[3, 1, 4], &[5, 2]], 5, 6, &[1, 2, 5, 6]));
-    let first = user(sequences(&[&[3, 1, 4]], 3, 0, &[1, 2]));
-    let second = user(sequences(&[&[5, 2]], 2, 0, &[0, 1]));
+    let both = user(sequences(&[&[3, 1, 4], &[5, 2]], &[(0, 1), (0, 2), (1, 0), (1, 1)]));
+    let first = user(sequences(&[&[3, 1, 4]], &[(0, 1), (0, 2)]));
+    let second = user(sequences(&[&[5, 2]], &[(0, 0), (0, 1)]));
     assert!(gap(&both, &Tensor::cat(&[first, second], 0)) < 1e-6);
-    let empty = user(sequences(&[], 0, 0, &[]));
+    let empty = user(sequences(&[], &[]));
     empty.sum(Kind::Float).backward();
     assert_eq!(empty.size(), [0, 4]);
 }
@@ -447,7 +443,7 @@ fn vectors_beside_content_start_as_nothing_and_stay_so_for_items_that_are_not_to
     let content = rows.index_select(0, &read);
     let inputs = ItemInputs { items: &[0, 1, 2, 3], content: &content, id_seed: None };
     let items = model.items(&parameters, &inputs, &STILL);
-    model.user(&parameters, &items, &sequences(&[&[0, 1, 2, 3]], 4, 0, &[3]), &STILL).get(0).get(0).backward();
+    model.user(&parameters, &items, &sequences(&[&[0, 1, 2, 3]], &[(0, 3)]), &STILL).get(0).get(0).backward();
     let flat = parameters.gradients_into_flat().zeros_like();
     let gradient = parameters.row_gradient().unwrap();
     assert_eq!(Vec::<i64>::try_from(&gradient.items).unwrap(), [0, 1, 2, 3]);
@@ -497,10 +493,10 @@ fn a_history_code_lowers_the_items_of_the_history() {
         let (model, _) = towers(coded);
         assert_eq!(model.output_dim(), 6 + 256);
         let rows = rows(12);
-        let padded = sequences(&[&[3, 1, 3], &[2, 6]], 4, 0, &[2, 5]);
+        let packed = sequences(&[&[3, 1, 3], &[2, 6]], &[(0, 2), (1, 1)]);
         let scores = |model: &Pch| {
             let items = items(model, &parameters, &rows, &STILL);
-            let user = model.user(&parameters, &items, &padded, &STILL);
+            let user = model.user(&parameters, &items, &packed, &STILL);
             user.matmul(&catalogue(model, &parameters, &rows, &STILL).tr())
         };
         let lowered = scores(&plain) - scores(&model);
@@ -510,9 +506,9 @@ fn a_history_code_lowers_the_items_of_the_history() {
             assert!((change - 0.5 * seen).abs() < 0.2, "{item_tower:?}: user {row}, item {item}: {change}");
         }
         let items = items(&model, &parameters, &rows, &STILL);
-        let target = model.item(&parameters, &items, &sequences(&[&[5, 0]], 2, 0, &[0]), &STILL);
+        let target = model.item(&parameters, &items, &sequences(&[&[5, 0]], &[(0, 0)]), &STILL);
         let whole = catalogue(&model, &parameters, &rows, &STILL);
         assert!(gap(&target, &whole.narrow(0, 5, 1)) < 1e-6);
-        assert_eq!(model.user(&parameters, &items, &sequences(&[], 0, 0, &[]), &STILL).size(), [0, 262]);
+        assert_eq!(model.user(&parameters, &items, &sequences(&[], &[]), &STILL).size(), [0, 262]);
     }
 }
