@@ -7,19 +7,22 @@ use std::time::{Duration, Instant};
 use futures::stream::{BoxStream, StreamExt};
 use learn_domain::membership::{Directive, Refusal};
 use learn_domain::{Generation, Step, WorkerId};
-use learn_proto::convert::{self, Admission, Applicant, Beginning, StepReport};
+use learn_proto::convert::{self, Admission, Applicant, Beginning, DataOffer, OfferedServer, StepReport};
 use learn_proto::v1::control_server::Control;
 use learn_proto::v1::{
     AttendRequest, BeginGenerationRequest, BeginGenerationResponse, CommitCheckpointRequest, CommitCheckpointResponse,
     GetRequest, GetResponse, HeartbeatRequest, HeartbeatResponse, JoinRequest, JoinResponse, LeaveRequest,
-    LeaveResponse, PutRequest, PutResponse, ReadyRequest, ReadyResponse, ReportEvaluationRequest,
-    ReportEvaluationResponse, ReportEventRequest, ReportEventResponse, ReportStepRequest, ReportStepResponse,
+    LeaveResponse, OfferDataRequest, OfferDataResponse, PutRequest, PutResponse, ReadyRequest, ReadyResponse,
+    ReportEvaluationRequest, ReportEvaluationResponse, ReportEventRequest, ReportEventResponse, ReportStepRequest,
+    ReportStepResponse,
 };
 use learn_proto::{MAX_KEY_BYTES, MAX_VALUE_BYTES, MAX_WAIT_MILLIS};
 use learn_telemetry::CoordinatorMetrics;
+use tokio::sync::watch;
 use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status};
 
+use crate::data::Directory;
 use crate::job::actor::{AskError, Command, JobHandle, Key};
 use crate::job::{BooksError, Heartbeat, JobError};
 
@@ -27,8 +30,13 @@ use crate::job::{BooksError, Heartbeat, JobError};
 pub struct ControlService {
     pub job: JobHandle,
     pub metrics: CoordinatorMetrics,
-    /// What every worker learns when it joins, its number aside.
+    /// What every worker learns when it joins, its number and data locations aside.
     pub admission: Admission,
+    /// The configuration as data servers are told it.
+    pub config_json: String,
+    pub directory: Directory,
+    /// True when the job is over.
+    pub over: watch::Receiver<bool>,
 }
 
 /// A worker's open call; its end, however it comes, is told to the job.
@@ -105,6 +113,49 @@ impl ControlService {
         result.map(Response::new)
     }
 
+    /// Refuses a data server whose dataset or configuration is not the job's.
+    fn check(&self, offer: &DataOffer) -> Result<(), Status> {
+        let (ours, config) = (&self.admission.dataset, &self.admission.config);
+        let differs = |what: &str, theirs: &str, ours: &str| {
+            let text = format!(
+                "this dataset is another one: its {what} has fingerprint {theirs}, that of the job \"{}\" has {ours}; name \
+                 a copy of {} with --dataset",
+                config.job.name,
+                config.data.dataset.display(),
+            );
+            Err(Status::failed_precondition(text))
+        };
+        // who only asks for the configuration has not looked yet
+        let asks = offer.server.is_none() && offer.fingerprint.is_empty();
+        if !asks && offer.fingerprint != ours.fingerprint {
+            return differs("content", &offer.fingerprint, &ours.fingerprint);
+        }
+        let (theirs, ours) = (&offer.embeddings_fingerprint, &ours.embeddings_fingerprint);
+        // empty where the model reads no content
+        if !asks && !ours.is_empty() && theirs != ours {
+            return differs("embeddings", theirs, ours);
+        }
+        match &offer.server {
+            Some(server) if server.config_json != self.config_json => {
+                Err(Status::failed_precondition("it serves another configuration than the job has now; start it again"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Names a data server as long as its call, and the time until the next one, last.
+    async fn stand(&self, server: OfferedServer) -> bool {
+        let offer = self.directory.offer(server, Instant::now());
+        let mut over = self.over.clone();
+        let over = tokio::select! {
+            () = tokio::time::sleep(self.admission.config.cluster.heartbeat_interval.0) => false,
+            // the sender outlives the servers
+            _ = over.wait_for(|over| *over) => true,
+        };
+        offer.renewed(Instant::now());
+        over
+    }
+
     async fn wait_for(&self, request: GetRequest) -> Result<GetResponse, Status> {
         let wait = Duration::from_millis(request.wait_millis.min(MAX_WAIT_MILLIS).into());
         let key = key(request.worker_id, request.generation, request.key)?;
@@ -124,7 +175,8 @@ impl Control for ControlService {
         self.timed("join", async {
             let applicant = Applicant::try_from(request.into_inner())?;
             let worker = self.job.ask(|reply| Command::Join(applicant, reply)).await??;
-            Ok(JoinResponse::try_from(Admission { worker, ..self.admission.clone() })?)
+            let data_locations = self.directory.locations(worker.0 as usize, Instant::now());
+            Ok(JoinResponse::try_from(Admission { worker, data_locations, ..self.admission.clone() })?)
         })
         .await
     }
@@ -250,6 +302,20 @@ impl Control for ControlService {
             let (worker, generation) = (WorkerId(worker_id), Generation(generation));
             self.job.ask(|reply| Command::Event(worker, generation, happening, reply)).await??;
             Ok(ReportEventResponse {})
+        })
+        .await
+    }
+
+    async fn offer_data(&self, request: Request<OfferDataRequest>) -> Result<Response<OfferDataResponse>, Status> {
+        self.timed("offer_data", async {
+            let offer = DataOffer::try_from(request.into_inner())?;
+            self.check(&offer)?;
+            let over = match offer.server {
+                Some(server) => self.stand(server).await,
+                None => false,
+            };
+            let data_locations = self.directory.locations(0, Instant::now());
+            Ok(OfferDataResponse { config_json: self.config_json.clone(), data_locations, over })
         })
         .await
     }

@@ -3,32 +3,37 @@
 //!
 //! Reading is open to whoever reaches the port; stopping and scaling need the job's secret.
 
+use std::time::Instant;
+
 use axum::extract::State;
 use axum::http::header::AUTHORIZATION;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use learn_domain::report::JobState;
+use learn_domain::report::{JobState, JobStatus};
 use learn_proto::auth::Secret;
 use learn_telemetry::Exposition;
 
+use crate::data::Directory;
 use crate::job::actor::{Command, JobHandle};
 
+/// What the routes answer from.
 #[derive(Clone)]
-struct Shared {
-    job: JobHandle,
-    secret: Secret,
+pub struct Shared {
+    pub job: JobHandle,
+    pub secret: Secret,
+    pub directory: Directory,
 }
 
 /// All routes.
-pub fn router(job: JobHandle, secret: Secret, exposition: Exposition) -> Router {
+pub fn router(shared: Shared, exposition: Exposition) -> Router {
     Router::new()
         .route("/readyz", get(ready))
         .route("/api/v1/job", get(status))
         .route("/api/v1/stop", post(stop))
         .route("/api/v1/scale", post(scale))
-        .with_state(Shared { job, secret })
+        .with_state(shared)
         .merge(learn_telemetry::router(exposition))
 }
 
@@ -38,7 +43,10 @@ fn gone(error: impl std::fmt::Display) -> Response {
 
 async fn status(State(shared): State<Shared>) -> Response {
     match shared.job.ask(Command::Status).await {
-        Ok(status) => Json(status).into_response(),
+        Ok(status) => {
+            let data_servers = shared.directory.servers(Instant::now());
+            Json(JobStatus { data_servers, ..status }).into_response()
+        }
         Err(error) => gone(error),
     }
 }

@@ -3,8 +3,9 @@
 //! Input: a run directory with its configuration and secret, a dataset, a task. Output: a control service and a data service
 //! (gRPC, one port), metrics and status (HTTP), the run directory's files, and how the job ended. Shape: rules are in
 //! `learn-domain`; [`job`] is the one owner of the job's state; [`control`], [`data`] and [`http`] carry its inputs and
-//! outputs; [`journal`] writes its files, and [`state`] keeps what a coordinator that takes over needs. Invariant: nothing is served before configuration, dataset and history were
-//! checked.
+//! outputs; [`journal`] writes its files, and [`state`] keeps what a coordinator that takes over needs; [`replica`] is a
+//! process of its own that serves the data alone. Invariant: nothing is served before configuration, dataset and history
+//! were checked.
 
 pub mod control;
 pub mod data;
@@ -13,6 +14,7 @@ pub mod files;
 pub mod http;
 pub mod job;
 pub mod journal;
+pub mod replica;
 pub mod sd;
 mod serve;
 pub mod settings;
@@ -24,6 +26,7 @@ use std::path::Path;
 
 pub use learn_domain::membership::{GiveUp, Outcome, StopCause};
 use learn_domain::report::exit;
+pub use replica::ReplicaError;
 pub use serve::{Coordinator, ServeError};
 pub use settings::{Settings, SettingsError};
 
@@ -43,6 +46,8 @@ pub enum CoordinatorError {
     #[error("this job cannot be taken over: {0}")]
     TakeOver(#[from] job::TakeOverError),
     #[error(transparent)]
+    Replica(#[from] replica::ReplicaError),
+    #[error(transparent)]
     Serve(#[from] ServeError),
 }
 
@@ -51,12 +56,15 @@ impl CoordinatorError {
     #[must_use]
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::Settings(_) | Self::Source(data::SourceError::ContentTower { .. }) => exit::USAGE,
+            Self::Settings(_)
+            | Self::Source(data::SourceError::ContentTower { .. })
+            | Self::Replica(ReplicaError::Address { .. }) => exit::USAGE,
             Self::Source(_)
             | Self::Resume(_)
             | Self::Files(_)
             | Self::State(_)
             | Self::TakeOver(_)
+            | Self::Replica(_)
             | Self::Serve(_) => exit::FAILED,
         }
     }

@@ -1,22 +1,28 @@
-//! `learn-coordinator`: serves one job from its run directory; see the library.
+//! `learn-coordinator`: serves one job from its run directory, or its data alone; see the library.
 
 use std::path::PathBuf;
 use std::process::exit;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use learn_coordinator::embedding::{EmbeddingCoordinator, Ended};
-use learn_coordinator::{CoordinatorError, Outcome, Settings, exit_code, run, take_over};
+use learn_coordinator::files::read_json;
+use learn_coordinator::replica::{self, ReplicaSettings};
+use learn_coordinator::{CoordinatorError, Outcome, Settings, SettingsError, exit_code, run, take_over};
 use learn_domain::report;
-use learn_domain::report::Task;
+use learn_domain::report::{CoordinatorAddress, Task};
+use learn_domain::run_dir::RunDir;
+use learn_proto::auth::Secret;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Serves one LEARN job: control and data (gRPC), metrics and status (HTTP); or an embed job: leases and status.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 struct Arguments {
+    #[command(subcommand)]
+    beside: Option<Beside>,
     /// The run directory, with config.json and secret
-    #[arg(long, value_name = "DIR")]
-    run_dir: PathBuf,
+    #[arg(long, value_name = "DIR", required = true)]
+    run_dir: Option<PathBuf>,
     /// Another configuration than DIR/config.json; replaces it once it is being served
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -30,8 +36,79 @@ struct Arguments {
     #[arg(long, conflicts_with_all = ["task_json", "config"])]
     embed: bool,
     /// Log lines as JSON
-    #[arg(long)]
+    #[arg(long, global = true)]
     log_json: bool,
+}
+
+/// What runs beside a job's coordinator.
+#[derive(Debug, Subcommand)]
+enum Beside {
+    /// Serve a running job's data (batches, embedding rows) beside its coordinator, as long as the job runs
+    Data(DataArguments),
+}
+
+const DATA_HELP: &str = "\
+Start any number of them, at any time, on any machine that has the dataset.
+Workers find them within 15 seconds, spread over them, and go on with another
+one, or with the coordinator, when one ends or dies. The order and the numbers
+of the job do not depend on them. Another dataset than the job's is refused.
+
+Examples:
+  learn-coordinator data --run-dir runs/shop
+  learn-coordinator data --coordinator http://node1:4100 --secret-file secret \\
+    --dataset /local/shop --bind 0.0.0.0
+
+Exit codes: 0 the job is over, or SIGTERM; 1 failed; 2 wrong flags.";
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = DATA_HELP)]
+struct DataArguments {
+    /// The dataset directory, or a copy of it on this machine [default: the job's data.dataset]
+    #[arg(long, value_name = "DIR")]
+    dataset: Option<PathBuf>,
+    /// The run directory, where the coordinator's address and the secret are read
+    #[arg(long, value_name = "DIR", required_unless_present_all = ["coordinator", "secret_file"])]
+    run_dir: Option<PathBuf>,
+    /// http://HOST:PORT of the coordinator's gRPC; `grpc` of RUN/coordinator.json
+    #[arg(long, value_name = "URL")]
+    coordinator: Option<String>,
+    /// A file with the job's secret, like RUN/secret
+    #[arg(long, value_name = "FILE")]
+    secret_file: Option<PathBuf>,
+    /// Address to listen on; workers are told it, or the host's name for 0.0.0.0 [default: the job's cluster.bind]
+    #[arg(long, value_name = "ADDRESS")]
+    bind: Option<String>,
+    /// Port of the data service; 0 = any free one
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    grpc_port: u16,
+    /// Port of /metrics and /healthz; 0 = any free one
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    http_port: u16,
+    /// Do not compare every byte of the dataset with its checksum first: another process has just done so
+    #[arg(long)]
+    no_verify: bool,
+}
+
+impl DataArguments {
+    fn settings(self) -> Result<ReplicaSettings, CoordinatorError> {
+        let run_dir = self.run_dir.map(RunDir::new);
+        // clap sees to it that there is a run directory or all that it would say
+        let in_run = |file: fn(&RunDir) -> PathBuf| run_dir.as_ref().map(file).unwrap_or_default();
+        let coordinator = match self.coordinator {
+            Some(url) => url,
+            None => read_json::<CoordinatorAddress>(&in_run(RunDir::coordinator))?.grpc,
+        };
+        let secret_file = self.secret_file.unwrap_or_else(|| in_run(RunDir::secret));
+        Ok(ReplicaSettings {
+            dataset: self.dataset,
+            coordinator,
+            secret: Secret::read(&secret_file).map_err(SettingsError::from)?,
+            bind: self.bind,
+            grpc_port: self.grpc_port,
+            http_port: self.http_port,
+            verify: !self.no_verify,
+        })
+    }
 }
 
 fn task(text: &str) -> Result<Task, String> {
@@ -40,7 +117,8 @@ fn task(text: &str) -> Result<Task, String> {
 
 fn main() {
     let arguments = Arguments::parse();
-    learn_telemetry::log::init("coordinator", arguments.log_json);
+    let role = if arguments.beside.is_some() { "data" } else { "coordinator" };
+    learn_telemetry::log::init(role, arguments.log_json);
     let result = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -66,12 +144,18 @@ async fn serve(arguments: Arguments) -> anyhow::Result<i32> {
             _ = notice.recv() => {}
         }
     };
+    if let Some(Beside::Data(data)) = arguments.beside {
+        replica::serve(data.settings()?, shutdown).await?;
+        return Ok(report::exit::OK);
+    }
+    // clap sees to it that it is there
+    let run_dir = arguments.run_dir.unwrap_or_default();
     if arguments.take_over {
-        return Ok(said(&take_over(&arguments.run_dir, shutdown).await?));
+        return Ok(said(&take_over(&run_dir, shutdown).await?));
     }
     // Without a task it is an embed job: clap sees to it.
     let Some(task) = arguments.task_json else {
-        return Ok(match EmbeddingCoordinator::bind(&arguments.run_dir).await?.run(shutdown).await? {
+        return Ok(match EmbeddingCoordinator::bind(&run_dir).await?.run(shutdown).await? {
             Ended::Finished => report::exit::OK,
             Ended::Stopped => report::exit::STOPPED,
             Ended::Failed(cause) => {
@@ -80,7 +164,7 @@ async fn serve(arguments: Arguments) -> anyhow::Result<i32> {
             }
         });
     };
-    let settings = Settings::load(&arguments.run_dir, arguments.config, task).map_err(CoordinatorError::from)?;
+    let settings = Settings::load(&run_dir, arguments.config, task).map_err(CoordinatorError::from)?;
     Ok(said(&run(settings, shutdown).await?))
 }
 

@@ -1,10 +1,11 @@
 //! `GET /sd`: what Prometheus' `http_sd_configs` scrapes of a job.
 //!
-//! Input: the workers that are there, and this coordinator's own address. Output: one group for each process that lives,
-//! with the labels `job`, `role`, `host` and, for a worker that has one, `rank`. Invariant: whoever has left or was lost is not
+//! Input: the workers and data servers that are there, and this coordinator's own address. Output: one group for each
+//! process that lives, with the labels `job`, `role`, `host` and, for a worker that has one, `rank`. Invariant: whoever has left or was lost is not
 //! in it.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use axum::Json;
 use axum::Router;
@@ -13,8 +14,10 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use learn_domain::Rank;
+use learn_domain::report::DataServerStatus;
 use serde::Serialize;
 
+use crate::data::Directory;
 use crate::job::actor::{Command, JobHandle};
 use crate::serve::host_name;
 
@@ -50,12 +53,15 @@ impl Origin {
     }
 
     fn worker(&self, worker: Present) -> Option<Group> {
-        let address = worker.metrics_url.strip_prefix("http://")?.strip_suffix("/metrics")?;
-        let mut group = self.group("worker", address.to_owned(), worker.host);
+        let mut group = self.group("worker", address(&worker.metrics_url)?, worker.host);
         if let Some(rank) = worker.rank {
             group.labels.insert("rank", rank.to_string());
         }
         Some(group)
+    }
+
+    fn data_server(&self, server: DataServerStatus) -> Option<Group> {
+        Some(self.group("data", address(&server.metrics_url)?, server.host))
     }
 
     fn group(&self, role: &str, address: String, host: String) -> Group {
@@ -64,17 +70,23 @@ impl Origin {
     }
 }
 
-/// `/sd` of a training.
-pub fn router(job: JobHandle, origin: Origin) -> Router {
-    Router::new().route("/sd", get(targets)).with_state((job, origin))
+/// `HOST:PORT` of `http://HOST:PORT/metrics`.
+fn address(metrics_url: &str) -> Option<String> {
+    Some(metrics_url.strip_prefix("http://")?.strip_suffix("/metrics")?.to_owned())
 }
 
-async fn targets(State((job, origin)): State<(JobHandle, Origin)>) -> Response {
+/// `/sd` of a training.
+pub fn router(job: JobHandle, directory: Directory, origin: Origin) -> Router {
+    Router::new().route("/sd", get(targets)).with_state((job, directory, origin))
+}
+
+async fn targets(State((job, directory, origin)): State<(JobHandle, Directory, Origin)>) -> Response {
     match job.ask(Command::Present).await {
         Ok(workers) => {
             let own = origin.coordinator(host_name());
             let workers = workers.into_iter().filter_map(|worker| origin.worker(worker));
-            Json(std::iter::once(own).chain(workers).collect::<Vec<_>>()).into_response()
+            let servers = directory.servers(Instant::now()).into_iter().filter_map(|server| origin.data_server(server));
+            Json(std::iter::once(own).chain(workers).chain(servers).collect::<Vec<_>>()).into_response()
         }
         // Prometheus keeps the targets of its last good answer
         Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")).into_response(),
@@ -100,11 +112,18 @@ mod tests {
         let worker = |rank, url: &str| Present { rank, host: "node1".into(), metrics_url: url.into() };
         let ranked = origin().worker(worker(Some(Rank(1)), "http://node1:4711/metrics"));
         let unranked = origin().worker(worker(None, "http://[::1]:4712/metrics"));
-        let groups = [Some(origin().coordinator("login".into())), ranked, unranked];
+        let server = DataServerStatus {
+            location: "http://node2:4713".into(),
+            metrics_url: "http://node2:4714/metrics".into(),
+            host: "node2".into(),
+            pid: 7,
+        };
+        let groups = [Some(origin().coordinator("login".into())), ranked, unranked, origin().data_server(server)];
         let expected = serde_json::json!([
             {"targets": ["login:8080"], "labels": {"job": "shop", "role": "coordinator", "host": "login"}},
             {"targets": ["node1:4711"], "labels": {"job": "shop", "role": "worker", "host": "node1", "rank": "1"}},
             {"targets": ["[::1]:4712"], "labels": {"job": "shop", "role": "worker", "host": "node1"}},
+            {"targets": ["node2:4714"], "labels": {"job": "shop", "role": "data", "host": "node2"}},
         ]);
         assert_eq!(serde_json::to_value(groups).unwrap(), expected);
     }

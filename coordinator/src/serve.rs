@@ -28,7 +28,7 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
 use crate::control::ControlService;
-use crate::data::{DataService, Source, SourceError};
+use crate::data::{DataService, Directory, Source, SourceError};
 use crate::files::{FileError, write_json};
 use crate::job::actor::{Command, JobHandle, JobOwner, OwnerError, OwnerParts, STATES};
 use crate::job::{History, Job, JobSettings, Keeping, LedgerFile, TakeOverError};
@@ -175,6 +175,7 @@ fn advertised(bind: &str) -> String {
     }
 }
 
+/// The name of this machine.
 pub(crate) fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     if name.trim().is_empty() { "localhost".into() } else { name.trim().into() }
@@ -314,11 +315,17 @@ impl Coordinator {
 
     async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<Outcome, CoordinatorError> {
         let (stop, stopped) = watch::channel(false);
-        let (control, data) = (self.control(), self.data());
+        let directory = Directory::new(&self.ports.address.grpc, self.settings.config.cluster.heartbeat_timeout.0);
+        let (control, data) = (self.control(&directory, &stopped)?, self.data(&directory));
         let require = RequireBearer(self.settings.secret.clone());
         let origin = Origin { job: self.settings.config.job.name.clone(), http: self.ports.address.http.clone() };
-        let router = http::router(self.job.clone(), self.settings.secret.clone(), self.metrics.exposition.clone())
-            .merge(sd::router(self.job.clone(), origin));
+        let shared =
+            http::Shared { job: self.job.clone(), secret: self.settings.secret.clone(), directory: directory.clone() };
+        let router = http::router(shared, self.metrics.exposition.clone()).merge(sd::router(
+            self.job.clone(),
+            directory,
+            origin,
+        ));
         let Self { ports: Ports { grpc, http, .. }, job, owner, journal, lock, .. } = self;
 
         let mut servers = JoinSet::new();
@@ -367,30 +374,40 @@ impl Coordinator {
         }
     }
 
-    fn control(&self) -> ControlService {
+    fn control(&self, directory: &Directory, over: &watch::Receiver<bool>) -> Result<ControlService, CoordinatorError> {
         let admission = Admission {
             worker: WorkerId(0),
             config: self.settings.config.clone(),
             dataset: self.source.facts.clone(),
             task: self.settings.task.clone(),
-            data_locations: vec![self.ports.address.grpc.clone()],
+            data_locations: Vec::new(),
             run_dir: self.settings.run_dir.root().to_owned(),
         };
-        ControlService { job: self.job.clone(), metrics: self.metrics.clone(), admission }
+        let path = self.settings.run_dir.config();
+        let config_json =
+            serde_json::to_string(&self.settings.config).map_err(|source| FileError::Json { path, source })?;
+        Ok(ControlService {
+            job: self.job.clone(),
+            metrics: self.metrics.clone(),
+            admission,
+            config_json,
+            directory: directory.clone(),
+            over: over.clone(),
+        })
     }
 
-    fn data(&self) -> DataService {
+    fn data(&self, directory: &Directory) -> DataService {
         DataService {
             source: Arc::clone(&self.source),
-            metrics: self.metrics.clone(),
+            metrics: self.metrics.data.clone(),
             world_size: self.settings.config.cluster.workers,
-            locations: vec![self.ports.address.grpc.replacen("http://", "grpc+tcp://", 1)],
+            directory: directory.clone(),
         }
     }
 }
 
 /// How a server ended, for people.
-fn ending<E: std::error::Error>(result: Result<(), E>) -> String {
+pub(crate) fn ending<E: std::error::Error>(result: Result<(), E>) -> String {
     match result {
         Ok(()) => "it was told to stop".into(),
         Err(error) => error.to_string(),

@@ -16,6 +16,7 @@ use learn_domain::run_dir::RunDir;
 
 use crate::api::Api;
 use crate::crew::{Crew, View};
+use crate::data_servers::DataServers;
 use crate::failure::Failure;
 use crate::output::{Output, Progress, Unit};
 use crate::process::{self, Process};
@@ -58,8 +59,11 @@ pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
     system::catch_stop_signals();
     let mut job = LocalJob::start(spec, output)?;
     if let Some(address) = job.wait_for_coordinator() {
+        let api = Api::new(&address);
+        job.data_servers = Some(DataServers::start(spec.run, spec.config, &address)?);
+        job.wait_for_data_servers(&api)?;
         job.crew = Some(Crew::start(spec.run, spec.config, spec.task, &address)?);
-        job.watch(&Api::new(&address))?;
+        job.watch(&api)?;
     }
     job.conclude()
 }
@@ -73,6 +77,8 @@ struct LocalJob<'a> {
     take_overs: u32,
     /// None until the coordinator serves.
     crew: Option<Crew<'a>>,
+    /// Likewise.
+    data_servers: Option<DataServers<'a>>,
     /// Requests to stop that were passed on.
     stops: usize,
     /// This side has killed the job.
@@ -111,6 +117,7 @@ impl<'a> LocalJob<'a> {
             coordinator,
             take_overs: 0,
             crew: None,
+            data_servers: None,
             stops: system::stop_requests(),
             killed: false,
             lost: None,
@@ -137,6 +144,30 @@ impl<'a> LocalJob<'a> {
             std::thread::sleep(POLL);
         }
         None
+    }
+
+    /// Until all data servers serve, so that the workers find them at once; a job does not wait for those that die or are
+    /// slow.
+    fn wait_for_data_servers(&mut self, api: &Api) -> Result<()> {
+        let start = Instant::now();
+        while start.elapsed() < LEAVE && self.coordinator.ended().is_none() {
+            let Some(servers) = self.data_servers.as_mut().filter(|servers| servers.count() > 0) else { break };
+            let (count, alive) = (servers.count(), servers.any_alive());
+            if !alive || api.job().is_ok_and(|status| status.data_servers.len() >= count) {
+                break;
+            }
+            self.pass_on_stops();
+            std::thread::sleep(POLL);
+        }
+        self.look_after_data_servers()
+    }
+
+    fn look_after_data_servers(&mut self) -> Result<()> {
+        let Some(servers) = self.data_servers.as_mut().filter(|_| self.stops == 0) else { return Ok(()) };
+        for line in servers.follow()? {
+            self.progress.line(&line);
+        }
+        Ok(())
     }
 
     fn watch(&mut self, api: &Api) -> Result<()> {
@@ -195,6 +226,7 @@ impl<'a> LocalJob<'a> {
                 asked = Some(Instant::now());
             }
             self.pass_on_stops();
+            self.look_after_data_servers()?;
             self.look_after_deserted();
             std::thread::sleep(POLL);
         }
@@ -235,6 +267,7 @@ impl<'a> LocalJob<'a> {
     fn kill_all(&mut self) {
         self.killed = true;
         self.crew.iter_mut().for_each(|crew| crew.ask_to_end(End::AtOnce));
+        self.data_servers.iter_mut().for_each(|servers| servers.ask_to_end(End::AtOnce));
         self.coordinator.ask_to_end(End::AtOnce);
     }
 
@@ -277,6 +310,11 @@ impl<'a> LocalJob<'a> {
                 crew.ask_to_end(End::Gracefully);
                 crew.wait(LEAVE);
             }
+        }
+        if let Some(servers) = &mut self.data_servers {
+            // the coordinator has told them, unless it was killed
+            servers.ask_to_end(End::Gracefully);
+            servers.wait(LEAVE_BY_THEMSELVES);
         }
         let status = runs::last_status(self.spec.run)?;
         let Some(ended) = self.coordinator.ended() else {

@@ -5,7 +5,7 @@
 //!
 //! - [`commands`]: one file per subcommand; [`cli`] is what they have in common.
 //! - [`settings`]: defaults, TOML, environment, `--set` and flags become one typed configuration.
-//! - [`job`]: one coordinator and its workers as local processes, watched to their end.
+//! - [`job`]: one coordinator, its workers and data servers as local processes, watched to their end.
 //! - [`process`] and [`system`]: children that never outlive their parent; the few calls into the operating system.
 //! - [`render`]: what people see, as pure functions.
 //! - [`study`]: variants of a configuration, trained and set side by side.
@@ -16,6 +16,7 @@ pub mod api;
 pub mod cli;
 pub mod commands;
 pub mod crew;
+pub mod data_servers;
 pub mod failure;
 pub mod job;
 pub mod load;

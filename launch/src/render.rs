@@ -230,6 +230,9 @@ pub fn status(status: &JobStatus, freshness: Freshness) -> String {
         let silent = format!("heard {:.1}s ago", worker.seconds_since_heartbeat);
         row("worker", format!("rank {rank} {place}: {doing}, {silent}"));
     }
+    for server in &status.data_servers {
+        row("data server", format!("{} pid {}: {}", server.host, server.pid, server.location));
+    }
     row("running for", duration(status.seconds));
     out
 }

@@ -12,8 +12,8 @@ use learn_domain::report::{DatasetFacts, Evaluation, StepRecord, Task};
 use learn_domain::{Config, Generation, Incarnation, Rank, Step, UserIndex, WorkerId};
 
 use crate::v1::{
-    BeginGenerationRequest, FinishedStep, HeartbeatResponse, JoinRequest, JoinResponse, ReportStepRequest, StepNumbers,
-    heartbeat_response, leave_request,
+    BeginGenerationRequest, DataServer, FinishedStep, HeartbeatResponse, JoinRequest, JoinResponse, OfferDataRequest,
+    ReportStepRequest, StepNumbers, heartbeat_response, leave_request,
 };
 use crate::{MAX_TEXT_BYTES, PROTOCOL};
 
@@ -21,8 +21,8 @@ use crate::{MAX_TEXT_BYTES, PROTOCOL};
 #[derive(Debug, thiserror::Error)]
 pub enum ConvertError {
     #[error(
-        "the worker speaks protocol version {theirs} (0 = older than the field) and the coordinator speaks {ours}; start \
-         workers and coordinator from the same build"
+        "this process speaks protocol version {theirs} (0 = older than the field) and the coordinator speaks {ours}; start \
+         all processes of a job from the same build"
     )]
     Protocol { theirs: u32, ours: u32 },
     #[error("`{field}` has {bytes} bytes; at most {limit} are allowed")]
@@ -150,6 +150,73 @@ impl TryFrom<JoinResponse> for Admission {
             task: from_json("task_json", &response.task_json)?,
             data_locations: response.data_locations,
             run_dir: response.run_dir.into(),
+        })
+    }
+}
+
+/// What a data server has, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataOffer {
+    pub fingerprint: String,
+    /// Of the content embeddings; empty without any.
+    pub embeddings_fingerprint: String,
+    /// None if it does not serve yet.
+    pub server: Option<OfferedServer>,
+}
+
+/// A data server that serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OfferedServer {
+    /// `http://HOST:PORT` of its Flight service.
+    pub location: String,
+    pub metrics_url: String,
+    pub host: String,
+    pub pid: u32,
+    /// The configuration that it serves, as the coordinator told it.
+    pub config_json: String,
+}
+
+impl From<DataOffer> for OfferDataRequest {
+    fn from(offer: DataOffer) -> Self {
+        let server = offer.server.map(|server| DataServer {
+            location: server.location,
+            metrics_url: server.metrics_url,
+            host: server.host,
+            pid: server.pid,
+            config_json: server.config_json,
+        });
+        Self {
+            protocol: PROTOCOL,
+            fingerprint: offer.fingerprint,
+            embeddings_fingerprint: offer.embeddings_fingerprint,
+            server,
+        }
+    }
+}
+
+impl TryFrom<OfferDataRequest> for DataOffer {
+    type Error = ConvertError;
+
+    fn try_from(request: OfferDataRequest) -> Result<Self, ConvertError> {
+        if request.protocol != PROTOCOL {
+            return Err(ConvertError::Protocol { theirs: request.protocol, ours: PROTOCOL });
+        }
+        let server = request.server.map(|server| {
+            if server.location.is_empty() {
+                return Err(ConvertError::Missing("location"));
+            }
+            Ok(OfferedServer {
+                location: bounded("location", server.location)?,
+                metrics_url: bounded("metrics_url", server.metrics_url)?,
+                host: bounded("host", server.host)?,
+                pid: server.pid,
+                config_json: server.config_json,
+            })
+        });
+        Ok(Self {
+            fingerprint: bounded("fingerprint", request.fingerprint)?,
+            embeddings_fingerprint: bounded("embeddings_fingerprint", request.embeddings_fingerprint)?,
+            server: server.transpose()?,
         })
     }
 }

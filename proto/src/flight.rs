@@ -32,6 +32,37 @@ pub enum TicketError {
     Rank { rank: u32, world_size: u32 },
 }
 
+/// Name of the flight of the items' training interactions, which has one endpoint whatever the number of ranks.
+pub const POPULARITY: &str = "popularity";
+
+/// Scheme of Flight's locations of servers without TLS, and that of their gRPC URLs.
+const SCHEMES: (&str, &str) = ("grpc+tcp://", "http://");
+
+/// A Flight location for the gRPC URL of a server.
+#[must_use]
+pub fn flight_location(url: &str) -> String {
+    url.strip_prefix(SCHEMES.1).map_or_else(|| url.to_owned(), |rest| format!("{}{rest}", SCHEMES.0))
+}
+
+/// The gRPC URL of the server at a Flight location; `None` if it needs something else than plain gRPC.
+#[must_use]
+pub fn grpc_url(location: &str) -> Option<String> {
+    location.strip_prefix(SCHEMES.0).map(|rest| format!("{}{rest}", SCHEMES.1))
+}
+
+/// The order in which the `number`-th client asks the servers of a job: each starts with another one, and the last of them,
+/// the coordinator, comes last.
+#[must_use]
+pub fn in_turn(mut locations: Vec<String>, number: usize) -> Vec<String> {
+    if let Some((_, servers)) = locations.split_last_mut()
+        && !servers.is_empty()
+    {
+        let first = number % servers.len();
+        servers.rotate_left(first);
+    }
+    locations
+}
+
 /// What `DoGet` streams.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind", deny_unknown_fields)]

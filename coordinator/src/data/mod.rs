@@ -5,12 +5,14 @@
 //! a client that does not read stops it: at most [`READ_AHEAD`] messages of 2 MiB are made ahead of each stream.
 
 mod batches;
+mod directory;
 mod encode;
 mod held_out;
 mod rows;
 mod source;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use arrow_flight::error::FlightError;
 use arrow_flight::flight_service_server::FlightService;
@@ -21,13 +23,14 @@ use arrow_flight::{
 use arrow_ipc::writer::IpcWriteOptions;
 use arrow_schema::Schema;
 pub use batches::Place;
+pub use directory::{Directory, Offer};
 use futures::stream::{self, BoxStream, Stream, StreamExt, TryStreamExt};
 use learn_domain::report::Split;
 use learn_proto::flight::{
-    Exchange, Extras, Ticket, TicketError, batches_schema, evaluation_schema, items_schema, popularity_schema,
-    rows_schema,
+    Exchange, Extras, POPULARITY, Ticket, TicketError, batches_schema, evaluation_schema, flight_location,
+    items_schema, popularity_schema, rows_schema,
 };
-use learn_telemetry::CoordinatorMetrics;
+use learn_telemetry::DataMetrics;
 pub use source::{Source, SourceError};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -40,11 +43,11 @@ const MAX_WORLD_SIZE: u32 = 1 << 16;
 /// The Flight service.
 pub struct DataService {
     pub source: Arc<Source>,
-    pub metrics: CoordinatorMetrics,
+    pub metrics: DataMetrics,
     /// The job's world size: how many endpoints a flight has.
     pub world_size: u32,
-    /// `grpc+tcp://HOST:PORT` of servers with this dataset, in order of preference.
-    pub locations: Vec<String>,
+    /// The servers with this dataset.
+    pub directory: Directory,
 }
 
 /// Runs `work` on a blocking thread.
@@ -79,7 +82,7 @@ impl Flight {
             Self::HeldOut(Split::Valid) => "valid",
             Self::HeldOut(Split::Test) => "test",
             Self::Items => "items",
-            Self::Popularity => "popularity",
+            Self::Popularity => POPULARITY,
             Self::Rows => "rows",
         }
     }
@@ -128,9 +131,12 @@ impl DataService {
             Flight::Popularity => (rank == 0).then_some(Ticket::Popularity {}),
             Flight::Rows => None,
         };
-        let endpoint = |ticket: Ticket| {
+        let now = Instant::now();
+        let endpoint = |(number, ticket): (usize, Ticket)| {
             let endpoint = FlightEndpoint::new().with_ticket(RawTicket::new(ticket.encode()));
-            self.locations.iter().fold(endpoint, |endpoint, location| endpoint.with_location(location))
+            let locations =
+                self.directory.locations(number, now).into_iter().map(|location| flight_location(&location));
+            locations.fold(endpoint, |endpoint, location| endpoint.with_location(location))
         };
         let records = match flight {
             Flight::Train => self.records(),
@@ -141,7 +147,7 @@ impl DataService {
             .try_with_schema(&self.schema(flight))
             .map(|info| {
                 info.with_descriptor(FlightDescriptor::new_path(vec![flight.name().to_owned()]))
-                    .with_endpoints((0..world_size).filter_map(ticket).map(endpoint).collect())
+                    .with_endpoints((0..world_size).filter_map(ticket).enumerate().map(endpoint).collect())
                     .with_total_records(i64::try_from(records).unwrap_or(-1))
                     .with_total_bytes(-1)
             })

@@ -72,6 +72,7 @@ impl Job {
             best: self.best().cloned(),
             evaluations: self.evaluations.clone(),
             workers: workers.collect(),
+            data_servers: Vec::new(),
             ledger: self.books.summary(),
             seconds: now.as_secs_f64(),
         }

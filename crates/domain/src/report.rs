@@ -176,6 +176,17 @@ pub struct WorkerStatus {
     pub work_ratio: Option<f64>,
 }
 
+/// A data server beside the coordinator, as the status shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataServerStatus {
+    /// `http://HOST:PORT` of its Flight service.
+    pub location: String,
+    /// `http://HOST:PORT/metrics`.
+    pub metrics_url: String,
+    pub host: String,
+    pub pid: u32,
+}
+
 /// Where a job stands.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -226,6 +237,9 @@ pub struct JobStatus {
     pub best: Option<Evaluation>,
     pub evaluations: Vec<Evaluation>,
     pub workers: Vec<WorkerStatus>,
+    /// Live data servers beside the coordinator's own; only a coordinator that is asked knows them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub data_servers: Vec<DataServerStatus>,
     pub ledger: LedgerSummary,
     /// Seconds since the coordinator started.
     pub seconds: f64,

@@ -104,6 +104,12 @@ impl RunDir {
         self.0.join("logs").join(format!("worker-{number}.log"))
     }
 
+    /// The log of the `number`-th local data server.
+    #[must_use]
+    pub fn data_log(&self, number: u32) -> PathBuf {
+        self.0.join("logs").join(format!("data-{number}.log"))
+    }
+
     #[must_use]
     pub fn logs(&self) -> PathBuf {
         self.0.join("logs")

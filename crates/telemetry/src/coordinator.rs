@@ -2,6 +2,7 @@
 
 use prometheus::{Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
+use crate::data::DataMetrics;
 use crate::exposition::Exposition;
 use crate::names;
 
@@ -20,9 +21,7 @@ pub struct CoordinatorMetrics {
     /// Label `method`.
     pub rpc_seconds: HistogramVec,
     pub state_write_seconds: Histogram,
-    pub flight_rows_total: IntCounter,
-    /// Label `kind`.
-    pub flight_bytes_total: IntCounterVec,
+    pub data: DataMetrics,
     /// Label `cause`.
     pub worker_lost_total: IntCounterVec,
     pub recovery_seconds: Histogram,
@@ -55,8 +54,7 @@ impl CoordinatorMetrics {
             heartbeats_total: e.counter(&names::JOB_HEARTBEATS),
             rpc_seconds: e.histogram_vec(&names::RPC_SECONDS),
             state_write_seconds: e.histogram(&names::JOB_STATE_WRITE_SECONDS),
-            flight_rows_total: e.counter(&names::FLIGHT_ROWS),
-            flight_bytes_total: e.counter_vec(&names::FLIGHT_BYTES),
+            data: DataMetrics::of(e),
             worker_lost_total: e.counter_vec(&names::JOB_WORKERS_LOST),
             stalls_total: e.counter_vec(&names::JOB_STALLS),
             work_ratio: e.gauge_vec(&names::JOB_WORK_RATIO),
@@ -100,7 +98,7 @@ mod tests {
         worker.received_bytes_total.with_label_values(&["batches"]).inc();
         coordinator.set_state("running");
         coordinator.rpc_seconds.with_label_values(&["join"]).observe(0.1);
-        coordinator.flight_bytes_total.with_label_values(&["rows"]).inc();
+        coordinator.data.flight_bytes_total.with_label_values(&["rows"]).inc();
         coordinator.worker_lost_total.with_label_values(&["silent"]).inc();
         coordinator.non_finite_total.with_label_values(&["skip"]).inc();
         coordinator.stalls_total.with_label_values(&["data"]).inc();

@@ -2,7 +2,7 @@
 //!
 //! - [`log`]: the one tracing set-up of every binary.
 //! - [`names`]: every metric once, with its kind, labels and help.
-//! - [`WorkerMetrics`], [`CoordinatorMetrics`], [`EmbeddingMetrics`]: typed handles; a metric that is not in [`names`] cannot be made.
+//! - [`WorkerMetrics`], [`CoordinatorMetrics`], [`DataMetrics`], [`EmbeddingMetrics`]: typed handles; a metric that is not in [`names`] cannot be made.
 //! - [`Exposition`] and [`serve`]: the Prometheus text format over HTTP.
 //!
 //! Input: numbers from the trainer's own progress. Output: log lines on stderr, `/metrics` and `/healthz`.
@@ -10,6 +10,7 @@
 
 mod age;
 mod coordinator;
+mod data;
 mod embedding;
 mod exposition;
 pub mod log;
@@ -18,6 +19,7 @@ mod worker;
 
 pub use age::Age;
 pub use coordinator::CoordinatorMetrics;
+pub use data::DataMetrics;
 pub use embedding::EmbeddingMetrics;
 pub use exposition::{Exposition, router, serve};
 pub use prometheus::{Counter, Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};

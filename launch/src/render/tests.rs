@@ -1,8 +1,8 @@
 use learn_domain::ids::{Generation, Rank, Step, WorkerId};
 use learn_domain::ledger::{EpochCount, LedgerSummary};
 use learn_domain::report::{
-    Comparison, DatasetFacts, EmbeddingStatus, EmbeddingWorker, Estimate, Interval, SegmentResult, Split, Summary,
-    Task, WorkerStatus,
+    Comparison, DataServerStatus, DatasetFacts, EmbeddingStatus, EmbeddingWorker, Estimate, Interval, SegmentResult,
+    Split, Summary, Task, WorkerStatus,
 };
 
 use super::*;
@@ -51,6 +51,12 @@ fn job() -> JobStatus {
             seconds_in_phase: 0.5,
             work_ratio: None,
         }],
+        data_servers: vec![DataServerStatus {
+            location: "http://there:4".into(),
+            metrics_url: String::new(),
+            host: "there".into(),
+            pid: 43,
+        }],
         ledger: LedgerSummary { exact: true, epochs: vec![epoch(0, 943), epoch(1, 512)] },
         seconds: 61.0,
     }
@@ -78,6 +84,7 @@ fn a_live_job_shows_its_progress_ledger_and_workers() {
         "epoch 2: 512 of 943 users seen: open",
         "2 with 2 workers",
         "rank 1 here pid 42 cpu: step 30 backward, heard 0.2s ago",
+        "data server there pid 43: http://there:4",
         "1m 01s",
     ] {
         assert!(text.contains(part), "{part} is not in:\n{text}");

@@ -319,6 +319,49 @@ pub mod leave_request {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LeaveResponse {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct OfferDataRequest {
+    /// Version of this protocol that the server speaks.
+    #[prost(uint32, tag = "1")]
+    pub protocol: u32,
+    /// Of the dataset that it has.
+    #[prost(string, tag = "2")]
+    pub fingerprint: ::prost::alloc::string::String,
+    /// Of the dataset's content embeddings; empty without any.
+    #[prost(string, tag = "3")]
+    pub embeddings_fingerprint: ::prost::alloc::string::String,
+    /// None: it only asks what there is to serve, and is answered at once.
+    #[prost(message, optional, tag = "4")]
+    pub server: ::core::option::Option<DataServer>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DataServer {
+    /// gRPC URL of its Flight service.
+    #[prost(string, tag = "1")]
+    pub location: ::prost::alloc::string::String,
+    /// URL of its Prometheus metrics.
+    #[prost(string, tag = "2")]
+    pub metrics_url: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub host: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "4")]
+    pub pid: u32,
+    /// The configuration that it serves, as it was told.
+    #[prost(string, tag = "5")]
+    pub config_json: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct OfferDataResponse {
+    /// The resolved configuration, JSON of learn_domain::Config.
+    #[prost(string, tag = "1")]
+    pub config_json: ::prost::alloc::string::String,
+    /// gRPC URLs of all Flight servers with this dataset, the coordinator's last.
+    #[prost(string, repeated, tag = "2")]
+    pub data_locations: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// The job is over.
+    #[prost(bool, tag = "3")]
+    pub over: bool,
+}
 /// Generated client implementations.
 pub mod control_client {
     #![allow(
@@ -667,6 +710,32 @@ pub mod control_client {
             req.extensions_mut().insert(GrpcMethod::new("learn.v1.Control", "Leave"));
             self.inner.unary(req, path, codec).await
         }
+        /// A data server says where it serves the job's data. The answer comes when it is time to say so again, or when the job
+        /// is over; a server whose call breaks, or that is silent for too long, is not named to anybody any more.
+        pub async fn offer_data(
+            &mut self,
+            request: impl tonic::IntoRequest<super::OfferDataRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::OfferDataResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/learn.v1.Control/OfferData",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("learn.v1.Control", "OfferData"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -767,6 +836,15 @@ pub mod control_server {
             &self,
             request: tonic::Request<super::LeaveRequest>,
         ) -> std::result::Result<tonic::Response<super::LeaveResponse>, tonic::Status>;
+        /// A data server says where it serves the job's data. The answer comes when it is time to say so again, or when the job
+        /// is over; a server whose call breaks, or that is silent for too long, is not named to anybody any more.
+        async fn offer_data(
+            &self,
+            request: tonic::Request<super::OfferDataRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::OfferDataResponse>,
+            tonic::Status,
+        >;
     }
     #[derive(Debug)]
     pub struct ControlServer<T> {
@@ -1358,6 +1436,49 @@ pub mod control_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = LeaveSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/learn.v1.Control/OfferData" => {
+                    #[allow(non_camel_case_types)]
+                    struct OfferDataSvc<T: Control>(pub Arc<T>);
+                    impl<T: Control> tonic::server::UnaryService<super::OfferDataRequest>
+                    for OfferDataSvc<T> {
+                        type Response = super::OfferDataResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::OfferDataRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::offer_data(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = OfferDataSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -81,7 +81,8 @@ pub fn run(session: &Session, turn: &mut Turn, checkpoint: &str, split: Split) -
     let admission = &session.admission;
     let handle = session.handle();
     let patience = session.control.patience();
-    let data = handle.block_on(DataClient::new(&admission.data_locations, &session.secret, patience))?;
+    let number = admission.worker.0 as usize;
+    let data = handle.block_on(DataClient::new(&admission.data_locations, number, &session.secret, patience))?;
     let model = Pch::new(shape(&admission.config, &admission.dataset))?;
     let expected = checkpoint::Expected { dataset: &admission.dataset, signature: None };
     let snapshot = checkpoint::read(checkpoint.as_ref(), Some(&expected))?;

@@ -4,8 +4,8 @@
 //! before it is used; a server that answers something else is an error that names it. A service that went away is waited
 //! for, or another location asked: streams are opened again where they were, because a ticket says all there is to say.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{ArrowPrimitiveType, Float16Type, Int64Type, UInt8Type, UInt32Type};
@@ -20,13 +20,18 @@ use futures::channel::mpsc;
 use futures::{SinkExt, StreamExt, TryStreamExt};
 use half::f16;
 use learn_proto::auth::{BearerInterceptor, Secret};
-use learn_proto::flight::{BatchMeta, Exchange, RowsMeta, Ticket, rows_request_schema};
+use learn_proto::flight::{BatchMeta, Exchange, POPULARITY, RowsMeta, Ticket, grpc_url, in_turn, rows_request_schema};
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 
 use super::assemble::{Seen, UserShare};
 use crate::control::{CONNECT_TIMEOUT, KEEP_ALIVE};
 use crate::retry::{Passing, Patience};
+
+/// How often the coordinator is asked for the job's data servers: some may have come.
+const LOOK_AROUND: Duration = Duration::from_secs(15);
+/// A coordinator that does not answer that sooner is asked the next time.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 
 /// Reading from the data service failed.
 #[derive(Debug, thiserror::Error)]
@@ -75,17 +80,36 @@ impl HeldOutUser {
 /// The data services of a job, the one that answered last first.
 #[derive(Clone)]
 pub struct DataClient {
-    links: Arc<[Link]>,
-    /// Number of the link in use.
-    current: Arc<AtomicUsize>,
+    known: Arc<Known>,
     patience: Patience,
 }
 
-/// One location; the channel connects when it is used.
-struct Link {
-    location: String,
-    client: FlightServiceClient<InterceptedService<Channel, BearerInterceptor>>,
+/// What clones share.
+struct Known {
+    bearer: BearerInterceptor,
+    /// Which of the clients this is: each starts with another server.
+    number: usize,
+    links: Mutex<Links>,
 }
+
+/// The locations, in the order of preference.
+struct Links {
+    /// The last one is the coordinator's, who knows the others.
+    all: Vec<Link>,
+    /// Number of the one in use.
+    current: usize,
+    /// When the coordinator was asked for them.
+    asked: Instant,
+}
+
+/// One location; the channel connects when it is used.
+#[derive(Clone)]
+struct Link {
+    location: Arc<str>,
+    client: Client,
+}
+
+type Client = FlightServiceClient<InterceptedService<Channel, BearerInterceptor>>;
 
 /// The shares of a rank, step after step.
 pub struct ShareStream {
@@ -99,7 +123,7 @@ pub struct ShareStream {
 /// A running answer.
 struct Opened {
     decoder: FlightDataDecoder,
-    link: usize,
+    location: Arc<str>,
 }
 
 /// Content embedding rows over one long exchange.
@@ -117,54 +141,124 @@ struct OpenedRows {
     sent: u64,
 }
 
+impl Known {
+    fn lock(&self) -> MutexGuard<'_, Links> {
+        // nothing in here leaves it half done
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn link(&self, location: &str) -> Result<Link, FlightClientError> {
+        let endpoint = Channel::from_shared(location.to_owned()).map_err(|error| unexpected(error.to_string()))?;
+        let endpoint = endpoint
+            .connect_timeout(CONNECT_TIMEOUT)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE)
+            .keep_alive_while_idle(true)
+            .tcp_nodelay(true);
+        let client = FlightServiceClient::with_interceptor(endpoint.connect_lazy(), self.bearer.clone());
+        Ok(Link { location: location.into(), client })
+    }
+
+    /// Replaces the locations if they have changed, and starts with the first again.
+    fn replace(&self, locations: &[String]) -> Result<(), FlightClientError> {
+        let mut links = self.lock();
+        if links.all.iter().map(|link| &*link.location).eq(locations.iter().map(String::as_str)) {
+            return Ok(());
+        }
+        let kept = |location: &String| links.all.iter().find(|link| *link.location == **location).cloned();
+        let all: Vec<Link> = locations
+            .iter()
+            .map(|location| kept(location).map_or_else(|| self.link(location), Ok))
+            .collect::<Result<_, _>>()?;
+        tracing::info!(?locations, "data servers of the job");
+        links.all = all;
+        links.current = 0;
+        Ok(())
+    }
+}
+
 impl DataClient {
-    /// A client of the services at `locations`. Asynchronous because channels are made in a runtime; they connect when
-    /// they are used.
+    /// The `number`-th client of the services at `locations`, of which the last one knows all. Asynchronous because
+    /// channels are made in a runtime; they connect when they are used.
     ///
     /// # Errors
     /// If there is no location, or one is none.
-    pub async fn new(locations: &[String], secret: &Secret, patience: &Patience) -> Result<Self, FlightClientError> {
+    pub async fn new(
+        locations: &[String],
+        number: usize,
+        secret: &Secret,
+        patience: &Patience,
+    ) -> Result<Self, FlightClientError> {
         let bearer = BearerInterceptor::try_from(secret).map_err(|error| unexpected(error.to_string()))?;
         if locations.is_empty() {
             return Err(unexpected("the coordinator named no data location"));
         }
-        let link = |location: &String| {
-            let endpoint = Channel::from_shared(location.clone()).map_err(|error| unexpected(error.to_string()))?;
-            let endpoint = endpoint
-                .connect_timeout(CONNECT_TIMEOUT)
-                .http2_keep_alive_interval(KEEP_ALIVE)
-                .keep_alive_timeout(KEEP_ALIVE)
-                .keep_alive_while_idle(true)
-                .tcp_nodelay(true);
-            let client = FlightServiceClient::with_interceptor(endpoint.connect_lazy(), bearer.clone());
-            Ok(Link { location: location.clone(), client })
-        };
-        let links = locations.iter().map(link).collect::<Result<_, FlightClientError>>()?;
-        Ok(Self { links, current: Arc::default(), patience: patience.clone() })
+        let links = Links { all: Vec::new(), current: 0, asked: Instant::now() };
+        let known = Known { bearer, number, links: Mutex::new(links) };
+        known.replace(locations)?;
+        Ok(Self { known: Arc::new(known), patience: patience.clone() })
     }
 
-    /// What a status means, and, if the service at `link` is away, the next one's turn.
-    fn failed(&self, link: usize, status: &tonic::Status) -> FlightClientError {
+    /// Asks the coordinator for the locations, if that is due. Without an answer the known ones stay.
+    async fn look_around(&self) {
+        let coordinator = {
+            let mut links = self.known.lock();
+            if links.asked.elapsed() < LOOK_AROUND {
+                return;
+            }
+            links.asked = Instant::now();
+            links.all.last().cloned()
+        };
+        let Some(mut coordinator) = coordinator else { return };
+        let descriptor = FlightDescriptor::new_path(vec![POPULARITY.to_owned()]);
+        let answer = tokio::time::timeout(ANSWER_WITHIN, coordinator.client.get_flight_info(descriptor)).await;
+        let info = match answer {
+            Ok(Ok(info)) => info.into_inner(),
+            Ok(Err(status)) => return tracing::debug!(%status, "the coordinator did not say where data servers are"),
+            Err(_) => return tracing::debug!("the coordinator did not say in time where data servers are"),
+        };
+        let endpoints = info.endpoint.into_iter().take(1).flat_map(|endpoint| endpoint.location);
+        let locations: Vec<String> = endpoints.filter_map(|location| grpc_url(&location.uri)).collect();
+        if locations.is_empty() {
+            return;
+        }
+        if let Err(error) = self.known.replace(&in_turn(locations, self.known.number)) {
+            tracing::warn!(%error, "the coordinator named a data server that is none");
+        }
+    }
+
+    /// What a status means, and, if the service at `location` is away, the next one's turn.
+    fn failed(&self, location: &Arc<str>, status: &tonic::Status) -> FlightClientError {
         let reason = format!("{} ({})", status.message(), status.code());
         if !status.may_pass() {
             return FlightClientError::Refused(reason);
         }
-        let next = (link + 1) % self.links.len();
+        let mut links = self.known.lock();
         // somebody else may have moved on already
-        let _ = self.current.compare_exchange(link, next, Ordering::Relaxed, Ordering::Relaxed);
-        FlightClientError::Away { location: self.links[link].location.clone(), reason }
+        if links.all[links.current].location == *location {
+            links.current = (links.current + 1) % links.all.len();
+        }
+        FlightClientError::Away { location: location.to_string(), reason }
     }
 
-    fn link(&self) -> (usize, FlightServiceClient<InterceptedService<Channel, BearerInterceptor>>) {
-        let link = self.current.load(Ordering::Relaxed);
-        (link, self.links[link].client.clone())
+    fn link(&self) -> Link {
+        let links = self.known.lock();
+        links.all[links.current].clone()
+    }
+
+    /// Closes a stream to another location than the one in use, between two answers.
+    async fn settle<T>(&self, open: &mut Option<T>, location: impl Fn(&T) -> &Arc<str>) {
+        self.look_around().await;
+        if open.as_ref().is_some_and(|open| *location(open) != self.link().location) {
+            *open = None;
+        }
     }
 
     async fn do_get(&self, ticket: &Ticket) -> Result<Opened, FlightClientError> {
-        let (link, mut client) = self.link();
+        let Link { location, mut client } = self.link();
         let response = client.do_get(arrow_flight::Ticket { ticket: ticket.encode().into() }).await;
-        let response = response.map_err(|status| self.failed(link, &status))?;
-        Ok(Opened { decoder: FlightDataDecoder::new(response.into_inner().map_err(FlightError::from)), link })
+        let response = response.map_err(|status| self.failed(&location, &status))?;
+        Ok(Opened { decoder: FlightDataDecoder::new(response.into_inner().map_err(FlightError::from)), location })
     }
 
     /// The next message of an answer.
@@ -176,7 +270,7 @@ impl DataClient {
                 }
                 Ok(Some(_)) => {}
                 Ok(None) => return Ok(None),
-                Err(FlightError::Tonic(status)) => return Err(self.failed(open.link, &status)),
+                Err(FlightError::Tonic(status)) => return Err(self.failed(&open.location, &status)),
                 Err(error) => return Err(unexpected(error.to_string())),
             }
         }
@@ -253,10 +347,10 @@ impl DataClient {
             .build(received.map(Ok))
             // encoding one u32 column cannot fail; if it did, the exchange would end and the reader says so
             .filter_map(|message: Result<FlightData, FlightError>| futures::future::ready(message.ok()));
-        let (link, mut client) = self.link();
-        let response = client.do_exchange(stream).await.map_err(|status| self.failed(link, &status))?;
+        let Link { location, mut client } = self.link();
+        let response = client.do_exchange(stream).await.map_err(|status| self.failed(&location, &status))?;
         let decoder = FlightDataDecoder::new(response.into_inner().map_err(FlightError::from));
-        Ok(OpenedRows { requests, answers: Opened { decoder, link }, sent: 0 })
+        Ok(OpenedRows { requests, answers: Opened { decoder, location }, sent: 0 })
     }
 }
 
@@ -285,6 +379,7 @@ impl ShareStream {
     }
 
     async fn try_next(&mut self) -> Result<Option<(BatchMeta, Vec<UserShare>)>, FlightClientError> {
+        self.client.settle(&mut self.open, |open| &open.location).await;
         let open = match &mut self.open {
             Some(open) => open,
             none => none.insert(self.client.do_get(&self.ticket).await?),
@@ -329,20 +424,23 @@ impl RowExchange {
         let column = UInt32Array::from(items.to_vec());
         let request = RecordBatch::try_new(self.schema.clone(), vec![Arc::new(column)])
             .map_err(|error| unexpected(error.to_string()))?;
+        self.client.settle(&mut self.open, |open| &open.answers.location).await;
         let open = match &mut self.open {
             Some(open) => open,
             none => none.insert(self.client.do_exchange(&self.schema).await?),
         };
-        let ended = |link: usize, reason: &'static str| self.client.failed(link, &tonic::Status::unavailable(reason));
+        let ended = |location: &Arc<str>, reason: &'static str| {
+            self.client.failed(location, &tonic::Status::unavailable(reason))
+        };
         if open.requests.send(request).await.is_err() {
-            return Err(ended(open.answers.link, "the row exchange has ended"));
+            return Err(ended(&open.answers.location, "the row exchange has ended"));
         }
         let number = open.sent;
         open.sent += 1;
         let mut rows = Vec::with_capacity(items.len() * self.dim);
         loop {
             let Some((batch, metadata)) = self.client.next_batch(&mut open.answers).await? else {
-                return Err(ended(open.answers.link, "the row exchange ended before its answer"));
+                return Err(ended(&open.answers.location, "the row exchange ended before its answer"));
             };
             let meta: RowsMeta =
                 serde_json::from_slice(&metadata).map_err(|error| unexpected(format!("rows metadata: {error}")))?;

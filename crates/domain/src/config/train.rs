@@ -354,6 +354,9 @@ pub struct ClusterConfig {
     pub coordinator_timeout: Span,
     /// `learn-launch` starts another coordinator in the place of one that was killed, so many times in a job.
     pub coordinator_restarts: u32,
+    /// Data servers that `learn-launch` starts beside the coordinator, which serves the same data: for many workers on one
+    /// machine. On other machines start `learn-coordinator data` yourself.
+    pub data_replicas: u32,
     /// All workers must have joined within this; after losses `min_workers` of them.
     pub join_timeout: Span,
     /// Within this a step must be finished; then the log, the events and the status name the rank that the others wait for,
@@ -397,6 +400,7 @@ impl Default for ClusterConfig {
             heartbeat_timeout: Span::from_secs(15),
             coordinator_timeout: Span::from_secs(60),
             coordinator_restarts: 10,
+            data_replicas: 0,
             join_timeout: Span::from_secs(120),
             progress_timeout: Span::from_secs(0),
             collective_timeout: Span::from_secs(120),

@@ -1,0 +1,243 @@
+//! A data server beside the coordinator: the same dataset, plan and sampling, and nothing of the job's state.
+//!
+//! Input: a dataset directory, the coordinator's address and the job's secret. Output: the data service of [`crate::data`]
+//! and its metrics, until the job is over. Invariants: the job's configuration comes from its coordinator, so that any
+//! number of servers answers a ticket alike; a dataset that is not the job's is refused by the coordinator before anything is
+//! served; who is told that this server is there, is the coordinator's affair ([`crate::data::Directory`]).
+
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arrow_flight::flight_service_server::FlightServiceServer;
+use learn_dataset::Dataset;
+use learn_domain::Config;
+use learn_domain::config::ClusterConfig;
+use learn_proto::auth::{BearerInterceptor, RequireBearer, Secret};
+use learn_proto::convert::{DataOffer, OfferedServer};
+use learn_proto::v1::control_client::ControlClient;
+use learn_proto::v1::{OfferDataRequest, OfferDataResponse};
+use learn_telemetry::DataMetrics;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::server::TcpIncoming;
+use tonic::transport::{Channel, Server};
+use tonic::{Code, Status};
+
+use crate::CoordinatorError;
+use crate::data::{DataService, Directory, Source, SourceError};
+use crate::serve::{Ports, ServeError, close, ending, host_name, on_stop};
+
+/// Longest wait for a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// A connection whose peer answers no ping for this long, twice over, is broken.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// Pause before a coordinator that is away is asked again.
+const PAUSE: Duration = Duration::from_millis(500);
+/// Patience until the coordinator has told its own (`cluster.coordinator_timeout`).
+const FIRST_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How a data server is started.
+#[derive(Clone, Debug)]
+pub struct ReplicaSettings {
+    /// None: where the job's configuration has it.
+    pub dataset: Option<PathBuf>,
+    /// `http://HOST:PORT` of the coordinator's gRPC.
+    pub coordinator: String,
+    pub secret: Secret,
+    /// None: as the job's configuration says.
+    pub bind: Option<String>,
+    /// 0 = any free one.
+    pub grpc_port: u16,
+    /// 0 = any free one.
+    pub http_port: u16,
+    /// Every byte is read and compared with its checksum first.
+    pub verify: bool,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ReplicaError {
+    #[error(
+        "`{url}` is no address of a coordinator: {reason}; it looks like http://HOST:PORT, see RUN/coordinator.json"
+    )]
+    Address { url: String, reason: String },
+    #[error("the coordinator at {url} has not answered for {waited:?}: {status}")]
+    Away { url: String, waited: Duration, status: Box<Status> },
+    #[error("the coordinator refused this data server: {0}")]
+    Refused(String),
+    #[error("the coordinator's configuration cannot be read: {0}; start all processes of a job from the same build")]
+    Config(#[from] serde_json::Error),
+}
+
+type Client = ControlClient<InterceptedService<Channel, BearerInterceptor>>;
+
+/// The way to the coordinator.
+struct Coordinator {
+    url: String,
+    client: Client,
+    patience: Duration,
+}
+
+impl Coordinator {
+    fn new(url: &str, secret: &Secret) -> Result<Self, ReplicaError> {
+        let wrong = |reason: String| ReplicaError::Address { url: url.to_owned(), reason };
+        let endpoint = Channel::from_shared(url.to_owned()).map_err(|error| wrong(error.to_string()))?;
+        let channel = endpoint
+            .connect_timeout(CONNECT_TIMEOUT)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE)
+            .tcp_nodelay(true)
+            .connect_lazy();
+        let bearer = BearerInterceptor::try_from(secret).map_err(|error| wrong(error.to_string()))?;
+        Ok(Self {
+            url: url.to_owned(),
+            client: ControlClient::with_interceptor(channel, bearer),
+            patience: FIRST_PATIENCE,
+        })
+    }
+
+    /// Asks until there is an answer, a refusal, or no patience left.
+    async fn offer(&self, offer: &DataOffer) -> Result<OfferDataResponse, ReplicaError> {
+        let started = Instant::now();
+        loop {
+            let request = OfferDataRequest::from(offer.clone());
+            let status = match self.client.clone().offer_data(request).await {
+                Ok(answer) => return Ok(answer.into_inner()),
+                Err(status) => status,
+            };
+            let passes = std::error::Error::source(&status).is_some()
+                || matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::Unknown);
+            let waited = started.elapsed();
+            if !passes {
+                return Err(ReplicaError::Refused(status.message().to_owned()));
+            }
+            if waited > self.patience {
+                return Err(ReplicaError::Away { url: self.url.clone(), waited, status: Box::new(status) });
+            }
+            tracing::debug!(%status, "the coordinator does not answer; asking again");
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+}
+
+/// What is served, and as what.
+struct Replica {
+    coordinator: Coordinator,
+    offer: DataOffer,
+    directory: Directory,
+    service: DataService,
+    ports: Ports,
+    secret: Secret,
+}
+
+impl Replica {
+    async fn bind(settings: ReplicaSettings) -> Result<Self, CoordinatorError> {
+        let mut coordinator = Coordinator::new(&settings.coordinator, &settings.secret)?;
+        let mut offer = DataOffer { fingerprint: String::new(), embeddings_fingerprint: String::new(), server: None };
+        // the coordinator says where the dataset is, if nobody else has
+        let dataset = match settings.dataset {
+            Some(dataset) => dataset,
+            None => parse(&coordinator.offer(&offer).await?.config_json)?.data.dataset,
+        };
+        let verify = settings.verify;
+        let open = move || -> Result<Dataset, SourceError> {
+            let dataset = Dataset::open(&dataset)?;
+            if verify {
+                tracing::info!(dataset = %dataset.dir().display(), "comparing every byte with its checksum");
+                dataset.verify()?;
+            }
+            Ok(dataset)
+        };
+        let dataset = tokio::task::spawn_blocking(open).await.map_err(ServeError::Task)??;
+        let facts = dataset.facts();
+        offer.fingerprint = facts.fingerprint;
+        offer.embeddings_fingerprint = facts.embeddings_fingerprint;
+        let terms = coordinator.offer(&offer).await?;
+        let config = parse(&terms.config_json)?;
+        coordinator.patience = config.cluster.coordinator_timeout.0;
+        let source = Arc::new(Source::new(dataset, &config)?);
+
+        let bind = settings.bind.unwrap_or_else(|| config.cluster.bind.clone());
+        let (grpc_port, http_port) = (settings.grpc_port, settings.http_port);
+        let ports = Ports::bind(&ClusterConfig { bind, grpc_port, http_port, ..ClusterConfig::default() }).await?;
+        // under the name that the others know it by
+        let named = terms.data_locations.last().unwrap_or(&settings.coordinator);
+        let directory = Directory::new(named, config.cluster.coordinator_timeout.0);
+        directory.replace(terms.data_locations, Instant::now());
+        offer.server = Some(OfferedServer {
+            location: ports.address.grpc.clone(),
+            metrics_url: format!("{}/metrics", ports.address.http),
+            host: host_name(),
+            pid: std::process::id(),
+            config_json: terms.config_json,
+        });
+        let service = DataService {
+            source,
+            metrics: DataMetrics::new(),
+            world_size: config.cluster.workers,
+            directory: directory.clone(),
+        };
+        Ok(Self { coordinator, offer, directory, service, ports, secret: settings.secret })
+    }
+
+    async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), CoordinatorError> {
+        let Self { coordinator, offer, directory, service, ports, secret } = self;
+        let (stop, stopped) = watch::channel(false);
+        let router = learn_telemetry::router(service.metrics.exposition.clone());
+        let grpc = Server::builder()
+            .add_service(InterceptedService::new(FlightServiceServer::new(service), RequireBearer(secret)))
+            .serve_with_incoming_shutdown(
+                TcpIncoming::from(ports.grpc).with_nodelay(Some(true)),
+                on_stop(stopped.clone()),
+            );
+        let http = axum::serve(ports.http, router).with_graceful_shutdown(on_stop(stopped));
+        let mut servers = JoinSet::new();
+        servers.spawn(async move { ("gRPC", ending(grpc.await)) });
+        servers.spawn(async move { ("HTTP", ending(http.await)) });
+        tracing::info!(location = ports.address.grpc, metrics = ports.address.http, "serving data");
+
+        let offers = async {
+            loop {
+                let terms = coordinator.offer(&offer).await?;
+                if terms.over {
+                    tracing::info!("the job is over");
+                    return Ok(());
+                }
+                directory.replace(terms.data_locations, Instant::now());
+            }
+        };
+        let ended = tokio::select! {
+            ended = offers => ended.map_err(|error: ReplicaError| error.into()),
+            // the offer ends with its call, so nobody is sent here any more
+            () = shutdown => Ok(()),
+            Some(server) = servers.join_next() => Err(match server {
+                Ok((name, how)) => ServeError::Server(name, how).into(),
+                Err(error) => ServeError::Task(error).into(),
+            }),
+        };
+        close(&stop, &mut servers).await;
+        ended
+    }
+}
+
+fn parse(config_json: &str) -> Result<Config, ReplicaError> {
+    Ok(serde_json::from_str(config_json)?)
+}
+
+/// Serves data until the job is over; `shutdown` is the operator's stop.
+///
+/// # Errors
+/// If the dataset is not the job's, the coordinator stays away, or a port is taken.
+pub async fn serve(
+    settings: ReplicaSettings,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), CoordinatorError> {
+    let mut shutdown = std::pin::pin!(shutdown);
+    let replica = tokio::select! {
+        replica = Replica::bind(settings) => replica?,
+        () = &mut shutdown => return Ok(()),
+    };
+    replica.serve(shutdown).await
+}

@@ -1,0 +1,145 @@
+//! Data servers beside the coordinator: a job reads from them, survives them, and is not changed by them.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use learn_tests::{SMALL, Shape, Site, binary, follow, follow_file, is_alive, signal, succeeds, text};
+use serde_json::Value;
+
+/// Rows that the data service of the process with these metrics has sent.
+fn served_rows(metrics_url: &str) -> f64 {
+    let (host, path) = metrics_url.strip_prefix("http://").and_then(|rest| rest.split_once('/')).expect("a URL");
+    let mut stream = TcpStream::connect(host).expect("it listens");
+    let request = format!("GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).expect("it reads");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("it answers");
+    let line = answer.lines().find_map(|line| line.strip_prefix("learn_flight_served_rows_total "));
+    line.unwrap_or_else(|| panic!("no such metric in {answer}")).parse().expect("a number")
+}
+
+/// Pids and metrics of the live data servers.
+fn servers(site: &Site, name: &str) -> Vec<(u64, String)> {
+    let status = site.status(name);
+    let servers = status["data_servers"].as_array().cloned().unwrap_or_default();
+    let one = |server: &Value| {
+        let metrics = server["metrics_url"].as_str().expect("it is text").to_owned();
+        (server["pid"].as_u64().expect("it is a number"), metrics)
+    };
+    servers.iter().map(one).collect()
+}
+
+fn coordinator_metrics(site: &Site, name: &str) -> String {
+    let file = std::fs::File::open(site.run_dir(name).join("coordinator.json")).expect("the job is served");
+    let address: Value = serde_json::from_reader(file).expect("it is JSON");
+    format!("{}/metrics", address["http"].as_str().expect("it is text"))
+}
+
+fn start(site: &Site, name: &str, more: &[&str]) -> std::process::Child {
+    let job = format!("job.name={name}");
+    let overrides = [job.as_str(), "cluster.workers=2", "evaluation.every_epochs=40"];
+    site.start(&site.train(&[&overrides[..], more].concat()))
+}
+
+#[test]
+fn data_servers_change_nothing_and_their_deaths_cost_nothing() {
+    // more than fits between server and worker, so that streams break in the middle
+    let site = Site::new(Shape { users: 900, ..SMALL });
+    let long = ["training.epochs=100", "training.global_batch=160"];
+    let calm = start(&site, "calm", &long).wait_with_output().expect("it ends");
+    succeeds(&calm);
+
+    let more = ["cluster.data_replicas=2", "cluster.max_restarts=0"];
+    let child = start(&site, "served", &[&long[..], &more].concat());
+    follow(&site, "served", 40);
+    let both = servers(&site, "served");
+    assert_eq!(both.len(), 2);
+    for (pid, metrics) in &both {
+        assert!(served_rows(metrics) > 0.0, "each worker reads from another one, {pid} too");
+    }
+    let coordinator = coordinator_metrics(&site, "served");
+    let before = served_rows(&coordinator);
+    assert!(before < 1.0, "nobody needs the coordinator's data service yet: {before} rows");
+    for (kill, (pid, _)) in (1_usize..).zip(&both) {
+        signal("KILL", *pid);
+        follow_file(&site.run_dir("served").join("logs/coordinator.log"), "a data server has gone", kill);
+        let steps = site.steps("served").len();
+        follow(&site, "served", steps + 100);
+        assert_eq!(servers(&site, "served").len(), 2 - kill);
+    }
+    // beyond the evaluation at step 480
+    follow(&site, "served", 500);
+    assert!(served_rows(&coordinator) > 0.0, "it serves again, as the last one");
+    let output = child.wait_with_output().expect("it ends");
+    succeeds(&output);
+    assert_eq!(text(&output).matches("the job goes on without it").count(), 2, "{}", text(&output));
+
+    let status = site.status("served");
+    assert_eq!((&status["state"], &status["ledger"]["exact"]), (&"finished".into(), &true.into()), "{status}");
+    let events = site.events("served");
+    let harmed = |event: &&Value| event["event"] == "worker_lost" || event["event"] == "regrouping";
+    assert_eq!(events.iter().find(harmed), None, "no worker has noticed");
+    assert_eq!(site.losses("served"), site.losses("calm"));
+    let last = site.losses("calm").len() as u64;
+    for file in ["model.safetensors", "optimizer.safetensors"] {
+        let of = |name: &str| site.checkpoint_file(name, last, file);
+        assert!(of("served") == of("calm"), "{file} differs");
+    }
+}
+
+#[test]
+fn a_dead_data_server_is_replaced_and_goes_with_the_job() {
+    let site = Site::new(SMALL);
+    let child = start(&site, "run", &["training.epochs=100000", "cluster.data_replicas=1"]);
+    follow(&site, "run", 20);
+    let [(first, _)] = servers(&site, "run")[..] else { panic!("there is one") };
+    signal("KILL", first);
+    follow_file(&site.run_dir("run").join("logs/coordinator.log"), "a data server has come", 2);
+    let [(second, _)] = servers(&site, "run")[..] else { panic!("there is one again") };
+    assert_ne!(first, second);
+    // a data server that is told to end is not missed by anybody, and not replaced
+    signal("TERM", second);
+    follow_file(&site.run_dir("run").join("logs/coordinator.log"), "a data server has gone", 2);
+    let steps = site.steps("run").len();
+    follow(&site, "run", steps + 20);
+    succeeds(&site.launch(&["stop", "runs/run"]));
+    let output = child.wait_with_output().expect("it ends");
+    let said = text(&output);
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert_eq!(said.matches("another takes its place").count(), 1, "{said}");
+    assert!(!is_alive(first) && !is_alive(second));
+    assert_eq!(site.status("run")["ledger"]["exact"], true);
+}
+
+#[test]
+fn a_data_server_may_come_at_any_time_with_a_copy_of_the_dataset_but_no_other() {
+    let (site, other) = (Site::new(SMALL), Site::new(Shape { users: 91, ..SMALL }));
+    let child = start(&site, "run", &["training.epochs=100000"]);
+    follow(&site, "run", 3);
+    let run = site.run_dir("run");
+    let data = |dataset: &Path| {
+        let mut command = Command::new(binary("learn-coordinator"));
+        command.arg("data").arg("--run-dir").arg(&run).arg("--dataset").arg(dataset).stdin(Stdio::null());
+        command
+    };
+    let refused = data(&other.path("dataset")).output().expect("it starts");
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text(&refused).contains("this dataset is another one"), "{}", text(&refused));
+
+    let copy = site.path("copy");
+    let copied = Command::new("cp").arg("-r").arg(site.path("dataset")).arg(&copy).status().expect("cp starts");
+    assert!(copied.success());
+    let mut late = data(&copy).stderr(Stdio::null()).spawn().expect("it starts");
+    // workers look around now and then
+    follow_file(&run.join("logs/worker-0.log"), "data servers of the job", 2);
+    let steps = site.steps("run").len();
+    follow(&site, "run", steps + 40);
+    let [(pid, ref metrics)] = servers(&site, "run")[..] else { panic!("there is one") };
+    assert_eq!(pid, u64::from(late.id()));
+    assert!(served_rows(metrics) > 0.0);
+    succeeds(&site.launch(&["stop", "runs/run"]));
+    assert_eq!(child.wait_with_output().expect("it ends").status.code(), Some(3));
+    assert_eq!(late.wait().expect("it ends").code(), Some(0), "the coordinator has told it that the job is over");
+}
