@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 
 use crate::workspace::Workspace;
-use crate::{process, quickstart, setup};
+use crate::{files, process, quickstart, setup};
 
 /// Most bytes of the packed folder.
 const LIMIT: u64 = 64 << 20;
@@ -64,46 +64,29 @@ fn pack(workspace: &Workspace, out: &Path) -> Result<()> {
     let golden = out.join("golden");
     let encoders = out.join("encoders");
     for folder in [&bin, &golden, &encoders] {
-        fs::create_dir_all(folder).with_context(|| format!("{}: cannot make it", folder.display()))?;
+        files::make(folder)?;
     }
     let examples = workspace.target().join("release").join("examples");
     let examples = EXAMPLES.map(|(_, name)| examples.join(name));
     for binary in BINARIES.iter().map(|name| workspace.binary(name)).chain(examples) {
         let packed = bin.join(binary.file_name().context("a binary has a name")?);
-        copy(&binary, &packed)?;
+        files::copy(&binary, &packed)?;
         process::output("strip", Command::new("strip").arg(&packed))?;
         // run.sh unpacks them
         process::output("gzip", Command::new("gzip").arg("-9").arg(&packed))?;
     }
-    copy_files(&workspace.root().join(GOLDEN_FILES), &golden, |file| {
+    files::copy_files(&workspace.root().join(GOLDEN_FILES), &golden, |file| {
         file.extension().is_some_and(|e| e == "safetensors")
     })?;
-    for model in entries(&workspace.root().join(ENCODERS))?.iter().filter(|path| path.is_dir()) {
+    for model in files::entries(&workspace.root().join(ENCODERS))?.iter().filter(|path| path.is_dir()) {
         let packed = encoders.join(model.file_name().context("a model has a name")?);
-        fs::create_dir_all(&packed).with_context(|| format!("{}: cannot make it", packed.display()))?;
-        copy_files(model, &packed, |_| true)?;
+        files::make(&packed)?;
+        files::copy_files(model, &packed, |_| true)?;
     }
     for (name, content) in PARTS {
-        let path = out.join(name);
-        fs::write(&path, content).with_context(|| format!("{}: cannot write it", path.display()))?;
+        files::write(&out.join(name), content)?;
     }
     Ok(())
-}
-
-/// Copies the files of a folder that are wanted, at least one.
-fn copy_files(from: &Path, to: &Path, wanted: impl Fn(&Path) -> bool) -> Result<()> {
-    let files: Vec<PathBuf> = entries(from)?.into_iter().filter(|path| path.is_file() && wanted(path)).collect();
-    ensure!(!files.is_empty(), "{} holds nothing to pack", from.display());
-    files.iter().try_for_each(|file| copy(file, &to.join(file.file_name().context("a file has a name")?)))
-}
-
-fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(folder).with_context(|| format!("{}: cannot list it", folder.display()))?;
-    entries.map(|entry| Ok(entry?.path())).collect()
-}
-
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    fs::copy(from, to).map(drop).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))
 }
 
 /// Bytes of all files below a folder.

@@ -1,10 +1,12 @@
-//! The repository's own tasks: set-up, the quickstart, the tests, what CI runs, the chaos run and the GPU check.
+//! The repository's own tasks: set-up, the quickstart, the tests, what CI runs, the chaos run, the archive and the GPU check.
 //!
 //! Depends on little, so that the first command on a new machine starts soon; in particular on no other crate of the
 //! workspace and never on libtorch, which `setup` brings.
 
 mod chaos;
 mod ci;
+mod dist;
+mod files;
 mod gpu_check;
 mod process;
 mod progress;
@@ -44,10 +46,12 @@ enum Task {
     Test(test::Options),
     /// Tests against real programs of a cluster: Slurm, Prometheus, a browser.
     System(system::Options),
-    /// What CI runs: the tests, those against real programs, then the quickstart for one epoch.
+    /// What CI runs: the tests, those against real programs, the quickstart for one epoch, then `dist --check`.
     Ci,
     /// Disturb a real job with kills, pauses, broken connections and full disks, and check that nothing is lost.
     Chaos(chaos::Options),
+    /// Pack binaries, configurations, documentation and an installer of libtorch for machines without a toolchain.
+    Dist(dist::Options),
     /// Pack what checks the CUDA path on a machine with an NVIDIA GPU and PyTorch, without network or toolchain.
     GpuCheck(gpu_check::Options),
 }
@@ -61,6 +65,7 @@ fn main() -> ExitCode {
         Task::System(options) => system::run(&workspace, &options),
         Task::Ci => ci::run(&workspace),
         Task::Chaos(options) => chaos::run(&workspace, &options),
+        Task::Dist(options) => dist::run(&workspace, &options),
         Task::GpuCheck(options) => gpu_check::run(&workspace, &options),
     });
     let Err(error) = result else { return ExitCode::SUCCESS };

@@ -11,8 +11,8 @@ use super::Check;
 use crate::{process, render, system};
 
 /// How to get libtorch.
-const GET_LIBTORCH: &str =
-    "`cargo xtask setup` gets libtorch 2.11; or export LIBTORCH=/path/to/libtorch and build again";
+const GET_LIBTORCH: &str = "`cargo xtask setup` gets libtorch 2.11 (in an unpacked archive: `install`); or export LIBTORCH=/path/to/libtorch and \
+     build again";
 
 /// What `learn-worker doctor --json` prints.
 #[derive(Debug, Deserialize)]
