@@ -18,7 +18,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::attendance::Attendances;
 use super::turn::{Keeping, Turns};
-use super::{Heartbeat, Job, JobError};
+use super::{Heartbeat, Job, JobError, figures};
 use crate::journal::{Entry, LineFile};
 use crate::sd::Present;
 use crate::state::StateError;
@@ -183,6 +183,7 @@ impl JobOwner {
             earlier,
             reunion: taken_over.then_some(Reunion { since: earlier, first: None }),
         };
+        figures::begin(&owner.metrics, &owner.job);
         if taken_over {
             owner.note(owner.job.generation(), Happening::TakenOver)?;
         }
@@ -229,6 +230,7 @@ impl JobOwner {
             }
             let state = self.job.state();
             if written.as_ref().is_none_or(|(at, known)| at.elapsed() >= STATUS_INTERVAL || *known != state) {
+                figures::work(&self.metrics, &self.job);
                 self.enter_status();
                 self.close_turn().await?;
                 written = Some((Instant::now(), state));
@@ -269,6 +271,7 @@ impl JobOwner {
     fn enter_commits(&mut self) {
         for (step, ledger) in self.job.complete_commits() {
             self.metrics.checkpoints_total.inc();
+            self.metrics.checkpoint_age_seconds.mark();
             self.metrics.last_checkpoint_step.set(step.0 as i64);
             let done = self.commits.remove(&step).unwrap_or_default();
             self.turn.entry(Entry::Ledger { step, ledger: Box::new(ledger), done });
@@ -394,6 +397,7 @@ impl JobOwner {
                 let answer = self.job.evaluation(worker, generation, evaluation);
                 if let Ok(Some(evaluation)) = &answer {
                     tracing::info!(split = %evaluation.split, step = %evaluation.step, metrics = ?evaluation.metrics, "evaluated");
+                    figures::evaluation(&self.metrics, evaluation);
                     self.turn.line(LineFile::Evaluations, evaluation)?;
                 }
                 self.turn.answer(reply, answer.map(|_| ()));
@@ -436,25 +440,7 @@ impl JobOwner {
     /// Brings what has happened to the log, the metrics and the events.
     fn note(&mut self, generation: Generation, happening: Happening) -> Result<(), OwnerError> {
         tracing::warn!(%generation, "{happening}");
-        match &happening {
-            Happening::NonFinite { action, .. } => {
-                self.metrics.non_finite_total.with_label_values(&[&action.to_string()]).inc();
-            }
-            Happening::CheckpointFailed { .. } => self.metrics.checkpoint_failures_total.inc(),
-            Happening::CheckpointSkipped { .. } => self.metrics.checkpoints_skipped_total.inc(),
-            Happening::WorkerLost { cause, .. } | Happening::NewcomerLost { cause, .. } => {
-                self.metrics.worker_lost_total.with_label_values(&[cause.label()]).inc();
-            }
-            Happening::Stalled { stall, .. } => {
-                self.metrics.stalls_total.with_label_values(&[&stall.cause.to_string()]).inc();
-            }
-            Happening::Regrouping { .. }
-            | Happening::Formed { .. }
-            | Happening::WorkerDismissed { .. }
-            | Happening::Lagging { .. }
-            | Happening::KeepsUp { .. }
-            | Happening::TakenOver => {}
-        }
+        figures::happening(&self.metrics, &happening);
         // for people alone: nothing is decided by it
         let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
         Ok(self.turn.line(LineFile::Events, &JobEvent { time, generation, happening })?)
@@ -469,9 +455,7 @@ impl JobOwner {
     }
 
     fn enter_step(&mut self, record: &StepRecord) -> Result<(), OwnerError> {
-        self.metrics.steps_total.inc();
-        self.metrics.loss.set(record.loss);
-        self.metrics.epoch.set(i64::from(record.epoch));
+        figures::step(&self.metrics, record);
         Ok(self.turn.line(LineFile::Steps, record)?)
     }
 
@@ -485,7 +469,10 @@ impl JobOwner {
         let generation = self.job.generation();
         for effect in effects {
             match effect {
-                Effect::Admitted(worker) => tracing::info!(%worker, "worker joined"),
+                Effect::Admitted(worker) => {
+                    self.metrics.workers_joined_total.inc();
+                    tracing::info!(%worker, "worker joined");
+                }
                 Effect::Refused(refusal) => tracing::warn!(%refusal, "worker refused"),
                 Effect::Lost(loss) => {
                     let Loss { worker, rank, cause } = loss;
@@ -536,7 +523,7 @@ impl JobOwner {
     /// What stops the job without a loss that was counted already.
     fn count_stop(&self, cause: &StopCause) {
         let label = match cause {
-            StopCause::Failed { .. } => "failed",
+            StopCause::Failed { .. } => figures::FAILED,
             _ => return,
         };
         self.metrics.worker_lost_total.with_label_values(&[label]).inc();
@@ -546,19 +533,6 @@ impl JobOwner {
         if self.shown.replace(self.job.revision()) == Some(self.job.revision()) {
             return;
         }
-        self.metrics.set_state(match self.job.state() {
-            JobState::Gathering => "gathering",
-            JobState::Running => "running",
-            JobState::Regrouping => "regrouping",
-            JobState::Stopping => "stopping",
-            JobState::Finished => "finished",
-            JobState::Stopped => "stopped",
-            JobState::Failed => "failed",
-        });
-        self.metrics.generation.set(self.job.generation().0 as i64);
-        self.metrics.workers.set(self.job.present().count() as i64);
-        for (rank, ratio) in self.job.work_ratios() {
-            self.metrics.work_ratio.with_label_values(&[&rank.to_string()]).set(ratio);
-        }
+        figures::membership(&self.metrics, &self.job);
     }
 }

@@ -7,6 +7,7 @@
 pub mod actor;
 mod attendance;
 mod books;
+mod figures;
 mod history;
 mod saved;
 mod status;

@@ -11,7 +11,7 @@ use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-fn settings(workers: u32) -> JobSettings {
+pub(super) fn settings(workers: u32) -> JobSettings {
     let mut config = Config::default();
     config.cluster.workers = workers;
     config.cluster.heartbeat_timeout = Span::from_secs(10);
@@ -84,7 +84,7 @@ fn share(job: &Job, (worker, generation): (u32, u64), step: u64, part: std::ops:
     StepReport { generation: Generation(generation), epoch, users: users[part].to_vec(), ..report(worker, step, 0..0) }
 }
 
-fn evaluation(split: Split, step: u64, value: f64) -> Evaluation {
+pub(super) fn evaluation(split: Split, step: u64, value: f64) -> Evaluation {
     let metrics = BTreeMap::from([("ndcg@10".to_owned(), value)]);
     Evaluation {
         split,

@@ -14,6 +14,7 @@
 //! - [`recovery`]: where the ranks of a new generation go on from, and whose state they take.
 //! - [`ledger`]: the proof that an epoch used every user exactly once.
 //! - [`schedule`]: the learning rate of a step.
+//! - [`flops`]: what a step asks of a device, for model FLOP utilisation.
 //! - [`ranking`]: what a rank is (ties included) and the metrics made of ranks.
 //! - [`segments`] and [`resampling`]: parts of an evaluation, and means over users with their intervals.
 //! - [`conversion`]: how good predicted conversions are.
@@ -24,6 +25,7 @@
 pub mod config;
 pub mod conversion;
 pub mod event;
+pub mod flops;
 pub mod ids;
 pub mod lease;
 pub mod ledger;

@@ -41,6 +41,10 @@ pub enum Cause {
     Network,
 }
 
+impl Cause {
+    pub const ALL: [Self; 4] = [Self::Data, Self::Host, Self::Device, Self::Network];
+}
+
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -40,3 +40,23 @@ impl Collector for Age {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::{CoordinatorMetrics, names};
+
+    #[test]
+    fn an_age_shows_after_its_first_mark_and_grows() {
+        let metrics = CoordinatorMetrics::new(&["running"]);
+        let name = names::JOB_CHECKPOINT_AGE.name;
+        assert!(!metrics.exposition.render().contains(name));
+        metrics.checkpoint_age_seconds.mark();
+        let age = || -> f64 {
+            let text = metrics.exposition.render();
+            let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+            line.rsplit(' ').next().unwrap().parse().unwrap()
+        };
+        let first = age();
+        assert!(first >= 0.0 && age() >= first);
+    }
+}

@@ -2,6 +2,7 @@
 
 use prometheus::{Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
+use crate::age::Age;
 use crate::data::DataMetrics;
 use crate::exposition::Exposition;
 use crate::names;
@@ -15,12 +16,17 @@ pub struct CoordinatorMetrics {
     pub generation: IntGauge,
     pub workers: IntGauge,
     pub steps_total: IntCounter,
+    pub planned_steps: IntGauge,
+    pub step_age_seconds: Age,
     pub epoch: IntGauge,
     pub loss: Gauge,
+    /// Labels `split`, `metric`.
+    pub evaluation: GaugeVec,
     pub heartbeats_total: IntCounter,
     /// Label `method`.
     pub rpc_seconds: HistogramVec,
     pub state_write_seconds: Histogram,
+    pub workers_joined_total: IntCounter,
     pub data: DataMetrics,
     /// Label `cause`.
     pub worker_lost_total: IntCounterVec,
@@ -30,6 +36,7 @@ pub struct CoordinatorMetrics {
     /// Label `of_rank`.
     pub work_ratio: GaugeVec,
     pub checkpoints_total: IntCounter,
+    pub checkpoint_age_seconds: Age,
     pub last_checkpoint_step: IntGauge,
     pub checkpoint_failures_total: IntCounter,
     pub checkpoints_skipped_total: IntCounter,
@@ -49,17 +56,22 @@ impl CoordinatorMetrics {
             generation: e.int_gauge(&names::JOB_GENERATION),
             workers: e.int_gauge(&names::JOB_WORKERS),
             steps_total: e.counter(&names::JOB_STEPS),
+            planned_steps: e.int_gauge(&names::JOB_PLANNED),
+            step_age_seconds: e.age(&names::JOB_STEP_AGE),
             epoch: e.int_gauge(&names::JOB_EPOCH),
             loss: e.gauge(&names::JOB_LOSS),
+            evaluation: e.gauge_vec(&names::JOB_EVALUATION),
             heartbeats_total: e.counter(&names::JOB_HEARTBEATS),
             rpc_seconds: e.histogram_vec(&names::RPC_SECONDS),
             state_write_seconds: e.histogram(&names::JOB_STATE_WRITE_SECONDS),
+            workers_joined_total: e.counter(&names::JOB_WORKERS_JOINED),
             data: DataMetrics::of(e),
             worker_lost_total: e.counter_vec(&names::JOB_WORKERS_LOST),
             stalls_total: e.counter_vec(&names::JOB_STALLS),
             work_ratio: e.gauge_vec(&names::JOB_WORK_RATIO),
             recovery_seconds: e.histogram(&names::JOB_RECOVERY_SECONDS),
             checkpoints_total: e.counter(&names::JOB_CHECKPOINTS),
+            checkpoint_age_seconds: e.age(&names::JOB_CHECKPOINT_AGE),
             last_checkpoint_step: e.int_gauge(&names::JOB_LAST_CHECKPOINT),
             checkpoint_failures_total: e.counter(&names::JOB_CHECKPOINT_FAILURES),
             checkpoints_skipped_total: e.counter(&names::JOB_CHECKPOINTS_SKIPPED),
@@ -79,6 +91,8 @@ impl CoordinatorMetrics {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
@@ -94,9 +108,14 @@ mod tests {
     #[test]
     fn workers_and_coordinators_expose_every_metric_there_is() {
         let (worker, coordinator) = (crate::WorkerMetrics::new(), CoordinatorMetrics::new(&["running"]));
-        worker.checkpoint_age_seconds.mark();
         worker.received_bytes_total.with_label_values(&["batches"]).inc();
+        worker.loss_parts.with_label_values(&["infonce"]).set(1.0);
+        worker.uniformity.with_label_values(&["user"]).set(-1.0);
+        worker.gpu_memory_bytes.with_label_values(&["used"]).set(1.0);
         coordinator.set_state("running");
+        coordinator.step_age_seconds.mark();
+        coordinator.checkpoint_age_seconds.mark();
+        coordinator.evaluation.with_label_values(&["valid", "mrr"]).set(0.1);
         coordinator.rpc_seconds.with_label_values(&["join"]).observe(0.1);
         coordinator.data.flight_bytes_total.with_label_values(&["rows"]).inc();
         coordinator.worker_lost_total.with_label_values(&["silent"]).inc();
@@ -105,9 +124,9 @@ mod tests {
         coordinator.work_ratio.with_label_values(&["0"]).set(1.0);
         let embedding = crate::EmbeddingMetrics::new();
         let text = worker.exposition.render() + &coordinator.exposition.render() + &embedding.exposition.render();
-        for metric in names::ALL {
-            assert!(text.contains(&format!("# TYPE {} {}\n", metric.name, metric.kind.as_str())), "{}", metric.name);
-        }
-        assert_eq!(text.matches("# TYPE ").count(), names::ALL.len());
+        let exposed: BTreeSet<_> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
+        let known: Vec<_> =
+            names::ALL.iter().map(|metric| format!("{} {}", metric.name, metric.kind.as_str())).collect();
+        assert_eq!(exposed, known.iter().map(String::as_str).collect());
     }
 }

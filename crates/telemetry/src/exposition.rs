@@ -12,12 +12,13 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use prometheus::core::Collector;
 use prometheus::proto::LabelPair;
-use prometheus::{Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge};
-use prometheus::{IntGaugeVec, Opts, Registry, TEXT_FORMAT, TextEncoder};
+use prometheus::{Counter, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec};
+use prometheus::{IntGauge, IntGaugeVec, Opts, Registry, TEXT_FORMAT, TextEncoder};
 use tokio::net::TcpListener;
 
 use crate::age::Age;
-use crate::names::{Kind, Metric};
+use crate::names::{self, Kind, Metric};
+use crate::process::{self, ResidentMemory};
 
 /// The metrics of one process and the labels that all of them carry.
 #[derive(Clone, Debug, Default)]
@@ -27,9 +28,13 @@ pub struct Exposition {
 }
 
 impl Exposition {
+    /// With what every process says of itself.
     #[must_use]
     pub fn new() -> Self {
-        Self::default()
+        let exposition = Self::default();
+        exposition.register(&names::PROCESS_MEMORY, ResidentMemory::new(opts(&names::PROCESS_MEMORY)));
+        exposition.gauge(&names::PROCESS_START).set(process::started());
+        exposition
     }
 
     /// Sets a label of every sample from now on, for example `rank` when a generation starts.
@@ -85,6 +90,10 @@ impl Exposition {
 
     pub(crate) fn counter(&self, metric: &Metric) -> IntCounter {
         self.register(metric, IntCounter::with_opts(opts(metric)))
+    }
+
+    pub(crate) fn float_counter(&self, metric: &Metric) -> Counter {
+        self.register(metric, Counter::with_opts(opts(metric)))
     }
 
     pub(crate) fn counter_vec(&self, metric: &Metric) -> IntCounterVec {

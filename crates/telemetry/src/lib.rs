@@ -15,6 +15,7 @@ mod embedding;
 mod exposition;
 pub mod log;
 pub mod names;
+mod process;
 mod worker;
 
 pub use age::Age;
@@ -22,5 +23,7 @@ pub use coordinator::CoordinatorMetrics;
 pub use data::DataMetrics;
 pub use embedding::EmbeddingMetrics;
 pub use exposition::{Exposition, router, serve};
-pub use prometheus::{Counter, Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+pub use prometheus::{
+    Counter, Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+};
 pub use worker::{Phase, WorkerMetrics};

@@ -1,6 +1,6 @@
 //! Every metric once: name, kind, labels and help.
 //!
-//! Rule: `learn_<area>_<what>_<unit>[_total]`. Units are seconds, bytes, rows, users, tokens, steps, nats and ratio;
+//! Rule: `learn_<area>_<what>_<unit>[_total]`. Units are seconds, bytes, rows, users, tokens, steps, flops, nats and ratio;
 //! a pure number (a learning rate, a norm, a generation) has none. Counters, and only they, end in `_total`.
 
 /// How a metric behaves.
@@ -58,6 +58,8 @@ macro_rules! metrics {
 metrics! {
     WORKER_LOSS = "learn_worker_loss_nats", Kind::Gauge, [],
         "Loss of the last step, mean over the global batch.";
+    WORKER_LOSS_PART = "learn_worker_loss_part_nats", Kind::Gauge, ["part"],
+        "Parts of the last step's loss, which add up to it: infonce or full_softmax, and cvr with its weight.";
     WORKER_ACCURACY = "learn_worker_accuracy_ratio", Kind::Gauge, [],
         "Share of the last step's pairs whose target scores above every negative.";
     WORKER_LEARNING_RATE = "learn_worker_learning_rate", Kind::Gauge, [],
@@ -68,18 +70,22 @@ metrics! {
         "Users that this rank has trained.";
     WORKER_TOKENS = "learn_worker_tokens_total", Kind::Counter, [],
         "Sequence items that this rank has encoded, padding left out.";
-    WORKER_USER_RATE = "learn_worker_throughput_users_per_second", Kind::Gauge, [],
-        "Users of this rank's share per second of the last step.";
-    WORKER_TOKEN_RATE = "learn_worker_throughput_tokens_per_second", Kind::Gauge, [],
-        "Sequence items of this rank's share per second of the last step.";
+    WORKER_ALIGNMENT = "learn_worker_alignment", Kind::Gauge, [],
+        "Mean squared distance of a user's embedding to its targets', over a sample of this rank's pairs every ten steps.";
+    WORKER_UNIFORMITY = "learn_worker_uniformity", Kind::Gauge, ["tower"],
+        "Logarithm of the mean of exp(-2 d^2), d the distance of two embeddings of the same sample: 0 when all are one.";
+    WORKER_MODEL_FLOPS = "learn_worker_model_flops_total", Kind::Counter, [],
+        "Floating-point operations that the model needed for this rank's shares, padding and recomputation left out.";
+    WORKER_PEAK_FLOPS = "learn_worker_peak_flops_per_second", Kind::Gauge, [],
+        "What this rank's device can do, as cluster.device_peak_tflops says; 0 = not known.";
     WORKER_PHASE = "learn_worker_phase_seconds", Kind::Histogram(PHASE_BUCKETS), ["phase"],
         "Seconds that a step spent in each phase.";
+    WORKER_PREFETCHED = "learn_worker_prefetched_steps", Kind::Gauge, [],
+        "Steps that are prepared and wait for the training thread.";
     WORKER_RECEIVED = "learn_worker_received_bytes_total", Kind::Counter, ["source"],
         "Bytes received, by what they are: batches, rows or evaluation.";
     WORKER_PADDING = "learn_worker_padding_ratio", Kind::Gauge, [],
         "Share of the encoder's rows that were padding in the last step.";
-    WORKER_CHECKPOINT_AGE = "learn_worker_checkpoint_age_seconds", Kind::Gauge, [],
-        "Seconds since this rank's last durable checkpoint; absent before the first.";
     WORKER_CHECKPOINT = "learn_worker_checkpoint_write_seconds", Kind::Histogram(CHECKPOINT_BUCKETS), [],
         "Seconds from the snapshot of a checkpoint to its rename.";
     WORKER_STEP = "learn_worker_finished_steps", Kind::Gauge, [],
@@ -92,6 +98,14 @@ metrics! {
         "Content embedding rows fetched over Flight.";
     WORKER_COLLECTIVE = "learn_worker_collective_bytes_total", Kind::Counter, [],
         "Bytes that this rank's collective has sent and received.";
+    WORKER_COLLECTIVE_SECONDS = "learn_worker_collective_seconds_total", Kind::Counter, [],
+        "Seconds that this rank was inside collectives, most of them waiting: the slowest rank has the fewest.";
+    WORKER_GPU_MEMORY = "learn_worker_gpu_memory_bytes", Kind::Gauge, ["kind"],
+        "Memory of this rank's GPU: used, by whomever, and total; absent on the CPU.";
+    PROCESS_MEMORY = "learn_process_resident_memory_bytes", Kind::Gauge, [],
+        "Host memory that the process holds.";
+    PROCESS_START = "learn_process_start_time_seconds", Kind::Gauge, [],
+        "When the process started, in seconds since 1970.";
 
     JOB_STATE = "learn_job_state", Kind::Gauge, ["state"],
         "1 for the state that the job is in, 0 for the others.";
@@ -101,12 +115,20 @@ metrics! {
         "Workers of the current generation.";
     JOB_STEPS = "learn_job_steps_total", Kind::Counter, [],
         "Finished steps over the global batch, those before a resume included.";
+    JOB_PLANNED = "learn_job_planned_steps", Kind::Gauge, [],
+        "Steps of the whole job.";
+    JOB_STEP_AGE = "learn_job_step_age_seconds", Kind::Gauge, [],
+        "Seconds since the last step was finished; since the coordinator's start before its first.";
     JOB_EPOCH = "learn_job_epoch", Kind::Gauge, [],
         "Epoch of the last finished step, from 0.";
     JOB_LOSS = "learn_job_loss_nats", Kind::Gauge, [],
         "Loss of the last finished step.";
+    JOB_EVALUATION = "learn_job_evaluation", Kind::Gauge, ["split", "metric"],
+        "Value of each metric of the last evaluation on a split.";
     JOB_HEARTBEATS = "learn_job_heartbeats_total", Kind::Counter, [],
         "Heartbeats received.";
+    JOB_WORKERS_JOINED = "learn_job_workers_joined_total", Kind::Counter, [],
+        "Workers that have joined, those that came in place of lost ones included.";
     JOB_WORKERS_LOST = "learn_job_workers_lost_total", Kind::Counter, ["cause"],
         "Workers lost, by cause.";
     JOB_STALLS = "learn_job_stalls_total", Kind::Counter, ["cause"],
@@ -117,6 +139,8 @@ metrics! {
         "From the end of a generation by a loss or a broken collective to the next finished step.";
     JOB_CHECKPOINTS = "learn_job_checkpoints_total", Kind::Counter, [],
         "Checkpoints committed.";
+    JOB_CHECKPOINT_AGE = "learn_job_checkpoint_age_seconds", Kind::Gauge, [],
+        "Seconds since the last checkpoint was committed; since the coordinator's start before its first.";
     JOB_LAST_CHECKPOINT = "learn_job_last_checkpoint_steps", Kind::Gauge, [],
         "Finished steps of the last committed checkpoint.";
     JOB_CHECKPOINT_FAILURES = "learn_job_checkpoint_failures_total", Kind::Counter, [],
@@ -159,16 +183,21 @@ mod tests {
 
     use super::*;
 
-    const UNITS: [&str; 9] = ["seconds", "bytes", "rows", "users", "tokens", "steps", "nats", "ratio", "heartbeats"];
+    const UNITS: [&str; 10] =
+        ["seconds", "bytes", "rows", "users", "tokens", "steps", "flops", "nats", "ratio", "heartbeats"];
     /// Pure numbers and counts of what the name says.
-    const UNITLESS: [&str; 13] = [
+    const UNITLESS: [&str; 17] = [
         "learn_worker_learning_rate",
         "learn_worker_gradient_norm",
+        "learn_worker_alignment",
+        "learn_worker_uniformity",
         "learn_worker_generation",
         "learn_job_state",
         "learn_job_generation",
         "learn_job_workers",
         "learn_job_epoch",
+        "learn_job_evaluation",
+        "learn_job_workers_joined_total",
         "learn_job_workers_lost_total",
         "learn_job_stalls_total",
         "learn_job_checkpoints_total",
@@ -188,7 +217,7 @@ mod tests {
         for Metric { name, kind, labels, help } in ALL {
             assert!(name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{name}");
             let area = name.strip_prefix("learn_").and_then(|rest| rest.split('_').next()).unwrap();
-            assert!(["worker", "job", "rpc", "flight", "embed"].contains(&area), "{name}: area {area}");
+            assert!(["worker", "process", "job", "rpc", "flight", "embed"].contains(&area), "{name}: area {area}");
             assert_eq!(name.ends_with("_total"), *kind == Kind::Counter, "{name}: _total is for counters");
             let unit = name.trim_end_matches("_total").trim_end_matches("_per_second").rsplit('_').next().unwrap();
             assert!(UNITS.contains(&unit) || UNITLESS.contains(name), "{name} ends in no unit");

@@ -2,9 +2,8 @@
 
 use std::time::Duration;
 
-use prometheus::{Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge};
+use prometheus::{Counter, Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge};
 
-use crate::age::Age;
 use crate::exposition::Exposition;
 use crate::names;
 
@@ -61,25 +60,33 @@ impl std::fmt::Display for Phase {
 pub struct WorkerMetrics {
     pub exposition: Exposition,
     pub loss: Gauge,
+    /// Label `part`.
+    pub loss_parts: GaugeVec,
     pub accuracy: Gauge,
     pub learning_rate: Gauge,
     pub gradient_norm: Gauge,
     pub users_total: IntCounter,
     pub tokens_total: IntCounter,
-    pub samples_per_second: Gauge,
-    pub tokens_per_second: Gauge,
+    pub alignment: Gauge,
+    /// Label `tower`.
+    pub uniformity: GaugeVec,
+    pub model_flops_total: IntCounter,
+    pub peak_flops_per_second: Gauge,
     /// Label `phase`, one of [`Phase`].
     pub phase_seconds: HistogramVec,
+    pub prefetched_steps: IntGauge,
     /// Label `source`.
     pub received_bytes_total: IntCounterVec,
     pub padding_share: Gauge,
-    pub checkpoint_age_seconds: Age,
     pub checkpoint_seconds: Histogram,
     pub step: IntGauge,
     pub generation: IntGauge,
     pub cache_hits_total: IntCounter,
     pub cache_misses_total: IntCounter,
     pub collective_bytes_total: IntCounter,
+    pub collective_seconds_total: Counter,
+    /// Label `kind`.
+    pub gpu_memory_bytes: GaugeVec,
 }
 
 impl WorkerMetrics {
@@ -90,23 +97,28 @@ impl WorkerMetrics {
         let e = &exposition;
         let metrics = Self {
             loss: e.gauge(&names::WORKER_LOSS),
+            loss_parts: e.gauge_vec(&names::WORKER_LOSS_PART),
             accuracy: e.gauge(&names::WORKER_ACCURACY),
             learning_rate: e.gauge(&names::WORKER_LEARNING_RATE),
             gradient_norm: e.gauge(&names::WORKER_GRADIENT_NORM),
             users_total: e.counter(&names::WORKER_USERS),
             tokens_total: e.counter(&names::WORKER_TOKENS),
-            samples_per_second: e.gauge(&names::WORKER_USER_RATE),
-            tokens_per_second: e.gauge(&names::WORKER_TOKEN_RATE),
+            alignment: e.gauge(&names::WORKER_ALIGNMENT),
+            uniformity: e.gauge_vec(&names::WORKER_UNIFORMITY),
+            model_flops_total: e.counter(&names::WORKER_MODEL_FLOPS),
+            peak_flops_per_second: e.gauge(&names::WORKER_PEAK_FLOPS),
             phase_seconds: e.histogram_vec(&names::WORKER_PHASE),
+            prefetched_steps: e.int_gauge(&names::WORKER_PREFETCHED),
             received_bytes_total: e.counter_vec(&names::WORKER_RECEIVED),
             padding_share: e.gauge(&names::WORKER_PADDING),
-            checkpoint_age_seconds: e.age(&names::WORKER_CHECKPOINT_AGE),
             checkpoint_seconds: e.histogram(&names::WORKER_CHECKPOINT),
             step: e.int_gauge(&names::WORKER_STEP),
             generation: e.int_gauge(&names::WORKER_GENERATION),
             cache_hits_total: e.counter(&names::WORKER_CACHE_HITS),
             cache_misses_total: e.counter(&names::WORKER_CACHE_MISSES),
             collective_bytes_total: e.counter(&names::WORKER_COLLECTIVE),
+            collective_seconds_total: e.float_counter(&names::WORKER_COLLECTIVE_SECONDS),
+            gpu_memory_bytes: e.gauge_vec(&names::WORKER_GPU_MEMORY),
             exposition: exposition.clone(),
         };
         for phase in Phase::ALL {
@@ -143,20 +155,5 @@ mod tests {
         assert!(text.contains(r#"learn_worker_loss_nats{rank="1"} 2.5"#), "{text}");
         assert!(text.contains(r#"learn_worker_phase_seconds_count{phase="gather",rank="1"} 1"#), "{text}");
         assert!(text.contains(r#"learn_worker_phase_seconds_count{phase="reduce",rank="1"} 0"#), "{text}");
-    }
-
-    #[test]
-    fn an_age_shows_after_its_first_mark_and_grows() {
-        let metrics = WorkerMetrics::new();
-        let name = names::WORKER_CHECKPOINT_AGE.name;
-        assert!(!metrics.exposition.render().contains(name));
-        metrics.checkpoint_age_seconds.mark();
-        let age = || -> f64 {
-            let text = metrics.exposition.render();
-            let line = text.lines().find(|line| line.starts_with(name)).unwrap();
-            line.rsplit(' ').next().unwrap().parse().unwrap()
-        };
-        let first = age();
-        assert!(first >= 0.0 && age() >= first);
     }
 }

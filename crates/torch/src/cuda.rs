@@ -4,14 +4,14 @@
 //! its CUDA part when `libtorch_cuda.so` is loaded with global symbols, and looks for the registration the first time
 //! that anyone asks about CUDA; both happen here, in this order, once per process.
 
-use std::ffi::CString;
+use std::ffi::{CString, c_int};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use tch::Cuda;
 
-use crate::TorchError;
+use crate::{GpuMemory, TorchError};
 
 /// Loaded in this order; the second registers CUDA with libtorch.
 const LIBRARIES: [&str; 2] = ["libc10_cuda.so", "libtorch_cuda.so"];
@@ -88,6 +88,28 @@ pub fn libtorch_version() -> Option<String> {
     let version =
         unsafe { process.get::<unsafe extern "C" fn() -> u64>(name.as_bytes_with_nul()).ok().map(|ask| ask()) }?;
     Some(format!("{}.{}.{}", version >> 56, (version >> 48) & 0xff, (version >> 40) & 0xff))
+}
+
+/// What CUDA's runtime says of the memory of a GPU, in the numbering of this process; the thread's current device stays as
+/// it is.
+pub fn memory(ordinal: c_int) -> Option<GpuMemory> {
+    let process = Library::this();
+    let (mut before, mut free, mut total) = (0, 0, 0);
+    // SAFETY: `cudaError_t cudaGetDevice(int*)`, `cudaSetDevice(int)` and `cudaMemGetInfo(size_t*, size_t*)` are declared
+    // like this by CUDA's runtime, which libtorch_cuda.so has brought into this process with global symbols and which is
+    // never unloaded; the pointers are to values that live through the calls.
+    let told = unsafe {
+        let get = process.get::<unsafe extern "C" fn(*mut c_int) -> c_int>(b"cudaGetDevice\0").ok()?;
+        let set = process.get::<unsafe extern "C" fn(c_int) -> c_int>(b"cudaSetDevice\0").ok()?;
+        let ask = process.get::<unsafe extern "C" fn(*mut usize, *mut usize) -> c_int>(b"cudaMemGetInfo\0").ok()?;
+        if get(&raw mut before) != 0 || set(ordinal) != 0 {
+            return None;
+        }
+        let told = ask(&raw mut free, &raw mut total);
+        set(before);
+        told
+    };
+    (told == 0).then(|| GpuMemory { used: total.saturating_sub(free), total })
 }
 
 #[cfg(test)]

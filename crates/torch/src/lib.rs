@@ -82,6 +82,23 @@ pub fn seed(seed: u64) {
     tch::manual_seed(seed.cast_signed());
 }
 
+/// Memory of a GPU in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuMemory {
+    /// By whomever, this process and others.
+    pub used: usize,
+    pub total: usize,
+}
+
+/// How full the GPU is; `None` on the CPU, or if the driver does not say.
+#[must_use]
+pub fn gpu_memory(device: Device) -> Option<GpuMemory> {
+    match device {
+        Device::Cuda(ordinal) => cuda::memory(i32::try_from(ordinal).ok()?),
+        _ => None,
+    }
+}
+
 /// Waits until the device has done what was asked of it.
 pub fn synchronize(device: Device) {
     if let Device::Cuda(ordinal) = device {
@@ -98,6 +115,7 @@ mod tests {
     #[test]
     fn the_cpu_is_always_there() {
         assert_eq!(device(DeviceKind::Cpu, 3).unwrap(), Device::Cpu);
+        assert_eq!(gpu_memory(Device::Cpu), None);
         synchronize(Device::Cpu);
     }
 
@@ -121,6 +139,11 @@ mod tests {
         synchronize(gpu);
         assert_eq!(sum.double_value(&[]), 64.0);
         assert_eq!(raw(&sum).unwrap().device, gpu);
+        let before = gpu_memory(gpu).unwrap();
+        let _gibibyte = Tensor::zeros([1 << 28], (Kind::Float, gpu));
+        let after = gpu_memory(gpu).unwrap();
+        assert_eq!(before.total, after.total);
+        assert!(after.used >= before.used + (1 << 30) && after.used <= after.total, "{before:?} {after:?}");
         assert!(device(DeviceKind::Cuda, 4096).unwrap_err().to_string().contains("4096"));
     }
 

@@ -147,6 +147,7 @@ pub struct Feed {
     /// Dropping it cancels a fetch that waits for the network.
     cancel: Option<oneshot::Sender<()>>,
     next_step: u64,
+    metrics: WorkerMetrics,
 }
 
 impl Feed {
@@ -156,10 +157,12 @@ impl Feed {
         let (sender, steps) = sync_channel(settings.prefetch_steps as usize);
         let next_step = settings.from_step;
         let (cancel, cancelled) = oneshot::channel::<()>();
+        metrics.prefetched_steps.set(0);
+        let fetching = metrics.clone();
         let thread = std::thread::spawn(move || {
             let fetched = handle.block_on(async {
                 tokio::select! {
-                    fetched = fetch_steps(client, settings, metrics, &sender) => fetched,
+                    fetched = fetch_steps(client, settings, fetching, &sender) => fetched,
                     _ = cancelled => Ok(()),
                 }
             });
@@ -168,7 +171,7 @@ impl Feed {
                 let _ = sender.send(Err(error));
             }
         });
-        Self { steps: Some(steps), thread: Some(thread), cancel: Some(cancel), next_step }
+        Self { steps: Some(steps), thread: Some(thread), cancel: Some(cancel), next_step, metrics }
     }
 
     /// Waits for the next step, or until `aborted`.
@@ -189,6 +192,7 @@ impl Feed {
             return Err(FeedError::OutOfStep { wanted: self.next_step, got: step.meta.step });
         }
         self.next_step += 1;
+        self.metrics.prefetched_steps.dec();
         Ok(step)
     }
 }
@@ -236,6 +240,7 @@ async fn fetch_steps(
         metrics.phase_seconds.with_label_values(&["assemble"]).observe(started.elapsed().as_secs_f64());
         let users = share.iter().map(|user| user.user).collect();
         let places = share.iter().map(|user| user.place).collect();
+        metrics.prefetched_steps.inc();
         if sender.send(Ok(PreparedStep { meta, users, places, micro_batches })).is_err() {
             return Ok(());
         }

@@ -64,7 +64,9 @@ impl Exchange {
         self.progress.enter_collective();
         let entered = Instant::now();
         let result = operation(&mut *self.collective);
-        self.waited += entered.elapsed();
+        let inside = entered.elapsed();
+        self.waited += inside;
+        self.metrics.collective_seconds_total.inc_by(inside.as_secs_f64());
         self.progress.leave_collective();
         let moved = self.collective.bytes_moved();
         self.metrics.collective_bytes_total.inc_by(moved - self.counted_bytes);

@@ -9,6 +9,7 @@
 
 mod begin;
 mod exchange;
+mod measure;
 mod non_finite;
 mod objective;
 mod passes;
@@ -32,7 +33,7 @@ use learn_telemetry::Phase;
 pub use objective::{Conversion, FullSoftmax, InBatch, Objective};
 pub use passes::{rows_tensor, sequences};
 use save::{Need, Speaker, on_cpu};
-pub use step::{PhaseClock, StepEnd, Stepper, Word};
+pub use step::{PhaseClock, StepEnd, StepOutcome, Stepper, Word};
 use tch::Kind;
 
 use crate::checkpoint::{self, Best, Writer};
@@ -126,6 +127,7 @@ impl<'a> Trainer<'a> {
             parameters.freeze_item_vectors(&tch::Tensor::from_slice(&unseen));
         }
         let weight = config.objective.cvr_weight;
+        session.metrics.peak_flops_per_second.set(config.cluster.device_peak_tflops * 1e12);
         let stepper = Stepper {
             model,
             parameters,
@@ -249,7 +251,8 @@ impl<'a> Trainer<'a> {
                 self.last.pop_front();
             }
             self.last.push_back(record.clone());
-            self.report(&turn.member, record, work, (tokens, prepared.users))?;
+            self.show(&outcome, &record, tokens, prepared.users.len());
+            self.report(&turn.member, record, work, prepared.users)?;
             self.after_step(turn)?;
             // evaluating and saving are not part of the next step
             if self.finished.0.is_multiple_of(self.steps_per_epoch) {
@@ -279,26 +282,54 @@ impl<'a> Trainer<'a> {
         Feed::start(handle, self.data.clone(), settings, self.session.metrics.clone())
     }
 
-    /// `tokens` and `users` are this rank's share of the step.
-    fn report(
-        &self,
-        member: &Member,
-        record: StepRecord,
-        work: Work,
-        (tokens, users): (u64, Vec<u32>),
-    ) -> Result<(), WorkerError> {
+    /// Brings a finished step to the metrics; `tokens` and `users` are this rank's share.
+    fn show(&self, outcome: &StepOutcome, record: &StepRecord, tokens: u64, users: usize) {
         let metrics = &self.session.metrics;
-        self.session.progress.finished(record.step);
         metrics.step.set(record.step.0 as i64);
         metrics.loss.set(record.loss);
+        let cvr = record.cvr_loss.map(|loss| loss * self.config.objective.cvr_weight);
+        if let Some(main) = self.main_part() {
+            metrics.loss_parts.with_label_values(&[main]).set(record.loss - cvr.unwrap_or(0.0));
+        }
+        if let Some(cvr) = cvr {
+            metrics.loss_parts.with_label_values(&["cvr"]).set(cvr);
+        }
         metrics.accuracy.set(record.accuracy);
         metrics.learning_rate.set(record.learning_rate);
         metrics.gradient_norm.set(record.gradient_norm);
         metrics.padding_share.set(record.padding_share);
-        metrics.users_total.inc_by(users.len() as u64);
+        metrics.users_total.inc_by(users as u64);
         metrics.tokens_total.inc_by(tokens);
-        metrics.samples_per_second.set(users.len() as f64 / record.seconds);
-        metrics.tokens_per_second.set(tokens as f64 / record.seconds);
+        metrics.model_flops_total.inc_by(outcome.flops as u64);
+        if measure::looks(record.step.0 - 1)
+            && let Some(memory) = learn_torch::gpu_memory(self.stepper.device)
+        {
+            metrics.gpu_memory_bytes.with_label_values(&["used"]).set(memory.used as f64);
+            metrics.gpu_memory_bytes.with_label_values(&["total"]).set(memory.total as f64);
+        }
+        let Some(geometry) = &outcome.geometry else { return };
+        if let Some(alignment) = geometry.alignment {
+            metrics.alignment.set(alignment);
+        }
+        for (tower, value) in [("user", geometry.user_uniformity), ("item", geometry.item_uniformity)] {
+            if let Some(value) = value {
+                metrics.uniformity.with_label_values(&[tower]).set(value);
+            }
+        }
+    }
+
+    /// What the loss beside the CVR head's is called.
+    fn main_part(&self) -> Option<&'static str> {
+        match self.stepper.objective {
+            Objective::InBatch(_) => Some("infonce"),
+            Objective::FullSoftmax(_) => Some("full_softmax"),
+            Objective::Frozen => None,
+        }
+    }
+
+    /// `users` are this rank's share of the step.
+    fn report(&self, member: &Member, record: StepRecord, work: Work, users: Vec<u32>) -> Result<(), WorkerError> {
+        self.session.progress.finished(record.step);
         member.report_step(FinishedStep {
             step: record.step,
             epoch: record.epoch,

@@ -20,6 +20,7 @@ use learn_telemetry::{Phase, WorkerMetrics};
 use tch::Device;
 
 use super::exchange::{Announcement, Exchange};
+use super::measure::{self, Geometry, GlobalRows};
 use super::non_finite::{self, NonFiniteStep};
 use super::objective::{Contribution, Conversion, Objective, Towers};
 use super::passes::{self, Seeds, Share};
@@ -54,6 +55,10 @@ pub struct StepOutcome {
     pub gradient_norm: f64,
     pub tokens: u64,
     pub padding_share: f64,
+    /// Operations that the model needed for this rank's share.
+    pub flops: f64,
+    /// Of a sample of this rank's embeddings, in some of the steps.
+    pub geometry: Option<Geometry>,
 }
 
 /// What a rank has to say before a step.
@@ -219,6 +224,7 @@ impl Stepper {
         self.clock.stop();
 
         let total = |part: fn(&Announcement) -> i64| announced.iter().map(part).sum::<i64>().max(0) as u64;
+        let global = GlobalRows { users: total(|said| said.rows), items: total(|said| said.targets) };
         let (tokens, rows) = (total(|said| said.tokens), total(|said| said.encoded_rows));
         Ok(StepEnd::Finished(StepOutcome {
             loss,
@@ -227,6 +233,13 @@ impl Stepper {
             gradient_norm,
             tokens,
             padding_share: 1.0 - tokens as f64 / rows.max(1) as f64,
+            flops: measure::flops(self.model.shape(), prepared, &self.objective, global),
+            geometry: measure::geometry(
+                prepared.meta.step,
+                (&share, &embeddings),
+                &self.objective,
+                self.model.shape().model.output_dim.into(),
+            ),
         }))
     }
 }

@@ -30,6 +30,8 @@ impl std::fmt::Display for NonFinite {
 }
 
 impl NonFinite {
+    pub const ALL: [Self; 3] = [Self::Stop, Self::Skip, Self::Rollback];
+
     /// What is done about one such step, after `before` others, of which `budget` are borne: a pure function of values
     /// that all ranks share, so that all do the same.
     #[must_use]

@@ -339,6 +339,9 @@ pub struct ClusterConfig {
     /// Recoveries in a row without a finished step between them, after which the job is given up (exit code 7).
     pub max_recoveries: u32,
     pub device: DeviceKind,
+    /// What the device of a worker can do at `training.precision`, in 10^12 floating-point operations per second (989 for
+    /// bf16 on an H100), by which model FLOP utilisation is told; 0 = not known, then the operations alone are.
+    pub device_peak_tflops: f64,
     /// Address that local processes bind to.
     pub bind: String,
     /// Port of the coordinator's gRPC (control and Flight); 0 = any free one.
@@ -393,6 +396,7 @@ impl Default for ClusterConfig {
             max_restarts: 10,
             max_recoveries: 5,
             device: DeviceKind::Auto,
+            device_peak_tflops: 0.0,
             bind: "127.0.0.1".into(),
             grpc_port: 0,
             http_port: 0,
@@ -496,6 +500,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         ("optimizer.weight_decay", optimizer.weight_decay),
         ("optimizer.clip_norm", optimizer.clip_norm),
         ("objective.cvr_weight", objective.cvr_weight),
+        ("cluster.device_peak_tflops", cluster.device_peak_tflops),
     ] {
         if !(value.is_finite() && value >= 0.0) {
             return fail(key, "must be 0 or a positive number");

@@ -157,6 +157,9 @@ impl fmt::Display for LossCause {
 }
 
 impl LossCause {
+    /// Every [`LossCause::label`].
+    pub const LABELS: [&'static str; 5] = ["silent", "disconnected", "crashed", "stuck", "stalled"];
+
     /// As metrics name it.
     #[must_use]
     pub fn label(&self) -> &'static str {

@@ -506,3 +506,15 @@ proptest! {
         prop_assert!(matches!(membership.state(), State::Ended(_)), "{:?}", membership.state());
     }
 }
+
+#[test]
+fn every_cause_of_a_loss_has_a_label_that_is_listed() {
+    let causes = [
+        LossCause::Silent { seconds: 1 },
+        LossCause::Disconnected,
+        LossCause::Crashed { message: "gone".into() },
+        LossCause::Stuck { seconds: 1 },
+        LossCause::Stalled { phase: "loss".into(), seconds: 1 },
+    ];
+    assert_eq!(causes.map(|cause| cause.label()), LossCause::LABELS);
+}

@@ -44,6 +44,14 @@ impl FullSoftmax {
         Self { pairing: config.pairs(), rows, first_item, batch }
     }
 
+    pub(super) fn pairing(&self) -> Pairs {
+        self.pairing
+    }
+
+    pub(super) fn items(&self) -> u64 {
+        self.rows.size()[0].cast_unsigned()
+    }
+
     pub(super) fn loss(
         &self,
         mine: &Contribution<'_>,

@@ -38,6 +38,10 @@ impl InBatch {
         }
     }
 
+    pub(super) fn pairing(&self) -> Pairs {
+        self.pairing
+    }
+
     pub(super) fn loss(
         &self,
         mine: &Contribution<'_>,

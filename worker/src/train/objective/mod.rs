@@ -11,6 +11,7 @@ mod in_batch;
 pub use conversion::Conversion;
 pub use full_softmax::FullSoftmax;
 pub use in_batch::InBatch;
+use learn_domain::sampling::Pairs;
 use learn_model::{Forward, Parameters, Pch};
 use tch::{Kind, Tensor};
 
@@ -97,6 +98,25 @@ impl Objective {
             Self::InBatch(objective) => objective.loss(mine, towers, exchange, clock),
             Self::FullSoftmax(objective) => objective.loss(mine, towers, exchange, clock),
             Self::Frozen => Ok(StepLoss::nothing(mine.embeddings)),
+        }
+    }
+
+    /// Which rows and targets are trained on each other, if any are.
+    #[must_use]
+    pub fn pairing(&self) -> Option<Pairs> {
+        match self {
+            Self::InBatch(objective) => Some(objective.pairing()),
+            Self::FullSoftmax(objective) => Some(objective.pairing()),
+            Self::Frozen => None,
+        }
+    }
+
+    /// Items of the catalogue that this rank embeds in every step.
+    #[must_use]
+    pub fn catalogue_items(&self) -> u64 {
+        match self {
+            Self::FullSoftmax(objective) => objective.items(),
+            Self::InBatch(_) | Self::Frozen => 0,
         }
     }
 
