@@ -47,6 +47,24 @@ pub struct JobSpec<'a> {
     pub config_file: &'a Path,
     pub config: &'a Config,
     pub task: &'a Task,
+    pub workers: Workers,
+}
+
+/// Who starts the workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Workers {
+    /// This process, on this machine.
+    Here,
+    /// Something else, wherever it likes: they come by `learn-worker join`.
+    Elsewhere,
+}
+
+impl Workers {
+    /// As a flag `--no-workers` says.
+    #[must_use]
+    pub fn unless(elsewhere: bool) -> Self {
+        if elsewhere { Self::Elsewhere } else { Self::Here }
+    }
 }
 
 /// Runs a job to its end.
@@ -62,7 +80,15 @@ pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
         let api = Api::new(&address);
         job.data_servers = Some(DataServers::start(spec.run, spec.config, &address)?);
         job.wait_for_data_servers(&api)?;
-        job.crew = Some(Crew::start(spec.run, spec.config, spec.task, &address)?);
+        match spec.workers {
+            Workers::Here => job.crew = Some(Crew::start(spec.run, spec.config, spec.task, &address)?),
+            Workers::Elsewhere => job.progress.line(&format!(
+                "waiting for {}: learn-worker join --coordinator {} --secret-file {}",
+                render::workers(spec.config.cluster.workers as usize),
+                address.grpc,
+                spec.run.secret().display(),
+            )),
+        }
         job.watch(&api)?;
     }
     job.conclude()
@@ -75,9 +101,9 @@ struct LocalJob<'a> {
     coordinator: Process,
     /// Coordinators that took the place of one that was killed.
     take_overs: u32,
-    /// None until the coordinator serves.
+    /// None until the coordinator serves, or if the workers are started elsewhere.
     crew: Option<Crew<'a>>,
-    /// Likewise.
+    /// None until the coordinator serves.
     data_servers: Option<DataServers<'a>>,
     /// Requests to stop that were passed on.
     stops: usize,

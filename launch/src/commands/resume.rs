@@ -13,7 +13,7 @@ use serde::Deserialize;
 
 use crate::cli::RunArgs;
 use crate::failure::Failure;
-use crate::job::{self, JobSpec};
+use crate::job::{self, JobSpec, Workers};
 use crate::output::Output;
 use crate::settings::Resolver;
 use crate::{process, runs, system};
@@ -53,6 +53,9 @@ pub struct ResumeArgs {
     /// Change one of the keys below for the rest of the run (repeatable)
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
+    /// Start the coordinator alone: workers come from elsewhere, by `learn-worker join`
+    #[arg(long)]
+    no_workers: bool,
     /// Only say what would be done
     #[arg(long)]
     dry_run: bool,
@@ -112,7 +115,8 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
     output.note(&text);
     runs::write_config(&run.next_config(), &config)?;
     let task = Task::Train { resume_from: Some(path_text(&checkpoint.path)?) };
-    job::run(&JobSpec { run: &run, config_file: &run.next_config(), config: &config, task: &task }, output)?;
+    let workers = Workers::unless(args.no_workers);
+    job::run(&JobSpec { run: &run, config_file: &run.next_config(), config: &config, task: &task, workers }, output)?;
     super::train::report(&run, output)
 }
 

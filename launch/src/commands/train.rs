@@ -13,7 +13,7 @@ use learn_domain::run_dir::RunDir;
 use crate::cli::{SettingsArgs, anchor};
 use crate::crew;
 use crate::failure::Failure;
-use crate::job::{self, JobSpec};
+use crate::job::{self, JobSpec, Workers};
 use crate::output::Output;
 use crate::{process, render, runs};
 
@@ -24,6 +24,7 @@ Examples:
   learn-launch train configs/quickstart.toml --workers 4 --device cuda
   LEARN__TRAINING__EPOCHS=3 learn-launch train configs/quickstart.toml
   learn-launch train configs/quickstart.toml --name tuned --init quickstart
+  learn-launch train shop.toml --no-workers --set cluster.bind=10.0.0.7 --set cluster.grpc_port=4100
 
 The run directory is job.runs_dir/job.name. Ctrl-C (or SIGTERM) stops after the current step with a checkpoint; a
 second one kills.";
@@ -54,6 +55,9 @@ pub struct TrainArgs {
     /// Move an existing run of that name aside (nothing is deleted)
     #[arg(long)]
     force: bool,
+    /// Start the coordinator alone: workers come from elsewhere, by `learn-worker join`
+    #[arg(long)]
+    no_workers: bool,
     /// Only check everything and say what would be done
     #[arg(long)]
     dry_run: bool,
@@ -85,15 +89,19 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         output.note(&format!("the run that was there is now {}", super::shown(&aside)));
     }
     let run = runs::create(&root, &config)?;
+    let threads = match args.no_workers {
+        true => String::new(),
+        false => format!(" with {} threads each", crew::threads_per_worker(&config, config.cluster.workers)),
+    };
     output.note(&format!(
-        "{}: {} workers with {} threads each; logs in {}",
+        "{}: {} workers{threads}; logs in {}",
         super::shown(&root),
         config.cluster.workers,
-        crew::threads_per_worker(&config, config.cluster.workers),
         super::shown(&run.logs())
     ));
     let task = Task::Train { resume_from: None };
-    job::run(&JobSpec { run: &run, config_file: &run.config(), config: &config, task: &task }, output)?;
+    let workers = Workers::unless(args.no_workers);
+    job::run(&JobSpec { run: &run, config_file: &run.config(), config: &config, task: &task, workers }, output)?;
     report(&run, output)
 }
 

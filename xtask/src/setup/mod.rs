@@ -58,6 +58,24 @@ pub fn pyarrow(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
+/// Brings what the test of the Kubernetes examples reads schemas with into the virtual environment.
+///
+/// # Errors
+/// As [`pyarrow`].
+pub fn kubernetes_schemas(workspace: &Workspace) -> Result<()> {
+    let python = Python::prepare(workspace)?;
+    for (module, package) in
+        [("kubernetes_validate", "kubernetes-validate"), ("kubeflow_trainer_api", "kubeflow-trainer-api")]
+    {
+        if !python.has(module) {
+            python
+                .install(&format!("Installing {package} for the test of the Kubernetes examples"), package)
+                .context("`cargo xtask test --no-extras` leaves the test out")?;
+        }
+    }
+    Ok(())
+}
+
 /// Two set-ups at once would step on each other's half-made folders.
 fn lock(path: &Path) -> Result<File> {
     let file = File::create(path).with_context(|| format!("{}: cannot create it", path.display()))?;

@@ -1,0 +1,145 @@
+//! The examples in `configs/kubernetes`: their configuration is one, their objects are as the schemas want them, and their
+//! containers' scripts run a job, here with processes in place of pods.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use learn_tests::{SMALL, Site, binary, follow_file, signal, succeeds, text};
+use serde_json::Value;
+
+fn examples() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/kubernetes")
+}
+
+/// `shop.toml` of the ConfigMap.
+fn configuration() -> String {
+    let common = fs::read_to_string(examples().join("common.yaml")).expect("it is there");
+    let (_, rest) = common.split_once("  shop.toml: |\n").expect("a ConfigMap with the configuration");
+    let (block, _) = rest.split_once("\n---").expect("another object follows");
+    block.lines().map(|line| format!("{}\n", line.strip_prefix("    ").unwrap_or(line))).collect()
+}
+
+#[test]
+fn the_configuration_of_the_examples_is_one() {
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let file = folder.path().join("shop.toml");
+    fs::write(&file, configuration()).expect("it is writable");
+    let checked =
+        Command::new(binary("learn-launch")).args(["config", "check"]).arg(&file).output().expect("it starts");
+    succeeds(&checked);
+}
+
+/// `tests/python/check_kubernetes.py` in the Python that has its packages.
+fn check(arguments: &[&Path]) -> Output {
+    let python = std::env::var_os("LEARN_PYTHON").expect("LEARN_PYTHON, as `cargo xtask test` sets it");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/check_kubernetes.py");
+    Command::new(python).arg(script).args(arguments).output().expect("python starts")
+}
+
+#[test]
+#[ignore = "needs packages for Python: `cargo xtask test` brings them"]
+fn kubernetes_objects_are_as_their_schemas_want_them() {
+    let names = ["common.yaml", "jobset.yaml", "jobs.yaml"];
+    let files = names.map(|name| examples().join(name));
+    succeeds(&check(&files.each_ref().map(PathBuf::as_path)));
+    // and the schemas do say no
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    for (name, from, to) in [
+        ("jobset.yaml", "maxRestarts: 10", "maxRestart: 10"),
+        ("jobset.yaml", "completionMode: Indexed", "completionMode: Index"),
+        ("jobs.yaml", "fieldPath: status.podIP", "path: status.podIP"),
+        ("jobs.yaml", "targetPort: grpc", "targetPorts: grpc"),
+    ] {
+        let wrong = fs::read_to_string(examples().join(name)).expect("it is there").replacen(from, to, 1);
+        let file = folder.path().join("wrong.yaml");
+        fs::write(&file, wrong).expect("it is writable");
+        assert!(!check(&[&file]).status.success(), "{to} in {name}");
+    }
+}
+
+/// The scripts of an example's containers by their names, with this machine's paths and ports.
+fn scripts(site: &Site, example: &str, coordinator: &str, ports: (u16, u16)) -> BTreeMap<String, String> {
+    let printed = check(&[Path::new("--scripts"), &examples().join(example)]);
+    succeeds(&printed);
+    let scripts: BTreeMap<String, String> = serde_json::from_slice(&printed.stdout).expect("it is JSON");
+    let shared = site.path("shared").display().to_string();
+    let here = |script: String| {
+        script
+            .replace("/shared", &shared)
+            .replace("/etc/learn", &site.path("").display().to_string())
+            .replace(&format!("http://{coordinator}:4100"), &format!("http://127.0.0.1:{}", ports.0))
+            .replace("--device cuda", "--device cpu --threads 1")
+    };
+    scripts.into_iter().map(|(name, script)| (name, here(script))).collect()
+}
+
+fn pod(script: &str) -> Child {
+    let folder = binary("learn-launch").parent().expect("it lies in a folder").to_owned();
+    let path = format!("{}:{}", folder.display(), std::env::var("PATH").unwrap_or_default());
+    Command::new("sh")
+        .args(["-c", script])
+        .env("PATH", path)
+        .env("POD_IP", "127.0.0.1")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("sh starts")
+}
+
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
+    listener.local_addr().expect("it is bound").port()
+}
+
+#[test]
+#[ignore = "needs packages for Python: `cargo xtask test` brings them"]
+fn kubernetes_scripts_run_a_job_that_is_evicted_and_goes_on() {
+    for (example, coordinator) in [("jobset.yaml", "shop-coordinator-0-0.shop"), ("jobs.yaml", "shop-coordinator")] {
+        let site = Site::new(SMALL);
+        let ports = (free_port(), free_port());
+        fs::create_dir_all(site.path("shared/data")).expect("it is writable");
+        fs::rename(site.path("dataset"), site.path("shared/data/shop")).expect("the site has made it");
+        let small = configuration()
+            .replace("/shared", &site.path("shared").display().to_string())
+            .replace("grpc_port = 4100", &format!("grpc_port = {}", ports.0))
+            .replace("http_port = 4101", &format!("http_port = {}", ports.1))
+            .replace("workers = 8", "workers = 2")
+            .replace("min_workers = 4", "min_workers = 1")
+            .replace("device = \"cuda\"", "device = \"cpu\"")
+            .replace("epochs = 20\nglobal_batch = 4096", "epochs = 400\nglobal_batch = 16");
+        let model = "\n[model]\nlayers = 1\nheads = 2\nhidden = 16\noutput_dim = 8\n";
+        fs::write(site.path("shop.toml"), small + model).expect("it is writable");
+        let scripts = scripts(&site, example, coordinator, ports);
+        let run = site.path("shared/runs/shop");
+        let start = || {
+            let others = ["worker", "worker", "data"].into_iter().filter_map(|name| scripts.get(name));
+            let first = pod(&scripts["coordinator"]);
+            (first, others.map(|script| pod(script)).collect::<Vec<_>>())
+        };
+
+        let (first, others) = start();
+        follow_file(&run.join("metrics.jsonl"), "", 40);
+        // what an eviction sends
+        signal("TERM", first.id().into());
+        let evicted = first.wait_with_output().expect("it ends");
+        assert_eq!(evicted.status.code(), Some(3), "{}", text(&evicted));
+        others.into_iter().for_each(|mut other| drop(other.wait()));
+
+        let (second, others) = start();
+        let output = second.wait_with_output().expect("it ends");
+        succeeds(&output);
+        assert!(text(&output).contains("resuming from step"), "{}", text(&output));
+        for other in others {
+            let ended = other.wait_with_output().expect("it ends");
+            succeeds(&ended);
+        }
+        let status: Value =
+            serde_json::from_slice(&fs::read(run.join("status.json")).expect("it is there")).expect("JSON");
+        assert_eq!((&status["state"], &status["ledger"]["exact"]), (&"finished".into(), &true.into()), "{status}");
+        assert!(run.join("summary.json").exists());
+    }
+}
