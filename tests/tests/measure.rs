@@ -146,3 +146,34 @@ fn the_pause_when_a_worker_joins() {
     print("between two finished steps otherwise", usual);
     stop(&site, child);
 }
+
+/// Median seconds of a step of two workers with a heartbeat at each `interval`.
+fn step_with_heartbeats(site: &Site, run: &str, interval: &str) -> f64 {
+    let (job, interval) = (format!("job.name={run}"), format!("cluster.heartbeat_interval={interval}"));
+    let shape = ["model.layers=2", "model.hidden=128", "model.heads=4", "training.global_batch=32"];
+    let more = ["cluster.workers=2", "training.epochs=1000000", "training.max_steps=300", "evaluation.every_epochs=0"];
+    succeeds(&site.launch(&site.train(&[&[job.as_str(), &interval][..], &shape, &more].concat())));
+    let steps = site.steps(run);
+    let mut seconds: Vec<f64> = steps[50..].iter().map(|step| step["seconds"].as_f64().expect("a number")).collect();
+    seconds.sort_by(f64::total_cmp);
+    seconds[seconds.len() / 2]
+}
+
+#[test]
+#[ignore = "a measurement: see the head of this file"]
+fn what_heartbeats_cost_a_step() {
+    let site = Site::new(SMALL);
+    let (mut usual, mut frequent) = (Vec::new(), Vec::new());
+    for round in 0..4 {
+        usual.push(step_with_heartbeats(&site, &format!("usual-{round}"), "1s"));
+        frequent.push(step_with_heartbeats(&site, &format!("frequent-{round}"), "10ms"));
+        let (a, b) = (usual[round], frequent[round]);
+        println!("{round}: a step takes {:.3} ms with a heartbeat a second, {:.3} ms with a hundred", 1e3 * a, 1e3 * b);
+    }
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+    let (a, b) = (mean(&usual), mean(&frequent));
+    println!(
+        "a heartbeat a second costs {:.4} % of a step, if a hundred cost a hundred times as much",
+        100.0 * (b - a) / a / 99.0
+    );
+}
