@@ -111,14 +111,20 @@ impl JsonLines {
 /// # Errors
 /// If the file cannot be read or another line is damaged.
 pub fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, FileError> {
+    Ok(texts_and_values(path)?.into_iter().map(|(_, value)| value).collect())
+}
+
+/// As [`read_lines`], each value beside its line.
+fn texts_and_values<T: DeserializeOwned>(path: &Path) -> Result<Vec<(String, T)>, FileError> {
     let text = match fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(read_error(path)(error)),
     };
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-    let parse = |(index, line): (usize, &str)| {
-        serde_json::from_str(line).map_err(|source| FileError::Line { path: path.to_owned(), line: index + 1, source })
+    let parse = |(index, line): (usize, &str)| match serde_json::from_str(line) {
+        Ok(value) => Ok((line.to_owned(), value)),
+        Err(source) => Err(FileError::Line { path: path.to_owned(), line: index + 1, source }),
     };
     whole.lines().enumerate().map(parse).collect()
 }
@@ -163,23 +169,16 @@ pub fn mend_lines(path: &Path, lines: &[&str]) -> Result<(), FileError> {
     mend().map_err(write_error("mend", path))
 }
 
-/// Keeps the lines that `keep` names, in one atomic replacement, and gives them back.
+/// Keeps the lines that `keep` names, as they are, in one atomic replacement, and gives their values back.
 ///
 /// # Errors
 /// If the file cannot be read or replaced.
-pub fn retain_lines<T: Serialize + DeserializeOwned>(
-    path: &Path,
-    keep: impl Fn(&T) -> bool,
-) -> Result<Vec<T>, FileError> {
-    let mut values: Vec<T> = read_lines(path)?;
-    values.retain(keep);
-    let mut text = Vec::new();
-    for value in &values {
-        serde_json::to_writer(&mut text, value).map_err(json_error(path))?;
-        text.push(b'\n');
-    }
-    write_atomic(path, &text)?;
-    Ok(values)
+pub fn retain_lines<T: DeserializeOwned>(path: &Path, keep: impl Fn(&T) -> bool) -> Result<Vec<T>, FileError> {
+    let mut lines: Vec<(String, T)> = texts_and_values(path)?;
+    lines.retain(|(_, value)| keep(value));
+    let text: String = lines.iter().flat_map(|(text, _)| [text.as_str(), "\n"]).collect();
+    write_atomic(path, text.as_bytes())?;
+    Ok(lines.into_iter().map(|(_, value)| value).collect())
 }
 
 #[cfg(test)]

@@ -2,21 +2,23 @@
 //!
 //! Input: [`Entry`] values from the job's owner, through a bounded queue. Output: files. Invariants: an acknowledgement
 //! is sent when the file is durable; a line is forgotten by [`crate::state`] only when it is in its file, so that each is
-//! there once whenever this process is killed; the first failure ends the journal, and with it the job.
+//! there once whenever this process is killed; the first failure ends the journal, and with it the job. TensorBoard's files
+//! are made of these lines, so they may fail without harm, and the next coordinator makes them anew.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use learn_domain::Step;
 use learn_domain::ledger::Ledger;
 use learn_domain::report::{JobStatus, Summary};
 use learn_domain::run_dir::RunDir;
+use learn_domain::{Config, Step};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::files::{FileError, JsonLines, mend_lines, write_json};
 use crate::job::{LedgerFile, prune_ledgers};
+use crate::tensorboard::{TensorBoard, TensorBoardError};
 
 /// Entries that may wait for the disk before the job's owner waits too.
 const QUEUE: usize = 256;
@@ -75,6 +77,7 @@ pub struct Journal {
     /// Lines with smaller numbers are in their files.
     written: Arc<AtomicU64>,
     entries: mpsc::Receiver<Entry>,
+    config: Box<Config>,
 }
 
 /// Adds the lines to their files that a coordinator kept and, when it was killed, had not written yet.
@@ -95,11 +98,18 @@ impl Journal {
     ///
     /// # Errors
     /// If the run directory is not writable.
-    pub fn open(run_dir: RunDir, fingerprint: String) -> Result<(mpsc::Sender<Entry>, Self), FileError> {
+    pub fn open(
+        run_dir: RunDir,
+        fingerprint: String,
+        config: &Config,
+    ) -> Result<(mpsc::Sender<Entry>, Self), FileError> {
         let (sender, entries) = mpsc::channel(QUEUE);
         let [steps, evaluations, events] = LineFile::ALL.map(|file| JsonLines::open(file.path(&run_dir)));
         let lines = [steps?, evaluations?, events?];
-        Ok((sender, Self { run_dir, fingerprint, lines, written: Arc::default(), entries }))
+        Ok((
+            sender,
+            Self { run_dir, fingerprint, lines, written: Arc::default(), entries, config: Box::new(config.clone()) },
+        ))
     }
 
     /// Lines below this number are in their files; it grows.
@@ -113,10 +123,16 @@ impl Journal {
     /// # Errors
     /// The first file that could not be written.
     pub fn write_all(mut self) -> Result<(), FileError> {
+        let mut tensorboard = TensorBoard::open(&self.run_dir, &self.config).inspect_err(TensorBoardError::tell).ok();
         while let Some(entry) = self.entries.blocking_recv() {
             match entry {
                 Entry::Line(number, line) => {
                     self.lines[line.file as usize].append_line(&line.text)?;
+                    let shown = tensorboard.as_mut().map(|tensorboard| tensorboard.add(&line));
+                    if let Some(Err(error)) = shown {
+                        error.tell();
+                        tensorboard = None;
+                    }
                     self.written.store(number + 1, Ordering::Release);
                 }
                 Entry::Status(status) => write_json(&self.run_dir.status(), &status)?,

@@ -20,6 +20,7 @@ mod serve;
 pub mod settings;
 pub mod state;
 pub mod store;
+pub mod tensorboard;
 
 use std::future::Future;
 use std::path::Path;

@@ -232,7 +232,7 @@ impl Coordinator {
         let source = open_source(&settings, true).await?;
         let Settings { run_dir, config, task, .. } = &settings;
         let history = History::load(run_dir, task, &source.facts.fingerprint)?;
-        let (entries, journal) = Journal::open(run_dir.clone(), source.facts.fingerprint.clone())?;
+        let (entries, journal) = Journal::open(run_dir.clone(), source.facts.fingerprint.clone(), config)?;
         let ports = Ports::bind(&config.cluster).await?;
         let mut state = StateFile::create(&run_dir.coordinator_state())?;
         let mut identity = Turn::default();
@@ -274,7 +274,7 @@ impl Coordinator {
         if let Some((step, ledger)) = job.committed().filter(|(step, _)| !run_dir.ledger(*step).exists()) {
             LedgerFile::write(&run_dir, step, &identity.fingerprint, ledger.clone())?;
         }
-        let (entries, journal) = Journal::open(run_dir.clone(), identity.fingerprint)?;
+        let (entries, journal) = Journal::open(run_dir.clone(), identity.fingerprint, &settings.config)?;
         let (grpc_port, http_port) = (identity.grpc_port, identity.http_port);
         let ports = Ports::inherit(&ClusterConfig { grpc_port, http_port, ..settings.config.cluster.clone() }).await?;
         let metrics = CoordinatorMetrics::new(STATES);

@@ -41,6 +41,7 @@ impl Settings {
         let config_file = config_file.unwrap_or_else(|| run_dir.config());
         let config: Config = read_json(&config_file).map_err(SettingsError::Unreadable)?;
         config.validate()?;
+        learn_telemetry::place::set_run(&config.job.name);
         let secret = Secret::read(&run_dir.secret())?;
         Ok(Self { run_dir, config_file, config, secret, task })
     }

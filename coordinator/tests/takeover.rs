@@ -215,3 +215,54 @@ async fn what_cannot_be_taken_over_is_refused_with_the_way_on() {
     std::fs::write(&state, whole).unwrap();
     Running::start(Coordinator::take_over(run_dir.root()).await.unwrap()).kill(&ground).await;
 }
+
+/// The interpreter of `LEARN_PYTHON`, else the one that `cargo xtask setup` makes.
+fn python() -> std::path::PathBuf {
+    let own = concat!(env!("CARGO_MANIFEST_DIR"), "/../.deps/venv/bin/python");
+    std::env::var_os("LEARN_PYTHON").unwrap_or_else(|| own.into()).into()
+}
+
+#[tokio::test]
+#[ignore = "needs the tensorboard package: cargo xtask test runs it"]
+async fn tensorboard_reads_each_point_once_after_kills() {
+    let ground = Ground::new(1);
+    let running = ground.start(train()).await;
+    let run_dir = ground.run_dir();
+    enter(&mut running.control(), "a").await;
+    let mut running = running;
+    for step in 1..=3 {
+        running.control().report_step(report(0, step, &[UserIndex(step as u32)])).await.unwrap();
+        if step == 2 {
+            running.control().report_evaluation(evaluation(2)).await.unwrap();
+        }
+        running.kill(&ground).await;
+        running = Running::start(Coordinator::take_over(run_dir.root()).await.unwrap());
+    }
+    running.kill(&ground).await;
+    let mut command = std::process::Command::new(python());
+    command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/python/read_tensorboard.py"));
+    let output = command.arg(run_dir.tensorboard()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+
+    let lines = std::fs::read_to_string(run_dir.metrics()).unwrap();
+    let lines: Vec<serde_json::Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let number = |value: &serde_json::Value| value.as_f64().unwrap();
+    let losses = found["scalars"]["loss/total"].as_array().unwrap();
+    assert_eq!((losses.len(), lines.len()), (3, 3), "{losses:?}");
+    for (line, point) in lines.iter().zip(losses) {
+        assert_eq!(point["step"], line["step"]);
+        assert!((number(&point["value"]) - number(&line["loss"])).abs() < 1e-6, "{point} {line}");
+        assert!((number(&point["wall_time"]) - number(&line["time"])).abs() < 1e-3, "{point} {line}");
+    }
+    let evaluations = found["scalars"]["valid/ndcg@10"].as_array().unwrap();
+    assert_eq!(evaluations.len(), 1);
+    assert!((number(&evaluations[0]["value"]) - 0.3).abs() < 1e-6 && evaluations[0]["step"] == 2, "{evaluations:?}");
+    let texts = |tag: &str| found["texts"][tag].as_array().unwrap();
+    assert!(texts("config")[0]["text"].as_str().unwrap().contains("\"global_batch\": 16"));
+    let happened = std::fs::read_to_string(run_dir.events()).unwrap();
+    assert_eq!(texts("events").len(), happened.lines().count(), "{:?}", texts("events"));
+    let take_overs =
+        texts("events").iter().filter(|event| event["text"].as_str().unwrap().contains("taken the job over"));
+    assert!(take_overs.count() >= 2, "the last one was killed before its own was written: {:?}", texts("events"));
+}

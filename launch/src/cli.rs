@@ -7,7 +7,8 @@ use clap::{Args, Parser, Subcommand};
 use learn_domain::Config;
 
 use crate::commands::{
-    config, doctor, embed, eval, export, prepare, recommend, resume, scale, simulate, status, stop, study, train,
+    config, doctor, embed, eval, export, prepare, recommend, report, resume, scale, simulate, status, stop, study,
+    train,
 };
 use crate::settings::Resolver;
 
@@ -51,6 +52,9 @@ pub struct Global {
     /// Say more: -v for details, -vv for everything
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
+    /// Log lines as JSON, of this command and of every process that it starts; as LEARN_LOG_FORMAT=json does
+    #[arg(long, global = true)]
+    pub log_json: bool,
 }
 
 /// What to do.
@@ -80,6 +84,9 @@ pub enum Command {
     /// Recommend items to users
     #[command(after_help = recommend::HELP)]
     Recommend(recommend::RecommendArgs),
+    /// Write one HTML page about runs, side by side: curves, test metrics, settings, events
+    #[command(after_help = report::HELP)]
+    Report(report::ReportArgs),
     /// Show where a run, or the embed job of a dataset, stands
     #[command(after_help = status::HELP)]
     Status(status::StatusArgs),

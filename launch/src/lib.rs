@@ -8,6 +8,8 @@
 //! - [`job`]: one coordinator, its workers and data servers as local processes, watched to their end.
 //! - [`process`] and [`system`]: children that never outlive their parent; the few calls into the operating system.
 //! - [`render`]: what people see, as pure functions.
+//! - [`watch`]: a run on the terminal, again and again; [`lines`] reads what grows meanwhile.
+//! - [`report`]: a page about runs, side by side.
 //! - [`study`]: variants of a configuration, trained and set side by side.
 //!
 //! Invariant: nothing here links libtorch; all work on tensors is done by the sibling binaries.
@@ -19,11 +21,14 @@ pub mod crew;
 pub mod data_servers;
 pub mod failure;
 pub mod job;
+pub mod lines;
 pub mod load;
 pub mod output;
 pub mod process;
 pub mod render;
+pub mod report;
 pub mod runs;
 pub mod settings;
 pub mod study;
 pub mod system;
+pub mod watch;

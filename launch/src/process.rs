@@ -62,6 +62,7 @@ impl Process {
         let (out, err) = (open_log(log)?, open_log(log)?);
         let log_start = err.metadata().map_err(|source| ProcessError::Log { path: log.into(), source })?.len();
         command.stdout(out).stderr(err).stdin(Stdio::null()).process_group(0);
+        logs_alike(command);
         system::end_with_parent(command);
         match command.spawn() {
             Ok(child) => Ok(Self { name, log: log.into(), child, ended: None, log_start }),
@@ -109,6 +110,13 @@ impl Process {
             std::thread::sleep(POLL);
         }
         self.ended()
+    }
+}
+
+/// Has a child log in the format of this process.
+pub fn logs_alike(command: &mut Command) {
+    if learn_telemetry::log::is_json() {
+        command.env(learn_telemetry::log::FORMAT_VARIABLE, "json");
     }
 }
 

@@ -21,6 +21,7 @@ use learn_proto::convert::{
 };
 use learn_proto::v1;
 use learn_proto::v1::control_client::ControlClient;
+use learn_telemetry::place::{self, Field};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -170,6 +171,7 @@ impl Progress {
 
     pub fn finished(&self, step: Step) {
         self.step.store(step.0, Ordering::Relaxed);
+        place::set(Field::Step, step.0);
     }
 
     #[must_use]

@@ -13,7 +13,8 @@ use crate::{process, quickstart, setup};
 
 #[derive(Args, Default)]
 pub struct Options {
-    /// Leave out the tests that need more downloads (the MiniLM encoder's vectors, a pyarrow client, schemas of Kubernetes).
+    /// Leave out the tests that need more downloads (the MiniLM encoder's vectors, a pyarrow client, schemas of Kubernetes,
+    /// tensorboard).
     #[arg(long)]
     pub no_extras: bool,
 }
@@ -45,12 +46,13 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
 }
 
 /// The tests of [`extras`], as nextest selects them.
-const EXTRAS: &str = "test(minilm) | test(pyarrow) | test(kubernetes)";
+const EXTRAS: &str = "test(minilm) | test(pyarrow) | test(kubernetes) | test(tensorboard_reads)";
 
 /// Tests that need more than the sources: marked ignored, run here with what they need.
 fn extras(workspace: &Workspace, report: &mut Report) {
     report.stage("pyarrow", || setup::pyarrow(workspace));
     report.stage("schemas of Kubernetes", || setup::kubernetes_schemas(workspace));
+    report.stage("tensorboard", || setup::tensorboard(workspace));
     let nextest = setup::nextest(workspace);
     report.tests("tests that need downloads", workspace, || {
         let mut tests = nextest?;

@@ -65,6 +65,8 @@ impl EmbeddingCoordinator {
         let run_dir = RunDir::new(run_dir);
         let config: Config = read_json(&run_dir.config()).map_err(SettingsError::Unreadable)?;
         config.validate().map_err(SettingsError::from)?;
+        let dataset = config.data.dataset.file_name().unwrap_or_default();
+        learn_telemetry::place::set_run(&dataset.to_string_lossy());
         let secret = Secret::read(&run_dir.secret()).map_err(SettingsError::from)?;
         let lock = lock(&run_dir)?;
         let ports = Ports::bind(&config.cluster).await?;

@@ -9,10 +9,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use learn_domain::event::{Happening, JobEvent};
 use learn_domain::membership::{Departure, Directive, Effect, Loss, Outcome, StopCause};
-use learn_domain::report::{Evaluation, JobState, JobStatus, StepRecord, Task};
+use learn_domain::report::{Evaluation, JobState, JobStatus, StepRecord, Task, Timed};
 use learn_domain::{Generation, Step, WorkerId};
 use learn_proto::convert::{Applicant, Beginning, StepReport};
 use learn_telemetry::CoordinatorMetrics;
+use learn_telemetry::place::{self, Field};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 
@@ -115,6 +116,11 @@ impl JobHandle {
     }
 }
 
+/// Seconds since the Unix epoch, for people alone: nothing is decided by it.
+fn wall_time() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}
+
 /// The owner of a job.
 pub struct JobOwner {
     job: Job,
@@ -184,7 +190,11 @@ impl JobOwner {
             reunion: taken_over.then_some(Reunion { since: earlier, first: None }),
         };
         figures::begin(&owner.metrics, &owner.job);
+        if let Some(last) = &owner.job.last_step {
+            place::set(Field::Step, last.step.0);
+        }
         if taken_over {
+            place::set(Field::Generation, owner.job.generation().0);
             owner.note(owner.job.generation(), Happening::TakenOver)?;
         }
         owner.close_turn().await?;
@@ -398,7 +408,7 @@ impl JobOwner {
                 if let Ok(Some(evaluation)) = &answer {
                     tracing::info!(split = %evaluation.split, step = %evaluation.step, metrics = ?evaluation.metrics, "evaluated");
                     figures::evaluation(&self.metrics, evaluation);
-                    self.turn.line(LineFile::Evaluations, evaluation)?;
+                    self.turn.line(LineFile::Evaluations, &Timed { time: Some(wall_time()), value: evaluation })?;
                 }
                 self.turn.answer(reply, answer.map(|_| ()));
             }
@@ -439,11 +449,9 @@ impl JobOwner {
 
     /// Brings what has happened to the log, the metrics and the events.
     fn note(&mut self, generation: Generation, happening: Happening) -> Result<(), OwnerError> {
-        tracing::warn!(%generation, "{happening}");
+        tracing::warn!("{happening}");
         figures::happening(&self.metrics, &happening);
-        // for people alone: nothing is decided by it
-        let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
-        Ok(self.turn.line(LineFile::Events, &JobEvent { time, generation, happening })?)
+        Ok(self.turn.line(LineFile::Events, &JobEvent { time: wall_time(), generation, happening })?)
     }
 
     fn note_notices(&mut self) -> Result<(), OwnerError> {
@@ -456,7 +464,8 @@ impl JobOwner {
 
     fn enter_step(&mut self, record: &StepRecord) -> Result<(), OwnerError> {
         figures::step(&self.metrics, record);
-        Ok(self.turn.line(LineFile::Steps, record)?)
+        place::set(Field::Step, record.step.0);
+        Ok(self.turn.line(LineFile::Steps, &Timed { time: Some(wall_time()), value: record })?)
     }
 
     fn apply(&mut self, event: impl FnOnce(&mut Job, Duration) -> Vec<Effect>) -> Result<(), OwnerError> {
@@ -491,6 +500,7 @@ impl JobOwner {
                     self.note(generation, Happening::WorkerDismissed { worker })?;
                 }
                 Effect::Formed { generation, members } => {
+                    place::set(Field::Generation, generation.0);
                     self.clear_store();
                     self.metrics.work_ratio.reset();
                     let world_size = members.len() as u32;

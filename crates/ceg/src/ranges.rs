@@ -18,6 +18,7 @@ use learn_proto::v1::lease_range_response::Answer;
 use learn_proto::v1::{
     CompleteRangeRequest, EmbeddingPlan, JoinEmbeddingRequest, LeaseRangeRequest, RenewLeaseRequest,
 };
+use learn_telemetry::place::{self, Field};
 use tokio::runtime::Runtime;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
@@ -114,6 +115,7 @@ impl Current {
     fn set(&self, range: Option<u64>) {
         self.items_done.store(0, Ordering::Relaxed);
         *self.range.lock().unwrap_or_else(PoisonError::into_inner) = range;
+        place::set(Field::Range, range);
     }
 
     fn get(&self) -> Option<u64> {
@@ -157,6 +159,7 @@ impl Member {
             joined.map_err(|status| RangeError::Call { url: url.into(), status: Box::new(status) })?.into_inner();
         let config: Config =
             serde_json::from_str(&joined.config_json).map_err(|error| RangeError::Config(error.to_string()))?;
+        place::set(Field::Worker, u64::from(joined.worker_id));
         let lease = Duration::from_millis(joined.lease_millis.max(3).into());
         let member =
             Self { runtime, client, url: url.into(), worker: joined.worker_id, lease, current: Arc::default(), config };

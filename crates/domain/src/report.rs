@@ -100,6 +100,16 @@ pub struct StepRecord {
     pub cvr_loss: Option<f64>,
 }
 
+/// A line of `metrics.jsonl` or `evaluations.jsonl`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Timed<T> {
+    /// Seconds since the Unix epoch when the coordinator took note of it, for people; none in files of older versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time: Option<f64>,
+    #[serde(flatten)]
+    pub value: T,
+}
+
 /// Ranking quality on one split.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {

@@ -68,13 +68,19 @@ impl RunDir {
         self.0.join("status.json")
     }
 
-    /// One [`crate::report::StepRecord`] a line.
+    /// TensorBoard's event files; made of the lines of the other three.
+    #[must_use]
+    pub fn tensorboard(&self) -> PathBuf {
+        self.0.join("tensorboard")
+    }
+
+    /// One [`crate::report::Timed`] [`crate::report::StepRecord`] a line.
     #[must_use]
     pub fn metrics(&self) -> PathBuf {
         self.0.join("metrics.jsonl")
     }
 
-    /// One [`crate::report::Evaluation`] a line.
+    /// One [`crate::report::Timed`] [`crate::report::Evaluation`] a line.
     #[must_use]
     pub fn evaluations(&self) -> PathBuf {
         self.0.join("evaluations.jsonl")

@@ -1,6 +1,6 @@
 //! What the processes of a job say about themselves: logs and metrics.
 //!
-//! - [`log`]: the one tracing set-up of every binary.
+//! - [`log`]: the one tracing set-up of every binary; [`place`]: what each of its lines says of the process's place.
 //! - [`names`]: every metric once, with its kind, labels and help.
 //! - [`WorkerMetrics`], [`CoordinatorMetrics`], [`DataMetrics`], [`EmbeddingMetrics`]: typed handles; a metric that is not in [`names`] cannot be made.
 //! - [`Exposition`] and [`serve`]: the Prometheus text format over HTTP.
@@ -15,6 +15,7 @@ mod embedding;
 mod exposition;
 pub mod log;
 pub mod names;
+pub mod place;
 mod process;
 mod worker;
 

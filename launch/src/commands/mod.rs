@@ -7,6 +7,7 @@ pub mod eval;
 pub mod export;
 pub mod prepare;
 pub mod recommend;
+pub mod report;
 pub mod resume;
 pub mod scale;
 pub mod simulate;
@@ -34,7 +35,7 @@ pub fn run(cli: Cli) -> i32 {
         1 => "info",
         _ => "debug",
     };
-    learn_telemetry::log::init_at("launch", false, level);
+    learn_telemetry::log::init_at("launch", cli.global.log_json, level);
     let output = Output::new(cli.global.json, cli.global.quiet);
     let ended = match cli.command {
         Command::Prepare(args) => prepare::run(&args, &output),
@@ -44,6 +45,7 @@ pub fn run(cli: Cli) -> i32 {
         Command::Eval(args) => eval::run(&args, &output),
         Command::Export(args) => export::run(&args, &output),
         Command::Recommend(args) => recommend::run(&args, &output),
+        Command::Report(args) => report::run(&args, &output),
         Command::Status(args) => status::run(&args, &output),
         Command::Study(args) => study::run(&args, &output),
         Command::Scale(args) => scale::run(&args, &output),
@@ -75,6 +77,7 @@ fn worker(arguments: impl FnOnce(&mut ChildCommand)) -> Result<()> {
     if std::env::var_os("LEARN_LOG").is_none() && std::env::var_os("RUST_LOG").is_none() {
         command.env("LEARN_LOG", "warn");
     }
+    process::logs_alike(&mut command);
     system::end_with_parent(&mut command);
     let status = command.status().context("cannot start learn-worker")?;
     if status.success() {

@@ -1,6 +1,6 @@
 //! `learn-launch status`: where a run or a dataset's embed job stands, live from its coordinator or from its last words.
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, bail};
 use clap::Args;
 use learn_dataset::Dataset;
 use learn_domain::report::JobStatus;
@@ -8,14 +8,18 @@ use learn_domain::run_dir::RunDir;
 
 use crate::api::Api;
 use crate::cli::RunArgs;
+use crate::failure::Failure;
 use crate::output::Output;
 use crate::render::{self, Freshness};
 use crate::runs::{self, Named};
+use crate::watch;
 
 pub const HELP: &str = "\
 Examples:
   learn-launch status runs/quickstart
   learn-launch status quickstart --json | jq .ledger
+  learn-launch status quickstart --watch
+  learn-launch status quickstart --watch --json | jq -c '[.last_step.step, .last_step.loss]'
   learn-launch status data/ml-100k                    (the embed job of a dataset)
 
 With --json the whole status is printed, with `freshness`: live (a coordinator answers), ended, or stale (the
@@ -26,6 +30,9 @@ coordinator is gone without having ended the job; `resume`, or `embed`, continue
 pub struct StatusArgs {
     #[command(flatten)]
     run: RunArgs,
+    /// Follow the run until its job has ended: a line for each change, JSON lines with --json
+    #[arg(short, long)]
+    watch: bool,
 }
 
 /// # Errors
@@ -33,31 +40,55 @@ pub struct StatusArgs {
 pub fn run(args: &StatusArgs, output: &Output) -> Result<()> {
     let run = match runs::find_named(&args.run.run, &args.run.runs_dir)? {
         Named::Run(run) => run,
+        Named::Dataset(_) if args.watch => {
+            let message = "--watch follows a run; `learn-launch status DATASET` shows an embed job as it is now";
+            return Err(Failure::Usage(message.into()).into());
+        }
         Named::Dataset(dataset) => return embedding(&dataset, output),
     };
-    let (status, freshness) = current(&run)?;
+    if args.watch {
+        return watch::run(run, output);
+    }
+    let Some(Current { status, freshness, trouble }) = current(&run)? else {
+        let (shown, log) = (run.root().display(), run.coordinator_log());
+        bail!("{shown} has no status yet; its coordinator has not come that far, see {}", log.display());
+    };
+    if let Some(trouble) = trouble {
+        tracing::warn!("{trouble}; showing the last status on disk");
+    }
     let mut json = serde_json::to_value(&status)?;
     json["freshness"] = freshness.name().into();
     output.result(&render::status(&status, freshness), &json)
 }
 
-/// The status of a run now.
-fn current(run: &RunDir) -> Result<(JobStatus, Freshness)> {
-    if let Some(address) = runs::live(run) {
-        match Api::new(&address).job() {
-            Ok(status) => return Ok((status, Freshness::Live)),
-            Err(error) => tracing::warn!("{error}; showing the last status on disk"),
+/// What can be learnt of a run.
+#[derive(Clone, Debug)]
+pub struct Current {
+    pub status: JobStatus,
+    pub freshness: Freshness,
+    /// Why its coordinator, which is alive, was not heard; the status is the last on disk then.
+    pub trouble: Option<String>,
+}
+
+/// The status of a run now; none before its coordinator has come that far.
+///
+/// # Errors
+/// The last status is there and cannot be read.
+pub fn current(run: &RunDir) -> Result<Option<Current>> {
+    let live = runs::live(run);
+    let mut trouble = None;
+    if let Some(address) = &live {
+        match Api::new(address).job() {
+            Ok(status) => return Ok(Some(Current { status, freshness: Freshness::Live, trouble })),
+            Err(error) => trouble = Some(error.to_string()),
         }
     }
-    let status = runs::last_status(run)?.ok_or_else(|| {
-        anyhow!(
-            "{} has no status yet; its coordinator has not come that far, see {}",
-            run.root().display(),
-            run.coordinator_log().display()
-        )
-    })?;
-    let freshness = if status.state.ended() { Freshness::Ended } else { Freshness::Stale };
-    Ok((status, freshness))
+    let freshness = |status: &JobStatus| match status.state.ended() {
+        true => Freshness::Ended,
+        false if live.is_some() => Freshness::Live,
+        false => Freshness::Stale,
+    };
+    Ok(runs::last_status(run)?.map(|status| Current { freshness: freshness(&status), status, trouble }))
 }
 
 /// Where the embed job of a dataset stands.

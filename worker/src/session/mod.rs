@@ -128,6 +128,7 @@ pub fn join(settings: &JoinSettings) -> Result<i32, WorkerError> {
         metrics_url: format!("http://{}:{}/metrics", advertised(&settings.bind), metrics_address.port()),
     };
     let admission = enter(&control, &applicant)?;
+    learn_telemetry::place::set_run(&admission.config.job.name);
     tracing::info!(worker = %admission.worker, coordinator = settings.coordinator, "joined");
     let (progress, signals) = (Arc::new(Progress::default()), Arc::new(Signals::default()));
     let grace = admission.config.cluster.stop_within();
@@ -225,10 +226,8 @@ impl Life<'_> {
                 }
             };
             self.left = place.generation;
-            let span = tracing::info_span!("member", generation = place.generation.0, rank = place.rank.0);
-            let ended = span.in_scope(|| {
-                panic::caught(|| self.take_part(place, after, trainer.as_mut()), || session.progress.phase())
-            });
+            learn_telemetry::place::set_rank(place.generation.0, place.rank.0);
+            let ended = panic::caught(|| self.take_part(place, after, trainer.as_mut()), || session.progress.phase());
             session.signals.end();
             match (ended, session.signals.aborted()) {
                 (Ok(Ended::Done), _) => return Ok(End::Done),

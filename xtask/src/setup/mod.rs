@@ -76,6 +76,22 @@ pub fn kubernetes_schemas(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
+/// Brings `tensorboard` (44 MB with what it needs) into the virtual environment.
+///
+/// # Errors
+/// If there is no Python, or no registry has it for this machine; `--no-extras` leaves out what needs it.
+pub fn tensorboard(workspace: &Workspace) -> Result<()> {
+    let python = Python::prepare(workspace)?;
+    let module = "tensorboard.backend.event_processing.event_accumulator";
+    if !python.has(module) {
+        python
+            .install("Installing tensorboard for the test of the event files", "tensorboard")
+            .context("the test of the event files needs tensorboard; `cargo xtask test --no-extras` leaves it out")?;
+        ensure!(python.has(module), "tensorboard was installed but cannot be imported");
+    }
+    Ok(())
+}
+
 /// Two set-ups at once would step on each other's half-made folders.
 fn lock(path: &Path) -> Result<File> {
     let file = File::create(path).with_context(|| format!("{}: cannot create it", path.display()))?;

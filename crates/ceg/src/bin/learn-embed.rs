@@ -40,6 +40,9 @@ struct Arguments {
     /// Print progress as JSON lines on stdout.
     #[arg(long)]
     progress_json: bool,
+    /// Log lines as JSON.
+    #[arg(long)]
+    log_json: bool,
     /// Print the first N finished prompts and end.
     #[arg(long, value_name = "N", conflicts_with = "commit")]
     show: Option<usize>,
@@ -50,7 +53,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    learn_telemetry::log::init_at("embed", false, "warn");
+    learn_telemetry::log::init_at("embed", arguments.log_json, "warn");
     let (code, error) = match start(&arguments) {
         Ok(()) => return ExitCode::SUCCESS,
         Err(failure) => failure,
@@ -71,6 +74,8 @@ fn start(arguments: &Arguments) -> Result<(), (i32, anyhow::Error)> {
         (_, _, Some(path)) => (load(path).map_err(|error| (exit::USAGE, error))?, None),
         _ => return Err((exit::USAGE, anyhow!("name --config, or --coordinator and --secret-file"))),
     };
+    let dataset = config.data.dataset.file_name().unwrap_or_default();
+    learn_telemetry::place::set_run(&dataset.to_string_lossy());
     run(arguments, &config, member).map_err(failed)
 }
 

@@ -1,0 +1,172 @@
+//! What has changed since it was last told: lines for people, or JSON lines.
+
+use learn_domain::report::JobStatus;
+use serde_json::json;
+
+use super::pace::remaining;
+use super::scene::Scene;
+use crate::commands::status::Current;
+use crate::render::{self, Freshness};
+
+/// Seconds between two lines about steps alone.
+const STEP_INTERVAL: f64 = 10.0;
+
+/// What was told last.
+#[derive(Debug, Default)]
+pub struct Told {
+    last: Option<Known>,
+    /// The step that had the last line about steps, its epoch, and when that was.
+    step: Option<(u64, u32, f64)>,
+    waiting: bool,
+}
+
+/// What is worth a line.
+#[derive(Clone, Debug, PartialEq)]
+struct Known {
+    state: (&'static str, &'static str),
+    generation: u64,
+    world_size: u32,
+    step: u64,
+    checkpoint: Option<u64>,
+    evaluations: usize,
+    stall: Option<String>,
+    events: usize,
+}
+
+impl Known {
+    fn new(status: &JobStatus, freshness: Freshness, scene: &Scene) -> Self {
+        Self {
+            state: (render::state(&status.state), freshness.name()),
+            generation: status.generation.0,
+            world_size: status.world_size,
+            step: status.last_step.as_ref().map_or(0, |step| step.step.0),
+            checkpoint: status.last_checkpoint.map(|step| step.0),
+            evaluations: status.evaluations.len(),
+            stall: status.stall.clone(),
+            events: scene.events_seen,
+        }
+    }
+}
+
+impl Told {
+    /// A line for each thing that is new.
+    pub fn lines(&mut self, scene: &Scene) -> Vec<String> {
+        let mut lines = Vec::new();
+        let Some(Current { status, freshness, .. }) = &scene.current else {
+            if !std::mem::replace(&mut self.waiting, true) {
+                lines.push("the job has no status yet; waiting for its coordinator".to_owned());
+            }
+            return lines;
+        };
+        let known = Known::new(status, *freshness, scene);
+        let before = self.last.replace(known.clone());
+        let before = before.as_ref();
+        let changed = before.is_none_or(|before| before.state != known.state);
+        if changed {
+            let cause = status.cause.as_ref().map(|cause| format!(": {cause}")).unwrap_or_default();
+            let stale = if *freshness == Freshness::Stale { " (stale: its coordinator is gone)" } else { "" };
+            lines.push(format!("{}: {}{stale}{cause}", status.name, known.state.0));
+        }
+        // those that were there before the first look are history
+        lines.extend(scene.newest_events(before.map(|before| before.events)).map(|event| event.happening.to_string()));
+        if before.is_none_or(|before| before.stall != known.stall) {
+            lines.extend(status.stall.as_ref().map(|stall| format!("stands still: {stall}")));
+        }
+        let evaluations = before.map_or(0, |before| before.evaluations);
+        lines.extend(status.evaluations.iter().skip(evaluations).map(render::evaluation));
+        if before.is_none_or(|before| before.checkpoint != known.checkpoint) {
+            lines.extend(known.checkpoint.map(|step| format!("checkpoint of step {}", render::count(step))));
+        }
+        if let Some(record) = &status.last_step {
+            let due = |(step, epoch, at)| {
+                step != known.step && (epoch != record.epoch || changed || scene.now - at >= STEP_INTERVAL)
+            };
+            if self.step.is_none_or(due) {
+                let left = remaining(scene).map(|left| format!(", {} left", render::duration(left)));
+                let (done, total) = (render::count(known.step), render::count(status.total_steps));
+                lines.push(format!("step {done} of {total}: {}{}", render::step(record), left.unwrap_or_default()));
+                self.step = Some((known.step, record.epoch, scene.now));
+            }
+        }
+        lines
+    }
+
+    /// One JSON object if anything is new: the status, its `freshness`, the `time`, the `seconds_left`, and the `events`
+    /// that have come.
+    pub fn json(&mut self, scene: &Scene) -> Option<String> {
+        let Current { status, freshness, .. } = scene.current.as_ref()?;
+        let known = Known::new(status, *freshness, scene);
+        let before = self.last.replace(known.clone());
+        if before.as_ref() == Some(&known) {
+            return None;
+        }
+        let mut value = serde_json::to_value(status).ok()?;
+        value["freshness"] = freshness.name().into();
+        value["time"] = scene.now.into();
+        value["events"] = json!(scene.newest_events(before.map(|before| before.events)).collect::<Vec<_>>());
+        value["seconds_left"] = json!(remaining(scene));
+        Some(value.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use learn_domain::Step;
+    use learn_domain::report::JobState;
+
+    use super::super::tests::scene;
+    use super::*;
+
+    /// The scene some steps and seconds later.
+    fn later(before: &Scene, steps: u64, seconds: f64) -> Scene {
+        let mut scene = before.clone();
+        scene.now += seconds;
+        let last = scene.current.as_mut().unwrap().status.last_step.as_mut().unwrap();
+        last.step = Step(last.step.0 + steps);
+        scene
+    }
+
+    #[test]
+    fn a_line_comes_when_something_changes_and_steps_now_and_then() {
+        let mut told = Told::default();
+        assert_eq!(told.lines(&Scene::default()).len(), 1, "that it waits is said once");
+        assert_eq!(told.lines(&Scene::default()).len(), 0);
+        let first = scene();
+        let lines = told.lines(&first);
+        assert_eq!(lines[0], "shop: running");
+        assert!(lines.iter().any(|line| line.starts_with("stands still: rank 1")), "{lines:?}");
+        assert!(lines.last().unwrap().starts_with("step 1,200 of 4,000: epoch 3 loss "), "{lines:?}");
+        assert!(!lines.iter().any(|line| line.contains("was formed")), "what is history is not told: {lines:?}");
+        assert_eq!(told.lines(&first), Vec::<String>::new(), "nothing has changed");
+        let next = later(&first, 1, 1.0);
+        assert_eq!(told.lines(&next), Vec::<String>::new(), "a step alone waits");
+        let next = later(&next, 30, 10.0);
+        assert!(told.lines(&next)[0].starts_with("step 1,231 of 4,000"));
+        let mut next = later(&next, 1, 0.1);
+        next.current.as_mut().unwrap().status.state = JobState::Regrouping;
+        next.events.push(first.events[0].clone());
+        next.events_seen += 1;
+        let lines = told.lines(&next);
+        assert_eq!(lines[..2], ["shop: regrouping".to_owned(), first.events[0].happening.to_string()]);
+        next.current.as_mut().unwrap().freshness = Freshness::Stale;
+        assert!(told.lines(&next)[0].contains("its coordinator is gone"));
+    }
+
+    #[test]
+    fn json_lines_say_all_there_is_whenever_it_changes() {
+        let mut told = Told::default();
+        assert_eq!(told.json(&Scene::default()), None);
+        let first = scene();
+        let parse = |line: Option<String>| serde_json::from_str::<serde_json::Value>(&line.unwrap()).unwrap();
+        let value = parse(told.json(&first));
+        assert_eq!((&value["freshness"], &value["last_step"]["step"]), (&json!("live"), &json!(1200)));
+        assert!(value["seconds_left"].as_f64().unwrap() > 0.0 && value["events"] == json!([]));
+        let mut idle = first.clone();
+        idle.now += 1.0;
+        assert_eq!(told.json(&idle), None);
+        let mut next = later(&first, 1, 1.0);
+        next.events.push(first.events[0].clone());
+        next.events_seen += 1;
+        assert_eq!(parse(told.json(&next))["events"].as_array().unwrap().len(), 1);
+    }
+}
