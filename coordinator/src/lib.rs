@@ -3,10 +3,11 @@
 //! Input: a run directory with its configuration and secret, a dataset, a task. Output: a control service and a data service
 //! (gRPC, one port), metrics and status (HTTP), the run directory's files, and how the job ended. Shape: rules are in
 //! `learn-domain`; [`job`] is the one owner of the job's state; [`control`], [`data`] and [`http`] carry its inputs and
-//! outputs; [`journal`] writes its files, and [`state`] keeps what a coordinator that takes over needs; [`replica`] is a
-//! process of its own that serves the data alone. Invariant: nothing is served before configuration, dataset and history
-//! were checked.
+//! outputs; [`journal`] writes its files, [`board`] reads them again for those who look, and [`state`] keeps what a coordinator
+//! that takes over needs; [`replica`] is a process of its own that serves the data alone. Invariant: nothing is served before
+//! configuration, dataset and history were checked.
 
+pub mod board;
 pub mod control;
 pub mod data;
 pub mod embedding;

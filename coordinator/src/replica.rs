@@ -185,14 +185,14 @@ impl Replica {
     async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), CoordinatorError> {
         let Self { coordinator, offer, directory, service, ports, secret } = self;
         let (stop, stopped) = watch::channel(false);
-        let router = learn_telemetry::router(service.metrics.exposition.clone());
+        let exposition = service.metrics.exposition.clone();
         let grpc = Server::builder()
             .add_service(InterceptedService::new(FlightServiceServer::new(service), RequireBearer(secret)))
             .serve_with_incoming_shutdown(
                 TcpIncoming::from(ports.grpc).with_nodelay(Some(true)),
                 on_stop(stopped.clone()),
             );
-        let http = axum::serve(ports.http, router).with_graceful_shutdown(on_stop(stopped));
+        let http = learn_telemetry::serve(ports.http, exposition, on_stop(stopped));
         let mut servers = JoinSet::new();
         servers.spawn(async move { ("gRPC", ending(grpc.await)) });
         servers.spawn(async move { ("HTTP", ending(http.await)) });

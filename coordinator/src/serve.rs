@@ -27,16 +27,18 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
+use crate::board::Follower;
 use crate::control::ControlService;
 use crate::data::{DataService, Directory, Source, SourceError};
 use crate::files::{FileError, write_json};
+use crate::http::access::Access;
 use crate::job::actor::{Command, JobHandle, JobOwner, OwnerError, OwnerParts, STATES};
 use crate::job::{History, Job, JobSettings, Keeping, LedgerFile, TakeOverError};
 use crate::journal::{Journal, Line, mend};
 use crate::sd::Origin;
 use crate::state::{StateFile, Turn};
 use crate::store::Store;
-use crate::{CoordinatorError, Settings, http, sd};
+use crate::{CoordinatorError, Settings, http};
 
 /// Calls that are still open when the job has ended may take this long.
 const GRACE: Duration = Duration::from_secs(2);
@@ -319,13 +321,15 @@ impl Coordinator {
         let (control, data) = (self.control(&directory, &stopped)?, self.data(&directory));
         let require = RequireBearer(self.settings.secret.clone());
         let origin = Origin { job: self.settings.config.job.name.clone(), http: self.ports.address.http.clone() };
-        let shared =
-            http::Shared { job: self.job.clone(), secret: self.settings.secret.clone(), directory: directory.clone() };
-        let router = http::router(shared, self.metrics.exposition.clone()).merge(sd::router(
-            self.job.clone(),
-            directory,
+        let pages = http::Parts {
+            job: self.job.clone(),
+            access: Access::new(self.settings.secret.clone(), self.settings.token.clone()),
+            exposition: self.metrics.exposition.clone(),
             origin,
-        ));
+            directory,
+            config: self.settings.config.clone(),
+            follower: Follower::new(&self.settings.run_dir),
+        };
         let Self { ports: Ports { grpc, http, .. }, job, owner, journal, lock, .. } = self;
 
         let mut servers = JoinSet::new();
@@ -334,8 +338,7 @@ impl Coordinator {
             .add_service(InterceptedService::new(FlightServiceServer::new(data), require))
             .serve_with_incoming_shutdown(TcpIncoming::from(grpc).with_nodelay(Some(true)), on_stop(stopped.clone()));
         servers.spawn(async move { ("gRPC", ending(grpc.await)) });
-        let http = axum::serve(http, router).with_graceful_shutdown(on_stop(stopped));
-        servers.spawn(async move { ("HTTP", ending(http.await)) });
+        servers.spawn(async move { ("HTTP", ending(http::serve(http, pages, on_stop(stopped)).await)) });
         // whoever comes next must not meet a thread that still writes
         let journal = tokio::task::spawn_blocking(move || {
             let _lock = lock;

@@ -18,6 +18,8 @@ pub struct Settings {
     pub config_file: PathBuf,
     pub config: Config,
     pub secret: Secret,
+    /// For those who only look; a run directory of an older version has none.
+    pub token: Option<Secret>,
     pub task: Task,
 }
 
@@ -43,6 +45,16 @@ impl Settings {
         config.validate()?;
         learn_telemetry::place::set_run(&config.job.name);
         let secret = Secret::read(&run_dir.secret())?;
-        Ok(Self { run_dir, config_file, config, secret, task })
+        let token = read_token(&run_dir)?;
+        Ok(Self { run_dir, config_file, config, secret, token, task })
     }
+}
+
+/// The token of a run directory, if it has one.
+///
+/// # Errors
+/// It cannot be read.
+pub fn read_token(run_dir: &RunDir) -> Result<Option<Secret>, AuthError> {
+    let path = run_dir.token();
+    path.exists().then(|| Secret::read(&path)).transpose()
 }

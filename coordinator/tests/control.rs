@@ -287,7 +287,7 @@ async fn workers_are_wanted_and_dismissed_by_whoever_knows_the_secret() {
     for worker in [WorkerId(1), third] {
         assert_eq!(heartbeat(&mut control, worker).await, Order::Dismissed);
     }
-    let status: JobStatus = serde_json::from_str(&running.http("GET /api/v1/job", "").await.1).unwrap();
+    let status: JobStatus = serde_json::from_value(running.api("job").await).unwrap();
     assert_eq!((status.wanted_workers, status.world_size), (1, 1));
     leave(&mut control, WorkerId(0), Departure::Done).await;
     assert_eq!(running.end().await, Outcome::Finished);
@@ -348,9 +348,8 @@ async fn a_job_is_journaled_stopped_and_resumed_exactly() {
         control.report_step(report(0, number, a)).await.unwrap();
         control.report_step(report(1, number, b)).await.unwrap();
     }
-    let (code, body) = running.http("GET /api/v1/job", "").await;
-    let status: JobStatus = serde_json::from_str(&body).unwrap();
-    assert!(code == 200 && status.ledger.exact && status.ledger.epochs[0].exact(), "{:?}", status.ledger);
+    let status: JobStatus = serde_json::from_value(running.api("job").await).unwrap();
+    assert!(status.ledger.exact && status.ledger.epochs[0].exact(), "{:?}", status.ledger);
     for worker in [WorkerId(0), WorkerId(1)] {
         leave(&mut control, worker, Departure::Done).await;
     }

@@ -55,7 +55,7 @@ async fn enter(control: &mut Control, name: &str) -> WorkerId {
 }
 
 async fn status(running: &Running) -> JobStatus {
-    serde_json::from_str(&running.http("GET /api/v1/job", "").await.1).unwrap()
+    serde_json::from_value(running.api("job").await).unwrap()
 }
 
 #[tokio::test]

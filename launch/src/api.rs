@@ -1,10 +1,13 @@
-//! The coordinator's HTTP interface as a client.
+//! The coordinator's HTTP interface as a client, which shows the run's token by itself.
 
 use std::time::Duration;
 
 use learn_domain::report::{CoordinatorAddress, EmbeddingStatus, JobStatus};
+use learn_domain::run_dir::RunDir;
 use serde::de::DeserializeOwned;
 use ureq::Agent;
+
+use crate::runs;
 
 /// Longest wait for one answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -18,18 +21,21 @@ pub struct ApiError {
 }
 
 /// A client of one coordinator.
-#[derive(Debug)]
 pub struct Api {
     base: String,
     agent: Agent,
+    /// What opens the coordinator's answers; none if this user may read neither token nor secret.
+    token: Option<String>,
 }
 
 impl Api {
+    /// For the coordinator of `run`, which listens at `address`.
     #[must_use]
-    pub fn new(address: &CoordinatorAddress) -> Self {
+    pub fn new(run: &RunDir, address: &CoordinatorAddress) -> Self {
         // Jobs are reached directly: a proxy of the environment is for the outside.
         let agent = Agent::config_builder().timeout_global(Some(TIMEOUT)).proxy(None).build().into();
-        Self { base: address.http.trim_end_matches('/').to_owned(), agent }
+        let token = runs::token(run).or_else(|_| runs::secret(run)).ok();
+        Self { base: address.http.trim_end_matches('/').to_owned(), agent, token }
     }
 
     /// Where the job stands.
@@ -50,7 +56,11 @@ impl Api {
 
     fn get<T: DeserializeOwned>(&self, what: &str) -> Result<T, ApiError> {
         let url = format!("{}/api/v1/{what}", self.base);
-        let answer = self.agent.get(&url).call().and_then(|mut response| response.body_mut().read_json());
+        let mut request = self.agent.get(&url);
+        if let Some(token) = &self.token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let answer = request.call().and_then(|mut response| response.body_mut().read_json());
         answer.map_err(|source| ApiError { url, source: Box::new(source) })
     }
 

@@ -77,7 +77,10 @@ pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
     system::catch_stop_signals();
     let mut job = LocalJob::start(spec, output)?;
     if let Some(address) = job.wait_for_coordinator() {
-        let api = Api::new(&address);
+        if matches!(spec.task, Task::Train { .. }) {
+            output.note(&format!("status page: {}", runs::page(spec.run, &address, output.terminal())));
+        }
+        let api = Api::new(spec.run, &address);
         job.data_servers = Some(DataServers::start(spec.run, spec.config, &address)?);
         job.wait_for_data_servers(&api)?;
         match spec.workers {

@@ -35,6 +35,12 @@ impl Output {
         self.quiet
     }
 
+    /// Messages are read on a terminal, and go nowhere else.
+    #[must_use]
+    pub fn terminal(&self) -> bool {
+        self.terminal
+    }
+
     /// A message for people.
     pub fn note(&self, text: &str) {
         if !self.quiet {

@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use crate::failure::Failure;
 use crate::process;
 
-/// Bytes of a job's secret.
+/// Bytes of a job's secret, and of its token.
 const SECRET_BYTES: usize = 32;
 
 /// Reads a JSON file.
@@ -28,7 +28,7 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))
 }
 
-/// Makes the directory of a new run: configuration, secret, folder for logs.
+/// Makes the directory of a new run: configuration, secret and token, folder for logs.
 ///
 /// # Errors
 /// It exists already (the message names the ways out) or cannot be written.
@@ -52,8 +52,17 @@ pub fn create(root: &Path, config: &Config) -> Result<RunDir> {
         fs::create_dir(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     }
     write_config(&run.config(), config)?;
-    write_secret(&run)?;
+    write_secret(&run.secret())?;
+    write_secret(&run.token())?;
     Ok(run)
+}
+
+/// Makes the token of a run of an older version, which has none.
+///
+/// # Errors
+/// It cannot be written.
+pub fn ensure_token(run: &RunDir) -> Result<()> {
+    if run.token().exists() { Ok(()) } else { write_secret(&run.token()) }
 }
 
 /// Writes a resolved configuration in one go.
@@ -69,12 +78,11 @@ pub fn write_config(path: &Path, config: &Config) -> Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
-fn write_secret(run: &RunDir) -> Result<()> {
+fn write_secret(path: &Path) -> Result<()> {
     let mut bytes = [0_u8; SECRET_BYTES];
-    getrandom::fill(&mut bytes).map_err(|error| anyhow!("no random bytes for the job's secret: {error}"))?;
+    getrandom::fill(&mut bytes).map_err(|error| anyhow!("no random bytes for {}: {error}", path.display()))?;
     let text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    let path = run.secret();
-    let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+    let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
     file.and_then(|mut file| file.write_all(text.as_bytes()))
         .with_context(|| format!("cannot write {}", path.display()))
 }
@@ -173,9 +181,31 @@ pub fn config(run: &RunDir) -> Result<Config> {
 /// # Errors
 /// It cannot be read.
 pub fn secret(run: &RunDir) -> Result<String> {
-    let path = run.secret();
-    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    read_secret(&run.secret())
+}
+
+/// The token of a run's status page and API.
+///
+/// # Errors
+/// There is none (the run is of an older version), or it cannot be read.
+pub fn token(run: &RunDir) -> Result<String> {
+    read_secret(&run.token())
+}
+
+fn read_secret(path: &Path) -> Result<String> {
+    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     Ok(text.trim().to_owned())
+}
+
+/// Where the status page of a live run is, for people. With its token only on a terminal: whatever else this is written to may
+/// be read by others.
+#[must_use]
+pub fn page(run: &RunDir, address: &CoordinatorAddress, terminal: bool) -> String {
+    let base = address.http.trim_end_matches('/');
+    match token(run) {
+        Ok(token) if terminal => format!("{base}/?token={token}"),
+        _ => format!("{base}/ (its token is in {})", run.token().display()),
+    }
 }
 
 /// The last status that was written, if any.
@@ -220,12 +250,34 @@ mod tests {
         let root = folder.path().join("runs/one");
         let run = create(&root, &Config::default()).unwrap();
         assert_eq!(config(&run).unwrap(), Config::default());
-        let secret = fs::read_to_string(run.secret()).unwrap();
-        assert!(secret.len() == 64 && secret.bytes().all(|b| b.is_ascii_hexdigit()));
-        assert_eq!(fs::metadata(run.secret()).unwrap().permissions().mode() & 0o777, 0o600);
+        let secret = secret(&run).unwrap();
+        for path in [run.secret(), run.token()] {
+            let text = fs::read_to_string(&path).unwrap();
+            assert!(text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit()));
+            assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o600);
+        }
+        assert_ne!(token(&run).unwrap(), secret);
         let other = create(&folder.path().join("runs/two"), &Config::default()).unwrap();
         assert_ne!(secret, fs::read_to_string(other.secret()).unwrap());
         assert!(live(&run).is_none() && last_status(&run).unwrap().is_none());
+        let token = token(&run).unwrap();
+        ensure_token(&run).unwrap();
+        assert_eq!(super::token(&run).unwrap(), token, "it stays");
+        fs::remove_file(run.token()).unwrap();
+        ensure_token(&run).unwrap();
+        assert_ne!(super::token(&run).unwrap(), token);
+    }
+
+    #[test]
+    fn the_address_of_the_page_has_the_token_on_a_terminal_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = create(&folder.path().join("one"), &Config::default()).unwrap();
+        let address = CoordinatorAddress { pid: 1, grpc: String::new(), http: "http://h:1".into() };
+        let token = token(&run).unwrap();
+        assert_eq!(page(&run, &address, true), format!("http://h:1/?token={token}"));
+        let elsewhere = page(&run, &address, false);
+        assert!(elsewhere.starts_with("http://h:1/ ") && elsewhere.contains("/one/token"), "{elsewhere}");
+        assert!(!elsewhere.contains(&token));
     }
 
     #[test]

@@ -74,7 +74,13 @@ impl Secret {
     pub fn verify(&self, header: Option<&[u8]>) -> Result<(), AuthError> {
         let header = header.ok_or(AuthError::Missing)?;
         let given = header.strip_prefix(SCHEME.as_bytes()).ok_or(AuthError::Wrong)?;
-        if same(given, self.as_bytes()) { Ok(()) } else { Err(AuthError::Wrong) }
+        if self.is(given) { Ok(()) } else { Err(AuthError::Wrong) }
+    }
+
+    /// Whether `given` is this secret.
+    #[must_use]
+    pub fn is(&self, given: &[u8]) -> bool {
+        same(given, self.as_bytes())
     }
 }
 

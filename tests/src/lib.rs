@@ -12,6 +12,7 @@ use std::process::{Child, Command, Output, Stdio};
 use serde_json::Value;
 use tempfile::TempDir;
 
+pub mod browser;
 pub mod chaos;
 
 /// A folder with inputs, one dataset and any number of runs.

@@ -21,6 +21,7 @@ use learn_domain::run_dir::RunDir;
 use learn_proto::auth::{RequireBearer, Secret};
 use learn_proto::v1::embedding_server::EmbeddingServer;
 use learn_telemetry::EmbeddingMetrics;
+use learn_telemetry::server::{Limits, serve};
 use service::{EmbeddingService, Shared, SharedJob};
 use tokio::sync::watch;
 use tonic::service::interceptor::InterceptedService;
@@ -28,9 +29,10 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
 use crate::files::read_json;
+use crate::http::access::Access;
 use crate::sd::{self, Origin};
 use crate::serve::{Ports, announced, close, lock, on_stop};
-use crate::settings::SettingsError;
+use crate::settings::{SettingsError, read_token};
 use crate::{CoordinatorError, ServeError};
 
 /// How often the end is looked for.
@@ -51,6 +53,7 @@ pub struct EmbeddingCoordinator {
     run_dir: RunDir,
     config: Config,
     secret: Secret,
+    token: Option<Secret>,
     ports: Ports,
     /// Holds the lock on the job directory.
     _lock: File,
@@ -68,9 +71,10 @@ impl EmbeddingCoordinator {
         let dataset = config.data.dataset.file_name().unwrap_or_default();
         learn_telemetry::place::set_run(&dataset.to_string_lossy());
         let secret = Secret::read(&run_dir.secret()).map_err(SettingsError::from)?;
+        let token = read_token(&run_dir).map_err(SettingsError::from)?;
         let lock = lock(&run_dir)?;
         let ports = Ports::bind(&config.cluster).await?;
-        Ok(Self { run_dir, config, secret, ports, _lock: lock })
+        Ok(Self { run_dir, config, secret, token, ports, _lock: lock })
     }
 
     #[must_use]
@@ -95,7 +99,7 @@ impl EmbeddingCoordinator {
         let service = EmbeddingService { job: job.clone(), config: Arc::new(self.config) };
         let shared = Shared {
             job: job.clone(),
-            secret: self.secret.clone(),
+            access: Access::new(self.secret.clone(), self.token),
             stop: Arc::default(),
             metrics: EmbeddingMetrics::new(),
         };
@@ -106,7 +110,7 @@ impl EmbeddingCoordinator {
             on_stop(stopped.clone()),
         );
         let router = service::router(shared.clone()).merge(sd::alone(origin));
-        let http = axum::serve(self.ports.http, router).with_graceful_shutdown(on_stop(stopped));
+        let http = serve(self.ports.http, router, Limits::default(), on_stop(stopped));
         let mut servers = tokio::task::JoinSet::new();
         servers.spawn(async move { ("gRPC", grpc.await.map_err(|error| error.to_string())) });
         servers.spawn(async move { ("HTTP", http.await.map_err(|error| error.to_string())) });

@@ -4,14 +4,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::extract::State;
-use axum::http::header::AUTHORIZATION;
 use axum::http::{HeaderMap, StatusCode};
+use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use learn_domain::report::EmbeddingStatus;
 use learn_domain::{Config, Incarnation, WorkerId};
 use learn_proto::PROTOCOL;
-use learn_proto::auth::Secret;
 use learn_proto::convert::{ConvertError, bounded};
 use learn_proto::v1::embedding_server::Embedding;
 use learn_proto::v1::lease_range_response::{self, Finished, Leased};
@@ -25,6 +24,7 @@ use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
 use super::job::{Answer, Applicant, EmbeddingError, EmbeddingJob, Plan};
+use crate::http::access::{Access, required};
 
 /// Pause of a worker that has to wait for others.
 const WAIT: Duration = Duration::from_millis(500);
@@ -65,7 +65,7 @@ impl SharedJob {
 #[derive(Clone)]
 pub struct Shared {
     pub job: SharedJob,
-    pub secret: Secret,
+    pub access: Access,
     /// Told when the operator stops the job.
     pub stop: Arc<Notify>,
     pub metrics: EmbeddingMetrics,
@@ -81,17 +81,20 @@ impl Shared {
     }
 }
 
-/// `GET /api/v1/embedding` and `/metrics`, open to whoever reaches the port, and `POST /api/v1/stop`, which needs the
-/// job's secret, as for a training.
+/// `/metrics`, open to whoever reaches the port, `GET /api/v1/embedding`, which needs the job's token, and `POST
+/// /api/v1/stop`, which needs its secret, as for a training.
 pub fn router(shared: Shared) -> Router {
     let metrics = learn_telemetry::router(shared.metrics.exposition.clone());
     let status = |State(shared): State<Shared>| async move { Json(shared.job.status()) };
-    let routes = Router::new().route("/api/v1/embedding", get(status)).route("/api/v1/stop", post(stop));
+    let status = Router::new()
+        .route("/api/v1/embedding", get(status))
+        .route_layer(from_fn_with_state(shared.access.clone(), required));
+    let routes = Router::new().route("/api/v1/stop", post(stop)).merge(status);
     routes.with_state(shared).merge(metrics)
 }
 
 async fn stop(State(shared): State<Shared>, headers: HeaderMap) -> (StatusCode, String) {
-    match shared.secret.verify(headers.get(AUTHORIZATION).map(|value| value.as_bytes())) {
+    match shared.access.operates(&headers) {
         Err(error) => (StatusCode::UNAUTHORIZED, format!("{error}\n")),
         Ok(()) => {
             shared.stop.notify_one();

@@ -51,6 +51,7 @@ impl Job {
             work_ratio: worker.rank.and_then(|rank| self.vigil.work_ratio(rank)),
             seconds_in_phase: (worker.since + now.saturating_sub(worker.seen)).as_secs_f64(),
             seconds_since_heartbeat: now.saturating_sub(worker.seen).as_secs_f64(),
+            left: worker.left,
         });
         JobStatus {
             name: self.settings.config.job.name.clone(),

@@ -33,6 +33,7 @@ pub const USERS: u32 = 100;
 pub const ITEMS: u32 = 37;
 pub const DIM: usize = 8;
 pub const SECRET: &str = "0123456789abcdef";
+pub const TOKEN: &str = "fedcba9876543210";
 
 pub type Authorized = InterceptedService<Channel, BearerInterceptor>;
 pub type Control = ControlClient<Authorized>;
@@ -128,6 +129,7 @@ impl Ground {
         std::fs::create_dir_all(run_dir.root()).unwrap();
         std::fs::write(run_dir.config(), serde_json::to_string(&self.config).unwrap()).unwrap();
         std::fs::write(run_dir.secret(), format!("{SECRET}\n")).unwrap();
+        std::fs::write(run_dir.token(), format!("{TOKEN}\n")).unwrap();
         Settings::load(run_dir.root(), None, task).unwrap()
     }
 
@@ -197,17 +199,33 @@ impl Running {
         self.http_with(request, headers, "").await
     }
 
+    /// The JSON of something that the run's token opens.
+    pub async fn api(&self, path: &str) -> serde_json::Value {
+        let token = format!("Authorization: Bearer {TOKEN}\r\n");
+        let (code, body) = self.http(&format!("GET /api/v1/{path}"), &token).await;
+        assert_eq!(code, 200, "{path}: {body}");
+        serde_json::from_str(&body).unwrap()
+    }
+
     /// [`Running::http`] with JSON.
     pub async fn http_with(&self, request: &str, headers: &str, body: &str) -> (u16, String) {
+        let (head, body) = self.whole(request, headers, body).await;
+        (head.split(' ').nth(1).unwrap().parse().unwrap(), body)
+    }
+
+    /// Head and body of an answer.
+    pub async fn whole(&self, request: &str, headers: &str, body: &str) -> (String, String) {
         let host = self.address.http.strip_prefix("http://").unwrap();
         let mut stream = tokio::net::TcpStream::connect(host).await.unwrap();
         let json = format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len());
         let text = format!("{request} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{json}{headers}\r\n{body}");
         stream.write_all(text.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
+        let mut answer = Vec::new();
+        // a server that refuses to read on resets the connection behind its answer
+        let _ = stream.read_to_end(&mut answer).await;
+        let answer = String::from_utf8(answer).unwrap();
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+        (head.to_owned(), body.to_owned())
     }
 }
 

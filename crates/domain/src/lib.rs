@@ -20,10 +20,12 @@
 //! - [`conversion`]: how good predicted conversions are.
 //! - [`spelling`]: what a misspelt name was meant to be.
 //! - [`event`]: what happens in a job beside its steps.
+//! - [`curves`]: any number of steps in bounded memory, and in so many points.
 //! - [`run_dir`] and [`report`]: where a run keeps what, and the values that its processes exchange about it.
 
 pub mod config;
 pub mod conversion;
+pub mod curves;
 pub mod event;
 pub mod flops;
 pub mod ids;

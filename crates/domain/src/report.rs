@@ -184,6 +184,9 @@ pub struct WorkerStatus {
     /// Its own work in a step by the median of all ranks; none while there is too little to say so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub work_ratio: Option<f64>,
+    /// It is no part of the job any more: its phase says how it went.
+    #[serde(default)]
+    pub left: bool,
 }
 
 /// A data server beside the coordinator, as the status shows it.

@@ -50,6 +50,12 @@ impl RunDir {
         self.0.join("secret")
     }
 
+    /// What the status page and the API take besides the secret, for those who only look; readable by its owner only.
+    #[must_use]
+    pub fn token(&self) -> PathBuf {
+        self.0.join("token")
+    }
+
     /// [`crate::report::CoordinatorAddress`] of the coordinator that serves the run now; gone when it has ended.
     #[must_use]
     pub fn coordinator(&self) -> PathBuf {

@@ -19,6 +19,7 @@ use tokio::net::TcpListener;
 use crate::age::Age;
 use crate::names::{self, Kind, Metric};
 use crate::process::{self, ResidentMemory};
+use crate::server::{self, Limits};
 
 /// The metrics of one process and the labels that all of them carry.
 #[derive(Clone, Debug, Default)]
@@ -143,5 +144,5 @@ pub async fn serve(
     exposition: Exposition,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
-    axum::serve(listener, router(exposition)).with_graceful_shutdown(shutdown).await
+    server::serve(listener, router(exposition), Limits::default(), shutdown).await
 }

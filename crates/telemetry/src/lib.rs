@@ -4,6 +4,7 @@
 //! - [`names`]: every metric once, with its kind, labels and help.
 //! - [`WorkerMetrics`], [`CoordinatorMetrics`], [`DataMetrics`], [`EmbeddingMetrics`]: typed handles; a metric that is not in [`names`] cannot be made.
 //! - [`Exposition`] and [`serve`]: the Prometheus text format over HTTP.
+//! - [`server`]: the HTTP server of every process, with its limits.
 //!
 //! Input: numbers from the trainer's own progress. Output: log lines on stderr, `/metrics` and `/healthz`.
 //! Invariant: a handle is cheap (an atomic or a short lock), so the training thread may use it in every step.
@@ -17,6 +18,7 @@ pub mod log;
 pub mod names;
 pub mod place;
 mod process;
+pub mod server;
 mod worker;
 
 pub use age::Age;

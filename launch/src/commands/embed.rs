@@ -206,7 +206,7 @@ impl EmbedJob<'_> {
                 None => {
                     if let Some(address) = runs::live(self.run) {
                         workers = self.start_workers(&address)?;
-                        api = Some(Api::new(&address));
+                        api = Some(Api::new(self.run, &address));
                     }
                 }
                 Some(api) if asked.is_none_or(|at| at.elapsed() >= STATUS_INTERVAL) => {

@@ -114,6 +114,7 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
     }
     output.note(&text);
     runs::write_config(&run.next_config(), &config)?;
+    runs::ensure_token(&run)?;
     let task = Task::Train { resume_from: Some(path_text(&checkpoint.path)?) };
     let workers = Workers::unless(args.no_workers);
     job::run(&JobSpec { run: &run, config_file: &run.next_config(), config: &config, task: &task, workers }, output)?;

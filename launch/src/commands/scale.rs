@@ -48,7 +48,7 @@ pub fn run(args: &ScaleArgs, output: &Output) -> Result<()> {
         let message = format!("{shown} is not running; `learn-launch status {shown}` shows how it ended");
         return Err(Failure::Usage(message).into());
     };
-    let api = Api::new(&address);
+    let api = Api::new(&run, &address);
     let wanted = api.scale(&runs::secret(&run)?, args.workers)?;
     if wanted != args.workers {
         output.note(&format!("{shown}: {wanted} is what it can have (cluster.min_workers, training.global_batch)"));

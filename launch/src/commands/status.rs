@@ -1,5 +1,7 @@
 //! `learn-launch status`: where a run or a dataset's embed job stands, live from its coordinator or from its last words.
 
+use std::io::IsTerminal as _;
+
 use anyhow::{Result, bail};
 use clap::Args;
 use learn_dataset::Dataset;
@@ -58,7 +60,12 @@ pub fn run(args: &StatusArgs, output: &Output) -> Result<()> {
     }
     let mut json = serde_json::to_value(&status)?;
     json["freshness"] = freshness.name().into();
-    output.result(&render::status(&status, freshness), &json)
+    let mut text = render::status(&status, freshness);
+    if let Some(address) = runs::live(&run).filter(|_| freshness == Freshness::Live) {
+        json["page"] = address.http.clone().into();
+        text += &format!("  page        {}", runs::page(&run, &address, std::io::stdout().is_terminal()));
+    }
+    output.result(&text, &json)
 }
 
 /// What can be learnt of a run.
@@ -78,7 +85,7 @@ pub fn current(run: &RunDir) -> Result<Option<Current>> {
     let live = runs::live(run);
     let mut trouble = None;
     if let Some(address) = &live {
-        match Api::new(address).job() {
+        match Api::new(run, address).job() {
             Ok(status) => return Ok(Some(Current { status, freshness: Freshness::Live, trouble })),
             Err(error) => trouble = Some(error.to_string()),
         }
@@ -94,7 +101,7 @@ pub fn current(run: &RunDir) -> Result<Option<Current>> {
 /// Where the embed job of a dataset stands.
 fn embedding(dataset: &Dataset, output: &Output) -> Result<()> {
     let job = RunDir::of_embedding(dataset.dir());
-    let live = runs::live(&job).and_then(|address| match Api::new(&address).embedding() {
+    let live = runs::live(&job).and_then(|address| match Api::new(&job, &address).embedding() {
         Ok(status) => Some(status),
         Err(error) => {
             tracing::warn!("{error}");

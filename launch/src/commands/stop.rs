@@ -71,7 +71,7 @@ fn end(args: &StopArgs, run: &RunDir, (shown, stopping): (&str, &str), output: &
         ))
         .into());
     };
-    Api::new(&address).stop(&runs::secret(run)?)?;
+    Api::new(run, &address).stop(&runs::secret(run)?)?;
     output.note(&format!("{shown}: {stopping}"));
     if args.no_wait {
         output.result(&format!("{shown}: asked to stop"), &serde_json::json!({ "state": "stopping" }))?;

@@ -49,6 +49,7 @@ fn job() -> JobStatus {
             metrics_url: String::new(),
             seconds_since_heartbeat: 0.25,
             seconds_in_phase: 0.5,
+            left: false,
             work_ratio: None,
         }],
         data_servers: vec![DataServerStatus {

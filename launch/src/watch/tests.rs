@@ -43,6 +43,7 @@ fn worker(number: u32, phase: &str, ratio: f64) -> WorkerStatus {
         seconds_since_heartbeat: 0.3,
         seconds_in_phase: 0.2,
         work_ratio: Some(ratio),
+        left: false,
     }
 }
 

@@ -128,7 +128,9 @@ impl<'a> Job<'a> {
         let host = address["http"].as_str().and_then(|url| url.strip_prefix("http://")).context("no address")?;
         let mut stream = TcpStream::connect_timeout(&host.parse().context("no host:port")?, ANSWER)?;
         stream.set_read_timeout(Some(ANSWER))?;
-        write!(stream, "GET /api/v1/job HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
+        let token = fs::read_to_string(self.folder().join("token")).context("no token")?;
+        let head = format!("Host: {host}\r\nAuthorization: Bearer {token}\r\nConnection: close");
+        write!(stream, "GET /api/v1/job HTTP/1.1\r\n{head}\r\n\r\n")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
         let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;

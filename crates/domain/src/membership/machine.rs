@@ -239,7 +239,7 @@ impl Membership {
         } else if member.due.is_some_and(|due| now > due) {
             Some(LossCause::Disconnected)
         } else {
-            (silent > settings.heartbeat_timeout.max(least)).then(|| LossCause::Silent { seconds: silent.as_secs() })
+            (silent > settings.heartbeat_timeout.max(least)).then_some(LossCause::Silent { seconds: silent.as_secs() })
         }
     }
 
