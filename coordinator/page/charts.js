@@ -20,17 +20,59 @@ function html(tag, name, text) {
   return element;
 }
 
-/** An exponential mean that starts as a plain one. */
+/** The mean of each value and its neighbours, `over` of them in all; at an end of those that there are. */
 export function smooth(values, over) {
-  const alpha = 2 / (over + 1);
-  let mean = null;
-  let seen = 0;
-  return values.map((value) => {
+  const reach = Math.ceil(over / 2);
+  return values.map((value, at) => {
     if (value === null || value === undefined) return null;
-    seen += 1;
-    mean = mean === null ? value : mean + Math.max(alpha, 1 / seen) * (value - mean);
-    return mean;
+    let sum = 0;
+    let known = 0;
+    for (let near = Math.max(0, at - reach); near <= Math.min(values.length - 1, at + reach); near += 1) {
+      if (values[near] === null || values[near] === undefined) continue;
+      sum += values[near];
+      known += 1;
+    }
+    return sum / known;
   });
+}
+
+/**
+ * Points of about equally many steps, at most `most`: the newest come one by one, and would stand denser than the others.
+ * A mean weighs a point by its steps; extents stay.
+ */
+export function even({ first, last, series }, most) {
+  const size = last.length;
+  if (size <= most) return { first, last, series };
+  const span = last[size - 1] - first[0] + 1;
+  const groups = [];
+  let before = -1;
+  for (let at = 0; at < size; at += 1) {
+    const place = Math.floor(((last[at] - first[0]) * most) / span);
+    if (place === before) groups[groups.length - 1].end = at + 1;
+    else groups.push({ start: at, end: at + 1 });
+    before = place;
+  }
+  const mean = (values) => groups.map(({ start, end }) => {
+    let sum = 0;
+    let weight = 0;
+    for (let at = start; at < end; at += 1) {
+      if (values[at] === null || values[at] === undefined) continue;
+      sum += values[at] * (last[at] - first[at] + 1);
+      weight += last[at] - first[at] + 1;
+    }
+    return weight ? sum / weight : null;
+  });
+  const bestOf = (values, better) => groups.map(({ start, end }) => {
+    const known = values.slice(start, end).filter((value) => value !== null && value !== undefined);
+    return known.length ? known.reduce((one, other) => (better(other, one) ? other : one)) : null;
+  });
+  const columns = Object.entries(series).map(([name, column]) => {
+    const min = bestOf(column.min ?? column.mean, (one, other) => one < other);
+    const max = bestOf(column.max ?? column.mean, (one, other) => one > other);
+    return [name, { mean: mean(column.mean), min, max }];
+  });
+  const ends = { first: groups.map(({ start }) => first[start]), last: groups.map(({ end }) => last[end - 1]) };
+  return { ...ends, series: Object.fromEntries(columns) };
 }
 
 /** The least and greatest of what is drawn, with some air; `null` if there is nothing. */

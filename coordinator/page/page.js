@@ -1,14 +1,16 @@
-// The status page: asks the coordinator once a second for an overview, and for the rest only when something has come.
+// The status page: asks the coordinator for an overview again and again, and for the rest only when something has come.
 
-import { Chart } from "./charts.js";
+import { Chart, even } from "./charts.js";
 import { clock, count, duration, number } from "./format.js";
 
-const EVERY = 1000;
+const EVERY = 700;
 /** A hidden page asks less often. */
 const HIDDEN_EVERY = 10000;
 const PATIENCE = 5000;
 /** Points that a curve is loaded with; when twice as many have come, it is loaded anew. */
 const POINTS = 400;
+/** Points that are drawn. */
+const DRAWN_POINTS = 300;
 const ROWS = 50;
 const EVENTS = 50;
 const LEDGER_ROWS = 12;
@@ -62,17 +64,17 @@ const CHARTS = [
 ];
 const NAMES = { loss: "whole", cvr_loss: "conversion" };
 /** Metrics of evaluations that are drawn, the first of these that there are. */
-const DRAWN = [/^recall@10$/, /^ndcg@10$/, /^recall@/, /^ndcg@/, /^hr@/, /^mrr$/, /^auc$/, /^cvr\.auc$/];
-const DRAWN_MOST = 4;
+const DRAWN = [/^recall@10$/, /^ndcg@10$/, /^mrr$/, /^recall@/, /^ndcg@/, /^hr@/, /^cvr\.auc$/];
+const DRAWN_MOST = 3;
 
 function look(step) {
   for (const chart of [...charts, evaluated]) chart.look(step);
   if (step === null) {
-    set("read", `${count(curves.last.length)} points`);
+    set("read", drawn.last.length ? `${count(drawn.last.length)} points` : "");
     return;
   }
-  const place = curves.last.indexOf(step);
-  const first = place >= 0 ? curves.first[place] : step;
+  const place = drawn.last.indexOf(step);
+  const first = place >= 0 ? drawn.first[place] : step;
   set("read", first === step ? `step ${count(step)}` : `steps ${count(first)} to ${count(step)}: mean and extent`);
 }
 
@@ -81,6 +83,7 @@ const evaluated = new Chart({ title: "Evaluation", unit: "valid", dots: true, no
 at("charts").append(...[...charts, evaluated].map((chart) => chart.root));
 
 let curves = { first: [], last: [], series: {} };
+let drawn = curves;
 let stepsPerEpoch = 0;
 
 const range = () => Number(document.querySelector("input[name=range]:checked").value);
@@ -124,9 +127,10 @@ function drawCurves() {
     for (let mark = stepsPerEpoch; mark < last; mark += stepsPerEpoch) marks.push(mark);
   }
   const log = at("log").checked;
+  drawn = even(curves, DRAWN_POINTS);
   charts.forEach((chart, place) => {
-    const names = CHARTS[place].series.filter((name) => curves.series[name]);
-    chart.set(curves.last, names.map((name) => ({ name: NAMES[name] ?? name, ...curves.series[name] })), { log, marks });
+    const names = CHARTS[place].series.filter((name) => drawn.series[name]);
+    chart.set(drawn.last, names.map((name) => ({ name: NAMES[name] ?? name, ...drawn.series[name] })), { log, marks });
   });
   look(null);
 }
@@ -136,16 +140,16 @@ function drawCurves() {
 function drawEvaluations(all) {
   const valid = all.filter((one) => one.split === "valid");
   const metrics = [...new Set(all.flatMap((one) => Object.keys(one.metrics)))];
-  const drawn = [];
+  const chosen = [];
   for (const pattern of DRAWN) {
-    const found = metrics.find((name) => pattern.test(name) && !drawn.includes(name));
-    if (found && drawn.length < DRAWN_MOST) drawn.push(found);
+    const found = metrics.find((name) => pattern.test(name) && !chosen.includes(name));
+    if (found && chosen.length < DRAWN_MOST) chosen.push(found);
   }
-  const lines = drawn.map((name) => ({ name, mean: valid.map((one) => one.metrics[name] ?? null) }));
+  const lines = chosen.map((name) => ({ name, mean: valid.map((one) => one.metrics[name] ?? null) }));
   evaluated.set(valid.map((one) => one.step), valid.length ? lines : []);
 
   set("evaluations-count", all.length ? `${count(all.length)}, newest first` : "none yet");
-  const ordered = [...drawn, ...metrics.filter((name) => !drawn.includes(name))];
+  const ordered = [...chosen, ...metrics.filter((name) => !chosen.includes(name))];
   const head = element("tr");
   for (const [name, kind] of [["Step", "number"], ["Epoch", "number"], ["Split", ""], ["Users", "number"], ...ordered.map((name) => [name, "number"])]) {
     const cell = element("th", name, kind);
