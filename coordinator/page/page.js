@@ -28,7 +28,7 @@ const STATES = {
 };
 const SEVERITY = {
   worker_lost: "bad", stalled: "bad", non_finite: "bad", checkpoint_failed: "bad",
-  regrouping: "warn", lagging: "warn", checkpoint_skipped: "warn", taken_over: "warn",
+  newcomer_lost: "warn", regrouping: "warn", lagging: "warn", checkpoint_skipped: "warn", taken_over: "warn",
   formed: "good", keeps_up: "good",
 };
 
