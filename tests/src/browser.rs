@@ -104,6 +104,10 @@ impl Browser {
         let started = Instant::now();
         loop {
             match self.answers.recv_timeout(limit.saturating_sub(started.elapsed())) {
+                // the page was left while it was asked: the next one is asked
+                Ok(answer) if answer["id"] == self.next && left(&answer["error"]) => {
+                    return self.within(limit.saturating_sub(started.elapsed()), method, parameters);
+                }
                 Ok(answer) if answer["id"] == self.next => {
                     assert!(answer["error"].is_null(), "{method}: {}", answer["error"]);
                     return Some(answer["result"].clone());
@@ -230,6 +234,12 @@ impl Drop for Browser {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// An error says that there is another page now.
+fn left(error: &Value) -> bool {
+    let message = error["message"].as_str().unwrap_or_default();
+    ["target navigated", "context was destroyed", "Cannot find"].iter().any(|part| message.contains(part))
 }
 
 /// Base64 of the protocol, which has no line breaks.
