@@ -51,7 +51,7 @@ const CONTRAST: &str = r#"(() => {
   return least;
 })()"#;
 
-fn train<'a>(site: &Site, overrides: &[&'a str]) -> std::process::Child {
+fn train(site: &Site, overrides: &[&str]) -> std::process::Child {
     site.start(&site.train(overrides))
 }
 
