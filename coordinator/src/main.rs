@@ -29,6 +29,9 @@ struct Arguments {
     /// What the workers are there for, like {"kind":"train","resume_from":null}
     #[arg(long, value_name = "JSON", value_parser = task, required_unless_present_any = ["embed", "take_over"])]
     task_json: Option<Task>,
+    /// How often a scheduler has started this job again
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with_all = ["embed", "take_over"])]
+    restarts: u32,
     /// Go on with the job of a coordinator of DIR that was killed: same task, same ports, where it was
     #[arg(long, conflicts_with_all = ["task_json", "config", "embed"])]
     take_over: bool,
@@ -165,6 +168,7 @@ async fn serve(arguments: Arguments) -> anyhow::Result<i32> {
         });
     };
     let settings = Settings::load(&run_dir, arguments.config, task).map_err(CoordinatorError::from)?;
+    let settings = Settings { restarts: arguments.restarts, ..settings };
     Ok(said(&run(settings, shutdown).await?))
 }
 

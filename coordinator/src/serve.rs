@@ -56,6 +56,8 @@ struct Identity {
     /// Where the workers look for their coordinator.
     grpc_port: u16,
     http_port: u16,
+    #[serde(default)]
+    restarts: u32,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -132,6 +134,7 @@ impl Ports {
         let ports = (grpc_port, http_port);
         let address = CoordinatorAddress {
             pid: std::process::id(),
+            host: host_name(),
             grpc: format!("http://{host}:{grpc_port}"),
             http: format!("http://{host}:{http_port}"),
         };
@@ -220,6 +223,7 @@ fn job_settings(settings: &Settings, source: &Source, history: History) -> JobSe
         dataset: source.facts.clone(),
         plan: source.plan.clone(),
         total_steps: source.total_steps,
+        restarts: settings.restarts,
         history,
     }
 }
@@ -240,7 +244,8 @@ impl Coordinator {
         let mut identity = Turn::default();
         let fingerprint = source.facts.fingerprint.clone();
         let (grpc_port, http_port) = ports.ports;
-        identity.value(IDENTITY, &Identity { task: task.clone(), fingerprint, grpc_port, http_port })?;
+        let restarts = settings.restarts;
+        identity.value(IDENTITY, &Identity { task: task.clone(), fingerprint, grpc_port, http_port, restarts })?;
         state.write(identity)?;
         let job = Job::new(job_settings(&settings, &source, history));
         let metrics = CoordinatorMetrics::new(STATES);
@@ -266,7 +271,8 @@ impl Coordinator {
         let lock = lock(&run_dir)?;
         let state = StateFile::open(&run_dir.coordinator_state())?;
         let identity: Identity = state.value(IDENTITY)?.ok_or(TakeOverError::Incomplete(IDENTITY))?;
-        let settings = Settings::load(run_dir.root(), None, identity.task)?;
+        let restarts = identity.restarts;
+        let settings = Settings { restarts, ..Settings::load(run_dir.root(), None, identity.task)? };
         let source = open_source(&settings, false).await?;
         if source.facts.fingerprint != identity.fingerprint {
             return Err(TakeOverError::Dataset(settings.config.data.dataset.clone()).into());

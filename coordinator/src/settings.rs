@@ -21,6 +21,8 @@ pub struct Settings {
     /// For those who only look; a run directory of an older version has none.
     pub token: Option<Secret>,
     pub task: Task,
+    /// Times that a scheduler has started the job again.
+    pub restarts: u32,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +48,7 @@ impl Settings {
         learn_telemetry::place::set_run(&config.job.name);
         let secret = Secret::read(&run_dir.secret())?;
         let token = read_token(&run_dir)?;
-        Ok(Self { run_dir, config_file, config, secret, token, task })
+        Ok(Self { run_dir, config_file, config, secret, token, task, restarts: 0 })
     }
 }
 

@@ -12,6 +12,9 @@ use crate::runs;
 /// Longest wait for one answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Longest wait for a sign of life.
+const SHORT_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// The coordinator did not answer as it should.
 #[derive(Debug, thiserror::Error)]
 #[error("the coordinator at {url} did not answer: {source}")]
@@ -52,6 +55,13 @@ impl Api {
     /// No answer, or one that is no status.
     pub fn embedding(&self) -> Result<EmbeddingStatus, ApiError> {
         self.get("embedding")
+    }
+
+    /// Whether anybody is there, found out fast.
+    #[must_use]
+    pub fn answers(&self) -> bool {
+        let request = self.agent.get(format!("{}/healthz", self.base));
+        request.config().timeout_global(Some(SHORT_TIMEOUT)).build().call().is_ok()
     }
 
     fn get<T: DeserializeOwned>(&self, what: &str) -> Result<T, ApiError> {

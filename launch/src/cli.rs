@@ -7,8 +7,8 @@ use clap::{Args, Parser, Subcommand};
 use learn_domain::Config;
 
 use crate::commands::{
-    config, doctor, embed, eval, export, prepare, recommend, report, resume, scale, simulate, status, stop, study,
-    train,
+    config, doctor, embed, eval, export, logs, prepare, recommend, report, resume, scale, simulate, slurm, slurm_job,
+    slurm_task, status, stop, study, train,
 };
 use crate::settings::Resolver;
 
@@ -21,7 +21,9 @@ Exit codes:
   4  workers were lost, too many to go on; `resume` continues from the last checkpoint
   5  a loss, gradient or score was not a finite number
   6  the last checkpoint could not be written; an earlier one may be there
-  7  workers were lost again and again without a finished step between";
+  7  workers were lost again and again without a finished step between
+  8  its scheduler ended the job early, with a checkpoint: `slurm --resubmit` goes on
+  9  its scheduler has started the job too often, or again and again without a new checkpoint";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -90,6 +92,9 @@ pub enum Command {
     /// Show where a run, or the embed job of a dataset, stands
     #[command(after_help = status::HELP)]
     Status(status::StatusArgs),
+    /// Show what the processes of a run say
+    #[command(after_help = logs::HELP)]
+    Logs(logs::LogsArgs),
     /// Stop a running job after its current step, with a checkpoint; or an embed job
     #[command(after_help = stop::HELP)]
     Stop(stop::StopArgs),
@@ -99,6 +104,15 @@ pub enum Command {
     /// Load a coordinator with thousands of simulated workers and say how fast it answers
     #[command(after_help = simulate::HELP)]
     Simulate(simulate::SimulateArgs),
+    /// Train on a Slurm cluster: write a batch script, keep it in the run directory, submit it
+    #[command(after_help = format!("{}\n\n{EXIT_CODES}", slurm::HELP))]
+    Slurm(slurm::SlurmArgs),
+    /// In a batch script: run the job of this allocation, and put it back into the queue before its time is up
+    #[command(after_help = format!("{}\n\n{EXIT_CODES}", slurm_job::HELP))]
+    SlurmJob(slurm_job::SlurmJobArgs),
+    /// One worker of a Slurm job; `slurm-job` starts it
+    #[command(hide = true)]
+    SlurmTask(slurm_task::SlurmTaskArgs),
     /// Show, check or document the configuration
     #[command(after_help = config::HELP)]
     Config(config::ConfigArgs),

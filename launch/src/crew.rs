@@ -1,10 +1,11 @@
-//! The worker processes of a local job: started, replaced when they are lost, and as many as the job wants.
+//! The worker processes of a job ([`Team`]); those of a local job: started, replaced when they are lost, and as many as the job wants.
 //!
 //! Input: the processes' ends and the coordinator's view of the job. Output: processes, and a line for each change.
 //! Invariants: a process has a number, which is its GPU's and its log's; one that ended is replaced under the same number,
 //! and only while the job goes on; `cluster.max_restarts` limits how often.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,9 @@ use crate::process::{self, Process};
 use crate::system::End;
 
 /// A replacement that ended sooner is not replaced before it would have been so old: what it failed by may pass.
-const SHORT_LIFE: Duration = Duration::from_secs(5);
+pub(crate) const SHORT_LIFE: Duration = Duration::from_secs(5);
+/// Lines of a guilty log that a failure shows.
+pub(crate) const TAIL: usize = 15;
 
 /// Threads of one local worker.
 #[must_use]
@@ -189,6 +192,43 @@ pub struct Changes {
     pub lost: Option<u32>,
 }
 
+/// The processes of a job that train, however they are started.
+pub trait Team {
+    /// Whether one has failed and nobody has taken note of it yet: time to ask the coordinator.
+    fn asks(&mut self) -> bool;
+    /// Brings the team to what the job, as it is now, wants, as far as it can.
+    ///
+    /// # Errors
+    /// A process cannot be started.
+    fn follow(&mut self, view: &View) -> Result<Changes>;
+    /// No process is left.
+    fn is_gone(&mut self) -> bool;
+    fn ask_to_end(&mut self, how: End);
+    /// Waits up to `limit` until all have left.
+    fn wait(&mut self, limit: Duration);
+    /// What a failure is to be explained by: worker `number`, or the one that failed first.
+    fn guilt(&mut self, number: Option<u32>) -> Option<Guilt>;
+}
+
+/// A process that a failure is explained by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Guilt {
+    pub name: String,
+    /// How it ended, in words.
+    pub how: String,
+    pub log: PathBuf,
+    /// The end of what it said.
+    pub said: Vec<String>,
+}
+
+impl Guilt {
+    /// Of a process of this machine.
+    pub fn of(process: &mut Process) -> Self {
+        let how = process.ended().map_or("did not end".into(), process::describe);
+        Self { name: process.name.clone(), how, log: process.log.clone(), said: process.tail(TAIL) }
+    }
+}
+
 impl<'a> Crew<'a> {
     /// Starts all workers that the configuration asks for.
     ///
@@ -233,17 +273,14 @@ impl<'a> Crew<'a> {
         );
         Ok(())
     }
+}
 
-    /// Whether a worker has failed and nobody has taken note of it yet: time to ask the coordinator.
-    pub fn asks(&mut self) -> bool {
+impl Team for Crew<'_> {
+    fn asks(&mut self) -> bool {
         self.hands.values_mut().any(|hand| !hand.seen && hand.process.failed())
     }
 
-    /// Brings the crew to what the job, as it is now, wants.
-    ///
-    /// # Errors
-    /// A process cannot be started.
-    pub fn follow(&mut self, view: &View) -> Result<Changes> {
+    fn follow(&mut self, view: &View) -> Result<Changes> {
         let mut changes = Changes::default();
         self.wanted = view.wanted;
         let most = self.config.cluster.max_restarts;
@@ -281,32 +318,29 @@ impl<'a> Crew<'a> {
         Ok(changes)
     }
 
-    /// No process is left.
-    pub fn is_gone(&mut self) -> bool {
+    fn is_gone(&mut self) -> bool {
         self.hands.values_mut().all(|hand| hand.process.ended().is_some())
     }
 
-    pub fn ask_to_end(&mut self, how: End) {
+    fn ask_to_end(&mut self, how: End) {
         for hand in self.hands.values_mut().filter_map(|hand| hand.process.ended().is_none().then_some(hand)) {
             hand.asked = true;
             hand.process.ask_to_end(how);
         }
     }
 
-    /// Waits up to `limit` until all have left.
-    pub fn wait(&mut self, limit: Duration) {
+    fn wait(&mut self, limit: Duration) {
         let start = Instant::now();
         for hand in self.hands.values_mut() {
             hand.process.wait(limit.saturating_sub(start.elapsed()));
         }
     }
 
-    /// The worker that a failure is to be explained by: `number`, or the one that failed first.
-    pub fn guilty(&mut self, number: Option<u32>) -> Option<&mut Process> {
+    fn guilt(&mut self, number: Option<u32>) -> Option<Guilt> {
         let by_itself = |hand: &mut Hand| !hand.asked && hand.process.failed();
         let first = self.hands.iter_mut().find_map(|(&number, hand)| by_itself(hand).then_some(number));
         let hand = self.hands.get_mut(&number.or(first)?)?;
-        Some(&mut hand.process)
+        Some(Guilt::of(&mut hand.process))
     }
 }
 

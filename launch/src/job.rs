@@ -1,4 +1,4 @@
-//! One job on this machine: a coordinator and its workers, started, watched and reaped.
+//! One job: a coordinator on this machine and its workers, started, watched and reaped.
 //!
 //! Input: a run directory with its configuration and secret, and a task. Output: the job's last status, or a failure
 //! that names the cause, the guilty process with the end of its log, and what to do. Invariants: a request to stop goes
@@ -15,11 +15,12 @@ use learn_domain::report::{CoordinatorAddress, JobState, JobStatus, Task, exit};
 use learn_domain::run_dir::RunDir;
 
 use crate::api::Api;
-use crate::crew::{Crew, View};
+use crate::crew::{Crew, Guilt, Team, View};
 use crate::data_servers::DataServers;
 use crate::failure::Failure;
 use crate::output::{Output, Progress, Unit};
 use crate::process::{self, Process};
+use crate::slurm::Step;
 use crate::system::{self, End};
 use crate::{render, runs};
 
@@ -36,8 +37,6 @@ const LEAVE_BY_THEMSELVES: Duration = Duration::from_secs(3);
 const LEAVE: Duration = Duration::from_secs(30);
 /// Beyond the heartbeat timeout, the coordinator may take this long to end a job that has lost a worker.
 const NOTICE: Duration = Duration::from_secs(20);
-/// Lines of a guilty log that a failure shows.
-const TAIL: usize = 15;
 
 /// What to run.
 #[derive(Clone, Copy, Debug)]
@@ -47,23 +46,44 @@ pub struct JobSpec<'a> {
     pub config_file: &'a Path,
     pub config: &'a Config,
     pub task: &'a Task,
-    pub workers: Workers,
+    pub workers: Workers<'a>,
+    /// Times that a scheduler has started this job again.
+    pub restarts: u32,
 }
 
 /// Who starts the workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Workers {
+pub enum Workers<'a> {
     /// This process, on this machine.
     Here,
     /// Something else, wherever it likes: they come by `learn-worker join`.
     Elsewhere,
+    /// A step of a Slurm job.
+    Slurm(&'a Step),
 }
 
-impl Workers {
+impl Workers<'_> {
     /// As a flag `--no-workers` says.
     #[must_use]
     pub fn unless(elsewhere: bool) -> Self {
         if elsewhere { Self::Elsewhere } else { Self::Here }
+    }
+}
+
+impl<'a> JobSpec<'a> {
+    /// A job whose workers run on this machine.
+    #[must_use]
+    pub fn local(run: &'a RunDir, config_file: &'a Path, config: &'a Config, task: &'a Task) -> Self {
+        Self { run, config_file, config, task, workers: Workers::Here, restarts: 0 }
+    }
+
+    /// None if something else starts the workers.
+    fn start_team(&self, address: &CoordinatorAddress) -> Result<Option<Box<dyn Team + 'a>>> {
+        Ok(match self.workers {
+            Workers::Here => Some(Box::new(Crew::start(self.run, self.config, self.task, address)?)),
+            Workers::Slurm(step) => Some(Box::new(step.start(self.run, address)?)),
+            Workers::Elsewhere => None,
+        })
     }
 }
 
@@ -83,14 +103,14 @@ pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
         let api = Api::new(spec.run, &address);
         job.data_servers = Some(DataServers::start(spec.run, spec.config, &address)?);
         job.wait_for_data_servers(&api)?;
-        match spec.workers {
-            Workers::Here => job.crew = Some(Crew::start(spec.run, spec.config, spec.task, &address)?),
-            Workers::Elsewhere => job.progress.line(&format!(
+        job.crew = spec.start_team(&address)?;
+        if job.crew.is_none() {
+            job.progress.line(&format!(
                 "waiting for {}: learn-worker join --coordinator {} --secret-file {}",
                 render::workers(spec.config.cluster.workers as usize),
                 address.grpc,
                 spec.run.secret().display(),
-            )),
+            ));
         }
         job.watch(&api)?;
     }
@@ -105,7 +125,7 @@ struct LocalJob<'a> {
     /// Coordinators that took the place of one that was killed.
     take_overs: u32,
     /// None until the coordinator serves, or if the workers are started elsewhere.
-    crew: Option<Crew<'a>>,
+    crew: Option<Box<dyn Team + 'a>>,
     /// None until the coordinator serves.
     data_servers: Option<DataServers<'a>>,
     /// Requests to stop that were passed on.
@@ -132,6 +152,7 @@ impl<'a> LocalJob<'a> {
         let mut command = Command::new(process::sibling("learn-coordinator")?);
         command.arg("--run-dir").arg(run.root()).arg("--task-json").arg(serde_json::to_string(spec.task)?);
         command.arg("--config").arg(spec.config_file);
+        command.args(["--restarts", &spec.restarts.to_string()]);
         let coordinator = Process::start("coordinator", &mut command, &run.coordinator_log())?;
         let mut progress = output.progress(Unit::Count);
         let title = match spec.task {
@@ -240,7 +261,7 @@ impl<'a> LocalJob<'a> {
     fn watch_one(&mut self, api: &Api) -> Result<()> {
         let mut asked: Option<Instant> = None;
         while self.coordinator.ended().is_none() {
-            let interval = if self.crew.as_mut().is_some_and(Crew::asks) { POLL } else { STATUS_INTERVAL };
+            let interval = if self.crew.as_mut().is_some_and(|crew| crew.asks()) { POLL } else { STATUS_INTERVAL };
             if asked.is_none_or(|at| at.elapsed() >= interval) {
                 match api.job() {
                     Ok(status) => {
@@ -316,7 +337,7 @@ impl<'a> LocalJob<'a> {
 
     /// The coordinator learns by itself that nobody is left; when it does not act in time, this side ends the job.
     fn look_after_deserted(&mut self) {
-        if !self.crew.as_mut().is_some_and(Crew::is_gone) {
+        if !self.crew.as_mut().is_some_and(|crew| crew.is_gone()) {
             self.deserted = None;
             return;
         }
@@ -393,15 +414,14 @@ impl<'a> LocalJob<'a> {
     /// The cause, the guilty process, the end of its log, the way on.
     fn explain(&mut self, cause: Option<String>, status: Option<&JobStatus>) -> String {
         let lost = self.lost;
-        let guilty = self.crew.as_mut().and_then(|crew| crew.guilty(lost)).unwrap_or(&mut self.coordinator);
-        let how = guilty.ended().map_or("did not end".into(), process::describe);
+        let guilt = self.crew.as_mut().and_then(|crew| crew.guilt(lost));
+        let Guilt { name, how, log, said } = guilt.unwrap_or_else(|| Guilt::of(&mut self.coordinator));
         let mut message = format!(
-            "the job failed: {}\n{} ended with {how}; the end of {}:\n",
-            cause.unwrap_or_else(|| format!("{} ended early", guilty.name)),
-            guilty.name,
-            guilty.log.display(),
+            "the job failed: {}\n{name} ended with {how}; the end of {}:\n",
+            cause.unwrap_or_else(|| format!("{name} ended early")),
+            log.display(),
         );
-        for line in guilty.tail(TAIL) {
+        for line in said {
             message += &format!("  | {line}\n");
         }
         message + &self.way_on(status)

@@ -10,6 +10,7 @@
 //! - [`render`]: what people see, as pure functions.
 //! - [`watch`]: a run on the terminal, again and again; [`lines`] reads what grows meanwhile.
 //! - [`report`]: a page about runs, side by side.
+//! - [`slurm`]: a job on a Slurm cluster.
 //! - [`study`]: variants of a configuration, trained and set side by side.
 //!
 //! Invariant: nothing here links libtorch; all work on tensors is done by the sibling binaries.
@@ -29,6 +30,7 @@ pub mod render;
 pub mod report;
 pub mod runs;
 pub mod settings;
+pub mod slurm;
 pub mod study;
 pub mod system;
 pub mod watch;

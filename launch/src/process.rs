@@ -58,12 +58,25 @@ impl Process {
     /// # Errors
     /// The log cannot be opened or the command not started.
     pub fn start(name: impl Into<String>, command: &mut Command, log: &Path) -> Result<Self, ProcessError> {
+        Self::start_tied(name, command, log, End::Gracefully)
+    }
+
+    /// As [`Process::start`]; when this process ends, the child is asked to end as `how` says.
+    ///
+    /// # Errors
+    /// The log cannot be opened or the command not started.
+    pub fn start_tied(
+        name: impl Into<String>,
+        command: &mut Command,
+        log: &Path,
+        how: End,
+    ) -> Result<Self, ProcessError> {
         let name = name.into();
         let (out, err) = (open_log(log)?, open_log(log)?);
         let log_start = err.metadata().map_err(|source| ProcessError::Log { path: log.into(), source })?.len();
         command.stdout(out).stderr(err).stdin(Stdio::null()).process_group(0);
         logs_alike(command);
-        system::end_with_parent(command);
+        system::tie_to_parent(command, how);
         match command.spawn() {
             Ok(child) => Ok(Self { name, log: log.into(), child, ended: None, log_start }),
             Err(source) => Err(ProcessError::Start { name, source }),

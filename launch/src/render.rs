@@ -19,6 +19,8 @@ pub enum Freshness {
     Ended,
     /// The coordinator is gone without having ended the job.
     Stale,
+    /// A scheduler will start the job, or go on with it.
+    Queued,
 }
 
 impl Freshness {
@@ -29,6 +31,7 @@ impl Freshness {
             Self::Live => "live",
             Self::Ended => "ended",
             Self::Stale => "stale",
+            Self::Queued => "queued",
         }
     }
 }
@@ -94,7 +97,7 @@ pub fn state(state: &JobState) -> &'static str {
 pub fn embedding(job: Option<&EmbeddingStatus>, freshness: Freshness, has: Option<&str>) -> String {
     let mut out = match (freshness, has) {
         (Freshness::Live, _) => "being embedded",
-        (Freshness::Stale, _) => {
+        (Freshness::Stale | Freshness::Queued, _) => {
             "its embed job is at its end, or was broken off: `learn-launch embed` goes on where it was"
         }
         (Freshness::Ended, Some(_)) => "embedded",
@@ -187,6 +190,7 @@ pub fn status(status: &JobStatus, freshness: Freshness) -> String {
     match freshness {
         Freshness::Live => {}
         Freshness::Ended => out.push_str(" (ended)"),
+        Freshness::Queued => out.push_str(" (waits in the queue of its scheduler to go on)"),
         Freshness::Stale => out.push_str(" (STALE: its coordinator is gone; `learn-launch resume` continues the job)"),
     }
     out.push('\n');
@@ -232,6 +236,9 @@ pub fn status(status: &JobStatus, freshness: Freshness) -> String {
     }
     for server in &status.data_servers {
         row("data server", format!("{} pid {}: {}", server.host, server.pid, server.location));
+    }
+    if status.restarts > 0 {
+        row("restarts", format!("{} by its scheduler", status.restarts));
     }
     row("running for", duration(status.seconds));
     out

@@ -13,8 +13,9 @@ use learn_domain::report::{CoordinatorAddress, JobStatus};
 use learn_domain::run_dir::RunDir;
 use serde::de::DeserializeOwned;
 
+use crate::api::Api;
 use crate::failure::Failure;
-use crate::process;
+use crate::{process, system};
 
 /// Bytes of a job's secret, and of its token.
 const SECRET_BYTES: usize = 32;
@@ -173,7 +174,26 @@ pub fn find_init(config: &mut Config) -> Result<()> {
 /// # Errors
 /// It cannot be read or is not one of this version.
 pub fn config(run: &RunDir) -> Result<Config> {
-    read_json(&run.config())
+    let mut config: Config = read_json(&run.config())?;
+    if let Ok(bind) = fs::read_to_string(kept_bind(run)) {
+        config.cluster.bind = bind;
+    }
+    Ok(config)
+}
+
+fn kept_bind(run: &RunDir) -> PathBuf {
+    run.slurm().join("bind")
+}
+
+/// Keeps `cluster.bind` as the operator has set it, because a Slurm job puts an address of its own machine there.
+///
+/// # Errors
+/// It cannot be written.
+pub fn keep_bind(run: &RunDir, bind: &str) -> Result<()> {
+    let path = kept_bind(run);
+    fs::create_dir_all(run.slurm())
+        .and_then(|()| fs::write(&path, bind))
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// The secret of a run's job.
@@ -216,11 +236,13 @@ pub fn last_status(run: &RunDir) -> Result<Option<JobStatus>> {
     if run.status().is_file() { read_json(&run.status()).map(Some) } else { Ok(None) }
 }
 
-/// The address of the run's coordinator if that process is alive on this machine.
+/// The address of the run's coordinator if that process is alive on this machine, or answers from another.
 #[must_use]
 pub fn live(run: &RunDir) -> Option<CoordinatorAddress> {
     let address: CoordinatorAddress = read_json(&run.coordinator()).ok()?;
-    process::runs(address.pid, "learn-coordinator").then_some(address)
+    let here = address.host.is_empty() || address.host == system::host_name();
+    let lives = if here { process::runs(address.pid, "learn-coordinator") } else { Api::new(run, &address).answers() };
+    lives.then_some(address)
 }
 
 /// # Errors
@@ -229,10 +251,11 @@ pub fn refuse_live(run: &RunDir) -> Result<()> {
     match live(run) {
         None => Ok(()),
         Some(address) => Err(Failure::Usage(format!(
-            "{shown} is running now (coordinator pid {pid}); `learn-launch status {shown}` shows it, `learn-launch stop \
+            "{shown} is running now (coordinator pid {pid} on {host}); `learn-launch status {shown}` shows it, `learn-launch stop \
              {shown}` ends it",
             shown = run.root().display(),
-            pid = address.pid
+            pid = address.pid,
+            host = if address.host.is_empty() { "this machine" } else { &address.host },
         ))
         .into()),
     }
@@ -313,7 +336,7 @@ mod tests {
     fn a_coordinator_that_is_gone_or_another_process_is_not_alive() {
         let folder = tempfile::tempdir().unwrap();
         let run = create(&folder.path().join("one"), &Config::default()).unwrap();
-        let address = CoordinatorAddress { pid: std::process::id(), grpc: String::new(), http: String::new() };
+        let address = CoordinatorAddress { pid: std::process::id(), ..CoordinatorAddress::default() };
         fs::write(run.coordinator(), serde_json::to_vec(&address).unwrap()).unwrap();
         assert!(live(&run).is_none(), "this test is no coordinator");
         refuse_live(&run).unwrap();

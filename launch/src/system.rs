@@ -47,21 +47,43 @@ pub fn stop_requests() -> usize {
     STOP_REQUESTS.load(Ordering::Relaxed).max(NOTICE.load(Ordering::Relaxed))
 }
 
+/// A scheduler has given notice since [`catch_stop_signals`], and nobody has asked to stop besides.
+#[must_use]
+pub fn only_noticed() -> bool {
+    NOTICE.load(Ordering::Relaxed) > 0 && STOP_REQUESTS.load(Ordering::Relaxed) == 0
+}
+
+/// Name of this machine.
+#[must_use]
+pub fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    if name.trim().is_empty() { "localhost".into() } else { name.trim().into() }
+}
+
 /// A request to another process to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     /// SIGTERM: finish what must be finished.
     Gracefully,
+    /// SIGUSR1: as a scheduler gives notice; for those that take SIGTERM for an order to kill.
+    Notice,
     /// SIGKILL.
     AtOnce,
 }
 
+impl End {
+    fn signal(self) -> libc::c_int {
+        match self {
+            Self::Gracefully => libc::SIGTERM,
+            Self::Notice => libc::SIGUSR1,
+            Self::AtOnce => libc::SIGKILL,
+        }
+    }
+}
+
 /// Asks a process to end. A process that is already gone is no error.
 pub fn end(pid: u32, how: End) {
-    let signal = match how {
-        End::Gracefully => libc::SIGTERM,
-        End::AtOnce => libc::SIGKILL,
-    };
+    let signal = how.signal();
     if let Ok(pid) = libc::pid_t::try_from(pid) {
         // SAFETY: kill takes plain integers; the pid is positive, so exactly one process is meant.
         unsafe { libc::kill(pid, signal) };
@@ -72,11 +94,17 @@ pub fn end(pid: u32, how: End) {
 ///
 /// Linux sends the signal when the *thread* that started the child ends: start children from the main thread.
 pub fn end_with_parent(command: &mut Command) {
+    tie_to_parent(command, End::Gracefully);
+}
+
+/// As [`end_with_parent`], with the signal of `how`.
+pub fn tie_to_parent(command: &mut Command, how: End) {
+    let signal = how.signal();
     let parent = std::process::id();
     // SAFETY: between fork and exec only prctl and getppid run, both async-signal-safe; nothing is allocated.
     unsafe {
         command.pre_exec(move || {
-            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) != 0 {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, signal) != 0 {
                 return Err(io::Error::last_os_error());
             }
             if libc::getppid().unsigned_abs() != parent {

@@ -14,6 +14,7 @@ use tempfile::TempDir;
 
 pub mod browser;
 pub mod chaos;
+pub mod slurm;
 
 /// A folder with inputs, one dataset and any number of runs.
 pub struct Site {

@@ -41,7 +41,7 @@ impl Part {
     /// Programs that it needs, and the Debian packages that bring them.
     fn programs(self) -> &'static [(&'static str, &'static str)] {
         match self {
-            Self::Slurm => &[("slurmctld", "slurm-wlm"), ("munged", "munge")],
+            Self::Slurm => &[("slurmctld", "slurm-wlm"), ("munged", "munge"), ("ip", "iproute2")],
             Self::Prometheus => &[("prometheus", "prometheus"), ("promtool", "prometheus")],
             Self::Browser => &[("chromium", "chromium")],
         }

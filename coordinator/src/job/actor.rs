@@ -195,7 +195,15 @@ impl JobOwner {
         }
         if taken_over {
             place::set(Field::Generation, owner.job.generation().0);
-            owner.note(owner.job.generation(), Happening::TakenOver)?;
+        }
+        let restarts = owner.job.restarts();
+        let happening = match (taken_over, restarts) {
+            (true, _) => Some(Happening::TakenOver),
+            (false, 0) => None,
+            (false, restarts) => Some(Happening::Restarted { restarts }),
+        };
+        if let Some(happening) = happening {
+            owner.note(owner.job.generation(), happening)?;
         }
         owner.close_turn().await?;
         Ok((JobHandle(sender), owner))

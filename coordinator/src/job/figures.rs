@@ -26,6 +26,7 @@ pub(super) fn begin(metrics: &CoordinatorMetrics, job: &Job) {
     for action in NonFinite::ALL {
         metrics.non_finite_total.with_label_values(&[&action.to_string()]);
     }
+    metrics.restarts_total.inc_by(job.restarts().into());
     metrics.planned_steps.set(job.settings.total_steps as i64);
     if let Some(last) = &job.last_step {
         metrics.steps_total.inc_by(last.step.0);
@@ -78,6 +79,7 @@ pub(super) fn happening(metrics: &CoordinatorMetrics, happening: &Happening) {
         | Happening::WorkerDismissed { .. }
         | Happening::Lagging { .. }
         | Happening::KeepsUp { .. }
+        | Happening::Restarted { .. }
         | Happening::TakenOver => {}
     }
 }

@@ -70,6 +70,8 @@ pub struct JobSettings {
     pub dataset: DatasetFacts,
     pub plan: Plan,
     pub total_steps: u64,
+    /// Times that a scheduler has started the job again.
+    pub restarts: u32,
     pub history: History,
 }
 

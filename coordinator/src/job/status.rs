@@ -24,6 +24,12 @@ impl Job {
         }
     }
 
+    /// Times that a scheduler has started the job again.
+    #[must_use]
+    pub fn restarts(&self) -> u32 {
+        self.settings.restarts
+    }
+
     /// The best evaluation on valid by `checkpoint.metric`.
     #[must_use]
     pub fn best(&self) -> Option<&Evaluation> {
@@ -75,6 +81,7 @@ impl Job {
             workers: workers.collect(),
             data_servers: Vec::new(),
             ledger: self.books.summary(),
+            restarts: self.settings.restarts,
             seconds: now.as_secs_f64(),
         }
     }

@@ -21,6 +21,7 @@ pub(super) fn settings(workers: u32) -> JobSettings {
         dataset: DatasetFacts { train_users: 8, users: 9, items: 5, interactions: 40, ..DatasetFacts::default() },
         plan: Plan::new(PlanKey { fingerprint: "f".into(), seed: 1, users: 8, global_batch: 4 }).unwrap(),
         total_steps: 4,
+        restarts: 0,
         history: History::default(),
     }
 }

@@ -191,6 +191,7 @@ impl World {
             dataset: DatasetFacts { train_users: users, ..DatasetFacts::default() },
             plan: plan.clone(),
             total_steps,
+            restarts: 0,
             history: History::default(),
         });
         let mut world = Self {

@@ -67,6 +67,8 @@ pub enum Happening {
     WorkerDismissed { worker: WorkerId },
     /// A coordinator has taken the job over from one that was killed.
     TakenOver,
+    /// A scheduler has started the job again, for the `restarts`-th time.
+    Restarted { restarts: u32 },
 }
 
 impl fmt::Display for Happening {
@@ -97,6 +99,7 @@ impl fmt::Display for Happening {
             }
             Self::KeepsUp { rank, ratio } => write!(f, "rank {rank} keeps up again ({ratio:.2} times the median)"),
             Self::WorkerDismissed { worker } => write!(f, "worker {worker} is not needed any more"),
+            Self::Restarted { restarts } => write!(f, "the scheduler has started the job again (restart {restarts})"),
             Self::TakenOver => f.write_str("the coordinator was lost, and another has taken the job over"),
         }
     }
@@ -127,6 +130,7 @@ mod tests {
             Happening::WorkerDismissed { worker: WorkerId(5) },
             Happening::NewcomerLost { worker: WorkerId(6), cause: LossCause::Disconnected },
             Happening::TakenOver,
+            Happening::Restarted { restarts: 2 },
             Happening::Stalled {
                 stall: Stall { guilty: Some((WorkerId(1), Rank(0))), cause: Cause::Data, phase: "data_wait".into() },
                 seconds: 31,

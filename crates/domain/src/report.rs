@@ -68,9 +68,12 @@ impl DatasetFacts {
 }
 
 /// Where a live coordinator listens.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CoordinatorAddress {
     pub pid: u32,
+    /// Name of its machine; empty in files of older versions, which were always read there.
+    #[serde(default)]
+    pub host: String,
     /// `http://HOST:PORT` of control and Flight.
     pub grpc: String,
     /// `http://HOST:PORT` of metrics and status.
@@ -254,6 +257,9 @@ pub struct JobStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub data_servers: Vec<DataServerStatus>,
     pub ledger: LedgerSummary,
+    /// Times that a scheduler has started the job again.
+    #[serde(default)]
+    pub restarts: u32,
     /// Seconds since the coordinator started.
     pub seconds: f64,
 }
@@ -330,6 +336,11 @@ pub mod exit {
     pub const UNSAVED: i32 = 6;
     /// The workers kept being lost or losing each other without finishing a step (`cluster.max_recoveries`).
     pub const NO_PROGRESS: i32 = 7;
+    /// Its scheduler ended the job before it was done, with a checkpoint, and it could not be queued again from within:
+    /// `learn-launch slurm --resubmit` goes on.
+    pub const RESUBMIT: i32 = 8;
+    /// Its scheduler has started the job again as often as it may, or again and again without a new checkpoint.
+    pub const RESTARTS: i32 = 9;
 }
 
 #[cfg(test)]

@@ -122,6 +122,18 @@ impl RunDir {
         self.0.join("logs").join(format!("data-{number}.log"))
     }
 
+    /// What belongs to the Slurm job of a run.
+    #[must_use]
+    pub fn slurm(&self) -> PathBuf {
+        self.0.join("slurm")
+    }
+
+    /// The log of a Slurm job's batch script.
+    #[must_use]
+    pub fn slurm_log(&self) -> PathBuf {
+        self.0.join("logs").join("slurm.log")
+    }
+
     #[must_use]
     pub fn logs(&self) -> PathBuf {
         self.0.join("logs")

@@ -22,6 +22,7 @@ pub struct CoordinatorMetrics {
     pub loss: Gauge,
     /// Labels `split`, `metric`.
     pub evaluation: GaugeVec,
+    pub restarts_total: IntCounter,
     pub heartbeats_total: IntCounter,
     /// Label `method`.
     pub rpc_seconds: HistogramVec,
@@ -61,6 +62,7 @@ impl CoordinatorMetrics {
             epoch: e.int_gauge(&names::JOB_EPOCH),
             loss: e.gauge(&names::JOB_LOSS),
             evaluation: e.gauge_vec(&names::JOB_EVALUATION),
+            restarts_total: e.counter(&names::JOB_RESTARTS),
             heartbeats_total: e.counter(&names::JOB_HEARTBEATS),
             rpc_seconds: e.histogram_vec(&names::RPC_SECONDS),
             state_write_seconds: e.histogram(&names::JOB_STATE_WRITE_SECONDS),

@@ -125,6 +125,8 @@ metrics! {
         "Loss of the last finished step.";
     JOB_EVALUATION = "learn_job_evaluation", Kind::Gauge, ["split", "metric"],
         "Value of each metric of the last evaluation on a split.";
+    JOB_RESTARTS = "learn_job_restarts_total", Kind::Counter, [],
+        "Times that a scheduler has started the job again.";
     JOB_HEARTBEATS = "learn_job_heartbeats_total", Kind::Counter, [],
         "Heartbeats received.";
     JOB_WORKERS_JOINED = "learn_job_workers_joined_total", Kind::Counter, [],
@@ -186,7 +188,7 @@ mod tests {
     const UNITS: [&str; 10] =
         ["seconds", "bytes", "rows", "users", "tokens", "steps", "flops", "nats", "ratio", "heartbeats"];
     /// Pure numbers and counts of what the name says.
-    const UNITLESS: [&str; 17] = [
+    const UNITLESS: [&str; 18] = [
         "learn_worker_learning_rate",
         "learn_worker_gradient_norm",
         "learn_worker_alignment",
@@ -197,6 +199,7 @@ mod tests {
         "learn_job_workers",
         "learn_job_epoch",
         "learn_job_evaluation",
+        "learn_job_restarts_total",
         "learn_job_workers_joined_total",
         "learn_job_workers_lost_total",
         "learn_job_stalls_total",

@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 use learn_domain::report::{Split, Task};
 
 use crate::cli::RunArgs;
-use crate::job::{self, JobSpec, Workers};
+use crate::job::{self, JobSpec};
 use crate::output::Output;
 use crate::settings::Resolver;
 use crate::{render, runs};
@@ -88,7 +88,8 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<()> {
     config.job.name = format!("{}-eval", config.job.name);
     let own = runs::create(&root, &config)?;
     let task = Task::Evaluate { checkpoint: path_text(&checkpoint.path)?, split };
-    let spec = JobSpec { run: &own, config_file: &own.config(), config: &config, task: &task, workers: Workers::Here };
+    let config_file = own.config();
+    let spec = JobSpec::local(&own, &config_file, &config, &task);
     let status = job::run(&spec, output)?;
     let evaluation = status.evaluations.last().context("the job ended without an evaluation")?;
     output.result(&render::evaluated(evaluation, args.segments), evaluation)

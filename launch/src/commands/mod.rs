@@ -5,12 +5,16 @@ pub mod doctor;
 pub mod embed;
 pub mod eval;
 pub mod export;
+pub mod logs;
 pub mod prepare;
 pub mod recommend;
 pub mod report;
 pub mod resume;
 pub mod scale;
 pub mod simulate;
+pub mod slurm;
+pub mod slurm_job;
+pub mod slurm_task;
 pub mod status;
 pub mod stop;
 pub mod study;
@@ -26,6 +30,7 @@ use learn_domain::run_dir::RunDir;
 use crate::cli::{Cli, Command};
 use crate::failure::{self, Failure};
 use crate::output::Output;
+use crate::slurm::Variables;
 use crate::{process, system};
 
 /// Runs one command and returns its exit code.
@@ -47,6 +52,10 @@ pub fn run(cli: Cli) -> i32 {
         Command::Recommend(args) => recommend::run(&args, &output),
         Command::Report(args) => report::run(&args, &output),
         Command::Status(args) => status::run(&args, &output),
+        Command::Logs(args) => logs::run(&args, &output),
+        Command::Slurm(args) => slurm::run(&args, &output),
+        Command::SlurmJob(args) => slurm_job::run(&args, &output),
+        Command::SlurmTask(args) => slurm_task::run(&args),
         Command::Study(args) => study::run(&args, &output),
         Command::Scale(args) => scale::run(&args, &output),
         Command::Simulate(args) => simulate::run(&args, &output),
@@ -85,6 +94,11 @@ fn worker(arguments: impl FnOnce(&mut ChildCommand)) -> Result<()> {
     }
     let message = format!("learn-worker: {}; its message stands above", process::describe(status));
     Err(Failure::Child { code: status.code().unwrap_or(exit::FAILED), message }.into())
+}
+
+/// One process that starts all workers must not be one of several tasks of a Slurm step.
+fn refuse_tasks(command: &str) -> Result<()> {
+    Variables::of_process().refuse_tasks(command).map_err(|error| Failure::Usage(error.to_string()).into())
 }
 
 fn shown(path: &Path) -> String {

@@ -16,6 +16,7 @@ use crate::failure::Failure;
 use crate::job::{self, JobSpec, Workers};
 use crate::output::Output;
 use crate::settings::Resolver;
+use crate::slurm::queue::refuse_queued;
 use crate::{process, runs, system};
 
 pub const HELP: &str = "\
@@ -83,9 +84,11 @@ impl Checkpoint {
 /// # Errors
 /// The run is alive or finished, has no usable checkpoint, or does not finish now.
 pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
+    super::refuse_tasks("resume")?;
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
     let shown = super::shown_run(&run);
     runs::refuse_live(&run)?;
+    refuse_queued(&run)?;
     let before = runs::config(&run)?;
     let resolver = Resolver::new(&before).sets(&args.sets)?;
     refuse_unchangeable(resolver.changed())?;
@@ -117,11 +120,13 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
     runs::ensure_token(&run)?;
     let task = Task::Train { resume_from: Some(path_text(&checkpoint.path)?) };
     let workers = Workers::unless(args.no_workers);
-    job::run(&JobSpec { run: &run, config_file: &run.next_config(), config: &config, task: &task, workers }, output)?;
+    let next = run.next_config();
+    let spec = JobSpec { workers, ..JobSpec::local(&run, &next, &config, &task) };
+    job::run(&spec, output)?;
     super::train::report(&run, output)
 }
 
-fn refuse_unchangeable<'a>(mut keys: impl Iterator<Item = &'a str>) -> Result<()> {
+pub(super) fn refuse_unchangeable<'a>(mut keys: impl Iterator<Item = &'a str>) -> Result<()> {
     let allowed = |key: &str| {
         CHANGEABLE.iter().any(|allowed| if allowed.ends_with('.') { key.starts_with(allowed) } else { key == *allowed })
     };
@@ -137,12 +142,12 @@ fn refuse_unchangeable<'a>(mut keys: impl Iterator<Item = &'a str>) -> Result<()
 }
 
 /// A path as the task carries it.
-pub(super) fn path_text(path: &std::path::Path) -> Result<String> {
+pub(crate) fn path_text(path: &std::path::Path) -> Result<String> {
     path.to_str().map(str::to_owned).with_context(|| format!("{} is not UTF-8", path.display()))
 }
 
 /// All checkpoints of a run, oldest first, each checked by the worker binary.
-pub(super) fn checkpoints(run: &RunDir) -> Result<Vec<Checkpoint>> {
+pub(crate) fn checkpoints(run: &RunDir) -> Result<Vec<Checkpoint>> {
     let mut command = Command::new(process::sibling("learn-worker")?);
     command.arg("checkpoints").arg("--run").arg(run.root()).arg("--json").stdin(Stdio::null()).stderr(Stdio::piped());
     system::end_with_parent(&mut command);
@@ -158,7 +163,7 @@ pub(super) fn checkpoints(run: &RunDir) -> Result<Vec<Checkpoint>> {
 }
 
 /// A training goes on only from a checkpoint whose ledger is there: a kill may come between the two.
-fn with_ledgers(run: &RunDir, checkpoints: Vec<Checkpoint>) -> Vec<Checkpoint> {
+pub(crate) fn with_ledgers(run: &RunDir, checkpoints: Vec<Checkpoint>) -> Vec<Checkpoint> {
     let check = |checkpoint: Checkpoint| {
         let ledger = run.ledger(checkpoint.step);
         if !checkpoint.valid || ledger.is_file() {
@@ -172,7 +177,7 @@ fn with_ledgers(run: &RunDir, checkpoints: Vec<Checkpoint>) -> Vec<Checkpoint> {
 
 /// The checkpoint that `wanted` names (`best`, `last` or a directory's name), or the latest that was committed; never a
 /// damaged one.
-pub(super) fn choose<'a>(checkpoints: &'a [Checkpoint], wanted: Option<&str>, shown: &str) -> Result<&'a Checkpoint> {
+pub(crate) fn choose<'a>(checkpoints: &'a [Checkpoint], wanted: Option<&str>, shown: &str) -> Result<&'a Checkpoint> {
     let usage = |message: String| anyhow::Error::from(Failure::Usage(message));
     let chosen = match wanted {
         None => checkpoints.iter().rfind(|checkpoint| !checkpoint.uncommitted).or(checkpoints.last()),

@@ -14,6 +14,7 @@ use crate::failure::Failure;
 use crate::output::Output;
 use crate::render::{self, Freshness};
 use crate::runs::{self, Named};
+use crate::slurm::queue::Queue;
 use crate::watch;
 
 pub const HELP: &str = "\
@@ -24,8 +25,9 @@ Examples:
   learn-launch status quickstart --watch --json | jq -c '[.last_step.step, .last_step.loss]'
   learn-launch status data/ml-100k                    (the embed job of a dataset)
 
-With --json the whole status is printed, with `freshness`: live (a coordinator answers), ended, or stale (the
-coordinator is gone without having ended the job; `resume`, or `embed`, continues it).";
+With --json the whole status is printed, with `freshness`: live (a coordinator answers), ended, queued (it waits in Slurm's
+queue), or stale (the coordinator is gone without having ended the job; `resume`, or `embed`, continues it); and with
+`slurm` if it is a job of Slurm's.";
 
 /// Arguments of `status`.
 #[derive(Debug, Args)]
@@ -51,9 +53,20 @@ pub fn run(args: &StatusArgs, output: &Output) -> Result<()> {
     if args.watch {
         return watch::run(run, output);
     }
+    let queue = Queue::of(&run);
     let Some(Current { status, freshness, trouble }) = current(&run)? else {
+        if let Some(queue) = queue {
+            // a job that has not started has no status yet
+            let text = format!("{}: Slurm's {}", super::shown_run(&run), queue.describe());
+            let freshness = if queue.ended() { Freshness::Stale } else { Freshness::Queued };
+            return output.result(&text, &serde_json::json!({ "freshness": freshness.name(), "slurm": queue.json() }));
+        }
         let (shown, log) = (run.root().display(), run.coordinator_log());
         bail!("{shown} has no status yet; its coordinator has not come that far, see {}", log.display());
+    };
+    let freshness = match &queue {
+        Some(queue) if freshness != Freshness::Live => queue.freshness(&status.state, freshness),
+        _ => freshness,
     };
     if let Some(trouble) = trouble {
         tracing::warn!("{trouble}; showing the last status on disk");
@@ -61,6 +74,10 @@ pub fn run(args: &StatusArgs, output: &Output) -> Result<()> {
     let mut json = serde_json::to_value(&status)?;
     json["freshness"] = freshness.name().into();
     let mut text = render::status(&status, freshness);
+    if let Some(queue) = &queue {
+        json["slurm"] = queue.json();
+        text += &format!("  slurm       {}\n", queue.describe());
+    }
     if let Some(address) = runs::live(&run).filter(|_| freshness == Freshness::Live) {
         json["page"] = address.http.clone().into();
         text += &format!("  page        {}", runs::page(&run, &address, std::io::stdout().is_terminal()));

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
 use learn_domain::run_dir::RunDir;
 
@@ -12,6 +12,8 @@ use crate::failure::Failure;
 use crate::output::Output;
 use crate::render;
 use crate::runs::{self, Named};
+use crate::slurm::client;
+use crate::slurm::queue::Queue;
 
 pub const HELP: &str = "\
 Examples:
@@ -19,8 +21,8 @@ Examples:
   learn-launch stop quickstart --no-wait
   learn-launch stop data/ml-100k            (the embed job of a dataset)
 
-The job finishes its step, writes a checkpoint and ends; `learn-launch resume` continues it exactly. An embed job ends at
-once and keeps its finished ranges; `learn-launch embed` goes on behind them.";
+The job finishes its step, writes a checkpoint and ends; `learn-launch resume` continues it exactly. A job that waits in
+Slurm's queue is taken out of it; `learn-launch slurm --resubmit` continues it. An embed job ends at once and keeps its finished ranges; `learn-launch embed` goes on behind them.";
 
 /// Pause between two looks at a job that is about to end.
 const POLL: Duration = Duration::from_millis(200);
@@ -47,7 +49,10 @@ pub fn run(args: &StopArgs, output: &Output) -> Result<()> {
             if !end(args, &run, (&shown, "stopping after the current step"), output)? {
                 return Ok(());
             }
-            let status = runs::last_status(&run)?.context("the job ended without a last status")?;
+            let Some(status) = runs::last_status(&run)? else {
+                let text = format!("{shown}: ended before it had begun");
+                return output.result(&text, &serde_json::json!({ "state": "stopped" }));
+            };
             let step = status.last_step.as_ref().map_or(0, |step| step.step.0);
             output.result(&format!("{shown}: {} at step {step}", render::state(&status.state)), &status)
         }
@@ -66,6 +71,9 @@ pub fn run(args: &StopArgs, output: &Output) -> Result<()> {
 /// Asks a job to stop; `true` once it has ended, `false` if nobody waits for that.
 fn end(args: &StopArgs, run: &RunDir, (shown, stopping): (&str, &str), output: &Output) -> Result<bool> {
     let Some(address) = runs::live(run) else {
+        if let Some(queue) = Queue::of(run).filter(|queue| queue.waits() || queue.runs()) {
+            return end_in_queue(args, run, &queue, shown, output);
+        }
         return Err(Failure::Usage(format!(
             "{shown} is not running; `learn-launch status {shown}` shows how it ended"
         ))
@@ -81,6 +89,30 @@ fn end(args: &StopArgs, run: &RunDir, (shown, stopping): (&str, &str), output: &
     while runs::live(run).is_some() {
         if start.elapsed() >= Duration::from_secs(args.timeout) {
             bail!("{shown} still runs after {} s; `kill {}` ends its coordinator", args.timeout, address.pid);
+        }
+        std::thread::sleep(POLL);
+    }
+    Ok(true)
+}
+
+/// Ends a Slurm job whose coordinator cannot be asked from here: out of the queue, or by a signal to its batch script.
+fn end_in_queue(args: &StopArgs, run: &RunDir, queue: &Queue, shown: &str, output: &Output) -> Result<bool> {
+    let job = queue.job.job_id;
+    if queue.waits() {
+        client::cancel(job)?;
+        output.note(&format!("{shown}: job {job} is taken out of Slurm's queue"));
+    } else {
+        client::ask_to_stop(job)?;
+        output.note(&format!("{shown}: job {job} stops after its current step"));
+    }
+    if args.no_wait {
+        output.result(&format!("{shown}: asked to stop"), &serde_json::json!({ "state": "stopping" }))?;
+        return Ok(false);
+    }
+    let start = Instant::now();
+    while Queue::of(run).is_some_and(|queue| !queue.ended()) {
+        if start.elapsed() >= Duration::from_secs(args.timeout) {
+            bail!("{shown} still runs after {} s; `scancel {job}` ends it at once", args.timeout);
         }
         std::thread::sleep(POLL);
     }

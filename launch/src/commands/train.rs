@@ -66,6 +66,7 @@ pub struct TrainArgs {
 /// # Errors
 /// The configuration, the dataset or the installation is not ready, the run exists, or the job does not finish.
 pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
+    super::refuse_tasks("train")?;
     let mut config = args
         .settings
         .resolver()?
@@ -101,12 +102,14 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     ));
     let task = Task::Train { resume_from: None };
     let workers = Workers::unless(args.no_workers);
-    job::run(&JobSpec { run: &run, config_file: &run.config(), config: &config, task: &task, workers }, output)?;
+    let config_file = run.config();
+    let spec = JobSpec { workers, ..JobSpec::local(&run, &config_file, &config, &task) };
+    job::run(&spec, output)?;
     report(&run, output)
 }
 
 /// Everything that can be known to fail before a run directory is made.
-fn check_ready(config: &Config) -> Result<()> {
+pub(super) fn check_ready(config: &Config) -> Result<()> {
     let dataset = Dataset::open(&config.data.dataset)?;
     if config.model.item_input.has_content() {
         let (dim, output_dim) = (dataset.embeddings()?.dim(), config.model.output_dim as usize);

@@ -59,6 +59,7 @@ fn job() -> JobStatus {
             pid: 43,
         }],
         ledger: LedgerSummary { exact: true, epochs: vec![epoch(0, 943), epoch(1, 512)] },
+        restarts: 0,
         seconds: 61.0,
     }
 }

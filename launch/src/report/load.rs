@@ -45,7 +45,7 @@ impl RunFacts {
             Ok(Some(Current { status, freshness, .. })) => {
                 facts.state = match freshness {
                     Freshness::Stale => format!("{}, its coordinator is gone", render::state(&status.state)),
-                    Freshness::Live | Freshness::Ended => render::state(&status.state).into(),
+                    Freshness::Live | Freshness::Ended | Freshness::Queued => render::state(&status.state).into(),
                 };
                 facts.cause.clone_from(&status.cause);
                 facts.status = Some(status);

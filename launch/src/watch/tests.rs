@@ -84,6 +84,7 @@ pub fn scene() -> Scene {
         workers: vec![worker(0, "gather", 0.98), hangs, worker(2, "gather", 1.0), worker(3, "gather", 1.02)],
         ledger: LedgerSummary { exact: true, epochs: vec![] },
         data_servers: vec![],
+        restarts: 0,
         seconds: 620.0,
     };
     let time = |step: u64| Some(NOW - 31.4 - 0.45 * (1200 - step) as f64);

@@ -1,0 +1,345 @@
+//! `learn-launch logs`: what the processes of a run have said, and say.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use learn_domain::report::JobStatus;
+use learn_domain::run_dir::RunDir;
+
+use crate::api::Api;
+use crate::cli::RunArgs;
+use crate::failure::Failure;
+use crate::output::Output;
+use crate::runs;
+use crate::slurm::client;
+use crate::slurm::run::SlurmJob;
+
+pub const HELP: &str = "\
+Examples:
+  learn-launch logs runs/quickstart                      the last lines of everybody
+  learn-launch logs quickstart --rank 1 --follow
+  learn-launch logs quickstart --coordinator -n 500
+  learn-launch logs shop --slurm                         what the batch script and srun said
+
+Of several logs each line begins with whose it is. --follow ends when the job has ended, or with Ctrl-C; it goes on through
+a requeue by Slurm. The files are those of the run's logs/ folder.";
+
+/// Pause between two looks at the files.
+const POLL: Duration = Duration::from_millis(200);
+/// Pause between two questions whether the job still runs.
+const ASK: Duration = Duration::from_secs(2);
+/// Most bytes of a file that are searched for its last lines.
+const TAIL_BYTES: u64 = 4 << 20;
+
+/// Arguments of `logs`.
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    /// Only this rank, as the status numbers them (repeatable)
+    #[arg(long, value_name = "R")]
+    rank: Vec<u32>,
+    /// Only this worker process: worker-N.log (repeatable)
+    #[arg(long, value_name = "N")]
+    worker: Vec<u32>,
+    /// Only the coordinator
+    #[arg(long)]
+    coordinator: bool,
+    /// Only the batch script and srun of a Slurm job
+    #[arg(long)]
+    slurm: bool,
+    /// Begin with the last N lines of each
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+    lines: usize,
+    /// Go on with what is said from now on
+    #[arg(short, long)]
+    follow: bool,
+}
+
+impl LogsArgs {
+    fn all(&self) -> bool {
+        self.rank.is_empty() && self.worker.is_empty() && !self.coordinator && !self.slurm
+    }
+}
+
+/// # Errors
+/// There is no such run, rank or log.
+pub fn run(args: &LogsArgs, output: &Output) -> Result<()> {
+    let run = runs::find(&args.run.run, &args.run.runs_dir)?;
+    let chosen = choose(args, &run)?;
+    if chosen.is_empty() && !args.follow {
+        let message = format!("{} has no such log yet", run.logs().display());
+        return Err(Failure::Usage(message).into());
+    }
+    let mut screen = Screen { named: args.all() || chosen.len() > 1, json: output.json() };
+    let mut logs: BTreeMap<String, Log> = BTreeMap::new();
+    for path in chosen {
+        logs.insert(name_of(&path), Log::open(path, Some(args.lines))?);
+    }
+    for (name, log) in &mut logs {
+        screen.print(name, log.lines()?)?;
+    }
+    let mut asked: Option<Instant> = None;
+    let mut over = false;
+    while args.follow {
+        let mut silent = true;
+        for (name, log) in &mut logs {
+            let lines = log.lines()?;
+            silent &= lines.is_empty();
+            screen.print(name, lines)?;
+        }
+        if over && silent {
+            break;
+        }
+        if asked.is_none_or(|at| at.elapsed() >= ASK) {
+            over = !goes_on(&run);
+            asked = Some(Instant::now());
+            if args.all() {
+                for path in choose(args, &run)? {
+                    if let Entry::Vacant(place) = logs.entry(name_of(&path)) {
+                        place.insert(Log::open(path, None)?);
+                    }
+                }
+            }
+        }
+        std::thread::sleep(POLL);
+    }
+    Ok(())
+}
+
+/// Whether anything of the job lives, or will.
+fn goes_on(run: &RunDir) -> bool {
+    runs::live(run).is_some()
+        || SlurmJob::of(run)
+            .and_then(|job| client::queued(job.job_id).ok().flatten())
+            .is_some_and(|queued| !queued.ended())
+}
+
+/// The files that the arguments name; those of everybody without any.
+fn choose(args: &LogsArgs, run: &RunDir) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(run.logs()).with_context(|| format!("cannot read {}", run.logs().display()))?;
+    let mut all: Vec<PathBuf> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
+        .collect();
+    all.sort_by_key(|path| order(&name_of(path)));
+    if args.all() {
+        return Ok(all);
+    }
+    let ranks = if args.rank.is_empty() { BTreeMap::new() } else { workers_of_ranks(run)? };
+    let mut names = Vec::new();
+    for rank in &args.rank {
+        let file = ranks.get(rank).and_then(|worker| {
+            all.iter().find(|path| name_of(path).starts_with("worker-") && joined_as(path) == Some(*worker))
+        });
+        let Some(file) = file else {
+            let known: Vec<String> = ranks.keys().map(u32::to_string).collect();
+            let message = format!(
+                "no log of rank {rank} in {}: the status knows the ranks {}; `--worker N` takes a file by its number",
+                run.logs().display(),
+                if known.is_empty() { "-".into() } else { known.join(", ") }
+            );
+            return Err(Failure::Usage(message).into());
+        };
+        names.push(name_of(file));
+    }
+    names.extend(args.worker.iter().map(|number| format!("worker-{number}")));
+    if args.coordinator {
+        names.push("coordinator".into());
+    }
+    if args.slurm {
+        names.extend(["slurm".into(), "srun".into()]);
+    }
+    let chosen: Vec<PathBuf> = all.into_iter().filter(|path| names.contains(&name_of(path))).collect();
+    let missing = names.iter().find(|name| !chosen.iter().any(|path| name_of(path) == **name));
+    match missing {
+        // of the two of Slurm one may be missing
+        Some(name) if !args.slurm => {
+            let message = format!("there is no {name}.log in {}", run.logs().display());
+            Err(Failure::Usage(message).into())
+        }
+        _ => Ok(chosen),
+    }
+}
+
+/// Slurm's logs, the coordinator's, the workers' by number.
+fn order(name: &str) -> (u8, u32, String) {
+    let number = name.strip_prefix("worker-").and_then(|number| number.parse().ok());
+    let kind = match (name, number) {
+        ("slurm", _) => 0,
+        ("srun", _) => 1,
+        ("coordinator", _) => 2,
+        (_, Some(_)) => 3,
+        _ => 4,
+    };
+    (kind, number.unwrap_or(0), name.to_owned())
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Which worker has which rank now, or had it last.
+fn workers_of_ranks(run: &RunDir) -> Result<BTreeMap<u32, u32>> {
+    let live = runs::live(run).and_then(|address| Api::new(run, &address).job().ok());
+    let status: Option<JobStatus> = match live {
+        Some(status) => Some(status),
+        None => runs::last_status(run)?,
+    };
+    let workers = status.map(|status| status.workers).unwrap_or_default();
+    Ok(workers.into_iter().filter_map(|worker| Some((worker.rank?.0, worker.worker.0))).collect())
+}
+
+/// The number that the last worker of a log has got when it joined.
+fn joined_as(path: &Path) -> Option<u32> {
+    let bytes = std::fs::read(path).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    text.lines().rev().filter(|line| line.contains("joined")).find_map(worker_number)
+}
+
+/// The field `worker` of a line of a log, plain or JSON.
+fn worker_number(line: &str) -> Option<u32> {
+    let behind = ["worker=", "\"worker\":"].into_iter().find_map(|field| Some(line.split_once(field)?.1))?;
+    let digits: String = behind.trim_start_matches('"').chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().ok()
+}
+
+/// A file that is read as it grows.
+struct Log {
+    path: PathBuf,
+    at: u64,
+    /// A line that has not ended yet.
+    begun: Vec<u8>,
+}
+
+impl Log {
+    /// From the beginning, or with the last `from_end` lines.
+    fn open(path: PathBuf, from_end: Option<usize>) -> Result<Self> {
+        let at = match from_end {
+            None => 0,
+            Some(lines) => start_of_last(&path, lines).with_context(|| format!("cannot read {}", path.display()))?,
+        };
+        Ok(Self { path, at, begun: Vec::new() })
+    }
+
+    /// The lines that were added.
+    fn lines(&mut self) -> Result<Vec<String>> {
+        let mut read = || -> io::Result<()> {
+            let mut file = File::open(&self.path)?;
+            if file.metadata()?.len() < self.at {
+                // it was begun anew
+                (self.at, self.begun) = (0, Vec::new());
+            }
+            file.seek(SeekFrom::Start(self.at))?;
+            self.at += file.read_to_end(&mut self.begun)? as u64;
+            Ok(())
+        };
+        match read() {
+            // a run that was moved aside
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            read => read.with_context(|| format!("cannot read {}", self.path.display()))?,
+        }
+        let Some(end) = self.begun.iter().rposition(|&byte| byte == b'\n') else { return Ok(Vec::new()) };
+        let rest = self.begun.split_off(end + 1);
+        let whole = std::mem::replace(&mut self.begun, rest);
+        Ok(String::from_utf8_lossy(&whole).lines().map(str::to_owned).collect())
+    }
+}
+
+/// Where the last `count` whole lines of a file begin.
+fn start_of_last(path: &Path, count: usize) -> io::Result<u64> {
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    let from = length.saturating_sub(TAIL_BYTES);
+    file.seek(SeekFrom::Start(from))?;
+    let mut bytes = Vec::new();
+    file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
+    let ends: Vec<usize> =
+        bytes.iter().enumerate().filter_map(|(at, &byte)| (byte == b'\n').then_some(at + 1)).collect();
+    let Some(&end) = ends.last() else { return Ok(from) };
+    let start = match ends.len().checked_sub(count + 1) {
+        Some(before) => ends[before],
+        None if from == 0 => 0,
+        None => ends[0],
+    };
+    Ok(from + start.min(end) as u64)
+}
+
+/// Where lines go.
+struct Screen {
+    /// Each line begins with whose it is.
+    named: bool,
+    json: bool,
+}
+
+impl Screen {
+    fn print(&mut self, name: &str, lines: Vec<String>) -> Result<()> {
+        let mut out = io::stdout().lock();
+        for line in lines {
+            if self.json {
+                writeln!(out, "{}", serde_json::json!({ "log": name, "line": line }))?;
+            } else if self.named {
+                writeln!(out, "{name:<11} | {line}")?;
+            } else {
+                writeln!(out, "{line}")?;
+            }
+        }
+        Ok(out.flush()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn the_worker_of_a_line_is_found_in_either_format() {
+        assert_eq!(worker_number("INFO joined worker=12 coordinator=\"http://x\""), Some(12));
+        assert_eq!(worker_number(r#"{"fields":{"message":"joined","worker":"7"}}"#), Some(7));
+        assert_eq!(worker_number(r#"{"worker":7}"#), Some(7));
+        assert_eq!(worker_number("INFO joined"), None);
+    }
+
+    #[test]
+    fn a_growing_file_gives_each_whole_line_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("worker-0.log");
+        std::fs::write(&path, "one\ntwo\nthr").unwrap();
+        let mut log = Log::open(path.clone(), Some(1)).unwrap();
+        assert_eq!(log.lines().unwrap(), ["two"]);
+        std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"ee\nfour\n").unwrap();
+        assert_eq!(log.lines().unwrap(), ["three", "four"]);
+        assert!(log.lines().unwrap().is_empty());
+        std::fs::write(&path, "anew\n").unwrap();
+        assert_eq!(log.lines().unwrap(), ["anew"]);
+        std::fs::remove_file(&path).unwrap();
+        assert!(log.lines().unwrap().is_empty());
+    }
+
+    #[test]
+    fn logs_stand_in_the_order_of_the_job() {
+        let mut names = ["worker-10", "other", "coordinator", "worker-2", "srun", "slurm"];
+        names.sort_by_key(|name| order(name));
+        assert_eq!(names, ["slurm", "srun", "coordinator", "worker-2", "worker-10", "other"]);
+    }
+
+    proptest! {
+        #[test]
+        fn the_last_lines_are_the_last_lines(lines in prop::collection::vec("[a-z]{0,6}", 0..12), count in 0_usize..15) {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("log");
+            std::fs::write(&path, lines.iter().map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+            let read = Log::open(path, Some(count)).unwrap().lines().unwrap();
+            prop_assert_eq!(&read[..], &lines[lines.len().saturating_sub(count)..]);
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! On which address a process of the job listens: the one of this machine that faces those who call.
+//!
+//! The system says it: an UDP socket that is "connected" to a peer (nothing is sent) has the address of the interface that
+//! leads there.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs as _, UdpSocket};
+
+use anyhow::{Context as _, Result, bail};
+
+use super::Allocation;
+use super::client;
+
+/// Where the coordinator of a job shall listen, and what to tell the operator of the choice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Binding {
+    pub address: String,
+    pub note: Option<String>,
+}
+
+/// `configured` (`cluster.bind`) if it is more than this machine's own; else the address that the other nodes reach.
+///
+/// # Errors
+/// No other node's address can be found.
+pub fn of_coordinator(configured: &str, allocation: &Allocation) -> Result<Binding> {
+    if !is_loopback(configured) {
+        return Ok(Binding { address: configured.to_owned(), note: None });
+    }
+    let others: Vec<&String> = allocation.nodes.iter().filter(|node| **node != allocation.first).collect();
+    if others.is_empty() {
+        return Ok(Binding { address: configured.to_owned(), note: None });
+    }
+    for other in &others {
+        let Some(address) = resolve(other).into_iter().find_map(towards) else { continue };
+        let note = address.is_loopback().then(|| {
+            format!(
+                "{other} is at an address of this machine ({address}): a cluster on one machine? Nobody else can join"
+            )
+        });
+        return Ok(Binding { address: address.to_string(), note });
+    }
+    bail!(
+        "cannot find the address of {}, so it is unknown on which interface the other nodes reach {}: neither DNS nor \
+         `scontrol show node` knows it. Name the address with cluster.bind (`--set cluster.bind=0.0.0.0` opens all \
+         interfaces)",
+        others.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", "),
+        allocation.first
+    )
+}
+
+/// Where a worker listens: on the interface that leads to its coordinator.
+///
+/// # Errors
+/// The coordinator's address cannot be resolved or reached.
+pub fn of_worker(coordinator: &str) -> Result<IpAddr> {
+    let host_and_port = coordinator.strip_prefix("http://").unwrap_or(coordinator).trim_end_matches('/');
+    let found =
+        host_and_port.to_socket_addrs().with_context(|| format!("cannot find the coordinator {coordinator}"))?;
+    let mut found: Vec<SocketAddr> = found.collect();
+    found.sort_by_key(SocketAddr::is_ipv6);
+    found
+        .into_iter()
+        .find_map(towards)
+        .with_context(|| format!("no interface of this machine leads to the coordinator {coordinator}"))
+}
+
+/// A wildcard is none.
+#[must_use]
+pub fn is_loopback(address: &str) -> bool {
+    address == "localhost" || address.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+/// By name as every program does, or else as Slurm knows the node.
+fn resolve(node: &str) -> Vec<SocketAddr> {
+    // any port will do: nothing is sent
+    let lookup = |host: &str| (host, 9).to_socket_addrs().map(Iterator::collect).unwrap_or_default();
+    let mut found: Vec<SocketAddr> = lookup(node);
+    if found.is_empty() {
+        found = client::node_address(node).map(|address| lookup(&address)).unwrap_or_default();
+    }
+    found.sort_by_key(SocketAddr::is_ipv6);
+    found
+}
+
+/// The address of this machine from which `peer` is reached.
+fn towards(peer: SocketAddr) -> Option<IpAddr> {
+    let any: IpAddr = if peer.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.connect(peer).ok()?;
+    Some(socket.local_addr().ok()?.ip()).filter(|ip| !ip.is_unspecified())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn allocation(nodes: &[&str]) -> Allocation {
+        let nodes: Vec<String> = nodes.iter().map(|&node| node.to_owned()).collect();
+        Allocation { job: 1, first: nodes[0].clone(), tasks: 2, restarts: 0, nodes }
+    }
+
+    #[test]
+    fn a_job_on_one_node_stays_on_it_and_a_choice_is_kept() {
+        let address = |bind: &str, nodes: &[&str]| of_coordinator(bind, &allocation(nodes)).unwrap().address;
+        assert_eq!(address("127.0.0.1", &["a"]), "127.0.0.1");
+        assert_eq!(address("0.0.0.0", &["a", "b"]), "0.0.0.0");
+        assert_eq!(address("10.1.2.3", &["a", "b"]), "10.1.2.3");
+    }
+
+    #[test]
+    fn several_nodes_are_never_served_on_the_loopback_in_silence() {
+        let text = of_coordinator("127.0.0.1", &allocation(&["a", "no-such-node.invalid"])).unwrap_err().to_string();
+        assert!(text.contains("no-such-node.invalid") && text.contains("cluster.bind"), "{text}");
+        let binding = of_coordinator("127.0.0.1", &allocation(&["a", "localhost"])).unwrap();
+        assert_eq!(binding.address, "127.0.0.1");
+        assert!(binding.note.unwrap().contains("localhost is at an address of this machine"));
+    }
+
+    #[test]
+    fn a_worker_listens_towards_its_coordinator() {
+        assert_eq!(of_worker("http://127.0.0.1:1234").unwrap(), IpAddr::from([127, 0, 0, 1]));
+        assert!(of_worker("http://no-such-node.invalid:1").unwrap_err().to_string().contains("no-such-node.invalid"));
+    }
+}

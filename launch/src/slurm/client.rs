@@ -1,0 +1,167 @@
+//! Slurm's programs: sbatch, squeue, scancel, scontrol.
+
+use std::io;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use serde::Serialize;
+
+use crate::process;
+
+/// A job as squeue shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Queued {
+    pub job_id: u32,
+    /// `PENDING`, `RUNNING`, …
+    pub state: String,
+    /// Why it waits, or `None`.
+    pub reason: String,
+    pub nodes: String,
+    pub time: String,
+    pub time_limit: String,
+}
+
+impl Queued {
+    /// Reads a line of [`FORMAT`].
+    fn read(line: &str) -> Option<Self> {
+        let mut fields = line.trim().split('|').map(str::to_owned);
+        let mut next = || fields.next();
+        let (job_id, state, reason) = (next()?.parse().ok()?, next()?, next()?);
+        Some(Self { job_id, state, reason, nodes: next()?, time: next()?, time_limit: next()? })
+    }
+
+    /// It is in the queue and has not begun, or waits to begin again.
+    #[must_use]
+    pub fn waits(&self) -> bool {
+        ["PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING"]
+            .contains(&self.state.as_str())
+    }
+
+    #[must_use]
+    pub fn runs(&self) -> bool {
+        ["RUNNING", "SUSPENDED", "STOPPED", "SIGNALING"].contains(&self.state.as_str())
+    }
+
+    /// It has ended, and Slurm shows it for a while.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        !self.waits() && !self.runs() && self.state != "COMPLETING"
+    }
+
+    /// For people.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let Self { job_id, state, reason, nodes, time, time_limit } = self;
+        if self.waits() {
+            format!("job {job_id} is {state} ({reason})")
+        } else {
+            format!("job {job_id} is {state} on {nodes}, {time} of {time_limit}")
+        }
+    }
+}
+
+const FORMAT: &str = "%A|%T|%r|%N|%M|%l";
+
+/// Runs one of the programs; its stdout.
+fn run(command: &mut Command) -> Result<String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let answer = command.stdin(Stdio::null()).output().map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => {
+            anyhow!(
+                "{name} is not on the PATH of this machine: Slurm's programs are needed here (on a login node, mostly)"
+            )
+        }
+        _ => anyhow!("cannot start {name}: {error}"),
+    })?;
+    if !answer.status.success() {
+        let said = String::from_utf8_lossy(&answer.stderr);
+        bail!("{name} ended with {}: {}", process::describe(answer.status), said.trim());
+    }
+    Ok(String::from_utf8_lossy(&answer.stdout).into_owned())
+}
+
+/// Submits a batch script; the number of the job.
+///
+/// # Errors
+/// Slurm is not there or refuses it; the message is Slurm's own.
+pub fn submit(script: &Path) -> Result<u32> {
+    let said = run(Command::new("sbatch").arg("--parsable").arg(script))?;
+    let number = said.trim().split(';').next().unwrap_or_default();
+    number.parse().with_context(|| format!("sbatch answered `{}`, which is no job number", said.trim()))
+}
+
+/// A job as Slurm knows it; `None` if it does not know it any more.
+///
+/// # Errors
+/// Slurm cannot be asked.
+pub fn queued(job: u32) -> Result<Option<Queued>> {
+    let job = job.to_string();
+    match run(Command::new("squeue").args(["--noheader", "--states=all", "--jobs", &job, "--format", FORMAT])) {
+        // of a heterogeneous job the first part comes first
+        Ok(said) => Ok(said.lines().find_map(Queued::read)),
+        Err(error) if error.to_string().contains("Invalid job id") => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Ends a job.
+///
+/// # Errors
+/// Slurm is not there or refuses.
+pub fn cancel(job: u32) -> Result<()> {
+    run(Command::new("scancel").arg(job.to_string())).map(drop)
+}
+
+/// SIGTERM to the batch script of a job alone.
+///
+/// # Errors
+/// Slurm is not there or refuses.
+pub fn ask_to_stop(job: u32) -> Result<()> {
+    run(Command::new("scancel").args(["--batch", "--signal=TERM", &job.to_string()])).map(drop)
+}
+
+/// Puts a running job back into the queue.
+///
+/// # Errors
+/// Slurm is not there or refuses.
+pub fn requeue(job: u32) -> Result<()> {
+    run(Command::new("scontrol").args(["requeue", &job.to_string()])).map(drop)
+}
+
+/// The address of a node in Slurm's configuration.
+#[must_use]
+pub fn node_address(node: &str) -> Option<String> {
+    let said = run(Command::new("scontrol").args(["--oneliner", "show", "node", node])).ok()?;
+    field(&said, "NodeAddr").map(str::to_owned)
+}
+
+/// The value of `name=value` among words.
+fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_squeue_is_read() {
+        let waiting = Queued::read("12|PENDING|Resources||0:00|1:00:00\n").unwrap();
+        assert!(waiting.waits() && !waiting.runs() && !waiting.ended());
+        assert_eq!(waiting.describe(), "job 12 is PENDING (Resources)");
+        let running = Queued::read("12|RUNNING|None|node[1-2]|0:32|UNLIMITED").unwrap();
+        assert!(running.runs() && !running.waits() && !running.ended());
+        assert_eq!(running.describe(), "job 12 is RUNNING on node[1-2], 0:32 of UNLIMITED");
+        assert!(Queued::read("12|TIMEOUT|TimeLimit|node1|1:00|1:00").unwrap().ended());
+        assert!(!Queued::read("12|COMPLETING|None|node1|1:00|1:00").unwrap().ended());
+        assert_eq!(Queued::read("slurm_load_jobs error"), None);
+    }
+
+    #[test]
+    fn a_field_of_scontrol_is_found() {
+        let said = "NodeName=node2 Arch=x86_64 NodeAddr=10.0.0.2 NodeHostName=node2";
+        assert_eq!(field(said, "NodeAddr"), Some("10.0.0.2"));
+        assert_eq!(field(said, "Addr"), None);
+    }
+}
