@@ -295,7 +295,7 @@ mod tests {
     fn the_address_of_the_page_has_the_token_on_a_terminal_only() {
         let folder = tempfile::tempdir().unwrap();
         let run = create(&folder.path().join("one"), &Config::default()).unwrap();
-        let address = CoordinatorAddress { pid: 1, grpc: String::new(), http: "http://h:1".into() };
+        let address = CoordinatorAddress { pid: 1, http: "http://h:1".into(), ..CoordinatorAddress::default() };
         let token = token(&run).unwrap();
         assert_eq!(page(&run, &address, true), format!("http://h:1/?token={token}"));
         let elsewhere = page(&run, &address, false);

@@ -309,6 +309,7 @@ mod tests {
             workers,
             data_servers: Vec::new(),
             ledger: Default::default(),
+            restarts: 0,
             seconds: 1.0,
         };
         let overview = Overview::of(&status, "recall@10", SILENT_AFTER, Counts::default());
