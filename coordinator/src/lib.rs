@@ -8,6 +8,7 @@
 //! configuration, dataset and history were checked.
 
 pub mod board;
+pub mod connections;
 pub mod control;
 pub mod data;
 pub mod embedding;
@@ -50,6 +51,8 @@ pub enum CoordinatorError {
     #[error(transparent)]
     Replica(#[from] replica::ReplicaError),
     #[error(transparent)]
+    Client(#[from] learn_proto::connect::ConnectError),
+    #[error(transparent)]
     Serve(#[from] ServeError),
 }
 
@@ -67,6 +70,7 @@ impl CoordinatorError {
             | Self::State(_)
             | Self::TakeOver(_)
             | Self::Replica(_)
+            | Self::Client(_)
             | Self::Serve(_) => exit::FAILED,
         }
     }

@@ -7,11 +7,11 @@ use clap::{Parser, Subcommand};
 use learn_coordinator::embedding::{EmbeddingCoordinator, Ended};
 use learn_coordinator::files::read_json;
 use learn_coordinator::replica::{self, ReplicaSettings};
-use learn_coordinator::{CoordinatorError, Outcome, Settings, SettingsError, exit_code, run, take_over};
+use learn_coordinator::{CoordinatorError, Outcome, Settings, exit_code, run, take_over};
 use learn_domain::report;
 use learn_domain::report::{CoordinatorAddress, Task};
 use learn_domain::run_dir::RunDir;
-use learn_proto::auth::Secret;
+use learn_proto::connect::Pass;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Serves one LEARN job: control and data (gRPC), metrics and status (HTTP); or an embed job: leases and status.
@@ -105,7 +105,7 @@ impl DataArguments {
         Ok(ReplicaSettings {
             dataset: self.dataset,
             coordinator,
-            secret: Secret::read(&secret_file).map_err(SettingsError::from)?,
+            pass: Pass::read(&secret_file)?,
             bind: self.bind,
             grpc_port: self.grpc_port,
             http_port: self.http_port,

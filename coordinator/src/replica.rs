@@ -14,26 +14,24 @@ use arrow_flight::flight_service_server::FlightServiceServer;
 use learn_dataset::Dataset;
 use learn_domain::Config;
 use learn_domain::config::ClusterConfig;
-use learn_proto::auth::{BearerInterceptor, RequireBearer, Secret};
+use learn_proto::auth::BearerInterceptor;
+use learn_proto::connect::Pass;
 use learn_proto::convert::{DataOffer, OfferedServer};
+use learn_proto::tls::is_refusal;
 use learn_proto::v1::control_client::ControlClient;
 use learn_proto::v1::{OfferDataRequest, OfferDataResponse};
 use learn_telemetry::DataMetrics;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::server::TcpIncoming;
-use tonic::transport::{Channel, Server};
+use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use crate::CoordinatorError;
-use crate::data::{DataService, Directory, Source, SourceError};
+use crate::connections::{self, Gate, MAX_REQUEST_BYTES};
+use crate::data::{DataService, Directory, Source, SourceError, catalogues};
 use crate::serve::{Ports, ServeError, close, ending, host_name, on_stop};
 
-/// Longest wait for a connection.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection whose peer answers no ping for this long, twice over, is broken.
-const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// Pause before a coordinator that is away is asked again.
 const PAUSE: Duration = Duration::from_millis(500);
 /// Patience until the coordinator has told its own (`cluster.coordinator_timeout`).
@@ -46,7 +44,8 @@ pub struct ReplicaSettings {
     pub dataset: Option<PathBuf>,
     /// `http://HOST:PORT` of the coordinator's gRPC.
     pub coordinator: String,
-    pub secret: Secret,
+    /// The job's secret, and its certificates if it has any.
+    pub pass: Pass,
     /// None: as the job's configuration says.
     pub bind: Option<String>,
     /// 0 = any free one.
@@ -81,16 +80,10 @@ struct Coordinator {
 }
 
 impl Coordinator {
-    fn new(url: &str, secret: &Secret) -> Result<Self, ReplicaError> {
+    fn new(url: &str, pass: &Pass) -> Result<Self, ReplicaError> {
         let wrong = |reason: String| ReplicaError::Address { url: url.to_owned(), reason };
-        let endpoint = Channel::from_shared(url.to_owned()).map_err(|error| wrong(error.to_string()))?;
-        let channel = endpoint
-            .connect_timeout(CONNECT_TIMEOUT)
-            .http2_keep_alive_interval(KEEP_ALIVE)
-            .keep_alive_timeout(KEEP_ALIVE)
-            .tcp_nodelay(true)
-            .connect_lazy();
-        let bearer = BearerInterceptor::try_from(secret).map_err(|error| wrong(error.to_string()))?;
+        let channel = pass.endpoint(url).map_err(|error| wrong(error.to_string()))?.connect_lazy();
+        let bearer = pass.bearer().map_err(|error| wrong(error.to_string()))?;
         Ok(Self {
             url: url.to_owned(),
             client: ControlClient::with_interceptor(channel, bearer),
@@ -107,8 +100,9 @@ impl Coordinator {
                 Ok(answer) => return Ok(answer.into_inner()),
                 Err(status) => status,
             };
-            let passes = std::error::Error::source(&status).is_some()
-                || matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::Unknown);
+            let passes = !is_refusal(&status)
+                && (std::error::Error::source(&status).is_some()
+                    || matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::Unknown));
             let waited = started.elapsed();
             if !passes {
                 return Err(ReplicaError::Refused(status.message().to_owned()));
@@ -129,12 +123,12 @@ struct Replica {
     directory: Directory,
     service: DataService,
     ports: Ports,
-    secret: Secret,
+    pass: Pass,
 }
 
 impl Replica {
     async fn bind(settings: ReplicaSettings) -> Result<Self, CoordinatorError> {
-        let mut coordinator = Coordinator::new(&settings.coordinator, &settings.secret)?;
+        let mut coordinator = Coordinator::new(&settings.coordinator, &settings.pass)?;
         let mut offer = DataOffer { fingerprint: String::new(), embeddings_fingerprint: String::new(), server: None };
         // the coordinator says where the dataset is, if nobody else has
         let dataset = match settings.dataset {
@@ -161,7 +155,8 @@ impl Replica {
 
         let bind = settings.bind.unwrap_or_else(|| config.cluster.bind.clone());
         let (grpc_port, http_port) = (settings.grpc_port, settings.http_port);
-        let ports = Ports::bind(&ClusterConfig { bind, grpc_port, http_port, ..ClusterConfig::default() }).await?;
+        let cluster = ClusterConfig { bind, grpc_port, http_port, ..ClusterConfig::default() };
+        let ports = Ports::bind(&cluster, settings.pass.tls()).await?;
         // under the name that the others know it by
         let named = terms.data_locations.last().unwrap_or(&settings.coordinator);
         let directory = Directory::new(named, config.cluster.coordinator_timeout.0);
@@ -178,18 +173,20 @@ impl Replica {
             metrics: DataMetrics::new(),
             world_size: config.cluster.workers,
             directory: directory.clone(),
+            catalogues: catalogues(),
         };
-        Ok(Self { coordinator, offer, directory, service, ports, secret: settings.secret })
+        Ok(Self { coordinator, offer, directory, service, ports, pass: settings.pass })
     }
 
     async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), CoordinatorError> {
-        let Self { coordinator, offer, directory, service, ports, secret } = self;
+        let Self { coordinator, offer, directory, service, ports, pass } = self;
         let (stop, stopped) = watch::channel(false);
         let exposition = service.metrics.exposition.clone();
-        let grpc = Server::builder()
-            .add_service(InterceptedService::new(FlightServiceServer::new(service), RequireBearer(secret)))
+        let data = FlightServiceServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES);
+        let grpc = connections::server()
+            .add_service(InterceptedService::new(data, Gate(pass.secret().clone())))
             .serve_with_incoming_shutdown(
-                TcpIncoming::from(ports.grpc).with_nodelay(Some(true)),
+                connections::connections(ports.grpc, connections::Limits::default(), ports.tls),
                 on_stop(stopped.clone()),
             );
         let http = learn_telemetry::serve(ports.http, exposition, on_stop(stopped));

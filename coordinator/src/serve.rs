@@ -11,25 +11,25 @@ use std::time::{Duration, Instant};
 use arrow_flight::flight_service_server::FlightServiceServer;
 use learn_dataset::Dataset;
 use learn_domain::WorkerId;
-use learn_domain::config::ClusterConfig;
+use learn_domain::config::{ClusterConfig, TlsMode};
 use learn_domain::membership::Outcome;
 use learn_domain::report::{CoordinatorAddress, Task};
 use learn_domain::run_dir::RunDir;
-use learn_proto::auth::RequireBearer;
 use learn_proto::convert::Admission;
+use learn_proto::tls::{Tls, TlsError};
 use learn_proto::v1::control_server::ControlServer;
 use learn_telemetry::CoordinatorMetrics;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 
 use crate::board::Follower;
+use crate::connections::{self, Gate, MAX_REQUEST_BYTES};
 use crate::control::ControlService;
-use crate::data::{DataService, Directory, Source, SourceError};
+use crate::data::{DataService, Directory, Source, SourceError, catalogues};
 use crate::files::{FileError, write_json};
 use crate::http::access::Access;
 use crate::job::actor::{Command, JobHandle, JobOwner, OwnerError, OwnerParts, STATES};
@@ -68,6 +68,10 @@ pub enum ServeError {
     Locked(PathBuf),
     #[error("cannot lock {path}: {source}")]
     Lock { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error("cluster.tls is on, but there is no {0}; start the job with `learn-launch`, which writes it")]
+    NoCertificates(PathBuf),
     #[error("the {0} server ended before the job: {1}")]
     Server(&'static str, String),
     #[error("a part of the coordinator failed: {0}")]
@@ -107,14 +111,16 @@ pub(crate) struct Ports {
     /// Of gRPC and HTTP.
     pub ports: (u16, u16),
     pub address: CoordinatorAddress,
+    /// With certificates only calls that are encrypted, from clients that have one.
+    pub tls: Option<TlsAcceptor>,
 }
 
 impl Ports {
     /// As [`Ports::bind`], but waits a moment for ports that a killed process had.
-    async fn inherit(cluster: &ClusterConfig) -> Result<Self, ServeError> {
+    async fn inherit(cluster: &ClusterConfig, tls: Option<&Tls>) -> Result<Self, ServeError> {
         let started = Instant::now();
         loop {
-            match Self::bind(cluster).await {
+            match Self::bind(cluster, tls).await {
                 Err(ServeError::Bind { source, .. })
                     if source.kind() == ErrorKind::AddrInUse && started.elapsed() < PORTS_WITHIN =>
                 {
@@ -126,8 +132,10 @@ impl Ports {
     }
 
     /// # Errors
-    /// A port is taken.
-    pub async fn bind(cluster: &ClusterConfig) -> Result<Self, ServeError> {
+    /// A port is taken, or the certificates cannot be used.
+    pub async fn bind(cluster: &ClusterConfig, tls: Option<&Tls>) -> Result<Self, ServeError> {
+        let tls = tls.map(Tls::server).transpose()?.map(TlsAcceptor::from);
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let (grpc, grpc_port) = listen(&cluster.bind, cluster.grpc_port, "grpc_port").await?;
         let (http, http_port) = listen(&cluster.bind, cluster.http_port, "http_port").await?;
         let host = advertised(&cluster.bind);
@@ -135,10 +143,24 @@ impl Ports {
         let address = CoordinatorAddress {
             pid: std::process::id(),
             host: host_name(),
-            grpc: format!("http://{host}:{grpc_port}"),
+            grpc: format!("{scheme}://{host}:{grpc_port}"),
             http: format!("http://{host}:{http_port}"),
         };
-        Ok(Self { grpc, http, ports, address })
+        Ok(Self { grpc, http, ports, address, tls })
+    }
+}
+
+/// The certificates of a run, if its configuration wants any.
+///
+/// # Errors
+/// They are not there, or cannot be used.
+pub(crate) fn certificates(cluster: &ClusterConfig, run_dir: &RunDir) -> Result<Option<Tls>, ServeError> {
+    match cluster.tls.mode {
+        TlsMode::Off => Ok(None),
+        TlsMode::Auto | TlsMode::Files => match Tls::beside(&run_dir.secret())? {
+            None => Err(ServeError::NoCertificates(run_dir.tls())),
+            found => Ok(found),
+        },
     }
 }
 
@@ -239,7 +261,7 @@ impl Coordinator {
         let Settings { run_dir, config, task, .. } = &settings;
         let history = History::load(run_dir, task, &source.facts.fingerprint)?;
         let (entries, journal) = Journal::open(run_dir.clone(), source.facts.fingerprint.clone(), config)?;
-        let ports = Ports::bind(&config.cluster).await?;
+        let ports = Ports::bind(&config.cluster, certificates(&config.cluster, run_dir)?.as_ref()).await?;
         let mut state = StateFile::create(&run_dir.coordinator_state())?;
         let mut identity = Turn::default();
         let fingerprint = source.facts.fingerprint.clone();
@@ -284,7 +306,8 @@ impl Coordinator {
         }
         let (entries, journal) = Journal::open(run_dir.clone(), identity.fingerprint, &settings.config)?;
         let (grpc_port, http_port) = (identity.grpc_port, identity.http_port);
-        let ports = Ports::inherit(&ClusterConfig { grpc_port, http_port, ..settings.config.cluster.clone() }).await?;
+        let cluster = ClusterConfig { grpc_port, http_port, ..settings.config.cluster.clone() };
+        let ports = Ports::inherit(&cluster, certificates(&cluster, &run_dir)?.as_ref()).await?;
         let metrics = CoordinatorMetrics::new(STATES);
         let parts = OwnerParts {
             task: settings.task.clone(),
@@ -325,7 +348,7 @@ impl Coordinator {
         let (stop, stopped) = watch::channel(false);
         let directory = Directory::new(&self.ports.address.grpc, self.settings.config.cluster.heartbeat_timeout.0);
         let (control, data) = (self.control(&directory, &stopped)?, self.data(&directory));
-        let require = RequireBearer(self.settings.secret.clone());
+        let gate = Gate(self.settings.secret.clone());
         let origin = Origin { job: self.settings.config.job.name.clone(), http: self.ports.address.http.clone() };
         let pages = http::Parts {
             job: self.job.clone(),
@@ -336,13 +359,18 @@ impl Coordinator {
             config: self.settings.config.clone(),
             follower: Follower::new(&self.settings.run_dir),
         };
-        let Self { ports: Ports { grpc, http, .. }, job, owner, journal, lock, .. } = self;
+        let Self { ports: Ports { grpc, http, tls, .. }, job, owner, journal, lock, .. } = self;
 
         let mut servers = JoinSet::new();
-        let grpc = Server::builder()
-            .add_service(InterceptedService::new(ControlServer::new(control), require.clone()))
-            .add_service(InterceptedService::new(FlightServiceServer::new(data), require))
-            .serve_with_incoming_shutdown(TcpIncoming::from(grpc).with_nodelay(Some(true)), on_stop(stopped.clone()));
+        let control = ControlServer::new(control).max_decoding_message_size(MAX_REQUEST_BYTES);
+        let data = FlightServiceServer::new(data).max_decoding_message_size(MAX_REQUEST_BYTES);
+        let grpc = connections::server()
+            .add_service(InterceptedService::new(control, gate.clone()))
+            .add_service(InterceptedService::new(data, gate))
+            .serve_with_incoming_shutdown(
+                connections::connections(grpc, connections::Limits::default(), tls),
+                on_stop(stopped.clone()),
+            );
         servers.spawn(async move { ("gRPC", ending(grpc.await)) });
         servers.spawn(async move { ("HTTP", ending(http::serve(http, pages, on_stop(stopped)).await)) });
         // whoever comes next must not meet a thread that still writes
@@ -411,6 +439,7 @@ impl Coordinator {
             metrics: self.metrics.data.clone(),
             world_size: self.settings.config.cluster.workers,
             directory: directory.clone(),
+            catalogues: catalogues(),
         }
     }
 }

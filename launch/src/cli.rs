@@ -171,7 +171,9 @@ pub fn anchor(config: &mut Config) -> Result<()> {
     absolute(&mut config.job.runs_dir)?;
     absolute(&mut config.data.dataset)?;
     absolute(&mut config.embed.model)?;
-    for path in [&mut config.embed.from, &mut config.training.init].into_iter().flatten() {
+    let tls = &mut config.cluster.tls;
+    let optional = [&mut config.embed.from, &mut config.training.init, &mut tls.ca, &mut tls.certificate, &mut tls.key];
+    for path in optional.into_iter().flatten() {
         absolute(path)?;
     }
     let inputs = [&mut config.prepare.interactions.files, &mut config.prepare.items.files];

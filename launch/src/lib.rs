@@ -33,4 +33,5 @@ pub mod settings;
 pub mod slurm;
 pub mod study;
 pub mod system;
+pub mod tls;
 pub mod watch;

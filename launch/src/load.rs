@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use learn_domain::random::mix;
 use learn_domain::{Incarnation, WorkerId};
-use learn_proto::auth::{BearerInterceptor, Secret};
+use learn_proto::auth::BearerInterceptor;
+use learn_proto::connect::Pass;
 use learn_proto::convert::{Applicant, Order};
 use learn_proto::v1::control_client::ControlClient;
 use learn_proto::v1::{AttendRequest, HeartbeatRequest, ReadyRequest};
@@ -33,7 +34,7 @@ const TICKS: f64 = 100.0;
 /// What is to be carried.
 pub struct Load {
     pub address: String,
-    pub secret: Secret,
+    pub pass: Pass,
     pub workers: u32,
     /// To measure, once all have their ranks.
     pub time: Duration,
@@ -70,7 +71,7 @@ enum Phase {
 }
 
 struct Shared {
-    address: String,
+    endpoint: Endpoint,
     bearer: BearerInterceptor,
     joining: Semaphore,
     ready: AtomicU32,
@@ -88,8 +89,8 @@ pub fn run(load: &Load, say: impl Fn(&str)) -> Result<Measured> {
 
 async fn carry(load: &Load, say: impl Fn(&str)) -> Result<Measured> {
     let shared = Arc::new(Shared {
-        address: load.address.clone(),
-        bearer: BearerInterceptor::try_from(&load.secret)?,
+        endpoint: load.pass.endpoint(&load.address)?,
+        bearer: load.pass.bearer()?,
         joining: Semaphore::new(JOINING),
         ready: AtomicU32::new(0),
         placed: AtomicU32::new(0),
@@ -167,7 +168,7 @@ async fn until(
 /// One worker's life; gives its answer times in microseconds.
 async fn worker(shared: Arc<Shared>, number: u32, mut phases: watch::Receiver<Phase>) -> Result<Vec<u32>> {
     let place = shared.joining.acquire().await?;
-    let channel = Endpoint::from_shared(shared.address.clone())?.tcp_nodelay(true).connect().await?;
+    let channel = shared.endpoint.connect().await?;
     let mut control = ControlClient::with_interceptor(channel, shared.bearer.clone());
     let applicant = Applicant {
         incarnation: Incarnation(format!("simulated-{number}")),

@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 
 use crate::api::Api;
 use crate::failure::Failure;
-use crate::{process, system};
+use crate::{process, system, tls};
 
 /// Bytes of a job's secret, and of its token.
 const SECRET_BYTES: usize = 32;
@@ -29,11 +29,12 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))
 }
 
-/// Makes the directory of a new run: configuration, secret and token, folder for logs.
+/// Makes the directory of a new run: configuration, secret, token and certificates, folder for logs.
 ///
 /// # Errors
 /// It exists already (the message names the ways out) or cannot be written.
 pub fn create(root: &Path, config: &Config) -> Result<RunDir> {
+    tls::check(&config.cluster.tls)?;
     if let Some(parent) = root.parent() {
         fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
     }
@@ -55,6 +56,7 @@ pub fn create(root: &Path, config: &Config) -> Result<RunDir> {
     write_config(&run.config(), config)?;
     write_secret(&run.secret())?;
     write_secret(&run.token())?;
+    tls::provide(&run, &config.cluster.tls)?;
     Ok(run)
 }
 

@@ -134,27 +134,16 @@ impl Interceptor for BearerInterceptor {
     }
 }
 
-/// Server side: [`check`] before every call of a service.
-#[derive(Clone, Debug)]
-pub struct RequireBearer(pub Secret);
-
-impl Interceptor for RequireBearer {
-    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
-        check(request.metadata(), &self.0)?;
-        Ok(request)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn verdict(header: Option<&str>) -> Option<Status> {
-        let mut request = Request::new(());
+        let mut metadata = MetadataMap::new();
         if let Some(header) = header {
-            request.metadata_mut().insert(HEADER, header.parse().unwrap());
+            metadata.insert(HEADER, header.parse().unwrap());
         }
-        RequireBearer(Secret::new("s3cret\n").unwrap()).call(request).err()
+        check(&metadata, &Secret::new("s3cret\n").unwrap()).err()
     }
 
     #[test]

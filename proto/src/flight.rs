@@ -36,18 +36,19 @@ pub enum TicketError {
 pub const POPULARITY: &str = "popularity";
 
 /// Scheme of Flight's locations of servers without TLS, and that of their gRPC URLs.
-const SCHEMES: (&str, &str) = ("grpc+tcp://", "http://");
+const SCHEMES: [(&str, &str); 2] = [("grpc+tcp://", "http://"), ("grpc+tls://", "https://")];
 
 /// A Flight location for the gRPC URL of a server.
 #[must_use]
 pub fn flight_location(url: &str) -> String {
-    url.strip_prefix(SCHEMES.1).map_or_else(|| url.to_owned(), |rest| format!("{}{rest}", SCHEMES.0))
+    let mut found = SCHEMES.iter().filter_map(|(flight, grpc)| Some(format!("{flight}{}", url.strip_prefix(grpc)?)));
+    found.next().unwrap_or_else(|| url.to_owned())
 }
 
 /// The gRPC URL of the server at a Flight location; `None` if it needs something else than plain gRPC.
 #[must_use]
 pub fn grpc_url(location: &str) -> Option<String> {
-    location.strip_prefix(SCHEMES.0).map(|rest| format!("{}{rest}", SCHEMES.1))
+    SCHEMES.iter().find_map(|(flight, grpc)| Some(format!("{grpc}{}", location.strip_prefix(flight)?)))
 }
 
 /// The order in which the `number`-th client asks the servers of a job: each starts with another one, and the last of them,

@@ -1,15 +1,17 @@
 //! What crosses the network between the processes of a job.
 //!
 //! Input: the `.proto` files beside this crate and the values of `learn-domain`. Output: generated messages and services
-//! ([`v1`]), their conversions ([`convert`]), the job's secret ([`auth`]) and the Arrow Flight tickets and schemas
+//! ([`v1`]), their conversions ([`convert`]), the job's secret ([`auth`]) and certificates ([`tls`]), clients of both ([`connect`]), and the Arrow Flight tickets and schemas
 //! ([`flight`]). Invariant: no generated type is used outside this crate and the shells that serve or call it.
 //!
 //! `src/generated` is committed, so that a build needs neither `protoc` nor a build script; `tests/generated.rs` keeps
 //! it up to date.
 
 pub mod auth;
+pub mod connect;
 pub mod convert;
 pub mod flight;
+pub mod tls;
 
 /// Messages and services of `learn.v1`.
 #[allow(clippy::all, clippy::pedantic, missing_docs)]

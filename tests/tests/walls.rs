@@ -20,7 +20,7 @@ const NEVER: &[(&str, &[&str])] = &[
 ];
 
 /// The only crates of the workspace that may reach libtorch.
-const LIBTORCH: &[&str] = &["learn-torch", "learn-model", "learn-ceg", "learn-worker"];
+const LIBTORCH: &[&str] = &["learn-torch", "learn-model", "learn-ceg", "learn-worker", "learn-fuzz"];
 
 /// Package name -> names of its normal dependencies, and the workspace's own packages.
 struct Graph {

@@ -15,10 +15,12 @@ use learn_domain::membership::Departure;
 use learn_domain::progress::Work;
 use learn_domain::report::{Evaluation, StepRecord};
 use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
-use learn_proto::auth::{BearerInterceptor, Secret};
+use learn_proto::auth::BearerInterceptor;
+use learn_proto::connect::{Pass, chain};
 use learn_proto::convert::{
     Admission, Applicant, Beginning, ConvertError, Order, StepReport, cut, evaluation_json, event_json,
 };
+use learn_proto::tls::is_refusal;
 use learn_proto::v1;
 use learn_proto::v1::control_client::ControlClient;
 use learn_telemetry::place::{self, Field};
@@ -30,11 +32,6 @@ use tonic::transport::Channel;
 use tonic::{Code, Response, Status, Streaming};
 
 use crate::retry::{Passing, Patience};
-
-/// Longest wait for a connection to the coordinator or a data service.
-pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection whose peer answers no ping for this long, twice over, is broken: a frozen host ends every wait.
-pub const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// Patience until the coordinator has told its own (`cluster.coordinator_timeout`).
 const FIRST_PATIENCE: Duration = Duration::from_secs(30);
@@ -49,6 +46,11 @@ pub const REPORT_QUEUE: usize = 256;
 pub enum ControlError {
     #[error("the coordinator at {url} cannot be reached: {reason}; is it running, and is the address right?")]
     Connect { url: String, reason: String },
+    #[error(
+        "this worker and the coordinator do not take each other's certificates: {0}; start it with the `secret` of the run \
+         that the coordinator serves, whose tls.json lies beside it"
+    )]
+    Certificates(String),
     #[error("the coordinator has not answered {call} for too long (cluster.coordinator_timeout): {reason}")]
     Away { call: &'static str, reason: String },
     #[error("the coordinator does not know this worker (any more), says its answer to {call}")]
@@ -69,8 +71,9 @@ pub enum ControlError {
 
 fn failed(call: &'static str) -> impl Fn(Status) -> ControlError {
     move |status| {
-        let text = format!("{} ({})", status.message(), status.code());
+        let text = told(&status);
         match status.code() {
+            _ if is_refusal(&status) => ControlError::Certificates(text),
             Code::NotFound => ControlError::Unknown { call },
             Code::Aborted => ControlError::Ended { call, message: status.message().to_owned() },
             Code::ResourceExhausted if call == JOIN => ControlError::Full(status.message().to_owned()),
@@ -78,6 +81,12 @@ fn failed(call: &'static str) -> impl Fn(Status) -> ControlError {
             _ => ControlError::Refused { call, message: text },
         }
     }
+}
+
+/// What a status says, with what lies behind it.
+pub(crate) fn told(status: &Status) -> String {
+    let causes = std::error::Error::source(status).map(|source| format!(": {}", chain(source))).unwrap_or_default();
+    format!("{}{causes} ({})", status.message(), status.code())
 }
 
 /// A worker's place in a generation.
@@ -224,19 +233,16 @@ impl Control {
     ///
     /// # Errors
     /// If nobody listens there for a while.
-    pub fn connect(handle: Handle, url: &str, secret: &Secret) -> Result<Self, ControlError> {
+    pub fn connect(handle: Handle, url: &str, pass: &Pass) -> Result<Self, ControlError> {
         let failed = |reason: String| ControlError::Connect { url: url.to_owned(), reason };
-        let endpoint = Channel::from_shared(url.to_owned())
-            .map_err(|error| failed(error.to_string()))?
-            .connect_timeout(CONNECT_TIMEOUT)
-            .http2_keep_alive_interval(KEEP_ALIVE)
-            .keep_alive_timeout(KEEP_ALIVE)
-            .keep_alive_while_idle(true)
-            .tcp_nodelay(true);
+        let endpoint = pass.endpoint(url).map_err(|error| failed(error.to_string()))?;
         let patience = Patience::new(FIRST_PATIENCE);
         let connect = patience.answer("connect", || endpoint.connect());
-        let channel = handle.block_on(connect).map_err(|error| failed(error_chain(&error)))?;
-        let bearer = BearerInterceptor::try_from(secret).map_err(|error| failed(error.to_string()))?;
+        let channel = handle.block_on(connect).map_err(|error| match is_refusal(&error) {
+            true => ControlError::Certificates(chain(&error)),
+            false => failed(chain(&error)),
+        })?;
+        let bearer = pass.bearer().map_err(|error| failed(error.to_string()))?;
         let client = ControlClient::with_interceptor(channel, bearer);
         Ok(Self { handle, client, patience })
     }
@@ -563,15 +569,4 @@ impl Rendezvous for Member {
         });
         self.control.handle.block_on(answer).map(|answer| answer.value).map_err(|status| status.message().to_owned())
     }
-}
-
-fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        text.push_str(": ");
-        text.push_str(&inner.to_string());
-        source = inner.source();
-    }
-    text
 }

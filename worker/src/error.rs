@@ -17,7 +17,7 @@ pub enum WorkerError {
     #[error(transparent)]
     Control(#[from] ControlError),
     #[error(transparent)]
-    Secret(#[from] learn_proto::auth::AuthError),
+    Client(#[from] learn_proto::connect::ConnectError),
     #[error(transparent)]
     Torch(#[from] learn_torch::TorchError),
     #[error(transparent)]

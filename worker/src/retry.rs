@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use learn_domain::random::Draws;
+use learn_proto::tls::is_refusal;
 use tokio::time::Instant;
 
 /// Bound of the pause after the first failure.
@@ -29,17 +30,20 @@ pub trait Passing {
 
 impl Passing for tonic::Status {
     /// A status with a source was made here, from a broken connection; of those that a server sends, `Unavailable` says
-    /// it, and `Cancelled` that it was told to end.
+    /// it, and `Cancelled` that it was told to end. Certificates that are refused once are refused again.
     fn may_pass(&self) -> bool {
+        if is_refusal(self) {
+            return false;
+        }
         std::error::Error::source(self).is_some()
             || matches!(self.code(), tonic::Code::Unavailable | tonic::Code::Cancelled | tonic::Code::Unknown)
     }
 }
 
 impl Passing for tonic::transport::Error {
-    /// Nobody listens (yet).
+    /// Nobody listens (yet), unless it is the certificates.
     fn may_pass(&self) -> bool {
-        true
+        !is_refusal(self)
     }
 }
 

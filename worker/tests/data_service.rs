@@ -196,7 +196,7 @@ impl Service {
 
 fn client(runtime: &Runtime, locations: &[String], patience: Duration) -> DataClient {
     let secret = Secret::new("0123456789abcdef").unwrap();
-    runtime.block_on(DataClient::new(locations, 0, &secret, &Patience::new(patience))).unwrap()
+    runtime.block_on(DataClient::new(locations, 0, &secret.into(), &Patience::new(patience))).unwrap()
 }
 
 fn runtime() -> Runtime {

@@ -1,4 +1,4 @@
-//! The repository's own tasks: set-up, the quickstart, the tests, what CI runs, the chaos run, the archive and the GPU check.
+//! The repository's own tasks: set-up, the quickstart, the tests, what CI runs, the chaos run, the archive, fuzzing and the GPU check.
 //!
 //! Depends on little, so that the first command on a new machine starts soon; in particular on no other crate of the
 //! workspace and never on libtorch, which `setup` brings.
@@ -7,6 +7,7 @@ mod chaos;
 mod ci;
 mod dist;
 mod files;
+mod fuzz;
 mod gpu_check;
 mod process;
 mod progress;
@@ -52,6 +53,8 @@ enum Task {
     Chaos(chaos::Options),
     /// Pack binaries, configurations, documentation and an installer of libtorch for machines without a toolchain.
     Dist(dist::Options),
+    /// Fuzz every parser of what comes from outside.
+    Fuzz(fuzz::Options),
     /// Pack what checks the CUDA path on a machine with an NVIDIA GPU and PyTorch, without network or toolchain.
     GpuCheck(gpu_check::Options),
 }
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Task::Ci => ci::run(&workspace),
         Task::Chaos(options) => chaos::run(&workspace, &options),
         Task::Dist(options) => dist::run(&workspace, &options),
+        Task::Fuzz(options) => fuzz::run(&workspace, &options),
         Task::GpuCheck(options) => gpu_check::run(&workspace, &options),
     });
     let Err(error) = result else { return ExitCode::SUCCESS };

@@ -8,7 +8,8 @@ mod batches;
 mod directory;
 mod encode;
 mod held_out;
-mod rows;
+#[doc(hidden)]
+pub mod rows;
 mod source;
 
 use std::sync::Arc;
@@ -32,13 +33,19 @@ use learn_proto::flight::{
 };
 use learn_telemetry::DataMetrics;
 pub use source::{Source, SourceError};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status, Streaming};
+
+use crate::connections::Peer;
 
 /// Messages of a stream that are made before the client asks for them.
 const READ_AHEAD: usize = 2;
 
 /// Largest world that a ticket may name.
 const MAX_WORLD_SIZE: u32 = 1 << 16;
+
+/// Streams of the catalogue at once, over all connections: each holds all texts in memory.
+const MAX_CATALOGUES: usize = 4;
 
 /// The Flight service.
 pub struct DataService {
@@ -48,6 +55,14 @@ pub struct DataService {
     pub world_size: u32,
     /// The servers with this dataset.
     pub directory: Directory,
+    /// Places for streams of the catalogue.
+    pub catalogues: Arc<Semaphore>,
+}
+
+/// Places for streams of the catalogue, as many as a service has.
+#[must_use]
+pub fn catalogues() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(MAX_CATALOGUES))
 }
 
 /// Runs `work` on a blocking thread.
@@ -100,6 +115,16 @@ impl Flight {
 }
 
 type Messages = BoxStream<'static, Result<FlightData, Status>>;
+
+/// The same messages; `held` is let go with their stream.
+fn holding<T: Send + 'static>(messages: Messages, held: T) -> Messages {
+    messages.inspect(move |_| _ = &held).boxed()
+}
+
+/// A place for one more stream on the connection of a call.
+fn stream_of<T>(request: &Request<T>) -> Result<Option<OwnedSemaphorePermit>, Status> {
+    Peer::of(request.extensions()).map(Peer::stream).transpose()
+}
 
 impl DataService {
     /// The columns of a stream that are not always there.
@@ -211,6 +236,10 @@ impl DataService {
                 Ok(self.respond("evaluation", &schema, messages))
             }
             Ticket::Items { first, count } => {
+                let place = Arc::clone(&self.catalogues).try_acquire_owned().map_err(|_| {
+                    let text = format!("the catalogue is being read {MAX_CATALOGUES} times already; ask again later");
+                    Status::resource_exhausted(text)
+                })?;
                 let items = off_thread(move || {
                     source.dataset.items().map_err(|error| Status::internal(format!("the catalogue: {error}")))
                 })
@@ -222,7 +251,8 @@ impl DataService {
                 }
                 let end = if count == 0 { items.len() } else { items.len().min(first + count as usize) };
                 let schema = self.schema(Flight::Items);
-                Ok(self.respond("items", &schema, held_out::items_stream(items, Arc::clone(&schema), first, end)))
+                let messages = held_out::items_stream(items, Arc::clone(&schema), first, end);
+                Ok(self.respond("items", &schema, messages).map(|messages| holding(messages, place)))
             }
             Ticket::Popularity {} => {
                 let counts = off_thread(move || Ok(source.dataset.popularity())).await?;
@@ -273,13 +303,16 @@ impl FlightService for DataService {
     }
 
     async fn do_get(&self, request: Request<RawTicket>) -> Result<Response<Self::DoGetStream>, Status> {
-        self.get(Ticket::decode(&request.get_ref().ticket).map_err(bad_ticket)?).await
+        let place = stream_of(&request)?;
+        let ticket = Ticket::decode(&request.get_ref().ticket).map_err(bad_ticket)?;
+        Ok(self.get(ticket).await?.map(|messages| holding(messages, place)))
     }
 
     async fn do_exchange(
         &self,
         request: Request<Streaming<FlightData>>,
     ) -> Result<Response<Self::DoExchangeStream>, Status> {
+        let place = stream_of(&request)?;
         let mut requests = request.into_inner();
         let first = requests.message().await?.ok_or_else(|| Status::invalid_argument("the exchange has no message"))?;
         let descriptor = first.flight_descriptor.as_ref();
@@ -292,7 +325,8 @@ impl FlightService for DataService {
         // a client may send the descriptor alone, before the schema of its requests
         let first = stream::iter((!first.data_header.is_empty()).then_some(Ok(first)));
         let requests = first.chain(requests.map_err(|status| FlightError::Tonic(Box::new(status))));
-        Ok(self.respond("rows", &schema, rows::stream(embeddings, Arc::clone(&schema), requests)))
+        let messages = rows::stream(embeddings, Arc::clone(&schema), requests);
+        Ok(self.respond("rows", &schema, messages).map(|messages| holding(messages, place)))
     }
 
     async fn handshake(

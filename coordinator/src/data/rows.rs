@@ -13,7 +13,7 @@ use arrow_flight::decode::FlightRecordBatchStream;
 use arrow_flight::error::FlightError;
 use arrow_schema::{DataType, Schema};
 use futures::stream::{self, Stream, StreamExt, TryStreamExt};
-use learn_dataset::Embeddings;
+use learn_dataset::{Embeddings, MessageCheck};
 use learn_proto::flight::{MAX_MESSAGE_BYTES, RowsMeta};
 use tonic::Status;
 
@@ -83,19 +83,34 @@ fn refused(error: FlightError) -> Status {
     }
 }
 
+/// The items that each request asks for, all below `rows`.
+pub fn requests(
+    rows: usize,
+    messages: impl Stream<Item = Result<FlightData, FlightError>> + Send + 'static,
+) -> impl Stream<Item = Result<PrimitiveArray<UInt32Type>, Status>> {
+    let mut check = MessageCheck::default();
+    let messages = messages.map(move |message| -> Result<FlightData, FlightError> {
+        let message = message?;
+        check.check(&message.data_header, message.data_body.len()).map_err(FlightError::DecodeError)?;
+        Ok(message)
+    });
+    FlightRecordBatchStream::new_from_flight_data(messages)
+        .map_err(refused)
+        .enumerate()
+        .map(move |(request, batch)| wanted(request as u64, &batch?, rows))
+}
+
 /// Answers a stream of requests, whose first message with content is their schema.
 pub fn stream(
     embeddings: Arc<Embeddings>,
     schema: Arc<Schema>,
-    requests: impl Stream<Item = Result<FlightData, FlightError>> + Send + 'static,
+    messages: impl Stream<Item = Result<FlightData, FlightError>> + Send + 'static,
 ) -> impl Stream<Item = Result<(FlightData, usize), Status>> {
     let (rows, dim) = (embeddings.rows(), embeddings.dim());
-    let answers = FlightRecordBatchStream::new_from_flight_data(requests)
-        .map_err(refused)
+    let answers = requests(rows, messages)
         .enumerate()
-        .map(move |(request, batch)| {
-            let items = wanted(request as u64, &batch?, rows)?;
-            let parts = parts(request as u64, items, dim).into_iter().map(Ok::<_, Status>);
+        .map(move |(request, items)| {
+            let parts = parts(request as u64, items?, dim).into_iter().map(Ok::<_, Status>);
             Ok::<_, Status>(stream::iter(parts))
         })
         .try_flatten();

@@ -18,20 +18,19 @@ use job::EmbeddingJob;
 use learn_domain::Config;
 use learn_domain::report::CoordinatorAddress;
 use learn_domain::run_dir::RunDir;
-use learn_proto::auth::{RequireBearer, Secret};
+use learn_proto::auth::Secret;
 use learn_proto::v1::embedding_server::EmbeddingServer;
 use learn_telemetry::EmbeddingMetrics;
 use learn_telemetry::server::{Limits, serve};
 use service::{EmbeddingService, Shared, SharedJob};
 use tokio::sync::watch;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 
+use crate::connections::{self, Gate, MAX_REQUEST_BYTES};
 use crate::files::read_json;
 use crate::http::access::Access;
 use crate::sd::{self, Origin};
-use crate::serve::{Ports, announced, close, lock, on_stop};
+use crate::serve::{Ports, announced, certificates, close, lock, on_stop};
 use crate::settings::{SettingsError, read_token};
 use crate::{CoordinatorError, ServeError};
 
@@ -73,7 +72,7 @@ impl EmbeddingCoordinator {
         let secret = Secret::read(&run_dir.secret()).map_err(SettingsError::from)?;
         let token = read_token(&run_dir).map_err(SettingsError::from)?;
         let lock = lock(&run_dir)?;
-        let ports = Ports::bind(&config.cluster).await?;
+        let ports = Ports::bind(&config.cluster, certificates(&config.cluster, &run_dir)?.as_ref()).await?;
         Ok(Self { run_dir, config, secret, token, ports, _lock: lock })
     }
 
@@ -104,9 +103,10 @@ impl EmbeddingCoordinator {
             metrics: EmbeddingMetrics::new(),
         };
         let operator = Arc::clone(&shared.stop);
-        let service = InterceptedService::new(EmbeddingServer::new(service), RequireBearer(self.secret));
-        let grpc = Server::builder().add_service(service).serve_with_incoming_shutdown(
-            TcpIncoming::from(self.ports.grpc).with_nodelay(Some(true)),
+        let service = EmbeddingServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES);
+        let service = InterceptedService::new(service, Gate(self.secret));
+        let grpc = connections::server().add_service(service).serve_with_incoming_shutdown(
+            connections::connections(self.ports.grpc, connections::Limits::default(), self.ports.tls),
             on_stop(stopped.clone()),
         );
         let router = service::router(shared.clone()).merge(sd::alone(origin));

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use learn_domain::Config;
 use learn_proto::PROTOCOL;
-use learn_proto::auth::{AuthError, BearerInterceptor, Secret};
+use learn_proto::auth::BearerInterceptor;
+use learn_proto::connect::{ConnectError, Pass, chain};
 use learn_proto::v1::embedding_client::EmbeddingClient;
 use learn_proto::v1::lease_range_response::Answer;
 use learn_proto::v1::{
@@ -24,7 +25,7 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-/// Longest wait for a connection, and for one answer.
+/// Longest wait for one answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause before a call that did not reach the coordinator is made again.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -33,7 +34,7 @@ const AGAIN: Duration = Duration::from_millis(500);
 #[derive(Debug, thiserror::Error)]
 pub enum RangeError {
     #[error(transparent)]
-    Secret(#[from] AuthError),
+    Client(#[from] ConnectError),
     #[error("the client of the coordinator cannot be started: {0}")]
     Runtime(#[from] std::io::Error),
     #[error("the coordinator at {url} cannot be reached: {reason}; is it running, and is the address right?")]
@@ -140,16 +141,13 @@ impl Member {
     /// # Errors
     /// The secret cannot be read, or the coordinator cannot be reached or refuses.
     pub fn join(url: &str, secret: &Path) -> Result<Self, RangeError> {
-        let bearer = BearerInterceptor::try_from(&Secret::read(secret)?)?;
+        let pass = Pass::read(secret)?;
+        let bearer = pass.bearer().map_err(ConnectError::from)?;
         // One thread beside the one that computes: it renews the lease.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let failed = |reason: String| RangeError::Connect { url: url.into(), reason };
-        let endpoint = Channel::from_shared(url.to_owned())
-            .map_err(|error| failed(error.to_string()))?
-            .connect_timeout(TIMEOUT)
-            .timeout(TIMEOUT)
-            .tcp_nodelay(true);
-        let channel = runtime.block_on(endpoint.connect()).map_err(|error| failed(reasons(&error)))?;
+        let endpoint = pass.endpoint(url)?.timeout(TIMEOUT);
+        let channel = runtime.block_on(endpoint.connect()).map_err(|error| failed(chain(&error)))?;
         let client = EmbeddingClient::with_interceptor(channel, bearer);
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
         let request =
@@ -257,11 +255,6 @@ impl Leases {
 }
 
 /// An error and what caused it, in one line.
-fn reasons(error: &dyn std::error::Error) -> String {
-    let chain = std::iter::successors(Some(error), |error| error.source());
-    chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
-}
-
 /// Unique for this start of the process.
 fn incarnation() -> String {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();

@@ -32,6 +32,8 @@ pub use group::{Group, Rendezvous};
 pub use memory::MemoryRendezvous;
 pub use nccl::{connect_nccl, gpu_count, nccl_version};
 pub use tcp::connect_tcp;
+#[doc(hidden)]
+pub use tcp::fuzzing;
 
 /// The operations of one rank of a group. All ranks call the same ones in the same order.
 ///

@@ -15,6 +15,7 @@ use arrow_schema::{Fields, Schema};
 
 use crate::error::DatasetError;
 use crate::mapped;
+use crate::message::check_record_batch;
 
 /// Key of the schema version in the metadata of each file.
 pub(crate) const VERSION_KEY: &str = "learn.version";
@@ -23,6 +24,7 @@ pub(crate) const VERSION_KEY: &str = "learn.version";
 const TRAILER: usize = 10;
 /// Bytes before the first block: magic and padding.
 const HEADER: usize = 8;
+const OUTSIDE: &str = "an offset points outside of what there is";
 
 /// A file's batches, as slices of the mapped file, and the metadata of its schema.
 pub(crate) struct MappedBatches {
@@ -88,8 +90,8 @@ fn decode(buffer: &Buffer, fields: &Fields) -> Result<MappedBatches, String> {
     let decoder = FileDecoder::new(Arc::new(schema), footer.version()).with_require_alignment(true);
     let mut batches = Vec::new();
     for (number, block) in footer.recordBatches().ok_or("it has no batches")?.iter().enumerate() {
-        let data =
-            checked_block(buffer, block, footer_start).map_err(|problem| format!("batch {number}: {problem}"))?;
+        let data = checked_block(buffer, block, footer_start, fields)
+            .map_err(|problem| format!("batch {number}: {problem}"))?;
         let batch = decoder.read_record_batch(block, &data).map_err(|error| format!("batch {number}: {error}"))?;
         let batch = batch.ok_or_else(|| format!("batch {number} is empty"))?;
         if batch.columns().iter().any(|column| column.null_count() > 0) {
@@ -101,8 +103,7 @@ fn decode(buffer: &Buffer, fields: &Fields) -> Result<MappedBatches, String> {
 }
 
 /// The bytes of a block whose every stated offset lies inside of it.
-fn checked_block(file: &Buffer, block: &Block, end: usize) -> Result<Buffer, String> {
-    const OUTSIDE: &str = "an offset points outside of the file";
+fn checked_block(file: &Buffer, block: &Block, end: usize, fields: &Fields) -> Result<Buffer, String> {
     let size = |value: i64| usize::try_from(value).map_err(|_| OUTSIDE.to_owned());
     let (offset, body) = (size(block.offset())?, size(block.bodyLength())?);
     let metadata = size(i64::from(block.metaDataLength()))?;
@@ -116,20 +117,9 @@ fn checked_block(file: &Buffer, block: &Block, end: usize) -> Result<Buffer, Str
     }
     let message = root_as_message(&data[HEADER..metadata]).map_err(|error| error.to_string())?;
     let batch = message.header_as_record_batch().ok_or("it is no record batch")?;
-    if batch.compression().is_some() {
-        return Err("it is compressed".into());
-    }
-    // A row of any column of ours takes at least one byte of the body, so a length past the body is a lie.
-    let plausible = |rows: i64| usize::try_from(rows).is_ok_and(|rows| rows <= body);
-    let nodes = batch.nodes().ok_or("it has no columns")?;
-    if !plausible(batch.length()) || nodes.iter().any(|node| !plausible(node.length()) || node.null_count() != 0) {
-        return Err("its row counts do not fit its size".into());
-    }
-    for buffer in batch.buffers().ok_or("it has no buffers")? {
-        let stop = size(buffer.offset())?.checked_add(size(buffer.length())?);
-        if stop.is_none_or(|stop| stop > body) {
-            return Err(OUTSIDE.into());
-        }
+    check_record_batch(&batch, fields, body)?;
+    if batch.nodes().is_some_and(|nodes| nodes.iter().any(|node| node.null_count() != 0)) {
+        return Err("it has missing values".into());
     }
     Ok(data)
 }

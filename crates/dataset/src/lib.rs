@@ -19,9 +19,12 @@ mod dataset;
 pub mod embeddings;
 mod error;
 mod files;
+#[doc(hidden)]
+pub mod fuzzing;
 mod ipc;
 mod manifest;
 mod mapped;
+mod message;
 mod prepare;
 mod progress;
 mod sequences;
@@ -31,6 +34,7 @@ pub use dataset::Dataset;
 pub use embeddings::Embeddings;
 pub use error::DatasetError;
 pub use manifest::{Counts, EmbeddingInfo, FileEntry, FilterInfo, LabelInfo, Manifest, SplitInfo, VERSION};
+pub use message::MessageCheck;
 pub use prepare::{
     DefectKind, FilterStep, Layout, Preparation, PrepareError, PrepareOptions, PrepareReport, Skipped, prepare,
     prepare_with,

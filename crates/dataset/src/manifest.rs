@@ -140,12 +140,17 @@ impl Manifest {
             }
             Err(source) => return Err(DatasetError::Io { path, source }),
         };
-        let damaged = |problem: &dyn ToString| DatasetError::damaged(&path, problem.to_string());
-        let value: serde_json::Value = serde_json::from_slice(&text).map_err(|error| damaged(&error))?;
+        Self::parse(&text, &path)
+    }
+
+    /// The manifest in `text`, which `path` is named for in errors.
+    pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self, DatasetError> {
+        let damaged = |problem: &dyn ToString| DatasetError::damaged(path, problem.to_string());
+        let value: serde_json::Value = serde_json::from_slice(text).map_err(|error| damaged(&error))?;
         let found = value.get("version").and_then(serde_json::Value::as_u64);
         let found = found.ok_or_else(|| damaged(&"it has no schema version"))?;
         if !(1..=u64::from(VERSION)).contains(&found) {
-            return Err(DatasetError::Version { path, found, known: VERSION });
+            return Err(DatasetError::Version { path: path.to_owned(), found, known: VERSION });
         }
         let manifest: Self = serde_json::from_value(value).map_err(|error| damaged(&error))?;
         let embeddings = manifest.embeddings.iter().flat_map(EmbeddingInfo::all_files);

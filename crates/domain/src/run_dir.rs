@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::ids::{Rank, Step};
 
 /// Paths inside one run directory.
@@ -54,6 +56,24 @@ impl RunDir {
     #[must_use]
     pub fn token(&self) -> PathBuf {
         self.0.join("token")
+    }
+
+    /// Where the certificates are ([`TlsFiles`]); only there with `cluster.tls`.
+    #[must_use]
+    pub fn tls(&self) -> PathBuf {
+        Self::tls_beside(&self.secret())
+    }
+
+    /// As [`RunDir::tls`], for a process that knows its secret's file only.
+    #[must_use]
+    pub fn tls_beside(secret: &Path) -> PathBuf {
+        secret.with_file_name("tls.json")
+    }
+
+    /// Folder of the certificates that were made for this run.
+    #[must_use]
+    pub fn certificates(&self) -> PathBuf {
+        self.0.join("tls")
     }
 
     /// [`crate::report::CoordinatorAddress`] of the coordinator that serves the run now; gone when it has ended.
@@ -161,6 +181,17 @@ impl RunDir {
     pub fn ledger(&self, step: Step) -> PathBuf {
         self.0.join("ledger").join(format!("step-{:010}.json", step.0))
     }
+}
+
+/// The certificates of a process, PEM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsFiles {
+    pub ca: PathBuf,
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+    /// Name that the coordinator's certificate is made out to; none = the host of its address.
+    pub server_name: Option<String>,
 }
 
 /// The step of a checkpoint directory's name; `None` for anything else (temporary directories, `best`).

@@ -17,7 +17,7 @@ use crate::job::{self, JobSpec, Workers};
 use crate::output::Output;
 use crate::settings::Resolver;
 use crate::slurm::queue::refuse_queued;
-use crate::{process, runs, system};
+use crate::{process, runs, system, tls};
 
 pub const HELP: &str = "\
 Examples:
@@ -118,6 +118,7 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
     output.note(&text);
     runs::write_config(&run.next_config(), &config)?;
     runs::ensure_token(&run)?;
+    tls::provide(&run, &config.cluster.tls)?;
     let task = Task::Train { resume_from: Some(path_text(&checkpoint.path)?) };
     let workers = Workers::unless(args.no_workers);
     let next = run.next_config();

@@ -11,7 +11,7 @@ use learn_domain::Config;
 use learn_domain::config::{ItemInput, Span};
 use learn_domain::report::{CoordinatorAddress, Task};
 use learn_domain::run_dir::RunDir;
-use learn_proto::auth::Secret;
+use learn_proto::connect::Pass;
 
 use crate::load::{self, Load, Measured};
 use crate::output::Output;
@@ -67,7 +67,7 @@ pub fn run(args: &SimulateArgs, output: &Output) -> Result<()> {
     output.note(&format!("{} workers join {}", args.workers, address.grpc));
     let load = Load {
         address: address.grpc,
-        secret: Secret::read(&run.secret())?,
+        pass: Pass::read(&run.secret())?,
         workers: args.workers,
         time: Duration::from_secs_f64(args.minutes * 60.0),
         coordinator: coordinator.pid(),

@@ -52,7 +52,7 @@ pub fn of_coordinator(configured: &str, allocation: &Allocation) -> Result<Bindi
 /// # Errors
 /// The coordinator's address cannot be resolved or reached.
 pub fn of_worker(coordinator: &str) -> Result<IpAddr> {
-    let host_and_port = coordinator.strip_prefix("http://").unwrap_or(coordinator).trim_end_matches('/');
+    let host_and_port = coordinator.split_once("://").map_or(coordinator, |(_, rest)| rest).trim_end_matches('/');
     let found =
         host_and_port.to_socket_addrs().with_context(|| format!("cannot find the coordinator {coordinator}"))?;
     let mut found: Vec<SocketAddr> = found.collect();

@@ -82,7 +82,7 @@ pub fn run(session: &Session, turn: &mut Turn, checkpoint: &str, split: Split) -
     let handle = session.handle();
     let patience = session.control.patience();
     let number = admission.worker.0 as usize;
-    let data = handle.block_on(DataClient::new(&admission.data_locations, number, &session.secret, patience))?;
+    let data = handle.block_on(DataClient::new(&admission.data_locations, number, &session.pass, patience))?;
     let model = Pch::new(shape(&admission.config, &admission.dataset))?;
     let expected = checkpoint::Expected { dataset: &admission.dataset, signature: None };
     let snapshot = checkpoint::read(checkpoint.as_ref(), Some(&expected))?;

@@ -7,9 +7,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use arrow_array::cast::AsArray;
-use arrow_array::types::{ArrowPrimitiveType, Float16Type, Int64Type, UInt8Type, UInt32Type};
-use arrow_array::{ListArray, RecordBatch, UInt32Array};
+use arrow_array::{RecordBatch, UInt32Array};
 use arrow_flight::decode::{DecodedFlightData, DecodedPayload, FlightDataDecoder};
 use arrow_flight::encode::FlightDataEncoderBuilder;
 use arrow_flight::error::FlightError;
@@ -19,63 +17,23 @@ use arrow_schema::SchemaRef;
 use futures::channel::mpsc;
 use futures::{SinkExt, StreamExt, TryStreamExt};
 use half::f16;
-use learn_proto::auth::{BearerInterceptor, Secret};
+use learn_proto::auth::BearerInterceptor;
+use learn_proto::connect::Pass;
 use learn_proto::flight::{BatchMeta, Exchange, POPULARITY, RowsMeta, Ticket, grpc_url, in_turn, rows_request_schema};
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 
-use super::assemble::{Seen, UserShare};
-use crate::control::{CONNECT_TIMEOUT, KEEP_ALIVE};
+use super::answers::unexpected;
+pub use super::answers::{FlightClientError, HeldOutUser};
+use super::answers::{decoder, embedding_rows, numbers, read_held_out, read_share};
+use super::assemble::UserShare;
+use crate::control::told;
 use crate::retry::{Passing, Patience};
 
 /// How often the coordinator is asked for the job's data servers: some may have come.
 const LOOK_AROUND: Duration = Duration::from_secs(15);
 /// A coordinator that does not answer that sooner is asked the next time.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
-
-/// Reading from the data service failed.
-#[derive(Debug, thiserror::Error)]
-pub enum FlightClientError {
-    #[error("the data service at {location} cannot be reached, or went away: {reason}")]
-    Away { location: String, reason: String },
-    #[error("the data service refused: {0}")]
-    Refused(String),
-    #[error("the data service sent something else than agreed: {0}")]
-    Unexpected(String),
-}
-
-impl Passing for FlightClientError {
-    fn may_pass(&self) -> bool {
-        matches!(self, Self::Away { .. })
-    }
-}
-
-fn unexpected(what: impl Into<String>) -> FlightClientError {
-    FlightClientError::Unexpected(what.into())
-}
-
-/// One held-out user.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct HeldOutUser {
-    /// Its row in the split.
-    pub row: u32,
-    pub history: Vec<u32>,
-    pub targets: Vec<u32>,
-    /// Times of `history`, if the ticket asked for them.
-    pub history_times: Vec<i64>,
-    /// Times of `targets`, likewise.
-    pub target_times: Vec<i64>,
-    /// Labels of `targets`, if the dataset has labels.
-    pub target_labels: Vec<u8>,
-}
-
-impl HeldOutUser {
-    /// The history as the user tower sees it.
-    #[must_use]
-    pub fn seen(&self) -> Seen<'_> {
-        Seen { items: &self.history, times: &self.history_times }
-    }
-}
 
 /// The data services of a job, the one that answered last first.
 #[derive(Clone)]
@@ -86,6 +44,7 @@ pub struct DataClient {
 
 /// What clones share.
 struct Known {
+    pass: Pass,
     bearer: BearerInterceptor,
     /// Which of the clients this is: each starts with another server.
     number: usize,
@@ -148,13 +107,7 @@ impl Known {
     }
 
     fn link(&self, location: &str) -> Result<Link, FlightClientError> {
-        let endpoint = Channel::from_shared(location.to_owned()).map_err(|error| unexpected(error.to_string()))?;
-        let endpoint = endpoint
-            .connect_timeout(CONNECT_TIMEOUT)
-            .http2_keep_alive_interval(KEEP_ALIVE)
-            .keep_alive_timeout(KEEP_ALIVE)
-            .keep_alive_while_idle(true)
-            .tcp_nodelay(true);
+        let endpoint = self.pass.endpoint(location).map_err(|error| unexpected(error.to_string()))?;
         let client = FlightServiceClient::with_interceptor(endpoint.connect_lazy(), self.bearer.clone());
         Ok(Link { location: location.into(), client })
     }
@@ -186,15 +139,15 @@ impl DataClient {
     pub async fn new(
         locations: &[String],
         number: usize,
-        secret: &Secret,
+        pass: &Pass,
         patience: &Patience,
     ) -> Result<Self, FlightClientError> {
-        let bearer = BearerInterceptor::try_from(secret).map_err(|error| unexpected(error.to_string()))?;
+        let bearer = pass.bearer().map_err(|error| unexpected(error.to_string()))?;
         if locations.is_empty() {
             return Err(unexpected("the coordinator named no data location"));
         }
         let links = Links { all: Vec::new(), current: 0, asked: Instant::now() };
-        let known = Known { bearer, number, links: Mutex::new(links) };
+        let known = Known { pass: pass.clone(), bearer, number, links: Mutex::new(links) };
         known.replace(locations)?;
         Ok(Self { known: Arc::new(known), patience: patience.clone() })
     }
@@ -229,7 +182,7 @@ impl DataClient {
 
     /// What a status means, and, if the service at `location` is away, the next one's turn.
     fn failed(&self, location: &Arc<str>, status: &tonic::Status) -> FlightClientError {
-        let reason = format!("{} ({})", status.message(), status.code());
+        let reason = told(status);
         if !status.may_pass() {
             return FlightClientError::Refused(reason);
         }
@@ -258,7 +211,7 @@ impl DataClient {
         let Link { location, mut client } = self.link();
         let response = client.do_get(arrow_flight::Ticket { ticket: ticket.encode().into() }).await;
         let response = response.map_err(|status| self.failed(&location, &status))?;
-        Ok(Opened { decoder: FlightDataDecoder::new(response.into_inner().map_err(FlightError::from)), location })
+        Ok(Opened { decoder: decoder(response.into_inner()), location })
     }
 
     /// The next message of an answer.
@@ -294,24 +247,7 @@ impl DataClient {
         let mut open = self.do_get(ticket).await?;
         let mut users = Vec::new();
         while let Some((batch, _)) = self.next_batch(&mut open).await? {
-            let (rows, history, targets) =
-                (numbers(&batch, "row")?, lists(&batch, "history")?, lists(&batch, "targets")?);
-            let extras = Extras::of(&batch, asks_for_times(ticket))?;
-            for row in 0..batch.num_rows() {
-                let user = HeldOutUser {
-                    row: rows.value(row),
-                    history: values(history, row)?,
-                    targets: values(targets, row)?,
-                    history_times: extras.history_times(row)?,
-                    target_times: extras.target_times(row)?,
-                    target_labels: extras.target_labels(row)?,
-                };
-                let lengths = (user.history.len(), user.targets.len());
-                if !extras.fit(lengths, (&user.history_times, &user.target_times), &user.target_labels) {
-                    return Err(unexpected("a held-out user has other numbers of times or labels than items"));
-                }
-                users.push(user);
-            }
+            read_held_out(&batch, asks_for_times(ticket), &mut users)?;
         }
         Ok(users)
     }
@@ -349,8 +285,8 @@ impl DataClient {
             .filter_map(|message: Result<FlightData, FlightError>| futures::future::ready(message.ok()));
         let Link { location, mut client } = self.link();
         let response = client.do_exchange(stream).await.map_err(|status| self.failed(&location, &status))?;
-        let decoder = FlightDataDecoder::new(response.into_inner().map_err(FlightError::from));
-        Ok(OpenedRows { requests, answers: Opened { decoder, location }, sent: 0 })
+        let answers = Opened { decoder: decoder(response.into_inner()), location };
+        Ok(OpenedRows { requests, answers, sent: 0 })
     }
 }
 
@@ -447,17 +383,7 @@ impl RowExchange {
             if meta.request != number {
                 return Err(unexpected(format!("rows of request {} instead of {number}", meta.request)));
             }
-            let column = batch.column_by_name("embedding").ok_or_else(|| unexpected("no column `embedding`"))?;
-            let list =
-                column.as_fixed_size_list_opt().ok_or_else(|| unexpected("`embedding` is no fixed-size list"))?;
-            let part = list
-                .values()
-                .as_primitive_opt::<Float16Type>()
-                .ok_or_else(|| unexpected("`embedding` does not hold f16"))?;
-            if list.value_length() as usize != self.dim {
-                return Err(unexpected(format!("rows of {} values instead of {}", list.value_length(), self.dim)));
-            }
-            rows.extend_from_slice(part.values());
+            rows.extend_from_slice(embedding_rows(&batch, self.dim)?);
             if meta.part + 1 >= meta.parts {
                 break;
             }
@@ -472,96 +398,4 @@ impl RowExchange {
 
 fn asks_for_times(ticket: &Ticket) -> bool {
     matches!(ticket, Ticket::Batches { times: true, .. } | Ticket::Evaluation { times: true, .. })
-}
-
-fn read_share(batch: &RecordBatch, times: bool, share: &mut Vec<UserShare>) -> Result<(), FlightClientError> {
-    let (users, places) = (numbers(batch, "user")?, numbers(batch, "place")?);
-    let [history, targets, user_positions, item_positions] =
-        ["history", "targets", "user_positions", "item_positions"].map(|name| lists(batch, name));
-    let (history, targets) = (history?, targets?);
-    let (user_positions, item_positions) = (user_positions?, item_positions?);
-    let extras = Extras::of(batch, times)?;
-    for row in 0..batch.num_rows() {
-        let user = UserShare {
-            user: users.value(row),
-            place: places.value(row),
-            history: values(history, row)?,
-            targets: values(targets, row)?,
-            user_positions: values(user_positions, row)?,
-            item_positions: values(item_positions, row)?,
-            history_times: extras.history_times(row)?,
-            target_times: extras.target_times(row)?,
-            target_labels: extras.target_labels(row)?,
-        };
-        let lengths = (user.history.len(), user.targets.len());
-        if !extras.fit(lengths, (&user.history_times, &user.target_times), &user.target_labels) {
-            return Err(unexpected(format!("user {} has other numbers of times or labels than items", user.user)));
-        }
-        let inside = |positions: &[u32], items: &[u32]| positions.iter().all(|&p| (p as usize) < items.len());
-        if user.history.is_empty()
-            || user.targets.is_empty()
-            || !inside(&user.user_positions, &user.history)
-            || !inside(&user.item_positions, &user.targets)
-        {
-            return Err(unexpected(format!("the sample of user {} has no items or positions outside them", user.user)));
-        }
-        share.push(user);
-    }
-    Ok(())
-}
-
-fn numbers<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a UInt32Array, FlightClientError> {
-    let column = batch.column_by_name(name).and_then(|column| column.as_primitive_opt::<UInt32Type>());
-    column.ok_or_else(|| unexpected(format!("no u32 column `{name}`")))
-}
-
-fn lists<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a ListArray, FlightClientError> {
-    let column = batch.column_by_name(name).and_then(|column| column.as_list_opt::<i32>());
-    column.ok_or_else(|| unexpected(format!("no list column `{name}`")))
-}
-
-fn values(list: &ListArray, row: usize) -> Result<Vec<u32>, FlightClientError> {
-    values_of::<UInt32Type>(list, row)
-}
-
-fn values_of<T: ArrowPrimitiveType>(list: &ListArray, row: usize) -> Result<Vec<T::Native>, FlightClientError> {
-    let array = list.value(row);
-    let wrong = || unexpected(format!("a list that does not hold {}", T::DATA_TYPE));
-    Ok(array.as_primitive_opt::<T>().ok_or_else(wrong)?.values().to_vec())
-}
-
-/// The columns of a message that are there or not.
-struct Extras<'a> {
-    times: Option<[&'a ListArray; 2]>,
-    labels: Option<&'a ListArray>,
-}
-
-impl<'a> Extras<'a> {
-    /// Times may be there without having been asked for, but not the other way round.
-    fn of(batch: &'a RecordBatch, times_wanted: bool) -> Result<Self, FlightClientError> {
-        let has = |name| batch.column_by_name(name).is_some();
-        let times = || Ok::<_, FlightClientError>([lists(batch, "history_times")?, lists(batch, "target_times")?]);
-        Ok(Self {
-            times: (times_wanted || has("history_times")).then(times).transpose()?,
-            labels: has("target_labels").then(|| lists(batch, "target_labels")).transpose()?,
-        })
-    }
-
-    fn history_times(&self, row: usize) -> Result<Vec<i64>, FlightClientError> {
-        self.times.map_or(Ok(Vec::new()), |[history, _]| values_of::<Int64Type>(history, row))
-    }
-
-    fn target_times(&self, row: usize) -> Result<Vec<i64>, FlightClientError> {
-        self.times.map_or(Ok(Vec::new()), |[_, targets]| values_of::<Int64Type>(targets, row))
-    }
-
-    fn target_labels(&self, row: usize) -> Result<Vec<u8>, FlightClientError> {
-        self.labels.map_or(Ok(Vec::new()), |labels| values_of::<UInt8Type>(labels, row))
-    }
-
-    /// Whether what is there has one value per item.
-    fn fit(&self, (history, targets): (usize, usize), times: (&[i64], &[i64]), labels: &[u8]) -> bool {
-        (self.times.is_none() || (times.0.len(), times.1.len()) == (history, targets))
-            && (self.labels.is_none() || labels.len() == targets)
-    }
 }

@@ -3,6 +3,7 @@
 //! Input: a rank's ticket. Output: [`PreparedStep`]s in step order, as plain arrays. One thread works ahead; the
 //! capacity of the channel between it and the training thread is the prefetch depth.
 
+pub mod answers;
 pub mod assemble;
 pub mod cache;
 pub mod flight;

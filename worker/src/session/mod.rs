@@ -19,7 +19,7 @@ use learn_domain::membership::Departure;
 use learn_domain::report::{Task, exit};
 use learn_domain::run_dir::RunDir;
 use learn_domain::{Generation, Incarnation, WorkerId};
-use learn_proto::auth::Secret;
+use learn_proto::connect::Pass;
 use learn_proto::convert::{Admission, AfterStep, Applicant, Order};
 use learn_telemetry::WorkerMetrics;
 use tokio::runtime::{Handle, Runtime};
@@ -57,7 +57,7 @@ pub struct JoinSettings {
 pub struct Session {
     pub admission: Admission,
     pub control: Control,
-    pub secret: Secret,
+    pub pass: Pass,
     pub device: tch::Device,
     pub metrics: WorkerMetrics,
     pub progress: Arc<Progress>,
@@ -107,7 +107,7 @@ pub enum Ended {
 /// # Errors
 /// If the job could not be joined or the task failed; the coordinator has been told if it could be.
 pub fn join(settings: &JoinSettings) -> Result<i32, WorkerError> {
-    let secret = Secret::read(&settings.secret_file)?;
+    let pass = Pass::read(&settings.secret_file)?;
     let device = learn_torch::device(settings.device, settings.ordinal)?;
     if settings.threads > 0 {
         learn_torch::set_threads(settings.threads);
@@ -119,7 +119,7 @@ pub fn join(settings: &JoinSettings) -> Result<i32, WorkerError> {
         .map_err(WorkerError::Runtime)?;
     let metrics = WorkerMetrics::new();
     let metrics_address = serve_metrics(&runtime, &settings.bind, &metrics)?;
-    let control = Control::connect(runtime.handle().clone(), &settings.coordinator, &secret)?;
+    let control = Control::connect(runtime.handle().clone(), &settings.coordinator, &pass)?;
     let applicant = Applicant {
         incarnation: Incarnation(String::new()),
         host: host_name(),
@@ -134,8 +134,7 @@ pub fn join(settings: &JoinSettings) -> Result<i32, WorkerError> {
     let grace = admission.config.cluster.stop_within();
     spawn_signals(&runtime, signals.clone(), control.patience().clone(), grace);
     let worker = admission.worker;
-    let session =
-        Session { admission, control, secret, device, metrics, progress, signals, bind: settings.bind.clone() };
+    let session = Session { admission, control, pass, device, metrics, progress, signals, bind: settings.bind.clone() };
     let mut life = Life { session: &session, applicant, attendance: attend(&session, worker), left: Generation(0) };
     let ended = life.live();
     life.leave(ended)
@@ -303,7 +302,7 @@ impl Life<'_> {
             rank: place.rank.0 as usize,
             world_size: place.world_size as usize,
             generation: place.generation.0,
-            secret: session.secret.as_bytes().to_vec(),
+            secret: session.pass.secret().as_bytes().to_vec(),
             bind: session.bind.clone(),
             advertise: advertised(&session.bind),
             timeout: cluster.collective_timeout.0,

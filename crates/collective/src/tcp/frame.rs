@@ -33,11 +33,15 @@ impl Header {
     }
 
     pub(super) fn encode(&self, key: &Key) -> [u8; HEADER_BYTES] {
-        let fields = self.fields();
         let mut bytes = [0; HEADER_BYTES];
-        bytes[..FIELDS].copy_from_slice(&fields);
-        bytes[FIELDS..].copy_from_slice(&key.tag(&[&fields]).as_bytes()[..TAG]);
+        bytes[..FIELDS].copy_from_slice(&self.fields());
+        Self::tag(&mut bytes, key);
         bytes
+    }
+
+    pub(super) fn tag(bytes: &mut [u8; HEADER_BYTES], key: &Key) {
+        let tag = key.tag(&[&bytes[..FIELDS]]);
+        bytes[FIELDS..].copy_from_slice(&tag.as_bytes()[..TAG]);
     }
 
     /// Compares received bytes with the frame that must come now.

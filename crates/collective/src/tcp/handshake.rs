@@ -92,9 +92,13 @@ impl Terms {
         }
         bytes[24..32].copy_from_slice(&self.generation.to_le_bytes());
         bytes[32..64].copy_from_slice(nonce);
+        self.tag_hello(&mut bytes);
+        bytes
+    }
+
+    pub(super) fn tag_hello(&self, bytes: &mut Hello) {
         let tag = self.key.tag(&[b"hello", &bytes[..HELLO_FIELDS]]);
         bytes[HELLO_FIELDS..].copy_from_slice(tag.as_bytes());
-        bytes
     }
 
     /// The tag is looked at before generation and ranks: what a wrong secret says is not worth reporting.
@@ -131,9 +135,13 @@ impl Terms {
         bytes[12..16].copy_from_slice(&refusal.map_or(ACCEPTED, |refusal| refusal as u32).to_le_bytes());
         bytes[16..24].copy_from_slice(&self.generation.to_le_bytes());
         bytes[24..56].copy_from_slice(nonce);
+        self.tag_reply(hello, &mut bytes);
+        bytes
+    }
+
+    pub(super) fn tag_reply(&self, hello: &Hello, bytes: &mut Reply) {
         let tag = self.key.tag(&[b"reply", hello, &bytes[..REPLY_FIELDS]]);
         bytes[REPLY_FIELDS..].copy_from_slice(tag.as_bytes());
-        bytes
     }
 
     /// Whether the listener accepted, and proved that it knows the secret.

@@ -6,6 +6,7 @@
 mod connect;
 mod duplex;
 mod frame;
+pub mod fuzzing;
 mod handshake;
 mod listen;
 mod poll;

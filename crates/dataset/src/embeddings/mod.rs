@@ -32,7 +32,7 @@ fn fields(dim: usize) -> Result<Fields, String> {
 }
 
 /// The values of one mapped file, row after row.
-fn values(path: &Path, dim: usize) -> Result<(Vec<ScalarBuffer<f16>>, ipc::MappedBatches), DatasetError> {
+pub(crate) fn values(path: &Path, dim: usize) -> Result<(Vec<ScalarBuffer<f16>>, ipc::MappedBatches), DatasetError> {
     let fields = fields(dim).map_err(|problem| DatasetError::damaged(path, problem))?;
     let file = ipc::open(path, &fields)?;
     let mut parts = Vec::new();

@@ -25,6 +25,7 @@ use std::time::Instant;
 
 use error::BadRows;
 pub use error::{DefectKind, FilterStep, PrepareError, Skipped};
+pub(crate) use input::drain;
 use interner::{LIMIT, NONE};
 use items::Catalogue;
 use learn_domain::config::{PrepareConfig, SplitPolicy};

@@ -228,3 +228,12 @@ fn what_is_no_dataset_is_never_overwritten() {
     file.write("out", "a file");
     says(&file.try_prepare().unwrap_err().to_string(), &["is not a dataset"]);
 }
+
+#[test]
+fn a_quote_that_is_never_closed_does_not_take_the_whole_file_into_memory() {
+    let message = refused(|fixture| {
+        let open = format!("{HEAD}1,\"2,3\n{}", "x".repeat(70 << 20));
+        fixture.interactions("a.csv", open);
+    });
+    says(&message, &["a.csv", "longer than 64 MiB", "quote"]);
+}

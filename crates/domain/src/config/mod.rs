@@ -9,6 +9,7 @@ mod non_finite;
 mod objective;
 mod prepare;
 mod refine;
+mod tls;
 mod train;
 mod units;
 
@@ -22,6 +23,7 @@ pub use prepare::{FileFormat, InteractionsConfig, ItemsConfig, PrepareConfig, Sp
 pub use refine::RefineConfig;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+pub use tls::{TlsConfig, TlsMode};
 pub use train::{
     CheckpointConfig, ClusterConfig, DeviceKind, EvaluationConfig, ModelConfig, OptimizerConfig, SamplingConfig,
     ScheduleKind, SegmentsConfig, TrainingConfig,

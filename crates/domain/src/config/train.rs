@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::model::{AdaptorInit, ItemInput, ItemTower, PositionEmbedding, Residual, TimeEmbedding};
-use super::{ByteSize, Config, ConfigError, NonFinite, Precision, Span};
+use super::{ByteSize, Config, ConfigError, NonFinite, Precision, Span, TlsConfig};
 use crate::ranking::Metrics;
 use crate::sampling::{SamplingShape, StageOne};
 
@@ -375,6 +375,7 @@ pub struct ClusterConfig {
     pub prefetch_steps: u32,
     /// Host memory of a worker for content embeddings.
     pub row_cache: ByteSize,
+    pub tls: TlsConfig,
 }
 
 impl ClusterConfig {
@@ -411,6 +412,7 @@ impl Default for ClusterConfig {
             stop_timeout: Span::from_secs(0),
             prefetch_steps: 4,
             row_cache: ByteSize(1 << 30),
+            tls: TlsConfig::default(),
         }
     }
 }
@@ -567,6 +569,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
             return fail("checkpoint.metric", "does not change with frozen towers; set cvr.auc, cvr.uauc or cvr.wuauc");
         }
     }
+    cluster.tls.validate()?;
     if cluster.min_workers > cluster.workers {
         return fail("cluster.min_workers", "must be at most cluster.workers");
     }

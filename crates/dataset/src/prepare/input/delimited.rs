@@ -1,21 +1,22 @@
 //! CSV, TSV and RecBole atomic files.
 
-use std::io::BufRead;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use arrow_array::builder::StringBuilder;
 use csv::{ByteRecord, ErrorKind, Reader, ReaderBuilder};
 use learn_domain::config::FileFormat;
 
-use super::source::{Source, broken, progress};
+use super::source::{Rowwise, Source, broken, progress};
 use super::{Cells, Chunk, Kind, Rows, TEXT_ROWS, Table, Want, layout, resolve_columns};
 use crate::prepare::error::{Defect, DefectKind, PrepareError, Row};
 
 pub(super) struct DelimitedTable {
     path: PathBuf,
-    reader: Reader<Box<dyn BufRead + Send>>,
+    reader: Reader<Rowwise>,
+    /// Bytes of the row that is being read.
+    row: Arc<AtomicU64>,
     consumed: Arc<AtomicU64>,
     reported: u64,
     wants: Vec<Want>,
@@ -28,6 +29,7 @@ impl DelimitedTable {
         let recbole = format == FileFormat::Recbole;
         let tabs = recbole || layout::extension(path) == "tsv";
         let (source, consumed) = Source::open(path)?.split();
+        let row = source.row();
         let delimiter = if tabs { b'\t' } else { b',' };
         let mut reader = ReaderBuilder::new().delimiter(delimiter).quoting(!recbole).from_reader(source);
         let header = reader.headers().map_err(|error| PrepareError::unreadable(path, error))?;
@@ -35,7 +37,7 @@ impl DelimitedTable {
         let name = |cell: &str| cell.rsplit_once(':').map_or(cell, |(name, _)| name).to_owned();
         let names: Vec<String> = header.iter().map(|cell| if recbole { name(cell) } else { cell.into() }).collect();
         let columns = resolve_columns(path, &wants, &names)?;
-        Ok(Self { path: path.to_path_buf(), reader, consumed, reported: 0, wants, columns })
+        Ok(Self { path: path.to_path_buf(), reader, row, consumed, reported: 0, wants, columns })
     }
 }
 
@@ -47,6 +49,7 @@ impl Table for DelimitedTable {
         let mut cells: Vec<Option<&str>> = Vec::with_capacity(self.wants.len());
         while lines.len() + defects.len() < TEXT_ROWS {
             let unparsable = |line, problem| Defect { row: Row::Line(line), kind: DefectKind::Unparsable, problem };
+            self.row.store(0, Ordering::Relaxed);
             match self.reader.read_byte_record(&mut record) {
                 Ok(false) => break,
                 Ok(true) => {}

@@ -139,6 +139,21 @@ fn open(path: &Path, role: Role) -> Result<Box<dyn Table>, PrepareError> {
     })
 }
 
+/// Reads a file of either role to its end, on this thread.
+pub(crate) fn drain(path: &Path, config: &learn_domain::config::PrepareConfig) {
+    for role in [Role::Interactions(&config.interactions), Role::Items(&config.items)] {
+        let Ok(mut table) = open(path, role) else { continue };
+        while let Ok(Some(chunk)) = table.next_chunk() {
+            for position in 0..chunk.len {
+                chunk.rows.at(position);
+                for cells in chunk.columns.iter().flatten() {
+                    cells.text(position);
+                }
+            }
+        }
+    }
+}
+
 /// The column of each want among those of a file.
 fn resolve_columns(path: &Path, wants: &[Want], columns: &[String]) -> Result<Vec<Option<usize>>, PrepareError> {
     let find = |want: &Want| {

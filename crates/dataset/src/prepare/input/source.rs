@@ -61,9 +61,9 @@ impl Source {
         progress(&self.consumed, &mut self.reported)
     }
 
-    /// The reader, and what counts its bytes.
-    pub(super) fn split(self) -> (Box<dyn BufRead + Send>, Arc<AtomicU64>) {
-        (self.reader, self.consumed)
+    /// The reader, which ends with an error in a row that is longer than any row is; and what counts its bytes.
+    pub(super) fn split(self) -> (Rowwise, Arc<AtomicU64>) {
+        (Rowwise { reader: self.reader, row: Arc::default() }, self.consumed)
     }
 
     /// Reads one line into `line`, without its end; false at the end of the file.
@@ -77,6 +77,30 @@ impl Source {
             line.pop();
         }
         Ok(read > 0)
+    }
+}
+
+/// A reader of rows whose ends only the one who reads knows: a quote that is never closed would make the whole file one.
+pub(super) struct Rowwise {
+    reader: Box<dyn BufRead + Send>,
+    /// Decompressed bytes since the last row began, about.
+    row: Arc<AtomicU64>,
+}
+
+impl Rowwise {
+    /// To be set to 0 at each row.
+    pub(super) fn row(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.row)
+    }
+}
+
+impl Read for Rowwise {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.reader.read(buffer)?;
+        if self.row.fetch_add(read as u64, Ordering::Relaxed) > MAX_LINE {
+            return Err(io::Error::other("a row is longer than 64 MiB; is a quote never closed?"));
+        }
+        Ok(read)
     }
 }
 
