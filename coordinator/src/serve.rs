@@ -346,8 +346,9 @@ impl Coordinator {
 
     async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<Outcome, CoordinatorError> {
         let (stop, stopped) = watch::channel(false);
+        let (end, over) = watch::channel(false);
         let directory = Directory::new(&self.ports.address.grpc, self.settings.config.cluster.heartbeat_timeout.0);
-        let (control, data) = (self.control(&directory, &stopped)?, self.data(&directory));
+        let (control, data) = (self.control(&directory, &over)?, self.data(&directory));
         let gate = Gate(self.settings.secret.clone());
         let origin = Origin { job: self.settings.config.job.name.clone(), http: self.ports.address.http.clone() };
         let pages = http::Parts {
@@ -355,10 +356,11 @@ impl Coordinator {
             access: Access::new(self.settings.secret.clone(), self.settings.token.clone()),
             exposition: self.metrics.exposition.clone(),
             origin,
-            directory,
+            directory: directory.clone(),
             config: self.settings.config.clone(),
             follower: Follower::new(&self.settings.run_dir),
         };
+        let interval = self.settings.config.cluster.heartbeat_interval.0;
         let Self { ports: Ports { grpc, http, tls, .. }, job, owner, journal, lock, .. } = self;
 
         let mut servers = JoinSet::new();
@@ -396,6 +398,11 @@ impl Coordinator {
                 })),
             }
         };
+        end.send_replace(true);
+        if outcome.is_some() && !directory.servers(Instant::now()).is_empty() {
+            // a data server hears of it by the call that it has open, or by its next one
+            tokio::time::sleep(interval).await;
+        }
         close(&stop, &mut servers).await;
         // without servers and this handle nobody can ask any more, so that an owner that still works ends
         drop(job);

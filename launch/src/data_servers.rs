@@ -61,14 +61,9 @@ impl<'a> DataServers<'a> {
         Ok(Hand { process, started: Instant::now(), seen: false })
     }
 
-    /// Whether any of them may still come to serve.
-    pub fn any_alive(&mut self) -> bool {
-        self.hands.iter_mut().any(|hand| hand.process.ended().is_none())
-    }
-
-    #[must_use]
-    pub fn count(&self) -> usize {
-        self.hands.len()
+    /// How many of them serve, or may still come to.
+    pub fn alive(&mut self) -> usize {
+        self.hands.iter_mut().filter_map(|hand| hand.process.ended().is_none().then_some(())).count()
     }
 
     /// Replaces those that have died; a line for each.

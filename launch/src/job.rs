@@ -35,7 +35,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const LEAVE_BY_THEMSELVES: Duration = Duration::from_secs(3);
 /// So long they may take when they were asked to.
 const LEAVE: Duration = Duration::from_secs(30);
-/// Beyond the heartbeat timeout, the coordinator may take this long to end a job that has lost a worker.
+/// Beyond the timeouts, the coordinator may take this long to end a job that has lost a worker.
 const NOTICE: Duration = Duration::from_secs(20);
 
 /// What to run.
@@ -196,14 +196,12 @@ impl<'a> LocalJob<'a> {
         None
     }
 
-    /// Until all data servers serve, so that the workers find them at once; a job does not wait for those that die or are
-    /// slow.
+    /// Until all data servers that live serve, so that the workers find them at once; a job waits for none that is slow.
     fn wait_for_data_servers(&mut self, api: &Api) -> Result<()> {
         let start = Instant::now();
-        while start.elapsed() < LEAVE && self.coordinator.ended().is_none() {
-            let Some(servers) = self.data_servers.as_mut().filter(|servers| servers.count() > 0) else { break };
-            let (count, alive) = (servers.count(), servers.any_alive());
-            if !alive || api.job().is_ok_and(|status| status.data_servers.len() >= count) {
+        while start.elapsed() < PATIENCE && self.coordinator.ended().is_none() {
+            let alive = self.data_servers.as_mut().map_or(0, DataServers::alive);
+            if alive == 0 || api.job().is_ok_and(|status| status.data_servers.len() >= alive) {
                 break;
             }
             self.pass_on_stops();
@@ -342,7 +340,9 @@ impl<'a> LocalJob<'a> {
             return;
         }
         let since = *self.deserted.get_or_insert_with(Instant::now);
-        if since.elapsed() > self.spec.config.cluster.heartbeat_timeout.0 + NOTICE {
+        let cluster = &self.spec.config.cluster;
+        // the last worker is waited for as long as it would try to come back
+        if since.elapsed() > cluster.heartbeat_timeout.0.max(cluster.coordinator_timeout.0) + NOTICE {
             self.kill_all();
         }
     }

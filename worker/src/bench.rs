@@ -181,7 +181,7 @@ fn synthetic_step(settings: &BenchSettings) -> PreparedStep {
         })
         .collect();
     let meta =
-        BatchMeta { step: 0, epoch: 0, global_users: users, global_pairs: pairs.iter().sum(), part: 0, parts: 1 };
+        BatchMeta { step: 1, epoch: 0, global_users: users, global_pairs: pairs.iter().sum(), part: 0, parts: 1 };
     let places = share.iter().map(|user| user.place).collect();
     PreparedStep { meta, users: share.iter().map(|user| user.user).collect(), places, micro_batches }
 }

@@ -96,7 +96,7 @@ pub(super) fn membership(metrics: &CoordinatorMetrics, job: &Job) {
         JobState::Failed => "failed",
     });
     metrics.generation.set(job.generation().0 as i64);
-    metrics.workers.set(job.present().count() as i64);
+    metrics.workers.set(job.present_count() as i64);
 }
 
 /// Each rank's own work by the median of all; it changes with every step.

@@ -187,8 +187,10 @@ impl Job {
                         told: false,
                     };
                     let worker = *worker;
-                    self.workers.insert(worker, fresh);
-                    return Ok((worker, effects));
+                    let again = self.workers.insert(worker, fresh).is_some();
+                    // a repeated request lets nobody in
+                    let effects = effects.into_iter().filter(|effect| !again || !matches!(effect, Effect::Admitted(_)));
+                    return Ok((worker, effects.collect()));
                 }
                 Effect::Refused(refusal) => return Err(JobError::Refused(*refusal)),
                 _ => {}
@@ -533,8 +535,13 @@ impl Job {
         unheard.map(|(&id, _)| id).collect()
     }
 
-    /// Workers that have joined and not left.
+    /// How many workers have joined and not left.
     #[must_use]
+    pub fn present_count(&self) -> usize {
+        self.workers.values().filter(|worker| !worker.left).count()
+    }
+
+    /// Workers that have joined and not left.
     pub fn present(&self) -> impl Iterator<Item = Present> {
         self.workers.values().filter(|worker| !worker.left).map(|worker| Present {
             rank: worker.rank,

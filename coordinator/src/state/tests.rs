@@ -102,10 +102,12 @@ fn a_missing_foreign_cut_or_newer_file_is_refused_with_the_way_on() {
         assert!(matches!(StateFile::open(&path), Err(StateError::Damaged { .. })), "cut to {length} bytes");
     }
 
-    let mut state = StateFile::create(&path).unwrap();
-    state.write(turn(|turn| turn.value("format", &(FORMAT + 1)).unwrap())).unwrap();
-    drop(state);
-    assert!(StateFile::open(&path).unwrap_err().to_string().contains(&format!("format {}", FORMAT + 1)));
+    for other in [FORMAT - 1, FORMAT + 1] {
+        let mut state = StateFile::create(&path).unwrap();
+        state.write(turn(|turn| turn.value("format", &other).unwrap())).unwrap();
+        drop(state);
+        assert!(StateFile::open(&path).unwrap_err().to_string().contains(&format!("format {other}")));
+    }
 }
 
 /// A kill between any two writes of the database leaves the state before or after the turn.

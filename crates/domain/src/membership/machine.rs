@@ -231,16 +231,16 @@ impl Membership {
 
     /// Why a member is lost, if it was silent for too long.
     fn silence(&self, now: Duration, worker: WorkerId, member: &Member) -> Option<LossCause> {
-        let Self { settings, .. } = self;
-        let least = if self.is_last(worker) { settings.coordinator_timeout } else { Duration::ZERO };
         let silent = now.saturating_sub(member.last_seen);
         if member.done {
-            None
-        } else if member.due.is_some_and(|due| now > due) {
-            Some(LossCause::Disconnected)
-        } else {
-            (silent > settings.heartbeat_timeout.max(least)).then_some(LossCause::Silent { seconds: silent.as_secs() })
+            return None;
         }
+        if member.due.is_some_and(|due| now > due) {
+            return Some(LossCause::Disconnected);
+        }
+        let late = silent > self.settings.heartbeat_timeout
+            && (silent > self.settings.coordinator_timeout || !self.is_last(worker));
+        late.then_some(LossCause::Silent { seconds: silent.as_secs() })
     }
 
     /// The one entrance of losing a worker.
