@@ -26,7 +26,7 @@ async fn a_data_server_with_the_jobs_dataset_is_named_and_no_other() {
     let config: Config = serde_json::from_str(&terms.config_json).unwrap();
     assert_eq!((config, terms.over), (ground.config.clone(), false));
     let coordinator = running.address.grpc.clone();
-    assert_eq!(terms.data_locations, [coordinator.clone()]);
+    assert_eq!(terms.data_locations, std::slice::from_ref(&coordinator));
 
     let facts = ground.dataset().facts();
     let mine = DataOffer {
