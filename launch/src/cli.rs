@@ -106,7 +106,7 @@ pub enum Command {
     Simulate(simulate::SimulateArgs),
     /// Train on a Slurm cluster: write a batch script, keep it in the run directory, submit it
     #[command(after_help = format!("{}\n\n{EXIT_CODES}", slurm::HELP))]
-    Slurm(slurm::SlurmArgs),
+    Slurm(Box<slurm::SlurmArgs>),
     /// In a batch script: run the job of this allocation, and put it back into the queue before its time is up
     #[command(after_help = format!("{}\n\n{EXIT_CODES}", slurm_job::HELP))]
     SlurmJob(slurm_job::SlurmJobArgs),

@@ -85,9 +85,12 @@ pub fn run(args: &LogsArgs, output: &Output) -> Result<()> {
     for (name, log) in &mut logs {
         screen.print(name, log.lines()?)?;
     }
+    if !args.follow {
+        return Ok(());
+    }
     let mut asked: Option<Instant> = None;
     let mut over = false;
-    while args.follow {
+    loop {
         let mut silent = true;
         for (name, log) in &mut logs {
             let lines = log.lines()?;
@@ -95,7 +98,7 @@ pub fn run(args: &LogsArgs, output: &Output) -> Result<()> {
             screen.print(name, lines)?;
         }
         if over && silent {
-            break;
+            return Ok(());
         }
         if asked.is_none_or(|at| at.elapsed() >= ASK) {
             over = !goes_on(&run);
@@ -110,7 +113,6 @@ pub fn run(args: &LogsArgs, output: &Output) -> Result<()> {
         }
         std::thread::sleep(POLL);
     }
-    Ok(())
 }
 
 /// Whether anything of the job lives, or will.

@@ -25,7 +25,8 @@ fn step_seconds(scene: &Scene, status: &JobStatus) -> Option<f64> {
     let started = scene.now - status.seconds;
     let window = WINDOW.max(usize::try_from(status.steps_per_epoch).unwrap_or(usize::MAX));
     let newest: Vec<_> = scene.steps.iter().rev().take(window.saturating_add(1)).collect();
-    let mut ours = newest.iter().filter_map(|step| Some((step.value.step.0, step.time.filter(|time| *time >= started)?)));
+    let mut ours =
+        newest.iter().filter_map(|step| Some((step.value.step.0, step.time.filter(|time| *time >= started)?)));
     if let (Some(to), Some(from)) = (ours.next(), ours.next_back())
         && to.0 > from.0
         && to.1 > from.1

@@ -4,7 +4,7 @@ use learn_domain::config::AdaptorInit;
 use learn_domain::packing::Packing;
 use learn_domain::sampling::Pairs;
 use learn_torch::seed;
-use tch::Device;
+use tch::{Device, Kind};
 
 use super::*;
 use crate::objective::{InfoNce, local_pairs};
