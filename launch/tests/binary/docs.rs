@@ -30,7 +30,9 @@ fn the_metrics_table_is_current() -> TestResult {
 
 #[test]
 fn the_exit_codes_are_those_of_the_code() -> TestResult {
-    use learn_domain::report::exit::{DIVERGED, FAILED, NO_PROGRESS, OK, STOPPED, UNSAVED, USAGE, WORKER_LOST};
+    use learn_domain::report::exit::{
+        DIVERGED, FAILED, NO_PROGRESS, OK, RESTARTS, RESUBMIT, STOPPED, UNSAVED, USAGE, WORKER_LOST,
+    };
     let text = std::fs::read_to_string(page())?;
     let rows: Vec<_> =
         text.lines().filter(|line| line.starts_with("| ") && line.as_bytes()[2].is_ascii_digit()).collect();
@@ -43,6 +45,8 @@ fn the_exit_codes_are_those_of_the_code() -> TestResult {
         (DIVERGED, "not a finite number"),
         (UNSAVED, "could not be written"),
         (NO_PROGRESS, "without a finished step"),
+        (RESUBMIT, "slurm --resubmit"),
+        (RESTARTS, "as often as it may"),
     ];
     assert_eq!(rows.len(), meant.len(), "{rows:?}");
     for (row, (code, words)) in rows.iter().zip(meant) {
