@@ -221,7 +221,8 @@ fn the_loss_of_a_machine_costs_no_step() {
     let status = equals_a_local_run(&cluster, &site, "lossy", (LONG, 1e-5));
     assert_eq!((&status["world_size"], &status["restarts"]), (&2.into(), &0.into()));
     let nodes = text(&cluster.slurm("sinfo", &["--noheader", "--nodes=node2", "--format=%T"]));
-    assert!(nodes.contains("down"), "Slurm has found out while the job ran: {nodes}");
+    // "mixed*" does not answer, "down*" was given up
+    assert!(nodes.contains('*'), "Slurm misses the machine: {nodes}");
 }
 
 #[test]
