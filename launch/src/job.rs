@@ -292,7 +292,7 @@ impl<'a> LocalJob<'a> {
             (Task::Evaluate { .. }, _) => {}
             (Task::Train { .. }, Some(step)) => self.progress.at(step.step.0, status.total_steps, render::step(step)),
             (Task::Train { .. }, None) => {
-                self.progress.at(0, status.total_steps, render::state(&status.state).to_owned());
+                self.progress.at(0, status.total_steps, status.state.name().to_owned());
             }
         }
     }

@@ -5,7 +5,7 @@ mod quality;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use learn_domain::report::{EmbeddingStatus, EmbeddingWorker, Evaluation, JobState, JobStatus, StepRecord};
+use learn_domain::report::{EmbeddingStatus, EmbeddingWorker, Evaluation, JobStatus, StepRecord};
 pub use quality::{evaluated, summary};
 
 type Metrics = BTreeMap<String, f64>;
@@ -76,20 +76,6 @@ pub fn bytes(number: u64) -> String {
 #[must_use]
 pub fn users_per_second(step: &StepRecord) -> f64 {
     if step.seconds > 0.0 { f64::from(step.users) / step.seconds } else { 0.0 }
-}
-
-/// The state as its JSON has it.
-#[must_use]
-pub fn state(state: &JobState) -> &'static str {
-    match state {
-        JobState::Gathering => "gathering",
-        JobState::Running => "running",
-        JobState::Regrouping => "regrouping",
-        JobState::Stopping => "stopping",
-        JobState::Finished => "finished",
-        JobState::Stopped => "stopped",
-        JobState::Failed => "failed",
-    }
 }
 
 /// The embed job of a dataset, and the content embeddings that the dataset `has` now.
@@ -186,7 +172,7 @@ pub fn metrics_table(columns: &[(&str, &Metrics)]) -> String {
 /// A whole status.
 #[must_use]
 pub fn status(status: &JobStatus, freshness: Freshness) -> String {
-    let mut out = format!("{}: {}", status.name, state(&status.state));
+    let mut out = format!("{}: {}", status.name, status.state.name());
     match freshness {
         Freshness::Live => {}
         Freshness::Ended => out.push_str(" (ended)"),

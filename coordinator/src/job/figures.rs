@@ -7,7 +7,7 @@ use learn_domain::config::NonFinite;
 use learn_domain::event::Happening;
 use learn_domain::membership::LossCause;
 use learn_domain::progress::Cause;
-use learn_domain::report::{Evaluation, JobState, StepRecord};
+use learn_domain::report::{Evaluation, StepRecord};
 use learn_telemetry::CoordinatorMetrics;
 
 use super::Job;
@@ -86,15 +86,7 @@ pub(super) fn happening(metrics: &CoordinatorMetrics, happening: &Happening) {
 
 /// State and membership, whenever they may have changed.
 pub(super) fn membership(metrics: &CoordinatorMetrics, job: &Job) {
-    metrics.set_state(match job.state() {
-        JobState::Gathering => "gathering",
-        JobState::Running => "running",
-        JobState::Regrouping => "regrouping",
-        JobState::Stopping => "stopping",
-        JobState::Finished => "finished",
-        JobState::Stopped => "stopped",
-        JobState::Failed => "failed",
-    });
+    metrics.set_state(job.state().name());
     metrics.generation.set(job.generation().0 as i64);
     metrics.workers.set(job.present_count() as i64);
 }

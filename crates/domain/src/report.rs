@@ -220,6 +220,20 @@ pub enum JobState {
 }
 
 impl JobState {
+    /// As its JSON, the metrics and people name it.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Gathering => "gathering",
+            Self::Running => "running",
+            Self::Regrouping => "regrouping",
+            Self::Stopping => "stopping",
+            Self::Finished => "finished",
+            Self::Stopped => "stopped",
+            Self::Failed => "failed",
+        }
+    }
+
     /// Nothing more will happen.
     #[must_use]
     pub fn ended(&self) -> bool {

@@ -10,7 +10,7 @@ use crate::api::Api;
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::output::Output;
-use crate::{render, runs};
+use crate::runs;
 
 pub const HELP: &str = "\
 Examples:
@@ -63,7 +63,7 @@ pub fn run(args: &ScaleArgs, output: &Output) -> Result<()> {
             break status;
         }
         if !matches!(status.state, JobState::Gathering | JobState::Running | JobState::Regrouping) {
-            bail!("{shown} is {} already", render::state(&status.state));
+            bail!("{shown} is {} already", status.state.name());
         }
         if started.elapsed() > Duration::from_secs(args.timeout) {
             bail!(

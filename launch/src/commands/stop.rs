@@ -10,7 +10,6 @@ use crate::api::Api;
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::output::Output;
-use crate::render;
 use crate::runs::{self, Named};
 use crate::slurm::client;
 use crate::slurm::queue::Queue;
@@ -54,7 +53,7 @@ pub fn run(args: &StopArgs, output: &Output) -> Result<()> {
                 return output.result(&text, &serde_json::json!({ "state": "stopped" }));
             };
             let step = status.last_step.as_ref().map_or(0, |step| step.step.0);
-            output.result(&format!("{shown}: {} at step {step}", render::state(&status.state)), &status)
+            output.result(&format!("{shown}: {} at step {step}", status.state.name()), &status)
         }
         Named::Dataset(dataset) => {
             let shown = super::shown(dataset.dir());

@@ -1,8 +1,8 @@
 use learn_domain::ids::{Generation, Rank, Step, WorkerId};
 use learn_domain::ledger::{EpochCount, LedgerSummary};
 use learn_domain::report::{
-    Comparison, DataServerStatus, DatasetFacts, EmbeddingStatus, EmbeddingWorker, Estimate, Interval, SegmentResult,
-    Split, Summary, Task, WorkerStatus,
+    Comparison, DataServerStatus, DatasetFacts, EmbeddingStatus, EmbeddingWorker, Estimate, Interval, JobState,
+    SegmentResult, Split, Summary, Task, WorkerStatus,
 };
 
 use super::*;

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::commands::status::{self, Current};
 use crate::lines::Follower;
-use crate::render::{self, Freshness};
+use crate::render::Freshness;
 
 /// One run, as its page shows it.
 #[derive(Clone, Debug, Default)]
@@ -44,8 +44,8 @@ impl RunFacts {
         match status::current(run) {
             Ok(Some(Current { status, freshness, .. })) => {
                 facts.state = match freshness {
-                    Freshness::Stale => format!("{}, its coordinator is gone", render::state(&status.state)),
-                    Freshness::Live | Freshness::Ended | Freshness::Queued => render::state(&status.state).into(),
+                    Freshness::Stale => format!("{}, its coordinator is gone", status.state.name()),
+                    Freshness::Live | Freshness::Ended | Freshness::Queued => status.state.name().into(),
                 };
                 facts.cause.clone_from(&status.cause);
                 facts.status = Some(status);

@@ -36,7 +36,7 @@ struct Known {
 impl Known {
     fn new(status: &JobStatus, freshness: Freshness, scene: &Scene) -> Self {
         Self {
-            state: (render::state(&status.state), freshness.name()),
+            state: (status.state.name(), freshness.name()),
             generation: status.generation.0,
             world_size: status.world_size,
             step: status.last_step.as_ref().map_or(0, |step| step.step.0),
