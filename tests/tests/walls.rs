@@ -11,6 +11,7 @@ const NEVER: &[(&str, &[&str])] = &[
     ("learn-domain", &["tokio", "tonic", "prost", "axum", "arrow-*", "parquet", "memmap2", "tch", "torch-sys"]),
     ("learn-dataset", &["tokio", "tonic", "prost", "axum", "arrow-flight", "tch", "torch-sys"]),
     ("learn-collective", &["tokio", "tonic", "axum", "arrow-*", "tch", "torch-sys"]),
+    ("learn-kernels", &["tokio", "tonic", "axum", "arrow-*", "tch", "torch-sys"]),
     ("learn-model", &["tokio", "tonic", "axum", "arrow-flight"]),
     ("learn-coordinator", &["tch", "torch-sys", "cudarc"]),
     ("learn-launch", &["tch", "torch-sys", "cudarc"]),

@@ -1,0 +1,203 @@
+//! AdamW over flat buffers: every number is read once and written once.
+//!
+//! The arithmetic is that of `torch.optim.AdamW`: decoupled decay, bias correction, epsilon outside the root. The gradient is
+//! scaled while it is read (by a clip factor, say), and the values are written as bf16 too where products read them so.
+
+use std::ops::Range;
+
+use half::bf16;
+
+use crate::element::Element;
+use crate::parallel::{self, check_length, optional_chunks_mut};
+use crate::simd::{Kernel, Level, Simd};
+
+/// Elements of a block.
+const ELEMENTS: usize = 1 << 15;
+
+/// One update.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamW {
+    pub learning_rate: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    pub weight_decay: f64,
+    /// The number of this update; the first is 1.
+    pub step: u64,
+    /// What the gradient is multiplied by.
+    pub gradient_scale: f32,
+}
+
+/// What an update changes; all `[P]`.
+#[derive(Debug)]
+pub struct State<'a> {
+    pub values: &'a mut [f32],
+    /// Mean of the gradients.
+    pub first: &'a mut [f32],
+    /// Mean of their squares.
+    pub second: &'a mut [f32],
+    /// The values in bf16.
+    pub shadow: Option<&'a mut [bf16]>,
+}
+
+impl AdamW {
+    /// Updates the state with a gradient `[P]`. Weight decay applies in the ranges `decays`, which ascend without overlap.
+    ///
+    /// # Panics
+    /// The lengths differ, or the ranges do not ascend within them.
+    pub fn update<G: Element>(&self, gradient: &[G], state: State<'_>, decays: &[Range<usize>]) {
+        let count = gradient.len();
+        check_length("values", state.values, count);
+        check_length("first", state.first, count);
+        check_length("second", state.second, count);
+        if let Some(shadow) = &state.shadow {
+            check_length("shadow", shadow, count);
+        }
+        let ends = decays.iter().flat_map(|range| [range.start, range.end]);
+        assert!(
+            ends.chain([count]).is_sorted(),
+            "the ranges with weight decay do not ascend up to {count}: {decays:?}"
+        );
+        let factors = self.factors();
+        let level = Level::current();
+        let moments = state.first.chunks_mut(ELEMENTS).zip(state.second.chunks_mut(ELEMENTS));
+        let written = state.values.chunks_mut(ELEMENTS).zip(moments).zip(optional_chunks_mut(state.shadow, ELEMENTS));
+        let blocks = gradient.chunks(ELEMENTS).zip(written).enumerate();
+        let blocks = blocks.map(|(number, (gradient, ((values, (first, second)), shadow)))| Update {
+            factors,
+            place: number * ELEMENTS,
+            decays,
+            gradient,
+            state: State { values, first, second, shadow },
+        });
+        parallel::map(blocks.collect(), |block| level.run(block));
+    }
+
+    fn factors(&self) -> Factors {
+        // past i32::MAX steps both corrections have long been 1
+        let exponent = i32::try_from(self.step).unwrap_or(i32::MAX);
+        let (correction1, correction2) = (1.0 - self.beta1.powi(exponent), 1.0 - self.beta2.powi(exponent));
+        Factors {
+            gradient: self.gradient_scale,
+            keep: (1.0 - self.learning_rate * self.weight_decay) as f32,
+            // 1 - beta is taken before it is rounded to f32
+            new1: (1.0 - self.beta1) as f32,
+            beta2: self.beta2 as f32,
+            new2: (1.0 - self.beta2) as f32,
+            root: (1.0 / correction2.sqrt()) as f32,
+            epsilon: self.epsilon as f32,
+            rate: (self.learning_rate / correction1) as f32,
+        }
+    }
+}
+
+/// The update's numbers as they are used.
+#[derive(Clone, Copy, Debug)]
+struct Factors {
+    gradient: f32,
+    /// Of values with weight decay.
+    keep: f32,
+    new1: f32,
+    beta2: f32,
+    new2: f32,
+    /// 1 / sqrt(second correction)
+    root: f32,
+    epsilon: f32,
+    /// Learning rate / first correction
+    rate: f32,
+}
+
+struct Update<'a, G> {
+    factors: Factors,
+    /// Where the block begins in the whole.
+    place: usize,
+    decays: &'a [Range<usize>],
+    gradient: &'a [G],
+    state: State<'a>,
+}
+
+impl<G: Element> Kernel for Update<'_, G> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let (mut done, end) = (0, self.gradient.len());
+        let next = self.decays.partition_point(|range| range.end <= self.place);
+        for range in &self.decays[next..] {
+            let from = range.start.saturating_sub(self.place).min(end);
+            let to = (range.end - self.place).min(end);
+            self.part(s, done..from, 1.0);
+            self.part(s, from..to, self.factors.keep);
+            done = to;
+            if done == end {
+                return;
+            }
+        }
+        self.part(s, done..end, 1.0);
+    }
+}
+
+impl<G: Element> Update<'_, G> {
+    /// The elements of a range, whose values are multiplied by `keep` first.
+    #[inline(always)]
+    fn part<S: Simd>(&mut self, s: S, range: Range<usize>, keep: f32) {
+        let factors = self.factors;
+        let gradient = &self.gradient[range.clone()];
+        let values = &mut self.state.values[range.clone()];
+        let first = &mut self.state.first[range.clone()];
+        let second = &mut self.state.second[range.clone()];
+        let mut shadow = self.state.shadow.as_mut().map(|shadow| &mut shadow[range]);
+        let mut at = 0;
+        while at < gradient.len() {
+            let g = s.mul(G::load_at(s, gradient, at), s.splat(factors.gradient));
+            let mean = f32::load_at(s, first, at);
+            let mean = s.mul_add(s.sub(g, mean), s.splat(factors.new1), mean);
+            let square = s.mul(f32::load_at(s, second, at), s.splat(factors.beta2));
+            let square = s.mul_add(s.mul(g, g), s.splat(factors.new2), square);
+            let spread = s.mul_add(s.sqrt(square), s.splat(factors.root), s.splat(factors.epsilon));
+            let value = s.mul(f32::load_at(s, values, at), s.splat(keep));
+            let value = s.sub(value, s.mul(s.div(mean, spread), s.splat(factors.rate)));
+            f32::store_at(s, mean, first, at);
+            f32::store_at(s, square, second, at);
+            f32::store_at(s, value, values, at);
+            if let Some(shadow) = &mut shadow {
+                bf16::store_at(s, value, shadow, at);
+            }
+            at += S::LANES;
+        }
+    }
+}
+
+/// The sum of squares, in f64 from blocks of a fixed size.
+#[must_use]
+pub fn squared_norm<E: Element>(x: &[E]) -> f64 {
+    struct Squares<'a, E>(&'a [E]);
+    impl<E: Element> Kernel for Squares<'_, E> {
+        type Output = f64;
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> f64 {
+            // f32 sums over a few vectors at a time, so that rounding stays far below that of a single f32 sum
+            let mut total = 0.0;
+            for part in self.0.chunks(64 * S::LANES) {
+                let mut sums = [s.splat(0.0); 4];
+                let mut at = 0;
+                let mut turn = 0;
+                while at < part.len() {
+                    let x = E::load_at(s, part, at);
+                    sums[turn] = s.mul_add(x, x, sums[turn]);
+                    turn = (turn + 1) % 4;
+                    at += S::LANES;
+                }
+                total += f64::from(s.sum(s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3]))));
+            }
+            total
+        }
+    }
+    let level = Level::current();
+    let blocks = x.chunks(ELEMENTS).map(Squares).collect();
+    parallel::map(blocks, |block| level.run(block)).into_iter().sum()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,110 @@
+//! Against the update spelled out in f64.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::testing::{assert_near, assert_same_with_any_threads, at_every_level, exact, numbers, precision};
+
+const UPDATE: AdamW = AdamW {
+    learning_rate: 0.02,
+    beta1: 0.9,
+    beta2: 0.95,
+    epsilon: 1e-6,
+    weight_decay: 0.3,
+    step: 1,
+    gradient_scale: 1.0,
+};
+
+fn reference(update: &AdamW, gradient: &[f64], state: &mut [Vec<f64>; 3], decays: &[Range<usize>]) {
+    let [values, first, second] = state;
+    let correction1 = 1.0 - update.beta1.powi(update.step as i32);
+    let correction2 = 1.0 - update.beta2.powi(update.step as i32);
+    for (place, g) in gradient.iter().enumerate() {
+        let g = g * f64::from(update.gradient_scale);
+        if decays.iter().any(|range| range.contains(&place)) {
+            values[place] -= update.learning_rate * update.weight_decay * values[place];
+        }
+        first[place] = update.beta1 * first[place] + (1.0 - update.beta1) * g;
+        second[place] = update.beta2 * second[place] + (1.0 - update.beta2) * g * g;
+        let spread = (second[place] / correction2).sqrt() + update.epsilon;
+        values[place] -= update.learning_rate * first[place] / correction1 / spread;
+    }
+}
+
+fn check<G: Element>(count: usize, decays: &[Range<usize>], scale: f32) {
+    let values: Vec<f32> = numbers(1, count);
+    let mut ours = [values.clone(), vec![0.0; count], vec![0.0; count]];
+    let mut shadow = vec![bf16::ZERO; count];
+    let mut truth = [exact(&values), vec![0.0; count], vec![0.0; count]];
+    for step in 1..=4 {
+        let gradient: Vec<G> = numbers(10 + step, count);
+        let update = AdamW { step, gradient_scale: scale, ..UPDATE };
+        let [values, first, second] = &mut ours;
+        update.update(&gradient, State { values, first, second, shadow: Some(&mut shadow) }, decays);
+        reference(&update, &exact(&gradient), &mut truth, decays);
+    }
+    for (what, (ours, truth)) in ["values", "first", "second"].iter().zip(ours.iter().zip(&truth)) {
+        assert_near(what, ours, truth, precision::<f32>());
+    }
+    let rounded: Vec<bf16> = ours[0].iter().map(|x| bf16::from_f32(*x)).collect();
+    assert_eq!(shadow, rounded);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn follows_the_formula(mut ends in prop::collection::vec(0_usize..90, 0..8), scale in 0.1_f32..1.0) {
+        ends.sort_unstable();
+        let decays: Vec<_> = ends.chunks_exact(2).map(|ends| ends[0]..ends[1]).collect();
+        at_every_level(|_| {
+            check::<f32>(90, &decays, scale);
+            check::<bf16>(90, &decays, scale);
+        });
+    }
+}
+
+#[test]
+fn ranges_reach_over_blocks() {
+    let count = 3 * ELEMENTS + 7;
+    let decays = [3..ELEMENTS - 1, ELEMENTS..ELEMENTS + 1, ELEMENTS + 5..3 * ELEMENTS + 2];
+    at_every_level(|_| check::<f32>(count, &decays, 1.0));
+    check::<f32>(0, &[], 1.0);
+}
+
+#[test]
+fn a_spared_value_without_a_gradient_keeps_its_bits() {
+    let values: Vec<f32> = numbers(4, 50);
+    let [mut now, mut first, mut second] = [values.clone(), vec![0.0; 50], vec![0.0; 50]];
+    let state = State { values: &mut now, first: &mut first, second: &mut second, shadow: None };
+    UPDATE.update(&[0.0_f32; 50], state, &[20..30]);
+    assert_eq!((&now[..20], &now[30..]), (&values[..20], &values[30..]));
+    assert!(now[20..30].iter().zip(&values[20..30]).all(|(now, before)| now != before));
+}
+
+#[test]
+fn the_norm_is_exact_enough_and_the_same_with_any_number_of_threads() {
+    let x: Vec<f32> = numbers(5, 3 * ELEMENTS + 100);
+    let truth: f64 = exact(&x).iter().map(|x| x * x).sum();
+    at_every_level(|level| {
+        assert!((squared_norm(&x) / truth - 1.0).abs() < 1e-7, "{level:?}");
+        assert!((squared_norm::<f32>(&[3.0, -4.0]) - 25.0).abs() < 1e-12);
+        assert!(squared_norm(&[f32::NAN, 1.0]).is_nan());
+    });
+    assert_eq!(squared_norm::<f32>(&[]), 0.0);
+    let start: Vec<f32> = numbers(6, x.len());
+    assert_same_with_any_threads(|| {
+        let [mut values, mut first, mut second] = [start.clone(), start.clone(), vec![0.0; x.len()]];
+        let state = State { values: &mut values, first: &mut first, second: &mut second, shadow: None };
+        UPDATE.update(&x, state, &[0..10]);
+        (squared_norm(&x).to_bits(), values, first, second)
+    });
+}
+
+#[test]
+#[should_panic(expected = "do not ascend up to 10")]
+fn ranges_beyond_the_end_are_refused() {
+    let [mut a, mut b, mut c] = [[0.0; 10]; 3];
+    let state = State { values: &mut a, first: &mut b, second: &mut c, shadow: None };
+    UPDATE.update(&[0.0_f32; 10], state, &[5..11]);
+}
