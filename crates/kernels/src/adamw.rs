@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use crate::element::Element;
+use crate::element::{Element, vectors};
 use crate::parallel::{self, check_length, optional_chunks_mut};
 use crate::simd::{Kernel, Level, Simd};
 
@@ -147,24 +147,22 @@ impl<G: Element> Update<'_, G> {
         let first = &mut self.state.first[range.clone()];
         let second = &mut self.state.second[range.clone()];
         let mut shadow = self.state.shadow.as_mut().map(|shadow| &mut shadow[range]);
-        let mut at = 0;
-        while at < gradient.len() {
-            let g = s.mul(G::load_at(s, gradient, at), s.splat(factors.gradient));
-            let mean = f32::load_at(s, first, at);
+        vectors!(S, gradient.len(), |at| {
+            let g = s.mul(G::load_at::<WHOLE, _>(s, gradient, at), s.splat(factors.gradient));
+            let mean = f32::load_at::<WHOLE, _>(s, first, at);
             let mean = s.mul_add(s.sub(g, mean), s.splat(factors.new1), mean);
-            let square = s.mul(f32::load_at(s, second, at), s.splat(factors.beta2));
+            let square = s.mul(f32::load_at::<WHOLE, _>(s, second, at), s.splat(factors.beta2));
             let square = s.mul_add(s.mul(g, g), s.splat(factors.new2), square);
             let spread = s.mul_add(s.sqrt(square), s.splat(factors.root), s.splat(factors.epsilon));
-            let value = s.mul(f32::load_at(s, values, at), s.splat(keep));
+            let value = s.mul(f32::load_at::<WHOLE, _>(s, values, at), s.splat(keep));
             let value = s.sub(value, s.mul(s.div(mean, spread), s.splat(factors.rate)));
-            f32::store_at(s, mean, first, at);
-            f32::store_at(s, square, second, at);
-            f32::store_at(s, value, values, at);
+            f32::store_at::<WHOLE, _>(s, mean, first, at);
+            f32::store_at::<WHOLE, _>(s, square, second, at);
+            f32::store_at::<WHOLE, _>(s, value, values, at);
             if let Some(shadow) = &mut shadow {
-                bf16::store_at(s, value, shadow, at);
+                bf16::store_at::<WHOLE, _>(s, value, shadow, at);
             }
-            at += S::LANES;
-        }
+        });
     }
 }
 
@@ -180,16 +178,12 @@ pub fn squared_norm<E: Element>(x: &[E]) -> f64 {
             // f32 sums over a few vectors at a time, so that rounding stays far below that of a single f32 sum
             let mut total = 0.0;
             for part in self.0.chunks(64 * S::LANES) {
-                let mut sums = [s.splat(0.0); 4];
-                let mut at = 0;
-                let mut turn = 0;
-                while at < part.len() {
-                    let x = E::load_at(s, part, at);
-                    sums[turn] = s.mul_add(x, x, sums[turn]);
-                    turn = (turn + 1) % 4;
-                    at += S::LANES;
-                }
-                total += f64::from(s.sum(s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3]))));
+                let mut sum = s.splat(0.0);
+                vectors!(S, part.len(), |at| {
+                    let x = E::load_at::<WHOLE, _>(s, part, at);
+                    sum = s.mul_add(x, x, sum);
+                });
+                total += f64::from(s.sum(sum));
             }
             total
         }

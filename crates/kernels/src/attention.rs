@@ -8,7 +8,7 @@
 mod head;
 
 use crate::dropout::Dropout;
-use crate::element::Element;
+use crate::element::{Element, vectors};
 use crate::parallel::{self, check_length, rows};
 use crate::simd::{Kernel, Level, Simd};
 
@@ -288,11 +288,9 @@ impl<E: Element> Kernel for Backward<'_, E> {
 /// Stores the first `to.len()` numbers of a row.
 #[inline(always)]
 fn write<S: Simd, E: Element>(s: S, row: &[f32], to: &mut [E]) {
-    let mut at = 0;
-    while at < to.len() {
-        E::store_at(s, f32::load_at(s, row, at), to, at);
-        at += S::LANES;
-    }
+    vectors!(S, to.len(), |at| {
+        E::store_at::<WHOLE, _>(s, f32::load_at::<WHOLE, _>(s, row, at), to, at);
+    });
 }
 
 #[cfg(test)]

@@ -38,6 +38,7 @@ impl Dropout {
 
     /// # Panics
     /// The rate is not below 1.
+    #[inline]
     pub(crate) fn row(&self, row: u64) -> RowDropout {
         assert!(self.rate < 1.0, "dropout rate {} is not below 1", self.rate);
         let key = mix(self.key ^ mix(row));

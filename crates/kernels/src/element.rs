@@ -36,26 +36,45 @@ pub trait Element: Copy + Default + PartialEq + Send + Sync + std::fmt::Debug + 
         }
     }
 
-    /// Lanes from place `at`, at most a vector of them; 0 in the lanes behind the end.
+    /// The vector at place `at`: a whole one, or what is left and 0 in the other lanes.
     #[doc(hidden)]
     #[inline(always)]
-    fn load_at<S: Simd>(simd: S, from: &[Self], at: usize) -> S::Float {
+    fn load_at<const WHOLE: bool, S: Simd>(simd: S, from: &[Self], at: usize) -> S::Float {
         let from = &from[at..];
-        if from.len() >= S::LANES { Self::load(simd, from) } else { Self::load_part(simd, from, 0.0) }
+        if WHOLE { Self::load(simd, from) } else { Self::load_part(simd, from, 0.0) }
     }
 
-    /// Stores from place `at` on, up to the end.
+    /// Stores a whole vector at place `at`, or as much of it as there is room for.
     #[doc(hidden)]
     #[inline(always)]
-    fn store_at<S: Simd>(simd: S, x: S::Float, to: &mut [Self], at: usize) {
+    fn store_at<const WHOLE: bool, S: Simd>(simd: S, x: S::Float, to: &mut [Self], at: usize) {
         let to = &mut to[at..];
-        if to.len() >= S::LANES {
+        if WHOLE {
             Self::store(simd, x, to);
         } else {
             Self::store_part(simd, x, to);
         }
     }
 }
+
+/// Runs the block for each vector of a row: `vectors!(S, length, |at| { .. })`. In the block `at` is the vector's first place, and
+/// the constant `WHOLE` says whether it is a whole one, for [`Element::load_at`] and [`Element::store_at`].
+macro_rules! vectors {
+    ($simd:ident, $length:expr, |$at:ident| $block:block) => {{
+        let length = $length;
+        let mut $at = 0;
+        while $at + $simd::LANES <= length {
+            const WHOLE: bool = true;
+            $block
+            $at += $simd::LANES;
+        }
+        if $at < length {
+            const WHOLE: bool = false;
+            $block
+        }
+    }};
+}
+pub(crate) use vectors;
 
 /// No vector has more.
 pub(crate) const MOST_LANES: usize = 16;

@@ -1,6 +1,6 @@
 //! Bias and exact GELU: x Phi(x), with the gradients of both.
 
-use crate::element::Element;
+use crate::element::{Element, vectors};
 use crate::math::Normal;
 use crate::parallel::{self, add_partials, check_length, rows};
 use crate::simd::{Kernel, Level, Simd};
@@ -60,12 +60,10 @@ impl<E: Element> Kernel for Forward<'_, E> {
     fn run<S: Simd>(self, s: S) {
         let width = self.bias.len();
         for (x, out) in self.x.chunks_exact(width).zip(self.out.chunks_exact_mut(width)) {
-            let mut at = 0;
-            while at < width {
-                let x = s.add(E::load_at(s, x, at), f32::load_at(s, self.bias, at));
-                E::store_at(s, s.mul(x, Normal::at(s, x).below), out, at);
-                at += S::LANES;
-            }
+            vectors!(S, width, |at| {
+                let x = s.add(E::load_at::<WHOLE, _>(s, x, at), f32::load_at::<WHOLE, _>(s, self.bias, at));
+                E::store_at::<WHOLE, _>(s, s.mul(x, Normal::at(s, x).below), out, at);
+            });
         }
     }
 }
@@ -84,16 +82,14 @@ impl<E: Element> Kernel for Backward<'_, E> {
         let width = self.bias.len();
         let mut sums = vec![0.0; width];
         for (x, gradient) in self.x.chunks_exact(width).zip(self.gradient.chunks_exact_mut(width)) {
-            let mut at = 0;
-            while at < width {
-                let x = s.add(E::load_at(s, x, at), f32::load_at(s, self.bias, at));
+            vectors!(S, width, |at| {
+                let x = s.add(E::load_at::<WHOLE, _>(s, x, at), f32::load_at::<WHOLE, _>(s, self.bias, at));
                 let normal = Normal::at(s, x);
                 let slope = s.mul_add(s.mul(x, s.splat(DENSITY)), normal.bell, normal.below);
-                let d_x = s.mul(E::load_at(s, gradient, at), slope);
-                f32::store_at(s, s.add(f32::load_at(s, &sums, at), d_x), &mut sums, at);
-                E::store_at(s, d_x, gradient, at);
-                at += S::LANES;
-            }
+                let d_x = s.mul(E::load_at::<WHOLE, _>(s, gradient, at), slope);
+                f32::store_at::<WHOLE, _>(s, s.add(f32::load_at::<WHOLE, _>(s, &sums, at), d_x), &mut sums, at);
+                E::store_at::<WHOLE, _>(s, d_x, gradient, at);
+            });
         }
         sums
     }

@@ -4,7 +4,7 @@
 //! all that is stored.
 
 use crate::dropout::Dropout;
-use crate::element::Element;
+use crate::element::{Element, vectors};
 use crate::parallel::{self, add_partials, check_length, optional_chunks, optional_chunks_mut, rows};
 use crate::simd::{Kernel, Level, Simd};
 
@@ -156,29 +156,30 @@ impl<E: Element, R: Element> Kernel for Forward<'_, E, R> {
             let (dense, residual) = (&self.dense[own.clone()], &self.residual[own.clone()]);
             let dropout = self.norm.dropout.row((self.first_row + row) as u64);
             let mut total = s.splat(0.0);
-            let mut at = 0;
-            while at < width {
-                let dense = s.add(E::load_at(s, dense, at), f32::load_at(s, self.norm.bias, at));
-                let sum = s.mul_add(dense, dropout.factors(s, at), R::load_at(s, residual, at));
+            vectors!(S, width, |at| {
+                let dense =
+                    s.add(E::load_at::<WHOLE, _>(s, dense, at), f32::load_at::<WHOLE, _>(s, self.norm.bias, at));
+                let sum = s.mul_add(dense, dropout.factors(s, at), R::load_at::<WHOLE, _>(s, residual, at));
                 // behind the row's end all of it is 0
-                f32::store_at(s, sum, &mut sums, at);
+                f32::store_at::<WHOLE, _>(s, sum, &mut sums, at);
                 total = s.add(total, sum);
-                at += S::LANES;
-            }
+            });
             let mean = s.sum(total) / width as f32;
             let rstd = 1.0 / (centred_squares(s, &sums, mean) / width as f32 + self.norm.eps).sqrt();
             *statistics = RowStatistics { mean, rstd };
             let out = &mut self.out[own.clone()];
-            let mut at = 0;
-            while at < width {
-                let unit = s.mul(s.sub(f32::load_at(s, &sums, at), s.splat(mean)), s.splat(rstd));
-                let y = s.mul_add(unit, f32::load_at(s, self.norm.gamma, at), f32::load_at(s, self.norm.beta, at));
-                R::store_at(s, y, out, at);
+            vectors!(S, width, |at| {
+                let unit = s.mul(s.sub(f32::load_at::<WHOLE, _>(s, &sums, at), s.splat(mean)), s.splat(rstd));
+                let y = s.mul_add(
+                    unit,
+                    f32::load_at::<WHOLE, _>(s, self.norm.gamma, at),
+                    f32::load_at::<WHOLE, _>(s, self.norm.beta, at),
+                );
+                R::store_at::<WHOLE, _>(s, y, out, at);
                 if let Some(low) = &mut self.low {
-                    E::store_at(s, y, &mut low[own.clone()], at);
+                    E::store_at::<WHOLE, _>(s, y, &mut low[own.clone()], at);
                 }
-                at += S::LANES;
-            }
+            });
         }
     }
 }
@@ -187,16 +188,12 @@ impl<E: Element, R: Element> Kernel for Forward<'_, E, R> {
 #[inline(always)]
 fn centred_squares<S: Simd>(s: S, x: &[f32], mean: f32) -> f32 {
     let mut squares = s.splat(0.0);
-    let mut at = 0;
-    while at + S::LANES <= x.len() {
-        let centred = s.sub(s.load(&x[at..]), s.splat(mean));
+    vectors!(S, x.len(), |at| {
+        // lanes behind the end are the mean too
+        let x = if WHOLE { s.load(&x[at..]) } else { f32::load_part(s, &x[at..], mean) };
+        let centred = s.sub(x, s.splat(mean));
         squares = s.mul_add(centred, centred, squares);
-        at += S::LANES;
-    }
-    if at < x.len() {
-        let centred = s.sub(f32::load_part(s, &x[at..], mean), s.splat(mean));
-        squares = s.mul_add(centred, centred, squares);
-    }
+    });
     s.sum(squares)
 }
 
@@ -234,39 +231,46 @@ impl<E: Element, R: Element> Kernel for Backward<'_, E, R> {
             let d_dense = &mut self.d_dense[own.clone()];
             let (mean, rstd) = (s.splat(statistics.mean), s.splat(statistics.rstd));
             let (mut total, mut along) = (s.splat(0.0), s.splat(0.0));
-            let mut at = 0;
-            while at < width {
+            vectors!(S, width, |at| {
                 let factor = dropout.factors(s, at);
-                let dense = s.add(E::load_at(s, dense, at), f32::load_at(s, self.norm.bias, at));
-                let sum = s.mul_add(dense, factor, R::load_at(s, residual, at));
+                let dense =
+                    s.add(E::load_at::<WHOLE, _>(s, dense, at), f32::load_at::<WHOLE, _>(s, self.norm.bias, at));
+                let sum = s.mul_add(dense, factor, R::load_at::<WHOLE, _>(s, residual, at));
                 let unit = s.mul(s.sub(sum, mean), rstd);
-                let mut d_out = R::load_at(s, gradient, at);
+                let mut d_out = R::load_at::<WHOLE, _>(s, gradient, at);
                 if let Some(more) = self.more {
-                    d_out = s.add(d_out, E::load_at(s, &more[own.clone()], at));
+                    d_out = s.add(d_out, E::load_at::<WHOLE, _>(s, &more[own.clone()], at));
                 }
                 // behind the row's end gradient and scale are 0
-                let d_unit = s.mul(d_out, f32::load_at(s, self.norm.gamma, at));
+                let d_unit = s.mul(d_out, f32::load_at::<WHOLE, _>(s, self.norm.gamma, at));
                 total = s.add(total, d_unit);
                 along = s.mul_add(d_unit, unit, along);
-                f32::store_at(s, unit, &mut units, at);
-                f32::store_at(s, d_unit, &mut scaled, at);
-                f32::store_at(s, factor, &mut factors, at);
-                f32::store_at(s, s.mul_add(d_out, unit, f32::load_at(s, &sums.gamma, at)), &mut sums.gamma, at);
-                f32::store_at(s, s.add(d_out, f32::load_at(s, &sums.beta, at)), &mut sums.beta, at);
-                at += S::LANES;
-            }
+                f32::store_at::<WHOLE, _>(s, unit, &mut units, at);
+                f32::store_at::<WHOLE, _>(s, d_unit, &mut scaled, at);
+                f32::store_at::<WHOLE, _>(s, factor, &mut factors, at);
+                f32::store_at::<WHOLE, _>(
+                    s,
+                    s.mul_add(d_out, unit, f32::load_at::<WHOLE, _>(s, &sums.gamma, at)),
+                    &mut sums.gamma,
+                    at,
+                );
+                f32::store_at::<WHOLE, _>(
+                    s,
+                    s.add(d_out, f32::load_at::<WHOLE, _>(s, &sums.beta, at)),
+                    &mut sums.beta,
+                    at,
+                );
+            });
             let total = s.splat(s.sum(total) / width as f32);
             let along = s.splat(-s.sum(along) / width as f32);
-            let mut at = 0;
-            while at < width {
-                let across = s.sub(f32::load_at(s, &scaled, at), total);
-                let d_sum = s.mul(s.mul_add(f32::load_at(s, &units, at), along, across), rstd);
-                let d = s.mul(d_sum, f32::load_at(s, &factors, at));
-                R::store_at(s, d_sum, gradient, at);
-                E::store_at(s, d, d_dense, at);
-                f32::store_at(s, s.add(d, f32::load_at(s, &sums.bias, at)), &mut sums.bias, at);
-                at += S::LANES;
-            }
+            vectors!(S, width, |at| {
+                let across = s.sub(f32::load_at::<WHOLE, _>(s, &scaled, at), total);
+                let d_sum = s.mul(s.mul_add(f32::load_at::<WHOLE, _>(s, &units, at), along, across), rstd);
+                let d = s.mul(d_sum, f32::load_at::<WHOLE, _>(s, &factors, at));
+                R::store_at::<WHOLE, _>(s, d_sum, gradient, at);
+                E::store_at::<WHOLE, _>(s, d, d_dense, at);
+                f32::store_at::<WHOLE, _>(s, s.add(d, f32::load_at::<WHOLE, _>(s, &sums.bias, at)), &mut sums.bias, at);
+            });
         }
         sums
     }

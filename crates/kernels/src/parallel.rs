@@ -75,7 +75,7 @@ pub(crate) fn check_length<T>(what: &str, slice: &[T], expected: usize) {
 /// The slice does not hold whole rows.
 #[track_caller]
 pub(crate) fn rows<T>(what: &str, slice: &[T], width: usize) -> usize {
-    assert!(width > 0 && slice.len() % width == 0, "{what} has {} elements, no rows of {width}", slice.len());
+    assert!(width > 0 && slice.len().is_multiple_of(width), "{what} has {} elements, no rows of {width}", slice.len());
     slice.len() / width
 }
 

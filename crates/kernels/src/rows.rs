@@ -1,6 +1,6 @@
 //! Rows of matrices: sums, gathering, scattering, casting, unit length.
 
-use crate::element::Element;
+use crate::element::{Element, vectors};
 use crate::parallel::{self, add_partials, check_length, rows};
 use crate::simd::{Kernel, Level, Simd};
 
@@ -118,11 +118,14 @@ pub fn add<E: Element, R: Element>(x: &[E], out: &mut [R]) {
 
 #[inline(always)]
 fn add_into<S: Simd, E: Element, R: Element>(s: S, x: &[E], out: &mut [R]) {
-    let mut at = 0;
-    while at < out.len() {
-        R::store_at(s, s.add(R::load_at(s, out, at), E::load_at(s, x, at)), out, at);
-        at += S::LANES;
-    }
+    vectors!(S, out.len(), |at| {
+        R::store_at::<WHOLE, _>(
+            s,
+            s.add(R::load_at::<WHOLE, _>(s, out, at), E::load_at::<WHOLE, _>(s, x, at)),
+            out,
+            at,
+        );
+    });
 }
 
 /// The same numbers stored otherwise; to bf16 rounded to the nearest, ties to even.
@@ -136,11 +139,9 @@ pub fn cast<A: Element, B: Element>(from: &[A], to: &mut [B]) {
 
         #[inline(always)]
         fn run<S: Simd>(self, s: S) {
-            let mut at = 0;
-            while at < self.1.len() {
-                B::store_at(s, A::load_at(s, self.0, at), self.1, at);
-                at += S::LANES;
-            }
+            vectors!(S, self.1.len(), |at| {
+                B::store_at::<WHOLE, _>(s, A::load_at::<WHOLE, _>(s, self.0, at), self.1, at);
+            });
         }
     }
     check_length("from", from, to.len());
@@ -178,11 +179,9 @@ impl Normalize {
                 let rows = self.x.chunks_exact(width).zip(self.out.chunks_exact_mut(width));
                 for ((x, out), norm) in rows.zip(self.norms) {
                     *norm = dot(s, x, x).sqrt().max(eps);
-                    let mut at = 0;
-                    while at < width {
-                        R::store_at(s, s.div(E::load_at(s, x, at), s.splat(*norm)), out, at);
-                        at += S::LANES;
-                    }
+                    vectors!(S, width, |at| {
+                        R::store_at::<WHOLE, _>(s, s.div(E::load_at::<WHOLE, _>(s, x, at), s.splat(*norm)), out, at);
+                    });
                 }
             }
         }
@@ -218,12 +217,14 @@ impl Normalize {
                 let rows = self.out.chunks_exact(width).zip(self.gradient.chunks_exact(width));
                 for (((out, gradient), d_x), norm) in rows.zip(self.d_x.chunks_exact_mut(width)).zip(self.norms) {
                     let along = if *norm > eps { dot(s, out, gradient) } else { 0.0 };
-                    let mut at = 0;
-                    while at < width {
-                        let across = s.mul_add(R::load_at(s, out, at), s.splat(-along), R::load_at(s, gradient, at));
-                        E::store_at(s, s.div(across, s.splat(*norm)), d_x, at);
-                        at += S::LANES;
-                    }
+                    vectors!(S, width, |at| {
+                        let across = s.mul_add(
+                            R::load_at::<WHOLE, _>(s, out, at),
+                            s.splat(-along),
+                            R::load_at::<WHOLE, _>(s, gradient, at),
+                        );
+                        E::store_at::<WHOLE, _>(s, s.div(across, s.splat(*norm)), d_x, at);
+                    });
                 }
             }
         }
@@ -244,11 +245,9 @@ impl Normalize {
 #[inline(always)]
 fn dot<S: Simd, A: Element, B: Element>(s: S, a: &[A], b: &[B]) -> f32 {
     let mut sum = s.splat(0.0);
-    let mut at = 0;
-    while at < a.len() {
-        sum = s.mul_add(A::load_at(s, a, at), B::load_at(s, b, at), sum);
-        at += S::LANES;
-    }
+    vectors!(S, a.len(), |at| {
+        sum = s.mul_add(A::load_at::<WHOLE, _>(s, a, at), B::load_at::<WHOLE, _>(s, b, at), sum);
+    });
     s.sum(sum)
 }
 

@@ -119,7 +119,7 @@ pub trait Simd: Copy {
     /// 0, 1, 2, ..
     fn counting(self) -> Self::Bits;
     fn bits(self, a: Self::Float) -> Self::Bits;
-    fn from_bits(self, a: Self::Bits) -> Self::Float;
+    fn float(self, a: Self::Bits) -> Self::Float;
     fn add_bits(self, a: Self::Bits, b: Self::Bits) -> Self::Bits;
     fn mul_bits(self, a: Self::Bits, b: Self::Bits) -> Self::Bits;
     fn and_bits(self, a: Self::Bits, b: Self::Bits) -> Self::Bits;
@@ -232,7 +232,7 @@ impl Simd for Portable {
         a.map(f32::to_bits)
     }
     #[inline(always)]
-    fn from_bits(self, a: Lanes<u32>) -> Lanes<f32> {
+    fn float(self, a: Lanes<u32>) -> Lanes<f32> {
         a.map(f32::from_bits)
     }
     #[inline(always)]

@@ -2,7 +2,7 @@
 
 use super::Sequence;
 use crate::dropout::RowDropout;
-use crate::element::Element;
+use crate::element::{Element, vectors};
 use crate::math::exp;
 use crate::simd::Simd;
 
@@ -32,7 +32,12 @@ pub(super) struct Head {
     probabilities: Vec<f32>,
     /// Of the keys, padded: what dropout multiplies them by.
     factors: Vec<f32>,
+    /// Of the keys, padded: their product.
+    weights: Vec<f32>,
 }
+
+/// Vectors that loops over keys hold in registers.
+const HELD: usize = 4;
 
 fn padded<S: Simd>(length: usize) -> usize {
     length.next_multiple_of(S::LANES)
@@ -52,6 +57,7 @@ impl Head {
             query: zeros(row),
             probabilities: zeros(padded::<S>(longest)),
             factors: zeros(padded::<S>(longest)),
+            weights: zeros(padded::<S>(longest)),
         }
     }
 
@@ -89,26 +95,22 @@ impl Head {
         dots(s, &self.query, &self.keys, &mut self.probabilities[..seen]);
         self.probabilities[seen..end].fill(f32::NEG_INFINITY);
         let mut most = s.splat(f32::NEG_INFINITY);
-        let mut at = 0;
-        while at < end {
+        for at in (0..end).step_by(S::LANES) {
             most = s.max(most, s.load(&self.probabilities[at..]));
-            at += S::LANES;
         }
         let most = s.splat(s.largest(most));
         let mut total = s.splat(0.0);
-        let mut at = 0;
-        while at < end {
+        for at in (0..end).step_by(S::LANES) {
             let e = exp(s, s.sub(s.load(&self.probabilities[at..]), most));
             total = s.add(total, e);
             s.store(e, &mut self.probabilities[at..]);
             s.store(dropout.factors(s, at), &mut self.factors[at..]);
-            at += S::LANES;
         }
         let share = s.splat(1.0 / s.sum(total));
-        let mut at = 0;
-        while at < end {
-            s.store(s.mul(s.load(&self.probabilities[at..]), share), &mut self.probabilities[at..]);
-            at += S::LANES;
+        for at in (0..end).step_by(S::LANES) {
+            let probability = s.mul(s.load(&self.probabilities[at..]), share);
+            s.store(probability, &mut self.probabilities[at..]);
+            s.store(s.mul(probability, s.load(&self.factors[at..])), &mut self.weights[at..]);
         }
     }
 
@@ -116,14 +118,29 @@ impl Head {
     #[inline(always)]
     pub(super) fn context<S: Simd>(&self, s: S, seen: usize, out: &mut [f32]) {
         let mut at = 0;
-        while at < self.padded {
-            let mut sum = s.splat(0.0);
-            for key in 0..seen {
-                let weight = s.splat(self.probabilities[key] * self.factors[key]);
-                sum = s.mul_add(weight, s.load(&self.values[key * self.padded + at..]), sum);
-            }
-            s.store(sum, &mut out[at..]);
+        while at + HELD * S::LANES <= out.len() {
+            self.context_at::<HELD, S>(s, seen, (out, at));
+            at += HELD * S::LANES;
+        }
+        while at < out.len() {
+            self.context_at::<1, S>(s, seen, (out, at));
             at += S::LANES;
+        }
+    }
+
+    /// N vectors of it.
+    #[inline(always)]
+    fn context_at<const N: usize, S: Simd>(&self, s: S, seen: usize, (out, at): (&mut [f32], usize)) {
+        let mut sums = [s.splat(0.0); N];
+        for (weight, value) in self.weights[..seen].iter().zip(self.values.chunks_exact(self.padded)) {
+            let weight = s.splat(*weight);
+            let value = &value[at..at + N * S::LANES];
+            for (number, sum) in sums.iter_mut().enumerate() {
+                *sum = s.mul_add(weight, s.load(&value[number * S::LANES..]), *sum);
+            }
+        }
+        for (sum, out) in sums.into_iter().zip(out[at..].chunks_exact_mut(S::LANES)) {
+            s.store(sum, out);
         }
     }
 }
@@ -183,39 +200,53 @@ impl HeadGradients {
         self.scores[seen..end].fill(0.0);
         // through dropout, and the probabilities' mean of it
         let mut mean = s.splat(0.0);
-        let mut at = 0;
-        while at < end {
+        for at in (0..end).step_by(S::LANES) {
             let d = s.mul(s.load(&self.scores[at..]), s.load(&head.factors[at..]));
             mean = s.mul_add(d, s.load(&head.probabilities[at..]), mean);
             s.store(d, &mut self.scores[at..]);
-            at += S::LANES;
         }
         let mean = s.splat(s.sum(mean));
-        let mut at = 0;
-        while at < end {
+        for at in (0..end).step_by(S::LANES) {
             let d = s.mul(s.sub(s.load(&self.scores[at..]), mean), s.load(&head.probabilities[at..]));
             s.store(d, &mut self.scores[at..]);
+        }
+        let mut at = 0;
+        while at + HELD * S::LANES <= self.padded {
+            self.spread_at::<HELD, S>(s, head, seen, at);
+            at += HELD * S::LANES;
+        }
+        while at < self.padded {
+            self.spread_at::<1, S>(s, head, seen, at);
             at += S::LANES;
         }
-        let scale = s.splat(head.scale);
-        let mut at = 0;
-        while at < self.padded {
-            let mut d_query = s.splat(0.0);
-            let own_query = s.load(&head.query[at..]);
-            let d_context = s.load(&self.context[at..]);
-            for key in 0..seen {
-                let place = key * self.padded + at;
-                let d_score = s.splat(self.scores[key]);
-                let weight = s.splat(head.probabilities[key] * head.factors[key]);
-                d_query = s.mul_add(d_score, s.load(&head.keys[place..]), d_query);
+    }
+
+    /// From the gradient of the scores to those of query, keys and values; N vectors of each row.
+    #[inline(always)]
+    fn spread_at<const N: usize, S: Simd>(&mut self, s: S, head: &Head, seen: usize, at: usize) {
+        let range = at..at + N * S::LANES;
+        let (mut d_query, mut query, mut d_context) = ([s.splat(0.0); N], [s.splat(0.0); N], [s.splat(0.0); N]);
+        for number in 0..N {
+            query[number] = s.load(&head.query[at + number * S::LANES..]);
+            d_context[number] = s.load(&self.context[at + number * S::LANES..]);
+        }
+        let scores = self.scores[..seen].iter().zip(&head.weights);
+        let gradients = self.keys.chunks_exact_mut(self.padded).zip(self.values.chunks_exact_mut(self.padded));
+        let keys = head.keys.chunks_exact(self.padded);
+        for (((d_score, weight), key), (d_key, d_value)) in scores.zip(keys).zip(gradients) {
+            let (d_score, weight) = (s.splat(*d_score), s.splat(*weight));
+            let (key, d_key, d_value) = (&key[range.clone()], &mut d_key[range.clone()], &mut d_value[range.clone()]);
+            for number in 0..N {
+                let place = number * S::LANES;
+                d_query[number] = s.mul_add(d_score, s.load(&key[place..]), d_query[number]);
                 // the query has been scaled already
-                let d_key = s.mul_add(d_score, own_query, s.load(&self.keys[place..]));
-                s.store(d_key, &mut self.keys[place..]);
-                let d_value = s.mul_add(weight, d_context, s.load(&self.values[place..]));
-                s.store(d_value, &mut self.values[place..]);
+                s.store(s.mul_add(d_score, query[number], s.load(&d_key[place..])), &mut d_key[place..]);
+                s.store(s.mul_add(weight, d_context[number], s.load(&d_value[place..])), &mut d_value[place..]);
             }
-            s.store(s.mul(d_query, scale), &mut self.query[at..]);
-            at += S::LANES;
+        }
+        let scale = s.splat(head.scale);
+        for (d_query, out) in d_query.into_iter().zip(self.query[range].chunks_exact_mut(S::LANES)) {
+            s.store(s.mul(d_query, scale), out);
         }
     }
 }
@@ -225,10 +256,8 @@ impl HeadGradients {
 fn dots<S: Simd>(s: S, row: &[f32], matrix: &[f32], out: &mut [f32]) {
     for (out, other) in out.iter_mut().zip(matrix.chunks_exact(row.len())) {
         let mut sum = s.splat(0.0);
-        let mut at = 0;
-        while at < row.len() {
+        for at in (0..row.len()).step_by(S::LANES) {
             sum = s.mul_add(s.load(&row[at..]), s.load(&other[at..]), sum);
-            at += S::LANES;
         }
         *out = s.sum(sum);
     }
@@ -237,9 +266,7 @@ fn dots<S: Simd>(s: S, row: &[f32], matrix: &[f32], out: &mut [f32]) {
 /// A padded row in f32, scaled. The padding of `to` is 0 and stays so.
 #[inline(always)]
 fn read<S: Simd, E: Element>(s: S, from: &[E], to: &mut [f32], scale: f32) {
-    let mut at = 0;
-    while at < from.len() {
-        s.store(s.mul(E::load_at(s, from, at), s.splat(scale)), &mut to[at..]);
-        at += S::LANES;
-    }
+    vectors!(S, from.len(), |at| {
+        s.store(s.mul(E::load_at::<WHOLE, _>(s, from, at), s.splat(scale)), &mut to[at..]);
+    });
 }

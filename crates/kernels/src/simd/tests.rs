@@ -40,12 +40,12 @@ impl Kernel for All<'_> {
                 s.max(a, b),
                 s.select(s.less(a, b), one, s.splat(0.0)),
                 s.select(s.less_bits(x, y), one, s.splat(0.0)),
-                s.from_bits(s.add_bits(x, y)),
-                s.from_bits(s.mul_bits(x, y)),
-                s.from_bits(s.and_bits(x, y)),
-                s.from_bits(s.xor_bits(x, y)),
-                s.from_bits(s.shift_left::<7>(x)),
-                s.from_bits(s.shift_right::<9>(s.add_bits(x, s.counting()))),
+                s.float(s.add_bits(x, y)),
+                s.float(s.mul_bits(x, y)),
+                s.float(s.and_bits(x, y)),
+                s.float(s.xor_bits(x, y)),
+                s.float(s.shift_left::<7>(x)),
+                s.float(s.shift_right::<9>(s.add_bits(x, s.counting()))),
             ];
             for (all, vector) in results.floats.iter_mut().zip(vectors) {
                 let mut lanes = [0.0; MOST_LANES];

@@ -104,7 +104,7 @@ impl Simd for Avx512 {
         fn splat_bits(x: u32) -> __m512i { _mm512_set1_epi32(x.cast_signed()) }
         fn counting() -> __m512i { _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15) }
         fn bits(a: __m512) -> __m512i { _mm512_castps_si512(a) }
-        fn from_bits(a: __m512i) -> __m512 { _mm512_castsi512_ps(a) }
+        fn float(a: __m512i) -> __m512 { _mm512_castsi512_ps(a) }
         fn add_bits(a: __m512i, b: __m512i) -> __m512i { _mm512_add_epi32(a, b) }
         fn mul_bits(a: __m512i, b: __m512i) -> __m512i { _mm512_mullo_epi32(a, b) }
         fn and_bits(a: __m512i, b: __m512i) -> __m512i { _mm512_and_si512(a, b) }
@@ -161,7 +161,7 @@ impl Simd for Avx2 {
         fn splat_bits(x: u32) -> __m256i { _mm256_set1_epi32(x.cast_signed()) }
         fn counting() -> __m256i { _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7) }
         fn bits(a: __m256) -> __m256i { _mm256_castps_si256(a) }
-        fn from_bits(a: __m256i) -> __m256 { _mm256_castsi256_ps(a) }
+        fn float(a: __m256i) -> __m256 { _mm256_castsi256_ps(a) }
         fn add_bits(a: __m256i, b: __m256i) -> __m256i { _mm256_add_epi32(a, b) }
         fn mul_bits(a: __m256i, b: __m256i) -> __m256i { _mm256_mullo_epi32(a, b) }
         fn and_bits(a: __m256i, b: __m256i) -> __m256i { _mm256_and_si256(a, b) }
