@@ -268,9 +268,6 @@ impl Membership {
             effects.extend(if self.all_is_done() { self.end_done() } else { self.abort(now, StopCause::Lost(loss)) });
             return effects;
         }
-        if let Some(stop) = &mut self.stop {
-            stop.cause = StopCause::Lost(loss.clone());
-        }
         effects.extend(self.recover(now, RegroupCause::Lost(loss)));
         effects
     }

@@ -34,7 +34,7 @@
 //!
 //! *Hard* means that participants abort their collectives; else they go on to the end of a step first. With a stop, a
 //! generation finishes its step, writes a checkpoint and leaves; one that loses a worker meanwhile regroups first, so that
-//! no finished step is lost.
+//! no finished step is lost, and ends with the cause of its stop.
 
 mod machine;
 #[cfg(test)]
@@ -223,7 +223,7 @@ impl fmt::Display for RegroupCause {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StopCause {
     Operator,
-    /// Nobody is left who holds the state, or a worker was lost while the job stopped.
+    /// Nobody is left who holds the state.
     Lost(Loss),
     Failed {
         worker: WorkerId,

@@ -314,7 +314,7 @@ fn an_operator_stop_is_graceful_even_through_a_loss() {
     assert!(matches!(membership.directive(WorkerId(1)), Directive::Run { call: Call::Stop(_), .. }));
     membership.step(at(4), Event::Leave(WorkerId(1), Departure::Stopped));
     let end = membership.step(at(4), Event::Leave(WorkerId(2), Departure::Stopped));
-    assert!(matches!(&end[..], [Effect::Ended(Outcome::Stopped(StopCause::Lost(_)))]), "{end:?}");
+    assert!(matches!(&end[..], [Effect::Ended(Outcome::Stopped(StopCause::Operator))]), "{end:?}");
 }
 
 #[test]
