@@ -30,7 +30,7 @@ use tonic::{Code, Status};
 use crate::CoordinatorError;
 use crate::connections::{self, Gate, MAX_REQUEST_BYTES};
 use crate::data::{DataService, Directory, Source, SourceError, catalogues};
-use crate::serve::{Ports, ServeError, close, ending, host_name, on_stop};
+use crate::serve::{Ports, ServeError, close, ending, on_stop};
 
 /// Pause before a coordinator that is away is asked again.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -164,7 +164,7 @@ impl Replica {
         offer.server = Some(OfferedServer {
             location: ports.address.grpc.clone(),
             metrics_url: format!("{}/metrics", ports.address.http),
-            host: host_name(),
+            host: learn_telemetry::host::name(),
             pid: std::process::id(),
             config_json: terms.config_json,
         });

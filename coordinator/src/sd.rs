@@ -15,11 +15,11 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use learn_domain::Rank;
 use learn_domain::report::DataServerStatus;
+use learn_telemetry::host;
 use serde::Serialize;
 
 use crate::data::Directory;
 use crate::job::actor::{Command, JobHandle};
-use crate::serve::host_name;
 
 /// A worker that has joined and not left.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,7 +83,7 @@ pub fn router(job: JobHandle, directory: Directory, origin: Origin) -> Router {
 async fn targets(State((job, directory, origin)): State<(JobHandle, Directory, Origin)>) -> Response {
     match job.ask(Command::Present).await {
         Ok(workers) => {
-            let own = origin.coordinator(host_name());
+            let own = origin.coordinator(host::name());
             let workers = workers.into_iter().filter_map(|worker| origin.worker(worker));
             let servers = directory.servers(Instant::now()).into_iter().filter_map(|server| origin.data_server(server));
             Json(std::iter::once(own).chain(workers).chain(servers).collect::<Vec<_>>()).into_response()
@@ -95,7 +95,7 @@ async fn targets(State((job, directory, origin)): State<(JobHandle, Directory, O
 
 /// `/sd` of an embed job, whose processes tell their coordinator what there is to know.
 pub fn alone(origin: Origin) -> Router {
-    let answer = move || async move { Json([origin.coordinator(host_name())]) };
+    let answer = move || async move { Json([origin.coordinator(host::name())]) };
     Router::new().route("/sd", get(answer))
 }
 

@@ -3,7 +3,6 @@
 use std::fs::{File, TryLockError};
 use std::future::Future;
 use std::io::ErrorKind;
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,7 +17,7 @@ use learn_domain::run_dir::RunDir;
 use learn_proto::convert::Admission;
 use learn_proto::tls::{Tls, TlsError};
 use learn_proto::v1::control_server::ControlServer;
-use learn_telemetry::CoordinatorMetrics;
+use learn_telemetry::{CoordinatorMetrics, host};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -68,6 +67,11 @@ pub enum ServeError {
     Locked(PathBuf),
     #[error("cannot lock {path}: {source}")]
     Lock { path: PathBuf, source: std::io::Error },
+    #[error(
+        "cannot lock {path}: {source}; this file system has no locks: mount it with them (Lustre: `-o flock`), or set \
+         job.runs_dir to one that has"
+    )]
+    NoLocks { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
     Tls(#[from] TlsError),
     #[error("cluster.tls is on, but there is no {0}; start the job with `learn-launch`, which writes it")]
@@ -97,9 +101,12 @@ pub struct Coordinator {
 /// process.
 pub(crate) fn lock(run_dir: &RunDir) -> Result<File, ServeError> {
     let path = run_dir.secret();
-    let locked = File::open(&path).map_err(TryLockError::Error).and_then(|file| file.try_lock().map(|()| file));
+    // NFS locks for one writer only what is open for writing
+    let opened = File::options().read(true).write(true).open(&path).map_err(TryLockError::Error);
+    let locked = opened.and_then(|file| file.try_lock().map(|()| file));
     locked.map_err(|error| match error {
         TryLockError::WouldBlock => ServeError::Locked(run_dir.root().to_owned()),
+        TryLockError::Error(source) if source.kind() == ErrorKind::Unsupported => ServeError::NoLocks { path, source },
         TryLockError::Error(source) => ServeError::Lock { path, source },
     })
 }
@@ -138,11 +145,11 @@ impl Ports {
         let scheme = if tls.is_some() { "https" } else { "http" };
         let (grpc, grpc_port) = listen(&cluster.bind, cluster.grpc_port, "grpc_port").await?;
         let (http, http_port) = listen(&cluster.bind, cluster.http_port, "http_port").await?;
-        let host = advertised(&cluster.bind);
+        let host = host::in_url(&host::advertised(&cluster.bind));
         let ports = (grpc_port, http_port);
         let address = CoordinatorAddress {
             pid: std::process::id(),
-            host: host_name(),
+            host: host::name(),
             grpc: format!("{scheme}://{host}:{grpc_port}"),
             http: format!("http://{host}:{http_port}"),
         };
@@ -186,26 +193,11 @@ pub(crate) async fn announced<T>(
     ended
 }
 
-async fn listen(host: &str, port: u16, key: &'static str) -> Result<(TcpListener, u16), ServeError> {
-    let error = |source| ServeError::Bind { host: host.to_owned(), port, key, source };
-    let listener = TcpListener::bind((host, port)).await.map_err(error)?;
+async fn listen(bind: &str, port: u16, key: &'static str) -> Result<(TcpListener, u16), ServeError> {
+    let error = |source| ServeError::Bind { host: bind.to_owned(), port, key, source };
+    let listener = TcpListener::bind((bind, port)).await.map_err(error)?;
     let port = listener.local_addr().map_err(error)?.port();
     Ok((listener, port))
-}
-
-/// The host by which others reach an address that processes bind to.
-fn advertised(bind: &str) -> String {
-    match bind.parse::<IpAddr>() {
-        Ok(ip) if ip.is_unspecified() => host_name(),
-        Ok(IpAddr::V6(ip)) => format!("[{ip}]"),
-        Ok(IpAddr::V4(_)) | Err(_) => bind.to_owned(),
-    }
-}
-
-/// The name of this machine.
-pub(crate) fn host_name() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    if name.trim().is_empty() { "localhost".into() } else { name.trim().into() }
 }
 
 /// Ends when the servers are to stop.

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::mutate::{Numbers, mutated};
@@ -11,6 +12,8 @@ use crate::{MOST_MEMORY, Target};
 
 /// An input that takes longer than this hangs.
 const MOST_TIME: Duration = Duration::from_secs(5);
+/// After this a target is not waited for any more.
+const NEVER: Duration = Duration::from_secs(60);
 
 /// What came of a run.
 #[derive(Clone, Debug, Default)]
@@ -50,6 +53,43 @@ fn peak() -> u64 {
     line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or_default() * 1024
 }
 
+/// Lets [`peak`] start anew from what the process has now, where the kernel can.
+fn forget_peak() {
+    // without it growth below an earlier peak is not seen
+    let _ = fs::write("/proc/self/clear_refs", "5");
+}
+
+/// Ends the process when an input keeps its target for longer than [`NEVER`], and leaves that input behind.
+struct Watchdog {
+    at: Arc<Mutex<Option<(Instant, Vec<u8>)>>>,
+    /// The thread ends with it.
+    _alive: mpsc::Sender<()>,
+}
+
+impl Watchdog {
+    fn new(name: &'static str) -> Self {
+        let at = Arc::new(Mutex::new(None::<(Instant, Vec<u8>)>));
+        let (alive, ended) = mpsc::channel();
+        let watched = Arc::clone(&at);
+        std::thread::spawn(move || {
+            while ended.recv_timeout(MOST_TIME) == Err(mpsc::RecvTimeoutError::Timeout) {
+                let at = watched.lock().unwrap_or_else(PoisonError::into_inner);
+                let Some((_, input)) = at.as_ref().filter(|(since, _)| since.elapsed() > NEVER) else { continue };
+                let path = std::env::temp_dir().join(format!("{name}-hangs"));
+                let kept =
+                    fs::write(&path, input).map_or_else(|error| error.to_string(), |()| path.display().to_string());
+                eprintln!("{name}: an input of {} bytes never ends; it is in {kept}", input.len());
+                std::process::exit(1);
+            }
+        });
+        Self { at, _alive: alive }
+    }
+
+    fn at(&self, input: Option<&[u8]>) {
+        *self.at.lock().unwrap_or_else(PoisonError::into_inner) = input.map(|input| (Instant::now(), input.to_vec()));
+    }
+}
+
 /// Gives a target one input.
 fn try_one(target: &Target, input: &[u8], outcome: &mut Outcome) {
     let started = Instant::now();
@@ -76,13 +116,17 @@ fn try_one(target: &Target, input: &[u8], outcome: &mut Outcome) {
 pub fn run(target: &Target, time: Duration, seed: u64) -> io::Result<Outcome> {
     let mut inputs: Vec<Vec<u8>> = regressions(target)?.into_iter().map(|(_, bytes)| bytes).collect();
     inputs.extend((target.seeds)());
-    let (started, before) = (Instant::now(), peak());
+    forget_peak();
+    let (started, before, watchdog) = (Instant::now(), peak(), Watchdog::new(target.name));
     let (mut outcome, mut numbers, mut given) = (Outcome::default(), Numbers::new(seed), 0);
     while outcome.finding.is_none() && (given < inputs.len() || started.elapsed() < time) {
-        match inputs.get(given) {
-            Some(input) => try_one(target, input, &mut outcome),
-            None => try_one(target, &mutated(&inputs, target.words, &mut numbers), &mut outcome),
-        }
+        let input = match inputs.get(given) {
+            Some(input) => input.clone(),
+            None => mutated(&inputs, target.words, &mut numbers),
+        };
+        watchdog.at(Some(&input));
+        try_one(target, &input, &mut outcome);
+        watchdog.at(None);
         given += 1;
         if given % 64 == 0 || outcome.slowest > MOST_TIME {
             outcome.grown = peak().saturating_sub(before);

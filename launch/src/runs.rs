@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{self, Write as _};
+use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -242,9 +243,32 @@ pub fn last_status(run: &RunDir) -> Result<Option<JobStatus>> {
 #[must_use]
 pub fn live(run: &RunDir) -> Option<CoordinatorAddress> {
     let address: CoordinatorAddress = read_json(&run.coordinator()).ok()?;
-    let here = address.host.is_empty() || address.host == system::host_name();
-    let lives = if here { process::runs(address.pid, "learn-coordinator") } else { Api::new(run, &address).answers() };
+    let lives = match whereabouts(&address, &system::host_name()) {
+        Whereabouts::Here => process::runs(address.pid, "learn-coordinator"),
+        Whereabouts::Reachable => Api::new(run, &address).answers(),
+        Whereabouts::OutOfReach => false,
+    };
     lives.then_some(address)
+}
+
+/// Where a coordinator is, seen from a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Whereabouts {
+    Here,
+    Reachable,
+    /// On another machine, at an address that means that machine itself: whoever listens at it here is a stranger, who must
+    /// not be shown token or secret.
+    OutOfReach,
+}
+
+fn whereabouts(address: &CoordinatorAddress, here: &str) -> Whereabouts {
+    if address.host.is_empty() || address.host == here {
+        return Whereabouts::Here;
+    }
+    let authority = address.http.split_once("://").map_or(address.http.as_str(), |(_, rest)| rest);
+    let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host).trim_matches(['[', ']']);
+    let itself = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
+    if itself { Whereabouts::OutOfReach } else { Whereabouts::Reachable }
 }
 
 /// # Errors
@@ -291,6 +315,22 @@ mod tests {
         fs::remove_file(run.token()).unwrap();
         ensure_token(&run).unwrap();
         assert_ne!(super::token(&run).unwrap(), token);
+    }
+
+    #[test]
+    fn a_stranger_on_this_machine_is_not_taken_for_the_coordinator_of_another() {
+        let at = |host: &str, http: &str| {
+            let address = CoordinatorAddress { host: host.into(), http: http.into(), ..CoordinatorAddress::default() };
+            whereabouts(&address, "login")
+        };
+        for loopback in ["http://127.0.0.1:4711", "http://127.8.0.1:1", "http://[::1]:4711", "http://localhost:80/"] {
+            assert_eq!(at("node1", loopback), Whereabouts::OutOfReach, "{loopback}");
+            assert_eq!(at("login", loopback), Whereabouts::Here, "{loopback}");
+            assert_eq!(at("", loopback), Whereabouts::Here, "{loopback}");
+        }
+        for reachable in ["http://node1:4711", "http://10.0.0.7:80", "http://[fd00::1]:4711"] {
+            assert_eq!(at("node1", reachable), Whereabouts::Reachable, "{reachable}");
+        }
     }
 
     #[test]

@@ -13,6 +13,8 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+pub use learn_telemetry::host::name as host_name;
+
 static STOP_REQUESTS: AtomicUsize = AtomicUsize::new(0);
 
 /// 1 once a scheduler has given notice.
@@ -51,13 +53,6 @@ pub fn stop_requests() -> usize {
 #[must_use]
 pub fn only_noticed() -> bool {
     NOTICE.load(Ordering::Relaxed) > 0 && STOP_REQUESTS.load(Ordering::Relaxed) == 0
-}
-
-/// Name of this machine.
-#[must_use]
-pub fn host_name() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    if name.trim().is_empty() { "localhost".into() } else { name.trim().into() }
 }
 
 /// A request to another process to end.

@@ -32,6 +32,13 @@ fn command_lines(part: &str) -> Vec<String> {
     lines.map(|line| String::from_utf8_lossy(&line).into_owned()).filter(|line| line.contains(part)).collect()
 }
 
+/// Whether a process has `part` in its environment, among all that this user may look at.
+fn in_an_environment(part: &str) -> bool {
+    let processes = fs::read_dir("/proc").expect("there is /proc").flatten();
+    let mut environments = processes.filter_map(|process| fs::read(process.path().join("environ")).ok());
+    environments.any(|environment| contains(&environment, part.as_bytes()))
+}
+
 /// Addresses (hexadecimal, as the kernel writes them) on which a process listens over IPv4, and how many over IPv6.
 fn listening(pid: u64) -> (Vec<String>, usize) {
     let process = Path::new("/proc").join(pid.to_string());
@@ -56,12 +63,14 @@ fn address(site: &Site, run: &str) -> Value {
     serde_json::from_slice(&text).expect("it is JSON")
 }
 
-/// The answer to `GET path` of the coordinator's HTTP port.
+/// The answer to `GET path` of the coordinator's HTTP port, to somebody with the run's token.
 fn get(site: &Site, run: &str, path: &str) -> String {
+    let token = fs::read_to_string(site.run_dir(run).join("token")).expect("the run has a token");
     let address = address(site, run);
     let host = address["http"].as_str().and_then(|url| url.strip_prefix("http://")).expect("a URL");
     let mut stream = TcpStream::connect(host).expect("it listens");
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").expect("it reads");
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n").expect("it reads");
+    write!(stream, "Authorization: Bearer {}\r\n\r\n", token.trim()).expect("it reads");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("it answers in UTF-8");
     answer
@@ -91,8 +100,11 @@ fn the_secret_is_in_its_file_and_nowhere_else() {
     let lines = command_lines(&site.path("").display().to_string());
     assert!(lines.len() >= 3, "the coordinator and two workers are to be seen: {lines:?}");
     assert_eq!(command_lines(&secret), Vec::<String>::new());
-    for path in ["/api/v1/job", "/metrics", "/readyz", "/healthz", "/nothing"] {
-        assert!(!get(&site, "secret", path).contains(&secret), "{path} tells the secret");
+    assert!(!in_an_environment(&secret));
+    for path in ["/", "/api/v1/job", "/api/v1/overview", "/api/v1/config", "/metrics", "/sd", "/readyz", "/healthz"] {
+        let answer = get(&site, "secret", path);
+        assert!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
+        assert!(!answer.contains(&secret), "{path} tells the secret");
     }
 
     // all listen where they were told to, and nowhere else

@@ -15,13 +15,15 @@ use crate::workspace::Workspace;
 pub struct Count {
     pub passed: u64,
     pub failed: u64,
+    /// Of those that passed, who did not at first.
+    pub flaky: u64,
 }
 
 impl Count {
     /// Both together.
     #[must_use]
     pub fn plus(self, other: Self) -> Self {
-        Self { passed: self.passed + other.passed, failed: self.failed + other.failed }
+        Self { passed: self.passed + other.passed, failed: self.failed + other.failed, flaky: self.flaky + other.flaky }
     }
 
     /// `test result: ok. 3 passed; 0 failed; …`
@@ -31,10 +33,11 @@ impl Count {
             let place = words.iter().position(|word| word.trim_end_matches(';') == label)?;
             words.get(place.checked_sub(1)?)?.parse().ok()
         };
-        Some(Self { passed: before("passed")?, failed: before("failed")? })
+        Some(Self { passed: before("passed")?, failed: before("failed")?, flaky: 0 })
     }
 
-    /// From the first tag of nextest's JUnit report: `<testsuites … tests="9" failures="1" errors="0" …>`.
+    /// From the first tag of nextest's JUnit report: `<testsuites … tests="9" failures="1" errors="0" …>`, and its tests
+    /// that passed when they were tried again, each with a `<flakyFailure` or more.
     fn of_junit(text: &str) -> Option<Self> {
         let tag = text.split_once("<testsuites")?.1.split_once('>')?.0;
         let attribute = |name: &str| {
@@ -42,7 +45,8 @@ impl Count {
             value.split_once('"')?.0.parse::<u64>().ok()
         };
         let failed = attribute("failures")? + attribute("errors")?;
-        Some(Self { passed: attribute("tests")?.checked_sub(failed)?, failed })
+        let flaky = text.split("<testcase").skip(1).filter(|test| test.contains("<flaky")).count() as u64;
+        Some(Self { passed: attribute("tests")?.checked_sub(failed)?, failed, flaky })
     }
 }
 
@@ -106,6 +110,9 @@ impl Report {
         for reason in &self.not_run {
             text.push_str(&format!("\nNOT RUN: {reason}"));
         }
+        if self.count.flaky > 0 {
+            text.push_str(&format!("\nFLAKY: {} passed only when tried again", self.count.flaky));
+        }
         text.push_str(&format!("\n{} passed, {} failed\n", self.count.passed, self.count.failed));
         println!("\n{text}");
         let path = workspace.report(name);
@@ -133,7 +140,7 @@ mod tests {
     #[test]
     fn doc_test_lines_are_counted() {
         let line = "test result: FAILED. 3 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out";
-        assert_eq!(Count::of_doc_tests(line), Some(Count { passed: 3, failed: 1 }));
+        assert_eq!(Count::of_doc_tests(line), Some(Count { passed: 3, failed: 1, flaky: 0 }));
         assert_eq!(Count::of_doc_tests("running 3 tests"), None);
     }
 
@@ -141,8 +148,9 @@ mod tests {
     fn a_junit_report_is_counted() {
         let text = r#"<?xml version="1.0"?>
 <testsuites name="nextest-run" tests="9" failures="1" errors="1" uuid="x" time="0.1">
-  <testsuite name="a" tests="4" failures="1">"#;
-        assert_eq!(Count::of_junit(text), Some(Count { passed: 7, failed: 2 }));
+  <testsuite name="a" tests="4" failures="1">
+    <testcase name="one"><flakyFailure type="x"/><flakyFailure type="x"/></testcase><testcase name="two"/>"#;
+        assert_eq!(Count::of_junit(text), Some(Count { passed: 7, failed: 2, flaky: 1 }));
         assert_eq!(Count::of_junit("<testsuites name=\"cut"), None);
     }
 
@@ -150,10 +158,10 @@ mod tests {
     fn a_failed_stage_is_counted_and_does_not_stop_the_others() {
         let mut report = Report::default();
         report.stage("first", || bail!("no"));
-        report.stage_with_count("second", || Ok(Count { passed: 2, failed: 0 }));
-        report.stage_with_count("third", || Ok(Count { passed: 1, failed: 1 }));
+        report.stage_with_count("second", || Ok(Count { passed: 2, failed: 0, flaky: 0 }));
+        report.stage_with_count("third", || Ok(Count { passed: 1, failed: 1, flaky: 0 }));
         assert_eq!(report.failed_stages, 2);
-        assert_eq!(report.count, Count { passed: 3, failed: 1 });
+        assert_eq!(report.count, Count { passed: 3, failed: 1, flaky: 0 });
         assert_eq!(report.lines.iter().filter(|line| line.contains("FAILED")).count(), 2);
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Input: a request's head. Output: a verdict, and a cookie for a browser that has shown the token once. Invariants:
 //! comparisons take the same time wherever two values of one length differ; a cookie opens nothing that changes the job;
-//! neither token nor secret is in an answer, a log or an error, besides the cookie itself.
+//! the secret opens in a header alone, since addresses are kept in histories and cookies go to every port of a host;
+//! neither token nor secret is in an answer, a log or an error, besides the token in the cookie itself.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
@@ -12,6 +13,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Redirect, Response};
 use learn_proto::auth::{AuthError, Secret};
+use learn_telemetry::server::Visitor;
 use serde::Deserialize;
 
 use super::assets;
@@ -19,8 +21,8 @@ use super::assets;
 const SCHEME: &str = "Bearer ";
 /// What somebody reads who comes without a token, or with another one.
 const REFUSAL: &str = "this needs the run's token: send `Authorization: Bearer TOKEN`, or open `/?token=TOKEN` once in a \
-                       browser. The token is in the file `token` of the run directory (the job's secret does, too); `learn-launch \
-                       status RUN` shows the page's address.\n";
+                       browser. The token is in the file `token` of the run directory; `learn-launch status RUN` shows the \
+                       page's address.\n";
 
 /// What opens the page, the API and the operator's calls of one job.
 #[derive(Clone, Debug)]
@@ -53,10 +55,8 @@ impl Access {
         self.secret.verify(headers.get(AUTHORIZATION).map(|value| value.as_bytes()))
     }
 
-    fn opens(&self, given: &[u8]) -> bool {
-        // both, whatever the first says
-        let (secret, token) = (self.secret.is(given), self.token.as_ref().is_some_and(|token| token.is(given)));
-        secret | token
+    fn is_token(&self, given: &[u8]) -> bool {
+        self.token.as_ref().is_some_and(|token| token.is(given))
     }
 
     /// The head of a request opens the page and the API.
@@ -64,15 +64,18 @@ impl Access {
         let bearer = headers.get(AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(SCHEME.as_bytes()));
         let cookies = headers.get_all(COOKIE).iter().filter_map(|value| value.to_str().ok());
         let mut cookies = cookies.flat_map(|value| value.split(';')).filter_map(|pair| pair.trim().split_once('='));
-        bearer.is_some_and(|given| self.opens(given))
-            || cookies.any(|(name, value)| name == self.cookie && self.opens(value.as_bytes()))
+        bearer.is_some_and(|given| {
+            // both, whatever the first says
+            let (secret, token) = (self.secret.is(given), self.is_token(given));
+            secret | token
+        }) || cookies.any(|(name, value)| name == self.cookie && self.is_token(value.as_bytes()))
     }
 
     /// The cookie for whoever shows the right token in `query`.
     fn admitted(&self, query: &str) -> Option<HeaderValue> {
         let uri: Uri = format!("/?{query}").parse().ok()?;
         let Query(Shown { token }) = Query::try_from_uri(&uri).ok()?;
-        let token = token.filter(|token| self.opens(token.trim().as_bytes()))?;
+        let token = token.filter(|token| self.is_token(token.trim().as_bytes()))?;
         let cookie = format!("{}={}; HttpOnly; SameSite=Strict; Path=/", self.cookie, token.trim());
         let mut value = HeaderValue::from_str(&cookie).ok()?;
         value.set_sensitive(true);
@@ -85,6 +88,9 @@ pub async fn required(State(access): State<Access>, mut request: Request, next: 
     let cookie = request.uri().query().and_then(|query| access.admitted(query));
     if cookie.is_none() && !access.reads(request.headers()) {
         return refused(request.uri());
+    }
+    if let Some(visitor) = request.extensions().get::<Visitor>() {
+        visitor.is_known();
     }
     if let Some(rest) = without_token(request.uri()) {
         *request.uri_mut() = rest;
@@ -161,10 +167,13 @@ mod tests {
         let pair = cookie.to_str().unwrap().split(';').next().unwrap();
         assert!(access.reads(&headers(&[(COOKIE, &format!("other=1; {pair}"))])));
         assert!(access.operates(&headers(&[(COOKIE, pair)])).is_err());
+        assert!(!access.reads(&headers(&[(COOKIE, &format!("{}=s3cret", access.cookie))])), "a secret is no cookie");
         let other = Access::new(Secret::new("s3cret").unwrap(), Some(Secret::new("another").unwrap()));
         assert_ne!(other.cookie, access.cookie);
         assert!(!other.reads(&headers(&[(COOKIE, pair)])));
-        for wrong in ["", "token=", "token=T0ken", "token=t0ken2", "tokens=t0ken", "token=t0ken%0d%0aX:1"] {
+        for wrong in
+            ["", "token=", "token=T0ken", "token=t0ken2", "tokens=t0ken", "token=t0ken%0d%0aX:1", "token=s3cret"]
+        {
             assert!(access.admitted(wrong).is_none(), "{wrong}");
         }
         for (whole, rest) in

@@ -4,6 +4,7 @@
 //! - [`names`]: every metric once, with its kind, labels and help.
 //! - [`WorkerMetrics`], [`CoordinatorMetrics`], [`DataMetrics`], [`EmbeddingMetrics`]: typed handles; a metric that is not in [`names`] cannot be made.
 //! - [`Exposition`] and [`serve`]: the Prometheus text format over HTTP.
+//! - [`mod@host`]: the name of this machine, and how others reach it.
 //! - [`server`]: the HTTP server of every process, with its limits.
 //!
 //! Input: numbers from the trainer's own progress. Output: log lines on stderr, `/metrics` and `/healthz`.
@@ -14,6 +15,7 @@ mod coordinator;
 mod data;
 mod embedding;
 mod exposition;
+pub mod host;
 pub mod log;
 pub mod names;
 pub mod place;

@@ -1,21 +1,24 @@
 //! An HTTP server with limits: what a stranger sends, or does not send, takes neither memory nor places for long.
 //!
 //! Input: a listener and the routes. Output: answers, until it is told to stop. Invariants: no more than
-//! [`Limits::connections`] are open, the others wait in the system's queue; a connection that says nothing, or one that is
-//! open for too long, is closed, and clients open another one without noticing; no connection outlives [`serve`].
+//! [`Limits::connections`] are open; when the last place is taken, the oldest [`Visitor`] that nobody knows makes room for
+//! the next, and if all are known, others wait in the system's queue; a connection that says nothing, or one that is open for
+//! too long, is closed, and clients open another one without noticing; no connection outlives [`serve`].
 
+use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use axum::Router;
 use axum::extract::DefaultBodyLimit;
+use axum::{Extension, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
@@ -52,6 +55,51 @@ impl Default for Limits {
     }
 }
 
+/// A connection, as requests carry it (an extension of each).
+#[derive(Clone, Debug, Default)]
+pub struct Visitor(Arc<Visit>);
+
+#[derive(Debug, Default)]
+struct Visit {
+    known: AtomicBool,
+    leave: Notify,
+}
+
+impl Visitor {
+    /// A request has shown who this is: its connection makes room for nobody.
+    pub fn is_known(&self) {
+        self.0.known.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Connections in the order of their coming, of which some have ended or are known by now.
+#[derive(Default)]
+struct Strangers(VecDeque<Weak<Visit>>);
+
+impl Strangers {
+    fn admit(&mut self, limits: &Limits) -> Visitor {
+        if self.0.len() > 2 * limits.connections {
+            self.forget();
+        }
+        let visitor = Visitor::default();
+        self.0.push_back(Arc::downgrade(&visitor.0));
+        visitor
+    }
+
+    fn forget(&mut self) {
+        self.0.retain(|visit| visit.upgrade().is_some_and(|visit| !visit.known.load(Ordering::Relaxed)));
+    }
+
+    /// Asks the oldest to leave.
+    fn make_room(&mut self) {
+        self.forget();
+        if let Some(oldest) = self.0.pop_front().and_then(|oldest| oldest.upgrade()) {
+            tracing::warn!("too many HTTP connections that have shown no token; the oldest is closed");
+            oldest.leave.notify_one();
+        }
+    }
+}
+
 /// Serves `routes` until `shutdown` resolves; answers that are under way are finished then.
 ///
 /// # Errors
@@ -66,16 +114,31 @@ pub async fn serve(
     let places = Arc::new(Semaphore::new(limits.connections));
     let (stop, stopped) = watch::channel(false);
     let mut connections = JoinSet::new();
+    let mut strangers = Strangers::default();
+    // it has come, and has no place yet
+    let mut newest = None;
     let mut shutdown = std::pin::pin!(shutdown);
     loop {
         tokio::select! {
             () = &mut shutdown => break,
             Some(ended) = connections.join_next() => gone(ended),
-            accepted = accept(&listener, &places) => {
-                let (stream, place) = accepted?;
-                let (routes, stopped) = (routes.clone(), stopped.clone());
+            accepted = accept(&listener), if newest.is_none() => {
+                newest = Some(accepted);
+                if places.available_permits() == 0 {
+                    strangers.make_room();
+                }
+            }
+            place = places.clone().acquire_owned(), if newest.is_some() => {
+                // it is never closed
+                let place = place.map_err(io::Error::other)?;
+                let Some(stream) = newest.take() else { continue };
+                let (visitor, stopped) = (strangers.admit(&limits), stopped.clone());
+                let routes = routes.clone().layer(Extension(visitor.clone()));
                 connections.spawn(async move {
-                    converse(stream, routes, limits, stopped).await;
+                    tokio::select! {
+                        () = converse(stream, routes, limits, stopped) => {}
+                        () = visitor.0.leave.notified() => {}
+                    }
                     drop(place);
                 });
             }
@@ -89,13 +152,11 @@ pub async fn serve(
     Ok(())
 }
 
-/// The next connection, as soon as there is a place for it.
-async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> io::Result<(TcpStream, OwnedSemaphorePermit)> {
-    // it is never closed
-    let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
+/// The next connection.
+async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => return Ok((stream, place)),
+            Ok((stream, _)) => return stream,
             Err(error) if passing(&error) => {}
             Err(error) => {
                 // most likely too many open files: others have to close theirs first
@@ -169,8 +230,10 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
-        let routes =
-            Router::new().route("/", get(|| async { "ok" })).route("/", post(|body: String| async move { body }));
+        let routes = Router::new()
+            .route("/", get(|| async { "ok" }))
+            .route("/", post(|body: String| async move { body }))
+            .route("/known", get(|Extension(visitor): Extension<Visitor>| async move { visitor.is_known() }));
         let served = serve(listener, routes, limits, async { drop(stopped.await) });
         (address, stop, tokio::spawn(served))
     }
@@ -207,13 +270,43 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_comes_when_all_places_are_taken_waits_for_one() {
+    async fn the_oldest_that_nobody_knows_makes_room() {
+        let patient = Limits { head: Duration::from_secs(600), ..SMALL };
+        let (address, stop, server) = start(patient).await;
+        let mut known = TcpStream::connect(address).await.unwrap();
+        known.write_all(b"GET /known HTTP/1.1\r\n\r\n").await.unwrap();
+        let mut answer = [0; 12];
+        known.read_exact(&mut answer).await.unwrap();
+        // strangers that would stay for ever do not keep others out
+        let mut strangers = Vec::new();
+        for _ in 0..5 {
+            strangers.push(TcpStream::connect(address).await.unwrap());
+            assert!(said(address, "GET / HTTP/1.1\r\nConnection: close\r\n\r\n").await.starts_with("HTTP/1.1 200"));
+        }
+        for mut stranger in strangers {
+            assert_eq!(stranger.read(&mut answer).await.unwrap_or_default(), 0, "it was closed");
+        }
+        known.write_all(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n").await.unwrap();
+        let mut rest = Vec::new();
+        known.read_to_end(&mut rest).await.unwrap();
+        assert!(rest.ends_with(b"ok"), "it is still there");
+        stop.send(()).unwrap();
+        server.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn who_comes_when_all_places_are_those_of_known_ones_waits_for_one() {
         let (address, stop, server) = start(SMALL).await;
-        let silent = [TcpStream::connect(address).await.unwrap(), TcpStream::connect(address).await.unwrap()];
+        let mut known = Vec::new();
+        for _ in 0..SMALL.connections {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(b"GET /known HTTP/1.1\r\n\r\n").await.unwrap();
+            stream.read_exact(&mut [0; 12]).await.unwrap();
+            known.push(stream);
+        }
         let started = tokio::time::Instant::now();
         assert!(said(address, "GET / HTTP/1.1\r\nConnection: close\r\n\r\n").await.starts_with("HTTP/1.1 200"));
         assert!(started.elapsed() >= Duration::from_millis(200), "a place became free when a silent one was let go");
-        drop(silent);
         stop.send(()).unwrap();
         server.await.unwrap().unwrap();
     }

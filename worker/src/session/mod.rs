@@ -21,7 +21,7 @@ use learn_domain::run_dir::RunDir;
 use learn_domain::{Generation, Incarnation, WorkerId};
 use learn_proto::connect::Pass;
 use learn_proto::convert::{Admission, AfterStep, Applicant, Order};
-use learn_telemetry::WorkerMetrics;
+use learn_telemetry::{WorkerMetrics, host};
 use tokio::runtime::{Handle, Runtime};
 
 use self::attendance::{Attendance, Heard, Parts};
@@ -122,10 +122,14 @@ pub fn join(settings: &JoinSettings) -> Result<i32, WorkerError> {
     let control = Control::connect(runtime.handle().clone(), &settings.coordinator, &pass)?;
     let applicant = Applicant {
         incarnation: Incarnation(String::new()),
-        host: host_name(),
+        host: host::name(),
         pid: std::process::id(),
         device: device_name(device),
-        metrics_url: format!("http://{}:{}/metrics", advertised(&settings.bind), metrics_address.port()),
+        metrics_url: format!(
+            "http://{}:{}/metrics",
+            host::in_url(&host::advertised(&settings.bind)),
+            metrics_address.port()
+        ),
     };
     let admission = enter(&control, &applicant)?;
     learn_telemetry::place::set_run(&admission.config.job.name);
@@ -226,10 +230,14 @@ impl Life<'_> {
             };
             self.left = place.generation;
             learn_telemetry::place::set_rank(place.generation.0, place.rank.0);
+            tracing::info!(world_size = place.world_size, "takes part in a generation");
             let ended = panic::caught(|| self.take_part(place, after, trainer.as_mut()), || session.progress.phase());
             session.signals.end();
             match (ended, session.signals.aborted()) {
-                (Ok(Ended::Done), _) => return Ok(End::Done),
+                (Ok(Ended::Done), _) => {
+                    tracing::info!("all is done");
+                    return Ok(End::Done);
+                }
                 (Ok(Ended::Stopped), _) => return Ok(End::Stopped),
                 (Ok(Ended::Regroup), _) => {}
                 (Err(error), Some(Abort::Leave(cause))) => {
@@ -304,7 +312,7 @@ impl Life<'_> {
             generation: place.generation.0,
             secret: session.pass.secret().as_bytes().to_vec(),
             bind: session.bind.clone(),
-            advertise: advertised(&session.bind),
+            advertise: host::advertised(&session.bind),
             timeout: cluster.collective_timeout.0,
             aborter: session.signals.begin(place.generation, after),
         };
@@ -395,16 +403,6 @@ fn serve_metrics(runtime: &Runtime, bind: &str, metrics: &WorkerMetrics) -> Resu
         }
     });
     Ok(address)
-}
-
-/// The address that other ranks dial: the bound one, or this host's name if that is a wildcard.
-fn advertised(bind: &str) -> String {
-    if matches!(bind, "0.0.0.0" | "::") { host_name() } else { bind.to_owned() }
-}
-
-fn host_name() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    if name.trim().is_empty() { "localhost".into() } else { name.trim().into() }
 }
 
 fn device_name(device: tch::Device) -> String {
