@@ -51,7 +51,10 @@ fn a_running_job_is_followed_logged_and_reported() {
             assert_eq!((&evaluated["generation"], &evaluated["step"]), (&Value::from(1), &Value::from(6)));
         } else {
             let placed = log.iter().skip_while(|line| line["rank"].is_null());
-            assert!(placed.clone().count() >= 2 && placed.clone().all(|line| line["generation"] == 1), "{file}: {log:?}");
+            assert!(
+                placed.clone().count() >= 2 && placed.clone().all(|line| line["generation"] == 1),
+                "{file}: {log:?}"
+            );
             let last = log.last().unwrap();
             assert_eq!((&last["fields"]["message"], &last["step"]), (&"all is done".into(), &36.into()), "{file}");
             assert!(last["rank"].as_u64().is_some_and(|rank| rank < 2), "{file}: {last}");
