@@ -59,16 +59,19 @@ fn forget_peak() {
     let _ = fs::write("/proc/self/clear_refs", "5");
 }
 
+/// The input that a target has now, and since when.
+type Given = Arc<Mutex<Option<(Instant, Vec<u8>)>>>;
+
 /// Ends the process when an input keeps its target for longer than [`NEVER`], and leaves that input behind.
 struct Watchdog {
-    at: Arc<Mutex<Option<(Instant, Vec<u8>)>>>,
+    at: Given,
     /// The thread ends with it.
     _alive: mpsc::Sender<()>,
 }
 
 impl Watchdog {
     fn new(name: &'static str) -> Self {
-        let at = Arc::new(Mutex::new(None::<(Instant, Vec<u8>)>));
+        let at = Given::default();
         let (alive, ended) = mpsc::channel();
         let watched = Arc::clone(&at);
         std::thread::spawn(move || {
