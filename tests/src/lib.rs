@@ -15,6 +15,7 @@ use tempfile::TempDir;
 pub mod browser;
 pub mod chaos;
 pub mod slurm;
+pub mod terminal;
 
 /// A folder with inputs, one dataset and any number of runs.
 pub struct Site {

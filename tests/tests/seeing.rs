@@ -2,9 +2,14 @@
 
 use std::fs;
 use std::process::Stdio;
+use std::time::Duration;
 
-use learn_tests::{SMALL, Site, follow, succeeds, text};
+use learn_tests::terminal::{Ended, Screen, Terminal};
+use learn_tests::{SMALL, Site, follow, is_alive, signal, succeeds, text};
 use serde_json::Value;
+
+/// For what is not measured.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn objects(text: &str) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect()
@@ -80,4 +85,128 @@ fn a_running_job_is_followed_logged_and_reported() {
     ] {
         assert!(page.contains(part), "{part} is not in the report");
     }
+}
+
+/// The step in the second row of the screen, if it is drawn.
+fn drawn_step(screen: &Screen) -> Option<usize> {
+    let row = screen.row(1);
+    let rest = row.split_once("step ")?.1;
+    rest.split_once(" of ")?.0.replace(',', "").parse().ok()
+}
+
+fn pid_of(site: &Site, run: &str, rank: u64) -> u64 {
+    let status = site.status(run);
+    let mut workers = status["workers"].as_array().unwrap().iter();
+    workers.find(|worker| worker["rank"] == rank).unwrap()["pid"].as_u64().unwrap()
+}
+
+/// The terminal is as it was before, and the last state stays behind as text.
+fn left_behind(ended: &Ended) {
+    assert_eq!(ended.code, 0, "{}", ended.screen.text());
+    assert!(ended.restored, "stty -g differs");
+    assert!(!ended.screen.alternate && ended.screen.cursor);
+    assert!(ended.screen.contains("watched: running"), "{}", ended.screen.text());
+}
+
+#[test]
+fn a_running_job_is_on_a_terminal_until_somebody_leaves() {
+    let site = Site::new(SMALL);
+    let overrides = [
+        "job.name=watched",
+        "cluster.workers=2",
+        "training.epochs=1000000",
+        "training.max_steps=1000000",
+        "evaluation.every_epochs=5",
+        "checkpoint.every_epochs=5",
+    ];
+    let mut job = site.start(&site.train(&overrides));
+    follow(&site, "watched", 40);
+    let watch = |folder: &str, arguments: &[&str]| {
+        let arguments = [&["status", "runs/watched", "--watch"][..], arguments].concat();
+        Terminal::start(&site.path(folder), &site.command(&arguments), (110, 34))
+    };
+
+    let mut terminal = watch("first", &[]);
+    let finished = site.steps("watched").len();
+    let whole = |screen: &Screen| drawn_step(screen) >= Some(finished) && screen.contains(" ranks ");
+    terminal.until("the newest step is drawn", PATIENCE, whole);
+    assert!(terminal.screen.alternate && !terminal.screen.cursor);
+    assert!(terminal.screen.row(0).starts_with("● watched running"), "{}", terminal.screen.text());
+    for part in [
+        "loss ",
+        "smoothed",
+        "ndcg@10 ",
+        "valid ",
+        "users/s",
+        "tokens/s",
+        "checkpoints on disk",
+        "a generation of 2 workers",
+    ] {
+        terminal.until(part, PATIENCE, |screen| screen.contains(part));
+    }
+    assert!(terminal.screen.contains("q leave, the job goes on"), "{}", terminal.screen.text());
+    // what the workers themselves say is there, too: memory and the time of a step
+    let measured =
+        |screen: &Screen| screen.text().lines().filter(|row| row.contains("iB") && row.contains(" ms")).count();
+    terminal.until("two ranks say what they need", PATIENCE, |screen| measured(screen) == 2);
+
+    // a key, and another size
+    terminal.press("3");
+    terminal.until("the ranks alone", PATIENCE, |screen| !screen.contains("smoothed") && screen.contains(" ranks "));
+    terminal.press("1");
+    terminal.until("all again", PATIENCE, |screen| screen.contains("smoothed"));
+    terminal.resize(60, 20);
+    let fits = |screen: &Screen| screen.row(19).starts_with("q leave, the job goes on") && drawn_step(screen).is_some();
+    terminal.until("a small screen", PATIENCE, fits);
+    terminal.resize(110, 34);
+    terminal.until("a large screen", PATIENCE, |screen| {
+        screen.row(33).starts_with("q leave") && drawn_step(screen).is_some()
+    });
+
+    // while it is paused the screen stands still
+    terminal.press("p");
+    terminal.until("paused", PATIENCE, |screen| screen.contains("[paused: p goes on]"));
+    let stands = drawn_step(&terminal.screen);
+    follow(&site, "watched", stands.unwrap() + 40);
+    assert_eq!(drawn_step(&terminal.screen), stands);
+    terminal.press("p");
+    terminal.until("it goes on", PATIENCE, |screen| drawn_step(screen) > stands);
+
+    // a worker that dies is seen
+    signal("KILL", pid_of(&site, "watched", 1));
+    terminal.until("the loss of a worker", PATIENCE, |screen| {
+        let goes_on = screen.row(0).starts_with("● watched running");
+        goes_on && screen.contains("✖ was 1") && screen.contains("rank 1 (worker ")
+    });
+    terminal.press("q");
+    left_behind(&terminal.end(PATIENCE));
+
+    // the other ways out, and the job goes on
+    for how in ["\u{3}", "\u{1b}", "TERM", "HUP"] {
+        let mut terminal = watch("again", &[]);
+        terminal.until("a step is drawn", PATIENCE, |screen| drawn_step(screen).is_some());
+        match how {
+            "TERM" | "HUP" => signal(how, terminal.pid()),
+            key => terminal.press(key),
+        }
+        left_behind(&terminal.end(PATIENCE));
+    }
+    assert!(is_alive(u64::from(job.id())));
+
+    // lines for those who want them, and for a terminal that can nothing else
+    let mut plain = watch("plain", &["--plain"]);
+    plain.until("lines", PATIENCE, |screen| screen.row(0).starts_with("watched: running"));
+    let dumb = {
+        let mut command = site.command(&["status", "runs/watched", "--watch"]);
+        command.env("TERM", "dumb");
+        Terminal::start(&site.path("dumb"), &command, (110, 34))
+    };
+    succeeds(&site.launch(&["stop", "runs/watched"]));
+    for terminal in [plain, dumb] {
+        let ended = terminal.end(PATIENCE);
+        assert_eq!(ended.code, 0);
+        assert!(!ended.written.contains(&0x1b), "{}", ended.screen.text());
+        assert!(ended.screen.contains("watched: stopped"), "{}", ended.screen.text());
+    }
+    assert_eq!(job.wait().unwrap().code(), Some(3));
 }

@@ -21,7 +21,8 @@ pub const HELP: &str = "\
 Examples:
   learn-launch status runs/quickstart
   learn-launch status quickstart --json | jq .ledger
-  learn-launch status quickstart --watch
+  learn-launch status quickstart --watch              (a screen; q leaves it, and the job goes on)
+  learn-launch status quickstart --watch --plain >> watch.log
   learn-launch status quickstart --watch --json | jq -c '[.last_step.step, .last_step.loss]'
   learn-launch status data/ml-100k                    (the embed job of a dataset)
 
@@ -34,9 +35,13 @@ queue), or stale (the coordinator is gone without having ended the job; `resume`
 pub struct StatusArgs {
     #[command(flatten)]
     run: RunArgs,
-    /// Follow the run until its job has ended: a line for each change, JSON lines with --json
+    /// Follow the run: a screen on a terminal; in a pipe a line for each change until its job has ended, JSON lines with
+    /// --json
     #[arg(short, long)]
     watch: bool,
+    /// With --watch: lines on a terminal, too
+    #[arg(long, requires = "watch")]
+    plain: bool,
 }
 
 /// # Errors
@@ -51,7 +56,7 @@ pub fn run(args: &StatusArgs, output: &Output) -> Result<()> {
         Named::Dataset(dataset) => return embedding(&dataset, output),
     };
     if args.watch {
-        return watch::run(run, output);
+        return watch::run(run, args.plain, output);
     }
     let queue = Queue::of(&run);
     let Some(Current { status, freshness, trouble }) = current(&run)? else {

@@ -1,15 +1,20 @@
 //! A run at one moment, read from its coordinator and its files.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 use learn_domain::event::JobEvent;
+use learn_domain::ids::{Step, WorkerId};
 use learn_domain::report::{StepRecord, Timed};
-use learn_domain::run_dir::RunDir;
+use learn_domain::run_dir::{self, RunDir};
 
+use super::gauges::Gauges;
 use crate::commands::status::{self, Current};
 use crate::lines::{Follower, Fresh};
 use crate::render::Freshness;
+use crate::runs;
 
 /// Steps that are kept one by one for the curve; of more, older ones go.
 const MOST_STEPS: usize = 20_000;
@@ -19,6 +24,8 @@ const NEWEST: usize = 1_000;
 const TAKE_OVER: f64 = 10.0;
 /// Events that are kept.
 const MOST_EVENTS: usize = 200;
+/// Pause between two looks at the folder of checkpoints while no new one is known.
+const FOLDER_PAUSE: Duration = Duration::from_secs(5);
 
 /// Everything that is known now.
 #[derive(Clone, Debug, Default)]
@@ -32,8 +39,32 @@ pub struct Scene {
     pub events: Vec<JobEvent>,
     /// Events of the run so far, those that are not kept any more included.
     pub events_seen: usize,
+    /// Those on disk, oldest first.
+    pub checkpoints: Vec<Kept>,
+    /// What the processes of ranks say of themselves; only a screen asks them.
+    pub gauges: BTreeMap<WorkerId, Gauges>,
+    /// What the run's configuration says; none before it could be read.
+    pub settings: Option<Settings>,
     /// Seconds since the Unix epoch.
     pub now: f64,
+}
+
+/// A checkpoint on disk.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Kept {
+    pub step: Step,
+    /// When it was renamed into place, in seconds since the Unix epoch.
+    pub time: f64,
+    pub bytes: u64,
+}
+
+/// What of a configuration says how the rest is to be read.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// `checkpoint.metric`: what the best checkpoint is best by.
+    pub metric: String,
+    /// `cluster.heartbeat_timeout`: who is silent for longer is lost.
+    pub heartbeat_timeout: Duration,
 }
 
 impl Scene {
@@ -58,12 +89,19 @@ pub struct Watcher {
     events: Follower<JobEvent>,
     scene: Scene,
     deserted: Option<Instant>,
+    /// The last checkpoint that was known when their folder was read, and when that was.
+    listed: Option<(Option<Step>, Instant)>,
 }
 
 impl Watcher {
     pub fn new(run: RunDir) -> Self {
         let (steps, events) = (Follower::new(run.metrics()), Follower::new(run.events()));
-        Self { run, steps, events, scene: Scene::default(), deserted: None }
+        Self { run, steps, events, scene: Scene::default(), deserted: None, listed: None }
+    }
+
+    /// The name of the run directory.
+    pub fn name(&self) -> String {
+        self.run.root().file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
     /// The run as it is now.
@@ -78,8 +116,25 @@ impl Watcher {
         let steps = self.steps.read().with_context(|| format!("cannot read {}", self.run.metrics().display()))?;
         let events = self.events.read().with_context(|| format!("cannot read {}", self.run.events().display()))?;
         self.take(steps, events);
+        self.list_checkpoints();
+        if self.scene.settings.is_none() {
+            self.scene.settings = runs::config(&self.run).ok().map(|config| Settings {
+                metric: config.checkpoint.metric,
+                heartbeat_timeout: config.cluster.heartbeat_timeout.0,
+            });
+        }
         self.scene.now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
         Ok(self.scene.clone())
+    }
+
+    /// Reads the folder of checkpoints when there is a new one, and now and then for those that went.
+    fn list_checkpoints(&mut self) {
+        let last = self.scene.current.as_ref().and_then(|current| current.status.last_checkpoint);
+        if self.listed.is_some_and(|(known, at)| known == last && at.elapsed() < FOLDER_PAUSE) {
+            return;
+        }
+        self.listed = Some((last, Instant::now()));
+        self.scene.checkpoints = kept(&self.run);
     }
 
     fn take(&mut self, steps: Fresh<Timed<StepRecord>>, events: Fresh<JobEvent>) {
@@ -102,6 +157,22 @@ impl Watcher {
     }
 }
 
+/// The checkpoints of a run, oldest first; one that goes meanwhile is none.
+fn kept(run: &RunDir) -> Vec<Kept> {
+    let entries = fs::read_dir(run.checkpoints()).into_iter().flatten().flatten();
+    let one = |entry: fs::DirEntry| {
+        let step = run_dir::checkpoint_step(entry.file_name().to_str()?)?;
+        let changed = entry.metadata().and_then(|facts| facts.modified()).ok()?;
+        let files = fs::read_dir(entry.path()).ok()?.flatten();
+        let bytes = files.filter_map(|file| file.metadata().ok()).map(|facts| facts.len()).sum();
+        let time = changed.duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+        Some(Kept { step, time, bytes })
+    };
+    let mut kept: Vec<_> = entries.filter_map(one).collect();
+    kept.sort_by_key(|kept| kept.step);
+    kept
+}
+
 /// Every second one of the older steps.
 fn thinned(steps: Vec<Timed<StepRecord>>) -> Vec<Timed<StepRecord>> {
     let older = steps.len().saturating_sub(NEWEST);
@@ -110,8 +181,6 @@ fn thinned(steps: Vec<Timed<StepRecord>>) -> Vec<Timed<StepRecord>> {
 
 #[cfg(test)]
 mod tests {
-    use learn_domain::Step;
-
     use super::*;
 
     fn steps(range: std::ops::RangeInclusive<u64>) -> Vec<Timed<StepRecord>> {
@@ -132,5 +201,30 @@ mod tests {
         assert_eq!(kept[0].value.step, Step(1), "the start of the curve stays");
         watcher.take(Fresh { values: steps(1..=3), anew: true }, none());
         assert_eq!(watcher.scene.steps, steps(1..=3));
+    }
+    #[test]
+    fn checkpoints_are_those_on_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::new(folder.path());
+        assert_eq!(kept(&run), []);
+        for step in [20, 10] {
+            fs::create_dir_all(run.checkpoint(Step(step))).unwrap();
+            fs::write(run.checkpoint(Step(step)).join("model.safetensors"), vec![0; 700]).unwrap();
+            fs::write(run.checkpoint(Step(step)).join("checkpoint.json"), vec![0; 11]).unwrap();
+        }
+        fs::create_dir(run.checkpoints().join("step-0000000030.tmp")).unwrap();
+        fs::write(run.best(), "{}").unwrap();
+        let found = kept(&run);
+        assert_eq!(found.iter().map(|kept| (kept.step.0, kept.bytes)).collect::<Vec<_>>(), [(10, 711), (20, 711)]);
+        assert!(found.iter().all(|kept| kept.time > 1.6e9));
+        // a look finds the folder again when another checkpoint is known, or some time has passed
+        let mut watcher = Watcher::new(run.clone());
+        watcher.list_checkpoints();
+        fs::remove_dir_all(run.checkpoint(Step(10))).unwrap();
+        watcher.list_checkpoints();
+        assert_eq!(watcher.scene.checkpoints.len(), 2);
+        watcher.listed = watcher.listed.map(|(_, at)| (Some(Step(30)), at));
+        watcher.list_checkpoints();
+        assert_eq!(watcher.scene.checkpoints.len(), 1);
     }
 }

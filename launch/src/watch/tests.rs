@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use learn_domain::event::{Happening, JobEvent};
 use learn_domain::ids::{Generation, Rank, Step, WorkerId};
 use learn_domain::ledger::LedgerSummary;
@@ -6,15 +8,17 @@ use learn_domain::report::{
     DatasetFacts, Evaluation, JobState, JobStatus, Split, StepRecord, Task, Timed, WorkerStatus,
 };
 
+use super::gauges::Gauges;
 use super::pace::remaining;
-use super::scene::Scene;
+use super::scene::{Kept, Scene, Settings};
 use crate::commands::status::Current;
 use crate::render::Freshness;
 
-const NOW: f64 = 1_000_000.0;
+pub const NOW: f64 = 1_000_000.0;
 
 fn record(step: u64) -> StepRecord {
-    let fall = 5.4 * (-(step as f64) / 500.0).exp();
+    // no function of the mathematics library: the screens are compared to the letter
+    let fall = 5.4 / (1.0 + step as f64 / 200.0);
     StepRecord {
         step: Step(step),
         epoch: (step.saturating_sub(1) / 400) as u32,
@@ -30,7 +34,7 @@ fn record(step: u64) -> StepRecord {
     }
 }
 
-fn worker(number: u32, phase: &str, ratio: f64) -> WorkerStatus {
+pub fn worker(number: u32, phase: &str, ratio: f64) -> WorkerStatus {
     WorkerStatus {
         worker: WorkerId(number),
         rank: Some(Rank(number)),
@@ -47,7 +51,7 @@ fn worker(number: u32, phase: &str, ratio: f64) -> WorkerStatus {
     }
 }
 
-fn evaluation(step: u64, recall: f64) -> Evaluation {
+pub fn evaluation(step: u64, recall: f64) -> Evaluation {
     let metrics = [("recall@10", recall), ("ndcg@10", recall / 2.1), ("mrr", recall / 2.3), ("hr@10", recall)];
     Evaluation {
         split: Split::Valid,
@@ -96,12 +100,25 @@ pub fn scene() -> Scene {
         event(211.0, Happening::Formed { world_size: 4 }),
         event(64.0, Happening::Lagging { rank: Rank(1), ratio: 1.62, cause: learn_domain::progress::Cause::Data }),
     ];
+    let kept = |step: u64, ago: f64| Kept { step: Step(step), time: NOW - ago, bytes: 41_500_000 };
+    let gauges = |number: u32, own: f64| {
+        let gauges = Gauges {
+            resident_bytes: Some(1_200_000_000 + 50_000_000 * u64::from(number)),
+            gpu_bytes: None,
+            step_seconds: Some(0.412),
+            own_seconds: Some(own),
+        };
+        (WorkerId(number), gauges)
+    };
     Scene {
         current: Some(Current { status, freshness: Freshness::Live, trouble: None }),
         deserted: 0.0,
         steps: (1..=1200).map(|step| Timed { time: time(step), value: record(step) }).collect(),
         events_seen: events.len(),
         events,
+        checkpoints: vec![kept(400, 430.0), kept(800, 211.0)],
+        gauges: [gauges(0, 0.21), gauges(1, 0.35), gauges(2, 0.22), gauges(3, 0.22)].into(),
+        settings: Some(Settings { metric: "ndcg@10".into(), heartbeat_timeout: Duration::from_secs(15) }),
         now: NOW,
     }
 }
