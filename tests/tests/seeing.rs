@@ -130,7 +130,7 @@ fn a_running_job_is_on_a_terminal_until_somebody_leaves() {
     let finished = site.steps("watched").len();
     let whole = |screen: &Screen| drawn_step(screen) >= Some(finished) && screen.contains(" ranks ");
     terminal.until("the newest step is drawn", PATIENCE, whole);
-    assert!(terminal.screen.alternate && !terminal.screen.cursor);
+    terminal.until("the cursor is hidden", PATIENCE, |screen| screen.alternate && !screen.cursor);
     assert!(terminal.screen.row(0).starts_with("● watched running"), "{}", terminal.screen.text());
     for part in [
         "loss ",
