@@ -148,6 +148,9 @@ impl SettingsArgs {
     }
 }
 
+/// Names the directory of all runs, as any setting of the environment does.
+const RUNS_DIR: &str = "LEARN__JOB__RUNS_DIR";
+
 /// A run: its directory, or its name under the directory of all runs.
 #[derive(Clone, Debug, Args)]
 pub struct RunArgs {
@@ -155,8 +158,14 @@ pub struct RunArgs {
     #[arg(value_name = "RUN")]
     pub run: PathBuf,
     /// Directory of all runs
-    #[arg(long, value_name = "DIR", default_value = "runs", env = "LEARN__JOB__RUNS_DIR")]
+    #[arg(long, value_name = "DIR", default_value = "runs", env = RUNS_DIR)]
     pub runs_dir: PathBuf,
+}
+
+/// The directory of all runs, for commands without [`RunArgs`] that take a run.
+#[must_use]
+pub fn runs_dir() -> PathBuf {
+    std::env::var_os(RUNS_DIR).map_or_else(|| "runs".into(), PathBuf::from)
 }
 
 /// Makes all paths of a configuration absolute, so that the run can be continued from any directory.

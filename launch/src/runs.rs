@@ -16,6 +16,8 @@ use serde::de::DeserializeOwned;
 
 use crate::api::Api;
 use crate::failure::Failure;
+use crate::slurm::bind;
+use crate::slurm::queue::refuse_queued;
 use crate::{process, system, tls};
 
 /// Bytes of a job's secret, and of its token.
@@ -74,10 +76,22 @@ pub fn ensure_token(run: &RunDir) -> Result<()> {
 /// # Errors
 /// It cannot be written.
 pub fn write_config(path: &Path, config: &Config) -> Result<()> {
-    let aside = path.with_extension("json.tmp");
     let mut bytes = serde_json::to_vec_pretty(config)?;
     bytes.push(b'\n');
-    fs::write(&aside, bytes)
+    replace(path, &bytes)
+}
+
+/// Writes a file in one go, its folder included: who reads it finds the old one or the new one, never a part.
+///
+/// # Errors
+/// It cannot be written.
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.part", std::process::id()));
+    let aside = path.with_file_name(name);
+    path.parent()
+        .map_or(Ok(()), fs::create_dir_all)
+        .and_then(|()| fs::write(&aside, bytes))
         .and_then(|()| fs::rename(&aside, path))
         .with_context(|| format!("cannot write {}", path.display()))
 }
@@ -94,12 +108,15 @@ fn write_secret(path: &Path) -> Result<()> {
 /// Moves an existing run aside and says where to; `None` if there was none.
 ///
 /// # Errors
-/// Its job is alive, or it cannot be moved.
+/// Its job is alive or waits in Slurm's queue, or it cannot be moved.
 pub fn move_aside(root: &Path) -> Result<Option<PathBuf>> {
     if !root.exists() {
         return Ok(None);
     }
-    refuse_live(&RunDir::new(root))?;
+    let run = RunDir::new(root);
+    refuse_live(&run)?;
+    // a job that waits would begin to work on the run that comes in its place
+    refuse_queued(&run)?;
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut name = root.file_name().unwrap_or_default().to_owned();
     name.push(format!(".before-{seconds}"));
@@ -178,25 +195,10 @@ pub fn find_init(config: &mut Config) -> Result<()> {
 /// It cannot be read or is not one of this version.
 pub fn config(run: &RunDir) -> Result<Config> {
     let mut config: Config = read_json(&run.config())?;
-    if let Ok(bind) = fs::read_to_string(kept_bind(run)) {
+    if let Some(bind) = bind::kept(run) {
         config.cluster.bind = bind;
     }
     Ok(config)
-}
-
-fn kept_bind(run: &RunDir) -> PathBuf {
-    run.slurm().join("bind")
-}
-
-/// Keeps `cluster.bind` as the operator has set it, because a Slurm job puts an address of its own machine there.
-///
-/// # Errors
-/// It cannot be written.
-pub fn keep_bind(run: &RunDir, bind: &str) -> Result<()> {
-    let path = kept_bind(run);
-    fs::create_dir_all(run.slurm())
-        .and_then(|()| fs::write(&path, bind))
-        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// The secret of a run's job.
@@ -359,6 +361,18 @@ mod tests {
         assert_eq!(fs::read_to_string(RunDir::new(aside).secret()).unwrap(), secret);
         assert!(move_aside(&root).unwrap().is_none());
         create(&root, &Config::default()).unwrap();
+    }
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole_and_nothing_is_left_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("slurm/bind");
+        for text in ["one", "another"] {
+            replace(&path, text.as_bytes()).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), text);
+        }
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+        assert!(replace(&path.join("below-a-file"), b"").unwrap_err().to_string().contains("below-a-file"));
     }
 
     #[test]

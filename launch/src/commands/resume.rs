@@ -16,6 +16,7 @@ use crate::failure::Failure;
 use crate::job::{self, JobSpec, Workers};
 use crate::output::Output;
 use crate::settings::Resolver;
+use crate::slurm::bind;
 use crate::slurm::queue::refuse_queued;
 use crate::{process, runs, system, tls};
 
@@ -116,6 +117,7 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
             .result(&text.replace("resuming", "would resume"), &serde_json::json!({ "checkpoint": checkpoint.path }));
     }
     output.note(&text);
+    bind::change(&run, &config.cluster.bind)?;
     runs::write_config(&run.next_config(), &config)?;
     runs::ensure_token(&run)?;
     tls::provide(&run, &config.cluster.tls)?;

@@ -1,6 +1,7 @@
 //! `learn-launch slurm`: writes a batch script for a new run, or takes that of an existing one, and submits it.
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
@@ -10,12 +11,13 @@ use learn_domain::run_dir::RunDir;
 use crate::cli::{SettingsArgs, anchor};
 use crate::failure::Failure;
 use crate::output::Output;
-use crate::runs;
 use crate::settings::Resolver;
+use crate::slurm::bind;
 use crate::slurm::client::{self, Queued};
 use crate::slurm::queue::refuse_queued;
 use crate::slurm::run::{SlurmJob, device};
-use crate::slurm::script::{Place, Request, script};
+use crate::slurm::script::{Place, Request, job_name, script};
+use crate::{runs, tls};
 
 pub const HELP: &str = "\
 Examples:
@@ -27,6 +29,9 @@ Examples:
 The run directory, the dataset and these programs must be on storage that all machines see under the same path. The job
 goes back into the queue before its time limit, with a checkpoint, until it is done. `learn-launch status`, `logs` and
 `stop` find the job by its run. docs/slurm.md has the rest, configs/slurm scripts to start from.";
+
+/// What says how many workers a job has.
+const WORKERS: &str = "--nodes and workers of each";
 
 /// Arguments of `slurm`.
 #[derive(Debug, Args)]
@@ -64,7 +69,7 @@ fn submit_new(args: &SlurmArgs, output: &Output) -> Result<()> {
         .settings
         .resolver()?
         .flag("--name", "job.name", args.name.as_ref())?
-        .flag("--nodes and workers of each", "cluster.workers", Some(request.workers()))?
+        .flag(WORKERS, "cluster.workers", Some(request.workers()))?
         .finish()?;
     runs::find_init(&mut config)?;
     anchor(&mut config)?;
@@ -76,23 +81,30 @@ fn submit_new(args: &SlurmArgs, output: &Output) -> Result<()> {
     if args.dry_run {
         return output.result(&text, &serde_json::json!({ "script": text, "run": root }));
     }
-    if args.force
-        && let Some(aside) = runs::move_aside(&root)?
-    {
-        output.note(&format!("the run that was there is now {}", super::shown(&aside)));
+    let aside = if args.force { runs::move_aside(&root)? } else { None };
+    if let Some(aside) = &aside {
+        output.note(&format!("the run that was there is now {}", super::shown(aside)));
     }
     let run = runs::create(&root, &config)?;
-    let submitted = keep(&run, request, &text).and_then(|script| submit(&run, &script, output));
-    if submitted.is_err() {
+    let submitted = keep(&run, request, &text).and_then(|script| submit(&run, &script));
+    let job = submitted.or_else(|error| {
+        if !nothing_submitted(&error) {
+            return Err(error);
+        }
         // nothing has come of it but what was written a moment ago
         std::fs::remove_dir_all(&root).with_context(|| format!("cannot remove {}", root.display()))?;
-    }
-    submitted
+        if let Some(aside) = aside {
+            std::fs::rename(&aside, &root)
+                .with_context(|| format!("cannot move {} back to {}", aside.display(), root.display()))?;
+            output.note(&format!("the run that was there is {} again", super::shown(&root)));
+        }
+        Err(error)
+    })?;
+    say(&run, job, output)
 }
 
-fn resubmit(args: &SlurmArgs, named: &std::path::Path, output: &Output) -> Result<()> {
-    let runs_dir = args.settings.resolver()?.finish()?.job.runs_dir;
-    let run = runs::find(named, &runs_dir)?;
+fn resubmit(args: &SlurmArgs, named: &Path, output: &Output) -> Result<()> {
+    let run = runs::find(named, &crate::cli::runs_dir())?;
     let shown = super::shown_run(&run);
     runs::refuse_live(&run)?;
     refuse_queued(&run)?;
@@ -103,7 +115,6 @@ fn resubmit(args: &SlurmArgs, named: &std::path::Path, output: &Output) -> Resul
     let before = runs::config(&run)?;
     let resolver = Resolver::new(&before).sets(&args.settings.sets)?;
     super::resume::refuse_unchangeable(resolver.changed())?;
-    let mut config = resolver.finish()?;
     let earlier: Option<Request> = runs::read_json(&request_file(&run)).ok();
     let Some(request) = earlier.map(|earlier| args.request.clone().over(earlier)).or_else(|| {
         // a run that was not one of Slurm's so far
@@ -112,16 +123,73 @@ fn resubmit(args: &SlurmArgs, named: &std::path::Path, output: &Output) -> Resul
         let message = format!("{shown} was not submitted by `learn-launch slurm`: say --nodes and --gpus-per-node");
         return Err(Failure::Usage(message).into());
     };
-    config.cluster.workers = request.workers();
-    config.cluster.min_workers = config.cluster.min_workers.min(config.cluster.workers);
+    let config = resolver.flag(WORKERS, "cluster.workers", Some(request.workers()))?.finish()?;
+    tls::check(&config.cluster.tls)?;
     let text = write(&request, &run, &config)?;
     if args.dry_run {
         return output.result(&text, &serde_json::json!({ "script": text, "run": run.root() }));
     }
-    runs::keep_bind(&run, &config.cluster.bind)?;
-    runs::write_config(&run.config(), &config)?;
-    let script = keep(&run, &request, &text)?;
-    submit(&run, &script, output)
+    let before = Kept::of([run.config(), bind::file(&run), script_file(&run), request_file(&run)])?;
+    let submitted = bind::keep(&run, &config.cluster.bind)
+        .and_then(|()| runs::write_config(&run.config(), &config))
+        .and_then(|()| keep(&run, &request, &text))
+        .and_then(|script| submit(&run, &script));
+    let job = submitted.or_else(|error| {
+        if nothing_submitted(&error) {
+            before.restore()?;
+        }
+        Err(error)
+    })?;
+    say(&run, job, output)
+}
+
+/// Files as they were before a submission.
+struct Kept(Vec<(PathBuf, Option<Vec<u8>>)>);
+
+impl Kept {
+    fn of(paths: impl IntoIterator<Item = PathBuf>) -> Result<Self> {
+        let read = |path: PathBuf| match std::fs::read(&path) {
+            Ok(bytes) => Ok((path, Some(bytes))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok((path, None)),
+            Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+        };
+        paths.into_iter().map(read).collect::<Result<_>>().map(Self)
+    }
+
+    fn restore(self) -> Result<()> {
+        for (path, bytes) in self.0 {
+            match bytes {
+                Some(bytes) => runs::replace(&path, &bytes)?,
+                None => match std::fs::remove_file(&path) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        return Err(error).with_context(|| format!("cannot remove {}", path.display()));
+                    }
+                    _ => {}
+                },
+            }
+        }
+        Ok(())
+    }
+}
+
+/// It is certain that no job has come of a failed submission.
+fn nothing_submitted(error: &anyhow::Error) -> bool {
+    match error.downcast_ref::<Submitted>() {
+        Some(Submitted::Unsure { .. } | Submitted::Unkept { .. }) => false,
+        None => true,
+    }
+}
+
+/// A submission has failed, and yet there is a job, or may be.
+#[derive(Debug, thiserror::Error)]
+enum Submitted {
+    #[error(
+        "{source}\nIt is unknown whether Slurm has taken the job: `squeue --name={name}` shows it if so, and \
+         `scancel --name={name}` ends it. {run} is kept; `learn-launch slurm --resubmit {run}` submits it again"
+    )]
+    Unsure { source: client::ClientError, name: String, run: String },
+    #[error("job {job} is submitted, but {problem}; `scancel {job}` ends it, and {run} is kept")]
+    Unkept { job: u32, problem: String, run: String },
 }
 
 fn write(request: &Request, run: &RunDir, config: &learn_domain::Config) -> Result<String> {
@@ -141,27 +209,74 @@ fn request_file(run: &RunDir) -> PathBuf {
     run.slurm().join("request.json")
 }
 
+fn script_file(run: &RunDir) -> PathBuf {
+    run.slurm().join("job.sbatch")
+}
+
 /// Keeps the script and the request in the run directory.
 fn keep(run: &RunDir, request: &Request, text: &str) -> Result<PathBuf> {
-    let script = run.slurm().join("job.sbatch");
-    std::fs::create_dir_all(run.slurm())
-        .and_then(|()| std::fs::write(&script, text))
-        .and_then(|()| std::fs::write(request_file(run), serde_json::to_vec_pretty(request).unwrap_or_default()))
-        .with_context(|| format!("cannot write {}", script.display()))?;
+    let script = script_file(run);
+    runs::replace(&script, text.as_bytes())?;
+    runs::replace(&request_file(run), &serde_json::to_vec_pretty(request)?)?;
     Ok(script)
 }
 
-fn submit(run: &RunDir, script: &std::path::Path, output: &Output) -> Result<()> {
-    let job_id = client::submit(script)?;
-    SlurmJob { job_id }.write(run)?;
+/// Submits a run; the number of its job, which is kept.
+fn submit(run: &RunDir, script: &Path) -> Result<u32> {
     let shown = super::shown_run(run);
+    let job_id = match client::submit(script) {
+        Ok(job_id) => job_id,
+        Err(refused) if refused.nothing_submitted() => return Err(refused.into()),
+        Err(source) => {
+            let name = job_name(&run.root().file_name().unwrap_or_default().to_string_lossy());
+            return Err(Submitted::Unsure { source, name, run: shown }.into());
+        }
+    };
+    let kept = SlurmJob { job_id }.write(run);
+    kept.map_err(|error| Submitted::Unkept { job: job_id, problem: format!("{error:#}"), run: shown })?;
+    Ok(job_id)
+}
+
+/// What has come of it, and what is next.
+fn say(run: &RunDir, job_id: u32, output: &Output) -> Result<()> {
+    let (shown, script) = (super::shown_run(run), script_file(run));
     let state = client::queued(job_id).ok().flatten();
     let now = state.as_ref().map_or_else(|| format!("job {job_id}"), Queued::describe);
     let text = format!(
         "{shown}: {now}\nscript  {}\nlog     {}\n\nnext: learn-launch status {shown}\n      learn-launch logs {shown} --follow\n      \
          learn-launch stop {shown}",
-        super::shown(script),
+        super::shown(&script),
         super::shown(&run.slurm_log())
     );
     output.result(&text, &serde_json::json!({ "job_id": job_id, "run": run.root(), "script": script, "queue": state }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_submission_leaves_files_as_they_were() {
+        let folder = tempfile::tempdir().unwrap();
+        let (old, new) = (folder.path().join("config.json"), folder.path().join("slurm/bind"));
+        std::fs::write(&old, "before").unwrap();
+        let kept = Kept::of([old.clone(), new.clone()]).unwrap();
+        runs::replace(&old, b"after").unwrap();
+        runs::replace(&new, b"after").unwrap();
+        kept.restore().unwrap();
+        assert_eq!(std::fs::read_to_string(&old).unwrap(), "before");
+        assert!(!new.exists());
+    }
+
+    #[test]
+    fn a_run_stays_where_there_may_be_a_job() {
+        let lost = client::ClientError::NoNumber("hello".into());
+        let unsure = Submitted::Unsure { source: lost, name: "learn-shop".into(), run: "runs/shop".into() };
+        let text = unsure.to_string();
+        assert!(text.contains("`hello`") && text.contains("scancel --name=learn-shop"), "{text}");
+        assert!(!nothing_submitted(&unsure.into()));
+        let unkept = Submitted::Unkept { job: 12, problem: "disk full".into(), run: "runs/shop".into() };
+        assert!(!nothing_submitted(&unkept.into()));
+        assert!(nothing_submitted(&client::ClientError::Missing("sbatch".into()).into()));
+    }
 }

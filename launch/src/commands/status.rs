@@ -5,7 +5,7 @@ use std::io::IsTerminal as _;
 use anyhow::{Result, bail};
 use clap::Args;
 use learn_dataset::Dataset;
-use learn_domain::report::JobStatus;
+use learn_domain::report::{JobState, JobStatus};
 use learn_domain::run_dir::RunDir;
 
 use crate::api::Api;
@@ -14,7 +14,7 @@ use crate::failure::Failure;
 use crate::output::Output;
 use crate::render::{self, Freshness};
 use crate::runs::{self, Named};
-use crate::slurm::queue::Queue;
+use crate::slurm::queue::Inquiry;
 use crate::watch;
 
 pub const HELP: &str = "\
@@ -58,8 +58,10 @@ pub fn run(args: &StatusArgs, output: &Output) -> Result<()> {
     if args.watch {
         return watch::run(run, args.plain, output);
     }
-    let queue = Queue::of(&run);
-    let Some(Current { status, freshness, trouble }) = current(&run)? else {
+    let mut inquiry = Inquiry::default();
+    let current = current(&run, &mut inquiry)?;
+    let queue = inquiry.of(&run);
+    let Some(Current { status, freshness, trouble }) = current else {
         if let Some(queue) = queue {
             // a job that has not started has no status yet
             let text = format!("{}: Slurm's {}", super::shown_run(&run), queue.describe());
@@ -68,10 +70,6 @@ pub fn run(args: &StatusArgs, output: &Output) -> Result<()> {
         }
         let (shown, log) = (run.root().display(), run.coordinator_log());
         bail!("{shown} has no status yet; its coordinator has not come that far, see {}", log.display());
-    };
-    let freshness = match &queue {
-        Some(queue) if freshness != Freshness::Live => queue.freshness(&status.state, freshness),
-        _ => freshness,
     };
     if let Some(trouble) = trouble {
         tracing::warn!("{trouble}; showing the last status on disk");
@@ -99,11 +97,12 @@ pub struct Current {
     pub trouble: Option<String>,
 }
 
-/// The status of a run now; none before its coordinator has come that far.
+/// The status of a run now, from its coordinator or else from disk, which Slurm's queue makes fresh or not; none before
+/// its coordinator has come that far.
 ///
 /// # Errors
 /// The last status is there and cannot be read.
-pub fn current(run: &RunDir) -> Result<Option<Current>> {
+pub fn current(run: &RunDir, inquiry: &mut Inquiry) -> Result<Option<Current>> {
     let live = runs::live(run);
     let mut trouble = None;
     if let Some(address) = &live {
@@ -112,12 +111,16 @@ pub fn current(run: &RunDir) -> Result<Option<Current>> {
             Err(error) => trouble = Some(error.to_string()),
         }
     }
-    let freshness = |status: &JobStatus| match status.state.ended() {
-        true => Freshness::Ended,
-        false if live.is_some() => Freshness::Live,
-        false => Freshness::Stale,
+    let Some(status) = runs::last_status(run)? else { return Ok(None) };
+    let freshness = match status.state {
+        JobState::Finished => Freshness::Ended,
+        _ if live.is_some() && !status.state.ended() => Freshness::Live,
+        _ => {
+            let alone = if status.state.ended() { Freshness::Ended } else { Freshness::Stale };
+            inquiry.of(run).map_or(alone, |queue| queue.freshness(&status.state, alone))
+        }
     };
-    Ok(runs::last_status(run)?.map(|status| Current { freshness: freshness(&status), status, trouble }))
+    Ok(Some(Current { status, freshness, trouble }))
 }
 
 /// Where the embed job of a dataset stands.

@@ -13,6 +13,7 @@ use serde_json::Value;
 use crate::commands::status::{self, Current};
 use crate::lines::Follower;
 use crate::render::Freshness;
+use crate::slurm::queue::Inquiry;
 
 /// One run, as its page shows it.
 #[derive(Clone, Debug, Default)]
@@ -41,7 +42,7 @@ impl RunFacts {
     #[must_use]
     pub fn load(run: &RunDir, name: String, dir: String) -> Self {
         let mut facts = Self { name, dir, state: "unknown".into(), ..Self::default() };
-        match status::current(run) {
+        match status::current(run, &mut Inquiry::default()) {
             Ok(Some(Current { status, freshness, .. })) => {
                 facts.state = match freshness {
                     Freshness::Stale => format!("{}, its coordinator is gone", status.state.name()),

@@ -4,13 +4,12 @@ use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result, anyhow, bail};
 use serde::Serialize;
 
 use crate::process;
 
 /// A job as squeue shows it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Queued {
     pub job_id: u32,
     /// `PENDING`, `RUNNING`, …
@@ -63,20 +62,55 @@ impl Queued {
 
 const FORMAT: &str = "%A|%T|%r|%N|%M|%l";
 
+/// Slurm was not asked, or has not answered as it should.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ClientError {
+    #[error("{0} is not on the PATH of this machine: Slurm's programs are needed here (on a login node, mostly)")]
+    Missing(String),
+    #[error("cannot start {name}: {problem}")]
+    NotStarted { name: String, problem: String },
+    /// It ended with an error; `said` is Slurm's own message.
+    #[error("{name} ended with {how}: {said}")]
+    Failed { name: String, how: String, said: String },
+    #[error("sbatch answered `{0}`, which is no job number")]
+    NoNumber(String),
+}
+
+impl ClientError {
+    /// A submission that ended so has left no job behind. One whose answer was lost on its way may have.
+    #[must_use]
+    pub fn nothing_submitted(&self) -> bool {
+        // the controller's answer to a submission is one of these when it has not come (slurm_strerror)
+        const LOST: [&str; 7] = [
+            "timed out",
+            "Zero Bytes were transmitted",
+            "Message receive failure",
+            "Unexpected message",
+            "Connection reset",
+            "Transport endpoint is not connected",
+            "Communication shutdown failure",
+        ];
+        match self {
+            Self::Missing(_) | Self::NotStarted { .. } => true,
+            // a signal has ended it at an unknown moment
+            Self::Failed { how, said, .. } => {
+                how.starts_with("exit code") && !LOST.iter().any(|lost| said.contains(lost))
+            }
+            Self::NoNumber(_) => false,
+        }
+    }
+}
+
 /// Runs one of the programs; its stdout.
-fn run(command: &mut Command) -> Result<String> {
+fn run(command: &mut Command) -> Result<String, ClientError> {
     let name = command.get_program().to_string_lossy().into_owned();
     let answer = command.stdin(Stdio::null()).output().map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => {
-            anyhow!(
-                "{name} is not on the PATH of this machine: Slurm's programs are needed here (on a login node, mostly)"
-            )
-        }
-        _ => anyhow!("cannot start {name}: {error}"),
+        io::ErrorKind::NotFound => ClientError::Missing(name.clone()),
+        _ => ClientError::NotStarted { name: name.clone(), problem: error.to_string() },
     })?;
     if !answer.status.success() {
-        let said = String::from_utf8_lossy(&answer.stderr);
-        bail!("{name} ended with {}: {}", process::describe(answer.status), said.trim());
+        let said = String::from_utf8_lossy(&answer.stderr).trim().to_owned();
+        return Err(ClientError::Failed { name, how: process::describe(answer.status), said });
     }
     Ok(String::from_utf8_lossy(&answer.stdout).into_owned())
 }
@@ -84,23 +118,24 @@ fn run(command: &mut Command) -> Result<String> {
 /// Submits a batch script; the number of the job.
 ///
 /// # Errors
-/// Slurm is not there or refuses it; the message is Slurm's own.
-pub fn submit(script: &Path) -> Result<u32> {
+/// Slurm is not there or refuses it; the message is Slurm's own. Or it cannot be told whether there is a job now:
+/// [`ClientError::nothing_submitted`].
+pub fn submit(script: &Path) -> Result<u32, ClientError> {
     let said = run(Command::new("sbatch").arg("--parsable").arg(script))?;
     let number = said.trim().split(';').next().unwrap_or_default();
-    number.parse().with_context(|| format!("sbatch answered `{}`, which is no job number", said.trim()))
+    number.parse().map_err(|_| ClientError::NoNumber(said.trim().to_owned()))
 }
 
 /// A job as Slurm knows it; `None` if it does not know it any more.
 ///
 /// # Errors
 /// Slurm cannot be asked.
-pub fn queued(job: u32) -> Result<Option<Queued>> {
+pub fn queued(job: u32) -> Result<Option<Queued>, ClientError> {
     let job = job.to_string();
     match run(Command::new("squeue").args(["--noheader", "--states=all", "--jobs", &job, "--format", FORMAT])) {
         // of a heterogeneous job the first part comes first
         Ok(said) => Ok(said.lines().find_map(Queued::read)),
-        Err(error) if error.to_string().contains("Invalid job id") => Ok(None),
+        Err(ClientError::Failed { said, .. }) if said.contains("Invalid job id") => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -109,7 +144,7 @@ pub fn queued(job: u32) -> Result<Option<Queued>> {
 ///
 /// # Errors
 /// Slurm is not there or refuses.
-pub fn cancel(job: u32) -> Result<()> {
+pub fn cancel(job: u32) -> Result<(), ClientError> {
     run(Command::new("scancel").arg(job.to_string())).map(drop)
 }
 
@@ -117,7 +152,7 @@ pub fn cancel(job: u32) -> Result<()> {
 ///
 /// # Errors
 /// Slurm is not there or refuses.
-pub fn ask_to_stop(job: u32) -> Result<()> {
+pub fn ask_to_stop(job: u32) -> Result<(), ClientError> {
     run(Command::new("scancel").args(["--batch", "--signal=TERM", &job.to_string()])).map(drop)
 }
 
@@ -125,7 +160,7 @@ pub fn ask_to_stop(job: u32) -> Result<()> {
 ///
 /// # Errors
 /// Slurm is not there or refuses.
-pub fn requeue(job: u32) -> Result<()> {
+pub fn requeue(job: u32) -> Result<(), ClientError> {
     run(Command::new("scontrol").args(["requeue", &job.to_string()])).map(drop)
 }
 
@@ -156,6 +191,29 @@ mod tests {
         assert!(Queued::read("12|TIMEOUT|TimeLimit|node1|1:00|1:00").unwrap().ended());
         assert!(!Queued::read("12|COMPLETING|None|node1|1:00|1:00").unwrap().ended());
         assert_eq!(Queued::read("slurm_load_jobs error"), None);
+    }
+
+    #[test]
+    fn only_an_answer_that_was_lost_may_have_left_a_job() {
+        let failed =
+            |how: &str, said: &str| ClientError::Failed { name: "sbatch".into(), how: how.into(), said: said.into() };
+        for refused in [
+            "sbatch: error: invalid partition specified: none\nsbatch: error: Batch job submission failed: Invalid partition \
+             name specified",
+            "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+            "sbatch: error: Invalid --time specification",
+        ] {
+            assert!(failed("exit code 1", refused).nothing_submitted(), "{refused}");
+        }
+        for lost in [
+            "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
+            "sbatch: error: Batch job submission failed: Zero Bytes were transmitted or received",
+        ] {
+            assert!(!failed("exit code 1", lost).nothing_submitted(), "{lost}");
+        }
+        assert!(!failed("killed by signal 9", "").nothing_submitted());
+        assert!(!ClientError::NoNumber("hello".into()).nothing_submitted());
+        assert!(ClientError::Missing("sbatch".into()).nothing_submitted());
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! that names them; who listens does so on the address that the others reach ([`address`]).
 
 pub mod address;
+pub mod bind;
 pub mod client;
 pub mod hostlist;
 pub mod queue;

@@ -1,21 +1,26 @@
 //! The Slurm job of a run, as those ask for it who name the run only.
 
+use std::time::{Duration, Instant};
+
 use anyhow::Result;
 use learn_domain::report::JobState;
 use learn_domain::run_dir::RunDir;
 use serde_json::{Value, json};
 
-use super::client::{self, Queued};
+use super::client::{self, ClientError, Queued};
 use super::run::SlurmJob;
 use crate::failure::Failure;
 use crate::render::Freshness;
 
+/// Pause between two questions to Slurm, whose controller has other things to do.
+pub const ASK: Duration = Duration::from_secs(3);
+
 /// The job of a run and what Slurm knows of it.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Queue {
     pub job: SlurmJob,
     /// None: it does not know the job any more.
-    pub known: Result<Option<Queued>>,
+    pub known: Result<Option<Queued>, ClientError>,
 }
 
 impl Queue {
@@ -46,6 +51,17 @@ impl Queue {
         matches!(&self.known, Ok(None)) || self.entry().is_some_and(Queued::ended)
     }
 
+    /// Slurm still has something to do with the job, as far as can be known: one that cannot be asked for the moment may, one
+    /// whose programs are not here is left out of account.
+    #[must_use]
+    pub fn may_go_on(&self) -> bool {
+        match &self.known {
+            Ok(_) => !self.ended(),
+            Err(ClientError::Missing(_)) => false,
+            Err(_) => true,
+        }
+    }
+
     /// For people.
     #[must_use]
     pub fn describe(&self) -> String {
@@ -53,7 +69,7 @@ impl Queue {
         match &self.known {
             Ok(Some(queued)) => queued.describe(),
             Ok(None) => format!("job {job} is not in the queue any more"),
-            Err(error) => format!("job {job}; its state is unknown: {error:#}"),
+            Err(error) => format!("job {job}; its state is unknown: {error}"),
         }
     }
 
@@ -62,7 +78,7 @@ impl Queue {
         match &self.known {
             Ok(Some(queued)) => json!(queued),
             Ok(None) => json!({ "job_id": self.job.job_id, "state": null }),
-            Err(error) => json!({ "job_id": self.job.job_id, "state": null, "error": format!("{error:#}") }),
+            Err(error) => json!({ "job_id": self.job.job_id, "state": null, "error": error.to_string() }),
         }
     }
 
@@ -80,17 +96,45 @@ impl Queue {
     }
 }
 
-/// # Errors
-/// The run waits in Slurm's queue, or runs there.
-pub fn refuse_queued(run: &RunDir) -> Result<()> {
-    match Queue::of(run) {
-        Some(queue) if !queue.ended() && queue.known.is_ok() => {
-            let shown = run.root().display();
-            let message = format!("{shown}: Slurm's {}; `learn-launch stop {shown}` ends it first", queue.describe());
-            Err(Failure::Usage(message).into())
+/// Asks Slurm about the job of a run, at most every [`ASK`]: for those who look again and again.
+#[derive(Debug, Default)]
+pub struct Inquiry(Option<(Instant, Option<Queue>)>);
+
+impl Inquiry {
+    /// What Slurm knew when it was last asked; `None` if the run never was a job of Slurm's.
+    pub fn of(&mut self, run: &RunDir) -> Option<Queue> {
+        match &self.0 {
+            Some((at, queue)) if at.elapsed() < ASK => queue.clone(),
+            _ => {
+                let queue = Queue::of(run);
+                self.0 = Some((Instant::now(), queue.clone()));
+                queue
+            }
         }
-        _ => Ok(()),
     }
+}
+
+/// # Errors
+/// The run waits in Slurm's queue, or runs there, or Slurm is here and does not say.
+pub fn refuse_queued(run: &RunDir) -> Result<()> {
+    Queue::of(run).map_or(Ok(()), |queue| refuse(run, &queue))
+}
+
+fn refuse(run: &RunDir, queue: &Queue) -> Result<()> {
+    let shown = run.root().display();
+    let message = match &queue.known {
+        Ok(_) if queue.ended() => return Ok(()),
+        Ok(_) => format!("{shown}: Slurm's {}; `learn-launch stop {shown}` ends it first", queue.describe()),
+        // a run that has left its cluster
+        Err(ClientError::Missing(_)) => return Ok(()),
+        Err(_) => format!(
+            "{shown} is Slurm's {}. Try again once Slurm answers: the job may be waiting, and would begin to work on the run \
+             at any time. If it is gone for certain, remove {}",
+            queue.describe(),
+            SlurmJob::file(run).display()
+        ),
+    };
+    Err(Failure::Usage(message).into())
 }
 
 #[cfg(test)]
@@ -118,8 +162,29 @@ mod tests {
         assert_eq!(freshness(None, JobState::Running), Freshness::Stale);
         assert!(queue(None).ended() && queue(Some("CANCELLED")).ended() && !queue(Some("COMPLETING")).ended());
         assert_eq!(queue(None).describe(), "job 12 is not in the queue any more");
-        let unknown = Queue { known: Err(anyhow::anyhow!("squeue is not on the PATH")), ..queue(None) };
+        let unknown = Queue { known: Err(ClientError::Missing("squeue".into())), ..queue(None) };
         assert!(!unknown.ended() && unknown.describe().contains("squeue"));
         assert_eq!(unknown.freshness(&JobState::Running, Freshness::Stale), Freshness::Stale);
+    }
+
+    #[test]
+    fn who_waits_runs_or_cannot_be_asked_about_is_refused() {
+        let run = RunDir::new("/runs/shop");
+        let silent = ClientError::Failed { name: "squeue".into(), how: "exit code 1".into(), said: "timed out".into() };
+        let silent = Queue { known: Err(silent), ..queue(None) };
+        for state in ["PENDING", "RUNNING", "COMPLETING"] {
+            let text = refuse(&run, &queue(Some(state))).unwrap_err().to_string();
+            assert!(text.contains(state) && text.contains("learn-launch stop"), "{text}");
+            assert!(queue(Some(state)).may_go_on());
+        }
+        let text = refuse(&run, &silent).unwrap_err().to_string();
+        assert!(text.contains("timed out") && text.contains("/runs/shop/slurm/job.json"), "{text}");
+        assert!(silent.may_go_on());
+        for over in
+            [queue(None), queue(Some("FAILED")), Queue { known: Err(ClientError::Missing("squeue".into())), ..silent }]
+        {
+            refuse(&run, &over).unwrap();
+            assert!(!over.may_go_on());
+        }
     }
 }

@@ -16,7 +16,7 @@ use learn_domain::{Config, Step as TrainingStep};
 use serde::{Deserialize, Serialize};
 
 use super::restarts::{self, Budget, Start};
-use super::{Allocation, Step, address, client};
+use super::{Allocation, Step, address, bind, client};
 use crate::commands::resume::{self, Checkpoint};
 use crate::failure::{self, Failure};
 use crate::job::{self, JobSpec, Workers};
@@ -30,7 +30,9 @@ pub struct SlurmJob {
 }
 
 impl SlurmJob {
-    fn file(run: &RunDir) -> PathBuf {
+    /// Where it is kept.
+    #[must_use]
+    pub fn file(run: &RunDir) -> PathBuf {
         run.slurm().join("job.json")
     }
 
@@ -43,11 +45,7 @@ impl SlurmJob {
     /// # Errors
     /// It cannot be written.
     pub fn write(self, run: &RunDir) -> Result<()> {
-        let (path, aside) = (Self::file(run), run.slurm().join(format!("job.{}.part", std::process::id())));
-        std::fs::create_dir_all(run.slurm())
-            .and_then(|()| std::fs::write(&aside, serde_json::to_vec_pretty(&self).unwrap_or_default()))
-            .and_then(|()| std::fs::rename(&aside, &path))
-            .with_context(|| format!("cannot write {}", path.display()))
+        runs::replace(&Self::file(run), &serde_json::to_vec_pretty(&self)?)
     }
 }
 
@@ -184,7 +182,7 @@ fn newest(run: &RunDir) -> Result<Option<Checkpoint>> {
 fn configure(run: &RunDir, allocation: &Allocation, output: &Output) -> Result<Config> {
     let mut config = runs::config(run)?;
     // what comes next writes the address of this start's first node into the run's configuration
-    runs::keep_bind(run, &config.cluster.bind)?;
+    bind::keep(run, &config.cluster.bind)?;
     let binding = address::of_coordinator(&config.cluster.bind, allocation)?;
     if let Some(note) = &binding.note {
         output.note(note);

@@ -176,7 +176,7 @@ pub fn script(request: &Request, place: &Place<'_>) -> Result<String, ScriptErro
     };
     line(format!("# Written by `learn-launch slurm` for the run {}.", place.name));
     line(format!("# `learn-launch slurm --resubmit {run}` submits it again, and goes on from the last checkpoint."));
-    line(format!("#SBATCH --job-name={}", directive(&format!("learn-{}", place.name))));
+    line(format!("#SBATCH --job-name={}", directive(&job_name(place.name))));
     line(format!("#SBATCH --output={}", directive(&place.log.display().to_string().replace('%', "%%"))));
     line("#SBATCH --open-mode=append".into());
     let common = [
@@ -263,6 +263,12 @@ pub fn script(request: &Request, place: &Place<'_>) -> Result<String, ScriptErro
     request.srun.iter().cloned().for_each(&mut option);
     line(srun);
     Ok(out)
+}
+
+/// The name of the job of a run.
+#[must_use]
+pub fn job_name(run: &str) -> String {
+    format!("learn-{run}")
 }
 
 fn has_break(request: &Request, place: &Place<'_>) -> bool {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result};
 use learn_domain::event::JobEvent;
 use learn_domain::ids::{Step, WorkerId};
-use learn_domain::report::{StepRecord, Timed};
+use learn_domain::report::{JobState, StepRecord, Timed};
 use learn_domain::run_dir::{self, RunDir};
 
 use super::gauges::Gauges;
@@ -15,6 +15,7 @@ use crate::commands::status::{self, Current};
 use crate::lines::{Follower, Fresh};
 use crate::render::Freshness;
 use crate::runs;
+use crate::slurm::queue::{Inquiry, Queue};
 
 /// Steps that are kept one by one for the curve; of more, older ones go.
 const MOST_STEPS: usize = 20_000;
@@ -32,6 +33,8 @@ const FOLDER_PAUSE: Duration = Duration::from_secs(5);
 pub struct Scene {
     /// None until the coordinator has come that far.
     pub current: Option<Current>,
+    /// The job's place in Slurm's queue, asked for where no coordinator answers; `None` too if it is no job of Slurm's.
+    pub queue: Option<Queue>,
     /// For so many seconds no coordinator was there, though the job has not ended.
     pub deserted: f64,
     /// In their order; of a long run older ones are missing here and there.
@@ -77,14 +80,21 @@ impl Scene {
 
     /// Nothing more will happen unless somebody resumes the run.
     pub fn over(&self) -> bool {
-        let ended = self.current.as_ref().is_some_and(|current| current.freshness == Freshness::Ended);
-        ended || self.deserted > TAKE_OVER
+        let Some(Current { status, freshness, .. }) = &self.current else {
+            // without a queue to ask, the coordinator may yet come
+            return self.queue.as_ref().is_some_and(|queue| queue.ended());
+        };
+        let ended = *freshness == Freshness::Ended || self.deserted > TAKE_OVER;
+        // a job that has stopped may be on its way back into the queue
+        let goes_back = status.state != JobState::Finished && self.queue.as_ref().is_some_and(Queue::may_go_on);
+        ended && !goes_back
     }
 }
 
 /// Looks at one run.
 pub struct Watcher {
     run: RunDir,
+    inquiry: Inquiry,
     steps: Follower<Timed<StepRecord>>,
     events: Follower<JobEvent>,
     scene: Scene,
@@ -96,7 +106,7 @@ pub struct Watcher {
 impl Watcher {
     pub fn new(run: RunDir) -> Self {
         let (steps, events) = (Follower::new(run.metrics()), Follower::new(run.events()));
-        Self { run, steps, events, scene: Scene::default(), deserted: None, listed: None }
+        Self { run, inquiry: Inquiry::default(), steps, events, scene: Scene::default(), deserted: None, listed: None }
     }
 
     /// The name of the run directory.
@@ -109,7 +119,9 @@ impl Watcher {
     /// # Errors
     /// A file is there and cannot be read.
     pub fn look(&mut self) -> Result<Scene> {
-        self.scene.current = status::current(&self.run)?;
+        self.scene.current = status::current(&self.run, &mut self.inquiry)?;
+        let live = self.scene.current.as_ref().is_some_and(|current| current.freshness == Freshness::Live);
+        self.scene.queue = if live { None } else { self.inquiry.of(&self.run) };
         let stale = self.scene.current.as_ref().is_some_and(|current| current.freshness == Freshness::Stale);
         self.deserted = stale.then(|| self.deserted.unwrap_or_else(Instant::now));
         self.scene.deserted = self.deserted.map_or(0.0, |since| since.elapsed().as_secs_f64());
@@ -182,6 +194,8 @@ fn thinned(steps: Vec<Timed<StepRecord>>) -> Vec<Timed<StepRecord>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::slurm::client::Queued;
+    use crate::slurm::run::SlurmJob;
 
     fn steps(range: std::ops::RangeInclusive<u64>) -> Vec<Timed<StepRecord>> {
         let value = |step| StepRecord { step: Step(step), ..StepRecord::default() };
@@ -202,6 +216,7 @@ mod tests {
         watcher.take(Fresh { values: steps(1..=3), anew: true }, none());
         assert_eq!(watcher.scene.steps, steps(1..=3));
     }
+
     #[test]
     fn checkpoints_are_those_on_disk() {
         let folder = tempfile::tempdir().unwrap();
@@ -226,5 +241,32 @@ mod tests {
         watcher.listed = watcher.listed.map(|(_, at)| (Some(Step(30)), at));
         watcher.list_checkpoints();
         assert_eq!(watcher.scene.checkpoints.len(), 1);
+    }
+
+    #[test]
+    fn a_job_of_slurm_is_over_when_slurm_has_done_with_it() {
+        let queue = |state: &str| {
+            let known = Queued { job_id: 12, state: state.into(), ..Queued::default() };
+            Some(Queue { job: SlurmJob { job_id: 12 }, known: Ok(Some(known)) })
+        };
+        let at = |state: Option<(JobState, Freshness)>, queue: Option<Queue>| {
+            let mut scene = super::super::tests::scene();
+            scene.current = scene.current.take().zip(state).map(|(mut current, (state, freshness))| {
+                (current.status.state, current.freshness) = (state, freshness);
+                current
+            });
+            Scene { queue, deserted: 0.0, ..scene }
+        };
+        let stopped = || Some((JobState::Stopped, Freshness::Ended));
+        assert!(at(stopped(), None).over());
+        assert!(!at(stopped(), queue("COMPLETING")).over(), "it may be on its way back into the queue");
+        assert!(!at(Some((JobState::Stopped, Freshness::Queued)), queue("PENDING")).over(), "it will go on");
+        assert!(at(stopped(), queue("CANCELLED")).over());
+        assert!(at(Some((JobState::Finished, Freshness::Ended)), queue("COMPLETING")).over());
+        assert!(!at(None, queue("PENDING")).over() && !at(None, None).over());
+        assert!(at(None, queue("CANCELLED")).over(), "it was cancelled before it had a status");
+        let stale = || Some((JobState::Running, Freshness::Stale));
+        assert!(Scene { deserted: TAKE_OVER + 1.0, ..at(stale(), queue("NODE_FAIL")) }.over());
+        assert!(!Scene { deserted: TAKE_OVER + 1.0, ..at(stale(), queue("COMPLETING")) }.over());
     }
 }

@@ -112,6 +112,7 @@ pub fn scene() -> Scene {
     };
     Scene {
         current: Some(Current { status, freshness: Freshness::Live, trouble: None }),
+        queue: None,
         deserted: 0.0,
         steps: (1..=1200).map(|step| Timed { time: time(step), value: record(step) }).collect(),
         events_seen: events.len(),

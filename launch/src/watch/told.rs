@@ -17,7 +17,8 @@ pub struct Told {
     last: Option<Known>,
     /// The step that had the last line about steps, its epoch, and when that was.
     step: Option<(u64, u32, f64)>,
-    waiting: bool,
+    /// That there is no status yet, and why.
+    waiting: Option<String>,
 }
 
 /// What is worth a line.
@@ -53,8 +54,13 @@ impl Told {
     pub fn lines(&mut self, scene: &Scene) -> Vec<String> {
         let mut lines = Vec::new();
         let Some(Current { status, freshness, .. }) = &scene.current else {
-            if !std::mem::replace(&mut self.waiting, true) {
-                lines.push("the job has no status yet; waiting for its coordinator".to_owned());
+            let waiting = match &scene.queue {
+                Some(queue) if queue.waits() || queue.ended() => format!("Slurm's {}", queue.describe()),
+                _ => "the job has no status yet; waiting for its coordinator".to_owned(),
+            };
+            if self.waiting.as_ref() != Some(&waiting) {
+                lines.push(waiting.clone());
+                self.waiting = Some(waiting);
             }
             return lines;
         };
@@ -64,8 +70,12 @@ impl Told {
         let changed = before.is_none_or(|before| before.state != known.state);
         if changed {
             let cause = status.cause.as_ref().map(|cause| format!(": {cause}")).unwrap_or_default();
-            let stale = if *freshness == Freshness::Stale { " (stale: its coordinator is gone)" } else { "" };
-            lines.push(format!("{}: {}{stale}{cause}", status.name, known.state.0));
+            let whence = match freshness {
+                Freshness::Stale => " (stale: its coordinator is gone)",
+                Freshness::Queued => " (waits in the queue of its scheduler)",
+                Freshness::Live | Freshness::Ended => "",
+            };
+            lines.push(format!("{}: {}{whence}{cause}", status.name, known.state.0));
         }
         // those that were there before the first look are history
         lines.extend(scene.newest_events(before.map(|before| before.events)).map(|event| event.happening.to_string()));
