@@ -22,7 +22,7 @@ Exit codes:
   5  a loss, gradient or score was not a finite number
   6  the last checkpoint could not be written; an earlier one may be there
   7  workers were lost again and again without a finished step between
-  8  its scheduler ended the job early, with a checkpoint: `slurm --resubmit` goes on
+  8  its scheduler ended the job early: `slurm --resubmit` goes on from the last checkpoint
   9  its scheduler has started the job too often, or again and again without a new checkpoint";
 
 const EXAMPLES: &str = "\

@@ -20,7 +20,7 @@ use crate::data_servers::DataServers;
 use crate::failure::Failure;
 use crate::output::{Output, Progress, Unit};
 use crate::process::{self, Process};
-use crate::slurm::Step;
+use crate::slurm::JobStep;
 use crate::system::{self, End};
 use crate::{render, runs};
 
@@ -59,7 +59,7 @@ pub enum Workers<'a> {
     /// Something else, wherever it likes: they come by `learn-worker join`.
     Elsewhere,
     /// A step of a Slurm job.
-    Slurm(&'a Step),
+    Slurm(&'a JobStep),
 }
 
 impl Workers<'_> {
@@ -103,8 +103,11 @@ pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
         let api = Api::new(spec.run, &address);
         job.data_servers = Some(DataServers::start(spec.run, spec.config, &address)?);
         job.wait_for_data_servers(&api)?;
-        job.crew = spec.start_team(&address)?;
-        if job.crew.is_none() {
+        // one that is asked to stop already needs nobody
+        if job.stops == 0 {
+            job.crew = spec.start_team(&address)?;
+        }
+        if job.crew.is_none() && job.stops == 0 {
             job.progress.line(&format!(
                 "waiting for {}: learn-worker join --coordinator {} --secret-file {}",
                 render::workers(spec.config.cluster.workers as usize),
@@ -168,7 +171,8 @@ impl<'a> LocalJob<'a> {
             take_overs: 0,
             crew: None,
             data_servers: None,
-            stops: system::stop_requests(),
+            // a request that came before there was a coordinator is passed on to it
+            stops: 0,
             killed: false,
             lost: None,
             deserted: None,
@@ -380,6 +384,11 @@ impl<'a> LocalJob<'a> {
         }
         match (ended.code(), &self.lost, status) {
             (Some(exit::OK), _, Some(status)) => Ok(status),
+            // it was asked to end before it could hear it: nothing was trained
+            (None, None, status) if self.stops == 1 && self.crew.is_none() => {
+                let message = format!("{shown}: stopped before it began; {}", self.way_on(status.as_ref()));
+                Err(Failure::Stopped(message).into())
+            }
             (Some(exit::STOPPED), None, status) => {
                 let cause = cause.map(|cause| format!(" ({cause})")).unwrap_or_default();
                 let message = format!("{shown}: stopped at step {step}{cause}; {}", self.way_on(status.as_ref()));

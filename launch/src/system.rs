@@ -49,10 +49,16 @@ pub fn stop_requests() -> usize {
     STOP_REQUESTS.load(Ordering::Relaxed).max(NOTICE.load(Ordering::Relaxed))
 }
 
-/// A scheduler has given notice since [`catch_stop_signals`], and nobody has asked to stop besides.
+/// A scheduler has given notice since [`catch_stop_signals`].
 #[must_use]
-pub fn only_noticed() -> bool {
-    NOTICE.load(Ordering::Relaxed) > 0 && STOP_REQUESTS.load(Ordering::Relaxed) == 0
+pub fn was_noticed() -> bool {
+    NOTICE.load(Ordering::Relaxed) > 0
+}
+
+/// Somebody has asked to stop since [`catch_stop_signals`], a notice apart.
+#[must_use]
+pub fn was_asked_to_stop() -> bool {
+    STOP_REQUESTS.load(Ordering::Relaxed) > 0
 }
 
 /// A request to another process to end.

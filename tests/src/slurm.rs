@@ -18,6 +18,8 @@ use crate::{Site, succeeds, text};
 pub const NODES: usize = 3;
 /// Its GPUs are plain files: a mistake of administrators that Slurm takes without a word.
 pub const PLAIN_FILES: &str = "node3";
+/// A partition whose jobs take the machines of others, which are cancelled.
+pub const URGENT: &str = "urgent";
 const CONTROLLER: &str = "ctl";
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -100,7 +102,7 @@ impl Cluster {
              SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0\n\
              SlurmdParameters=config_overrides\nReturnToService=2\nSlurmctldTimeout=30\nSlurmdTimeout=6\n\
              MessageTimeout=10\nKillWait=20\nInactiveLimit=0\nMinJobAge=300\nJobRequeue=1\nGresTypes=gpu\n\
-             MailProg=/bin/true\n",
+             MailProg=/bin/true\nPreemptType=preempt/partition_prio\nPreemptMode=CANCEL\n",
             self.address(100)
         );
         let mut gres = String::from("AutoDetect=off\n");
@@ -119,7 +121,10 @@ impl Cluster {
             let file = if format!("node{node}") == PLAIN_FILES { "plain" } else { "nvidia" };
             gres += &format!("NodeName=node{node} Name=gpu File={dir}/dev/{file}[0-1]\n");
         }
-        conf += "PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO\n";
+        conf += "PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1\n";
+        conf += &format!(
+            "PartitionName={URGENT} Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=9 PreemptMode=OFF\n"
+        );
         fs::write(self.conf(), conf).expect("the folder is writable");
         fs::write(self.path("gres.conf"), gres).expect("the folder is writable");
     }
@@ -169,6 +174,12 @@ impl Cluster {
             .output()
             .expect("nsenter starts");
         succeeds(&started);
+    }
+
+    /// The log of Slurm's controller.
+    #[must_use]
+    pub fn controller_log(&self) -> PathBuf {
+        self.path("log/slurmctld.log")
     }
 
     /// One of Slurm's programs, from the login node.

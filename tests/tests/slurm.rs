@@ -3,10 +3,10 @@
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-use learn_tests::slurm::{Cluster, PLAIN_FILES, variable_of};
-use learn_tests::{SMALL, Site, f32_values, follow, follow_file, is_alive, succeeds, text};
+use learn_tests::slurm::{Cluster, PLAIN_FILES, URGENT, variable_of};
+use learn_tests::{SMALL, Site, f32_values, follow, follow_file, is_alive, signal, succeeds, text};
 use serde_json::Value;
 
 const STEPS: u64 = 600;
@@ -120,6 +120,14 @@ fn a_dry_run_prints_a_script_that_slurm_takes_and_leaves_nothing() {
     assert_eq!(refused.status.code(), Some(1), "{}", text(&refused));
     assert!(text(&refused).contains("invalid partition"), "{}", text(&refused));
     assert!(!site.run_dir("learn").exists(), "a refused job leaves no run");
+
+    fs::create_dir_all(site.run_dir("learn")).expect("the folder is writable");
+    fs::write(site.run_dir("learn").join("mine"), "").expect("the folder is writable");
+    let force = on_two_nodes(&["--partition", "none", "--force"]);
+    let refused = cluster.launch(&site, &[&["slurm", "job.toml"][..], &force].concat());
+    assert_eq!(refused.status.code(), Some(1), "{}", text(&refused));
+    assert!(site.run_dir("learn").join("mine").exists(), "what --force has moved aside is back: {}", text(&refused));
+    assert_eq!(fs::read_dir(site.path("runs")).expect("it is there").count(), 1);
 }
 
 #[test]
@@ -143,6 +151,11 @@ fn a_job_that_is_requeued_midway_ends_like_a_local_run() {
         let url = worker["metrics_url"].as_str().expect("it is text");
         assert!(url.starts_with(&format!("http://{}:", cluster.node_address(node))), "{worker}");
     }
+    let watch = cluster
+        .command(&site, &["status", "runs/cluster", "--watch"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("learn-launch starts");
     // what Slurm sends before the time limit
     succeeds(&cluster.slurm("scancel", &["--batch", "--signal=USR1", &job]));
     follow_file(&events(&site, "cluster"), "\"restarted\"", 1);
@@ -154,6 +167,8 @@ fn a_job_that_is_requeued_midway_ends_like_a_local_run() {
     assert_eq!((cluster.field(&job, "JobState"), cluster.field(&job, "Restarts")), ("COMPLETED".into(), "1".into()));
     let status = equals_a_local_run(&cluster, &site, "cluster", (STEPS, 1e-6));
     assert_eq!(status["restarts"], 1);
+    let watched = text(&watch.wait_with_output().expect("it ends"));
+    assert!(watched.contains("waits in the queue") && watched.contains("finished"), "{watched}");
     let again = cluster.launch(&site, &["slurm", "--resubmit", "runs/cluster"]);
     assert_eq!(again.status.code(), Some(2), "{}", text(&again));
     assert!(text(&again).contains("has finished"), "{}", text(&again));
@@ -174,8 +189,20 @@ fn stop_and_cancel_keep_what_was_trained_and_a_new_submission_goes_on() {
     let waiting = submit(&cluster, &site, "waiting", 100, &["--nodes", "3"]);
     let status = cluster.status(&site, "runs/waiting");
     assert_eq!((&status["freshness"], &status["slurm"]["state"]), (&"queued".into(), &"PENDING".into()), "{status}");
+    // its run is not to be taken away from under it
+    for command in [&["slurm", "job.toml", "--name", "waiting"][..], &["train", "job.toml", "--name", "waiting"]] {
+        let refused = cluster.launch(&site, &[command, &["--force"]].concat());
+        assert_eq!(refused.status.code(), Some(2), "{}", text(&refused));
+        assert!(text(&refused).contains(&format!("job {waiting} is PENDING")), "{}", text(&refused));
+    }
     succeeds(&cluster.launch(&site, &["stop", "runs/waiting"]));
     assert_eq!(cluster.field(&waiting, "JobState"), "CANCELLED");
+    let watched = cluster.launch(&site, &["status", "runs/waiting", "--watch"]);
+    succeeds(&watched);
+    assert!(text(&watched).contains("is CANCELLED"), "nobody waits for it: {}", text(&watched));
+    let more = cluster.launch(&site, &["scale", "runs/job", "--workers", "5"]);
+    assert_eq!(more.status.code(), Some(2), "{}", text(&more));
+    assert!(text(&more).contains("--resubmit runs/job --nodes"), "{}", text(&more));
     let refused = cluster.launch(&site, &["slurm", "--resubmit", "runs/job"]);
     assert_eq!(refused.status.code(), Some(2), "{}", text(&refused));
 
@@ -188,8 +215,21 @@ fn stop_and_cancel_keep_what_was_trained_and_a_new_submission_goes_on() {
     assert_eq!((&status["state"], &status["last_checkpoint"]), (&"stopped".into(), &stopped.into()), "{status}");
     nobody_is_left(&status);
 
-    let second = cluster.submit(&site, &["slurm", "--resubmit", "runs/job"]);
+    let before = fs::read(site.run_dir("job").join("config.json")).expect("it is there");
+    let tls = ["--set", "cluster.tls.mode=auto", "--set", "cluster.min_workers=4"];
+    let again = |more: &[&'static str]| [&["slurm", "--resubmit", "runs/job"][..], &tls, more].concat();
+    for (more, reason) in
+        [(["--partition", "none"], "invalid partition"), (["--nodes", "1"], "at most cluster.workers")]
+    {
+        let refused = cluster.launch(&site, &again(&more));
+        assert!(!refused.status.success() && text(&refused).contains(reason), "{}", text(&refused));
+        let now = fs::read(site.run_dir("job").join("config.json")).expect("it is there");
+        assert_eq!(now, before, "a refused submission changes nothing");
+    }
+    let second = cluster.submit(&site, &again(&[]));
     assert_ne!(first, second);
+    follow_file(&site.run_dir("job").join("coordinator.json"), r#""grpc": "https://"#, 1);
+    // so that whoever has joined has done so with the certificates of the run
     follow(&site, "job", stopped as usize + 20);
     succeeds(&cluster.slurm("scancel", &[&second]));
     let logs = cluster.follow_to_the_end(&site, "runs/job");
@@ -316,9 +356,15 @@ fn each_worker_sees_one_gpu_and_plain_files_are_told_of() {
 #[ignore = "needs Slurm: cargo xtask system slurm"]
 fn the_coordinator_may_have_a_machine_of_its_own() {
     let (cluster, site) = (Cluster::start(), Site::new(SMALL));
-    let request = on_two_nodes(&["--separate-coordinator", "--cpus-per-task", "2", "--sbatch=--exclusive"]);
-    let job = submit(&cluster, &site, "apart", STEPS, &request);
+    let (targets, node) = (site.path("targets"), "--coordinator-sbatch=--nodelist=node2");
+    fs::create_dir(&targets).expect("the folder is writable");
+    let request = ["--separate-coordinator", node, "--cpus-per-task", "2", "--sbatch=--exclusive"];
+    let folder = ["--prometheus-targets", targets.to_str().expect("it is text")];
+    let job = submit(&cluster, &site, "apart", STEPS, &[&on_two_nodes(&request)[..], &folder].concat());
     follow(&site, "apart", 100);
+    follow_file(&targets.join(format!("{job}.json")), r#""role":"worker""#, 1);
+    let address = coordinator(&site, "apart");
+    assert_eq!(address["host"], "node2");
     let status = cluster.status(&site, "runs/apart");
     let own = coordinator(&site, "apart")["host"].as_str().expect("it is text").to_owned();
     let hosts = hosts(&status);
@@ -327,31 +373,199 @@ fn the_coordinator_may_have_a_machine_of_its_own() {
     follow_file(&events(&site, "apart"), "\"restarted\"", 1);
     let logs = cluster.follow_to_the_end(&site, "runs/apart");
     assert_eq!(cluster.field(&job, "Restarts"), "1", "{logs}");
+    assert_eq!(
+        fs::read_dir(&targets).expect("it is there").count(),
+        0,
+        "Prometheus is not left with targets that are gone"
+    );
     equals_a_local_run(&cluster, &site, "apart", (STEPS, 1e-6));
 }
 
-#[test]
-#[ignore = "needs Slurm: cargo xtask system slurm"]
-fn a_script_of_the_repository_trains_and_misuse_is_named() {
-    let (cluster, site) = (Cluster::start(), Site::new(SMALL));
-    let ready = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/slurm/cpu.sbatch");
+/// Submits a script of `configs/slurm` after some `changes` of its text, with `arguments`, from the site's folder; the job's number.
+fn submit_script(cluster: &Cluster, site: &Site, name: &str, changes: &[(&str, &str)], arguments: &[&str]) -> String {
+    let ready = format!("{}/../configs/slurm/{name}", env!("CARGO_MANIFEST_DIR"));
+    let mut script = fs::read_to_string(ready).expect("it is there");
+    for (old, new) in changes {
+        assert!(script.contains(old), "{old} is in {name}");
+        script = script.replace(old, new);
+    }
+    let copy = site.path(name);
+    fs::write(&copy, script).expect("the folder is writable");
     let programs = learn_tests::binary("learn-launch");
-    let programs = programs.parent().expect("it lies in a folder").display().to_string();
+    let programs = programs.parent().expect("it lies in a folder").display();
     let submitted = Command::new("sbatch")
-        .args(["--parsable", "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--time=10", ready, "job.toml"])
-        .args(["--set", "training.epochs=2", "--set", "job.name=copied"])
+        .arg("--parsable")
+        .arg(&copy)
+        .args(arguments)
         .current_dir(site.path("."))
         .env("PATH", format!("{programs}:/usr/sbin:/usr/bin:/bin"))
         .env("SLURM_CONF", cluster.slurm_conf())
         .output()
         .expect("sbatch is installed");
     succeeds(&submitted);
-    follow(&site, "copied", 2);
-    let logs = cluster.follow_to_the_end(&site, "runs/copied");
-    assert_eq!(cluster.field(text(&submitted).trim(), "JobState"), "COMPLETED", "{logs}");
-    assert_eq!(cluster.status(&site, "runs/copied")["world_size"], 4);
+    String::from_utf8_lossy(&submitted.stdout).trim().to_owned()
+}
 
-    let launch = format!("{programs}/learn-launch");
+#[test]
+#[ignore = "needs Slurm: cargo xtask system slurm"]
+fn the_scripts_of_the_repository_train() {
+    let (cluster, site) = (Cluster::start(), Site::new(SMALL));
+    // machines of this cluster are small, its GPUs are not real, and those of one machine are not even devices
+    let small = ("#SBATCH --time=12:00:00", "#SBATCH --time=10");
+    let cpu = [small, ("--cpus-per-task=8", "--cpus-per-task=1")];
+    let gpus = [
+        small,
+        ("--ntasks-per-node=8", "--ntasks-per-node=2"),
+        ("--gpus-per-node=8", "--gpus-per-node=2\n#SBATCH --exclude=node3"),
+        ("--cpus-per-task=12", "--cpus-per-task=1"),
+    ];
+    let first_part = "#SBATCH --nodes=1 --ntasks=1";
+    let apart = [&gpus[..], &[(first_part, "#SBATCH --nodes=1 --ntasks=1 --nodelist=node3")]].concat();
+    for (script, changes) in
+        [("cpu.sbatch", &cpu[..]), ("gpu.sbatch", &gpus), ("separate-coordinator.sbatch", &apart[..])]
+    {
+        let name = script.split_once('.').expect("it has an end").0;
+        let set = format!("job.name={name}");
+        let sets = ["job.toml", "--set", &set, "--set", "training.epochs=2", "--set", "cluster.device=cpu"];
+        let job = submit_script(&cluster, &site, script, changes, &sets);
+        follow(&site, name, 2);
+        let logs = cluster.follow_to_the_end(&site, &format!("runs/{name}"));
+        assert_eq!(cluster.field(&job, "JobState"), "COMPLETED", "{script}: {logs}");
+        assert_eq!(cluster.status(&site, &format!("runs/{name}"))["world_size"], 4, "{script}");
+    }
+    let hosts = hosts(&cluster.status(&site, "runs/separate-coordinator"));
+    assert!(!hosts.contains(&"node3".to_owned()), "the coordinator has that machine for itself: {hosts:?}");
+
+    // submitted again with another --set: it counts, or is refused
+    let name = ["job.toml", "--set", "job.name=cpu", "--set", "cluster.device=cpu", "--set"];
+    let job = submit_script(&cluster, &site, "cpu.sbatch", &cpu, &[&name[..], &["job.seed=77"]].concat());
+    let _logs = cluster.follow_to_the_end(&site, "runs/cpu");
+    ended(&cluster, &job);
+    assert_eq!(cluster.field(&job, "ExitCode"), "2:0");
+    let said = fs::read_to_string(site.path(&format!("learn-{job}.log"))).expect("it has a log");
+    assert!(said.contains("job.seed cannot change"), "{said}");
+}
+
+/// Waits until Slurm has done with a job: another one that depends on it runs then.
+fn ended(cluster: &Cluster, job: &str) {
+    succeeds(&cluster.slurm("srun", &["--ntasks=1", &format!("--dependency=afterany:{job}"), "true"]));
+}
+
+/// The number of a worker process whose rank is 0.
+fn first_worker(status: &Value) -> u64 {
+    pids(status)[0]
+}
+
+#[test]
+#[ignore = "needs Slurm: cargo xtask system slurm"]
+fn a_job_that_is_slower_than_the_notice_goes_back_into_the_queue_at_a_real_time_limit() {
+    let (cluster, site) = (Cluster::start(), Site::new(SMALL));
+    let changes = [
+        ("--ntasks-per-node=2", "--ntasks-per-node=1"),
+        ("--cpus-per-task=8", "--cpus-per-task=1"),
+        ("--time=12:00:00", "--time=1"),
+        // which comes half a minute before the limit, or later
+        ("USR1@195", "USR1@1"),
+    ];
+    let mut settings = settings("limit", 100_000);
+    // nobody is given up while it stands still
+    settings.extend(
+        ["heartbeat_timeout", "progress_timeout", "collective_timeout"].map(|key| format!("cluster.{key}=300s")),
+    );
+    settings.push("cluster.tls.mode=auto".into());
+    let job = submit_script(&cluster, &site, "cpu.sbatch", &changes, &arguments(&["job.toml"], &settings, &[]));
+    follow(&site, "limit", 50);
+    let log = site.path(&format!("learn-{job}.log"));
+    let slow = first_worker(&cluster.status(&site, "runs/limit"));
+    signal("STOP", slow);
+    follow_file(&log, "stopping after the current step", 1);
+    follow_file(&log, "DUE TO TIME LIMIT", 1);
+    signal("CONT", slow);
+    follow_file(&events(&site, "limit"), "\"restarted\"", 1);
+    let kept = cluster.status(&site, "runs/limit");
+    assert_eq!(kept["restarts"], 1, "{kept}");
+    let from = kept["last_checkpoint"].as_u64().expect("it was saved after the limit");
+    assert!(from >= 49, "{kept}");
+    follow(&site, "limit", from as usize + 20);
+    assert_eq!(cluster.field(&job, "Restarts"), "1");
+    succeeds(&cluster.launch(&site, &["stop", "runs/limit"]));
+    let _logs = cluster.follow_to_the_end(&site, "runs/limit");
+    assert_eq!(cluster.field(&job, "ExitCode"), "3:0");
+}
+
+#[test]
+#[ignore = "needs Slurm: cargo xtask system slurm"]
+fn an_operators_stop_during_the_notice_is_final_and_preemption_asks_for_a_new_submission() {
+    let (cluster, site) = (Cluster::start(), Site::new(SMALL));
+    let job = submit(&cluster, &site, "stopped", 100_000, &on_two_nodes(&[]));
+    follow(&site, "stopped", 20);
+    let slow = first_worker(&cluster.status(&site, "runs/stopped"));
+    signal("STOP", slow);
+    succeeds(&cluster.slurm("scancel", &["--batch", "--signal=USR1", &job]));
+    follow_file(&site.run_dir("stopped").join("logs/slurm.log"), "stopping after the current step", 1);
+    succeeds(&cluster.launch(&site, &["stop", "runs/stopped", "--no-wait"]));
+    signal("CONT", slow);
+    let logs = cluster.follow_to_the_end(&site, "runs/stopped");
+    assert_eq!(
+        (cluster.field(&job, "ExitCode"), cluster.field(&job, "Restarts")),
+        ("3:0".into(), "0".into()),
+        "{logs}"
+    );
+
+    let job = submit(&cluster, &site, "robbed", 100_000, &on_two_nodes(&[]));
+    follow(&site, "robbed", 20);
+    let urgent = ["--partition", URGENT, "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "true"];
+    succeeds(&cluster.slurm("sbatch", &urgent));
+    let logs = cluster.follow_to_the_end(&site, "runs/robbed");
+    assert!(logs.contains("DUE TO PREEMPTION") && logs.contains("slurm --resubmit"), "{logs}");
+    assert_eq!((cluster.field(&job, "JobState"), cluster.field(&job, "Restarts")), ("PREEMPTED".into(), "0".into()));
+    let status = cluster.status(&site, "runs/robbed");
+    assert_eq!(status["last_checkpoint"], status["last_step"]["step"], "{status}\n{logs}");
+    let again = cluster.launch(&site, &["slurm", "--resubmit", "runs/robbed", "--dry-run"]);
+    succeeds(&again);
+}
+
+#[test]
+#[ignore = "needs Slurm: cargo xtask system slurm"]
+fn a_notice_before_training_has_begun_is_not_lost_and_counts() {
+    let (cluster, site) = (Cluster::start(), Site::new(SMALL));
+    let changes = [
+        ("--cpus-per-task=8", "--cpus-per-task=1"),
+        ("--max-fruitless=3", "--max-fruitless=1"),
+        // while checkpoints are checked, or the coordinator starts
+        ("\nexec learn-launch", "\n(sleep 0.3; kill -USR1 $$) &\nexec learn-launch"),
+    ];
+    let settings = settings("early", 100_000);
+    let job = submit_script(&cluster, &site, "cpu.sbatch", &changes, &arguments(&["job.toml"], &settings, &[]));
+    let log = site.path(&format!("learn-{job}.log"));
+    follow_file(&log, "is back in the queue", 1);
+    follow_file(&log, "1 starts in a row have brought no new checkpoint", 1);
+    ended(&cluster, &job);
+    assert_eq!((cluster.field(&job, "ExitCode"), cluster.field(&job, "Restarts")), ("9:0".into(), "1".into()));
+}
+
+#[test]
+#[ignore = "needs Slurm: cargo xtask system slurm"]
+fn a_job_outlives_a_machine_that_slurm_has_given_up() {
+    let (cluster, site) = (Cluster::start(), Site::new(SMALL));
+    let job = submit(&cluster, &site, "outlives", 1_000_000, &on_two_nodes(&["--set", "cluster.max_restarts=0"]));
+    follow(&site, "outlives", 20);
+    cluster.kill_machine("node2");
+    follow_file(&cluster.controller_log(), "node2 not responding, setting DOWN", 1);
+    let reached = cluster.status(&site, "runs/outlives")["last_step"]["step"].as_u64().expect("it trains");
+    follow(&site, "outlives", reached as usize + 100);
+    let status = cluster.status(&site, "runs/outlives");
+    assert_eq!((&status["world_size"], &status["restarts"]), (&2.into(), &0.into()), "{status}");
+    succeeds(&cluster.launch(&site, &["stop", "runs/outlives"]));
+    let _logs = cluster.follow_to_the_end(&site, "runs/outlives");
+    assert_eq!(cluster.field(&job, "ExitCode"), "3:0");
+}
+
+#[test]
+#[ignore = "needs Slurm: cargo xtask system slurm"]
+fn misuse_is_named() {
+    let (cluster, site) = (Cluster::start(), Site::new(SMALL));
+    let launch = learn_tests::binary("learn-launch").display().to_string();
     let many = cluster.slurm(
         "srun",
         &["--ntasks=2", "--chdir", site.path(".").to_str().expect("text"), &launch, "train", "job.toml"],

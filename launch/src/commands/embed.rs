@@ -84,6 +84,7 @@ pub struct EmbedArgs {
 /// # Errors
 /// The configuration or the dataset is not ready, or a process fails.
 pub fn run(args: &EmbedArgs, output: &Output) -> Result<()> {
+    super::refuse_tasks("embed")?;
     let mut config = args
         .settings
         .resolver()?

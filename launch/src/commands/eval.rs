@@ -67,6 +67,7 @@ impl From<SplitArg> for Split {
 /// # Errors
 /// There is no such run or checkpoint, or the evaluation fails.
 pub fn run(args: &EvalArgs, output: &Output) -> Result<()> {
+    super::refuse_tasks("eval")?;
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
     let mut config = Resolver::new(&runs::config(&run)?)
         .sets(&args.sets)?

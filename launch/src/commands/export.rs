@@ -38,6 +38,7 @@ pub struct ExportArgs {
 /// # Errors
 /// There is no such run or checkpoint, or writing fails.
 pub fn run(args: &ExportArgs, output: &Output) -> Result<()> {
+    super::refuse_tasks("export")?;
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
     super::worker(|command| {
         command.arg("export").arg("--run").arg(run.root()).arg("--out").arg(&args.out);

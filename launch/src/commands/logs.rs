@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::File;
-use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{self, BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -17,8 +17,7 @@ use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::runs;
-use crate::slurm::client;
-use crate::slurm::run::SlurmJob;
+use crate::slurm::queue::{Inquiry, Queue};
 
 pub const HELP: &str = "\
 Examples:
@@ -72,7 +71,8 @@ impl LogsArgs {
 /// There is no such run, rank or log.
 pub fn run(args: &LogsArgs, output: &Output) -> Result<()> {
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
-    let chosen = choose(args, &run)?;
+    let mut joins = Joins::default();
+    let chosen = choose(args, &run, &mut joins)?;
     if chosen.is_empty() && !args.follow {
         let message = format!("{} has no such log yet", run.logs().display());
         return Err(Failure::Usage(message).into());
@@ -89,7 +89,7 @@ pub fn run(args: &LogsArgs, output: &Output) -> Result<()> {
         return Ok(());
     }
     let mut asked: Option<Instant> = None;
-    let mut over = false;
+    let (mut inquiry, mut over) = (Inquiry::default(), false);
     loop {
         let mut silent = true;
         for (name, log) in &mut logs {
@@ -101,30 +101,44 @@ pub fn run(args: &LogsArgs, output: &Output) -> Result<()> {
             return Ok(());
         }
         if asked.is_none_or(|at| at.elapsed() >= ASK) {
-            over = !goes_on(&run);
+            over = !goes_on(&run, &mut inquiry);
             asked = Some(Instant::now());
-            if args.all() {
-                for path in choose(args, &run)? {
-                    if let Entry::Vacant(place) = logs.entry(name_of(&path)) {
-                        place.insert(Log::open(path, None)?);
-                    }
-                }
+            // one that is missing now, in a regroup for example, was there or comes
+            if let Ok(chosen) = choose(args, &run, &mut joins) {
+                turn_to(chosen, &mut logs, args, &mut screen)?;
             }
         }
         std::thread::sleep(POLL);
     }
 }
 
-/// Whether anything of the job lives, or will.
-fn goes_on(run: &RunDir) -> bool {
-    runs::live(run).is_some()
-        || SlurmJob::of(run)
-            .and_then(|job| client::queued(job.job_id).ok().flatten())
-            .is_some_and(|queued| !queued.ended())
+/// Follows the files of `chosen` from now on: a rank may have gone over to another process, and a new process has another file.
+fn turn_to(chosen: Vec<PathBuf>, logs: &mut BTreeMap<String, Log>, args: &LogsArgs, screen: &mut Screen) -> Result<()> {
+    for (name, log) in logs.iter_mut() {
+        screen.print(name, log.lines()?)?;
+    }
+    let names: Vec<String> = chosen.iter().map(|path| name_of(path)).collect();
+    logs.retain(|name, _| names.contains(name));
+    // a file that comes while it is waited for is new from its beginning; that of a rank may be old
+    let from_end = (!args.rank.is_empty()).then_some(args.lines);
+    for path in chosen {
+        if let Entry::Vacant(place) = logs.entry(name_of(&path)) {
+            // two files of one rank have to be told apart
+            screen.named |= !args.rank.is_empty();
+            place.insert(Log::open(path, from_end)?);
+        }
+    }
+    screen.named |= logs.len() > 1;
+    Ok(())
+}
+
+/// Whether anything of the job lives, or will, or cannot be asked about for the moment.
+fn goes_on(run: &RunDir, inquiry: &mut Inquiry) -> bool {
+    runs::live(run).is_some() || inquiry.of(run).as_ref().is_some_and(Queue::may_go_on)
 }
 
 /// The files that the arguments name; those of everybody without any.
-fn choose(args: &LogsArgs, run: &RunDir) -> Result<Vec<PathBuf>> {
+fn choose(args: &LogsArgs, run: &RunDir, joins: &mut Joins) -> Result<Vec<PathBuf>> {
     let entries = std::fs::read_dir(run.logs()).with_context(|| format!("cannot read {}", run.logs().display()))?;
     let mut all: Vec<PathBuf> = entries
         .flatten()
@@ -139,7 +153,7 @@ fn choose(args: &LogsArgs, run: &RunDir) -> Result<Vec<PathBuf>> {
     let mut names = Vec::new();
     for rank in &args.rank {
         let file = ranks.get(rank).and_then(|worker| {
-            all.iter().find(|path| name_of(path).starts_with("worker-") && joined_as(path) == Some(*worker))
+            all.iter().find(|path| name_of(path).starts_with("worker-") && joins.last(path) == Some(*worker))
         });
         let Some(file) = file else {
             let known: Vec<String> = ranks.keys().map(u32::to_string).collect();
@@ -160,15 +174,22 @@ fn choose(args: &LogsArgs, run: &RunDir) -> Result<Vec<PathBuf>> {
         names.extend(["slurm".into(), "srun".into()]);
     }
     let chosen: Vec<PathBuf> = all.into_iter().filter(|path| names.contains(&name_of(path))).collect();
-    let missing = names.iter().find(|name| !chosen.iter().any(|path| name_of(path) == **name));
-    match missing {
-        // of the two of Slurm one may be missing
-        Some(name) if !args.slurm => {
+    let there: Vec<String> = chosen.iter().map(|path| name_of(path)).collect();
+    match missing(&names, &there) {
+        Some(name) => {
             let message = format!("there is no {name}.log in {}", run.logs().display());
             Err(Failure::Usage(message).into())
         }
-        _ => Ok(chosen),
+        None => Ok(chosen),
     }
+}
+
+/// The first of the wanted names that is not there. Of the two of Slurm one may be missing: a script of one's own has its
+/// output elsewhere, and srun's comes with the first step.
+fn missing<'a>(wanted: &'a [String], there: &[String]) -> Option<&'a String> {
+    const SLURM: [&str; 2] = ["slurm", "srun"];
+    let of_slurm = |name: &str| SLURM.contains(&name) && there.iter().any(|name| SLURM.contains(&name.as_str()));
+    wanted.iter().find(|name| !there.contains(name) && !of_slurm(name))
 }
 
 /// Slurm's logs, the coordinator's, the workers' by number.
@@ -199,11 +220,46 @@ fn workers_of_ranks(run: &RunDir) -> Result<BTreeMap<u32, u32>> {
     Ok(workers.into_iter().filter_map(|worker| Some((worker.rank?.0, worker.worker.0))).collect())
 }
 
-/// The number that the last worker of a log has got when it joined.
-fn joined_as(path: &Path) -> Option<u32> {
-    let bytes = std::fs::read(path).ok()?;
-    let text = String::from_utf8_lossy(&bytes);
-    text.lines().rev().filter(|line| line.contains("joined")).find_map(worker_number)
+/// Which workers have joined from which log; each file is read once, as it grows.
+#[derive(Debug, Default)]
+struct Joins(BTreeMap<PathBuf, Joined>);
+
+#[derive(Debug, Default)]
+struct Joined {
+    /// Bytes that were looked at: whole lines.
+    at: u64,
+    last: Option<u32>,
+}
+
+impl Joins {
+    /// The number that the last worker of a log has got when it joined.
+    fn last(&mut self, path: &Path) -> Option<u32> {
+        let joined = self.0.entry(path.to_owned()).or_default();
+        // what cannot be read now is read at the next look
+        let _again = joined.read(path);
+        joined.last
+    }
+}
+
+impl Joined {
+    fn read(&mut self, path: &Path) -> io::Result<()> {
+        let mut file = File::open(path)?;
+        if file.metadata()?.len() < self.at {
+            *self = Self::default();
+        }
+        file.seek(SeekFrom::Start(self.at))?;
+        let mut reader = BufReader::new(file);
+        let mut line = Vec::new();
+        while reader.read_until(b'\n', &mut line)? > 0 && line.ends_with(b"\n") {
+            self.at += line.len() as u64;
+            let text = String::from_utf8_lossy(&line);
+            if text.contains("joined") {
+                self.last = worker_number(&text).or(self.last);
+            }
+            line.clear();
+        }
+        Ok(())
+    }
 }
 
 /// The field `worker` of a line of a log, plain or JSON.
@@ -309,6 +365,52 @@ mod tests {
         assert_eq!(worker_number(r#"{"fields":{"message":"joined","worker":"7"}}"#), Some(7));
         assert_eq!(worker_number(r#"{"worker":7}"#), Some(7));
         assert_eq!(worker_number("INFO joined"), None);
+    }
+
+    #[test]
+    fn the_last_worker_of_a_growing_log_is_known() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("worker-0.log");
+        let mut joins = Joins::default();
+        assert_eq!(joins.last(&path), None);
+        std::fs::write(&path, b"INFO joined worker=1\n\xff\nINFO joi").unwrap();
+        assert_eq!(joins.last(&path), Some(1));
+        std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"ned worker=5\nstep\n").unwrap();
+        assert_eq!(joins.last(&path), Some(5));
+        std::fs::write(&path, "INFO joined worker=7\n").unwrap();
+        assert_eq!(joins.last(&path), Some(7), "it was begun anew");
+    }
+
+    #[test]
+    fn only_one_of_slurms_logs_may_be_missing() {
+        let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
+        let wanted = names(&["worker-3", "slurm", "srun"]);
+        assert_eq!(missing(&wanted, &names(&["worker-3", "slurm"])), None);
+        assert_eq!(missing(&wanted, &names(&["slurm", "srun"])).unwrap(), "worker-3");
+        assert_eq!(missing(&wanted, &names(&["worker-3"])).unwrap(), "slurm");
+    }
+
+    #[test]
+    fn a_rank_is_followed_to_its_next_process() {
+        let folder = tempfile::tempdir().unwrap();
+        let [one, two] = ["worker-0.log", "worker-1.log"].map(|name| folder.path().join(name));
+        std::fs::write(&one, "a\n").unwrap();
+        std::fs::write(&two, "b\nc\n").unwrap();
+        let args = LogsArgs {
+            run: RunArgs { run: "r".into(), runs_dir: "runs".into() },
+            rank: vec![0],
+            worker: vec![],
+            coordinator: false,
+            slurm: false,
+            lines: 1,
+            follow: true,
+        };
+        let mut screen = Screen { named: false, json: false };
+        let mut logs = BTreeMap::from([("worker-0".to_owned(), Log::open(one, Some(1)).unwrap())]);
+        turn_to(vec![two], &mut logs, &args, &mut screen).unwrap();
+        assert_eq!(logs.keys().collect::<Vec<_>>(), ["worker-1"]);
+        assert!(screen.named);
+        assert_eq!(logs.get_mut("worker-1").unwrap().lines().unwrap(), ["c"]);
     }
 
     #[test]

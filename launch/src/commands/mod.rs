@@ -96,7 +96,7 @@ fn worker(arguments: impl FnOnce(&mut ChildCommand)) -> Result<()> {
     Err(Failure::Child { code: status.code().unwrap_or(exit::FAILED), message }.into())
 }
 
-/// One process that starts all workers must not be one of several tasks of a Slurm step.
+/// A process that does all the work itself must not be one of several tasks of a Slurm step.
 fn refuse_tasks(command: &str) -> Result<()> {
     Variables::of_process().refuse_tasks(command).map_err(|error| Failure::Usage(error.to_string()).into())
 }

@@ -40,6 +40,7 @@ pub struct PrepareArgs {
 /// # Errors
 /// The configuration is wrong, the input cannot be used, or writing fails; nothing half-written stays.
 pub fn run(args: &PrepareArgs, output: &Output) -> Result<()> {
+    super::refuse_tasks("prepare")?;
     let skip = args.skip_bad_rows.then_some(true);
     let resolver = args.settings.resolver()?.flag("--skip-bad-rows", "prepare.skip_bad_rows", skip)?;
     let config = resolver.finish()?;

@@ -11,6 +11,7 @@ use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::runs;
+use crate::slurm::queue::Queue;
 
 pub const HELP: &str = "\
 Examples:
@@ -18,7 +19,8 @@ Examples:
   learn-launch scale quickstart --workers 1 --no-wait
 
 New workers join, and surplus ones leave, between two steps; the batches, the losses and the result stay the same. The
-`learn-launch` that runs the job starts the new processes. Never fewer than cluster.min_workers.";
+`learn-launch` that runs the job starts the new processes. Never fewer than cluster.min_workers. A job of Slurm's can have
+fewer, not more: its tasks are those that it was submitted with.";
 
 /// Pause between two looks at the job.
 const POLL: Duration = Duration::from_millis(200);
@@ -49,6 +51,17 @@ pub fn run(args: &ScaleArgs, output: &Output) -> Result<()> {
         return Err(Failure::Usage(message).into());
     };
     let api = Api::new(&run, &address);
+    if let Some(queue) = Queue::of(&run).filter(|queue| queue.runs() || queue.known.is_err() && queue.may_go_on()) {
+        let most = api.job()?.wanted_workers;
+        if args.workers > most {
+            return Err(Failure::Usage(format!(
+                "{shown} is a job of Slurm's with a task for each of {most} workers, and cannot have more: `learn-launch stop {shown}`, \
+                 then `learn-launch slurm --resubmit {shown} --nodes N`. It is {}",
+                queue.describe()
+            ))
+            .into());
+        }
+    }
     let wanted = api.scale(&runs::secret(&run)?, args.workers)?;
     if wanted != args.workers {
         output.note(&format!("{shown}: {wanted} is what it can have (cluster.min_workers, training.global_batch)"));

@@ -57,14 +57,22 @@ pub struct SlurmArgs {
 /// # Errors
 /// The configuration or the dataset is not ready, the request contradicts itself, or Slurm refuses it.
 pub fn run(args: &SlurmArgs, output: &Output) -> Result<()> {
+    let mut request = args.request.clone();
+    if let Some(folder) = &mut request.prometheus_targets {
+        // the job may run, or be submitted again, from another folder
+        *folder = std::path::absolute(&folder)?;
+        if !folder.is_dir() {
+            let message = format!("{}: there is no such folder (--prometheus-targets)", folder.display());
+            return Err(Failure::Usage(message).into());
+        }
+    }
     match &args.resubmit {
-        Some(run) => resubmit(args, run, output),
-        None => submit_new(args, output),
+        Some(run) => resubmit(args, request, run, output),
+        None => submit_new(args, &request, output),
     }
 }
 
-fn submit_new(args: &SlurmArgs, output: &Output) -> Result<()> {
-    let request = &args.request;
+fn submit_new(args: &SlurmArgs, request: &Request, output: &Output) -> Result<()> {
     let mut config = args
         .settings
         .resolver()?
@@ -103,7 +111,7 @@ fn submit_new(args: &SlurmArgs, output: &Output) -> Result<()> {
     say(&run, job, output)
 }
 
-fn resubmit(args: &SlurmArgs, named: &Path, output: &Output) -> Result<()> {
+fn resubmit(args: &SlurmArgs, request: Request, named: &Path, output: &Output) -> Result<()> {
     let run = runs::find(named, &crate::cli::runs_dir())?;
     let shown = super::shown_run(&run);
     runs::refuse_live(&run)?;
@@ -116,14 +124,17 @@ fn resubmit(args: &SlurmArgs, named: &Path, output: &Output) -> Result<()> {
     let resolver = Resolver::new(&before).sets(&args.settings.sets)?;
     super::resume::refuse_unchangeable(resolver.changed())?;
     let earlier: Option<Request> = runs::read_json(&request_file(&run)).ok();
-    let Some(request) = earlier.map(|earlier| args.request.clone().over(earlier)).or_else(|| {
+    let request = match earlier {
+        Some(earlier) => Some(request.over(earlier)),
         // a run that was not one of Slurm's so far
-        args.request.nodes.is_some().then(|| args.request.clone())
-    }) else {
+        None => Some(request).filter(|request| request.nodes.is_some()),
+    };
+    let Some(request) = request else {
         let message = format!("{shown} was not submitted by `learn-launch slurm`: say --nodes and --gpus-per-node");
         return Err(Failure::Usage(message).into());
     };
-    let config = resolver.flag(WORKERS, "cluster.workers", Some(request.workers()))?.finish()?;
+    let mut config = resolver.flag(WORKERS, "cluster.workers", Some(request.workers()))?.finish()?;
+    anchor(&mut config)?;
     tls::check(&config.cluster.tls)?;
     let text = write(&request, &run, &config)?;
     if args.dry_run {

@@ -12,7 +12,8 @@ use crate::failure::Failure;
 use crate::output::Output;
 use crate::runs::{self, Named};
 use crate::slurm::client;
-use crate::slurm::queue::Queue;
+use crate::slurm::queue::{self, Queue};
+use crate::slurm::stopped;
 
 pub const HELP: &str = "\
 Examples:
@@ -70,15 +71,20 @@ pub fn run(args: &StopArgs, output: &Output) -> Result<()> {
 /// Asks a job to stop; `true` once it has ended, `false` if nobody waits for that.
 fn end(args: &StopArgs, run: &RunDir, (shown, stopping): (&str, &str), output: &Output) -> Result<bool> {
     let Some(address) = runs::live(run) else {
-        if let Some(queue) = Queue::of(run).filter(|queue| queue.waits() || queue.runs()) {
-            return end_in_queue(args, run, &queue, shown, output);
+        match Queue::of(run) {
+            Some(queue) if queue.waits() || queue.runs() => return end_in_queue(args, run, &queue, shown, output),
+            Some(queue) if queue.known.is_err() && queue.may_go_on() => {
+                bail!("{shown}: Slurm's {}; try again", queue.describe())
+            }
+            _ => {}
         }
         return Err(Failure::Usage(format!(
             "{shown} is not running; `learn-launch status {shown}` shows how it ended"
         ))
         .into());
     };
-    Api::new(run, &address).stop(&runs::secret(run)?)?;
+    let secret = runs::secret(run)?;
+    asking(run, || Ok(Api::new(run, &address).stop(&secret)?))?;
     output.note(&format!("{shown}: {stopping}"));
     if args.no_wait {
         output.result(&format!("{shown}: asked to stop"), &serde_json::json!({ "state": "stopping" }))?;
@@ -94,6 +100,18 @@ fn end(args: &StopArgs, run: &RunDir, (shown, stopping): (&str, &str), output: &
     Ok(true)
 }
 
+/// Asks a job to stop. One of Slurm's learns that it is an operator who does, lest it goes back into the queue when Slurm
+/// gives notice meanwhile.
+fn asking(run: &RunDir, ask: impl FnOnce() -> Result<()>) -> Result<()> {
+    if let Err(error) = stopped::leave(run) {
+        tracing::warn!("{error:#}; should Slurm give notice now, the job goes back into the queue");
+    }
+    ask().inspect_err(|_| {
+        // what was not asked for must not count later; a word that stays is taken away by the next start
+        let _stays = stopped::clear(run);
+    })
+}
+
 /// Ends a Slurm job whose coordinator cannot be asked from here: out of the queue, or by a signal to its batch script.
 fn end_in_queue(args: &StopArgs, run: &RunDir, queue: &Queue, shown: &str, output: &Output) -> Result<bool> {
     let job = queue.job.job_id;
@@ -101,7 +119,7 @@ fn end_in_queue(args: &StopArgs, run: &RunDir, queue: &Queue, shown: &str, outpu
         client::cancel(job)?;
         output.note(&format!("{shown}: job {job} is taken out of Slurm's queue"));
     } else {
-        client::ask_to_stop(job)?;
+        asking(run, || Ok(client::ask_to_stop(job)?))?;
         output.note(&format!("{shown}: job {job} stops after its current step"));
     }
     if args.no_wait {
@@ -109,11 +127,11 @@ fn end_in_queue(args: &StopArgs, run: &RunDir, queue: &Queue, shown: &str, outpu
         return Ok(false);
     }
     let start = Instant::now();
-    while Queue::of(run).is_some_and(|queue| !queue.ended()) {
+    while Queue::of(run).is_some_and(|queue| queue.may_go_on()) {
         if start.elapsed() >= Duration::from_secs(args.timeout) {
             bail!("{shown} still runs after {} s; `scancel {job}` ends it at once", args.timeout);
         }
-        std::thread::sleep(POLL);
+        std::thread::sleep(queue::ASK);
     }
     Ok(true)
 }

@@ -54,6 +54,7 @@ pub struct StudyArgs {
 /// # Errors
 /// A study is wrong, was stopped, or some of its runs failed; the tables of the others are written all the same.
 pub fn run(args: &StudyArgs, output: &Output) -> Result<()> {
+    super::refuse_tasks("study")?;
     // a mistake in the last file is told before the first is trained
     let mut studies = args.files.iter().map(|file| Study::open(file, args)).collect::<Result<Vec<_>>>()?;
     datasets::refuse_rivals(studies.iter().flat_map(|study| &study.runs))?;

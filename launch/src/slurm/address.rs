@@ -52,15 +52,27 @@ pub fn of_coordinator(configured: &str, allocation: &Allocation) -> Result<Bindi
 /// # Errors
 /// The coordinator's address cannot be resolved or reached.
 pub fn of_worker(coordinator: &str) -> Result<IpAddr> {
-    let host_and_port = coordinator.split_once("://").map_or(coordinator, |(_, rest)| rest).trim_end_matches('/');
-    let found =
-        host_and_port.to_socket_addrs().with_context(|| format!("cannot find the coordinator {coordinator}"))?;
+    let found = host_and_port(coordinator)
+        .to_socket_addrs()
+        .with_context(|| format!("cannot find the coordinator {coordinator}"))?;
     let mut found: Vec<SocketAddr> = found.collect();
     found.sort_by_key(SocketAddr::is_ipv6);
     found
         .into_iter()
         .find_map(towards)
         .with_context(|| format!("no interface of this machine leads to the coordinator {coordinator}"))
+}
+
+/// `HOST:PORT` of an URL of any scheme.
+fn host_and_port(url: &str) -> &str {
+    url.split_once("://").map_or(url, |(_, rest)| rest).trim_end_matches('/')
+}
+
+/// The host of an URL of any scheme, without the brackets of IPv6.
+#[must_use]
+pub fn host(url: &str) -> &str {
+    let address = host_and_port(url);
+    address.rsplit_once(':').map_or(address, |(host, _)| host).trim_matches(['[', ']'])
 }
 
 /// A wildcard is none.
@@ -113,6 +125,19 @@ mod tests {
         let binding = of_coordinator("127.0.0.1", &allocation(&["a", "localhost"])).unwrap();
         assert_eq!(binding.address, "127.0.0.1");
         assert!(binding.note.unwrap().contains("localhost is at an address of this machine"));
+    }
+
+    #[test]
+    fn the_host_of_an_address_is_found_whatever_its_scheme() {
+        for (url, expected) in [
+            ("http://node1:4100", "node1"),
+            ("https://127.0.0.1:4100/", "127.0.0.1"),
+            ("https://[::1]:4100", "::1"),
+            ("node1:4100", "node1"),
+        ] {
+            assert_eq!(host(url), expected);
+        }
+        assert!(is_loopback(host("https://127.0.0.1:1")) && is_loopback(host("https://[::1]:1")));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 
 use serde::Serialize;
 
+use super::outcome::Reason;
 use crate::process;
 
 /// A job as squeue shows it.
@@ -164,6 +165,27 @@ pub fn requeue(job: u32) -> Result<(), ClientError> {
     run(Command::new("scontrol").args(["requeue", &job.to_string()])).map(drop)
 }
 
+/// Why Slurm ends a job that is running.
+///
+/// # Errors
+/// Slurm cannot be asked.
+pub fn reason(job: u32) -> Result<Reason, ClientError> {
+    // its state is COMPLETING by now, whatever the cause
+    let format = "JobID:16,Reason:48,PreemptTime:32";
+    let job = job.to_string();
+    let mut command = Command::new("squeue");
+    run(command.args(["--noheader", "--states=all", "--jobs", &job, "--Format", format])).map(|said| read_reason(&said))
+}
+
+fn read_reason(said: &str) -> Reason {
+    let mut words = said.lines().next().unwrap_or_default().split_whitespace().skip(1);
+    match (words.next(), words.next()) {
+        (Some("TimeLimit"), _) => Reason::TimeLimit,
+        (_, Some(time)) if time.starts_with(|letter: char| letter.is_ascii_digit()) => Reason::Preempted,
+        _ => Reason::Other,
+    }
+}
+
 /// The address of a node in Slurm's configuration.
 #[must_use]
 pub fn node_address(node: &str) -> Option<String> {
@@ -214,6 +236,15 @@ mod tests {
         assert!(!failed("killed by signal 9", "").nothing_submitted());
         assert!(!ClientError::NoNumber("hello".into()).nothing_submitted());
         assert!(ClientError::Missing("sbatch".into()).nothing_submitted());
+    }
+
+    #[test]
+    fn the_reason_of_an_end_is_read() {
+        let line = |reason: &str, time: &str| read_reason(&format!("{:<16}{reason:<48}{time:<32}\n", "12"));
+        assert_eq!(line("TimeLimit", "N/A"), Reason::TimeLimit);
+        assert_eq!(line("None", "2026-11-28T21:13:07"), Reason::Preempted);
+        assert_eq!(line("None", "N/A"), Reason::Other);
+        assert_eq!(read_reason(""), Reason::Other, "Slurm does not know the job any more");
     }
 
     #[test]

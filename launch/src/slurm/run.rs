@@ -1,8 +1,8 @@
 //! One start of a Slurm job, on its first node: the coordinator, the step with the workers, and what follows their end.
 //!
 //! Input: a run directory and Slurm's variables. Output: a finished run, a job that is back in the queue, or an exit code
-//! that says what to do. Invariants: a start goes on from the newest whole checkpoint; only a notice, or the loss of too
-//! many workers after at least one finished step, puts the job back into the queue, and [`restarts`] ends that.
+//! that says what to do. Invariants: a start goes on from the newest whole checkpoint; [`outcome`] says what puts the job back
+//! into the queue, and [`restarts`] ends that.
 
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -12,16 +12,18 @@ use learn_dataset::Dataset;
 use learn_domain::config::DeviceKind;
 use learn_domain::report::{JobState, Task, exit};
 use learn_domain::run_dir::RunDir;
-use learn_domain::{Config, Step as TrainingStep};
+use learn_domain::{Config, Step};
 use serde::{Deserialize, Serialize};
 
+use super::outcome::{self, End, Heard, Next};
 use super::restarts::{self, Budget, Start};
-use super::{Allocation, Step, address, bind, client};
+use super::targets::Keeper;
+use super::{Allocation, JobStep, address, bind, client, stopped};
 use crate::commands::resume::{self, Checkpoint};
 use crate::failure::{self, Failure};
 use crate::job::{self, JobSpec, Workers};
 use crate::output::Output;
-use crate::{runs, system};
+use crate::{runs, system, tls};
 
 /// `slurm/job.json`: which job a run is, or was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,31 +59,11 @@ pub struct StartSpec<'a> {
     /// `srun` and its options.
     pub srun: &'a [String],
     pub budget: Budget,
+    /// Where Prometheus reads targets, if it shall know the job by a file.
+    pub targets: Option<&'a Path>,
 }
 
-/// How a start has ended, as far as its successor is concerned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct End {
-    /// The exit code of the job.
-    pub code: i32,
-    /// Slurm has given notice, and nobody has asked to stop besides.
-    pub noticed: bool,
-    /// A step was finished in this start.
-    pub advanced: bool,
-}
-
-/// Whether the job goes back into the queue by itself.
-#[must_use]
-pub fn goes_back(end: End) -> bool {
-    match end.code {
-        exit::STOPPED => end.noticed,
-        // with a cause that a restart may mend; one that fails before its first step fails again
-        exit::WORKER_LOST => end.advanced,
-        _ => false,
-    }
-}
-
-/// Runs one start of the job.
+/// Runs one start of the job. Signals are to be caught already.
 ///
 /// # Errors
 /// The job does not finish in this start, for whatever reason; the exit code says which.
@@ -89,22 +71,65 @@ pub fn start(spec: &StartSpec<'_>, output: &Output) -> Result<()> {
     let StartSpec { run, allocation, .. } = spec;
     let shown = run.root().display();
     runs::refuse_live(run)?;
+    refuse_other(run, allocation)?;
     SlurmJob { job_id: allocation.job }.write(run)?;
+    stopped::clear(run)?;
     if runs::last_status(run)?.is_some_and(|status| status.state == JobState::Finished) {
         output.note(&format!("{shown} has finished already"));
         return Ok(());
     }
-    let checkpoint = newest(run)?;
-    let step = checkpoint.as_ref().map(|checkpoint| checkpoint.step);
     let before = restarts::read(run)?;
+    let mut began = None;
+    match attempt(spec, &before, &mut began, output) {
+        Ok(()) => crate::commands::train::report(run, output),
+        Err(error) => Err(after(spec, error, began, output)),
+    }
+}
+
+/// A job that comes back from the queue finds the run of another one: the run was moved aside and made anew, or submitted
+/// again.
+fn refuse_other(run: &RunDir, allocation: &Allocation) -> Result<()> {
+    match SlurmJob::of(run) {
+        Some(other) if allocation.restarts > 0 && other.job_id != allocation.job => Err(Failure::Usage(format!(
+            "{} belongs to Slurm's job {} now, not to this one ({}), which began with a run of that name before; `scancel {}` \
+             ends this job",
+            run.root().display(),
+            other.job_id,
+            allocation.job,
+            allocation.job
+        ))
+        .into()),
+        _ => Ok(()),
+    }
+}
+
+/// One attempt to finish the job; `began` becomes the step that it goes on from.
+fn attempt(spec: &StartSpec<'_>, before: &[Start], began: &mut Option<Step>, output: &Output) -> Result<()> {
+    let StartSpec { run, allocation, .. } = spec;
+    let shown = run.root().display();
     let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let now = Start { job: allocation.job, restart: allocation.restarts, checkpoint: step, time };
-    restarts::verdict(&before, &now, spec.budget).map_err(|verdict| Failure::Child {
-        code: exit::RESTARTS,
-        message: format!(
-            "{shown}: {verdict}. Read the logs, mend the cause, and go on with `learn-launch slurm --resubmit {shown}`"
-        ),
-    })?;
+    let now = |checkpoint| Start { job: allocation.job, restart: allocation.restarts, checkpoint, time };
+    let permit = |now: &Start| {
+        restarts::verdict(before, now, spec.budget).map_err(|verdict| Failure::Child {
+            code: exit::RESTARTS,
+            message: format!(
+                "{shown}: {verdict}. Read the logs, mend the cause, and go on with `learn-launch slurm --resubmit {shown}`"
+            ),
+        })
+    };
+    let found = newest(run);
+    if system::stop_requests() > 0 {
+        // the check of the checkpoints may have been cut short as well; it counts as a start that has brought nothing
+        let now = now(before.last().and_then(|start| start.checkpoint));
+        permit(&now)?;
+        restarts::add(run, &now)?;
+        return Err(Failure::Stopped(format!("{shown}: stopped before the job began; nothing is lost")).into());
+    }
+    let checkpoint = found?;
+    let step = checkpoint.as_ref().map(|checkpoint| checkpoint.step);
+    *began = step;
+    let now = now(step);
+    permit(&now)?;
     restarts::add(run, &now)?;
     let config = configure(run, allocation, output)?;
     let task = match &checkpoint {
@@ -121,7 +146,9 @@ pub fn start(spec: &StartSpec<'_>, output: &Output) -> Result<()> {
         nodes.join(", ")
     ));
     runs::write_config(&run.next_config(), &config)?;
-    let workers = Step {
+    runs::ensure_token(run)?;
+    tls::provide(run, &config.cluster.tls)?;
+    let workers = JobStep {
         command: spec.srun.to_vec(),
         launch: std::env::current_exe().context("cannot find the path of learn-launch")?,
     };
@@ -134,35 +161,48 @@ pub fn start(spec: &StartSpec<'_>, output: &Output) -> Result<()> {
         workers: Workers::Slurm(&workers),
         restarts: u32::try_from(before.len()).unwrap_or(u32::MAX),
     };
-    match job::run(&job, output) {
-        Ok(_) => crate::commands::train::report(run, output),
-        Err(error) => Err(after(spec, error, step, output)),
-    }
+    let _targets = spec.targets.map(|folder| Keeper::start(run, folder, allocation.job)).transpose()?;
+    job::run(&job, output).map(drop)
 }
 
 /// What becomes of a start that has not finished the job.
-fn after(spec: &StartSpec<'_>, error: anyhow::Error, began: Option<TrainingStep>, output: &Output) -> anyhow::Error {
-    let (run, shown) = (spec.run, spec.run.root().display());
-    let reached = runs::last_status(run).ok().flatten().and_then(|status| status.last_step).map(|record| record.step);
-    let end = End {
-        code: failure::exit_code(&error),
-        noticed: system::only_noticed(),
-        advanced: reached.unwrap_or_default() > began.unwrap_or_default(),
+fn after(spec: &StartSpec<'_>, error: anyhow::Error, began: Option<Step>, output: &Output) -> anyhow::Error {
+    let (run, shown, job) = (spec.run, spec.run.root().display(), spec.allocation.job);
+    let status = runs::last_status(run).ok().flatten();
+    let reached = status.as_ref().and_then(|status| status.last_step.as_ref()).map(|record| record.step);
+    let code = failure::exit_code(&error);
+    let end = End { code, advanced: reached.unwrap_or_default() > began.unwrap_or_default() };
+    let heard = Heard {
+        notice: system::was_noticed(),
+        asked: system::was_asked_to_stop(),
+        operator: stopped::is_left(run, job),
+        // it may have asked the tasks alone
+        reason: if outcome::depends(code) { client::reason(job).ok() } else { None },
     };
-    if !goes_back(end) {
-        return error;
-    }
     let message = failure::message(&error);
-    match client::requeue(spec.allocation.job) {
-        Ok(()) => {
-            output.note(&format!("{message}\n{shown}: job {} is back in the queue", spec.allocation.job));
-            Failure::Child { code: end.code, message: format!("{shown}: Slurm starts the job again by itself") }.into()
-        }
-        Err(refused) => Failure::Child {
+    let from = match status.and_then(|status| status.last_checkpoint).or(began) {
+        Some(step) => format!("from the checkpoint of step {step}"),
+        None => "from the beginning, since there is no checkpoint yet".to_owned(),
+    };
+    let way_on = format!("`learn-launch slurm --resubmit {shown}` on a login node goes on {from}");
+    match outcome::next(end, heard) {
+        Next::Stay => error,
+        Next::Requeue => match client::requeue(job) {
+            Ok(()) => {
+                output.note(&format!("{message}\n{shown}: job {job} is back in the queue"));
+                Failure::Child { code, message: format!("{shown}: Slurm starts the job again by itself, {from}") }.into()
+            }
+            Err(refused) => Failure::Child {
+                code: exit::RESUBMIT,
+                message: format!("{message}\nthe job cannot be put back into the queue from here ({refused}). {way_on}"),
+            }
+            .into(),
+        },
+        Next::Resubmit => Failure::Child {
             code: exit::RESUBMIT,
             message: format!(
-                "{message}\nthe job cannot be put back into the queue from here ({refused:#}). `learn-launch slurm --resubmit \
-                 {shown}` on a login node goes on"
+                "{message}\nSlurm needs the machines for another job. It starts this one again by itself where the PreemptMode of the \
+                 partition is REQUEUE; elsewhere {way_on}"
             ),
         }
         .into(),
@@ -189,7 +229,10 @@ fn configure(run: &RunDir, allocation: &Allocation, output: &Output) -> Result<C
     }
     config.cluster.bind = binding.address;
     config.cluster.workers = allocation.tasks;
-    config.cluster.min_workers = config.cluster.min_workers.min(allocation.tasks);
+    config.validate().map_err(|error| {
+        let tasks = allocation.tasks;
+        Failure::Usage(format!("{}: {}, and this allocation has {tasks} tasks", error.key, error.problem))
+    })?;
     let dataset = Dataset::open(&config.data.dataset)?;
     if config.model.item_input.has_content() {
         dataset.embeddings()?;
@@ -232,24 +275,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_notice_and_losses_after_a_step_go_back_into_the_queue() {
-        let end = |code, noticed, advanced| goes_back(End { code, noticed, advanced });
-        assert!(end(exit::STOPPED, true, false), "notice");
-        assert!(!end(exit::STOPPED, false, true), "an operator's stop, or scancel");
-        assert!(end(exit::WORKER_LOST, false, true), "a node is lost");
-        assert!(!end(exit::WORKER_LOST, false, false), "it would fail again");
-        for code in [exit::FAILED, exit::USAGE, exit::DIVERGED, exit::UNSAVED, exit::NO_PROGRESS, exit::RESTARTS] {
-            assert!(!end(code, true, true), "{code}");
-        }
-    }
-
-    #[test]
     fn a_run_knows_its_job() {
         let folder = tempfile::tempdir().unwrap();
         let run = RunDir::new(folder.path());
         assert_eq!(SlurmJob::of(&run), None);
         SlurmJob { job_id: 12 }.write(&run).unwrap();
         assert_eq!(SlurmJob::of(&run), Some(SlurmJob { job_id: 12 }));
+    }
+
+    #[test]
+    fn a_job_from_the_queue_does_not_take_the_run_of_another_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::new(folder.path());
+        let allocation =
+            |job, restarts| Allocation { job, first: "a".into(), nodes: vec!["a".into()], tasks: 1, restarts };
+        refuse_other(&run, &allocation(12, 1)).unwrap();
+        SlurmJob { job_id: 13 }.write(&run).unwrap();
+        let text = refuse_other(&run, &allocation(12, 1)).unwrap_err().to_string();
+        assert!(text.contains("job 13 now") && text.contains("scancel 12"), "{text}");
+        refuse_other(&run, &allocation(13, 1)).unwrap();
+        refuse_other(&run, &allocation(14, 0)).unwrap();
     }
 
     #[test]

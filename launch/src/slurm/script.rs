@@ -3,7 +3,7 @@
 //! Input: a [`Request`] and where things lie. Output: a script that a person can read, change and submit with plain sbatch.
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -55,9 +55,19 @@ pub struct Request {
     /// Folders that the container sees [default: run, dataset and programs, under their own names]
     #[arg(long, value_name = "FROM:TO,…")]
     pub container_mounts: Option<String>,
-    /// Run the coordinator in a part of the job of its own, one core without a GPU, instead of beside the first worker
-    #[arg(long)]
-    pub separate_coordinator: bool,
+    /// Run the coordinator in a part of the job of its own, one core without a GPU, instead of beside the first worker;
+    /// =false takes that back at --resubmit
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub separate_coordinator: Option<bool>,
+    /// Partition of the coordinator's part [default: that of the workers]
+    #[arg(long, value_name = "NAME")]
+    pub coordinator_partition: Option<String>,
+    /// Any other option of sbatch for the coordinator's part, for example --coordinator-sbatch=--constraint=cpu (repeatable)
+    #[arg(long, value_name = "OPTION", allow_hyphen_values = true)]
+    pub coordinator_sbatch: Vec<String>,
+    /// Keep a file with the job's targets for Prometheus (file_sd_configs) in this folder, JOB.json, while the job runs
+    #[arg(long, value_name = "DIR")]
+    pub prometheus_targets: Option<PathBuf>,
     /// Notice this long before the time limit [default: a minute more than the job may take to stop]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=65535))]
     pub notice: Option<u32>,
@@ -74,6 +84,12 @@ impl Request {
     #[must_use]
     pub fn over(self, earlier: Self) -> Self {
         let list = |own: Vec<String>, earlier| if own.is_empty() { earlier } else { own };
+        let separate_coordinator = self.separate_coordinator.or(earlier.separate_coordinator);
+        let earlier = match separate_coordinator {
+            // what was said of the part goes with it
+            Some(false) => Self { coordinator_partition: None, coordinator_sbatch: Vec::new(), ..earlier },
+            _ => earlier,
+        };
         Self {
             nodes: self.nodes.or(earlier.nodes),
             gpus_per_node: self.gpus_per_node.or(earlier.gpus_per_node),
@@ -88,7 +104,10 @@ impl Request {
             srun: list(self.srun, earlier.srun),
             container_image: self.container_image.or(earlier.container_image),
             container_mounts: self.container_mounts.or(earlier.container_mounts),
-            separate_coordinator: self.separate_coordinator || earlier.separate_coordinator,
+            separate_coordinator,
+            coordinator_partition: self.coordinator_partition.or(earlier.coordinator_partition),
+            coordinator_sbatch: list(self.coordinator_sbatch, earlier.coordinator_sbatch),
+            prometheus_targets: self.prometheus_targets.or(earlier.prometheus_targets),
             notice: self.notice.or(earlier.notice),
             max_restarts: self.max_restarts.or(earlier.max_restarts),
             max_fruitless: self.max_fruitless.or(earlier.max_fruitless),
@@ -110,6 +129,12 @@ impl Request {
         self.nodes.unwrap_or(1).saturating_mul(self.per_node())
     }
 
+    /// The coordinator has a part of the job of its own.
+    #[must_use]
+    pub fn is_apart(&self) -> bool {
+        self.separate_coordinator.unwrap_or(false)
+    }
+
     #[must_use]
     pub fn on_gpus(&self) -> bool {
         self.gpus_per_node.is_some_and(|gpus| gpus > 0)
@@ -123,6 +148,8 @@ pub enum ScriptError {
         "--tasks-per-node={tasks} contradicts --gpus-per-node={gpus}: there is one worker a GPU; leave one of them out"
     )]
     Tasks { tasks: u32, gpus: u32 },
+    #[error("{0} is about the coordinator's part of the job, and there is none: add --separate-coordinator")]
+    NoPart(&'static str),
     #[error("an option, a path or the name of the run holds a line break, which a batch script cannot carry")]
     Control,
     #[error("--time={0} is not a time of Slurm's: write minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS")]
@@ -156,6 +183,14 @@ pub fn script(request: &Request, place: &Place<'_>) -> Result<String, ScriptErro
     {
         return Err(ScriptError::Tasks { tasks, gpus });
     }
+    if !request.is_apart() {
+        if request.coordinator_partition.is_some() {
+            return Err(ScriptError::NoPart("--coordinator-partition"));
+        }
+        if !request.coordinator_sbatch.is_empty() {
+            return Err(ScriptError::NoPart("--coordinator-sbatch"));
+        }
+    }
     if has_break(request, place) {
         return Err(ScriptError::Control);
     }
@@ -186,7 +221,8 @@ pub fn script(request: &Request, place: &Place<'_>) -> Result<String, ScriptErro
         ("qos", &request.qos),
     ];
     for (name, value) in common {
-        if let Some(value) = value {
+        let own = request.coordinator_partition.as_ref().filter(|_| name == "partition");
+        if let Some(value) = own.or(value.as_ref()) {
             line(format!("#SBATCH --{name}={}", directive(value)));
         }
     }
@@ -196,9 +232,12 @@ pub fn script(request: &Request, place: &Place<'_>) -> Result<String, ScriptErro
     line("#SBATCH --no-kill".into());
     line("# Notice to this script alone, before the time limit: a checkpoint, and back into the queue.".into());
     line(format!("#SBATCH --signal=B:USR1@{notice}"));
-    if request.separate_coordinator {
+    if request.is_apart() {
         line("# The coordinator's part: one core.".into());
         line("#SBATCH --nodes=1 --ntasks=1".into());
+        for option in &request.coordinator_sbatch {
+            line(format!("#SBATCH {}", directive(option)));
+        }
         line("#SBATCH hetjob".into());
         line("# The workers' part.".into());
         for (name, value) in common {
@@ -232,11 +271,14 @@ pub fn script(request: &Request, place: &Place<'_>) -> Result<String, ScriptErro
     line(format!("exec {} slurm-job {} \\", word(&place.launch.display().to_string()), word(&run)));
     let (restarts, fruitless) = (request.max_restarts.unwrap_or(100), request.max_fruitless.unwrap_or(3));
     line(format!("  --max-restarts={restarts} --max-fruitless={fruitless} \\"));
+    if let Some(folder) = &request.prometheus_targets {
+        line(format!("  --prometheus-targets={} \\", word(&folder.display().to_string())));
+    }
     let mut srun = String::from("  -- srun");
     let mut option = |text: String| {
         let _infallible = write!(srun, " {}", word(&text));
     };
-    if request.separate_coordinator {
+    if request.is_apart() {
         option("--het-group=1".into());
     }
     option(format!("--ntasks={}", request.workers()));
@@ -275,6 +317,7 @@ fn has_break(request: &Request, place: &Place<'_>) -> bool {
     let paths = [place.run, place.dataset, place.launch, place.log].map(|path| path.display().to_string());
     let own = [
         &request.partition,
+        &request.coordinator_partition,
         &request.account,
         &request.time,
         &request.constraint,
@@ -282,7 +325,15 @@ fn has_break(request: &Request, place: &Place<'_>) -> bool {
         &request.container_image,
         &request.container_mounts,
     ];
-    let texts = own.into_iter().flatten().chain(&request.sbatch).chain(&request.srun).chain(&paths);
+    let folder = request.prometheus_targets.as_ref().map(|folder| folder.display().to_string());
+    let texts = own
+        .into_iter()
+        .flatten()
+        .chain(&request.sbatch)
+        .chain(&request.coordinator_sbatch)
+        .chain(&request.srun)
+        .chain(&paths)
+        .chain(&folder);
     texts.chain([&place.name.to_owned()]).any(|text| text.contains(['\n', '\r', '\0']))
 }
 

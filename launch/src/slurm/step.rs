@@ -19,9 +19,9 @@ use crate::process::Process;
 use crate::runs;
 use crate::system::End;
 
-/// How the step is started.
+/// The step of a Slurm job (not one of the training), and how it is started.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step {
+pub struct JobStep {
     /// `srun` and its options.
     pub command: Vec<String>,
     /// This program, as the tasks find it.
@@ -80,7 +80,7 @@ impl GivenUp {
     }
 }
 
-impl Step {
+impl JobStep {
     /// Starts the step for the coordinator at `address`.
     ///
     /// # Errors
@@ -168,7 +168,7 @@ mod tests {
         let run = RunDir::new(folder);
         std::fs::create_dir_all(run.logs()).unwrap();
         let command = ["sh", "-c", script].map(str::to_owned).to_vec();
-        let step = Step { command, launch: "learn-launch".into() };
+        let step = JobStep { command, launch: "learn-launch".into() };
         let started = step.start(&run, &CoordinatorAddress::default()).unwrap();
         (run, started)
     }

@@ -97,8 +97,7 @@ impl<'a> Hand<'a> {
             let tasks = place.tasks;
             bail!("SLURM_STEP_NUM_TASKS={tasks}, but the job has {expected} workers: srun must start as many tasks");
         }
-        let host = spec.coordinator.grpc.trim_start_matches("http://");
-        let host = host.rsplit_once(':').map_or(host, |(host, _)| host).trim_matches(['[', ']']);
+        let host = address::host(&spec.coordinator.grpc);
         if address::is_loopback(host) && spec.coordinator.host != system::host_name() {
             bail!(
                 "the coordinator listens on {host} of {}, which {} cannot reach: set cluster.bind to an address that it can",
@@ -134,7 +133,8 @@ impl<'a> Hand<'a> {
     }
 
     fn work(&self) -> Result<()> {
-        let (mut stops, mut restarts) = (system::stop_requests(), 0);
+        // a request that came before there was a worker is passed on to it
+        let (mut stops, mut restarts) = (0, 0);
         let mut process = self.start()?;
         loop {
             let started = Instant::now();

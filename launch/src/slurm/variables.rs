@@ -93,15 +93,33 @@ impl Variables {
     /// # Errors
     /// This process is one of several tasks of a Slurm step, each of which would be a job of its own.
     pub fn refuse_tasks(&self, command: &str) -> Result<(), VariablesError> {
+        let once = "Start it once (`srun --ntasks=1`), or use `learn-launch slurm`";
+        let number = self.optional("SLURM_PROCID")?.unwrap_or(0);
         match self.optional("SLURM_STEP_NUM_TASKS")? {
-            Some(tasks) if tasks > 1 && self.get("SLURM_PROCID").is_some() => {
-                Err(VariablesError::Contradiction(format!(
-                    "SLURM_STEP_NUM_TASKS={tasks}, but `learn-launch {command}` starts all workers itself, on one machine. Start \
-                 it once (`srun --ntasks=1`), or use `learn-launch slurm`"
-                )))
-            }
-            _ => Ok(()),
+            Some(1) if number == 0 => Ok(()),
+            Some(1) => Err(VariablesError::Contradiction(format!("SLURM_PROCID={number}, but SLURM_STEP_NUM_TASKS=1"))),
+            Some(tasks) => Err(VariablesError::Contradiction(format!(
+                "SLURM_STEP_NUM_TASKS={tasks}, but `learn-launch {command}` does all the work itself, on one machine. {once}"
+            ))),
+            // a batch script has number 0 and no step
+            None if number > 0 || self.get("SLURM_STEP_ID").is_some() => Err(VariablesError::Contradiction(format!(
+                "SLURM_STEP_NUM_TASKS is not set, but {} says that this is a task of a step. {once}",
+                if number > 0 { format!("SLURM_PROCID={number}") } else { "SLURM_STEP_ID".to_owned() }
+            ))),
+            None => Ok(()),
         }
+    }
+
+    /// Slurm has granted GPUs to the job, or to its workers' part.
+    #[must_use]
+    pub fn has_gpus(&self) -> bool {
+        let names =
+            ["SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK"];
+        names.iter().any(|&name| {
+            // `SLURM_JOB_GPUS=0` is the GPU with that number; the others are counts
+            let some = |value: &str| name == "SLURM_JOB_GPUS" || value != "0";
+            [name.to_owned(), format!("{name}{WORKERS}")].iter().any(|name| self.get(name).is_some_and(some))
+        })
     }
 }
 

@@ -68,7 +68,7 @@ fn on_the_cpu_tasks_are_counted_and_no_gpu_is_asked_for() {
 
 #[test]
 fn the_coordinator_may_have_a_part_of_its_own() {
-    let request = Request { separate_coordinator: true, account: Some("learn".into()), ..gpus() };
+    let request = Request { separate_coordinator: Some(true), account: Some("learn".into()), ..gpus() };
     let text = script(&request, &place()).unwrap();
     let (first, second) = text.split_once("#SBATCH hetjob\n").unwrap();
     assert!(first.contains("--nodes=1 --ntasks=1") && !first.contains("gpu") && first.contains("--signal="), "{text}");
@@ -77,6 +77,23 @@ fn the_coordinator_may_have_a_part_of_its_own() {
         "{text}"
     );
     assert_eq!(text.matches("#SBATCH --account=learn").count(), 2);
+    let own = Request {
+        partition: Some("gpu".into()),
+        coordinator_partition: Some("cpu".into()),
+        sbatch: vec!["--mem=0".into()],
+        coordinator_sbatch: vec!["--constraint=skylake".into()],
+        ..request
+    };
+    let text = script(&own, &place()).unwrap();
+    let (first, second) = text.split_once("#SBATCH hetjob\n").unwrap();
+    has(first, &["#SBATCH --partition=cpu", "#SBATCH --constraint=skylake"]);
+    has(second, &["#SBATCH --partition=gpu", "#SBATCH --mem=0"]);
+    assert!(!first.contains("gpu") && !first.contains("--mem") && !second.contains("skylake"), "{text}");
+    // taken back by a later submission, with all that belongs to it
+    let together = Request { separate_coordinator: Some(false), ..Request::default() }.over(own.clone());
+    assert!(!script(&together, &place()).unwrap().contains("hetjob"));
+    let alone = Request { separate_coordinator: None, ..own };
+    assert_eq!(script(&alone, &place()), Err(ScriptError::NoPart("--coordinator-partition")));
 }
 
 #[test]
@@ -89,6 +106,15 @@ fn a_container_sees_run_dataset_and_programs() {
     assert!(text.contains(mounts), "{text}");
     let own = Request { container_mounts: Some("/a:/b".into()), ..request };
     assert!(script(&own, &place()).unwrap().contains("--container-mounts=/a:/b"));
+}
+
+#[test]
+fn prometheus_is_told_by_a_file_if_that_is_asked_for() {
+    assert!(!script(&gpus(), &place()).unwrap().contains("prometheus"));
+    let request = Request { prometheus_targets: Some("/share/prom targets".into()), ..gpus() };
+    has(&script(&request, &place()).unwrap(), &["  --prometheus-targets='/share/prom targets' \\"]);
+    let broken = Request { prometheus_targets: Some("/share/\nrm".into()), ..gpus() };
+    assert_eq!(script(&broken, &place()), Err(ScriptError::Control));
 }
 
 #[test]

@@ -180,8 +180,35 @@ fn a_gpu_job_without_a_visible_gpu_is_an_error_that_names_the_trap() {
 fn what_starts_all_workers_itself_refuses_to_be_one_of_many() {
     let error = task().refuse_tasks("train").unwrap_err().to_string();
     assert!(error.contains("SLURM_STEP_NUM_TASKS=4") && error.contains("learn-launch slurm"), "{error}");
-    with(task(), "SLURM_STEP_NUM_TASKS", "1").refuse_tasks("train").unwrap();
+    let single = with(with(task(), "SLURM_STEP_NUM_TASKS", "1"), "SLURM_PROCID", "0");
+    single.refuse_tasks("train").unwrap();
     batch().refuse_tasks("train").unwrap();
+    Variables::default().refuse_tasks("train").unwrap();
+    // half of a task's variables are none of a single process
+    for (variables, named) in [
+        (without(task(), "SLURM_STEP_NUM_TASKS"), "SLURM_PROCID=3"),
+        (without(single.clone(), "SLURM_STEP_NUM_TASKS"), "SLURM_STEP_ID"),
+        (with(single, "SLURM_PROCID", "3"), "SLURM_PROCID=3"),
+        (without(task(), "SLURM_PROCID"), "SLURM_STEP_NUM_TASKS=4"),
+    ] {
+        let error = variables.refuse_tasks("train").unwrap_err().to_string();
+        assert!(error.contains(named), "{error}");
+    }
+}
+
+#[test]
+fn gpus_that_slurm_has_granted_are_seen() {
+    assert!(!batch().has_gpus());
+    for (name, value) in [
+        ("SLURM_JOB_GPUS", "0"),
+        ("SLURM_JOB_GPUS", "0,1"),
+        ("SLURM_GPUS_ON_NODE", "2"),
+        ("SLURM_GPUS_PER_NODE", "a100:2"),
+        ("SLURM_JOB_GPUS_HET_GROUP_1", "0-7"),
+    ] {
+        assert!(with(batch(), name, value).has_gpus(), "{name}={value}");
+    }
+    assert!(!with(batch(), "SLURM_GPUS_ON_NODE", "0").has_gpus());
 }
 
 proptest! {
