@@ -96,8 +96,8 @@ fn drawn_step(screen: &Screen) -> Option<usize> {
 
 fn pid_of(site: &Site, run: &str, rank: u64) -> u64 {
     let status = site.status(run);
-    let mut workers = status["workers"].as_array().unwrap().iter();
-    workers.find(|worker| worker["rank"] == rank).unwrap()["pid"].as_u64().unwrap()
+    let mut workers = status["workers"].as_array().expect("there are workers").iter();
+    workers.find(|worker| worker["rank"] == rank).expect("the rank is there")["pid"].as_u64().expect("a pid")
 }
 
 /// The terminal is as it was before, and the last state stays behind as text.
@@ -107,7 +107,7 @@ fn left_behind(ended: &Ended) {
     assert!(!ended.screen.alternate && ended.screen.cursor);
     // its first line may have scrolled away
     let written = String::from_utf8_lossy(&ended.written);
-    let behind = written.rsplit("\u{1b}[?1049l").next().unwrap();
+    let behind = written.rsplit("\u{1b}[?1049l").next().expect("what is split has a part");
     assert!(behind.contains("watched: running"), "{behind}");
 }
 
