@@ -18,10 +18,11 @@ use learn_telemetry::WorkerMetrics;
 use serde::Serialize;
 use tch::{Kind, Tensor};
 
+use crate::ceiling;
 use crate::control::Progress;
 use crate::error::WorkerError;
 use crate::feed::PreparedStep;
-use crate::feed::assemble::{Layout, Seen, UserShare, assemble};
+use crate::feed::assemble::{Layout, MicroBatch, Seen, UserShare, assemble};
 use crate::train::{Exchange, FullSoftmax, InBatch, Objective, PhaseClock, Stepper, Word, shape};
 
 /// What is measured.
@@ -49,6 +50,13 @@ pub struct BenchResult {
     /// Seconds of each repetition after one warm-up.
     pub seconds: Vec<f64>,
     pub median_users_per_second: f64,
+    pub median_tokens_per_second: f64,
+    /// Operations of the step's matrix products by its median seconds.
+    pub gflops_per_second: f64,
+    /// Of the same products, each timed alone after the steps.
+    pub ceiling_gflops_per_second: f64,
+    /// The former by the latter.
+    pub ceiling_share: f64,
     pub loss: f64,
 }
 
@@ -87,7 +95,7 @@ pub fn bench_step(settings: &BenchSettings) -> Result<BenchResult, WorkerError> 
     };
     let mut exchange = Exchange::new(connect_tcp(group, &MemoryRendezvous::default())?, metrics, Arc::default());
     let step = synthetic_step(settings);
-    let tokens = step.micro_batches.iter().map(|(batch, _)| batch.tokens).sum();
+    let tokens: u64 = step.micro_batches.iter().map(|(batch, _)| batch.tokens).sum();
     let mut seconds = Vec::new();
     let mut loss = 0.0;
     for repetition in 0..=settings.repetitions {
@@ -103,6 +111,11 @@ pub fn bench_step(settings: &BenchSettings) -> Result<BenchResult, WorkerError> 
     let mut sorted = seconds.clone();
     sorted.sort_by(f64::total_cmp);
     let median = sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN);
+    let kind = learn_torch::product_kind(config.training.precision).unwrap_or(Kind::Float);
+    let batches: Vec<&MicroBatch> = step.micro_batches.iter().map(|(batch, _)| batch).collect();
+    let model = (&config.model, i64::from(settings.input_dim));
+    let ceiling = ceiling::measure(model, &batches, (kind, settings.device), settings.repetitions);
+    let giga = |seconds: f64| ceiling.flops / seconds / 1e9;
     Ok(BenchResult {
         device: format!("{:?}", settings.device),
         precision: config.training.precision,
@@ -111,6 +124,10 @@ pub fn bench_step(settings: &BenchSettings) -> Result<BenchResult, WorkerError> 
         parameters: stepper.parameters.count(),
         seconds,
         median_users_per_second: f64::from(config.training.global_batch) / median,
+        median_tokens_per_second: tokens as f64 / median,
+        gflops_per_second: giga(median),
+        ceiling_gflops_per_second: giga(ceiling.seconds),
+        ceiling_share: ceiling.seconds / median,
         loss,
     })
 }

@@ -6,9 +6,10 @@
 //! - [`train`]: steps; reads like `forward -> gather -> loss -> scatter -> backward -> reduce -> update`.
 //! - [`checkpoint`]: the state on disk. [`init`]: weights as a start. [`evaluate`]: full ranking.
 //! - [`offline`], [`export`], [`recommend`]: a finished model without a job.
-//! - [`bench`], [`doctor`]: what the machine can do.
+//! - [`bench`], [`ceiling`], [`doctor`]: what the machine can do.
 
 pub mod bench;
+pub mod ceiling;
 pub mod checkpoint;
 pub mod control;
 pub mod conversions;

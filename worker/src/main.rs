@@ -203,6 +203,7 @@ struct BenchArgs {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     learn_telemetry::log::init("worker", cli.log_json);
+    learn_torch::keep_freed_memory();
     let code = run(cli.command).unwrap_or_else(|error| {
         tracing::error!("{error}");
         error.exit_code()

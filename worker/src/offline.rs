@@ -12,7 +12,7 @@ use learn_domain::Config;
 use learn_domain::report::Split;
 use learn_domain::run_dir::RunDir;
 use learn_model::objective::cvr;
-use learn_model::{Forward, ItemInputs, Parameters, Pch};
+use learn_model::{Forward, ItemInputs, Parameters, Pch, Tape};
 use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::{self, Expected, State};
@@ -128,7 +128,7 @@ impl Offline {
         let chunks: Vec<Tensor> = catalogue
             .chunks(ITEM_CHUNK)
             .map(|items| {
-                let inputs = ItemInputs { items, content: &self.rows(items), id_seed: None };
+                let inputs = ItemInputs { items, content: &self.rows(items), id_seed: None, tape: Some(&Tape::new(0)) };
                 let embedded = tch::no_grad(|| self.model.catalogue(&self.parameters, &inputs, &self.forward()));
                 embedded.to_device(Device::Cpu)
             })
@@ -150,7 +150,12 @@ impl Offline {
             .map(|chunk| {
                 let newest: Vec<Seen<'_>> = chunk.iter().map(|history| self.seen(history).newest(most)).collect();
                 let (unique, packed) = newest_positions(&newest);
-                let inputs = ItemInputs { items: &unique, content: &self.rows(&unique), id_seed: None };
+                let inputs = ItemInputs {
+                    items: &unique,
+                    content: &self.rows(&unique),
+                    id_seed: None,
+                    tape: Some(&Tape::new(0)),
+                };
                 let packed = sequences(&packed, self.device);
                 let embedded = tch::no_grad(|| embed_histories(&self.catalogue(), &inputs, &packed, &self.forward()));
                 embedded.to_device(Device::Cpu)

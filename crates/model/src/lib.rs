@@ -5,6 +5,7 @@
 //! large job may have none in a step.
 //!
 //! - [`bert`]: one post-LN transformer layer, also used for the frozen text encoder.
+//! - [`encoder`]: the layers' forward and backward by hand, for the CPU.
 //! - [`parameters`]: named leaf tensors that are views into one flat buffer, and a table of item vectors beside it.
 //! - [`pch`]: the user tower and the item towers.
 //! - [`objective`]: InfoNCE by hand in tiles, and the CVR head.
@@ -13,6 +14,7 @@
 //! - [`golden`]: checks all of this against cases that PyTorch computed.
 
 pub mod bert;
+pub mod encoder;
 pub mod golden;
 pub mod objective;
 pub mod optimizer;
@@ -20,6 +22,7 @@ pub mod parameters;
 pub mod pch;
 pub mod safetensors;
 
+pub use encoder::Tape;
 pub use optimizer::AdamW;
 pub use parameters::{ParameterSpec, Parameters, Role, RowGradient};
 pub use pch::{Forward, ItemInputs, Items, Pch, PchShape, Sequences};

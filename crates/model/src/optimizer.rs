@@ -3,17 +3,27 @@
 //! Input: parameters, their summed gradient `[P]`, a learning rate. Output: updated parameters. Rows are updated as
 //! `torch.optim.SparseAdam` does, with AdamW's decoupled decay: moments, decay and value of a row move only in a step that
 //! touches it, and bias correction counts the steps of the job, not those of the row. Invariants: the
-//! arithmetic is that of `torch.optim.AdamW` (decoupled decay, bias correction, epsilon outside the root); state that was
-//! saved and loaded continues bit by bit; ranks that hold equal parameters and gradients stay equal.
+//! arithmetic is that of `torch.optim.AdamW` (decoupled decay, bias correction, epsilon outside the root). On the CPU in f32
+//! one pass over the memory does an update: clipping, moments, values, and the weights that the encoder's products read; elsewhere
+//! it is a sequence of libtorch's operators. State that was saved and loaded continues bit by bit; ranks that hold equal parameters and gradients stay equal.
 
 use learn_domain::config::OptimizerConfig;
-use tch::{Kind, Tensor};
+use learn_torch::values_mut;
+use tch::{Device, Kind, Tensor};
 
 use crate::ModelError;
 use crate::parameters::{ParameterSpec, Parameters, RowGradient, copy_by_name};
 
 const FIRST: &str = "exp_avg.";
 const SECOND: &str = "exp_avg_sq.";
+
+/// How far an update goes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pace {
+    pub learning_rate: f64,
+    /// What the gradient is multiplied by.
+    pub gradient_scale: f64,
+}
 
 /// Moments of the gradient.
 #[derive(Debug)]
@@ -26,8 +36,8 @@ pub struct AdamW {
     first: Tensor,
     /// `[P]`: mean of their squares.
     second: Tensor,
-    /// `[P]`: 1 where weight decay applies, else 0.
-    decays: Tensor,
+    /// By parameter of the flat buffer: whether weight decay applies.
+    decays: Vec<bool>,
     /// `[N, D]` each: the moments of the item vectors, if there are any.
     rows: Option<(Tensor, Tensor)>,
     steps: u64,
@@ -36,19 +46,15 @@ pub struct AdamW {
 impl AdamW {
     #[must_use]
     pub fn new(parameters: &Parameters, config: &OptimizerConfig) -> Self {
-        let flat = parameters.flat();
-        let decays = flat.zeros_like();
-        for (spec, (_, mut part)) in parameters.specs().iter().zip(parameters.parts(&decays)) {
-            let _ = part.fill_(f64::from(u8::from(spec.role.decays())));
-        }
+        let zeros = || learn_torch::in_large_pages(parameters.flat().empty_like()).fill_(0.0);
         Self {
             beta1: config.beta1,
             beta2: config.beta2,
             epsilon: config.epsilon,
             weight_decay: config.weight_decay,
-            first: flat.zeros_like(),
-            second: flat.zeros_like(),
-            decays,
+            first: zeros(),
+            second: zeros(),
+            decays: parameters.specs().iter().map(|spec| spec.role.decays()).collect(),
             rows: parameters.item_vectors().map(|table| (table.zeros_like(), table.zeros_like())),
             steps: 0,
         }
@@ -56,40 +62,85 @@ impl AdamW {
 
     /// Spares parameters the weight decay. Those whose gradient is always 0 then keep their values to the bit.
     pub fn spare(&mut self, parameters: &Parameters, spared: impl Fn(&str) -> bool) {
-        for (name, mut part) in parameters.parts(&self.decays) {
-            if spared(name) {
-                let _ = part.zero_();
-            }
+        for (name, decays) in parameters.names().zip(&mut self.decays) {
+            *decays &= !spared(name);
         }
     }
 
     /// One update with the gradient `[P]` of the whole global batch.
-    pub fn step(&mut self, parameters: &mut Parameters, gradient: &Tensor, learning_rate: f64) {
+    pub fn step(&mut self, parameters: &mut Parameters, gradient: &Tensor, pace: impl Into<Pace>) {
         self.steps += 1;
+        let pace = pace.into();
+        if parameters.device() == Device::Cpu && parameters.kind() == Kind::Float {
+            self.step_in_one_pass(parameters, gradient, pace);
+        } else {
+            tch::no_grad(|| self.step_by_operators(parameters, gradient, pace));
+        }
+    }
+
+    fn step_in_one_pass(&mut self, parameters: &mut Parameters, gradient: &Tensor, pace: Pace) {
+        learn_kernels::set_runner(learn_torch::run_tasks);
+        let kernel = learn_kernels::AdamW {
+            learning_rate: pace.learning_rate,
+            beta1: self.beta1,
+            beta2: self.beta2,
+            epsilon: self.epsilon,
+            weight_decay: self.weight_decay,
+            step: self.steps,
+            gradient_scale: pace.gradient_scale as f32,
+        };
+        let gradient: &[f32] = learn_torch::values(gradient);
+        let (first, second) = (values_mut::<f32>(&mut self.first), values_mut::<f32>(&mut self.second));
+        let mut flat = parameters.flat().shallow_clone();
+        let values = values_mut::<f32>(&mut flat);
+        let mut working = parameters.take_working();
+        let mut start = 0;
+        for (spec, &decays) in parameters.specs().iter().zip(&self.decays) {
+            let range = start..start + spec.count() as usize;
+            start = range.end;
+            let mut shadow = working.as_mut().and_then(|working| working.shadow(&spec.name));
+            let decaying = if decays { 0..range.len() } else { 0..0 };
+            kernel.update(
+                &gradient[range.clone()],
+                learn_kernels::State {
+                    values: &mut values[range.clone()],
+                    first: &mut first[range.clone()],
+                    second: &mut second[range],
+                    shadow: shadow.as_mut().map(values_mut),
+                },
+                &[decaying],
+            );
+        }
+        parameters.keep_working(working);
+    }
+
+    fn step_by_operators(&mut self, parameters: &mut Parameters, gradient: &Tensor, pace: Pace) {
         let (correction1, correction2) = self.corrections();
-        tch::no_grad(|| {
-            let mut values = parameters.flat().shallow_clone();
-            if self.weight_decay > 0.0 {
-                values *= &self.decays * (-learning_rate * self.weight_decay) + 1.0;
-            }
-            let _ = self.first.lerp_(gradient, 1.0 - self.beta1);
-            self.second *= self.beta2;
-            let _ = self.second.addcmul_(gradient, &(gradient * (1.0 - self.beta2)));
-            let spread = self.second.sqrt() / correction2.sqrt() + self.epsilon;
-            values -= &self.first / spread * (learning_rate / correction1);
-        });
+        let mut values = parameters.flat().shallow_clone();
+        for ((_, mut part), _) in parameters.parts(&values).zip(&self.decays).filter(|(_, decays)| **decays) {
+            part *= 1.0 - pace.learning_rate * self.weight_decay;
+        }
+        let gradient = pace.scaled(gradient);
+        let _ = self.first.lerp_(&gradient, 1.0 - self.beta1);
+        self.second *= self.beta2;
+        let _ = self.second.addcmul_(&gradient, &(&gradient * (1.0 - self.beta2)));
+        let spread = self.second.sqrt() / correction2.sqrt() + self.epsilon;
+        values -= &self.first / spread * (pace.learning_rate / correction1);
     }
 
     /// Updates the touched rows of the item vectors, as a part of the step that [`AdamW::step`] has just done.
-    pub fn step_rows(&mut self, parameters: &mut Parameters, gradient: &RowGradient, learning_rate: f64) {
+    pub fn step_rows(&mut self, parameters: &mut Parameters, gradient: &RowGradient, pace: impl Into<Pace>) {
         let (correction1, correction2) = self.corrections();
         let (Some((first, second)), Some(table)) = (&mut self.rows, parameters.item_vectors()) else { return };
         let RowGradient { items, rows } = gradient;
+        let pace = pace.into();
+        let learning_rate = pace.learning_rate;
         tch::no_grad(|| {
+            let rows = pace.scaled(rows);
             let mut first_rows = first.index_select(0, items);
-            let _ = first_rows.lerp_(rows, 1.0 - self.beta1);
+            let _ = first_rows.lerp_(&rows, 1.0 - self.beta1);
             let mut second_rows = second.index_select(0, items) * self.beta2;
-            let _ = second_rows.addcmul_(rows, &(rows * (1.0 - self.beta2)));
+            let _ = second_rows.addcmul_(&rows, &(&rows * (1.0 - self.beta2)));
             let spread = second_rows.sqrt() / correction2.sqrt() + self.epsilon;
             let kept = table.index_select(0, items) * (1.0 - learning_rate * self.weight_decay);
             let values = kept - &first_rows / spread * (learning_rate / correction1);
@@ -166,24 +217,37 @@ impl AdamW {
     }
 }
 
-/// Scales the parts of a gradient in place so that their common norm is at most `longest` (0 = as it is); returns the norm
-/// before.
-pub fn clip(parts: &mut [&mut Tensor], longest: f64) -> f64 {
-    let norm = parts.iter().map(|part| global_norm(part).powi(2)).sum::<f64>().sqrt();
-    // the same guard against division by 0 as torch.nn.utils.clip_grad_norm_
-    let scale = longest / (norm + 1e-6);
-    if longest > 0.0 && scale < 1.0 {
-        for part in parts {
-            let _ = tch::no_grad(|| part.g_mul_scalar_(scale));
-        }
+impl From<f64> for Pace {
+    fn from(learning_rate: f64) -> Self {
+        Self { learning_rate, gradient_scale: 1.0 }
     }
-    norm
 }
 
-/// The Euclidean norm of a part of a gradient.
+impl Pace {
+    /// With a gradient of this length clipped to `longest` (0 = as it is).
+    #[must_use]
+    pub fn clipped(learning_rate: f64, norm: f64, longest: f64) -> Self {
+        // the same guard against division by 0 as torch.nn.utils.clip_grad_norm_
+        let scale = longest / (norm + 1e-6);
+        Self { learning_rate, gradient_scale: if longest > 0.0 { scale.min(1.0) } else { 1.0 } }
+    }
+
+    fn scaled(self, gradient: &Tensor) -> Tensor {
+        if self.gradient_scale == 1.0 { gradient.shallow_clone() } else { gradient * self.gradient_scale }
+    }
+}
+
+/// The common Euclidean norm of the parts of a gradient; the same bits for any number of threads.
 #[must_use]
-pub fn global_norm(gradient: &Tensor) -> f64 {
-    gradient.square().sum(Kind::Double).double_value(&[]).sqrt()
+pub fn norm(parts: &[&Tensor]) -> f64 {
+    let squares = parts.iter().map(|part| match (part.device(), part.kind()) {
+        (Device::Cpu, Kind::Float) => {
+            learn_kernels::set_runner(learn_torch::run_tasks);
+            learn_kernels::squared_norm(learn_torch::values::<f32>(&part.contiguous()))
+        }
+        _ => part.square().sum(Kind::Double).double_value(&[]),
+    });
+    squares.sum::<f64>().sqrt()
 }
 
 #[cfg(test)]

@@ -6,15 +6,20 @@
 
 mod mismatch;
 mod rows;
+mod slots;
 
+use std::cell::RefCell;
 use std::f64::consts::TAU;
 
 use learn_domain::random::{self, Draws};
 pub use mismatch::Mismatch;
 use rows::ItemVectors;
 pub use rows::RowGradient;
+pub(crate) use slots::Slot;
+use slots::Slots;
 use tch::{Device, Kind, Tensor};
 
+use crate::encoder::Working;
 use crate::{ModelError, PchShape};
 
 /// What a parameter is; decides its initial value and whether weight decay applies.
@@ -59,7 +64,9 @@ pub struct Parameters {
     /// Views into `flat`, by the order of `specs`; they collect gradients.
     leaves: Vec<Tensor>,
     /// Views into `gradient`.
-    slots: Vec<Tensor>,
+    slots: Slots,
+    /// The encoder's weights in the kind of its products.
+    working: RefCell<Option<Working>>,
     /// The table of item vectors, if the model has one.
     items: Option<ItemVectors>,
 }
@@ -91,7 +98,7 @@ impl ParameterSpec {
         Self { name: name.into(), shape: shape.to_vec(), role }
     }
 
-    fn count(&self) -> i64 {
+    pub(crate) fn count(&self) -> i64 {
         self.shape.iter().product()
     }
 }
@@ -176,11 +183,12 @@ impl Parameters {
     }
 
     fn over(specs: Vec<ParameterSpec>, flat: Tensor, items: Option<ItemVectors>) -> Self {
-        let gradient = flat.zeros_like();
+        let flat = learn_torch::in_large_pages(flat);
+        let gradient = learn_torch::in_large_pages(flat.empty_like()).fill_(0.0);
         let leaf = |(view, spec): (Tensor, &ParameterSpec)| view.detach().set_requires_grad(spec.role.trains());
         let leaves = views(&specs, &flat).zip(&specs).map(leaf).collect();
-        let slots = views(&specs, &gradient).collect();
-        Self { specs, flat, gradient, leaves, slots, items }
+        let slots = Slots::new(views(&specs, &gradient).collect());
+        Self { specs, flat, gradient, leaves, slots, working: RefCell::default(), items }
     }
 
     /// Of the flat buffers, sorted by name.
@@ -210,8 +218,43 @@ impl Parameters {
     /// The leaf of this name, if there is one.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<&Tensor> {
-        let at = self.specs.binary_search_by(|spec| spec.name.as_str().cmp(name)).ok()?;
-        Some(&self.leaves[at])
+        Some(&self.leaves[self.place(name)?])
+    }
+
+    fn place(&self, name: &str) -> Option<usize> {
+        self.specs.binary_search_by(|spec| spec.name.as_str().cmp(name)).ok()
+    }
+
+    /// Where a backward by hand adds to the gradient of this parameter.
+    ///
+    /// # Panics
+    /// As [`Parameters::get`].
+    pub(crate) fn slot(&self, name: &str) -> Slot {
+        let place = self.place(name).unwrap_or_else(|| panic!("the model has no parameter {name}"));
+        self.slots.open(place)
+    }
+
+    /// Grows whenever a value is changed.
+    pub(crate) fn version(&self) -> i64 {
+        self.flat.internal_version()
+    }
+
+    /// Runs `of` on the weights of an encoder with this many layers, in `kind`; they are those of the present values.
+    pub(crate) fn with_working<T>(&self, layers: usize, kind: Kind, of: impl FnOnce(&Working) -> T) -> T {
+        let mut held = self.working.borrow_mut();
+        let current = held.take().filter(|working| working.kind == kind && working.version == self.version());
+        of(held.insert(current.unwrap_or_else(|| Working::new(self, layers, kind))))
+    }
+
+    /// The encoder's weights if they are those of the present values, for a change that keeps them so.
+    pub(crate) fn take_working(&mut self) -> Option<Working> {
+        let version = self.version();
+        self.working.get_mut().take().filter(|working| working.version == version && working.kind == Kind::BFloat16)
+    }
+
+    /// Gives back what [`Parameters::take_working`] gave; its parts have followed the values, whose version has not changed.
+    pub(crate) fn keep_working(&mut self, working: Option<Working>) {
+        *self.working.get_mut() = working;
     }
 
     /// Names and leaves, sorted by name, then the table of item vectors.
@@ -282,19 +325,21 @@ impl Parameters {
     }
 
     /// Moves what backward passes have collected since the last call into one buffer `[P]` and returns it; 0 where a
-    /// parameter took no part. The buffer is reused by the next call.
+    /// parameter took no part. What was added by hand is there already. The buffer is reused by the next call.
     pub fn gradients_into_flat(&mut self) -> Tensor {
         tch::no_grad(|| {
-            for (leaf, slot) in self.leaves.iter_mut().zip(&mut self.slots) {
+            for (place, leaf) in self.leaves.iter_mut().enumerate() {
                 let gradient = leaf.grad();
+                let slot = self.slots.open(place);
                 if gradient.defined() {
-                    slot.copy_(&gradient);
+                    slot.add(&gradient);
                     leaf.zero_grad();
                 } else {
-                    let _ = slot.zero_();
+                    drop(slot.zeroed());
                 }
             }
         });
+        self.slots.close();
         self.gradient.shallow_clone()
     }
 

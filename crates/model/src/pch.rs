@@ -23,6 +23,7 @@ use tch::Tensor;
 pub use self::sequences::Sequences;
 use crate::ModelError;
 use crate::bert::{self, Attention, LayerForward, LayerWeights, Linear};
+use crate::encoder::{self, Tape};
 use crate::objective::cvr;
 use crate::parameters::{ParameterSpec, Parameters, Role};
 
@@ -66,7 +67,7 @@ pub struct Forward {
     pub precision: Precision,
 }
 
-/// The unique items of a pass.
+/// The unique items of a pass, and how it is differentiated.
 #[derive(Clone, Copy, Debug)]
 pub struct ItemInputs<'a> {
     /// U item indices, each once.
@@ -75,19 +76,30 @@ pub struct ItemInputs<'a> {
     pub content: &'a Tensor,
     /// In training: the seed of the step, the same on every rank, which decides whose learned vectors are left out.
     pub id_seed: Option<u64>,
+    /// Encoders go by hand where they can, and what comes out goes back by [`Tape::backward`]. Without one libtorch
+    /// differentiates everything, and its generator draws the dropout.
+    pub tape: Option<&'a Tape>,
 }
 
 /// The unique items of a pass as the towers read them.
 #[derive(Debug)]
 pub struct Items {
-    /// `[U, D]`: what the encoder reads.
-    adapted: Tensor,
-    /// `[U, input_dim]`, L2-normalised; for the item tower `content` only.
-    content: Option<Tensor>,
+    adapted: Adapted,
+    tape: Option<Tape>,
     /// `[U, d]`: R c, with a residual path.
     projected: Option<Tensor>,
     /// `[U, K]`, with a history code.
     codes: Option<Tensor>,
+}
+
+/// What the encoder reads of the unique items.
+#[derive(Debug)]
+enum Adapted {
+    /// `[U, D]`: of each.
+    All(Tensor),
+    /// Of those in histories, because the item tower is `content`: made of content embeddings `[U, input_dim]` when they are
+    /// known.
+    Histories { content: Tensor, vectors: Option<Tensor> },
 }
 
 /// The towers without their parameters.
@@ -212,6 +224,12 @@ impl Pch {
         self.shape.output_dim() + i64::from(self.shape.model.history_code)
     }
 
+    /// Whether item embeddings depend on anything that is trained.
+    #[must_use]
+    pub fn items_learn(&self) -> bool {
+        self.shape.model.item_tower != ItemTower::Content
+    }
+
     /// What InfoNCE multiplies cosines by: a scalar without a graph, learned or fixed.
     pub fn logit_scale(&self, parameters: &Parameters) -> Tensor {
         match parameters.find(LOGIT_SCALE) {
@@ -224,28 +242,30 @@ impl Pch {
     pub fn items(&self, parameters: &Parameters, inputs: &ItemInputs<'_>, forward: &Forward) -> Items {
         let model = &self.shape.model;
         let content = self.content(parameters, inputs.content);
-        let adapt = || linear(parameters, "adaptor").forward(&content, forward.precision).to_kind(parameters.kind());
         let vectors = || {
             let vectors = parameters.take_item_vectors(inputs.items);
-            vectors.unwrap_or_else(|| panic!("the model has no parameter {ID_EMBEDDING}"))
+            let vectors = vectors.unwrap_or_else(|| panic!("the model has no parameter {ID_EMBEDDING}"));
+            match inputs.id_seed.filter(|_| forward.train && model.id_dropout > 0.0 && model.item_input.has_content()) {
+                Some(seed) => vectors * self.kept(parameters, inputs.items, seed),
+                None => vectors,
+            }
         };
-        let adapted = match model.item_input {
-            ItemInput::Content => adapt(),
-            ItemInput::Id => vectors(),
-            ItemInput::ContentId => match inputs.id_seed.filter(|_| forward.train && model.id_dropout > 0.0) {
-                Some(seed) => adapt() + vectors() * self.kept(parameters, inputs.items, seed),
-                None => adapt() + vectors(),
-            },
+        let adapted = match (model.item_tower, model.item_input) {
+            (_, ItemInput::Id) => Adapted::All(vectors()),
+            (ItemTower::Content, input) => {
+                Adapted::Histories { content: content.shallow_clone(), vectors: input.has_ids().then(vectors) }
+            }
+            (_, ItemInput::Content) => Adapted::All(adapt(parameters, &content, forward)),
+            (_, ItemInput::ContentId) => Adapted::All(adapt(parameters, &content, forward) + vectors()),
         };
-        let unit = |content: &Tensor| normalise(&content.to_kind(parameters.kind()));
         let options = (parameters.kind(), parameters.device());
         Items {
             adapted,
+            tape: inputs.tape.cloned(),
             codes: (model.history_code > 0)
                 .then(|| history_code::codes(inputs.items, model.history_code.into(), options)),
-            // like the mlp never in bf16
-            projected: parameters.find(RESIDUAL).map(|projection| unit(&content).matmul(&projection.tr())),
-            content: (model.item_tower == ItemTower::Content).then(|| unit(&content)),
+            // never in bf16: it starts as the content's own cosines
+            projected: parameters.find(RESIDUAL).map(|projection| unit(parameters, &content).matmul(&projection.tr())),
         }
     }
 
@@ -271,7 +291,7 @@ impl Pch {
         let positions = parameters.find(POSITION).map(|table| self.position_vectors(table, histories));
         let hidden = self.causal(parameters, items, (histories, positions), forward);
         let recent = items.projected.as_ref().map(|projected| self.recent(projected, histories));
-        let user = self.project(parameters, &hidden, recent);
+        let user = self.project(parameters, &hidden, recent, forward);
         let weight = self.shape.model.history_code_weight;
         coded(user, items.codes.as_ref().map(|codes| history_code::history(codes, histories, weight)))
     }
@@ -280,14 +300,16 @@ impl Pch {
     pub fn item(&self, parameters: &Parameters, items: &Items, targets: &Sequences, forward: &Forward) -> Tensor {
         let sampled = targets.items.index_select(0, &targets.positions);
         let own = |rows: &Tensor| take(rows, &sampled);
-        let item = match &items.content {
-            Some(content) => own(content),
-            None => {
+        let item = match &items.adapted {
+            Adapted::Histories { content, .. } => unit(parameters, &content.index_select(0, &sampled)),
+            Adapted::All(adapted) => {
                 let hidden = match self.shape.model.item_tower {
                     ItemTower::Causal => self.causal(parameters, items, (targets, None), forward),
-                    ItemTower::PerItem | ItemTower::Content => self.alone(parameters, &own(&items.adapted), forward),
+                    ItemTower::PerItem | ItemTower::Content => {
+                        self.alone((parameters, items.tape.as_ref()), own(adapted), forward)
+                    }
                 };
-                self.project(parameters, &hidden, items.projected.as_ref().map(own))
+                self.project(parameters, &hidden, items.projected.as_ref().map(own), forward)
             }
         };
         coded(item, items.codes.as_ref().map(own))
@@ -296,11 +318,11 @@ impl Pch {
     /// The item tower over items of the catalogue, each as a sequence of one: `[U, d]`.
     pub fn catalogue(&self, parameters: &Parameters, inputs: &ItemInputs<'_>, forward: &Forward) -> Tensor {
         let items = self.items(parameters, inputs, forward);
-        let item = match items.content {
-            Some(content) => content,
-            None => {
-                let hidden = self.alone(parameters, &items.adapted, forward);
-                self.project(parameters, &hidden, items.projected)
+        let item = match items.adapted {
+            Adapted::Histories { content, .. } => unit(parameters, &content),
+            Adapted::All(adapted) => {
+                let hidden = self.alone((parameters, items.tape.as_ref()), adapted, forward);
+                self.project(parameters, &hidden, items.projected, forward)
             }
         };
         coded(item, items.codes)
@@ -329,6 +351,22 @@ impl Pch {
         take(table, &histories.ages().clamp(0, self.shape.max_history - 1))
     }
 
+    /// `[T, D]`: what the encoder reads of the tokens, by the adaptor once for each item.
+    fn read(&self, parameters: &Parameters, items: &Items, sequences: &Sequences, forward: &Forward) -> Tensor {
+        match &items.adapted {
+            Adapted::All(adapted) => take(adapted, &sequences.items),
+            Adapted::Histories { content, vectors } => {
+                let (used, place) = sequences.items.internal_unique(true, true);
+                let adapted = adapt(parameters, &content.index_select(0, &used), forward);
+                let read = take(&adapted, &place);
+                match vectors {
+                    Some(vectors) => read + take(vectors, &sequences.items),
+                    None => read,
+                }
+            }
+        }
+    }
+
     /// Causal encoding of whole sequences, at the sampled positions: `[R, D]`.
     fn causal(
         &self,
@@ -337,10 +375,10 @@ impl Pch {
         (sequences, positions): (&Sequences, Option<Tensor>),
         forward: &Forward,
     ) -> Tensor {
+        let mut x = self.read(parameters, items, sequences, forward);
         if sequences.is_unread() {
-            return items.adapted.narrow(0, 0, 0);
+            return x.narrow(0, 0, 0);
         }
-        let mut x = take(&items.adapted, &sequences.items);
         if let Some(positions) = positions {
             x += positions;
         }
@@ -350,16 +388,23 @@ impl Pch {
                 None => assert!(sequences.is_alone(), "a sequence of several items came without its times"),
             }
         }
-        let hidden = self.encode(parameters, x, &Attention::Causal(&sequences.runs), forward);
-        hidden.index_select(0, &sequences.positions)
+        let route = (&Attention::Causal(&sequences.runs), Some(&sequences.positions));
+        self.encode((parameters, items.tape.as_ref()), x, route, forward)
     }
 
     /// Items `[M, D]`, each encoded as a sequence of one: `[M, D]`.
-    fn alone(&self, parameters: &Parameters, adapted: &Tensor, forward: &Forward) -> Tensor {
-        self.encode(parameters, adapted.shallow_clone(), &Attention::Alone, forward)
+    fn alone(&self, towers: (&Parameters, Option<&Tape>), adapted: Tensor, forward: &Forward) -> Tensor {
+        self.encode(towers, adapted, (&Attention::Alone, None), forward)
     }
 
-    fn encode(&self, parameters: &Parameters, x: Tensor, attention: &Attention, forward: &Forward) -> Tensor {
+    /// Hidden states after the last layer, at `positions` `[R]` or everywhere.
+    fn encode(
+        &self,
+        (parameters, tape): (&Parameters, Option<&Tape>),
+        x: Tensor,
+        (attention, positions): (&Attention, Option<&Tensor>),
+        forward: &Forward,
+    ) -> Tensor {
         let model = &self.shape.model;
         let settings = LayerForward {
             heads: model.heads.into(),
@@ -368,19 +413,26 @@ impl Pch {
             train: forward.train,
             precision: forward.precision,
         };
-        (0..model.layers).fold(x, |x, layer| {
+        if let Some(tape) = tape.filter(|_| model.layers > 0 && encoder::by_hand(parameters, forward.precision)) {
+            return tape.encode((parameters, model.layers), x, (attention, positions), &settings);
+        }
+        let hidden = (0..model.layers).fold(x, |x, layer| {
             let found = LayerWeights::find(&layer_prefix(layer), |name| {
                 Ok::<_, std::convert::Infallible>(parameters.get(name))
             });
             let Ok(weights) = found;
             bert::layer(&weights, &x, attention, &settings)
-        })
+        });
+        match positions {
+            Some(positions) => hidden.index_select(0, positions),
+            None => hidden,
+        }
     }
 
-    /// Hidden states `[R, D]` to embeddings `[R, d]`, as a correction of `base` `[R, d]` if there is one. Never in bf16: it
-    /// is a small product, and the loss multiplies its rounding by the logit scale.
-    fn project(&self, parameters: &Parameters, hidden: &Tensor, base: Option<Tensor>) -> Tensor {
-        let output = linear(parameters, "mlp.0").forward(hidden, Precision::F32);
+    /// Hidden states `[R, D]` to embeddings `[R, d]`, as a correction of `base` `[R, d]` if there is one. Rounding to bf16
+    /// moves a cosine by about 2^-9 / sqrt(d), far less than dropout does.
+    fn project(&self, parameters: &Parameters, hidden: &Tensor, base: Option<Tensor>, forward: &Forward) -> Tensor {
+        let output = linear(parameters, "mlp.0").forward(hidden, forward.precision).to_kind(parameters.kind());
         normalise(&match base {
             Some(base) => output + base,
             None => output,
@@ -408,6 +460,16 @@ fn layer_prefix(layer: u32) -> String {
 
 pub(crate) fn linear<'a>(parameters: &'a Parameters, name: &str) -> Linear<'a> {
     Linear { weight: parameters.get(&format!("{name}.weight")), bias: parameters.get(&format!("{name}.bias")) }
+}
+
+/// `[U, D]`: the adaptor's output for content embeddings `[U, input_dim]`.
+fn adapt(parameters: &Parameters, content: &Tensor, forward: &Forward) -> Tensor {
+    linear(parameters, "adaptor").forward(content, forward.precision).to_kind(parameters.kind())
+}
+
+/// Content embeddings as the item tower `content` and the residual path read them: L2-normalised.
+fn unit(parameters: &Parameters, content: &Tensor) -> Tensor {
+    normalise(&content.to_kind(parameters.kind()))
 }
 
 /// Rows of `table` by index; its gradient adds up in a fixed order.

@@ -10,6 +10,8 @@ mod cuda;
 mod facts;
 mod host;
 mod mapped;
+mod memory;
+mod parallel;
 mod raw;
 
 use std::path::PathBuf;
@@ -20,7 +22,9 @@ use tch::{Cuda, Device, Kind};
 pub use facts::{Facts, describe};
 pub use host::{from_host, to_host};
 pub use mapped::MappedFile;
-pub use raw::{RawTensor, buffer, raw};
+pub use memory::{in_large_pages, keep_freed_memory};
+pub use parallel::run_tasks;
+pub use raw::{RawTensor, Stored, buffer, raw, values, values_mut};
 
 /// Something about libtorch that does not work, with the remedy.
 #[derive(Debug, thiserror::Error)]

@@ -1,11 +1,33 @@
-//! The memory of a tensor, for a collective.
+//! The memory of a tensor, for a collective and for kernels of our own.
 
 use std::ffi::c_void;
 
+use half::bf16;
 use learn_collective::{Buffer, DType, Place};
 use tch::{Device, Kind, Tensor};
 
 use crate::TorchError;
+
+/// A type of Rust that elements of a kind are in memory. (`tch` takes bf16 for f16.)
+pub trait Stored: Copy {
+    const KIND: Kind;
+}
+
+impl Stored for f32 {
+    const KIND: Kind = Kind::Float;
+}
+
+impl Stored for f64 {
+    const KIND: Kind = Kind::Double;
+}
+
+impl Stored for bf16 {
+    const KIND: Kind = Kind::BFloat16;
+}
+
+impl Stored for i64 {
+    const KIND: Kind = Kind::Int64;
+}
 
 /// Where a contiguous tensor's elements lie. Valid while the tensor lives; whoever dereferences it proves that.
 #[derive(Clone, Copy, Debug)]
@@ -52,9 +74,60 @@ pub fn buffer(tensor: &mut Tensor) -> Result<Buffer<'_>, TorchError> {
     Ok(unsafe { Buffer::from_raw(ptr, len, dtype, place) })
 }
 
+/// The elements of a contiguous tensor on the CPU, row by row.
+///
+/// # Panics
+/// The tensor is of another kind, lies elsewhere or is not contiguous, as libtorch's operators panic for tensors that
+/// they cannot take.
+#[must_use]
+pub fn values<T: Stored>(tensor: &Tensor) -> &[T] {
+    let (ptr, len) = elements(tensor);
+    // SAFETY: `elements` has checked kind, place and layout; the borrow keeps the tensor alive. Another handle on the same
+    // storage is the caller's to avoid, as in `buffer`.
+    unsafe { std::slice::from_raw_parts(ptr, len) }
+}
+
+/// As [`values`], to write.
+///
+/// # Panics
+/// As [`values`].
+#[must_use]
+pub fn values_mut<T: Stored>(tensor: &mut Tensor) -> &mut [T] {
+    let (ptr, len) = elements(tensor);
+    // SAFETY: as in `values`, and the tensor is borrowed exclusively.
+    unsafe { std::slice::from_raw_parts_mut(ptr, len) }
+}
+
+fn elements<T: Stored>(tensor: &Tensor) -> (*mut T, usize) {
+    match raw(tensor) {
+        Ok(RawTensor { ptr, len, kind, device: Device::Cpu }) if kind == T::KIND => match len {
+            0 => (std::ptr::NonNull::dangling().as_ptr(), 0),
+            _ => (ptr.cast(), len),
+        },
+        Ok(RawTensor { kind, device, .. }) => {
+            panic!("{kind:?} values on {device:?} instead of {:?} on the CPU", T::KIND)
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn values_are_those_of_the_tensor_and_go_back_into_it() {
+        let mut tensor = Tensor::arange(6, (Kind::Float, Device::Cpu)).view([2, 3]);
+        values_mut::<f32>(&mut tensor)[4] = 9.0;
+        assert_eq!(values::<f32>(&tensor), [0.0, 1.0, 2.0, 3.0, 9.0, 5.0]);
+        assert!(values::<bf16>(&Tensor::empty([0, 3], (Kind::BFloat16, Device::Cpu))).is_empty());
+    }
+
+    #[test]
+    #[should_panic(expected = "Float values")]
+    fn values_of_another_kind_are_refused() {
+        let _ = values::<f64>(&Tensor::zeros([2], (Kind::Float, Device::Cpu)));
+    }
 
     #[test]
     fn a_tensor_is_a_buffer_of_its_own_elements() {

@@ -21,7 +21,7 @@ use learn_domain::ranking::{Metrics, Placement};
 use learn_domain::report::{Comparison, Estimate, Evaluation, SegmentResult, Split};
 use learn_domain::resampling::{Share, Totals};
 use learn_domain::segments::{Segment, Segments};
-use learn_model::{Forward, ItemInputs, Parameters, Pch};
+use learn_model::{Forward, ItemInputs, Parameters, Pch, Tape};
 use learn_proto::flight::Ticket;
 use learn_telemetry::WorkerMetrics;
 use tch::{Device, Kind, Tensor};
@@ -296,7 +296,7 @@ impl Evaluator {
             exchange.check()?;
             let rows = self.handle.block_on(self.rows.fetch(chunk))?;
             let rows = rows_tensor(&rows, (chunk.len(), self.dim), self.device);
-            let inputs = ItemInputs { items: chunk, content: &rows, id_seed: None };
+            let inputs = ItemInputs { items: chunk, content: &rows, id_seed: None, tape: Some(&Tape::new(0)) };
             parts.push(catalogue.model.catalogue(catalogue.parameters, &inputs, &self.forward));
             if let Some(content) = &content {
                 content.narrow(0, (number * ITEM_CHUNK) as i64, chunk.len() as i64).copy_(&rows);
@@ -315,7 +315,7 @@ impl Evaluator {
         let (unique, packed) = newest_positions(histories);
         let rows = self.handle.block_on(self.rows.fetch(&unique))?;
         let rows = rows_tensor(&rows, (unique.len(), self.dim), self.device);
-        let inputs = ItemInputs { items: &unique, content: &rows, id_seed: None };
+        let inputs = ItemInputs { items: &unique, content: &rows, id_seed: None, tape: Some(&Tape::new(0)) };
         Ok(embed_histories(catalogue, &inputs, &sequences(&packed, self.device), &self.forward))
     }
 }

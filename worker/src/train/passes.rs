@@ -8,7 +8,7 @@
 
 use half::f16;
 use learn_domain::random;
-use learn_model::{ItemInputs, Sequences};
+use learn_model::{ItemInputs, Sequences, Tape};
 use tch::{Device, Tensor};
 
 use super::objective::Towers;
@@ -141,30 +141,30 @@ impl Exposures {
 }
 
 impl Pass {
-    /// Both towers.
-    pub fn embed(&self, towers: Towers<'_>) -> Embeddings {
+    /// Both towers, and the way back.
+    pub fn embed(&self, towers: Towers<'_>) -> (Embeddings, Tape) {
         let Towers { model, parameters, forward } = towers;
-        if forward.train {
-            learn_torch::seed(self.seeds.dropout);
-        }
-        let inputs = ItemInputs { items: &self.items, content: &self.rows, id_seed: Some(self.seeds.items) };
+        let tape = towers.tape(self.seeds.dropout);
+        let inputs =
+            ItemInputs { items: &self.items, content: &self.rows, id_seed: Some(self.seeds.items), tape: Some(&tape) };
         let items = model.items(parameters, &inputs, forward);
         let item = |sequences| model.item(parameters, &items, sequences, forward);
         let targets = item(&self.targets);
-        Embeddings {
+        let embeddings = Embeddings {
             user: model.user(parameters, &items, &self.history, forward),
             item: match &self.negatives {
                 Some(negatives) => Tensor::cat(&[targets, item(negatives)], 0),
                 None => targets,
             },
-        }
+        };
+        (embeddings, tape)
     }
 }
 
-/// The embeddings of a share, and whether they carry the graph of its only pass.
+/// The embeddings of a share, and the way back if they are those of a single pass.
 pub struct Forwarded {
     pub embeddings: Embeddings,
-    graph: bool,
+    tape: Option<Tape>,
 }
 
 impl Forwarded {
@@ -175,51 +175,40 @@ impl Forwarded {
     }
 }
 
-/// Embeds a share: with the graph if it is one pass, without if it is several, empty if it has no user.
+/// Embeds a share: with the way back if it is one pass, without if it is several, empty if it has no user.
 pub fn forward(share: &Share, towers: Towers<'_>) -> Forwarded {
     match &share.passes[..] {
         [] => {
             let none =
                 || Tensor::zeros([0, towers.model.output_dim()], (towers.parameters.kind(), share.row_user.device()));
-            Forwarded { embeddings: Embeddings { user: none(), item: none() }, graph: false }
+            Forwarded { embeddings: Embeddings { user: none(), item: none() }, tape: None }
         }
-        [pass] => Forwarded { embeddings: pass.embed(towers), graph: true },
+        [pass] => {
+            let (embeddings, tape) = pass.embed(towers);
+            Forwarded { embeddings, tape: Some(tape) }
+        }
         passes => {
-            let parts: Vec<Embeddings> = tch::no_grad(|| passes.iter().map(|pass| pass.embed(towers)).collect());
+            let parts: Vec<Embeddings> = tch::no_grad(|| passes.iter().map(|pass| pass.embed(towers).0).collect());
             let join = |part: fn(&Embeddings) -> &Tensor| Tensor::cat(&parts.iter().map(part).collect::<Vec<_>>(), 0);
-            Forwarded { embeddings: Embeddings { user: join(|e| &e.user), item: join(|e| &e.item) }, graph: false }
+            Forwarded { embeddings: Embeddings { user: join(|e| &e.user), item: join(|e| &e.item) }, tape: None }
         }
     }
 }
 
 /// Brings the gradient of the loss with respect to the share's embeddings back to the parameters.
 pub fn backward(share: &Share, forwarded: Forwarded, gradient: &Embeddings, towers: Towers<'_>) {
-    if forwarded.graph {
+    if let Some(tape) = &forwarded.tape {
         let Embeddings { user, item } = &forwarded.embeddings;
-        pull(&[(user, &gradient.user), (item, &gradient.item)]);
+        tape.backward(towers.parameters, &[(user, &gradient.user), (item, &gradient.item)]);
         return;
     }
     let (mut first_user, mut first_item) = (0, 0);
     for pass in &share.passes {
         let (users, items) = pass.counts;
-        let Embeddings { user, item } = pass.embed(towers);
+        let (Embeddings { user, item }, tape) = pass.embed(towers);
         let (d_user, d_item) = (gradient.user.narrow(0, first_user, users), gradient.item.narrow(0, first_item, items));
-        pull(&[(&user, &d_user), (&item, &d_item)]);
+        tape.backward(towers.parameters, &[(&user, &d_user), (&item, &d_item)]);
         first_user += users;
         first_item += items;
-    }
-}
-
-/// Brings gradients back through the graphs of their embeddings in one pass; what has no graph has nothing to learn.
-///
-/// `sum(embedding * gradient)` has `gradient` as its derivative, so its backward is the wanted one.
-pub fn pull(parts: &[(&Tensor, &Tensor)]) {
-    let surrogate = parts
-        .iter()
-        .filter(|(embedding, _)| embedding.requires_grad())
-        .map(|(embedding, gradient)| (*embedding * *gradient).sum(embedding.kind()))
-        .reduce(|sum, part| sum + part);
-    if let Some(surrogate) = surrogate {
-        surrogate.backward();
     }
 }

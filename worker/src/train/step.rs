@@ -14,10 +14,11 @@ use std::time::{Duration, Instant};
 
 use learn_domain::config::OptimizerConfig;
 use learn_domain::random;
-use learn_model::{AdamW, Forward, Parameters, Pch, optimizer};
+use learn_model::optimizer::{self, Pace};
+use learn_model::{AdamW, Forward, Parameters, Pch};
 use learn_proto::convert::AfterStep;
 use learn_telemetry::{Phase, WorkerMetrics};
-use tch::Device;
+use tch::{Device, Tensor};
 
 use super::exchange::{Announcement, Exchange};
 use super::measure::{self, Geometry, GlobalRows};
@@ -192,7 +193,7 @@ impl Stepper {
         self.clock.enter(Phase::Reduce);
         let mut flat = self.parameters.gradients_into_flat();
         exchange.sum_tensor(&mut flat)?;
-        let mut rows = match self.parameters.row_gradient() {
+        let rows = match self.parameters.row_gradient() {
             Some(mine) => Some(exchange.merge_rows(mine)?),
             None => None,
         };
@@ -211,15 +212,15 @@ impl Stepper {
         }
 
         self.clock.enter(Phase::Optimizer);
-        let mut parts = vec![&mut flat];
-        parts.extend(rows.as_mut().map(|gradient| &mut gradient.rows));
-        let gradient_norm = optimizer::clip(&mut parts, self.optimizer_config.clip_norm);
+        let parts: Vec<&Tensor> = [&flat].into_iter().chain(rows.as_ref().map(|gradient| &gradient.rows)).collect();
+        let gradient_norm = optimizer::norm(&parts);
         if !gradient_norm.is_finite() {
             return not_finite(Some(gradient_norm));
         }
-        self.optimizer.step(&mut self.parameters, &flat, learning_rate);
+        let pace = Pace::clipped(learning_rate, gradient_norm, self.optimizer_config.clip_norm);
+        self.optimizer.step(&mut self.parameters, &flat, pace);
         if let Some(rows) = &rows {
-            self.optimizer.step_rows(&mut self.parameters, rows, learning_rate);
+            self.optimizer.step_rows(&mut self.parameters, rows, pace);
         }
         self.clock.stop();
 

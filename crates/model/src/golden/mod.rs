@@ -104,7 +104,7 @@ pub fn check(path: &Path, device: Device) -> Result<BTreeMap<String, f64>, Golde
 
     let table = case.tensor("in.table")?;
     let catalogue: Vec<u32> = (0..table.size()[0] as u32).collect();
-    let inputs = ItemInputs { items: &catalogue, content: table, id_seed: None };
+    let inputs = ItemInputs { items: &catalogue, content: table, id_seed: None, tape: None };
     let items = model.items(&parameters, &inputs, &forward);
     let user = model.user(&parameters, &items, &history.sequences, &forward);
     let towers = Towers {

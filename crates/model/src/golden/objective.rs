@@ -1,6 +1,6 @@
 //! The objective of a case, as a training step computes it, with several shards and tiles.
 
-use learn_domain::config::ObjectiveKind;
+use learn_domain::config::{ObjectiveKind, Precision};
 use learn_domain::packing::Run;
 use learn_domain::sampling::Pairs;
 use tch::{Kind, Tensor};
@@ -51,7 +51,7 @@ impl Towers<'_> {
     /// The item tower over the items with these numbers `[U]`.
     fn catalogue(&self, table: &Tensor, ids: &Tensor) -> Tensor {
         let items: Vec<u32> = (0..ids.numel()).map(|place| ids.int64_value(&[place as i64]) as u32).collect();
-        let inputs = ItemInputs { items: &items, content: &table.index_select(0, ids), id_seed: None };
+        let inputs = ItemInputs { items: &items, content: &table.index_select(0, ids), id_seed: None, tape: None };
         self.model.catalogue(self.parameters, &inputs, self.forward)
     }
 
@@ -107,6 +107,8 @@ impl Towers<'_> {
             logit_scale: self.model.logit_scale(self.parameters),
             pairs: local_pairs(&row_user, &item_user, pairing),
             tile: TILE,
+            items_learn: true,
+            precision: Precision::F32,
         }
         .compute();
         Ok(Minimised {

@@ -49,6 +49,24 @@ impl Groups {
         values.index_select(0, &self.index.reshape([-1])).view(size.as_slice())
     }
 
+    /// The places of a table `[G, W, d]` at which there is a row, by user: `[K, d]`.
+    pub fn dense(&self, table: &Tensor) -> Tensor {
+        table.flatten(0, 1).index_select(0, &self.places)
+    }
+
+    /// `[K]`: the user, as a number among the `users`, of each row of [`Groups::dense`].
+    pub fn group(&self) -> Tensor {
+        self.places.divide_scalar_mode(self.index.size()[1].max(1), "floor")
+    }
+
+    /// The table `[G, W]` or `[G, W, d]` of which these are the dense rows, `[K]` or `[K, d]`; `absent` elsewhere.
+    pub fn spread(&self, dense: &Tensor, absent: f64) -> Tensor {
+        let size = dense.size();
+        let whole = |places: &[i64]| [places, &size[1..]].concat();
+        let table = Tensor::full(whole(&[self.index.numel() as i64]), absent, (dense.kind(), dense.device()));
+        table.index_copy(0, &self.places, dense).view(whole(&self.index.size()).as_slice())
+    }
+
     /// Adds a table `[G, W, d]` to rows `[n, d]` in place. A row has one place, so the order of the sum is no matter.
     pub fn add_to_rows(&self, rows: &mut Tensor, table: &Tensor) {
         let flat = table.reshape([self.index.numel() as i64, table.size()[2]]);
@@ -69,6 +87,12 @@ mod tests {
         let values = Tensor::arange(7, (Kind::Int64, tch::Device::Cpu));
         let table: Vec<Vec<i64>> = (&groups.table(&values)).try_into().unwrap();
         assert_eq!((&table[0][..2], &table[2][..]), (&[1_i64, 5][..], &[0_i64, 2, 6][..]));
+
+        let dense = groups.dense(&groups.table(&values.unsqueeze(1)));
+        assert_eq!(Vec::<i64>::try_from(dense.view(-1)).unwrap(), [1, 5, 0, 2, 6]);
+        assert_eq!(Vec::<i64>::try_from(groups.group()).unwrap(), [0, 0, 2, 2, 2]);
+        let spread: Vec<Vec<i64>> = groups.spread(&dense.view(-1), -1.0).try_into().unwrap();
+        assert_eq!(spread, [[1, 5, -1], [-1; 3], [0, 2, 6]]);
 
         let mut rows = Tensor::zeros([7, 1], (Kind::Int64, tch::Device::Cpu));
         groups.add_to_rows(&mut rows, &groups.table(&(values + 10).unsqueeze(1)));

@@ -18,6 +18,7 @@
 //! ranks is the loss (the gradient) of the whole batch on one device. Every rank sees a learned logit scale in full, so
 //! its gradient here is the share of the own rows, to be summed over ranks like the rest.
 
+use learn_domain::config::Precision;
 use learn_domain::sampling::Pairs;
 use tch::{Kind, Tensor};
 
@@ -50,6 +51,11 @@ pub struct InfoNce<'a> {
     pub pairs: i64,
     /// Items whose similarities are in memory at once; at least 1.
     pub tile: i64,
+    /// Whether anybody learns from the items' gradient; else it stays 0.
+    pub items_learn: bool,
+    /// Of the products with negatives. In bf16 a score is rounded to one part in 512, which the sum over many negatives
+    /// evens out; scores of a row's own targets are never rounded.
+    pub precision: Precision,
 }
 
 /// What [`InfoNce::compute`] gives.
@@ -87,13 +93,18 @@ impl InfoNce<'_> {
     }
 }
 
-/// The own rows and targets as tables. G local users, J = most rows of one, K = most targets of one.
+/// The own rows and targets as tables. G local users, J = most rows of one, K = most targets of one; n rows that are there.
 struct Batch<'a> {
     input: &'a InfoNce<'a>,
     rows: Groups,
     targets: Groups,
     /// `[G, J, d]`: user rows times the logit scale.
     scaled: Tensor,
+    /// `[n, d]`: those of them that are there, and all items `[M, d]`, both of the products' kind.
+    dense: Tensor,
+    item: Tensor,
+    /// `[n]`: the user of each of these.
+    group: Tensor,
     /// `[G, K, d]`.
     own_item: Tensor,
     /// `[G, K, 1]`.
@@ -107,8 +118,13 @@ impl<'a> Batch<'a> {
         let (users, ..) = input.row_user.internal_unique2(true, false, false);
         let rows = Groups::new(input.row_user, &users);
         let targets = Groups::new(input.item_user, &users);
+        let scaled = rows.table(input.user) * input.logit_scale.detach().to_kind(input.user.kind());
+        let kind = learn_torch::product_kind(input.precision).unwrap_or_else(|| scaled.kind());
         Self {
-            scaled: rows.table(input.user) * input.logit_scale.detach().to_kind(input.user.kind()),
+            dense: rows.dense(&scaled).to_kind(kind),
+            item: input.item.to_kind(kind),
+            group: rows.group(),
+            scaled,
             own_item: targets.table(input.item),
             own_id: targets.table(input.item_id).masked_fill(&targets.present.logical_not(), NO_ITEM).unsqueeze(2),
             valid: valid(&rows, &targets, input.pairing),
@@ -119,7 +135,9 @@ impl<'a> Batch<'a> {
     }
 
     fn run(&self, output: &mut InfoNceOutput) {
-        let (lse, hardest) = self.forward();
+        let (dense_lse, dense_hardest, scores) = self.forward();
+        let spread = |dense: &Tensor| self.rows.spread(dense, f64::NEG_INFINITY);
+        let (lse, hardest) = (spread(&dense_lse), spread(&dense_hardest));
         // [G, J, K]
         let mut own = self.scaled.bmm(&self.own_item.transpose(1, 2));
         if let Some(correction) = self.input.correction {
@@ -136,8 +154,12 @@ impl<'a> Batch<'a> {
         // [G, J]: how much the negatives of a row weigh; their softmax is exp(s - lse)
         let weight = miss.sum_dim_intlist([2_i64].as_slice(), false, miss.kind());
         let mut d_scaled = -miss.bmm(&self.own_item);
-        self.targets.add_to_rows(&mut output.d_item, &-miss.transpose(1, 2).bmm(&self.scaled));
-        self.backward(&lse, &weight, &mut d_scaled, &mut output.d_item);
+        if self.input.items_learn {
+            self.targets.add_to_rows(&mut output.d_item, &-miss.transpose(1, 2).bmm(&self.scaled));
+        }
+        let weight = self.rows.dense(&weight.unsqueeze(2));
+        let d_dense = self.backward((&dense_lse, &weight), scores, &mut output.d_item);
+        d_scaled += self.rows.spread(&d_dense, 0.0);
 
         // cosine part of s = scale * u.v, so the sum of d loss / d s * it is that of d loss / d (scale * u) * (scale * u)
         output.d_log_scale = (&d_scaled * &self.scaled).sum(d_scaled.kind());
@@ -145,33 +167,38 @@ impl<'a> Batch<'a> {
         self.rows.add_to_rows(&mut output.d_user, &(d_scaled * scale));
     }
 
-    /// Per row, over its negatives: log-sum-exp and maximum of the scores, both `[G, J]`; -inf where there is none.
-    fn forward(&self) -> (Tensor, Tensor) {
-        let size = &self.scaled.size()[..2];
-        let mut lse = Tensor::full(size, f64::NEG_INFINITY, (self.scaled.kind(), self.scaled.device()));
+    /// Per row, over its negatives: log-sum-exp and maximum of the scores, both `[n]`; -inf where there is none. Scores
+    /// that are one tile come along.
+    fn forward(&self) -> (Tensor, Tensor, Option<Tensor>) {
+        let rows = [self.dense.size()[0]];
+        let mut lse = Tensor::full(rows, f64::NEG_INFINITY, (self.scaled.kind(), self.dense.device()));
         let mut hardest = lse.copy();
+        let mut kept = None;
         for (start, length) in self.tiles() {
             let scores = self.negatives(start, length);
-            lse = lse.logaddexp(&scores.logsumexp([2_i64].as_slice(), false));
-            hardest = hardest.maximum(&scores.amax([2_i64].as_slice(), false));
+            lse = lse.logaddexp(&scores.logsumexp([1_i64].as_slice(), false));
+            hardest = hardest.maximum(&scores.amax([1_i64].as_slice(), false));
+            kept = (length == self.input.item.size()[0]).then_some(scores);
         }
-        (lse, hardest)
+        (lse, hardest, kept)
     }
 
-    /// Adds what the negatives contribute to the gradients of the scaled rows and of the items.
-    fn backward(&self, lse: &Tensor, weight: &Tensor, d_scaled: &mut Tensor, d_item: &mut Tensor) {
-        let (groups, rows, d) = self.scaled.size3().unwrap_or_default();
-        let flat = self.scaled.view([groups * rows, d]);
-        let mut d_flat = d_scaled.view([groups * rows, d]);
+    /// What the negatives contribute to the gradient of the rows `[n, d]`; what they contribute to the items' is added.
+    fn backward(&self, (lse, weight): (&Tensor, &Tensor), mut kept: Option<Tensor>, d_item: &mut Tensor) -> Tensor {
+        let mut d_dense = Tensor::zeros(self.dense.size(), (self.scaled.kind(), self.dense.device()));
         // without a negative every score is -inf, and exp(-inf - inf) is the wanted 0
         let none = lse.eq(f64::NEG_INFINITY);
-        let lse = lse.masked_fill(&none, f64::INFINITY).unsqueeze(2);
+        let lse = lse.masked_fill(&none, f64::INFINITY).unsqueeze(1);
         for (start, length) in self.tiles() {
-            let scores = self.negatives(start, length);
-            let gradient = ((scores - &lse).exp() * weight.unsqueeze(2)).view([groups * rows, length]);
-            let _ = d_flat.addmm_(&gradient, &self.input.item.narrow(0, start, length));
-            let _ = d_item.narrow(0, start, length).addmm_(&gradient.tr(), &flat);
+            let scores = kept.take().unwrap_or_else(|| self.negatives(start, length));
+            let gradient = ((scores - &lse).exp() * weight).to_kind(self.dense.kind());
+            d_dense += gradient.mm(&self.item.narrow(0, start, length));
+            if self.input.items_learn {
+                let mut d_tile = d_item.narrow(0, start, length);
+                d_tile += gradient.tr().mm(&self.dense);
+            }
         }
+        d_dense
     }
 
     fn tiles(&self) -> impl Iterator<Item = (i64, i64)> {
@@ -181,15 +208,16 @@ impl<'a> Batch<'a> {
             .map(move |start| (start, tile.min(items - start)))
     }
 
-    /// `[G, J, length]`: scores of a tile, -inf where an item is no negative of the user.
+    /// `[n, length]`: scores of a tile, -inf where an item is no negative of the user.
     fn negatives(&self, start: i64, length: i64) -> Tensor {
         let ids = self.input.item_id.narrow(0, start, length).view([1, 1, length]);
-        let excluded = self.own_id.eq_tensor(&ids).any_dim(1, true);
-        let mut scores = self.scaled.matmul(&self.input.item.narrow(0, start, length).tr());
+        let excluded = self.own_id.eq_tensor(&ids).any_dim(1, false).index_select(0, &self.group);
+        let scores = self.dense.mm(&self.item.narrow(0, start, length).tr());
+        let mut scores = scores.to_kind(self.scaled.kind());
         if let Some(correction) = self.input.correction {
             scores -= correction.narrow(0, start, length);
         }
-        scores.masked_fill(&excluded, f64::NEG_INFINITY)
+        scores.masked_fill_(&excluded, f64::NEG_INFINITY)
     }
 }
 

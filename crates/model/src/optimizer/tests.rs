@@ -112,27 +112,31 @@ fn a_foreign_state_is_refused_and_changes_nothing() {
 }
 
 #[test]
-fn clipping_keeps_the_direction() {
-    let start = Tensor::from_slice(&[3.0_f32, 0.0, -4.0]);
-    let clipped = |longest| {
-        let mut gradient = start.copy();
-        assert_eq!(clip(&mut [&mut gradient], longest), 5.0);
-        gradient
-    };
-    assert_eq!(clipped(0.0), start);
-    assert_eq!(clipped(6.0), start);
-    assert!(gap(&clipped(1.0), &(&start / 5.0)) < 1e-6);
-    let mut zero = Tensor::zeros([3], (Kind::Float, Device::Cpu));
-    assert_eq!((clip(&mut [&mut zero], 1.0), global_norm(&zero)), (0.0, 0.0));
-    let mut broken = Tensor::from_slice(&[f32::NAN, 1.0]);
-    assert!(clip(&mut [&mut broken], 1.0).is_nan());
+fn clipping_shortens_and_never_lengthens() {
+    for kind in [Kind::Float, Kind::Double] {
+        let (one, other) = (Tensor::from_slice(&[3.0_f32, 0.0]).to_kind(kind), Tensor::from_slice(&[-4.0_f32]));
+        let length = norm(&[&one, &other.to_kind(kind).view([1, 1])]);
+        assert_eq!(length, 5.0);
+        let scale = |longest| Pace::clipped(0.1, length, longest).gradient_scale;
+        assert_eq!((scale(0.0), scale(6.0)), (1.0, 1.0));
+        assert!((scale(1.0) - 0.2).abs() < 1e-6);
+        assert_eq!(norm(&[&one.zeros_like()]), 0.0);
+        assert!(norm(&[&(one / 0.0)]).is_nan());
+    }
+    assert_eq!(Pace::clipped(0.1, 0.0, 1.0), Pace::from(0.1));
 }
 
 #[test]
-fn two_parts_are_clipped_by_their_common_norm() {
-    let (mut one, mut other) = (Tensor::from_slice(&[3.0_f32]), Tensor::from_slice(&[4.0_f32, 0.0]).view([1, 2]));
-    assert_eq!(clip(&mut [&mut one, &mut other], 1.0), 5.0);
-    assert!((one.double_value(&[0]) - 0.6).abs() < 1e-6 && (other.double_value(&[0, 0]) - 0.8).abs() < 1e-6);
+fn a_scaled_gradient_is_that_of_the_scaled_values() {
+    for (label, kind) in [("f64", Kind::Double), ("f32", Kind::Float)] {
+        let case = Case::open(label);
+        let gradient = case.flat("gradient.0").to_kind(kind);
+        let (mut scaled, mut given) = (case.start(kind), case.start(kind));
+        let pace = Pace { learning_rate: 0.1, gradient_scale: 0.25 };
+        AdamW::new(&scaled, &config()).step(&mut scaled, &gradient, pace);
+        AdamW::new(&given, &config()).step(&mut given, &(&gradient * 0.25), 0.1);
+        assert_eq!(scaled.flat(), given.flat(), "{label}");
+    }
 }
 
 /// A table of item vectors, alone or as a weight of the flat buffer.

@@ -10,16 +10,16 @@ use std::ops::Range;
 use learn_domain::config::ObjectiveConfig;
 use learn_domain::random;
 use learn_domain::sampling::Pairs;
-use learn_model::ItemInputs;
 use learn_model::objective::pair_indices;
 use learn_model::objective::softmax::{Normalizer, Shard};
+use learn_model::{ItemInputs, Tape};
 use learn_telemetry::Phase;
 use tch::Tensor;
 
 use super::{Contribution, StepLoss, Towers};
 use crate::error::WorkerError;
 use crate::train::exchange::Exchange;
-use crate::train::passes::{Embeddings, Seeds, pull};
+use crate::train::passes::{Embeddings, Seeds};
 use crate::train::step::PhaseClock;
 
 /// Scores that are in memory at once.
@@ -60,7 +60,7 @@ impl FullSoftmax {
         clock: &mut PhaseClock,
     ) -> Result<StepLoss, WorkerError> {
         clock.enter(Phase::Forward);
-        let embedded = self.embed_all(mine.seeds, towers);
+        let (embedded, tape) = self.embed_all(mine.seeds, towers);
         let item = embedded.detach();
         clock.enter(Phase::Gather);
         let user = exchange.gather_rows(&mine.embeddings.user, mine.row_counts)?;
@@ -85,7 +85,7 @@ impl FullSoftmax {
         clock.enter(Phase::Gather);
         let d_user = exchange.scatter_rows(&loss.d_user, mine.row_counts)?;
         clock.enter(Phase::Backward);
-        self.pull_all(&embedded, &loss.d_item, mine.seeds, towers);
+        self.pull_all((&embedded, tape), &loss.d_item, mine.seeds, towers);
         Ok(StepLoss {
             loss: loss.loss,
             correct: loss.correct,
@@ -105,42 +105,44 @@ impl FullSoftmax {
         Ok((row, targets.select(1, 0).index_select(0, &target)))
     }
 
-    /// `[n, d]`: the own items, with the graph if they are one batch.
-    fn embed_all(&self, seeds: Seeds, towers: Towers<'_>) -> Tensor {
+    /// `[n, d]`: the own items, with the way back if they are one batch.
+    fn embed_all(&self, seeds: Seeds, towers: Towers<'_>) -> (Tensor, Option<Tape>) {
         match &self.batches()[..] {
-            [] => Tensor::zeros([0, towers.model.output_dim()], (towers.parameters.kind(), self.rows.device())),
-            [all] => self.embed(all.clone(), seeds, towers),
+            [] => (Tensor::zeros([0, towers.model.output_dim()], (towers.parameters.kind(), self.rows.device())), None),
+            [all] => {
+                let (all, tape) = self.embed(all.clone(), seeds, towers);
+                (all, Some(tape))
+            }
             batches => tch::no_grad(|| {
-                let parts: Vec<Tensor> = batches.iter().map(|batch| self.embed(batch.clone(), seeds, towers)).collect();
-                Tensor::cat(&parts, 0)
+                let embed = |batch: &Range<i64>| self.embed(batch.clone(), seeds, towers).0;
+                (Tensor::cat(&batches.iter().map(embed).collect::<Vec<_>>(), 0), None)
             }),
         }
     }
 
     /// Brings the gradient `[n, d]` of the own items back to the parameters.
-    fn pull_all(&self, embedded: &Tensor, d_item: &Tensor, seeds: Seeds, towers: Towers<'_>) {
-        match &self.batches()[..] {
-            [_] => pull(&[(embedded, d_item)]),
-            batches => {
-                for batch in batches {
-                    let gradient = d_item.narrow(0, batch.start, batch.end - batch.start);
-                    pull(&[(&self.embed(batch.clone(), seeds, towers), &gradient)]);
-                }
-            }
+    fn pull_all(&self, (embedded, tape): (&Tensor, Option<Tape>), d_item: &Tensor, seeds: Seeds, towers: Towers<'_>) {
+        if let Some(tape) = tape {
+            tape.backward(towers.parameters, &[(embedded, d_item)]);
+            return;
+        }
+        for batch in self.batches() {
+            let gradient = d_item.narrow(0, batch.start, batch.end - batch.start);
+            let (items, tape) = self.embed(batch, seeds, towers);
+            tape.backward(towers.parameters, &[(&items, &gradient)]);
         }
     }
 
     /// One batch of the own items through the item tower; dropout draws the same masks each time.
-    fn embed(&self, batch: Range<i64>, seeds: Seeds, towers: Towers<'_>) -> Tensor {
-        if towers.forward.train {
-            // the passes of the share count from 0
-            learn_torch::seed(random::key(&[seeds.dropout, u64::MAX, batch.start.cast_unsigned()]));
-        }
+    fn embed(&self, batch: Range<i64>, seeds: Seeds, towers: Towers<'_>) -> (Tensor, Tape) {
+        // the passes of the share count from 0
+        let tape = towers.tape(random::key(&[seeds.dropout, u64::MAX, batch.start.cast_unsigned()]));
         let rows = self.rows.narrow(0, batch.start, batch.end - batch.start);
         let first = self.first_item + batch.start;
         let items: Vec<u32> = (first..first + rows.size()[0]).map(|item| item as u32).collect();
-        let inputs = ItemInputs { items: &items, content: &rows, id_seed: Some(seeds.items) };
-        towers.model.catalogue(towers.parameters, &inputs, towers.forward)
+        let inputs = ItemInputs { items: &items, content: &rows, id_seed: Some(seeds.items), tape: Some(&tape) };
+        let embedded = towers.model.catalogue(towers.parameters, &inputs, towers.forward);
+        (embedded, tape)
     }
 
     fn batches(&self) -> Vec<Range<i64>> {

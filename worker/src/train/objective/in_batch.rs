@@ -14,8 +14,10 @@ use crate::train::exchange::Exchange;
 use crate::train::passes::Embeddings;
 use crate::train::step::PhaseClock;
 
-/// Items of the gathered batch whose similarities are in memory at once.
-const TILE: i64 = 1024;
+/// Scores that are in memory at once.
+const SCORES: i64 = 1 << 21;
+/// Fewest and most items of a tile.
+const TILE: (i64, i64) = (256, 8192);
 
 /// InfoNCE over the global batch.
 #[derive(Debug)]
@@ -55,6 +57,7 @@ impl InBatch {
         // ids and owners travel together as [m, 2]
         let identities = exchange.gather_rows(&Tensor::stack(&[&share.item_id, &share.item_user], 1), counts)?;
         clock.enter(Phase::Loss);
+        let items_learn = towers.model.items_learn();
         let item_id = identities.select(1, 0).contiguous();
         let in_batch = item_id.size()[0] - self.uniform;
         let correction = self
@@ -71,11 +74,16 @@ impl InBatch {
             pairing: self.pairing,
             logit_scale: towers.model.logit_scale(towers.parameters),
             pairs: mine.pairs,
-            tile: TILE,
+            tile: (SCORES / mine.embeddings.user.size()[0].max(1)).clamp(TILE.0, TILE.1),
+            items_learn,
+            precision: towers.forward.precision,
         }
         .compute();
         clock.enter(Phase::Gather);
-        let own_item = exchange.scatter_rows(&output.d_item, counts)?;
+        let own_item = match items_learn {
+            true => exchange.scatter_rows(&output.d_item, counts)?,
+            false => mine.embeddings.item.zeros_like(),
+        };
         Ok(StepLoss {
             loss: output.loss,
             correct: output.correct,

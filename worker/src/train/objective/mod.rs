@@ -12,7 +12,7 @@ pub use conversion::Conversion;
 pub use full_softmax::FullSoftmax;
 pub use in_batch::InBatch;
 use learn_domain::sampling::Pairs;
-use learn_model::{Forward, Parameters, Pch};
+use learn_model::{Forward, Parameters, Pch, Tape};
 use tch::{Kind, Tensor};
 
 use super::exchange::Exchange;
@@ -26,6 +26,17 @@ pub struct Towers<'a> {
     pub model: &'a Pch,
     pub parameters: &'a Parameters,
     pub forward: &'a Forward,
+}
+
+impl Towers<'_> {
+    /// For a pass with this seed of dropout.
+    #[must_use]
+    pub fn tape(&self, seed: u64) -> Tape {
+        if self.forward.train {
+            learn_torch::seed(seed);
+        }
+        Tape::new(seed)
+    }
 }
 
 /// What this rank brings to a step's loss.

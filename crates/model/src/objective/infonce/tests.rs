@@ -98,6 +98,8 @@ impl World {
             logit_scale: Tensor::from(self.log_scale.exp()),
             pairs: self.pairs(),
             tile,
+            items_learn: true,
+            precision: Precision::F32,
         }
         .compute();
         (rows, output)
@@ -249,12 +251,9 @@ fn order_of_rows_does_not_matter() {
     assert!(gap(&output.d_item, &straight.d_item) < 1e-14);
 }
 
-#[test]
-fn f32_stays_near_f64_even_for_large_scales() {
-    let plan = Plan { counts: vec![(10, 10); 20], vocabulary: 150, dim: 16, scale: 100.0, seed: 8, tile: 64, ..some() };
-    let world = World::new(&plan);
-    let (_, exact) = world.share(|_| true, 64);
-    let output = InfoNce {
+/// A larger batch in f32.
+fn in_f32(world: &World, precision: Precision, items_learn: bool) -> InfoNceOutput {
+    InfoNce {
         user: &world.user.to_kind(Kind::Float),
         row_user: &index(&world.row_user),
         item: &world.item.to_kind(Kind::Float),
@@ -262,11 +261,24 @@ fn f32_stays_near_f64_even_for_large_scales() {
         item_user: &index(&world.item_user),
         correction: None,
         pairing: world.pairing,
-        logit_scale: Tensor::from(100.0_f32),
+        logit_scale: Tensor::from(world.log_scale.exp() as f32),
         pairs: world.pairs(),
         tile: 64,
+        items_learn,
+        precision,
     }
-    .compute();
+    .compute()
+}
+
+fn large(scale: f64) -> World {
+    World::new(&Plan { counts: vec![(10, 10); 20], vocabulary: 150, dim: 16, scale, seed: 8, tile: 64, ..some() })
+}
+
+#[test]
+fn f32_stays_near_f64_even_for_large_scales() {
+    let world = large(100.0);
+    let (_, exact) = world.share(|_| true, 64);
+    let output = in_f32(&world, Precision::F32, true);
     assert_eq!((output.loss.kind(), output.d_item.kind()), (Kind::Float, Kind::Float));
     assert!((output.loss.double_value(&[]) / exact.loss.double_value(&[]) - 1.0).abs() < 1e-5);
     // scores up to 100 have a last digit of 8e-6, and their exponentials move by as much
@@ -274,4 +286,25 @@ fn f32_stays_near_f64_even_for_large_scales() {
         let error = gap(&ours.to_kind(Kind::Double), theirs) / theirs.abs().max().double_value(&[]);
         assert!(error < 3e-5, "{error:e}");
     }
+}
+
+#[test]
+fn bf16_products_move_the_loss_little() {
+    let world = large(20.0);
+    let (exact, coarse) = (in_f32(&world, Precision::F32, true), in_f32(&world, Precision::Bf16, true));
+    let moved = coarse.loss.double_value(&[]) / exact.loss.double_value(&[]) - 1.0;
+    assert!(moved != 0.0 && moved.abs() < 1e-3, "{moved:e}");
+    for (ours, theirs) in [(&coarse.d_user, &exact.d_user), (&coarse.d_item, &exact.d_item)] {
+        assert_eq!(ours.kind(), Kind::Float);
+        let error = gap(ours, theirs) / theirs.abs().max().double_value(&[]);
+        assert!(error < 0.02, "{error:e}");
+    }
+}
+
+#[test]
+fn nobody_learns_from_items_that_do_not_learn() {
+    let world = large(20.0);
+    let (all, some) = (in_f32(&world, Precision::F32, true), in_f32(&world, Precision::F32, false));
+    assert_eq!((&all.loss, &all.d_user), (&some.loss, &some.d_user));
+    assert_eq!(some.d_item.abs().max().double_value(&[]), 0.0);
 }

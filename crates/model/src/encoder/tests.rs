@@ -1,0 +1,246 @@
+//! Tests of the encoder by hand: against the one that libtorch differentiates.
+
+use std::collections::BTreeMap;
+
+use learn_domain::config::{ItemTower, ModelConfig, PositionEmbedding, Precision};
+use learn_domain::packing::Packing;
+use tch::{Device, Kind, Tensor};
+
+use super::*;
+use crate::parameters::Parameters;
+use crate::{AdamW, Forward, ItemInputs, Pch, PchShape, Sequences};
+
+const INPUT: i64 = 24;
+
+/// Towers, and a batch for them.
+struct Batch {
+    model: Pch,
+    parameters: Parameters,
+    content: Tensor,
+    history: Sequences,
+    targets: Sequences,
+    d_user: Tensor,
+    d_item: Tensor,
+}
+
+/// What a pass gives.
+struct Outcome {
+    user: Tensor,
+    item: Tensor,
+    gradients: BTreeMap<String, Tensor>,
+}
+
+/// Users in the order in which they lie: shortest first. The positions are not.
+fn sequences(lengths: &[usize], positions: &[i64]) -> Sequences {
+    let tokens: i64 = lengths.iter().sum::<usize>() as i64;
+    Sequences {
+        items: Tensor::arange(tokens, (Kind::Int64, Device::Cpu)).remainder(9),
+        runs: Packing::new(lengths).runs,
+        positions: Tensor::from_slice(positions),
+        gaps: None,
+    }
+}
+
+impl Batch {
+    fn new(item_tower: ItemTower, dropout: f64) -> Self {
+        let output_dim = if item_tower == ItemTower::Content { INPUT as u32 } else { 10 };
+        let model = ModelConfig {
+            layers: 3,
+            heads: 2,
+            hidden: 32,
+            output_dim,
+            dropout,
+            init_std: 0.25,
+            item_tower,
+            position_embedding: PositionEmbedding::Learned,
+            ..ModelConfig::default()
+        };
+        let model = Pch::new(PchShape { input_dim: INPUT, items: 9, model, max_history: 8, cvr_hidden: None }).unwrap();
+        let parameters = Parameters::init(model.shape(), 3, Device::Cpu);
+        // biases and scales that are not where they start
+        learn_torch::seed(4);
+        tch::no_grad(|| {
+            let mut flat = parameters.flat().shallow_clone();
+            flat += Tensor::randn(flat.size(), (Kind::Float, Device::Cpu)) * 0.05;
+        });
+        let options = (Kind::Float, Device::Cpu);
+        Self {
+            content: Tensor::randn([9, INPUT], options),
+            history: sequences(&[1, 1, 2, 5, 5, 7], &[20, 18, 0, 3, 2, 13, 9, 4, 20]),
+            targets: sequences(&[1, 3, 3], &[6, 4, 0, 1]),
+            d_user: Tensor::randn([9, output_dim.into()], options),
+            d_item: Tensor::randn([4, output_dim.into()], options),
+            model,
+            parameters,
+        }
+    }
+
+    fn run(&mut self, forward: Forward, tape: Option<&Tape>) -> Outcome {
+        let (user, item) = self.forward(forward, tape);
+        let outputs = [(&user, &self.d_user), (&item, &self.d_item)];
+        match tape {
+            Some(tape) => tape.backward(&self.parameters, &outputs),
+            None => pull(&outputs),
+        }
+        let flat = self.parameters.gradients_into_flat().copy();
+        let gradients = self.parameters.parts(&flat).map(|(name, part)| (name.to_owned(), part)).collect();
+        Outcome { user: user.detach(), item: item.detach(), gradients }
+    }
+
+    fn forward(&self, forward: Forward, tape: Option<&Tape>) -> (Tensor, Tensor) {
+        let items: Vec<u32> = (0..9).collect();
+        let inputs = ItemInputs { items: &items, content: &self.content, id_seed: None, tape };
+        let items = self.model.items(&self.parameters, &inputs, &forward);
+        let item = self.model.item(&self.parameters, &items, &self.targets, &forward);
+        (self.model.user(&self.parameters, &items, &self.history, &forward), item)
+    }
+}
+
+/// The largest difference, in parts of the larger one's largest value.
+fn gap(a: &Tensor, b: &Tensor) -> f64 {
+    let largest = |tensor: Tensor| tensor.abs().max().double_value(&[]);
+    largest(a - b) / largest(b.shallow_clone()).max(1e-3)
+}
+
+const TOWERS: [ItemTower; 3] = [ItemTower::Causal, ItemTower::PerItem, ItemTower::Content];
+
+#[test]
+fn it_agrees_with_libtorchs_own_differentiation() {
+    let forward = Forward { train: true, precision: Precision::F32 };
+    for tower in TOWERS {
+        let mut batch = Batch::new(tower, 0.0);
+        let reference = batch.run(forward, None);
+        let by_hand = batch.run(forward, Some(&Tape::new(1)));
+        assert!(gap(&by_hand.user, &reference.user) < 1e-5 && gap(&by_hand.item, &reference.item) < 1e-5, "{tower:?}");
+        let largest = reference.gradients.values().map(|part| part.abs().max().double_value(&[])).fold(0.0, f64::max);
+        for (name, theirs) in &reference.gradients {
+            let ours = &by_hand.gradients[name];
+            // a key's bias moves all scores of a query alike, so its gradient is 0 but for rounding
+            let error = match name.ends_with("key.bias") {
+                true => (ours - theirs).abs().max().double_value(&[]) / largest,
+                false => gap(ours, theirs),
+            };
+            assert!(error < 1e-5, "{tower:?}, {name}: {error:e}");
+        }
+        // and again: nothing of a step is left for the next
+        let again = batch.run(forward, Some(&Tape::new(1)));
+        assert_eq!(again.gradients, by_hand.gradients, "{tower:?}");
+    }
+}
+
+/// 1 - cosine.
+fn distance(a: &Tensor, b: &Tensor) -> f64 {
+    let product = (a * b).sum(Kind::Double).double_value(&[]);
+    1.0 - product / (a.norm().double_value(&[]) * b.norm().double_value(&[])).max(1e-30)
+}
+
+#[test]
+fn in_bf16_it_is_as_near_to_f32_as_libtorchs_is_and_follows_the_parameters() {
+    let full = Forward { train: true, precision: Precision::F32 };
+    let half = Forward { precision: Precision::Bf16, ..full };
+    let mut batch = Batch::new(ItemTower::Causal, 0.0);
+    let mut optimizer = AdamW::new(&batch.parameters, &learn_domain::config::OptimizerConfig::default());
+    for step in 0..3 {
+        let exact = batch.run(full, None);
+        let theirs = batch.run(half, None);
+        let ours = batch.run(half, Some(&Tape::new(1)));
+        let near = |name: &str, ours: &Tensor, theirs: &Tensor, exact: &Tensor| {
+            let (ours, theirs) = (distance(ours, exact), distance(theirs, exact));
+            assert!(ours > 0.0 && ours < 2.0 * theirs + 1e-3, "step {step}, {name}: {ours:e}, libtorch's {theirs:e}");
+        };
+        near("user", &ours.user, &theirs.user, &exact.user);
+        for (name, exact) in exact.gradients.iter().filter(|(name, _)| !name.ends_with("key.bias")) {
+            near(name, &ours.gradients[name], &theirs.gradients[name], exact);
+        }
+        // the copies in bf16 follow an update, and a change from outside
+        let gradient = batch.parameters.flat().ones_like();
+        match step {
+            0 => optimizer.step(&mut batch.parameters, &gradient, 0.1),
+            _ => drop(tch::no_grad(|| batch.parameters.flat().shallow_clone().g_mul_scalar_(-0.7))),
+        }
+    }
+}
+
+#[test]
+fn passes_add_up_by_hand_too() {
+    let forward = Forward { train: true, precision: Precision::F32 };
+    let mut batch = Batch::new(ItemTower::Causal, 0.0);
+    let once = batch.run(forward, Some(&Tape::new(1)));
+    let tape = Tape::new(1);
+    let (user, item) = batch.forward(forward, Some(&tape));
+    tape.backward(&batch.parameters, &[(&user, &batch.d_user), (&item, &batch.d_item)]);
+    let twice = batch.run(forward, Some(&Tape::new(1)));
+    for (name, one) in &once.gradients {
+        assert!(gap(&twice.gradients[name], &(one * 2.0)) < 1e-5, "{name}");
+    }
+}
+
+#[test]
+fn dropout_depends_on_the_seed_alone() {
+    let train = Forward { train: true, precision: Precision::F32 };
+    let mut batch = Batch::new(ItemTower::Causal, 0.3);
+    let first = batch.run(train, Some(&Tape::new(1)));
+    // a pass without a way back draws the same, as the passes of a share that is embedded twice do
+    let (user, item) = tch::no_grad(|| batch.forward(train, Some(&Tape::new(1))));
+    assert_eq!((&user, &item), (&first.user, &first.item));
+    assert_eq!(batch.run(train, Some(&Tape::new(1))).gradients, first.gradients);
+    assert!(gap(&batch.run(train, Some(&Tape::new(2))).user, &first.user) > 0.01);
+    let asleep = Forward { train: false, ..train };
+    let reference = batch.run(asleep, None);
+    assert!(gap(&batch.run(asleep, Some(&Tape::new(1))).user, &reference.user) < 1e-5);
+}
+
+#[test]
+fn with_dropout_the_gradient_is_the_slope() {
+    let train = Forward { train: true, precision: Precision::F32 };
+    let mut batch = Batch::new(ItemTower::Causal, 0.3);
+    let gradients = batch.run(train, Some(&Tape::new(5))).gradients;
+    let names =
+        ["layer.0.attention.self.value.weight", "layer.1.intermediate.dense.weight", "layer.2.output.dense.bias"];
+    for name in names.map(|name| format!("summary_encoder.{name}")) {
+        let gradient = &gradients[&name];
+        let direction = gradient / gradient.norm();
+        let value_at = |step: f64| {
+            tch::no_grad(|| {
+                let mut leaf = batch.parameters.get(&name).shallow_clone();
+                leaf += &direction * step;
+                let (user, item) = batch.forward(train, Some(&Tape::new(5)));
+                leaf -= &direction * step;
+                let sum = |a: &Tensor, b: &Tensor| (a * b).sum(Kind::Double).double_value(&[]);
+                sum(&user, &batch.d_user) + sum(&item, &batch.d_item)
+            })
+        };
+        let slope = (value_at(1e-2) - value_at(-1e-2)) / 2e-2;
+        let length = gradient.norm().double_value(&[]);
+        assert!((slope / length - 1.0).abs() < 0.02, "{name}: {slope} and {length}");
+    }
+}
+
+#[test]
+fn the_number_of_threads_does_not_matter() {
+    let train = Forward { train: true, precision: Precision::F32 };
+    let before = tch::get_num_threads();
+    let mut batch = Batch::new(ItemTower::Causal, 0.1);
+    let mut run = |threads| {
+        tch::set_num_threads(threads);
+        batch.run(train, Some(&Tape::new(1)))
+    };
+    let (one, two) = (run(1), run(2));
+    tch::set_num_threads(before);
+    assert!(gap(&one.user, &two.user) < 1e-5);
+    for (name, gradient) in &one.gradients {
+        assert!(gap(&two.gradients[name], gradient) < 1e-5, "{name}");
+    }
+}
+
+#[test]
+fn sampled_rows_know_their_places() {
+    let lengths = [1, 3, 4];
+    let packing = Packing::new(&lengths);
+    let route = Route::new(&Attention::Causal(&packing.runs), Some(&Tensor::from_slice(&[7_i64, 1, 5, 3, 5])));
+    let sampled = route.sampled.unwrap();
+    assert_eq!((&sampled.rows[..], &sampled.places[..]), (&[1_u32, 3, 5, 5, 7][..], &[0_u32, 2, 1, 1, 3][..]));
+    let parts: Vec<_> = sampled.sequences.iter().map(|s| (s.first_query, s.queries, s.first_key, s.keys)).collect();
+    assert_eq!(parts, [(0, 0, 0, 1), (0, 2, 1, 3), (2, 3, 4, 4)]);
+    assert_eq!(Vec::<i64>::try_from(sampled.order).unwrap(), [4, 0, 2, 1, 3]);
+}
