@@ -2,7 +2,10 @@
 //!
 //! The only `unsafe` of `learn-launch`: each block is one libc call over plain values.
 
-#![allow(unsafe_code, reason = "prctl, kill, sigaction, statvfs, getrlimit and setrlimit have no safe form in std")]
+#![allow(
+    unsafe_code,
+    reason = "prctl, kill, poll, sigaction, statvfs, getrlimit and setrlimit have no safe form in std"
+)]
 
 use std::ffi::CString;
 use std::io;
@@ -88,6 +91,17 @@ pub fn end(pid: u32, how: End) {
     if let Ok(pid) = libc::pid_t::try_from(pid) {
         // SAFETY: kill takes plain integers; the pid is positive, so exactly one process is meant.
         unsafe { libc::kill(pid, signal) };
+    }
+}
+
+/// Returns when the terminal that is stdin has gone; whoever reads from it then waits for keys for ever.
+pub fn wait_for_hangup() {
+    let mut stdin = libc::pollfd { fd: libc::STDIN_FILENO, events: 0, revents: 0 };
+    // SAFETY: the one pollfd is a valid one for as long as the call takes.
+    while unsafe { libc::poll(&raw mut stdin, 1, -1) } < 0 {
+        if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+            return;
+        }
     }
 }
 

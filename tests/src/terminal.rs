@@ -117,6 +117,14 @@ impl Terminal {
         self.read("pid").parse().expect("the command runs")
     }
 
+    /// Takes the terminal away from the command, without a word.
+    ///
+    /// # Panics
+    /// If it cannot be killed.
+    pub fn vanish(mut self) {
+        self.script.kill().and_then(|()| self.script.wait()).expect("it is a child");
+    }
+
     /// Waits until all is over; the exit code of the command, and whether the terminal's settings are those of before.
     ///
     /// # Panics

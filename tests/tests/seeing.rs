@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use learn_tests::terminal::{Ended, Screen, Terminal};
 use learn_tests::{SMALL, Site, follow, is_alive, signal, succeeds, text};
@@ -184,6 +184,15 @@ fn a_running_job_is_on_a_terminal_until_somebody_leaves() {
             key => terminal.press(key),
         }
         left_behind(&terminal.end(PATIENCE));
+    }
+    // nobody is left behind where a terminal has gone
+    let mut terminal = watch("gone", &[]);
+    terminal.until("a step is drawn", PATIENCE, |screen| drawn_step(screen).is_some());
+    let (pid, started) = (terminal.pid(), Instant::now());
+    terminal.vanish();
+    while is_alive(pid) {
+        assert!(started.elapsed() < PATIENCE, "it goes on without a terminal");
+        std::thread::sleep(Duration::from_millis(20));
     }
     assert!(is_alive(u64::from(job.id())));
 

@@ -1,8 +1,9 @@
 //! The terminal of `status --watch`: the alternate screen, keys, and leaving it as it was.
 //!
 //! One thread looks at the run and one asks its processes, so that keys are obeyed while a coordinator does not answer. Both
-//! end when nobody takes their words any more, and one that fails ends the screen. Invariant: the terminal is restored on
-//! every way out: `ratatui` restores it on a panic, signals are counted ([`system`]) and end the loop as `q` does.
+//! end when nobody takes their words any more, and one that fails ends the screen. Invariants: the terminal is restored on
+//! every way out: `ratatui` restores it on a panic, signals are counted ([`system`]) and end the loop as `q` does; without a
+//! terminal there is no process.
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal as _, Write as _};
@@ -42,6 +43,11 @@ pub fn possible() -> bool {
 pub fn show(mut watcher: Watcher) -> Result<()> {
     // an unreadable run is said on the plain terminal
     let scene = watcher.look()?;
+    thread::spawn(|| {
+        // a window that was closed may take the shell with it that would have passed SIGHUP on
+        system::wait_for_hangup();
+        std::process::exit(0);
+    });
     let terminal = ratatui::try_init();
     let shown =
         terminal.context("the terminal cannot show a screen; `--plain` follows in lines").and_then(|mut terminal| {
