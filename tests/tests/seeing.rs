@@ -198,7 +198,7 @@ fn a_running_job_is_on_a_terminal_until_somebody_leaves() {
 
     // lines for those who want them, and for a terminal that can nothing else
     let mut plain = watch("plain", &["--plain"]);
-    plain.until("lines", PATIENCE, |screen| screen.row(0).starts_with("watched: running"));
+    plain.until("lines", PATIENCE, |screen| screen.contains("loss "));
     let dumb = {
         let mut command = site.command(&["status", "runs/watched", "--watch"]);
         command.env("TERM", "dumb");

@@ -305,6 +305,9 @@ fn bf16_products_move_the_loss_little() {
 fn nobody_learns_from_items_that_do_not_learn() {
     let world = large(20.0);
     let (all, some) = (in_f32(&world, Precision::F32, true), in_f32(&world, Precision::F32, false));
-    assert_eq!((&all.loss, &all.d_user), (&some.loss, &some.d_user));
+    assert!(((&all.loss - &some.loss) / &all.loss).abs().max().double_value(&[]) < 1e-6);
+    assert!(
+        (&all.d_user - &some.d_user).abs().max().double_value(&[]) < 1e-6 * all.d_user.abs().max().double_value(&[])
+    );
     assert_eq!(some.d_item.abs().max().double_value(&[]), 0.0);
 }
