@@ -350,8 +350,8 @@ pub mod exit {
     pub const UNSAVED: i32 = 6;
     /// The workers kept being lost or losing each other without finishing a step (`cluster.max_recoveries`).
     pub const NO_PROGRESS: i32 = 7;
-    /// Its scheduler ended the job before it was done, with a checkpoint, and it could not be queued again from within:
-    /// `learn-launch slurm --resubmit` goes on.
+    /// Its scheduler ended the job before it was done, and it could not be queued again from within: `learn-launch slurm
+    /// --resubmit` goes on from the last checkpoint.
     pub const RESUBMIT: i32 = 8;
     /// Its scheduler has started the job again as often as it may, or again and again without a new checkpoint.
     pub const RESTARTS: i32 = 9;
