@@ -98,19 +98,28 @@ fn key(worker: u32, generation: u64, key: String) -> Result<Key, Status> {
     Ok(Key { worker: WorkerId(worker), generation: Generation(generation), key })
 }
 
+/// Answers a call, and takes note of how long that took.
+pub(crate) async fn timed<T>(
+    metrics: &CoordinatorMetrics,
+    method: &'static str,
+    work: impl Future<Output = Result<T, Status>>,
+) -> Result<Response<T>, Status> {
+    let start = Instant::now();
+    let result = work.await;
+    metrics.rpc_seconds.with_label_values(&[method]).observe(start.elapsed().as_secs_f64());
+    if let Err(status) = &result {
+        tracing::debug!(method, code = %status.code(), message = status.message(), "call refused");
+    }
+    result.map(Response::new)
+}
+
 impl ControlService {
     async fn timed<T>(
         &self,
         method: &'static str,
         work: impl Future<Output = Result<T, Status>>,
     ) -> Result<Response<T>, Status> {
-        let start = Instant::now();
-        let result = work.await;
-        self.metrics.rpc_seconds.with_label_values(&[method]).observe(start.elapsed().as_secs_f64());
-        if let Err(status) = &result {
-            tracing::debug!(method, code = %status.code(), message = status.message(), "call refused");
-        }
-        result.map(Response::new)
+        timed(&self.metrics, method, work).await
     }
 
     /// Refuses a data server whose dataset or configuration is not the job's.

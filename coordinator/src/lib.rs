@@ -2,8 +2,8 @@
 //!
 //! Input: a run directory with its configuration and secret, a dataset, a task. Output: a control service and a data service
 //! (gRPC, one port), metrics and status (HTTP), the run directory's files, and how the job ended. Shape: rules are in
-//! `learn-domain`; [`job`] is the one owner of the job's state; [`control`], [`data`] and [`http`] carry its inputs and
-//! outputs; [`journal`] writes its files, [`board`] reads them again for those who look, and [`state`] keeps what a coordinator
+//! `learn-domain`; [`job`] is the one owner of the job's state; [`control`], [`operator`], [`data`] and [`http`] carry its
+//! inputs and outputs; [`journal`] writes its files, [`board`] reads them again for those who look, and [`state`] keeps what a coordinator
 //! that takes over needs; [`replica`] is a process of its own that serves the data alone. Invariant: nothing is served before
 //! configuration, dataset and history were checked.
 
@@ -16,6 +16,7 @@ pub mod files;
 pub mod http;
 pub mod job;
 pub mod journal;
+pub mod operator;
 pub mod replica;
 pub mod sd;
 mod serve;

@@ -17,6 +17,7 @@ use learn_domain::run_dir::RunDir;
 use learn_proto::convert::Admission;
 use learn_proto::tls::{Tls, TlsError};
 use learn_proto::v1::control_server::ControlServer;
+use learn_proto::v1::operator_server::OperatorServer;
 use learn_telemetry::{CoordinatorMetrics, host};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
@@ -34,6 +35,7 @@ use crate::http::access::Access;
 use crate::job::actor::{Command, JobHandle, JobOwner, OwnerError, OwnerParts, STATES};
 use crate::job::{History, Job, JobSettings, Keeping, LedgerFile, TakeOverError};
 use crate::journal::{Journal, Line, mend};
+use crate::operator::OperatorService;
 use crate::sd::Origin;
 use crate::state::{StateFile, Turn};
 use crate::store::Store;
@@ -341,6 +343,7 @@ impl Coordinator {
         let (end, over) = watch::channel(false);
         let directory = Directory::new(&self.ports.address.grpc, self.settings.config.cluster.heartbeat_timeout.0);
         let (control, data) = (self.control(&directory, &over)?, self.data(&directory));
+        let operator = OperatorService { job: self.job.clone(), metrics: self.metrics.clone() };
         let gate = Gate(self.settings.secret.clone());
         let origin = Origin { job: self.settings.config.job.name.clone(), http: self.ports.address.http.clone() };
         let pages = http::Parts {
@@ -357,9 +360,11 @@ impl Coordinator {
 
         let mut servers = JoinSet::new();
         let control = ControlServer::new(control).max_decoding_message_size(MAX_REQUEST_BYTES);
+        let operator = OperatorServer::new(operator).max_decoding_message_size(MAX_REQUEST_BYTES);
         let data = FlightServiceServer::new(data).max_decoding_message_size(MAX_REQUEST_BYTES);
         let grpc = connections::server()
             .add_service(InterceptedService::new(control, gate.clone()))
+            .add_service(InterceptedService::new(operator, gate.clone()))
             .add_service(InterceptedService::new(data, gate))
             .serve_with_incoming_shutdown(
                 connections::connections(grpc, connections::Limits::default(), tls),

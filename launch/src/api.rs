@@ -1,4 +1,7 @@
-//! The coordinator's HTTP interface as a client, which shows the run's token by itself.
+//! The coordinator's HTTP interface as a client that looks, and shows the run's token by itself.
+//!
+//! Invariant: HTTP is not encrypted, so the secret of a job with certificates does not go over it; what changes a job goes
+//! another way ([`crate::operator`]).
 
 use std::time::Duration;
 
@@ -37,7 +40,7 @@ impl Api {
     pub fn new(run: &RunDir, address: &CoordinatorAddress) -> Self {
         // Jobs are reached directly: a proxy of the environment is for the outside.
         let agent = Agent::config_builder().timeout_global(Some(TIMEOUT)).proxy(None).build().into();
-        let token = runs::token(run).or_else(|_| runs::secret(run)).ok();
+        let token = runs::token(run).ok().or_else(|| if run.tls().exists() { None } else { runs::secret(run).ok() });
         Self { base: address.http.trim_end_matches('/').to_owned(), agent, token }
     }
 
@@ -73,31 +76,26 @@ impl Api {
         let answer = request.call().and_then(|mut response| response.body_mut().read_json());
         answer.map_err(|source| ApiError { url, source: Box::new(source) })
     }
+}
 
-    /// Asks for so many workers; gives how many are wanted now.
-    ///
-    /// # Errors
-    /// No answer, or a refusal.
-    pub fn scale(&self, secret: &str, workers: u32) -> Result<u32, ApiError> {
-        #[derive(serde::Deserialize)]
-        struct Wanted {
-            wanted_workers: u32,
+#[cfg(test)]
+mod tests {
+    use learn_domain::Config;
+    use learn_domain::config::TlsMode;
+
+    use super::*;
+
+    #[test]
+    fn a_run_without_a_token_shows_its_secret_only_where_everything_is_in_plain_text() {
+        let folder = tempfile::tempdir().unwrap();
+        for (mode, shown) in [(TlsMode::Off, true), (TlsMode::Auto, false)] {
+            let mut config = Config::default();
+            config.cluster.tls.mode = mode;
+            let run = runs::create(&folder.path().join(format!("{mode:?}")), &config).unwrap();
+            let shows = || Api::new(&run, &CoordinatorAddress::default()).token;
+            assert_eq!(shows(), runs::token(&run).ok());
+            std::fs::remove_file(run.token()).unwrap();
+            assert_eq!(shows(), shown.then(|| runs::secret(&run).unwrap()));
         }
-        let url = format!("{}/api/v1/scale", self.base);
-        let request = self.agent.post(&url).header("authorization", format!("Bearer {secret}"));
-        let answer = request.send_json(serde_json::json!({ "workers": workers }));
-        let wanted = answer.and_then(|mut response| response.body_mut().read_json::<Wanted>());
-        wanted.map(|wanted| wanted.wanted_workers).map_err(|source| ApiError { url, source: Box::new(source) })
-    }
-
-    /// Asks the job to stop after the step it is in, with a checkpoint.
-    ///
-    /// # Errors
-    /// No answer, or a refusal.
-    pub fn stop(&self, secret: &str) -> Result<(), ApiError> {
-        let url = format!("{}/api/v1/stop", self.base);
-        let request = self.agent.post(&url).header("authorization", format!("Bearer {secret}"));
-        let answer = request.send_empty();
-        answer.map(|_| ()).map_err(|source| ApiError { url, source: Box::new(source) })
     }
 }

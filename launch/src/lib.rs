@@ -6,6 +6,7 @@
 //! - [`commands`]: one file per subcommand; [`cli`] is what they have in common.
 //! - [`settings`]: defaults, TOML, environment, `--set` and flags become one typed configuration.
 //! - [`job`]: one coordinator, its workers and data servers as local processes, watched to their end.
+//! - [`api`] looks at a job over HTTP; [`operator`] stops and scales it.
 //! - [`process`] and [`system`]: children that never outlive their parent; the few calls into the operating system.
 //! - [`render`]: what people see, as pure functions.
 //! - [`watch`]: a run on the terminal, again and again; [`lines`] reads what grows meanwhile.
@@ -24,6 +25,7 @@ pub mod failure;
 pub mod job;
 pub mod lines;
 pub mod load;
+pub mod operator;
 pub mod output;
 pub mod process;
 pub mod render;

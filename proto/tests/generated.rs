@@ -6,8 +6,8 @@ use std::path::Path;
 #[test]
 fn the_generated_code_is_up_to_date() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let descriptors =
-        protox::compile(["learn/v1/control.proto", "learn/v1/embedding.proto"], [root.join("proto")]).unwrap();
+    let files = ["learn/v1/control.proto", "learn/v1/embedding.proto", "learn/v1/operator.proto"];
+    let descriptors = protox::compile(files, [root.join("proto")]).unwrap();
     let scratch = tempfile::tempdir().unwrap();
     tonic_prost_build::configure()
         .emit_rerun_if_changed(false)

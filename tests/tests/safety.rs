@@ -2,10 +2,12 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::{Arc, Mutex};
+use std::thread;
 
 use learn_tests::{SMALL, Site, binary, follow, succeeds, text};
 use serde_json::Value;
@@ -85,6 +87,55 @@ fn worker(coordinator: &str, folder: &Path) -> Output {
     let mut command = Command::new(binary("learn-worker"));
     command.args(["join", "--coordinator", coordinator, "--device", "cpu", "--secret-file"]).arg(folder.join("secret"));
     command.output().expect("learn-worker starts")
+}
+
+/// Somebody on the way to a port: passes everything on, and keeps what clients send.
+struct Ear {
+    address: String,
+    heard: Arc<Mutex<Vec<Vec<u8>>>>,
+}
+
+impl Ear {
+    fn before(url: &str) -> Self {
+        let port = url.rsplit_once("://").expect("a URL").1.to_owned();
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        let ear = Self { address: listener.local_addr().expect("it is bound").to_string(), heard: Arc::default() };
+        let heard = Arc::clone(&ear.heard);
+        thread::spawn(move || {
+            for client in listener.incoming() {
+                let client = client.expect("it is accepted");
+                let server = TcpStream::connect(&port).expect("the coordinator listens");
+                let number = {
+                    let mut heard = heard.lock().expect("nobody has panicked");
+                    heard.push(Vec::new());
+                    heard.len() - 1
+                };
+                let (from, to) = (client.try_clone().expect("a socket"), server.try_clone().expect("a socket"));
+                let heard = Arc::clone(&heard);
+                thread::spawn(move || pass_on(from, to, |bytes| heard.lock().expect("a list")[number].extend(bytes)));
+                thread::spawn(move || pass_on(server, client, |_| {}));
+            }
+        });
+        ear
+    }
+
+    /// What clients have sent, a connection each.
+    fn heard(&self) -> Vec<Vec<u8>> {
+        self.heard.lock().expect("nobody has panicked").clone()
+    }
+}
+
+/// Copies until one side ends, which the other then learns.
+fn pass_on(mut from: TcpStream, mut to: TcpStream, hear: impl Fn(&[u8])) {
+    let mut bytes = [0; 4096];
+    while let Ok(count @ 1..) = from.read(&mut bytes) {
+        hear(&bytes[..count]);
+        if to.write_all(&bytes[..count]).is_err() {
+            break;
+        }
+    }
+    // it may have ended already
+    let _ = to.shutdown(Shutdown::Write);
 }
 
 #[test]
@@ -184,6 +235,44 @@ fn a_job_with_certificates_trains_to_the_same_parameters_and_lets_nobody_else_in
     // and on again, with certificates made anew
     let more = site.status("live")["last_step"]["step"].as_u64().expect("it has steps") + 5;
     succeeds(&site.launch(&["resume", "runs/live", "--set", &format!("training.max_steps={more}")]));
+}
+
+#[test]
+fn a_job_with_certificates_is_stopped_and_scaled_without_its_secret_in_plain_text() {
+    let site = Site::new(SMALL);
+    let overrides = ["job.name=heard", "cluster.workers=1", "cluster.tls.mode=auto"];
+    let child = site.start(&site.train(&[&overrides[..], &ENDLESS].concat()));
+    follow(&site, "heard", 10);
+    let mut found = address(&site, "heard");
+    let before = |key: &str| Ear::before(found[key].as_str().expect("a URL"));
+    let (calls, requests) = (before("grpc"), before("http"));
+    found["grpc"] = format!("https://{}", calls.address).into();
+    found["http"] = format!("http://{}", requests.address).into();
+    fs::write(site.run_dir("heard").join("coordinator.json"), found.to_string()).expect("it is writable");
+    let (secret, token) = (secret(&site, "heard"), site.run_dir("heard").join("token"));
+
+    let scaled = site.launch(&["scale", "runs/heard", "--workers", "2", "--json"]);
+    succeeds(&scaled);
+    let status: Value = serde_json::from_slice(&scaled.stdout).expect("it prints JSON");
+    assert_eq!(status["world_size"], 2);
+    let shown = fs::read_to_string(&token).expect("the run has a token");
+    // nor does it go in the place of a token that is not there
+    fs::remove_file(&token).expect("it was there");
+    let unanswered = site.launch(&["status", "runs/heard"]);
+    succeeds(&site.launch(&["stop", "runs/heard"]));
+    assert_eq!(child.wait_with_output().expect("it ends").status.code(), Some(3));
+
+    let calls = calls.heard();
+    assert_eq!(calls.len(), 2, "one connection a command");
+    assert!(calls.iter().all(|call| call.starts_with(&[0x16, 3])), "each begins with a handshake of TLS");
+    let requests = requests.heard();
+    assert!(requests.iter().any(|request| contains(request, shown.trim().as_bytes())), "the token is to be heard");
+    assert!(requests.iter().any(|request| !contains(request, shown.trim().as_bytes())), "{}", text(&unanswered));
+    for request in &requests {
+        let request = String::from_utf8_lossy(request);
+        assert!(request.starts_with("GET ") && !request.contains("POST "), "{request}");
+        assert!(!request.contains(&secret), "{}", request.replace(&secret, "SECRET"));
+    }
 }
 
 #[test]

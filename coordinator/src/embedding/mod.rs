@@ -1,6 +1,6 @@
 //! The coordinator of an embed job: leases item ranges to `learn-embed` processes until all are done.
 //!
-//! Input: a job directory with its configuration and secret, an operator's stop (a signal, or HTTP). Output: the lease
+//! Input: a job directory with its configuration and secret, an operator's stop (a signal, or a call). Output: the lease
 //! service (gRPC) and the status (HTTP), and how the job ended. Invariants: rules are in `learn_domain::lease`; nothing here reads the
 //! dataset or links libtorch, because what is to be made is the workers' plan, and which of it is finished is on disk,
 //! where each worker looks before it makes a range.
@@ -20,6 +20,7 @@ use learn_domain::report::CoordinatorAddress;
 use learn_domain::run_dir::RunDir;
 use learn_proto::auth::Secret;
 use learn_proto::v1::embedding_server::EmbeddingServer;
+use learn_proto::v1::operator_server::OperatorServer;
 use learn_telemetry::EmbeddingMetrics;
 use learn_telemetry::server::{Limits, serve};
 use service::{EmbeddingService, Shared, SharedJob};
@@ -29,6 +30,7 @@ use tonic::service::interceptor::InterceptedService;
 use crate::connections::{self, Gate, MAX_REQUEST_BYTES};
 use crate::files::read_json;
 use crate::http::access::Access;
+use crate::operator::EmbeddingOperator;
 use crate::sd::{self, Origin};
 use crate::serve::{Ports, announced, certificates, close, lock, on_stop};
 use crate::settings::{SettingsError, read_token};
@@ -102,13 +104,18 @@ impl EmbeddingCoordinator {
             stop: Arc::default(),
             metrics: EmbeddingMetrics::new(),
         };
-        let operator = Arc::clone(&shared.stop);
+        let stopping = Arc::clone(&shared.stop);
+        let operator = EmbeddingOperator { stop: Arc::clone(&stopping) };
         let service = EmbeddingServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES);
-        let service = InterceptedService::new(service, Gate(self.secret));
-        let grpc = connections::server().add_service(service).serve_with_incoming_shutdown(
-            connections::connections(self.ports.grpc, connections::Limits::default(), self.ports.tls),
-            on_stop(stopped.clone()),
-        );
+        let operator = OperatorServer::new(operator).max_decoding_message_size(MAX_REQUEST_BYTES);
+        let gate = Gate(self.secret);
+        let grpc = connections::server()
+            .add_service(InterceptedService::new(service, gate.clone()))
+            .add_service(InterceptedService::new(operator, gate))
+            .serve_with_incoming_shutdown(
+                connections::connections(self.ports.grpc, connections::Limits::default(), self.ports.tls),
+                on_stop(stopped.clone()),
+            );
         let router = service::router(shared.clone()).merge(sd::alone(origin));
         let http = serve(self.ports.http, router, Limits::default(), on_stop(stopped));
         let mut servers = tokio::task::JoinSet::new();
@@ -124,7 +131,7 @@ impl EmbeddingCoordinator {
                     Some(Err(failure)) => break Ended::Failed(failure),
                 },
                 () = &mut shutdown => break Ended::Stopped,
-                () = operator.notified() => break Ended::Stopped,
+                () = stopping.notified() => break Ended::Stopped,
                 Some(server) = servers.join_next() => {
                     let (name, result) = server.map_err(ServeError::Task)?;
                     let how = result.err().unwrap_or_else(|| "it was told to stop".into());

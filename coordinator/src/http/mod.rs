@@ -1,4 +1,4 @@
-//! The coordinator over plain HTTP: metrics, health, the status page, the job as JSON, and the operator's stop and scale.
+//! The coordinator over plain HTTP: metrics, health, the status page, the job as JSON, and stop and scale for scripts on this host.
 //!
 //! Input: requests. Output: what the job's owner and the run's files say. Invariants: metrics and health are open to whoever
 //! reaches the port, page and API need the run's token ([`access`]), stopping and scaling the job's secret; what the page

@@ -18,6 +18,7 @@ use learn_domain::{Generation, Incarnation, Step, WorkerId};
 use learn_proto::auth::{BearerInterceptor, Secret};
 use learn_proto::convert::{Admission, Applicant, Beginning, Order};
 use learn_proto::v1::control_client::ControlClient;
+use learn_proto::v1::operator_client::OperatorClient;
 use learn_proto::v1::{
     AttendRequest, BeginGenerationRequest, HeartbeatRequest, HeartbeatResponse, JoinRequest, LeaveRequest, ReadyRequest,
 };
@@ -37,6 +38,7 @@ pub const TOKEN: &str = "fedcba9876543210";
 
 pub type Authorized = InterceptedService<Channel, BearerInterceptor>;
 pub type Control = ControlClient<Authorized>;
+pub type Operator = OperatorClient<Authorized>;
 pub type Flight = FlightServiceClient<Authorized>;
 
 /// A dataset with content embeddings and a run directory.
@@ -190,6 +192,10 @@ impl Running {
         ControlClient::with_interceptor(self.channel(), bearer())
     }
 
+    pub fn operator(&self) -> Operator {
+        OperatorClient::with_interceptor(self.channel(), bearer())
+    }
+
     pub fn flight(&self) -> Flight {
         FlightServiceClient::with_interceptor(self.channel(), bearer())
     }
@@ -229,7 +235,7 @@ impl Running {
     }
 }
 
-fn bearer() -> BearerInterceptor {
+pub fn bearer() -> BearerInterceptor {
     BearerInterceptor::try_from(&Secret::new(SECRET).unwrap()).unwrap()
 }
 

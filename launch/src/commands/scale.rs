@@ -10,8 +10,8 @@ use crate::api::Api;
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::output::Output;
-use crate::runs;
 use crate::slurm::queue::Queue;
+use crate::{operator, runs};
 
 pub const HELP: &str = "\
 Examples:
@@ -62,7 +62,7 @@ pub fn run(args: &ScaleArgs, output: &Output) -> Result<()> {
             .into());
         }
     }
-    let wanted = api.scale(&runs::secret(&run)?, args.workers)?;
+    let wanted = operator::scale(&run, &address, args.workers)?;
     if wanted != args.workers {
         output.note(&format!("{shown}: {wanted} is what it can have (cluster.min_workers, training.global_batch)"));
     }

@@ -6,9 +6,9 @@ use anyhow::{Result, bail};
 use clap::Args;
 use learn_domain::run_dir::RunDir;
 
-use crate::api::Api;
 use crate::cli::RunArgs;
 use crate::failure::Failure;
+use crate::operator;
 use crate::output::Output;
 use crate::runs::{self, Named};
 use crate::slurm::client;
@@ -83,8 +83,7 @@ fn end(args: &StopArgs, run: &RunDir, (shown, stopping): (&str, &str), output: &
         ))
         .into());
     };
-    let secret = runs::secret(run)?;
-    asking(run, || Ok(Api::new(run, &address).stop(&secret)?))?;
+    asking(run, || Ok(operator::stop(run, &address)?))?;
     output.note(&format!("{shown}: {stopping}"));
     if args.no_wait {
         output.result(&format!("{shown}: asked to stop"), &serde_json::json!({ "state": "stopping" }))?;

@@ -1,0 +1,62 @@
+//! What an operator asks of a training and of an embed job, over real sockets. That nobody else may is in `refusals.rs`.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use learn_coordinator::embedding::{EmbeddingCoordinator, Ended};
+use learn_coordinator::{Outcome, StopCause};
+use learn_domain::WorkerId;
+use learn_domain::membership::Departure;
+use learn_proto::convert::{AfterStep, Order};
+use learn_proto::v1::operator_client::OperatorClient;
+use learn_proto::v1::{ScaleRequest, StopRequest};
+use support::{Ground, bearer, beginning, enter, heartbeat, leave, train};
+use tonic::Code;
+use tonic::transport::Endpoint;
+
+#[tokio::test]
+async fn a_training_is_scaled_within_its_bounds_and_stopped_after_its_step() {
+    let mut ground = Ground::new(2);
+    ground.config.cluster.min_workers = 2;
+    let running = ground.start(train()).await;
+    let (mut control, mut operator) = (running.control(), running.operator());
+    let workers = [enter(&mut control, "a").await, enter(&mut control, "b").await];
+    control.begin_generation(beginning(WorkerId(0), 1, 0)).await.unwrap();
+
+    let most = ground.config.training.global_batch;
+    for (workers, wanted) in [(3, 3), (1, 2), (10_000, most)] {
+        let answer = operator.scale(ScaleRequest { workers }).await.unwrap().into_inner();
+        assert_eq!(answer.wanted_workers, wanted, "{workers} were asked for");
+        assert_eq!(running.api("job").await["wanted_workers"], wanted);
+    }
+    let refused = operator.scale(ScaleRequest { workers: 0 }).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+
+    for _again in 0..2 {
+        operator.stop(StopRequest {}).await.unwrap();
+    }
+    for worker in workers {
+        let order = heartbeat(&mut control, worker).await;
+        assert!(matches!(order, Order::Run { after: AfterStep::Stop, .. }), "{order:?}");
+        leave(&mut control, worker, Departure::Stopped).await;
+    }
+    assert_eq!(running.end().await, Outcome::Stopped(StopCause::Operator));
+    let gone = operator.stop(StopRequest {}).await.unwrap_err();
+    assert_eq!(gone.code(), Code::Unavailable, "{gone}");
+}
+
+#[tokio::test]
+async fn an_embed_job_is_stopped_and_not_scaled() {
+    let ground = Ground::bare(1);
+    let run_dir = ground.settings(train()).run_dir;
+    let coordinator = EmbeddingCoordinator::bind(run_dir.root()).await.unwrap();
+    let channel = Endpoint::from_shared(coordinator.address().grpc.clone()).unwrap().connect_lazy();
+    let job = tokio::spawn(coordinator.run(std::future::pending()));
+    let mut operator = OperatorClient::with_interceptor(channel, bearer());
+    let refused = operator.scale(ScaleRequest { workers: 2 }).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+    assert!(refused.message().contains("learn-embed"), "{refused}");
+    operator.stop(StopRequest {}).await.unwrap();
+    assert_eq!(job.await.unwrap().unwrap(), Ended::Stopped);
+}
