@@ -13,6 +13,7 @@ use tokio::sync::Notify;
 use tonic::{Request, Response, Status};
 
 use crate::control::timed;
+use crate::job::Asked;
 use crate::job::actor::{Command, JobHandle};
 
 /// Of a training or an evaluation.
@@ -33,7 +34,7 @@ fn workers(request: ScaleRequest) -> Result<u32, Status> {
 impl Operator for OperatorService {
     async fn stop(&self, _request: Request<StopRequest>) -> Result<Response<StopResponse>, Status> {
         timed(&self.metrics, "stop", async {
-            self.job.ask(Command::OperatorStop).await?;
+            self.job.ask(|reply| Command::Stop(Asked::ByCall, reply)).await?;
             tracing::info!("an operator has asked the job to stop");
             Ok(StopResponse {})
         })

@@ -33,7 +33,7 @@ use crate::data::{DataService, Directory, Source, SourceError, catalogues};
 use crate::files::{FileError, write_json};
 use crate::http::access::Access;
 use crate::job::actor::{Command, JobHandle, JobOwner, OwnerError, OwnerParts, STATES};
-use crate::job::{History, Job, JobSettings, Keeping, LedgerFile, TakeOverError};
+use crate::job::{Asked, History, Job, JobSettings, Keeping, LedgerFile, TakeOverError};
 use crate::journal::{Journal, Line, mend};
 use crate::operator::OperatorService;
 use crate::sd::Origin;
@@ -385,7 +385,7 @@ impl Coordinator {
                 outcome = &mut owner => break (Some(outcome), None),
                 () = &mut shutdown, if !asked => {
                     asked = true;
-                    if let Err(error) = job.ask(Command::OperatorStop).await {
+                    if let Err(error) = job.ask(|reply| Command::Stop(Asked::BySignal, reply)).await {
                         tracing::debug!(%error, "asked to stop at the very end");
                     }
                 }

@@ -7,14 +7,14 @@ mod support;
 use std::collections::BTreeMap;
 
 use learn_coordinator::files::{read_json, read_lines};
-use learn_coordinator::{Coordinator, Outcome};
+use learn_coordinator::{Coordinator, Outcome, StopCause};
 use learn_domain::membership::Departure;
 use learn_domain::report::{Evaluation, JobState, JobStatus, Split, StepRecord, Summary};
 use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
 use learn_proto::convert::{Order, StepReport, evaluation_json};
 use learn_proto::v1::{
     AttendRequest, CommitCheckpointRequest, GetRequest, PutRequest, ReadyRequest, ReportEvaluationRequest,
-    ReportStepRequest,
+    ReportStepRequest, StopRequest,
 };
 use support::{Control, Ground, Running, heartbeat, join, join_request, leave, train};
 use tonic::Code;
@@ -173,6 +173,20 @@ async fn the_last_leave_is_answered_by_the_coordinator_that_takes_over() {
     assert_eq!(status(&running).await.state, JobState::Finished);
     leave(&mut running.control(), worker, Departure::Done).await;
     assert_eq!(running.end().await, Outcome::Finished);
+}
+
+#[tokio::test]
+async fn who_has_asked_for_the_end_is_known_to_the_coordinator_that_takes_over() {
+    let ground = Ground::new(1);
+    let running = ground.start(train()).await;
+    let worker = enter(&mut running.control(), "a").await;
+    running.operator().stop(StopRequest {}).await.unwrap();
+    running.kill(&ground).await;
+    let running = Running::start(Coordinator::take_over(ground.run_dir().root()).await.unwrap());
+    leave(&mut running.control(), worker, Departure::Stopped).await;
+    assert_eq!(running.end().await, Outcome::Stopped(StopCause::Operator));
+    let status: JobStatus = read_json(&ground.run_dir().status()).unwrap();
+    assert!(status.operator_stop);
 }
 
 #[tokio::test]

@@ -31,6 +31,7 @@ use tokio::net::TcpListener;
 
 use crate::board::{Board, Follower};
 use crate::data::Directory;
+use crate::job::Asked;
 use crate::job::actor::{Command, JobHandle};
 use crate::sd::{self, Origin};
 
@@ -113,7 +114,7 @@ async fn stop(State(shared): State<Shared>, headers: HeaderMap) -> Response {
     if let Some(refused) = refused(&shared, &headers) {
         return refused;
     }
-    match shared.job.ask(Command::OperatorStop).await {
+    match shared.job.ask(|reply| Command::Stop(Asked::ByCall, reply)).await {
         Ok(()) => (StatusCode::ACCEPTED, "stopping\n").into_response(),
         Err(error) => gone(error),
     }

@@ -310,6 +310,7 @@ mod tests {
             data_servers: Vec::new(),
             ledger: Default::default(),
             restarts: 0,
+            operator_stop: false,
             seconds: 1.0,
         };
         let overview = Overview::of(&status, "recall@10", SILENT_AFTER, Counts::default());

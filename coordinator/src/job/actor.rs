@@ -19,7 +19,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::attendance::Attendances;
 use super::turn::{Keeping, Turns};
-use super::{Heartbeat, Job, JobError, figures};
+use super::{Asked, Heartbeat, Job, JobError, figures};
 use crate::journal::{Entry, LineFile};
 use crate::sd::Present;
 use crate::state::StateError;
@@ -87,7 +87,7 @@ pub enum Command {
     Evaluation(WorkerId, Generation, Evaluation, Reply<Result<(), JobError>>),
     Event(WorkerId, Generation, Happening, Reply<Result<(), JobError>>),
     Leave(WorkerId, Departure, Reply<Result<(), JobError>>),
-    OperatorStop(Reply<()>),
+    Stop(Asked, Reply<()>),
     /// The answer is the number of workers that are wanted now.
     Scale(u32, Reply<u32>),
     Status(Reply<JobStatus>),
@@ -438,8 +438,8 @@ impl JobOwner {
                 };
                 self.turn.answer(reply, answer);
             }
-            Command::OperatorStop(reply) => {
-                self.apply(Job::operator_stop)?;
+            Command::Stop(asked, reply) => {
+                self.apply(|job, now| job.stop(now, asked))?;
                 self.turn.answer(reply, ());
             }
             Command::Scale(workers, reply) => {

@@ -75,6 +75,15 @@ pub struct JobSettings {
     pub history: History,
 }
 
+/// How a stop was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// By whoever has the job's secret.
+    ByCall,
+    /// By a person, or by a scheduler that cuts the job short.
+    BySignal,
+}
+
 /// The job.
 #[derive(Debug)]
 pub struct Job {
@@ -100,6 +109,8 @@ pub struct Job {
     formed: Option<Duration>,
     ended: Option<Duration>,
     outcome: Option<Outcome>,
+    /// An operator has called for the end, however it comes.
+    operator_stop: bool,
     /// Whoever asks before is answered even when the job has ended.
     answers_until: Duration,
     unsaved: Unsaved,
@@ -147,6 +158,7 @@ impl Job {
             formed: None,
             ended: None,
             outcome: None,
+            operator_stop: false,
             answers_until: Duration::ZERO,
             unsaved: Unsaved { job: true, workers: Changed::All, progress: true, books: true, weight: 0 },
             vigil: Vigil::default(),
@@ -405,7 +417,11 @@ impl Job {
         Ok(self.take(now, Event::Leave(id, departure)))
     }
 
-    pub fn operator_stop(&mut self, now: Duration) -> Vec<Effect> {
+    /// A signal, or an operator's call, asks for the end.
+    pub fn stop(&mut self, now: Duration, asked: Asked) -> Vec<Effect> {
+        if asked == Asked::ByCall && !std::mem::replace(&mut self.operator_stop, true) {
+            self.unsaved.job = true;
+        }
         self.take(now, Event::OperatorStop)
     }
 

@@ -63,6 +63,8 @@ struct Saved {
     formed: Option<Duration>,
     ended: Option<Duration>,
     outcome: Option<Outcome>,
+    #[serde(default)]
+    operator_stop: bool,
 }
 
 /// A worker, in a row of its own.
@@ -167,6 +169,7 @@ impl Job {
                     formed: self.formed,
                     ended: self.ended,
                     outcome: self.outcome.clone(),
+                    operator_stop: self.operator_stop,
                 },
             )?;
         }
@@ -232,6 +235,7 @@ impl Job {
             formed: saved.formed,
             ended: saved.ended,
             outcome: saved.outcome,
+            operator_stop: saved.operator_stop,
             answers_until: now + LINGER,
             unsaved: Unsaved::default(),
             vigil: Vigil::default(),

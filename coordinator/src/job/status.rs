@@ -82,6 +82,7 @@ impl Job {
             data_servers: Vec::new(),
             ledger: self.books.summary(),
             restarts: self.settings.restarts,
+            operator_stop: self.operator_stop,
             seconds: now.as_secs_f64(),
         }
     }

@@ -275,13 +275,29 @@ fn the_status_follows_the_membership() {
     assert!(matches!(job.heartbeat(SECOND * 4, beat).0, Directive::Run { rank: Rank(1), .. }));
     let worker = &job.status(SECOND * 4).workers[1];
     assert_eq!((worker.step, worker.phase.as_str()), (Step(3), "forward"));
-    job.operator_stop(SECOND * 5);
+    job.stop(SECOND * 5, Asked::ByCall);
     assert_eq!(job.state(), JobState::Stopping);
     for worker in 0..2 {
         job.leave(SECOND * 6, WorkerId(worker), Departure::Stopped).unwrap();
     }
     assert_eq!(job.state(), JobState::Stopped);
     assert!(job.everybody_knows(SECOND * 6));
+}
+
+#[test]
+fn an_operators_call_is_told_from_a_signal_whichever_comes_first() {
+    for asked in [[Asked::BySignal, Asked::ByCall], [Asked::ByCall, Asked::BySignal]] {
+        let mut job = running(1);
+        assert!(!job.status(SECOND).operator_stop);
+        job.stop(SECOND * 2, asked[0]);
+        assert_eq!(
+            (job.state(), job.status(SECOND * 2).operator_stop),
+            (JobState::Stopping, asked[0] == Asked::ByCall)
+        );
+        job.stop(SECOND * 3, asked[1]);
+        job.leave(SECOND * 4, WorkerId(0), Departure::Stopped).unwrap();
+        assert_eq!((job.state(), job.status(SECOND * 4).operator_stop), (JobState::Stopped, true));
+    }
 }
 
 #[test]
@@ -298,7 +314,7 @@ fn the_end_waits_until_the_others_were_told() {
 
     let mut job = Job::new(settings(2));
     job.join(SECOND, applicant("a")).unwrap();
-    job.operator_stop(SECOND * 2);
+    job.stop(SECOND * 2, Asked::ByCall);
     assert!(job.outcome().is_some() && !job.everybody_knows(SECOND * 2), "a worker waits for its generation");
     assert!(matches!(job.heartbeat(SECOND * 3, beat(0)).0, Directive::Stop(StopCause::Operator)));
     assert!(job.everybody_knows(SECOND * 3));

@@ -3,6 +3,7 @@
 //! Input: the history's weather. Output: kills, pauses, broken connections and collectives, storms, other sizes, stops; and
 //! the launcher, which replaces what has died.
 
+use learn_coordinator::job::Asked;
 use learn_domain::WorkerId;
 
 use crate::process::Process;
@@ -126,7 +127,7 @@ impl World {
                     self.processes[p].stopped_here = true;
                 } else {
                     self.fired.operator_stops += 1;
-                    let effects = self.job.operator_stop(self.time());
+                    let effects = self.job.stop(self.time(), Asked::ByCall);
                     self.carry_out(effects);
                     self.tell();
                 }

@@ -274,6 +274,9 @@ pub struct JobStatus {
     /// Times that a scheduler has started the job again.
     #[serde(default)]
     pub restarts: u32,
+    /// Somebody has called to stop it (`learn-launch stop`, the API). A signal does not say who it is from: schedulers send them, too.
+    #[serde(default)]
+    pub operator_stop: bool,
     /// Seconds since the coordinator started.
     pub seconds: f64,
 }

@@ -83,7 +83,7 @@ fn end(args: &StopArgs, run: &RunDir, (shown, stopping): (&str, &str), output: &
         ))
         .into());
     };
-    asking(run, || Ok(operator::stop(run, &address)?))?;
+    operator::stop(run, &address)?;
     output.note(&format!("{shown}: {stopping}"));
     if args.no_wait {
         output.result(&format!("{shown}: asked to stop"), &serde_json::json!({ "state": "stopping" }))?;
@@ -99,16 +99,17 @@ fn end(args: &StopArgs, run: &RunDir, (shown, stopping): (&str, &str), output: &
     Ok(true)
 }
 
-/// Asks a job to stop. One of Slurm's learns that it is an operator who does, lest it goes back into the queue when Slurm
-/// gives notice meanwhile.
-fn asking(run: &RunDir, ask: impl FnOnce() -> Result<()>) -> Result<()> {
+/// Asks a job of Slurm's to stop by a signal. It learns that an operator has sent it, lest it goes back into the queue when
+/// Slurm gives notice meanwhile.
+fn signal(run: &RunDir, job: u32) -> Result<()> {
     if let Err(error) = stopped::leave(run) {
         tracing::warn!("{error:#}; should Slurm give notice now, the job goes back into the queue");
     }
-    ask().inspect_err(|_| {
+    client::ask_to_stop(job).inspect_err(|_| {
         // what was not asked for must not count later; a word that stays is taken away by the next start
         let _stays = stopped::clear(run);
-    })
+    })?;
+    Ok(())
 }
 
 /// Ends a Slurm job whose coordinator cannot be asked from here: out of the queue, or by a signal to its batch script.
@@ -118,7 +119,7 @@ fn end_in_queue(args: &StopArgs, run: &RunDir, queue: &Queue, shown: &str, outpu
         client::cancel(job)?;
         output.note(&format!("{shown}: job {job} is taken out of Slurm's queue"));
     } else {
-        asking(run, || Ok(client::ask_to_stop(job)?))?;
+        signal(run, job)?;
         output.note(&format!("{shown}: job {job} stops after its current step"));
     }
     if args.no_wait {

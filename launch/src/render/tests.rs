@@ -60,6 +60,7 @@ fn job() -> JobStatus {
         }],
         ledger: LedgerSummary { exact: true, epochs: vec![epoch(0, 943), epoch(1, 512)] },
         restarts: 0,
+        operator_stop: false,
         seconds: 61.0,
     }
 }

@@ -21,7 +21,7 @@ pub struct Heard {
     pub notice: bool,
     /// SIGTERM, SIGINT or SIGHUP: by Slurm at a limit or a preemption, by `scancel`, or by a person.
     pub asked: bool,
-    /// `learn-launch stop` has said that it is an operator who stops the job.
+    /// An operator stops the job, says its coordinator or `learn-launch stop`.
     pub operator: bool,
     /// Why Slurm ends the job; `None` if it could not be asked.
     pub reason: Option<Reason>,
@@ -96,14 +96,14 @@ mod tests {
             (heard(true, true, Some(Other)), Stay, "scancel after a notice"),
             (heard(false, true, None), Stay, "somebody, and squeue is not there"),
             (heard(true, true, None), Requeue, "after a notice it is the limit, most likely"),
-            (heard(false, false, Some(Other)), Stay, "a stop over HTTP"),
+            (heard(false, false, Some(Other)), Stay, "a stop of the tasks by a person"),
             (heard(false, false, None), Stay, "the same where squeue is not"),
             (heard(false, false, Some(Preempted)), Resubmit, "Slurm has asked the tasks alone"),
             (heard(false, false, Some(TimeLimit)), Requeue, "the same at the limit"),
         ] {
             assert_eq!(next(stopped, heard), expected, "{why}");
             let operator = Heard { operator: true, ..heard };
-            assert_eq!(next(stopped, operator), Stay, "learn-launch stop, though: {why}");
+            assert_eq!(next(stopped, operator), Stay, "an operator, though: {why}");
         }
     }
 

@@ -10,7 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result};
 use learn_dataset::Dataset;
 use learn_domain::config::DeviceKind;
-use learn_domain::report::{JobState, Task, exit};
+use learn_domain::report::{JobState, JobStatus, Task, exit};
 use learn_domain::run_dir::RunDir;
 use learn_domain::{Config, Step};
 use serde::{Deserialize, Serialize};
@@ -63,6 +63,15 @@ pub struct StartSpec<'a> {
     pub targets: Option<&'a Path>,
 }
 
+/// This start among those of the run.
+#[derive(Clone, Copy, Debug)]
+struct Here {
+    /// How many were before it.
+    number: u32,
+    /// The step that it goes on from, once that is known.
+    began: Option<Step>,
+}
+
 /// Runs one start of the job. Signals are to be caught already.
 ///
 /// # Errors
@@ -79,10 +88,10 @@ pub fn start(spec: &StartSpec<'_>, output: &Output) -> Result<()> {
         return Ok(());
     }
     let before = restarts::read(run)?;
-    let mut began = None;
-    match attempt(spec, &before, &mut began, output) {
+    let mut here = Here { number: u32::try_from(before.len()).unwrap_or(u32::MAX), began: None };
+    match attempt(spec, &before, &mut here, output) {
         Ok(()) => crate::commands::train::report(run, output),
-        Err(error) => Err(after(spec, error, began, output)),
+        Err(error) => Err(after(spec, error, here, output)),
     }
 }
 
@@ -103,8 +112,8 @@ fn refuse_other(run: &RunDir, allocation: &Allocation) -> Result<()> {
     }
 }
 
-/// One attempt to finish the job; `began` becomes the step that it goes on from.
-fn attempt(spec: &StartSpec<'_>, before: &[Start], began: &mut Option<Step>, output: &Output) -> Result<()> {
+/// One attempt to finish the job.
+fn attempt(spec: &StartSpec<'_>, before: &[Start], here: &mut Here, output: &Output) -> Result<()> {
     let StartSpec { run, allocation, .. } = spec;
     let shown = run.root().display();
     let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -127,7 +136,7 @@ fn attempt(spec: &StartSpec<'_>, before: &[Start], began: &mut Option<Step>, out
     }
     let checkpoint = found?;
     let step = checkpoint.as_ref().map(|checkpoint| checkpoint.step);
-    *began = step;
+    here.began = step;
     let now = now(step);
     permit(&now)?;
     restarts::add(run, &now)?;
@@ -159,14 +168,14 @@ fn attempt(spec: &StartSpec<'_>, before: &[Start], began: &mut Option<Step>, out
         config: &config,
         task: &task,
         workers: Workers::Slurm(&workers),
-        restarts: u32::try_from(before.len()).unwrap_or(u32::MAX),
+        restarts: here.number,
     };
     let _targets = spec.targets.map(|folder| Keeper::start(run, folder, allocation.job)).transpose()?;
     job::run(&job, output).map(drop)
 }
 
 /// What becomes of a start that has not finished the job.
-fn after(spec: &StartSpec<'_>, error: anyhow::Error, began: Option<Step>, output: &Output) -> anyhow::Error {
+fn after(spec: &StartSpec<'_>, error: anyhow::Error, Here { number, began }: Here, output: &Output) -> anyhow::Error {
     let (run, shown, job) = (spec.run, spec.run.root().display(), spec.allocation.job);
     let status = runs::last_status(run).ok().flatten();
     let reached = status.as_ref().and_then(|status| status.last_step.as_ref()).map(|record| record.step);
@@ -175,7 +184,7 @@ fn after(spec: &StartSpec<'_>, error: anyhow::Error, began: Option<Step>, output
     let heard = Heard {
         notice: system::was_noticed(),
         asked: system::was_asked_to_stop(),
-        operator: stopped::is_left(run, job),
+        operator: stopped::is_left(run, job) || status.as_ref().is_some_and(|status| is_stopped(status, number)),
         // it may have asked the tasks alone
         reason: if outcome::depends(code) { client::reason(job).ok() } else { None },
     };
@@ -207,6 +216,11 @@ fn after(spec: &StartSpec<'_>, error: anyhow::Error, began: Option<Step>, output
         }
         .into(),
     }
+}
+
+/// Its coordinator says that an operator has stopped this start, not one before: that status stays until the next coordinator's.
+fn is_stopped(status: &JobStatus, number: u32) -> bool {
+    status.operator_stop && status.restarts == number
 }
 
 /// The newest checkpoint that was committed; a damaged one is refused.
@@ -295,6 +309,16 @@ mod tests {
         assert!(text.contains("job 13 now") && text.contains("scancel 12"), "{text}");
         refuse_other(&run, &allocation(13, 1)).unwrap();
         refuse_other(&run, &allocation(14, 0)).unwrap();
+    }
+
+    #[test]
+    fn a_stop_counts_for_the_start_that_it_was_meant_for() {
+        let mut status = crate::watch::tests::scene().current.unwrap().status;
+        for (operator_stop, restarts, number, counts) in [(true, 2, 2, true), (false, 2, 2, false), (true, 1, 2, false)]
+        {
+            (status.operator_stop, status.restarts) = (operator_stop, restarts);
+            assert_eq!(is_stopped(&status, number), counts, "{operator_stop} of start {restarts} at start {number}");
+        }
     }
 
     #[test]

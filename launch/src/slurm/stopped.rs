@@ -1,5 +1,6 @@
-//! `slurm/stopped`: an operator has asked the Slurm job of a run to stop, so it must not go back into the queue. `learn-launch
-//! stop` leaves it before it asks; each start takes it away.
+//! `slurm/stopped`: an operator has asked the Slurm job of a run to stop by a signal, which Slurm itself might have sent, so
+//! it must not go back into the queue. `learn-launch stop` leaves it before it sends one; each start takes it away. Who asks the
+//! coordinator needs no such word: its status says so (`operator_stop`).
 
 use std::path::PathBuf;
 

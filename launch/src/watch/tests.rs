@@ -89,6 +89,7 @@ pub fn scene() -> Scene {
         ledger: LedgerSummary { exact: true, epochs: vec![] },
         data_servers: vec![],
         restarts: 0,
+        operator_stop: false,
         seconds: 620.0,
     };
     let time = |step: u64| Some(NOW - 31.4 - 0.45 * (1200 - step) as f64);
