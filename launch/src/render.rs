@@ -169,16 +169,28 @@ pub fn metrics_table(columns: &[(&str, &Metrics)]) -> String {
     out
 }
 
+/// A job and its state.
+fn heading(status: &JobStatus, freshness: Freshness) -> String {
+    let fresh = match freshness {
+        Freshness::Live => "",
+        Freshness::Ended => " (ended)",
+        Freshness::Queued => " (waits in the queue of its scheduler to go on)",
+        Freshness::Stale => " (STALE: its coordinator is gone; `learn-launch resume` continues the job)",
+    };
+    format!("{}: {}{fresh}", status.name, status.state.name())
+}
+
+/// A status in one line.
+#[must_use]
+pub fn last_word(status: &JobStatus, freshness: Freshness) -> String {
+    let done = status.last_step.as_ref().map_or(0, |step| step.step.0);
+    format!("{}, step {} of {}", heading(status, freshness), count(done), count(status.total_steps))
+}
+
 /// A whole status.
 #[must_use]
 pub fn status(status: &JobStatus, freshness: Freshness) -> String {
-    let mut out = format!("{}: {}", status.name, status.state.name());
-    match freshness {
-        Freshness::Live => {}
-        Freshness::Ended => out.push_str(" (ended)"),
-        Freshness::Queued => out.push_str(" (waits in the queue of its scheduler to go on)"),
-        Freshness::Stale => out.push_str(" (STALE: its coordinator is gone; `learn-launch resume` continues the job)"),
-    }
+    let mut out = heading(status, freshness);
     out.push('\n');
     let mut row = |name: &str, value: String| {
         let _infallible = writeln!(out, "  {name:<12}{value}");

@@ -2,8 +2,8 @@
 //!
 //! One thread looks at the run and one asks its processes, so that keys are obeyed while a coordinator does not answer. Both
 //! end when nobody takes their words any more, and one that fails ends the screen. Invariants: the terminal is restored on
-//! every way out: `ratatui` restores it on a panic, signals are counted ([`system`]) and end the loop as `q` does; without a
-//! terminal there is no process.
+//! every way out ([`on_screen`]): `ratatui` restores it on a panic, signals are counted ([`system`]) and end the loop as `q`
+//! does; without a terminal there is no process.
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal as _, Write as _};
@@ -36,7 +36,7 @@ pub fn possible() -> bool {
     terminal && !dumb && large()
 }
 
-/// Shows the screen until somebody leaves it; the last state stays behind as text.
+/// Shows the screen until somebody leaves it; one line stays behind, with the last state.
 ///
 /// # Errors
 /// The terminal or the run's files cannot be used.
@@ -48,19 +48,21 @@ pub fn show(mut watcher: Watcher) -> Result<()> {
         system::wait_for_hangup();
         std::process::exit(0);
     });
-    let terminal = ratatui::try_init();
-    let shown =
-        terminal.context("the terminal cannot show a screen; `--plain` follows in lines").and_then(|mut terminal| {
-            let sources = Sources::new(watcher);
-            follow(&mut terminal, &sources, scene)
-        });
-    ratatui::restore();
-    let scene = shown?;
+    let scene = on_screen(|terminal| follow(terminal, &Sources::new(watcher), scene))?;
     if let Some(current) = &scene.current {
         // who has closed the terminal does not read it
-        let _gone = write!(io::stdout().lock(), "{}", render::status(&current.status, current.freshness));
+        let _gone = writeln!(io::stdout().lock(), "{}", render::last_word(&current.status, current.freshness));
     }
     Ok(())
+}
+
+/// Lends the terminal out as a screen and takes it back, whatever comes of it.
+fn on_screen<T>(work: impl FnOnce(&mut DefaultTerminal) -> Result<T>) -> Result<T> {
+    let terminal = ratatui::try_init().context("the terminal cannot show a screen; `--plain` follows in lines");
+    // it has gone, and shown its cursor again, before the screen is left
+    let done = terminal.and_then(|mut terminal| work(&mut terminal));
+    ratatui::restore();
+    done
 }
 
 /// The threads that find out.
@@ -167,4 +169,48 @@ fn next(choice: &mut Choice, shown: &View) -> Result<Answer> {
 fn asked(view: &View, scroll: usize) -> Vec<(WorkerId, String)> {
     let there = view.ranks.iter().skip(scroll).filter(|row| !row.metrics_url.is_empty());
     there.filter_map(|row| Some((row.worker?, row.metrics_url.clone()))).take(MOST_ASKED).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// Set for this test where it runs on a terminal.
+    const ON_TERMINAL: &str = "LEARN_TEST_ON_TERMINAL";
+
+    #[test]
+    fn a_panic_leaves_the_terminal_as_it_was() {
+        if std::env::var_os(ON_TERMINAL).is_some() {
+            let _panics = on_screen::<()>(|terminal| {
+                terminal.draw(|frame| frame.render_widget("drawn", frame.area()))?;
+                panic!("a defect of the screen");
+            });
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let own = std::env::current_exe().unwrap();
+        let name = std::thread::current().name().unwrap().to_owned();
+        // this very test again, on a terminal of util-linux' `script`, with its settings before and after
+        let session = format!(
+            "stty rows 24 cols 80; stty -g > {before}; '{own}' --exact '{name}' --nocapture; stty -g > {after}",
+            before = at("before").display(),
+            after = at("after").display(),
+            own = own.display(),
+        );
+        let mut script = Command::new("script");
+        script.args(["--quiet", "--flush", "--command", &session, "/dev/null"]).env(ON_TERMINAL, "1");
+        script.env("TERM", "xterm-256color").env("SHELL", "/bin/sh").stdin(Stdio::null()).stderr(Stdio::inherit());
+        let written = String::from_utf8_lossy(&script.output().expect("util-linux has `script`").stdout).into_owned();
+        let place = |part: &str| written.rfind(part).unwrap_or_else(|| panic!("{part:?} is not in {written:?}"));
+        let (drawn, left) = (place("drawn"), place("\u{1b}[?1049l"));
+        assert!(place("\u{1b}[?1049h") < drawn && drawn < left, "{written:?}");
+        assert!(left < place("a defect of the screen"), "it is said where it stays to be read: {written:?}");
+        assert!(place("\u{1b}[?25l") < place("\u{1b}[?25h"), "the cursor is there again: {written:?}");
+        let settings = |name: &str| fs::read_to_string(at(name)).unwrap();
+        assert!(!settings("before").is_empty());
+        assert_eq!(settings("before"), settings("after"));
+    }
 }
