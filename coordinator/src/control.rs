@@ -4,23 +4,21 @@
 
 use std::time::{Duration, Instant};
 
-use futures::stream::{BoxStream, StreamExt};
+use futures::stream::{self, BoxStream, StreamExt};
 use learn_domain::membership::{Directive, Refusal};
 use learn_domain::{Generation, Step, WorkerId};
 use learn_proto::convert::{self, Admission, Applicant, Beginning, DataOffer, OfferedServer, StepReport};
 use learn_proto::v1::control_server::Control;
 use learn_proto::v1::{
-    AttendRequest, BeginGenerationRequest, BeginGenerationResponse, CommitCheckpointRequest, CommitCheckpointResponse,
-    GetRequest, GetResponse, HeartbeatRequest, HeartbeatResponse, JoinRequest, JoinResponse, LeaveRequest,
-    LeaveResponse, OfferDataRequest, OfferDataResponse, PutRequest, PutResponse, ReadyRequest, ReadyResponse,
-    ReportEvaluationRequest, ReportEvaluationResponse, ReportEventRequest, ReportEventResponse, ReportStepRequest,
-    ReportStepResponse,
+    BeginGenerationRequest, BeginGenerationResponse, CommitCheckpointRequest, CommitCheckpointResponse, GetRequest,
+    GetResponse, HeartbeatRequest, HeartbeatResponse, JoinRequest, JoinResponse, LeaveRequest, LeaveResponse,
+    OfferDataRequest, OfferDataResponse, PutRequest, PutResponse, ReadyRequest, ReadyResponse, ReportEvaluationRequest,
+    ReportEvaluationResponse, ReportEventRequest, ReportEventResponse, ReportStepRequest, ReportStepResponse,
 };
 use learn_proto::{MAX_KEY_BYTES, MAX_VALUE_BYTES, MAX_WAIT_MILLIS};
-use learn_telemetry::CoordinatorMetrics;
+use learn_telemetry::{CoordinatorMetrics, Histogram};
 use tokio::sync::watch;
-use tokio_stream::wrappers::WatchStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::data::Directory;
 use crate::job::actor::{AskError, Command, JobHandle, Key};
@@ -39,22 +37,68 @@ pub struct ControlService {
     pub over: watch::Receiver<bool>,
 }
 
+/// What heartbeats need: they come by themselves and by open calls.
+#[derive(Clone)]
+struct Beats {
+    job: JobHandle,
+    seconds: Histogram,
+}
+
+impl Beats {
+    async fn take(&self, beat: HeartbeatRequest) -> Result<HeartbeatResponse, Status> {
+        let start = Instant::now();
+        let HeartbeatRequest { worker_id, step, phase, entered, inside, since_millis, .. } = beat;
+        let worker = WorkerId(worker_id);
+        let beat = Heartbeat {
+            worker,
+            step: Step(step),
+            phase: convert::bounded("phase", phase)?,
+            entered,
+            inside,
+            since: Duration::from_millis(since_millis),
+        };
+        let directive: Directive = self.job.ask(|reply| Command::Heartbeat(beat, reply)).await?;
+        self.seconds.observe(start.elapsed().as_secs_f64());
+        Ok(convert::directive_message(worker, directive)?)
+    }
+}
+
 /// A worker's open call; its end, however it comes, is told to the job.
 struct Attendance {
-    job: JobHandle,
+    beats: Beats,
     worker: WorkerId,
     number: u64,
+    /// The heartbeat that has opened the call, until it is answered.
+    first: Option<HeartbeatRequest>,
+    said: Streaming<HeartbeatRequest>,
+    directives: watch::Receiver<Directive>,
 }
 
 impl Attendance {
-    fn message(&self, directive: Directive) -> Result<HeartbeatResponse, Status> {
-        Ok(convert::directive_message(self.worker, directive)?)
+    /// The next answer to a heartbeat, or a directive that has changed; none at the end of the worker's side, or of the job.
+    async fn next(&mut self) -> Option<Result<HeartbeatResponse, Status>> {
+        let beat = match self.first.take() {
+            Some(first) => first,
+            None => tokio::select! {
+                changed = self.directives.changed() => {
+                    changed.ok()?;
+                    let directive = self.directives.borrow_and_update().clone();
+                    return Some(convert::directive_message(self.worker, directive).map_err(Status::from));
+                }
+                said = self.said.message() => match said {
+                    Ok(Some(beat)) if beat.worker_id == self.worker.0 => beat,
+                    Ok(Some(_)) => return Some(Err(Status::invalid_argument("a call is of one worker"))),
+                    Ok(None) | Err(_) => return None,
+                },
+            },
+        };
+        Some(self.beats.take(beat).await)
     }
 }
 
 impl Drop for Attendance {
     fn drop(&mut self) {
-        self.job.disconnected(self.worker, self.number);
+        self.beats.job.disconnected(self.worker, self.number);
     }
 }
 
@@ -120,6 +164,10 @@ impl ControlService {
         work: impl Future<Output = Result<T, Status>>,
     ) -> Result<Response<T>, Status> {
         timed(&self.metrics, method, work).await
+    }
+
+    fn beats(&self) -> Beats {
+        Beats { job: self.job.clone(), seconds: self.metrics.rpc_seconds.with_label_values(&["heartbeat"]) }
     }
 
     /// Refuses a data server whose dataset or configuration is not the job's.
@@ -191,32 +239,27 @@ impl Control for ControlService {
     }
 
     async fn heartbeat(&self, request: Request<HeartbeatRequest>) -> Result<Response<HeartbeatResponse>, Status> {
-        self.timed("heartbeat", async {
-            let HeartbeatRequest { worker_id, step, phase, entered, inside, since_millis, .. } = request.into_inner();
-            let worker = WorkerId(worker_id);
-            let beat = Heartbeat {
-                worker,
-                step: Step(step),
-                phase: convert::bounded("phase", phase)?,
-                entered,
-                inside,
-                since: Duration::from_millis(since_millis),
-            };
-            let directive: Directive = self.job.ask(|reply| Command::Heartbeat(beat, reply)).await?;
-            Ok(convert::directive_message(worker, directive)?)
-        })
-        .await
+        self.beats().take(request.into_inner()).await.map(Response::new)
     }
 
     type AttendStream = BoxStream<'static, Result<HeartbeatResponse, Status>>;
 
-    async fn attend(&self, request: Request<AttendRequest>) -> Result<Response<Self::AttendStream>, Status> {
+    async fn attend(
+        &self,
+        request: Request<Streaming<HeartbeatRequest>>,
+    ) -> Result<Response<Self::AttendStream>, Status> {
         self.timed("attend", async {
-            let worker = WorkerId(request.into_inner().worker_id);
+            let mut said = request.into_inner();
+            let Some(first) = said.message().await? else {
+                return Err(Status::invalid_argument("the first heartbeat says which worker attends; there was none"));
+            };
+            let worker = WorkerId(first.worker_id);
             let (number, directives) = self.job.ask(|reply| Command::Attend(worker, reply)).await?;
-            let attendance = Attendance { job: self.job.clone(), worker, number };
+            let attendance = Attendance { beats: self.beats(), worker, number, first: Some(first), said, directives };
             // the whole attendance goes with the stream, so that its end is the stream's
-            let messages = WatchStream::new(directives).map(move |directive| attendance.message(directive));
+            let messages = stream::unfold(attendance, |mut attendance| async move {
+                attendance.next().await.map(|message| (message, attendance))
+            });
             Ok(messages.boxed())
         })
         .await

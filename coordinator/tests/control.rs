@@ -211,6 +211,10 @@ async fn survivors_hear_of_a_broken_connection_at_once_and_go_on_without_it() {
     }
     control.begin_generation(beginning(WorkerId(0), 1, 0)).await.unwrap();
     control.report_step(report(0, 1, &[])).await.unwrap();
+    orders[1].beat(WorkerId(1), 1).await;
+    orders[1].until(&run(1, 1, 3, AfterStep::Continue)).await;
+    let status: JobStatus = serde_json::from_value(running.api("job").await).unwrap();
+    assert_eq!(status.workers.iter().map(|worker| worker.step).collect::<Vec<_>>(), [Step(0), Step(1), Step(0)]);
     let mut waiting = running.control();
     let waits = tokio::spawn(async move { waiting.get(get(1, 1, "never", 30_000)).await });
 

@@ -13,10 +13,10 @@ use learn_domain::report::{Evaluation, JobState, JobStatus, Split, StepRecord, S
 use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
 use learn_proto::convert::{Order, StepReport, evaluation_json};
 use learn_proto::v1::{
-    AttendRequest, CommitCheckpointRequest, GetRequest, PutRequest, ReadyRequest, ReportEvaluationRequest,
-    ReportStepRequest, StopRequest,
+    CommitCheckpointRequest, GetRequest, PutRequest, ReadyRequest, ReportEvaluationRequest, ReportStepRequest,
+    StopRequest,
 };
-use support::{Control, Ground, Running, heartbeat, join, join_request, leave, train};
+use support::{Control, Ground, Running, attend, heartbeat, join, join_request, leave, train};
 use tonic::Code;
 
 fn report(worker: u32, step: u64, users: &[UserIndex]) -> ReportStepRequest {
@@ -198,13 +198,11 @@ async fn a_worker_that_was_lost_with_the_coordinator_is_missed() {
     assert!(matches!(heartbeat(&mut control, second).await, Order::Run { world_size: 2, .. }));
     running.kill(&ground).await;
     let running = Running::start(Coordinator::take_over(ground.run_dir().root()).await.unwrap());
-    let attending = running.control().attend(AttendRequest { worker_id: first.0 }).await;
-    let mut orders = attending.unwrap().into_inner();
-    let next = async |orders: &mut tonic::Streaming<_>| Order::try_from(orders.message().await.unwrap().unwrap());
-    assert!(matches!(next(&mut orders).await.unwrap(), Order::Run { world_size: 2, .. }));
+    let mut orders = attend(&mut running.control(), first).await;
+    assert!(matches!(orders.next().await.unwrap(), Order::Run { world_size: 2, .. }));
     // sooner than by its heartbeats, and though none of its connections breaks
     let started = std::time::Instant::now();
-    assert_eq!(next(&mut orders).await.unwrap(), Order::Regroup(Generation(1)));
+    assert_eq!(orders.next().await.unwrap(), Order::Regroup(Generation(1)));
     assert!(started.elapsed() < ground.config.cluster.heartbeat_timeout.0);
     // in this process a call that is open keeps the owner alive
     drop(orders);

@@ -16,10 +16,11 @@ use learn_proto::auth::BearerInterceptor;
 use learn_proto::connect::Pass;
 use learn_proto::convert::{Applicant, Order};
 use learn_proto::v1::control_client::ControlClient;
-use learn_proto::v1::{AttendRequest, HeartbeatRequest, ReadyRequest};
-use tokio::sync::{Semaphore, watch};
+use learn_proto::v1::{HeartbeatRequest, ReadyRequest};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval_at};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Endpoint;
 
 /// Between two heartbeats of a worker.
@@ -51,7 +52,7 @@ pub struct Measured {
     pub form_seconds: f64,
     pub seconds: f64,
     pub heartbeats: usize,
-    /// Heartbeats without an answer.
+    /// Heartbeats that were not answered when the next one was due.
     pub late: u32,
     pub p50_ms: f64,
     pub p99_ms: f64,
@@ -179,29 +180,42 @@ async fn worker(shared: Arc<Shared>, number: u32, mut phases: watch::Receiver<Ph
     };
     let answer = control.join(learn_proto::v1::JoinRequest::from(applicant)).await.context("join")?;
     let worker = WorkerId(answer.into_inner().worker_id);
-    let mut orders = control.attend(AttendRequest { worker_id: worker.0 }).await.context("attend")?.into_inner();
+    let (beats, said) = mpsc::channel(1);
+    let heartbeat = |generation| HeartbeatRequest {
+        worker_id: worker.0,
+        generation,
+        phase: "simulated".into(),
+        ..Default::default()
+    };
+    beats.try_send(heartbeat(0)).context("attend")?;
+    let mut orders = control.attend(ReceiverStream::new(said)).await.context("attend")?.into_inner();
     control.ready(ReadyRequest { worker_id: worker.0, generation: 0, broken: None }).await.context("ready")?;
     shared.ready.fetch_add(1, Ordering::Relaxed);
     drop(place);
 
     let first = Duration::from_nanos(mix(number.into()) % BEAT.as_nanos() as u64);
-    let mut beats = interval_at(tokio::time::Instant::now() + first, BEAT);
-    beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut ticks = interval_at(tokio::time::Instant::now() + first, BEAT);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut placed, mut micros) = (false, Vec::new());
+    // when the heartbeat was sent that has no answer yet, and whether it counts
+    let mut unanswered: Option<(Instant, bool)> = None;
     loop {
         tokio::select! {
-            _ = beats.tick() => {
-                let request = HeartbeatRequest { worker_id: worker.0, generation: 1, phase: "simulated".into(), ..HeartbeatRequest::default() };
-                let (sent, measuring) = (Instant::now(), *phases.borrow() == Phase::Measuring);
-                match control.heartbeat(request).await {
-                    Ok(_) if measuring => micros.push(sent.elapsed().as_micros().min(u32::MAX.into()) as u32),
-                    Ok(_) => {}
-                    Err(status) if status.code() == tonic::Code::NotFound => bail!("worker {worker} was lost"),
-                    Err(_) => drop(shared.failed.fetch_add(1, Ordering::Relaxed)),
+            _ = ticks.tick() => match unanswered {
+                Some(_) => drop(shared.failed.fetch_add(1, Ordering::Relaxed)),
+                None => {
+                    unanswered = Some((Instant::now(), *phases.borrow() == Phase::Measuring));
+                    beats.send(heartbeat(1)).await.context("attend")?;
                 }
-            }
+            },
             order = orders.message() => {
-                let order = order.context("attend")?.context("the coordinator has ended")?;
+                let order = match order {
+                    Err(status) if status.code() == tonic::Code::NotFound => bail!("worker {worker} was lost"),
+                    order => order.context("attend")?.context("the coordinator has ended")?,
+                };
+                if let Some((sent, true)) = unanswered.take() {
+                    micros.push(sent.elapsed().as_micros().min(u32::MAX.into()) as u32);
+                }
                 if matches!(Order::try_from(order)?, Order::Run { .. }) && !std::mem::replace(&mut placed, true) {
                     shared.placed.fetch_add(1, Ordering::Relaxed);
                 }

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use futures::StreamExt;
+use futures::stream;
 use learn_collective::Rendezvous;
 use learn_domain::event::Happening;
 use learn_domain::membership::Departure;
@@ -27,6 +29,7 @@ use learn_telemetry::place::{self, Field};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 use tonic::{Code, Response, Status, Streaming};
@@ -277,31 +280,26 @@ impl Control {
         Ok(admission)
     }
 
-    /// One heartbeat.
+    /// One heartbeat, without an open call.
     ///
     /// # Errors
     /// If the coordinator cannot be reached or no longer knows the worker.
-    pub async fn heartbeat(&self, worker: WorkerId, progress: &Progress) -> Result<Order, ControlError> {
-        let request = v1::HeartbeatRequest {
-            worker_id: worker.0,
-            generation: progress.generation().0,
-            step: progress.step().0,
-            phase: progress.phase().to_owned(),
-            entered: progress.entered.load(Ordering::Relaxed),
-            inside: progress.inside.load(Ordering::Relaxed),
-            since_millis: progress.millis_since(),
-        };
-        let answer = self.client.clone().heartbeat(request).await.map_err(failed("heartbeat"))?;
+    pub async fn heartbeat(&self, heartbeat: Heartbeat) -> Result<Order, ControlError> {
+        let answer = self.client.clone().heartbeat(heartbeat.0).await.map_err(failed("heartbeat"))?;
         answer.into_inner().try_into().map_err(|source| ControlError::Answer { call: "heartbeat", source })
     }
 
-    /// Opens the call by which orders come as soon as they change. By its end the coordinator learns that a worker is gone.
+    /// Opens the call by which heartbeats go, the first of them at once, and orders come as soon as they change. By its end
+    /// the coordinator learns that a worker is gone.
     ///
     /// # Errors
     /// If the coordinator cannot be reached.
-    pub async fn attend(&self, worker: WorkerId) -> Result<Orders, ControlError> {
-        let request = v1::AttendRequest { worker_id: worker.0 };
-        Ok(Orders(self.client.clone().attend(request).await.map_err(failed("attend"))?.into_inner()))
+    pub async fn attend(&self, first: Heartbeat) -> Result<(Beats, Orders), ControlError> {
+        // one that is sent while another was not even taken says nothing new
+        let (sender, said) = mpsc::channel(1);
+        let said = stream::once(std::future::ready(first.0)).chain(ReceiverStream::new(said));
+        let orders = self.client.clone().attend(said).await.map_err(failed("attend"))?.into_inner();
+        Ok((Beats(sender), Orders(orders)))
     }
 
     /// Says that `worker` has left `generation` (0 = it was in none) and may take part in the next; `broken` is what went
@@ -392,6 +390,37 @@ impl Control {
     #[must_use]
     pub fn handle(&self) -> &Handle {
         &self.handle
+    }
+}
+
+/// A sign of life.
+#[derive(Clone, Debug)]
+pub struct Heartbeat(v1::HeartbeatRequest);
+
+impl Heartbeat {
+    /// Of `worker`, which is so far.
+    #[must_use]
+    pub fn of(worker: WorkerId, progress: &Progress) -> Self {
+        Self(v1::HeartbeatRequest {
+            worker_id: worker.0,
+            generation: progress.generation().0,
+            step: progress.step().0,
+            phase: progress.phase().to_owned(),
+            entered: progress.entered.load(Ordering::Relaxed),
+            inside: progress.inside.load(Ordering::Relaxed),
+            since_millis: progress.millis_since(),
+        })
+    }
+}
+
+/// The worker's side of its open call.
+#[derive(Clone, Debug)]
+pub struct Beats(mpsc::Sender<v1::HeartbeatRequest>);
+
+impl Beats {
+    /// Sends a heartbeat; its answer is among the orders. `false` if the call has ended.
+    pub async fn say(&self, heartbeat: Heartbeat) -> bool {
+        self.0.send(heartbeat.0).await.is_ok()
     }
 }
 

@@ -20,15 +20,16 @@ use learn_proto::convert::{Admission, Applicant, Beginning, Order};
 use learn_proto::v1::control_client::ControlClient;
 use learn_proto::v1::operator_client::OperatorClient;
 use learn_proto::v1::{
-    AttendRequest, BeginGenerationRequest, HeartbeatRequest, HeartbeatResponse, JoinRequest, LeaveRequest, ReadyRequest,
+    BeginGenerationRequest, HeartbeatRequest, HeartbeatResponse, JoinRequest, LeaveRequest, ReadyRequest,
 };
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
-use tonic::Streaming;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Status, Streaming};
 
 pub const USERS: u32 = 100;
 pub const ITEMS: u32 = 37;
@@ -281,16 +282,33 @@ pub fn beginning(worker: WorkerId, generation: u64, step: u64) -> BeginGeneratio
 }
 
 /// A worker's open call.
-pub struct Orders(Streaming<HeartbeatResponse>);
+pub struct Orders {
+    orders: Streaming<HeartbeatResponse>,
+    beats: mpsc::Sender<HeartbeatRequest>,
+}
 
 pub async fn attend(control: &mut Control, worker: WorkerId) -> Orders {
-    Orders(control.attend(AttendRequest { worker_id: worker.0 }).await.unwrap().into_inner())
+    let first = HeartbeatRequest { worker_id: worker.0, ..HeartbeatRequest::default() };
+    let (beats, said) = mpsc::channel(1);
+    beats.try_send(first).unwrap();
+    Orders { orders: control.attend(ReceiverStream::new(said)).await.unwrap().into_inner(), beats }
 }
 
 impl Orders {
+    /// The next order.
+    pub async fn next(&mut self) -> Result<Order, Status> {
+        Ok(self.orders.message().await?.expect("the call is open").try_into().unwrap())
+    }
+
     /// Waits for an order; one that was overtaken may never be seen.
     pub async fn until(&mut self, wanted: &Order) {
-        while Order::try_from(self.0.message().await.unwrap().unwrap()).unwrap() != *wanted {}
+        while self.next().await.unwrap() != *wanted {}
+    }
+
+    /// Says a heartbeat by the open call.
+    pub async fn beat(&self, worker: WorkerId, step: u64) {
+        let request = HeartbeatRequest { worker_id: worker.0, generation: 1, step, ..HeartbeatRequest::default() };
+        self.beats.send(request).await.unwrap();
     }
 }
 

@@ -119,7 +119,7 @@ fn text(measured: &Measured) -> String {
     let Measured { join_seconds, form_seconds, cores, rss_mib, own_cores, .. } = measured;
     format!(
         "{workers} workers joined in {join_seconds:.1} s and had their ranks {form_seconds:.2} s after the last was ready\n\
-         {heartbeats} heartbeats in {seconds:.0} s: p50 {p50_ms:.2} ms, p99 {p99_ms:.2} ms, max {max_ms:.1} ms; {late} failed\n\
+         {heartbeats} heartbeats in {seconds:.0} s: p50 {p50_ms:.2} ms, p99 {p99_ms:.2} ms, max {max_ms:.1} ms; {late} late\n\
          the coordinator used {cores:.2} cores and {rss_mib} MiB; the simulated workers {own_cores:.2} cores"
     )
 }

@@ -114,11 +114,6 @@ pub mod heartbeat_response {
         Dismissed(Dismissed),
     }
 }
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct AttendRequest {
-    #[prost(uint32, tag = "1")]
-    pub worker_id: u32,
-}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReadyRequest {
     #[prost(uint32, tag = "1")]
@@ -461,7 +456,7 @@ pub mod control_client {
             req.extensions_mut().insert(GrpcMethod::new("learn.v1.Control", "Join"));
             self.inner.unary(req, path, codec).await
         }
-        /// Sign of life; the answer says what to do now.
+        /// Sign of life of a worker whose open call is not there (yet); the answer says what to do now.
         pub async fn heartbeat(
             &mut self,
             request: impl tonic::IntoRequest<super::HeartbeatRequest>,
@@ -486,11 +481,11 @@ pub mod control_client {
                 .insert(GrpcMethod::new("learn.v1.Control", "Heartbeat"));
             self.inner.unary(req, path, codec).await
         }
-        /// What to do, each time it changes. A worker keeps this call open as long as it is in the job: one whose call breaks is
-        /// lost.
+        /// The open call of a worker: its heartbeats, each of which is answered, and what to do each time it changes. A worker
+        /// keeps it open as long as it is in the job: one whose call breaks is lost. All heartbeats are of the same worker.
         pub async fn attend(
             &mut self,
-            request: impl tonic::IntoRequest<super::AttendRequest>,
+            request: impl tonic::IntoStreamingRequest<Message = super::HeartbeatRequest>,
         ) -> std::result::Result<
             tonic::Response<tonic::codec::Streaming<super::HeartbeatResponse>>,
             tonic::Status,
@@ -505,9 +500,9 @@ pub mod control_client {
                 })?;
             let codec = tonic_prost::ProstCodec::default();
             let path = http::uri::PathAndQuery::from_static("/learn.v1.Control/Attend");
-            let mut req = request.into_request();
+            let mut req = request.into_streaming_request();
             req.extensions_mut().insert(GrpcMethod::new("learn.v1.Control", "Attend"));
-            self.inner.server_streaming(req, path, codec).await
+            self.inner.streaming(req, path, codec).await
         }
         /// A worker is in no generation (any more) and may take part in the next.
         pub async fn ready(
@@ -756,7 +751,7 @@ pub mod control_server {
             &self,
             request: tonic::Request<super::JoinRequest>,
         ) -> std::result::Result<tonic::Response<super::JoinResponse>, tonic::Status>;
-        /// Sign of life; the answer says what to do now.
+        /// Sign of life of a worker whose open call is not there (yet); the answer says what to do now.
         async fn heartbeat(
             &self,
             request: tonic::Request<super::HeartbeatRequest>,
@@ -770,11 +765,11 @@ pub mod control_server {
             >
             + std::marker::Send
             + 'static;
-        /// What to do, each time it changes. A worker keeps this call open as long as it is in the job: one whose call breaks is
-        /// lost.
+        /// The open call of a worker: its heartbeats, each of which is answered, and what to do each time it changes. A worker
+        /// keeps it open as long as it is in the job: one whose call breaks is lost. All heartbeats are of the same worker.
         async fn attend(
             &self,
-            request: tonic::Request<super::AttendRequest>,
+            request: tonic::Request<tonic::Streaming<super::HeartbeatRequest>>,
         ) -> std::result::Result<tonic::Response<Self::AttendStream>, tonic::Status>;
         /// A worker is in no generation (any more) and may take part in the next.
         async fn ready(
@@ -1013,7 +1008,7 @@ pub mod control_server {
                     struct AttendSvc<T: Control>(pub Arc<T>);
                     impl<
                         T: Control,
-                    > tonic::server::ServerStreamingService<super::AttendRequest>
+                    > tonic::server::StreamingService<super::HeartbeatRequest>
                     for AttendSvc<T> {
                         type Response = super::HeartbeatResponse;
                         type ResponseStream = T::AttendStream;
@@ -1023,7 +1018,9 @@ pub mod control_server {
                         >;
                         fn call(
                             &mut self,
-                            request: tonic::Request<super::AttendRequest>,
+                            request: tonic::Request<
+                                tonic::Streaming<super::HeartbeatRequest>,
+                            >,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);
                             let fut = async move {
@@ -1049,7 +1046,7 @@ pub mod control_server {
                                 max_decoding_message_size,
                                 max_encoding_message_size,
                             );
-                        let res = grpc.server_streaming(method, req).await;
+                        let res = grpc.streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

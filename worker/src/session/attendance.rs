@@ -1,7 +1,8 @@
-//! Being there: heartbeats, and the open call by which orders come at once.
+//! Being there: heartbeats, and the open call by which they go and orders come at once.
 //!
 //! Input: an admission. Output: the newest order, and what it means to the running generation ([`Signals`]). Invariants: a
-//! worker is alive as long as it says so; a call that breaks is opened again as long as there is patience.
+//! worker is alive as long as it says so; a call that breaks is opened again as long as there is patience, and while there
+//! is none each heartbeat is a call of its own.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::signals::Signals;
-use crate::control::{Control, ControlError, Progress};
+use crate::control::{Beats, Control, ControlError, Heartbeat, Progress};
 
 /// What is heard from the coordinator.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +32,15 @@ pub struct Attendance {
     pub worker: WorkerId,
     pub heard: watch::Receiver<Heard>,
     tasks: [JoinHandle<()>; 2],
+}
+
+/// The open call as heartbeats see it.
+#[derive(Clone, Debug, Default)]
+struct Call {
+    /// None while the call is not open.
+    beats: Option<Beats>,
+    /// Orders that have come by it.
+    orders: u64,
 }
 
 /// What an attendance works with.
@@ -51,8 +61,9 @@ impl Attendance {
     pub fn begin(handle: &Handle, parts: Parts) -> Self {
         let (sender, heard) = watch::channel(Heard::Order(Order::Wait));
         let sender = Arc::new(sender);
-        let worker = parts.worker;
-        let tasks = [handle.spawn(parts.clone().beat(Arc::clone(&sender))), handle.spawn(parts.listen(sender))];
+        let (worker, call) = (parts.worker, Arc::new(watch::Sender::new(Call::default())));
+        let beating = handle.spawn(parts.clone().beat(Arc::clone(&sender), call.subscribe()));
+        let tasks = [beating, handle.spawn(parts.listen(sender, call))];
         Self { worker, heard, tasks }
     }
 }
@@ -94,7 +105,28 @@ impl Parts {
         });
     }
 
-    async fn beat(self, sender: Arc<watch::Sender<Heard>>) {
+    fn heartbeat(&self) -> Heartbeat {
+        Heartbeat::of(self.worker, &self.progress)
+    }
+
+    /// Says a heartbeat and waits for the answer, which whoever listens to the open call hears.
+    async fn say(&self, sender: &watch::Sender<Heard>, call: &mut watch::Receiver<Call>) -> Result<(), ControlError> {
+        let Call { beats, orders } = call.borrow_and_update().clone();
+        if let Some(beats) = beats
+            && beats.say(self.heartbeat()).await
+            && call
+                .wait_for(|call| call.orders > orders || call.beats.is_none())
+                .await
+                .is_ok_and(|call| call.orders > orders)
+        {
+            return Ok(());
+        }
+        let order = self.control.heartbeat(self.heartbeat()).await?;
+        self.hear(sender, Heard::Order(order));
+        Ok(())
+    }
+
+    async fn beat(self, sender: Arc<watch::Sender<Heard>>, mut call: watch::Receiver<Call>) {
         let mut ticks = tokio::time::interval(self.interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let (mut last_answer, mut failing) = (Instant::now(), false);
@@ -108,15 +140,13 @@ impl Parts {
                 );
                 std::process::exit(exit::FAILED);
             }
-            let heartbeat = self.control.heartbeat(self.worker, &self.progress);
-            let answer = tokio::time::timeout(self.timeout, heartbeat).await;
+            let answer = tokio::time::timeout(self.timeout, self.say(&sender, &mut call)).await;
             match answer.unwrap_or(Err(ControlError::Silent)) {
-                Ok(order) => {
+                Ok(()) => {
                     if std::mem::take(&mut failing) {
                         tracing::info!(after = ?last_answer.elapsed(), "the coordinator answers again");
                     }
                     last_answer = Instant::now();
-                    self.hear(&sender, Heard::Order(order));
                 }
                 Err(ControlError::Unknown { .. }) => {
                     last_answer = Instant::now();
@@ -135,25 +165,30 @@ impl Parts {
         }
     }
 
-    async fn listen(self, sender: Arc<watch::Sender<Heard>>) {
+    async fn listen(self, sender: Arc<watch::Sender<Heard>>, call: Arc<watch::Sender<Call>>) {
         // heartbeats are what is patient
         let trying = || self.control.patience().trying("attend");
         let mut pauses = trying();
         loop {
-            match self.control.attend(self.worker).await {
-                Ok(mut orders) => loop {
-                    match orders.next().await {
-                        Ok(Some(order)) => {
-                            pauses = trying();
-                            self.hear(&sender, Heard::Order(order));
+            match self.control.attend(self.heartbeat()).await {
+                Ok((beats, mut orders)) => {
+                    call.send_modify(|call| call.beats = Some(beats));
+                    loop {
+                        match orders.next().await {
+                            Ok(Some(order)) => {
+                                pauses = trying();
+                                self.hear(&sender, Heard::Order(order));
+                                call.send_modify(|call| call.orders += 1);
+                            }
+                            Err(ControlError::Unknown { .. }) => {
+                                self.hear(&sender, Heard::Unknown);
+                                break;
+                            }
+                            Ok(None) | Err(_) => break,
                         }
-                        Err(ControlError::Unknown { .. }) => {
-                            self.hear(&sender, Heard::Unknown);
-                            break;
-                        }
-                        Ok(None) | Err(_) => break,
                     }
-                },
+                    call.send_modify(|call| call.beats = None);
+                }
                 Err(error) => tracing::debug!(%error, "the open call could not be made"),
             }
             pauses.pause().await;
