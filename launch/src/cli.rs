@@ -7,8 +7,8 @@ use clap::{Args, Parser, Subcommand};
 use learn_domain::Config;
 
 use crate::commands::{
-    config, doctor, embed, eval, export, logs, prepare, recommend, report, resume, scale, simulate, slurm, slurm_job,
-    slurm_task, status, stop, study, train,
+    bench, config, doctor, embed, eval, export, logs, prepare, recommend, report, resume, scale, simulate, slurm,
+    slurm_job, slurm_task, status, stop, study, train,
 };
 use crate::settings::Resolver;
 
@@ -113,6 +113,9 @@ pub enum Command {
     /// One worker of a Slurm job; `slurm-job` starts it
     #[command(hide = true)]
     SlurmTask(slurm_task::SlurmTaskArgs),
+    /// Measure one part alone: a step, the loss, collectives, checkpoints, data over Flight, encoders
+    #[command(after_help = bench::HELP)]
+    Bench(bench::BenchArgs),
     /// Show, check or document the configuration
     #[command(after_help = config::HELP)]
     Config(config::ConfigArgs),

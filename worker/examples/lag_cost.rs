@@ -13,7 +13,8 @@ use anyhow::{Context as _, Result};
 use learn_domain::progress::{Lag, Work};
 use learn_domain::{Config, Rank, Step};
 use learn_telemetry::{Phase, WorkerMetrics};
-use learn_worker::bench::{BenchSettings, bench_step};
+use learn_worker::bench::step::bench_step;
+use learn_worker::bench::synthetic::BenchSettings;
 use learn_worker::control::Progress;
 use learn_worker::train::PhaseClock;
 
@@ -54,6 +55,7 @@ fn main() -> Result<()> {
         input_dim: INPUT_DIM,
         items: ITEMS,
         lengths: Vec::new(),
+        batches: 1,
         repetitions: STEPS,
         device: tch::Device::Cpu,
     };

@@ -4,15 +4,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use learn_domain::config::{ByteSize, Config, DeviceKind, ItemTower, Precision};
+use learn_domain::config::Config;
 use learn_domain::report::{Split, exit};
 use learn_domain::run_dir::RunDir;
-use learn_worker::bench::{BenchSettings, bench_step};
+use learn_worker::bench::arguments::Device;
 use learn_worker::error::WorkerError;
 use learn_worker::export::{ExportSettings, export};
 use learn_worker::recommend::{RecommendSettings, recommend, table};
 use learn_worker::session::{JoinSettings, join};
-use learn_worker::{checkpoint, doctor, init};
+use learn_worker::{bench, checkpoint, doctor, init};
 
 #[derive(Parser)]
 #[command(name = "learn-worker", version, about = "Trains, evaluates and exports the towers of a LEARN job")]
@@ -84,25 +84,11 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Measure a training step on synthetic data.
-    BenchStep(BenchArgs),
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Device {
-    Auto,
-    Cpu,
-    Cuda,
-}
-
-impl From<Device> for DeviceKind {
-    fn from(device: Device) -> Self {
-        match device {
-            Device::Auto => Self::Auto,
-            Device::Cpu => Self::Cpu,
-            Device::Cuda => Self::Cuda,
-        }
-    }
+    /// Measure one part alone, on made-up data.
+    Bench {
+        #[command(subcommand)]
+        part: bench::Part,
+    },
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -116,23 +102,6 @@ impl From<SplitName> for Split {
         match split {
             SplitName::Valid => Self::Valid,
             SplitName::Test => Self::Test,
-        }
-    }
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Tower {
-    Causal,
-    PerItem,
-    Content,
-}
-
-impl From<Tower> for ItemTower {
-    fn from(tower: Tower) -> Self {
-        match tower {
-            Tower::Causal => Self::Causal,
-            Tower::PerItem => Self::PerItem,
-            Tower::Content => Self::Content,
         }
     }
 }
@@ -156,48 +125,6 @@ struct JoinArgs {
     /// Address that the collective and the metrics listen on.
     #[arg(long, default_value = "127.0.0.1")]
     bind: String,
-}
-
-#[derive(Args)]
-struct BenchArgs {
-    #[arg(long, value_enum, default_value = "auto")]
-    device: Device,
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
-    #[arg(long, default_value_t = 4)]
-    layers: u32,
-    #[arg(long, default_value_t = 768)]
-    hidden: u32,
-    #[arg(long, default_value_t = 12)]
-    heads: u32,
-    /// Dimension of the content embeddings.
-    #[arg(long, default_value_t = 4096)]
-    input_dim: u32,
-    #[arg(long, default_value_t = 64)]
-    output_dim: u32,
-    /// Users of a step.
-    #[arg(long, default_value_t = 64)]
-    batch: u32,
-    #[arg(long, default_value_t = 0)]
-    micro_batch: u32,
-    #[arg(long, default_value_t = 40)]
-    history: u32,
-    #[arg(long, default_value_t = 20)]
-    targets: u32,
-    /// JSON array of history lengths, which users take in turn; default: uniform in 1..=HISTORY.
-    #[arg(long, value_name = "FILE")]
-    lengths: Option<PathBuf>,
-    #[arg(long, value_enum, default_value = "per-item")]
-    item_tower: Tower,
-    #[arg(long, default_value_t = 100_000)]
-    items: u32,
-    /// bf16 matrix products.
-    #[arg(long)]
-    bf16: bool,
-    #[arg(long, default_value_t = 5)]
-    repetitions: u32,
-    #[arg(long)]
-    json: bool,
 }
 
 fn main() -> ExitCode {
@@ -265,47 +192,9 @@ fn run(command: Command) -> Result<i32, WorkerError> {
             let facts = doctor::facts();
             if json { print_json(&facts)? } else { println!("{facts:#?}") }
         }
-        Command::BenchStep(args) => {
-            let json = args.json;
-            let result = bench_step(&bench_settings(&args)?)?;
-            if json { print_json(&result)? } else { println!("{result:#?}") }
-        }
+        Command::Bench { part } => part.run()?,
     }
     Ok(exit::OK)
-}
-
-fn bench_settings(args: &BenchArgs) -> Result<BenchSettings, WorkerError> {
-    if args.threads > 0 {
-        learn_torch::set_threads(args.threads);
-    }
-    let mut config = Config::default();
-    config.model.layers = args.layers;
-    config.model.hidden = args.hidden;
-    config.model.heads = args.heads;
-    config.model.output_dim = args.output_dim;
-    config.model.item_tower = args.item_tower.into();
-    config.sampling.history = args.history;
-    config.sampling.targets = args.targets;
-    config.training.global_batch = args.batch;
-    config.training.micro_batch = args.micro_batch;
-    config.training.precision = if args.bf16 { Precision::Bf16 } else { Precision::F32 };
-    config.cluster.row_cache = ByteSize(0);
-    config.validate().map_err(|error| WorkerError::Usage(error.to_string()))?;
-    let device = learn_torch::device(args.device.into(), 0)?;
-    let lengths = match &args.lengths {
-        Some(file) => {
-            let usage = |problem: String| WorkerError::Usage(format!("{}: {problem}", file.display()));
-            let text = std::fs::read_to_string(file).map_err(|error| usage(error.to_string()))?;
-            let lengths: Vec<u32> = serde_json::from_str(&text).map_err(|error| usage(error.to_string()))?;
-            if lengths.is_empty() || lengths.contains(&0) {
-                return Err(usage("must be a JSON array of history lengths of at least 1".into()));
-            }
-            lengths
-        }
-        None => Vec::new(),
-    };
-    let (input_dim, items, repetitions) = (args.input_dim, args.items, args.repetitions);
-    Ok(BenchSettings { config, input_dim, items, lengths, repetitions, device })
 }
 
 fn print_json(value: &impl serde::Serialize) -> Result<(), WorkerError> {

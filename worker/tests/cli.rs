@@ -16,17 +16,59 @@ fn it_says_what_the_machine_has() {
     assert!(facts["nccl"].is_string() != facts["nccl_reason"].is_string(), "one or the other: {facts}");
 }
 
+fn measured(arguments: &[&[&str]]) -> serde_json::Value {
+    let output = worker(&[&["bench"], &arguments.concat()[..], &["--json"]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+const SHAPE: [&str; 10] = ["--layers", "1", "--hidden", "16", "--heads", "2", "--input-dim", "8", "--output-dim", "8"];
+const BATCH: [&str; 10] = ["--batch", "6", "--items", "50", "--repetitions", "2", "--device", "cpu", "--threads", "1"];
+
 #[test]
 fn a_step_can_be_measured() {
-    let shape = ["--layers", "1", "--hidden", "16", "--heads", "2", "--input-dim", "8", "--output-dim", "8"];
-    let batch = ["--batch", "6", "--items", "50", "--repetitions", "2", "--device", "cpu", "--threads", "1", "--json"];
-    for bf16 in [&[][..], &["--bf16"]] {
-        let output = worker(&[&["bench-step"], &shape[..], &batch, bf16].concat());
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let result: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    for precision in ["f32", "bf16"] {
+        let result = measured(&[&["step"], &SHAPE, &BATCH, &["--precision", precision]]);
         assert_eq!(result["seconds"].as_array().unwrap().len(), 2);
         assert!(result["loss"].as_f64().unwrap() > 0.0, "{result}");
+        assert!(result["reduction"].is_null(), "{result}");
     }
+}
+
+#[test]
+fn ranks_measure_what_their_sum_adds() {
+    let one = measured(&[&["step"], &SHAPE, &BATCH]);
+    let three = measured(&[&["step"], &SHAPE, &BATCH, &["--workers", "3"]]);
+    assert_eq!(three["reduction"]["workers"], 3);
+    assert_eq!(three["reduction"]["seconds_without"].as_array().unwrap().len(), 2);
+    assert_eq!(three["users"], one["users"]);
+    assert!(three["tokens"].as_f64().unwrap() < 0.5 * one["tokens"].as_f64().unwrap(), "{three}");
+}
+
+#[test]
+fn the_loss_keeps_no_matrix_of_all_scores() {
+    let result = measured(&[&["loss", "--users", "300", "--dim", "8", "--repetitions", "1", "--device", "cpu"]]);
+    assert_eq!((&result["rows"], &result["full_matrix_bytes"]), (&3000.into(), &36_000_000.into()));
+    assert!(result["loss"].as_f64().unwrap() > 0.0 && result["peak_extra_bytes"].is_u64(), "{result}");
+}
+
+#[test]
+fn collectives_between_processes_are_measured() {
+    let result = measured(&[&["collective", "--workers", "3", "--mib", "1", "--repetitions", "2"]]);
+    for operation in ["all_reduce", "all_gather", "reduce_scatter"] {
+        assert_eq!(result["operations"][operation]["seconds"].as_array().unwrap().len(), 2, "{result}");
+    }
+}
+
+#[test]
+fn checkpoints_are_written_while_steps_are_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().to_str().unwrap();
+    let result = measured(&[&["checkpoint", "--checkpoints", "2", "--folder", place], &SHAPE, &BATCH]);
+    assert_eq!(result["writing"].as_array().unwrap().len(), 2);
+    assert_eq!(result["steps_meanwhile"].as_array().unwrap().len(), result["steps_without"].as_array().unwrap().len());
+    assert!(result["bytes"].as_u64().unwrap() > 12 * result["parameters"].as_u64().unwrap(), "{result}");
+    assert!(std::fs::read_dir(folder.path()).unwrap().next().is_none(), "what was written is removed");
 }
 
 #[test]

@@ -1,7 +1,8 @@
 """Runs the parts of the GPU check one after the other and writes gpu-check.json; see run.sh.
 
 Each training runs on the device and again on the CPU: losses and gradient norms of all steps must be the same but for
-rounding. Exit code 0 if every part succeeded. Needs nothing but the standard library.
+rounding. Exit code 0 if every part succeeded. Needs nothing but the standard library, and for the comparison with PyTorch
+(beside.py) a Python that imports torch.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import shutil
 import subprocess
 import sys
 import time
+
+import beside
 
 HERE = pathlib.Path(__file__).resolve().parent
 TAIL_CHARACTERS = 6000
@@ -37,18 +40,25 @@ TRAININGS = {
 }
 # These runs are judged, exported and asked for recommendations on the device too.
 USED = ["train_time_gaps", "train_history_code", "train_ids"]
-# The step that the benchmark times: the published layers and widths, in both precisions.
-BENCH = ["--layers", "4", "--hidden", "768", "--heads", "12", "--input-dim", "4096", "--output-dim", "64"]
+# Our parts alone: the published layers and widths in both precisions, twelve layers, the loss, checkpoints.
+STEP = ["step", "--batch", "64", "--repetitions", "10"]
+DEEP = ["step", "--layers", "12", "--batch", "1024", "--repetitions", "10", "--precision", "bf16", "--item-tower", "content",
+        "--output-dim", "4096"]
 BENCH_RUNS = {
-    "bench_f32": [*BENCH, "--batch", "64", "--repetitions", "10"],
-    "bench_bf16": [*BENCH, "--batch", "64", "--repetitions", "10", "--bf16"],
+    "bench_f32": STEP,
+    "bench_bf16": [*STEP, "--precision", "bf16"],
+    "bench_12_layers_bf16": DEEP,
+    "bench_loss": ["loss"],
+    "bench_checkpoint": ["checkpoint", "--precision", "bf16", "--batch", "1024"],
 }
-# A small one, for a try without a GPU.
+# Small ones, for a try without a GPU.
+SMALL = ["--layers", "1", "--hidden", "64", "--heads", "2", "--input-dim", "32", "--output-dim", "16", "--batch", "8",
+         "--items", "200", "--repetitions", "2"]
 BENCH_CPU = {
-    "bench_f32": ["--layers", "1", "--hidden", "64", "--heads", "2", "--input-dim", "32", "--output-dim", "16",
-                  "--batch", "8", "--items", "200", "--repetitions", "2"],
+    "bench_f32": ["step", *SMALL],
+    "bench_loss": ["loss", "--users", "64", "--repetitions", "1"],
+    "bench_checkpoint": ["checkpoint", *SMALL],
 }
-
 
 def part(name, command, seconds, cwd):
     """Runs one command; its exit code, seconds, JSON lines of its output, and its last words."""
@@ -210,8 +220,11 @@ def main():
     for name in USED:
         parts.update(trainings.use(name))
     for name, flags in (BENCH_RUNS if cuda else BENCH_CPU).items():
-        bench = [bin_ / "learn-worker", "bench-step", "--device", options.device, "--json", *flags]
+        bench = [bin_ / "learn-worker", "bench", *flags, "--device", options.device, "--json"]
         parts[name] = part(name, bench, 300, work)
+    compared_parts, report["beside_pytorch"] = beside.run(
+        HERE, bin_ / "learn-worker", options.device, lambda name, command: part(name, command, 300, work))
+    parts.update(compared_parts)
 
     failed = [name for name, result in parts.items() if result["rc"] != 0]
     report["failed"] = failed

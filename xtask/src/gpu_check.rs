@@ -18,13 +18,16 @@ const LIMIT: u64 = 64 << 20;
 const BINARIES: [&str; 4] = ["learn-launch", "learn-coordinator", "learn-worker", "learn-embed"];
 /// Examples that check golden cases, by package.
 const EXAMPLES: [(&str, &str); 2] = [("learn-model", "golden"), ("learn-ceg", "encoders")];
+/// What our step runs beside, in turns.
+const SCRIPTS: &str = "bench/pytorch";
 /// The cases of the tests: files of towers and losses, folders of encoders.
 const GOLDEN_FILES: &str = "crates/model/tests/golden";
 const ENCODERS: &str = "crates/ceg/tests/golden";
 
-const PARTS: [(&str, &str); 4] = [
+const PARTS: [(&str, &str); 5] = [
     ("run.sh", include_str!("../gpu-check/run.sh")),
     ("check.py", include_str!("../gpu-check/check.py")),
+    ("beside.py", include_str!("../gpu-check/beside.py")),
     ("make_data.py", include_str!("../gpu-check/make_data.py")),
     ("gpu-check.toml", include_str!("../gpu-check/gpu-check.toml")),
 ];
@@ -83,6 +86,9 @@ fn pack(workspace: &Workspace, out: &Path) -> Result<()> {
         files::make(&packed)?;
         files::copy_files(model, &packed, |_| true)?;
     }
+    let scripts = out.join("pytorch");
+    files::make(&scripts)?;
+    files::copy_files(&workspace.root().join(SCRIPTS), &scripts, |file| file.extension().is_some_and(|e| e == "py"))?;
     for (name, content) in PARTS {
         files::write(&out.join(name), content)?;
     }

@@ -1,8 +1,10 @@
-//! The repository's own tasks: set-up, the quickstart, the tests, what CI runs, the chaos run, the archive, fuzzing and the GPU check.
+//! The repository's own tasks: set-up, the quickstart, the tests, what CI runs, the chaos run, the archive, fuzzing,
+//! the benchmarks and the GPU check.
 //!
 //! Depends on little, so that the first command on a new machine starts soon; in particular on no other crate of the
 //! workspace and never on libtorch, which `setup` brings.
 
+mod bench;
 mod chaos;
 mod ci;
 mod dist;
@@ -53,6 +55,8 @@ enum Task {
     Chaos(chaos::Options),
     /// Pack binaries, configurations, documentation and an installer of libtorch for machines without a toolchain.
     Dist(dist::Options),
+    /// Measure our parts beside PyTorch, in turns on this machine; writes bench/results and docs/benchmarks.md.
+    Bench(bench::Options),
     /// Fuzz every parser of what comes from outside.
     Fuzz(fuzz::Options),
     /// Pack what checks the CUDA path on a machine with an NVIDIA GPU and PyTorch, without network or toolchain.
@@ -69,6 +73,7 @@ fn main() -> ExitCode {
         Task::Ci => ci::run(&workspace),
         Task::Chaos(options) => chaos::run(&workspace, &options),
         Task::Dist(options) => dist::run(&workspace, &options),
+        Task::Bench(options) => bench::run(&workspace, &options),
         Task::Fuzz(options) => fuzz::run(&workspace, &options),
         Task::GpuCheck(options) => gpu_check::run(&workspace, &options),
     });

@@ -29,13 +29,20 @@ impl Python {
     /// # Errors
     /// If there is no usable Python; the message says which packages bring it.
     pub fn prepare(workspace: &Workspace) -> Result<Self> {
-        let venv = workspace.venv();
+        Self::prepare_in(&workspace.venv())
+    }
+
+    /// As [`Python::prepare`], in a folder of its own.
+    ///
+    /// # Errors
+    /// As [`Python::prepare`].
+    pub fn prepare_in(venv: &Path) -> Result<Self> {
         let interpreter = venv.join("bin").join("python");
         if process::output("python", Command::new(&interpreter).args(["-m", "pip", "--version"])).is_err() {
             probe(Path::new("python3"))?;
             process::quiet(
                 "Making a virtual environment for downloads",
-                Command::new("python3").args(["-m", "venv", "--clear"]).arg(&venv),
+                Command::new("python3").args(["-m", "venv", "--clear"]).arg(venv),
             )?;
         }
         let minor = probe(&interpreter)?;
@@ -92,6 +99,18 @@ impl Python {
         process::output("import", Command::new(&self.interpreter).args(["-c", &format!("import {module}")])).is_ok()
     }
 
+    /// Whether a package of this version is installed; nothing is imported.
+    pub fn has_version(&self, package: &str, version: &str) -> bool {
+        let ask = format!("import importlib.metadata as m; print(m.version({package:?}))");
+        let answer = process::output("python", Command::new(&self.interpreter).args(["-c", &ask]));
+        answer.is_ok_and(|found| found.trim().split('+').next() == Some(version))
+    }
+
+    /// The interpreter's path.
+    pub fn interpreter(&self) -> &Path {
+        &self.interpreter
+    }
+
     fn pip(&self, verb: &str) -> Command {
         let mut pip = Command::new(&self.interpreter);
         pip.args(["-m", "pip", verb, "--disable-pip-version-check", "--no-input"]);
@@ -133,9 +152,11 @@ mod tests {
     }
 
     #[test]
-    fn examples_in_the_conversion_of_gguf_hold() {
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/python/gguf_to_hf.py");
-        process::output("doctest", Command::new("python3").args(["-B", "-m", "doctest", script])).unwrap();
+    fn examples_in_scripts_hold() {
+        for script in ["tests/python/gguf_to_hf.py", "bench/pytorch/lengths.py"] {
+            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(script);
+            process::output("doctest", Command::new("python3").args(["-B", "-m", "doctest"]).arg(script)).unwrap();
+        }
     }
 
     #[test]

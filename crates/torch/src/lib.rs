@@ -1,11 +1,12 @@
 //! What is unsafe or process-wide about libtorch, behind safe functions.
 //!
 //! Input: a wish for a device, a seed, tensors, files. Output: a [`tch::Device`] that works, raw views for a collective,
-//! host copies, files as memory. Invariants: libtorch's CUDA library is loaded at run time, at most once, and before the first question
+//! host copies, files as memory, threads that give way. Invariants: libtorch's CUDA library is loaded at run time, at most once, and before the first question
 //! that libtorch answers about CUDA; nothing here links it. So a process calls [`device`] first, then [`seed`].
 
 #![allow(unsafe_code)]
 
+mod background;
 mod cuda;
 mod facts;
 mod host;
@@ -19,6 +20,7 @@ use std::path::PathBuf;
 use learn_domain::config::{DeviceKind, Precision};
 use tch::{Cuda, Device, Kind};
 
+pub use background::give_way;
 pub use facts::{Facts, describe};
 pub use host::{from_host, to_host};
 pub use mapped::MappedFile;

@@ -1,5 +1,6 @@
 //! One file per subcommand, and the one place where they are called and their errors printed.
 
+pub mod bench;
 pub mod config;
 pub mod doctor;
 pub mod embed;
@@ -60,6 +61,7 @@ pub fn run(cli: Cli) -> i32 {
         Command::Scale(args) => scale::run(&args, &output),
         Command::Simulate(args) => simulate::run(&args, &output),
         Command::Stop(args) => stop::run(&args, &output),
+        Command::Bench(args) => bench::run(&args, &output),
         Command::Config(args) => config::run(&args, &output),
         Command::Doctor(args) => doctor::run(&args, &output),
     };
@@ -81,18 +83,23 @@ pub fn run(cli: Cli) -> i32 {
 
 /// Runs `learn-worker` to its end with this process's own input and output.
 fn worker(arguments: impl FnOnce(&mut ChildCommand)) -> Result<()> {
-    let mut command = ChildCommand::new(process::sibling("learn-worker")?);
+    program("learn-worker", arguments)
+}
+
+/// Runs a program beside this one to its end with this process's own input and output.
+fn program(name: &'static str, arguments: impl FnOnce(&mut ChildCommand)) -> Result<()> {
+    let mut command = ChildCommand::new(process::sibling(name)?);
     arguments(&mut command);
     if std::env::var_os("LEARN_LOG").is_none() && std::env::var_os("RUST_LOG").is_none() {
         command.env("LEARN_LOG", "warn");
     }
     process::logs_alike(&mut command);
     system::end_with_parent(&mut command);
-    let status = command.status().context("cannot start learn-worker")?;
+    let status = command.status().with_context(|| format!("cannot start {name}"))?;
     if status.success() {
         return Ok(());
     }
-    let message = format!("learn-worker: {}; its message stands above", process::describe(status));
+    let message = format!("{name}: {}; its message stands above", process::describe(status));
     Err(Failure::Child { code: status.code().unwrap_or(exit::FAILED), message }.into())
 }
 

@@ -32,6 +32,7 @@ fn every_command_explains_itself() -> TestResult {
         "status",
         "scale",
         "stop",
+        "bench",
         "config",
         "doctor",
     ] {

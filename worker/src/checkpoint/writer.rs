@@ -2,8 +2,8 @@
 //!
 //! Input: snapshots. Output: directories on disk, the `best` file, and a call of `tell` for each. One snapshot may wait
 //! while another is written; a third holds the training thread back, so one that may be left out is not handed over when
-//! the place stays taken. A snapshot that cannot be written (disk full, read-only) ends nothing: the earlier checkpoints
-//! stay, and the next one is tried.
+//! the place stays taken. The thread gives way to those that train, which on a CPU need every core. A snapshot that cannot
+//! be written (disk full, read-only) ends nothing: the earlier checkpoints stay, and the next one is tried.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -48,7 +48,12 @@ impl Writer {
     pub fn start(run: RunDir, keep_last: u32, tell: impl Fn(Written<'_>) -> bool + Send + 'static) -> Self {
         let (snapshots, queue) = sync_channel::<Snapshot>(1);
         let (answers, results) = channel();
-        let thread = std::thread::spawn(move || write_all(&run, keep_last, (&queue, &answers), tell));
+        let thread = std::thread::spawn(move || {
+            if !learn_torch::give_way() {
+                tracing::debug!("the checkpoint writer runs at the priority of the training");
+            }
+            write_all(&run, keep_last, (&queue, &answers), tell);
+        });
         Self { snapshots: Some(snapshots), results, thread: Some(thread), open: 0, newest: Ok(()) }
     }
 

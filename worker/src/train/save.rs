@@ -12,7 +12,7 @@ use learn_domain::event::Happening;
 use learn_model::Parameters;
 use tch::Tensor;
 
-use super::Trainer;
+use super::{Stepper, Trainer};
 use crate::checkpoint::{self, Snapshot, State, Writer, Written};
 use crate::control::{ControlError, Member};
 use crate::error::WorkerError;
@@ -66,9 +66,7 @@ impl Trainer<'_> {
             config: self.config.clone(),
             files: std::collections::BTreeMap::new(),
         };
-        let model = stepper.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.detach()));
-        let optimizer = stepper.optimizer.state(&stepper.parameters);
-        writer.save(Snapshot { state, model: on_cpu(model), optimizer: on_cpu(optimizer) })?;
+        writer.save(snapshot(state, stepper))?;
         Ok(())
     }
 
@@ -94,6 +92,13 @@ impl Trainer<'_> {
         }
         Ok(())
     }
+}
+
+/// A copy of the whole state that the next step does not change.
+pub(crate) fn snapshot(state: State, stepper: &Stepper) -> Snapshot {
+    let model = stepper.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.detach()));
+    let optimizer = stepper.optimizer.state(&stepper.parameters);
+    Snapshot { state, model: on_cpu(model), optimizer: on_cpu(optimizer) }
 }
 
 /// Copies that the next step does not change.

@@ -3,6 +3,7 @@
 //! Every download lands beside its place and is renamed when it is complete and checked, so a run that was killed
 //! leaves nothing that a later one takes for finished.
 
+mod bench;
 mod libtorch;
 mod samples;
 mod tools;
@@ -16,6 +17,7 @@ use clap::Args;
 use crate::python::Python;
 use crate::workspace::Workspace;
 
+pub use bench::bench_python;
 pub use tools::nextest;
 
 #[derive(Args, Default)]

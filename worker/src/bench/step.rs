@@ -1,0 +1,228 @@
+//! `bench step`: seconds of a training step on synthetic data.
+//!
+//! Input: a model shape, a batch, and lengths. Output: users and tokens per second of each repetition; with several workers
+//! also how much longer a step takes because gradients are summed over them.
+
+use std::fmt;
+use std::time::Instant;
+
+use clap::Args;
+use learn_collective::connect_tcp;
+use learn_domain::config::Precision;
+use learn_telemetry::WorkerMetrics;
+use serde::Serialize;
+
+use super::arguments::ShapeArgs;
+use super::crew::{Crew, Member};
+use super::memory;
+use super::statistics::Spread;
+use super::synthetic::{self, BenchSettings, Seat, alone, exchange, group, tokens};
+use crate::error::WorkerError;
+use crate::train::Word;
+
+pub const HELP: &str = "\
+The default is the published model: 4 layers, hidden 768, content embeddings of 4096 dimensions, an item tower that sees each
+target alone. `--item-tower content --output-dim 4096` is the cheaper variant that the targets are their content embeddings.
+No network: rows are in memory, as after prefetching.
+
+Examples:
+  learn-launch bench step --precision bf16 --threads 2
+  learn-launch bench step --item-tower content --output-dim 4096 --batch 128 --json
+  learn-launch bench step --workers 4 --threads 1    # and what summing gradients over four processes adds";
+
+/// Flags of `bench step`.
+#[derive(Clone, Debug, Args)]
+pub struct StepArgs {
+    #[command(flatten)]
+    shape: ShapeArgs,
+    /// Ranks, each a process on this machine, which share the batch; on the CPU
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    workers: u32,
+    #[command(flatten)]
+    member: Member,
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What came out.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepResult {
+    pub device: String,
+    pub precision: Precision,
+    pub users: u32,
+    /// Of a step, in the mean over the batches; with several workers of the first one's share.
+    pub tokens: f64,
+    pub parameters: i64,
+    /// Seconds of each repetition after a warm-up.
+    pub seconds: Vec<f64>,
+    pub median_users_per_second: f64,
+    pub loss: f64,
+    /// Of this process, in host memory; none where the machine does not tell.
+    pub memory: Option<Memory>,
+    /// With several workers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reduction: Option<Reduction>,
+}
+
+/// What a process holds.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Memory {
+    /// Before there is a model: libtorch and the program.
+    pub loaded_bytes: u64,
+    /// Weights, gradients and two moments, in f32.
+    pub state_bytes: u64,
+    /// The most that was resident.
+    pub peak_bytes: u64,
+}
+
+impl Memory {
+    fn of(loaded: Option<u64>, parameters: i64) -> Option<Self> {
+        let state_bytes = 16 * parameters.max(0) as u64;
+        Some(Self { loaded_bytes: loaded?, state_bytes, peak_bytes: memory::resident("VmHWM:")? })
+    }
+}
+
+/// What summing gradients adds to a step.
+#[derive(Clone, Debug, Serialize)]
+pub struct Reduction {
+    pub workers: u32,
+    /// Seconds of steps that leave the sum of the gradients out, in turns with the others.
+    pub seconds_without: Vec<f64>,
+    /// How much longer the median step takes with it, as a share of the step without.
+    pub added_share: f64,
+}
+
+impl fmt::Display for StepResult {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let spread = Spread::of(&self.seconds);
+        write!(
+            f,
+            "{} users with {:.0} tokens and {} parameters on {} ({:?} products)\n{:.1} users/s in the median of {} steps \
+             ({:.1} to {:.1}); a step takes {:.1} ms; loss {:.4}",
+            self.users,
+            self.tokens,
+            self.parameters,
+            self.device,
+            self.precision,
+            self.median_users_per_second,
+            self.seconds.len(),
+            f64::from(self.users) / spread.max,
+            f64::from(self.users) / spread.min,
+            1e3 * spread.median,
+            self.loss
+        )?;
+        if let Some(reduction) = &self.reduction {
+            write!(
+                f,
+                "\nsumming the gradients of {} workers adds {:.1} % to a step",
+                reduction.workers,
+                100.0 * reduction.added_share
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// Measures as the flags say; nothing comes from a rank but the first.
+///
+/// # Errors
+/// If the flags make no sense, or the device or a step fails.
+pub fn run(args: &StepArgs) -> Result<Option<StepResult>, WorkerError> {
+    let settings = args.shape.settings()?;
+    if args.workers == 1 {
+        return bench_step(&settings).map(Some);
+    }
+    if settings.device != tch::Device::Cpu {
+        return Err(WorkerError::Usage("several workers are measured on the CPU only: add --device cpu".into()));
+    }
+    let crew = Crew::start(args.workers, &args.member)?;
+    let measured = bench_ranks(&settings, &crew)?;
+    crew.end()?;
+    Ok(measured)
+}
+
+/// Measures steps of one rank.
+///
+/// # Errors
+/// If the device or the step fails.
+pub fn bench_step(settings: &BenchSettings) -> Result<StepResult, WorkerError> {
+    let config = &settings.config;
+    let loaded = memory::resident("VmRSS:");
+    let metrics = WorkerMetrics::new();
+    let mut stepper = settings.stepper(&metrics)?;
+    let mut exchange = alone(config, metrics)?;
+    let steps = settings.steps(Seat::ALONE);
+    let mut seconds = Vec::new();
+    let mut loss = 0.0;
+    for repetition in 0..=settings.repetitions {
+        let step = &steps[repetition as usize % steps.len()];
+        learn_torch::synchronize(settings.device);
+        let started = Instant::now();
+        let end = stepper.step(step, &mut exchange, config.optimizer.learning_rate, Word::default())?;
+        learn_torch::synchronize(settings.device);
+        loss = end.finished().map_or(loss, |outcome| outcome.loss);
+        if repetition > 0 {
+            seconds.push(started.elapsed().as_secs_f64());
+        }
+    }
+    Ok(StepResult {
+        device: format!("{:?}", settings.device),
+        precision: config.training.precision,
+        users: config.training.global_batch,
+        tokens: steps.iter().map(tokens).sum::<u64>() as f64 / steps.len() as f64,
+        parameters: stepper.parameters.count(),
+        median_users_per_second: f64::from(config.training.global_batch) / Spread::of(&seconds).median,
+        seconds,
+        loss,
+        memory: Memory::of(loaded, stepper.parameters.count()),
+        reduction: None,
+    })
+}
+
+/// Measures steps of one rank among several, in turns with and without the sum of the gradients.
+fn bench_ranks(settings: &BenchSettings, crew: &Crew) -> Result<Option<StepResult>, WorkerError> {
+    let (config, seat) = (&settings.config, crew.seat());
+    let loaded = memory::resident("VmRSS:");
+    let metrics = WorkerMetrics::new();
+    let mut stepper = settings.stepper(&metrics)?;
+    let steps = settings.steps(seat);
+    let ring = |name: &str| connect_tcp(group(seat, config), &crew.rendezvous(name));
+    let mut with = exchange(ring("with")?, metrics.clone());
+    let mut without = exchange(Box::new(synthetic::Unreduced(ring("without")?)), metrics);
+    let (mut seconds, mut seconds_without, mut loss) = (Vec::new(), Vec::new(), 0.0);
+    // both kinds of step see every batch once for nothing, and then in the same order
+    for repetition in 0..=settings.repetitions {
+        let step = &steps[repetition as usize % steps.len()];
+        for (exchange, seconds) in [(&mut with, &mut seconds), (&mut without, &mut seconds_without)] {
+            exchange.barrier()?;
+            let started = Instant::now();
+            let end = stepper.step(step, exchange, config.optimizer.learning_rate, Word::default())?;
+            // a step is over when the last rank has done it
+            exchange.barrier()?;
+            loss = end.finished().map_or(loss, |outcome| outcome.loss);
+            if repetition > 0 {
+                seconds.push(started.elapsed().as_secs_f64());
+            }
+        }
+    }
+    if seat.rank > 0 {
+        return Ok(None);
+    }
+    let median = Spread::of(&seconds).median;
+    Ok(Some(StepResult {
+        device: format!("{:?}", settings.device),
+        precision: config.training.precision,
+        users: config.training.global_batch,
+        tokens: steps.iter().map(tokens).sum::<u64>() as f64 / steps.len() as f64,
+        parameters: stepper.parameters.count(),
+        median_users_per_second: f64::from(config.training.global_batch) / median,
+        seconds,
+        loss,
+        memory: Memory::of(loaded, stepper.parameters.count()),
+        reduction: Some(Reduction {
+            workers: seat.world_size as u32,
+            added_share: median / Spread::of(&seconds_without).median - 1.0,
+            seconds_without,
+        }),
+    }))
+}

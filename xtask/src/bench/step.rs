@@ -1,0 +1,241 @@
+//! Training steps: beside PyTorch, with several workers, while checkpoints are written.
+//!
+//! The shape is the official one: 4 layers, hidden 768, content embeddings of 4096 dimensions that are the targets too,
+//! dropout 0.1. Everybody has the same lengths, threads and precision, and the loss is the same function.
+
+use anyhow::Result;
+use serde_json::{Map, Value, json};
+
+use super::results::{Results, Row, Unit, VERSION, Wanted, ratios};
+use super::turns::{Contestant, take};
+use super::{Bench, Part, machine::Machine, number};
+
+/// Precisions, each with what is wanted at the first batch: users/s over padded.py and over packed.py.
+const PRECISIONS: [(&str, f64, Option<f64>); 2] = [("bf16", 6.0, Some(1.25)), ("f32", 8.0, None)];
+const SCRIPTS: [&str; 2] = ["padded", "packed"];
+/// Of the ceiling of bf16 products, at the last batch.
+const CEILING_WANTED: f64 = 0.75;
+
+/// Users per second of every round: ours and the scripts'.
+struct Measured {
+    precision: &'static str,
+    batch: u32,
+    ours: Vec<f64>,
+    /// Of the ceiling of matrix products.
+    ceiling: Vec<f64>,
+    scripts: [Vec<f64>; 2],
+}
+
+impl Measured {
+    /// Ratios over each script.
+    fn over(&self) -> [Vec<f64>; 2] {
+        self.scripts.each_ref().map(|theirs| ratios(&self.ours, theirs))
+    }
+}
+
+pub fn beside_pytorch(bench: &Bench<'_>) -> Result<Results> {
+    let (options, threads) = (bench.options, bench.threads.to_string());
+    let mut all = Vec::new();
+    for (precision, ..) in PRECISIONS {
+        for &batch in &options.batch {
+            eprintln!(" {precision}, batch {batch}");
+            all.push(measure(bench, precision, batch, &threads)?);
+        }
+    }
+    let machine = Machine::describe(&options.device, bench.workspace.root());
+    let mut results = summary(&all, machine, bench.command(Part::Step));
+    results.name = format!("{}-official", if options.device == "cpu" { "cpu" } else { "gpu" });
+    results.more.insert("lengths".into(), if options.lengths == "amazon" { "amazon".into() } else { "a file".into() });
+    results.more.insert("threads".into(), bench.threads.into());
+    Ok(results)
+}
+
+fn measure(bench: &Bench<'_>, precision: &'static str, batch: u32, threads: &str) -> Result<Measured> {
+    let options = bench.options;
+    let (batch_text, repetitions) = (batch.to_string(), options.repetitions.to_string());
+    let words = [
+        ["--device", &options.device],
+        ["--threads", threads],
+        ["--precision", precision],
+        ["--batch", &batch_text],
+        ["--lengths", &options.lengths],
+        ["--repetitions", &repetitions],
+    ]
+    .concat();
+    let ours = [&["step", "--item-tower", "content", "--output-dim", "4096"], &words[..]].concat();
+    let script = |name: &'static str, file: &'static str| Contestant {
+        name,
+        measure: Box::new({
+            let words = &words;
+            move || bench.script(file, words)
+        }),
+    };
+    let contestants = [
+        Contestant { name: "ours", measure: Box::new(|| bench.ours(&ours)) },
+        script("padded", "padded.py"),
+        script("packed", "packed.py"),
+    ];
+    let shown = |answer: &Value| {
+        let rate = answer.get("median_users_per_second").and_then(Value::as_f64).unwrap_or(f64::NAN);
+        format!("{rate:.1} users/s")
+    };
+    let answers = take(options.rounds, &contestants, shown)?;
+    let column = |answers: &[Value], name: &str| answers.iter().map(|answer| number(answer, name)).collect();
+    let rates = |answers: &[Value]| -> Result<Vec<f64>> { column(answers, "median_users_per_second") };
+    Ok(Measured {
+        precision,
+        batch,
+        ours: rates(&answers[0])?,
+        ceiling: answers[0].iter().filter_map(|answer| number(answer, "ceiling_share").ok()).collect(),
+        scripts: [rates(&answers[1])?, rates(&answers[2])?],
+    })
+}
+
+/// The rows, and the figures under the names that others look for: ratios at the first batch, the ceiling at the last.
+fn summary(all: &[Measured], machine: Machine, command: String) -> Results {
+    let mut rows = Vec::new();
+    let mut more = Map::new();
+    for (precision, over_padded, over_packed) in PRECISIONS {
+        let mine: Vec<&Measured> = all.iter().filter(|one| one.precision == precision).collect();
+        let mut figures = Map::new();
+        for (place, one) in mine.iter().enumerate() {
+            for (name, (ratios, wanted)) in SCRIPTS.iter().zip(one.over().iter().zip([Some(over_padded), over_packed]))
+            {
+                let what = format!("users/s over `{name}.py`, {precision}, batch {}", one.batch);
+                let mut row = Row::of(what, Unit::Ratio, ratios);
+                if place == 0 {
+                    figures.insert(format!("over_{name}"), row.median.into());
+                    row.wanted = wanted.map(Wanted::AtLeast);
+                }
+                rows.push(row);
+            }
+            if !one.ceiling.is_empty() {
+                let what = format!("share of the matrix products' ceiling, {precision}, batch {}", one.batch);
+                let mut row = Row::of(what, Unit::Share, &one.ceiling);
+                if place + 1 == mine.len() {
+                    figures.insert("ceiling_share".into(), row.median.into());
+                    row.wanted = (precision == "bf16").then_some(Wanted::AtLeast(CEILING_WANTED));
+                }
+                rows.push(row);
+            }
+            for (name, rates) in
+                ["ours", "`padded.py`", "`packed.py`"].iter().zip([&one.ours].into_iter().chain(&one.scripts))
+            {
+                rows.push(Row::of(format!("{name}, {precision}, batch {}", one.batch), Unit::UsersPerSecond, rates));
+            }
+        }
+        if !figures.is_empty() {
+            more.insert(precision.into(), Value::Object(figures));
+        }
+    }
+    let rounds = all.iter().map(|one| {
+        json!({
+            "precision": one.precision,
+            "batch": one.batch,
+            "users_per_second": { "ours": one.ours, "padded": one.scripts[0], "packed": one.scripts[1] },
+            "ceiling_share": one.ceiling,
+        })
+    });
+    more.insert("rounds".into(), rounds.collect());
+    Results {
+        version: VERSION,
+        name: String::new(),
+        title: "A training step beside PyTorch".into(),
+        command,
+        machine,
+        rows,
+        more,
+    }
+}
+
+/// What all-reduce adds to a step of four workers.
+pub fn reduction(bench: &Bench<'_>) -> Result<Results> {
+    let repetitions = (2 * bench.options.repetitions).to_string();
+    // four ranks with 64 users each, one thread a rank
+    let words =
+        ["step", "--device", "cpu", "--workers", "4", "--threads", "1", "--batch", "256", "--item-tower", "content"];
+    let words = [&words[..], &["--output-dim", "4096", "--precision", "bf16", "--repetitions", &repetitions]].concat();
+    let mut added = Vec::new();
+    for round in 1..=bench.options.rounds {
+        let share = number(&bench.ours(&words)?, "reduction.added_share")?;
+        eprintln!("  round {round} of {}: {:.1} % added", bench.options.rounds, 100.0 * share);
+        added.push(share);
+    }
+    Ok(Results {
+        version: VERSION,
+        name: "reduction".into(),
+        title: "Summing gradients over four workers".into(),
+        command: bench.command(Part::Reduction),
+        machine: Machine::describe("cpu", bench.workspace.root()),
+        rows: vec![
+            Row::of(
+                "time that all-reduce adds to a step of 4 CPU workers with 64 users each, bf16",
+                Unit::Share,
+                &added,
+            )
+            .wanted(Wanted::AtMost(0.1)),
+        ],
+        more: Map::from_iter([("added_share".into(), added.into())]),
+    })
+}
+
+/// What a step loses while a checkpoint is written.
+pub fn checkpoint(bench: &Bench<'_>) -> Result<Results> {
+    let (threads, device) = (bench.threads.to_string(), bench.options.device.as_str());
+    let words = ["checkpoint", "--device", device, "--threads", &threads, "--precision", "bf16", "--checkpoints", "2"];
+    let words = [&words[..], &["--item-tower", "content", "--output-dim", "4096"]].concat();
+    let (mut lost, mut over, mut writing) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 1..=bench.options.rounds {
+        let answer = bench.ours(&words)?;
+        let numbers = |key: &str| -> Vec<f64> {
+            answer[key].as_array().into_iter().flatten().filter_map(Value::as_f64).collect()
+        };
+        lost.push(number(&answer, "lost_share")?);
+        over.extend(numbers("handing_over"));
+        writing.extend(numbers("writing"));
+        eprintln!("  round {round} of {}: {:.2} % lost", bench.options.rounds, 100.0 * lost[lost.len() - 1]);
+    }
+    Ok(Results {
+        version: VERSION,
+        name: "checkpoint".into(),
+        title: "Writing a checkpoint".into(),
+        command: bench.command(Part::Checkpoint),
+        machine: Machine::describe(device, bench.workspace.root()),
+        rows: vec![
+            Row::of("step time lost while a checkpoint is written", Unit::Share, &lost).wanted(Wanted::AtMost(0.01)),
+            Row::of("the training thread copies the state", Unit::Seconds, &over),
+            Row::of("until it is durable", Unit::Seconds, &writing),
+        ],
+        more: Map::from_iter([("lost_share".into(), lost.into())]),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measured(precision: &'static str, batch: u32, speed: f64) -> Measured {
+        Measured {
+            precision,
+            batch,
+            ours: vec![6.0 * speed, 3.0 * speed, 12.0 * speed],
+            ceiling: vec![0.5, 0.7, 0.6],
+            scripts: [vec![speed, 0.5 * speed, speed], vec![4.0 * speed, 2.0 * speed, 8.0 * speed]],
+        }
+    }
+
+    #[test]
+    fn the_summary_has_ratios_of_the_first_batch_and_the_ceiling_of_the_last() {
+        let all = [measured("bf16", 64, 1.0), measured("bf16", 128, 7.0), measured("f32", 64, 1.0)];
+        let results = summary(&all, Machine::default(), "c".into());
+        assert_eq!(results.more["bf16"], json!({ "over_padded": 6.0, "over_packed": 1.5, "ceiling_share": 0.6 }));
+        assert_eq!(results.more["f32"]["over_padded"], 6.0);
+        let wanted = |what: &str| results.rows.iter().find(|row| row.what.contains(what)).unwrap().wanted;
+        assert_eq!(wanted("`padded.py`, bf16, batch 64"), Some(Wanted::AtLeast(6.0)));
+        assert_eq!(wanted("`padded.py`, bf16, batch 128"), None);
+        assert_eq!(wanted("ceiling, bf16, batch 128"), Some(Wanted::AtLeast(CEILING_WANTED)));
+        assert_eq!(wanted("ceiling, f32, batch 64"), None);
+        assert_eq!(results.more["rounds"].as_array().unwrap().len(), 3);
+        assert_eq!(results.rows[0].max, 12.0, "{:?}", results.rows[0]);
+    }
+}
