@@ -101,7 +101,7 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         let threads = if options.threads == 0 { cores } else { options.threads };
         let bench = Bench { workspace, options, threads, python };
         let all = Part::value_variants();
-        for &part in if options.parts.is_empty() { all } else { &options.parts } {
+        for &part in if options.parts.is_empty() { all } else { options.parts.as_slice() } {
             eprintln!("bench {}: {} rounds", name(part), options.rounds);
             let results = bench.measure(part)?;
             let path = results.write(&folder)?;
