@@ -1,6 +1,6 @@
 """What padded.py and packed.py have in common: flags, made-up batches, the loss, and the loop that is timed.
 
-A batch is like that of `learn-worker bench-step --item-tower content --output-dim INPUT_DIM --targets 10 --lengths FILE`: histories
+A batch is like that of `learn-worker bench step --item-tower content --output-dim INPUT_DIM --targets 10`: histories
 of given lengths, the newest 10 positions of each against 10 targets, which are their content embeddings; InfoNCE against
 the targets of all other users of the batch.
 """
