@@ -22,7 +22,7 @@ def contestants(here, worker, device, precision):
     # compiling and choosing kernels is over before the steps that count
     warm = ["--warmup", "8"]
     return {
-        "ours": [worker, "bench", "step", "--item-tower", "content", "--output-dim", width, *flags],
+        "ours": [worker, "bench", "step", "--item-tower", "content", "--output-dim", width, "--targets", "10", *flags],
         "padded": [sys.executable, "-B", here / "pytorch" / "padded.py", *flags, *warm],
         "packed": [sys.executable, "-B", here / "pytorch" / "packed.py", *flags, *warm],
     }

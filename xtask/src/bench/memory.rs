@@ -13,6 +13,7 @@ use crate::process;
 pub fn run(bench: &Bench<'_>) -> Result<Results> {
     let (threads, device) = (bench.threads.to_string(), bench.options.device.as_str());
     let shape = ["step", "--device", device, "--threads", &threads, "--item-tower", "content", "--output-dim", "4096"];
+    let shape = [&shape[..], &["--targets", "10"]].concat();
     let mebibytes = |bytes: f64| bytes / f64::from(1 << 20);
     let mut start = Vec::new();
     let mut rows = Vec::new();

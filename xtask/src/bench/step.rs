@@ -62,7 +62,7 @@ fn measure(bench: &Bench<'_>, precision: &'static str, batch: u32, threads: &str
         ["--repetitions", &repetitions],
     ]
     .concat();
-    let ours = [&["step", "--item-tower", "content", "--output-dim", "4096"], &words[..]].concat();
+    let ours = [&["step", "--item-tower", "content", "--output-dim", "4096", "--targets", "10"], &words[..]].concat();
     let script = |name: &'static str, file: &'static str| Contestant {
         name,
         measure: Box::new({
@@ -154,7 +154,11 @@ pub fn reduction(bench: &Bench<'_>) -> Result<Results> {
     // four ranks with 64 users each, one thread a rank
     let words =
         ["step", "--device", "cpu", "--workers", "4", "--threads", "1", "--batch", "256", "--item-tower", "content"];
-    let words = [&words[..], &["--output-dim", "4096", "--precision", "bf16", "--repetitions", &repetitions]].concat();
+    let words = [
+        &words[..],
+        &["--output-dim", "4096", "--targets", "10", "--precision", "bf16", "--repetitions", &repetitions],
+    ]
+    .concat();
     let mut added = Vec::new();
     for round in 1..=bench.options.rounds {
         let share = number(&bench.ours(&words)?, "reduction.added_share")?;
@@ -183,7 +187,7 @@ pub fn reduction(bench: &Bench<'_>) -> Result<Results> {
 pub fn checkpoint(bench: &Bench<'_>) -> Result<Results> {
     let (threads, device) = (bench.threads.to_string(), bench.options.device.as_str());
     let words = ["checkpoint", "--device", device, "--threads", &threads, "--precision", "bf16", "--checkpoints", "2"];
-    let words = [&words[..], &["--item-tower", "content", "--output-dim", "4096"]].concat();
+    let words = [&words[..], &["--item-tower", "content", "--output-dim", "4096", "--targets", "10"]].concat();
     let (mut lost, mut over, mut writing) = (Vec::new(), Vec::new(), Vec::new());
     for round in 1..=bench.options.rounds {
         let answer = bench.ours(&words)?;
