@@ -6,10 +6,9 @@
 //! - [`train`]: steps; reads like `forward -> gather -> loss -> scatter -> backward -> reduce -> update`.
 //! - [`checkpoint`]: the state on disk. [`init`]: weights as a start. [`evaluate`]: full ranking.
 //! - [`offline`], [`export`], [`recommend`]: a finished model without a job.
-//! - [`bench`], [`ceiling`], [`doctor`]: what the machine can do.
+//! - [`bench`], [`doctor`]: what the machine can do.
 
 pub mod bench;
-pub mod ceiling;
 pub mod checkpoint;
 pub mod control;
 pub mod conversions;

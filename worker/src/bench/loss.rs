@@ -7,8 +7,9 @@ use std::fmt;
 use std::time::Instant;
 
 use clap::Args;
+use learn_domain::config::Precision;
 use learn_domain::sampling::Pairs;
-use learn_model::objective::InfoNce;
+use learn_model::objective::{InfoNce, Tile};
 use serde::Serialize;
 use tch::{Kind, Tensor};
 
@@ -128,7 +129,9 @@ impl Batch {
             pairing: Pairs::AllAction,
             logit_scale: Tensor::from(20.0_f32).to_device(self.user.device()),
             pairs: self.pairs,
-            tile: crate::train::TILE,
+            tile: Tile::default(),
+            items_learn: true,
+            precision: Precision::F32,
         }
         .compute();
         // reading it waits for a GPU

@@ -9,6 +9,7 @@
 //! makes models and batches, [`lengths`] the lengths of histories, [`crew`] the processes of several ranks.
 
 pub mod arguments;
+mod ceiling;
 pub mod checkpoint;
 pub mod collective;
 pub mod crew;

@@ -11,13 +11,17 @@ use learn_collective::connect_tcp;
 use learn_domain::config::Precision;
 use learn_telemetry::WorkerMetrics;
 use serde::Serialize;
+use tch::Kind;
 
 use super::arguments::ShapeArgs;
 use super::crew::{Crew, Member};
 use super::memory;
 use super::statistics::Spread;
 use super::synthetic::{self, BenchSettings, Seat, alone, exchange, group, tokens};
+use super::ceiling::{self, Ceiling};
 use crate::error::WorkerError;
+use crate::feed::PreparedStep;
+use crate::feed::assemble::MicroBatch;
 use crate::train::Word;
 
 pub const HELP: &str = "\
@@ -56,12 +60,48 @@ pub struct StepResult {
     /// Seconds of each repetition after a warm-up.
     pub seconds: Vec<f64>,
     pub median_users_per_second: f64,
+    /// With one worker.
+    #[serde(flatten)]
+    pub products: Option<Products>,
     pub loss: f64,
     /// Of this process, in host memory; none where the machine does not tell.
     pub memory: Option<Memory>,
     /// With several workers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reduction: Option<Reduction>,
+}
+
+/// What of a step is matrix products.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Products {
+    /// Operations of a step's products by its median seconds.
+    pub gflops_per_second: f64,
+    /// Of the same products, each timed alone after the steps.
+    pub ceiling_gflops_per_second: f64,
+    /// The former by the latter.
+    pub ceiling_share: f64,
+}
+
+impl Products {
+    /// Times those of `steps`, whose median takes `seconds`.
+    fn of(settings: &BenchSettings, steps: &[PreparedStep], seconds: f64) -> Self {
+        let kind = learn_torch::product_kind(settings.config.training.precision).unwrap_or(Kind::Float);
+        let model = (&settings.config.model, i64::from(settings.input_dim));
+        let ceilings = steps.iter().map(|step| {
+            let batches: Vec<&MicroBatch> = step.micro_batches.iter().map(|(batch, _)| batch).collect();
+            ceiling::measure(model, &batches, (kind, settings.device), settings.repetitions)
+        });
+        let sum = ceilings.fold(Ceiling::default(), |sum, one| Ceiling {
+            flops: sum.flops + one.flops,
+            seconds: sum.seconds + one.seconds,
+        });
+        let count = steps.len() as f64;
+        Self {
+            gflops_per_second: sum.flops / count / seconds / 1e9,
+            ceiling_gflops_per_second: sum.flops / sum.seconds / 1e9,
+            ceiling_share: sum.seconds / count / seconds,
+        }
+    }
 }
 
 /// What a process holds.
@@ -111,6 +151,14 @@ impl fmt::Display for StepResult {
             1e3 * spread.median,
             self.loss
         )?;
+        if let Some(products) = &self.products {
+            write!(
+                f,
+                "\n{:.0} GFLOP/s in matrix products, {:.1} % of what they reach alone",
+                products.gflops_per_second,
+                100.0 * products.ceiling_share
+            )?;
+        }
         if let Some(reduction) = &self.reduction {
             write!(
                 f,
@@ -165,16 +213,19 @@ pub fn bench_step(settings: &BenchSettings) -> Result<StepResult, WorkerError> {
             seconds.push(started.elapsed().as_secs_f64());
         }
     }
+    let median = Spread::of(&seconds).median;
     Ok(StepResult {
         device: format!("{:?}", settings.device),
         precision: config.training.precision,
         users: config.training.global_batch,
         tokens: steps.iter().map(tokens).sum::<u64>() as f64 / steps.len() as f64,
         parameters: stepper.parameters.count(),
-        median_users_per_second: f64::from(config.training.global_batch) / Spread::of(&seconds).median,
+        median_users_per_second: f64::from(config.training.global_batch) / median,
         seconds,
         loss,
+        // before products are timed
         memory: Memory::of(loaded, stepper.parameters.count()),
+        products: Some(Products::of(settings, &steps, median)),
         reduction: None,
     })
 }
@@ -219,6 +270,7 @@ fn bench_ranks(settings: &BenchSettings, crew: &Crew) -> Result<Option<StepResul
         seconds,
         loss,
         memory: Memory::of(loaded, stepper.parameters.count()),
+        products: None,
         reduction: Some(Reduction {
             workers: seat.world_size as u32,
             added_share: median / Spread::of(&seconds_without).median - 1.0,

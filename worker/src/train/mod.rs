@@ -30,7 +30,7 @@ use learn_domain::{Step, UserIndex};
 use learn_model::objective::cvr;
 use learn_model::{AdamW, Forward, Parameters, Pch, PchShape};
 use learn_telemetry::Phase;
-pub use objective::{Conversion, FullSoftmax, InBatch, Objective, TILE};
+pub use objective::{Conversion, FullSoftmax, InBatch, Objective};
 pub use passes::{rows_tensor, sequences};
 pub(crate) use save::snapshot;
 use save::{Need, Speaker, on_cpu};

@@ -7,11 +7,11 @@ use tch::{Kind, Tensor};
 
 use super::{Case, GoldenError, Side};
 use crate::objective::softmax::{Normalizer, Shard, ShardLoss};
-use crate::objective::{InfoNce, Proposal, local_pairs, pair_indices};
+use crate::objective::{InfoNce, Proposal, Tile, local_pairs, pair_indices};
 use crate::parameters::Parameters;
 use crate::pch::{Forward, ItemInputs, Items, Pch, Sequences};
 
-/// Smaller than any case's batch, so that there are several tiles and a last one that is not full.
+/// Rows and items of a tile: less than any case's batch has, so that there are several, and a last one that is not full.
 const TILE: i64 = 3;
 /// The owner of an item that is nobody's target.
 const NOBODY: i64 = -1;
@@ -106,7 +106,7 @@ impl Towers<'_> {
             pairing,
             logit_scale: self.model.logit_scale(self.parameters),
             pairs: local_pairs(&row_user, &item_user, pairing),
-            tile: TILE,
+            tile: Tile { scores: TILE * TILE },
             items_learn: true,
             precision: Precision::F32,
         }

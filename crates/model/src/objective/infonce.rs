@@ -1,4 +1,4 @@
-//! InfoNCE with its gradient, by hand, in tiles of items.
+//! InfoNCE with its gradient, by hand, in tiles of rows and items.
 //!
 //! Input: this rank's user rows `[R, d]` and the sampled targets `[M, d]` of *all* ranks. Output: this rank's share of
 //! the loss of the global batch, and the gradient of that share for its rows and for all items. For user i, row j, own
@@ -14,7 +14,7 @@
 //! With a correction, s = logit scale * cosine - correction of the item (logQ correction: the logarithm of the chance to
 //! meet the item as a negative).
 //!
-//! Invariants: memory is O(rows x tile), never `[R, M]`; the sum of the shares (and of their item gradients) over the
+//! Invariants: memory is that of rows, items and a tile, never `[R, M]`; the sum of the shares (and of their item gradients) over the
 //! ranks is the loss (the gradient) of the whole batch on one device. Every rank sees a learned logit scale in full, so
 //! its gradient here is the share of the own rows, to be summed over ranks like the rest.
 
@@ -27,6 +27,34 @@ use super::pairs::valid;
 
 /// An id that no item has.
 const NO_ITEM: i64 = i64::MIN;
+
+/// How many scores are in memory at once.
+///
+/// One tile takes all rows and items if they fit. Else it is as long in one direction as there is need, down to a square.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// At least 1; a user's rows are never parted.
+    pub scores: i64,
+}
+
+impl Default for Tile {
+    fn default() -> Self {
+        Self { scores: 1 << 21 }
+    }
+}
+
+impl Tile {
+    /// Items of a tile.
+    fn items(self, rows: i64, items: i64) -> i64 {
+        let scores = self.scores.max(1);
+        (scores / rows.max(1)).max(scores.isqrt()).min(items)
+    }
+
+    /// Rows of a tile.
+    fn rows(self, rows: i64, items: i64) -> i64 {
+        (self.scores.max(1) / self.items(rows, items).max(1)).clamp(1, rows.max(1))
+    }
+}
 
 /// One rank's part of the loss of a global batch.
 #[derive(Debug)]
@@ -49,8 +77,7 @@ pub struct InfoNce<'a> {
     pub logit_scale: Tensor,
     /// Valid (i, j, k) of the whole global batch.
     pub pairs: i64,
-    /// Items whose similarities are in memory at once; at least 1.
-    pub tile: i64,
+    pub tile: Tile,
     /// Whether anybody learns from the items' gradient; else it stays 0.
     pub items_learn: bool,
     /// Of the products with negatives. In bf16 a score is rounded to one part in 512, which the sum over many negatives
@@ -86,15 +113,33 @@ impl InfoNce<'_> {
                 d_log_scale: Tensor::zeros([0_i64; 0], (self.user.kind(), self.user.device())),
             };
             if self.user.size()[0] > 0 && self.item.size()[0] > 0 && self.pairs > 0 {
-                Batch::new(self).run(&mut output);
+                let item = self.item.to_kind(self.products());
+                for users in self.blocks() {
+                    Block::new(self, &item, &users).run(&mut output);
+                }
             }
             output
         })
     }
 }
 
-/// The own rows and targets as tables. G local users, J = most rows of one, K = most targets of one; n rows that are there.
-struct Batch<'a> {
+impl InfoNce<'_> {
+    fn products(&self) -> Kind {
+        learn_torch::product_kind(self.precision).unwrap_or_else(|| self.user.kind())
+    }
+
+    /// The own users `[G]`, ascending, in parts that have about so many rows as fit into a tile.
+    fn blocks(&self) -> Vec<Tensor> {
+        let (users, ..) = self.row_user.internal_unique2(true, false, false);
+        let (count, rows) = (users.size()[0], self.row_user.size()[0]);
+        let most = self.tile.rows(rows, self.item.size()[0]);
+        users.split((most * count / rows).max(1), 0)
+    }
+}
+
+/// Rows and targets of some own users as tables. G users, J = most rows of one, K = most targets of one; n rows that are
+/// there.
+struct Block<'a> {
     input: &'a InfoNce<'a>,
     rows: Groups,
     targets: Groups,
@@ -102,7 +147,7 @@ struct Batch<'a> {
     scaled: Tensor,
     /// `[n, d]`: those of them that are there, and all items `[M, d]`, both of the products' kind.
     dense: Tensor,
-    item: Tensor,
+    item: &'a Tensor,
     /// `[n]`: the user of each of these.
     group: Tensor,
     /// `[G, K, d]`.
@@ -113,16 +158,14 @@ struct Batch<'a> {
     valid: Tensor,
 }
 
-impl<'a> Batch<'a> {
-    fn new(input: &'a InfoNce<'a>) -> Self {
-        let (users, ..) = input.row_user.internal_unique2(true, false, false);
-        let rows = Groups::new(input.row_user, &users);
-        let targets = Groups::new(input.item_user, &users);
+impl<'a> Block<'a> {
+    fn new(input: &'a InfoNce<'a>, item: &'a Tensor, users: &Tensor) -> Self {
+        let rows = Groups::new(input.row_user, users);
+        let targets = Groups::new(input.item_user, users);
         let scaled = rows.table(input.user) * input.logit_scale.detach().to_kind(input.user.kind());
-        let kind = learn_torch::product_kind(input.precision).unwrap_or_else(|| scaled.kind());
         Self {
-            dense: rows.dense(&scaled).to_kind(kind),
-            item: input.item.to_kind(kind),
+            dense: rows.dense(&scaled).to_kind(item.kind()),
+            item,
             group: rows.group(),
             scaled,
             own_item: targets.table(input.item),
@@ -147,8 +190,8 @@ impl<'a> Batch<'a> {
         let absent = self.valid.logical_not();
         // softplus without the cut-off of libtorch's, which is wrong in the ninth digit
         let loss = margin.logaddexp(&margin.zeros_like()).masked_fill(&absent, 0.0);
-        output.loss = loss.sum(loss.kind()) / self.input.pairs;
-        output.correct = own.gt_tensor(&hardest.unsqueeze(2)).logical_and(&self.valid).sum(Kind::Int64);
+        output.loss += loss.sum(loss.kind()) / self.input.pairs;
+        output.correct += own.gt_tensor(&hardest.unsqueeze(2)).logical_and(&self.valid).sum(Kind::Int64);
 
         let miss = margin.sigmoid().masked_fill(&absent, 0.0) / self.input.pairs;
         // [G, J]: how much the negatives of a row weigh; their softmax is exp(s - lse)
@@ -162,7 +205,7 @@ impl<'a> Batch<'a> {
         d_scaled += self.rows.spread(&d_dense, 0.0);
 
         // cosine part of s = scale * u.v, so the sum of d loss / d s * it is that of d loss / d (scale * u) * (scale * u)
-        output.d_log_scale = (&d_scaled * &self.scaled).sum(d_scaled.kind());
+        output.d_log_scale += (&d_scaled * &self.scaled).sum(d_scaled.kind());
         let scale = self.input.logit_scale.detach().to_kind(d_scaled.kind());
         self.rows.add_to_rows(&mut output.d_user, &(d_scaled * scale));
     }
@@ -191,7 +234,11 @@ impl<'a> Batch<'a> {
         let lse = lse.masked_fill(&none, f64::INFINITY).unsqueeze(1);
         for (start, length) in self.tiles() {
             let scores = kept.take().unwrap_or_else(|| self.negatives(start, length));
-            let gradient = ((scores - &lse).exp() * weight).to_kind(self.dense.kind());
+            let mut gradient = scores;
+            gradient -= &lse;
+            let _ = gradient.exp_();
+            gradient *= weight;
+            let gradient = gradient.to_kind(self.dense.kind());
             d_dense += gradient.mm(&self.item.narrow(0, start, length));
             if self.input.items_learn {
                 let mut d_tile = d_item.narrow(0, start, length);
@@ -202,7 +249,8 @@ impl<'a> Batch<'a> {
     }
 
     fn tiles(&self) -> impl Iterator<Item = (i64, i64)> {
-        let (items, tile) = (self.input.item.size()[0], self.input.tile.max(1));
+        let items = self.input.item.size()[0];
+        let tile = self.input.tile.items(self.input.row_user.size()[0], items);
         (0..items)
             .step_by(usize::try_from(tile).unwrap_or(usize::MAX))
             .map(move |start| (start, tile.min(items - start)))

@@ -1,6 +1,6 @@
 //! What is minimised.
 //!
-//! - [`InfoNce`]: the contrastive loss over a global batch, forward and backward by hand in tiles of items.
+//! - [`InfoNce`]: the contrastive loss over a global batch, forward and backward by hand in tiles.
 //! - [`softmax`]: the softmax over a catalogue in shards, likewise.
 //! - [`Proposal`]: the logQ correction.
 //! - [`cvr`]: the auxiliary conversion loss.
@@ -12,6 +12,6 @@ mod pairs;
 mod proposal;
 pub mod softmax;
 
-pub use infonce::{InfoNce, InfoNceOutput};
+pub use infonce::{InfoNce, InfoNceOutput, Tile};
 pub use pairs::{local_pairs, pair_indices};
 pub use proposal::Proposal;

@@ -7,7 +7,7 @@ use learn_torch::seed;
 use tch::{Device, Kind};
 
 use super::*;
-use crate::objective::{InfoNce, local_pairs};
+use crate::objective::{InfoNce, Tile, local_pairs};
 
 const STILL: Forward = Forward { train: false, precision: Precision::F32 };
 
@@ -204,7 +204,7 @@ fn step(model: &Pch, parameters: &mut Parameters, forward: &Forward) -> (f64, Te
         pairing: Pairs::AllAction,
         logit_scale: model.logit_scale(parameters),
         pairs: local_pairs(&users, &users, Pairs::AllAction),
-        tile: 4,
+        tile: Tile { scores: 16 },
         items_learn: true,
         precision: Precision::F32,
     }

@@ -4,7 +4,7 @@
 
 use learn_domain::config::ObjectiveConfig;
 use learn_domain::sampling::Pairs;
-use learn_model::objective::{InfoNce, Proposal};
+use learn_model::objective::{InfoNce, Proposal, Tile};
 use learn_telemetry::Phase;
 use tch::{Device, Tensor};
 
@@ -13,11 +13,6 @@ use crate::error::WorkerError;
 use crate::train::exchange::Exchange;
 use crate::train::passes::Embeddings;
 use crate::train::step::PhaseClock;
-
-/// Scores that are in memory at once.
-const SCORES: i64 = 1 << 21;
-/// Fewest and most items of a tile.
-const TILE: (i64, i64) = (256, 8192);
 
 /// InfoNCE over the global batch.
 #[derive(Debug)]
@@ -74,7 +69,7 @@ impl InBatch {
             pairing: self.pairing,
             logit_scale: towers.model.logit_scale(towers.parameters),
             pairs: mine.pairs,
-            tile: (SCORES / mine.embeddings.user.size()[0].max(1)).clamp(TILE.0, TILE.1),
+            tile: Tile::default(),
             items_learn,
             precision: towers.forward.precision,
         }

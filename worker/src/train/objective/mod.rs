@@ -10,7 +10,7 @@ mod in_batch;
 
 pub use conversion::Conversion;
 pub use full_softmax::FullSoftmax;
-pub use in_batch::{InBatch, TILE};
+pub use in_batch::InBatch;
 use learn_domain::sampling::Pairs;
 use learn_model::{Forward, Parameters, Pch, Tape};
 use tch::{Kind, Tensor};

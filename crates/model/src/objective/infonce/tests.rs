@@ -30,19 +30,19 @@ struct Plan {
     dim: i64,
     scale: f64,
     seed: i64,
-    tile: i64,
+    scores: i64,
 }
 
 fn plans() -> impl Strategy<Value = Plan> {
     let counts = prop::collection::vec((0_usize..4, 0_usize..4), 0..6);
-    (counts, any::<bool>(), 1_i64..12, 1_i64..6, 1.0_f64..30.0, 0_i64..1_000, 1_i64..30).prop_map(
-        |(mut counts, next, vocabulary, dim, scale, seed, tile)| {
+    (counts, any::<bool>(), 1_i64..12, 1_i64..6, 1.0_f64..30.0, 0_i64..1_000, 1_i64..150).prop_map(
+        |(mut counts, next, vocabulary, dim, scale, seed, scores)| {
             let pairing = if next { Pairs::Next } else { Pairs::AllAction };
             if next {
                 // every row has its target
                 counts.iter_mut().for_each(|(rows, targets)| *targets = *rows);
             }
-            Plan { pairing, counts, vocabulary, dim, scale, seed, tile }
+            Plan { pairing, counts, vocabulary, dim, scale, seed, scores }
         },
     )
 }
@@ -83,7 +83,7 @@ impl World {
     }
 
     /// The part of the loss of the rows whose user is among `users`.
-    fn share(&self, mine: impl Fn(i64) -> bool, tile: i64) -> (Vec<i64>, InfoNceOutput) {
+    fn share(&self, mine: impl Fn(i64) -> bool, scores: i64) -> (Vec<i64>, InfoNceOutput) {
         let rows: Vec<i64> =
             (0..self.row_user.len()).filter(|row| mine(self.row_user[*row])).map(|r| r as i64).collect();
         let row_user: Vec<i64> = rows.iter().map(|row| self.row_user[*row as usize]).collect();
@@ -97,7 +97,7 @@ impl World {
             pairing: self.pairing,
             logit_scale: Tensor::from(self.log_scale.exp()),
             pairs: self.pairs(),
-            tile,
+            tile: Tile { scores },
             items_learn: true,
             precision: Precision::F32,
         }
@@ -154,7 +154,7 @@ proptest! {
     fn equals_the_definition(plan in plans()) {
         let world = World::new(&plan);
         let (loss, correct, [d_user, d_item, d_log_scale]) = world.spelled_out();
-        let (_, ours) = world.share(|_| true, plan.tile);
+        let (_, ours) = world.share(|_| true, plan.scores);
         prop_assert!((ours.loss.double_value(&[]) - loss).abs() < 1e-12);
         prop_assert_eq!(ours.correct.int64_value(&[]), correct);
         prop_assert!(gap(&ours.d_user, &d_user) < 1e-11);
@@ -165,12 +165,12 @@ proptest! {
     #[test]
     fn shares_of_ranks_add_up_to_the_whole(plan in plans(), ranks in 1_i64..5) {
         let world = World::new(&plan);
-        let (_, whole) = world.share(|_| true, 1_000);
+        let (_, whole) = world.share(|_| true, 1_000_000);
         let mut d_user = world.user.zeros_like();
         let (mut loss, mut log_scale, mut correct) = (0.0, 0.0, 0);
         let mut d_item = world.item.zeros_like();
         for rank in 0..ranks {
-            let (rows, share) = world.share(|user| user % ranks == rank, plan.tile);
+            let (rows, share) = world.share(|user| user % ranks == rank, plan.scores);
             d_user = d_user.index_add(0, &index(&rows), &share.d_user);
             d_item += share.d_item;
             loss += share.loss.double_value(&[]);
@@ -192,20 +192,20 @@ fn some() -> Plan {
         dim: 4,
         scale: 12.0,
         seed: 3,
-        tile: 3,
+        scores: 9,
     }
 }
 
 #[test]
 fn the_gradient_is_the_slope() {
     let world = World::new(&some());
-    let (_, at) = world.share(|_| true, 3);
+    let (_, at) = world.share(|_| true, 9);
     let step = 1e-6;
     let slope = |change: &dyn Fn(&mut World, f64)| {
         let loss = |by: f64| {
             let mut moved = World::new(&some());
             change(&mut moved, by);
-            moved.share(|_| true, 3).1.loss.double_value(&[])
+            moved.share(|_| true, 9).1.loss.double_value(&[])
         };
         (loss(step) - loss(-step)) / (2.0 * step)
     };
@@ -263,7 +263,7 @@ fn in_f32(world: &World, precision: Precision, items_learn: bool) -> InfoNceOutp
         pairing: world.pairing,
         logit_scale: Tensor::from(world.log_scale.exp() as f32),
         pairs: world.pairs(),
-        tile: 64,
+        tile: Tile { scores: 4096 },
         items_learn,
         precision,
     }
@@ -271,13 +271,13 @@ fn in_f32(world: &World, precision: Precision, items_learn: bool) -> InfoNceOutp
 }
 
 fn large(scale: f64) -> World {
-    World::new(&Plan { counts: vec![(10, 10); 20], vocabulary: 150, dim: 16, scale, seed: 8, tile: 64, ..some() })
+    World::new(&Plan { counts: vec![(10, 10); 20], vocabulary: 150, dim: 16, scale, seed: 8, scores: 4096, ..some() })
 }
 
 #[test]
 fn f32_stays_near_f64_even_for_large_scales() {
     let world = large(100.0);
-    let (_, exact) = world.share(|_| true, 64);
+    let (_, exact) = world.share(|_| true, 4096);
     let output = in_f32(&world, Precision::F32, true);
     assert_eq!((output.loss.kind(), output.d_item.kind()), (Kind::Float, Kind::Float));
     assert!((output.loss.double_value(&[]) / exact.loss.double_value(&[]) - 1.0).abs() < 1e-5);
@@ -310,4 +310,15 @@ fn nobody_learns_from_items_that_do_not_learn() {
         (&all.d_user - &some.d_user).abs().max().double_value(&[]) < 1e-6 * all.d_user.abs().max().double_value(&[])
     );
     assert_eq!(some.d_item.abs().max().double_value(&[]), 0.0);
+}
+
+#[test]
+fn a_tile_is_as_long_as_there_is_need_down_to_a_square() {
+    let tile = Tile { scores: 1 << 12 };
+    let shape = |rows, items| (tile.rows(rows, items), tile.items(rows, items));
+    assert_eq!(shape(60, 60), (60, 60), "all at once");
+    assert_eq!(shape(10, 5000), (10, 409));
+    assert_eq!(shape(5000, 10), (409, 10));
+    assert_eq!(shape(5000, 5000), (64, 64));
+    assert_eq!(Tile { scores: 0 }.rows(5, 5), 1);
 }

@@ -8,7 +8,6 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use learn_domain::config::{ItemTower, ModelConfig};
-use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::feed::assemble::{MicroBatch, PackedSequences};
@@ -35,7 +34,7 @@ struct Product {
 }
 
 /// What a step's products need, and take alone.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Ceiling {
     /// Operations, a product `[a, b] x [b, c]` being `2 a b c`.
     pub flops: f64,
