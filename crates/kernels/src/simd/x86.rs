@@ -1,4 +1,4 @@
-//! The vectors of AVX-512 and AVX2: the one place of this crate with `unsafe`.
+//! The vectors of AVX-512 and AVX2: a place of this crate with `unsafe`.
 //!
 //! Why here: the programs are built for any x86-64, so that wider vectors need functions of their own that are entered after
 //! the processor was asked. Invariant: a value of [`Avx512`] or [`Avx2`] exists only inside such a function, so it proves that
