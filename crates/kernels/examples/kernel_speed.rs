@@ -2,7 +2,7 @@
 //!
 //! `cargo run --release -p learn-kernels --example kernel_speed -- [SEQUENCES] [LENGTH] [MILLION PARAMETERS]`; `RAYON_NUM_THREADS` sets
 //! the threads. A kernel's bytes are those of its inputs and outputs, each once, so it reaches the copy's speed where memory
-//! is all that it waits for; attention, which computes more than it reads, need not.
+//! is all that it waits for; attention and products, which compute more than they read, need not.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -10,7 +10,7 @@ use std::time::Instant;
 use half::bf16;
 use learn_kernels::{
     AdamW, Attention, BiasGelu, Dropout, Level, NormGradients, Normalize, ResidualNorm, RowStatistics, Saved, Sequence,
-    State, add, cast, column_sums, gather_rows, scatter_add_rows, squared_norm,
+    State, WeightGradient, add, cast, column_sums, gather_rows, scatter_add_rows, squared_norm,
 };
 use rayon::prelude::*;
 
@@ -116,6 +116,10 @@ fn main() {
     let gelu = BiasGelu { bias: &wide_bias };
     show("bias + GELU forward", tokens * WIDE * 4, &mut || gelu.forward(&wide, &mut wide_out));
     show("bias + GELU backward", tokens * WIDE * 6, &mut || gelu.backward(&wide, &mut wide_out, &mut wide_sums));
+
+    let mut weight = numbers(WIDE * HIDDEN);
+    let weights = WeightGradient { d_y: &wide, width: WIDE, outputs: (0, WIDE), x: &d_context, inputs: HIDDEN };
+    show("weight gradient", (tokens * (WIDE + HIDDEN) + 4 * WIDE * HIDDEN) * 2, &mut || weights.add_to(&mut weight));
 
     let parameter = numbers(HIDDEN);
     let norm = ResidualNorm { bias: &parameter, gamma: &parameter, beta: &parameter, eps: 1e-12, dropout };

@@ -29,12 +29,16 @@ const PAIRS: usize = 2 * TILE * TILE;
 /// d_y^T x.
 #[derive(Clone, Copy, Debug)]
 pub struct WeightGradient<'a> {
-    /// `[T, N]`: gradient of the layer's output.
+    /// `[T, W]`: gradients of outputs of one layer or of several that read the same.
     pub d_y: &'a [bf16],
+    /// W
+    pub width: usize,
+    /// Which columns of it are the layer's: the first, and N.
+    pub outputs: (usize, usize),
     /// `[T, K]`: the layer's input.
     pub x: &'a [bf16],
-    /// N and K.
-    pub shape: (usize, usize),
+    /// K
+    pub inputs: usize,
 }
 
 /// What becomes of what the output holds.
@@ -71,8 +75,9 @@ impl WeightGradient<'_> {
     }
 
     fn compute(&self, out: &mut [f32], held: Held) {
-        let (outputs, inputs) = self.shape;
-        let tokens = rows("d_y", self.d_y, outputs);
+        let Self { width, outputs: (first, outputs), inputs, .. } = *self;
+        let tokens = rows("d_y", self.d_y, width);
+        assert!(first + outputs <= width, "d_y has {width} columns and no {outputs} from {first} on");
         check_length("x", self.x, tokens * inputs);
         check_length("out", out, outputs * inputs);
         let level = Level::current();
@@ -88,8 +93,8 @@ impl WeightGradient<'_> {
 
     #[cfg(target_arch = "x86_64")]
     fn by_tiles(&self, level: Level, out: &mut [f32], held: Held) {
-        let (outputs, inputs) = self.shape;
-        let panel = (self.d_y.len() / outputs).div_ceil(DEPTH) * PAIRS;
+        let inputs = self.inputs;
+        let panel = (self.d_y.len() / self.width).div_ceil(DEPTH) * PAIRS;
         let mut packed = vec![0; inputs.div_ceil(BLOCK) * panel];
         let panels = packed.chunks_mut(panel).enumerate();
         let panels = panels.map(|(number, panel)| Pack { x: self.x, width: inputs, first: number * BLOCK, panel });
@@ -107,7 +112,7 @@ impl WeightGradient<'_> {
     }
 }
 
-/// Columns `first..first + 32` of `x`, as the right side of a product: for every 32 tokens two tiles beside each other, whose rows are
+/// The columns of `x` from `first` on, up to 32, as the right side of a product: for every 32 tokens two tiles beside each other, whose rows are
 /// pairs of tokens and whose columns are those of x.
 #[cfg(target_arch = "x86_64")]
 struct Pack<'a> {
@@ -134,15 +139,14 @@ impl Kernel for Pack<'_> {
     }
 }
 
-/// Columns `first..first + 32` of `d_y`, as the left side of a product: for every 32 tokens two tiles below each other, whose rows
+/// Some columns of `d_y`, up to 32, as the left side of a product: for every 32 tokens two tiles below each other, whose rows
 /// are the columns of d_y and whose columns are pairs of tokens.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn pack_turned(d_y: &[bf16], width: usize, first: usize, panel: &mut [u32]) {
-    let columns = BLOCK.min(width - first);
+fn pack_turned(d_y: &[bf16], width: usize, columns: (usize, usize), panel: &mut [u32]) {
     for (place, tokens) in d_y.chunks(2 * width).enumerate() {
         let tiles = &mut panel[place / TILE * PAIRS..][..PAIRS];
-        for (row, pair) in tiles.chunks_exact_mut(TILE).zip(pairs(tokens, width, (first, columns))) {
+        for (row, pair) in tiles.chunks_exact_mut(TILE).zip(pairs(tokens, width, columns)) {
             row[place % TILE] = pair;
         }
     }
@@ -185,11 +189,12 @@ impl Kernel for ByTiles<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let (outputs, inputs) = self.product.shape;
+        let WeightGradient { d_y, width, outputs: (first, outputs), inputs, .. } = self.product;
         let rows = self.out.len() / inputs;
         let mut turned = vec![0; rows.div_ceil(BLOCK) * self.panel];
         for (number, panel) in turned.chunks_exact_mut(self.panel).enumerate() {
-            pack_turned(self.product.d_y, outputs, self.first + number * BLOCK, panel);
+            let begin = self.first + number * BLOCK;
+            pack_turned(d_y, width, (first + begin, BLOCK.min(outputs - begin)), panel);
         }
         let tiles = amx::Tiles::configure();
         let mut block = [0.0; BLOCK * BLOCK];
@@ -230,12 +235,12 @@ impl Kernel for ByVectors<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let WeightGradient { d_y, x, shape: (outputs, inputs) } = self.product;
+        let WeightGradient { d_y, width, outputs: (begin, _), x, inputs } = self.product;
         for (number, out) in self.out.chunks_mut(HELD * inputs).enumerate() {
-            let first = self.first + number * HELD;
+            let first = begin + self.first + number * HELD;
             vectors!(S, inputs, |at| {
                 let mut sums = [s.splat(0.0); HELD];
-                for (d_y, x) in d_y.chunks_exact(outputs).zip(x.chunks_exact(inputs)) {
+                for (d_y, x) in d_y.chunks_exact(width).zip(x.chunks_exact(inputs)) {
                     let x = bf16::load_at::<WHOLE, _>(s, x, at);
                     for (sum, d_y) in sums.iter_mut().zip(&d_y[first..]) {
                         *sum = s.mul_add(s.splat(Element::to_f32(*d_y)), x, *sum);

@@ -18,7 +18,14 @@ fn check(tokens: usize, shape: (usize, usize), seed: u64) {
             }
         }
     }
-    let gradient = WeightGradient { d_y: &d_y, x: &x, shape };
+    // beside columns of others
+    let (before, behind) = (seed as usize % 3, seed as usize % 5);
+    let width = before + outputs + behind;
+    let mut wide: Vec<bf16> = numbers(seed + 3, tokens * width);
+    for (row, d_y) in wide.chunks_mut(width).zip(d_y.chunks(outputs)) {
+        row[before..before + outputs].copy_from_slice(d_y);
+    }
+    let gradient = WeightGradient { d_y: &wide, width, outputs: (before, outputs), x: &x, inputs };
     let mut out = start.clone();
     gradient.write(&mut out);
     let tolerance = 1e-6 * (1.0 + tokens as f64).sqrt();
@@ -56,7 +63,7 @@ fn the_same_with_any_number_of_threads() {
     let (d_y, x): (Vec<bf16>, Vec<bf16>) = (numbers(1, 70 * 300), numbers(2, 70 * 90));
     assert_same_with_any_threads(|| {
         let mut out = vec![0.0; 300 * 90];
-        WeightGradient { d_y: &d_y, x: &x, shape: (300, 90) }.write(&mut out);
+        WeightGradient { d_y: &d_y, width: 300, outputs: (0, 300), x: &x, inputs: 90 }.write(&mut out);
         out
     });
 }
@@ -65,6 +72,6 @@ fn the_same_with_any_number_of_threads() {
 #[should_panic(expected = "x has 4 elements and not 6")]
 fn a_wrong_length_is_refused() {
     let zeros = [bf16::ZERO; 6];
-    let gradient = WeightGradient { d_y: &zeros[..4], x: &zeros[..4], shape: (2, 3) };
+    let gradient = WeightGradient { d_y: &zeros[..4], width: 2, outputs: (0, 2), x: &zeros[..4], inputs: 3 };
     gradient.add_to(&mut [0.0; 6]);
 }
