@@ -7,13 +7,15 @@
 
 mod head;
 
-use crate::dropout::Dropout;
+use crate::dropout::{Dropout, RowDropout};
 use crate::element::{Element, vectors};
 use crate::parallel::{self, check_length, rows};
 use crate::simd::{Kernel, Level, Simd};
 
 use self::head::{Head, HeadGradients, Query};
 
+/// Queries of a head that take each step together.
+const TOGETHER: usize = 4;
 /// Pairs of a query and a key in a block of sequences, about.
 const PAIRS: usize = 400;
 
@@ -198,18 +200,27 @@ impl<E: Element> Kernel for Forward<'_, E> {
         let Some(block_start) = sequences.first().map(|sequence| sequence.first_query) else { return };
         let share = width / heads;
         let mut head = Head::new::<S>(share, sequences);
-        let mut context = vec![0.0; head.padded()];
+        let mut together = Vec::from_iter((0..TOGETHER).map(|_| Query::new::<S>(&head, sequences)));
         for sequence in sequences {
             for number in 0..heads {
                 let column = number * share;
                 self.inputs.load_keys(s, &mut head, sequence, (column, width));
-                for row in sequence.first_query..sequence.first_query + sequence.queries {
-                    let query = self.attention.query(sequence, row, number);
-                    head.load_query(s, &self.inputs.q[row * self.inputs.q_stride + column..][..share]);
-                    head.weigh(s, query);
-                    head.context(s, query.seen, &mut context);
-                    let start = (row - block_start) * width + column;
-                    write(s, &context, &mut self.context[start..start + share]);
+                let end = sequence.first_query + sequence.queries;
+                for first in (sequence.first_query..end).step_by(TOGETHER) {
+                    let queries = &mut together[..TOGETHER.min(end - first)];
+                    for (place, query) in queries.iter_mut().enumerate() {
+                        let row = first + place;
+                        let from = &self.inputs.q[row * self.inputs.q_stride + column..][..share];
+                        query.score(s, &head, from, self.attention.sight(sequence, row, number));
+                    }
+                    for query in queries.iter_mut() {
+                        query.weigh(s);
+                    }
+                    for (place, query) in queries.iter_mut().enumerate() {
+                        query.mix(s, &head);
+                        let start = (first + place - block_start) * width + column;
+                        write(s, query.result(), &mut self.context[start..start + share]);
+                    }
                 }
             }
         }
@@ -225,14 +236,15 @@ impl<E: Element> Inputs<'_, E> {
 }
 
 impl Attention<'_> {
+    /// How many keys a query sees, and its dropout.
     #[inline(always)]
-    fn query(&self, sequence: &Sequence, row: usize, head: usize) -> Query {
+    fn sight(&self, sequence: &Sequence, row: usize, head: usize) -> (usize, RowDropout) {
         let place = match self.places {
             Some(places) => places[row] as usize,
             None => row - sequence.first_query,
         };
         let dropout = if sequence.keys == 1 { Dropout::OFF } else { self.dropout };
-        Query { seen: place + 1, dropout: dropout.row((row * self.heads + head) as u64) }
+        (place + 1, dropout.row((row * self.heads + head) as u64))
     }
 }
 
@@ -258,21 +270,36 @@ impl<E: Element> Kernel for Backward<'_, E> {
         let share = width / heads;
         let mut head = Head::new::<S>(share, sequences);
         let mut gradients = HeadGradients::new(&head);
+        let mut together = Vec::from_iter((0..TOGETHER).map(|_| Query::new::<S>(&head, sequences)));
         for sequence in sequences {
             for number in 0..heads {
                 let column = number * share;
                 self.inputs.load_keys(s, &mut head, sequence, (column, width));
                 gradients.clear(sequence.keys);
-                for row in sequence.first_query..sequence.first_query + sequence.queries {
-                    let query = self.attention.query(sequence, row, number);
-                    head.load_query(s, &q[row * q_stride + column..][..share]);
-                    head.weigh(s, query);
-                    gradients.add_query(s, &head, query, &self.d_context[row * width + column..][..share]);
-                    let (to, start) = match &mut self.d_q {
-                        Some(d_q) => (&mut **d_q, (row - first.first_query) * width),
-                        None => (&mut *self.d_kv, (row - first.first_query) * kv_stride),
-                    };
-                    write(s, gradients.query(), &mut to[start + column..][..share]);
+                let end = sequence.first_query + sequence.queries;
+                for begin in (sequence.first_query..end).step_by(TOGETHER) {
+                    let queries = &mut together[..TOGETHER.min(end - begin)];
+                    for (place, query) in queries.iter_mut().enumerate() {
+                        let row = begin + place;
+                        let sight = self.attention.sight(sequence, row, number);
+                        query.score(s, &head, &q[row * q_stride + column..][..share], sight);
+                        query.score_back(s, &head, &self.d_context[row * width + column..][..share]);
+                    }
+                    for query in queries.iter_mut() {
+                        query.weigh(s);
+                    }
+                    for query in queries.iter_mut() {
+                        query.weigh_back(s);
+                    }
+                    for (place, query) in queries.iter_mut().enumerate() {
+                        gradients.mix_back(s, &head, query);
+                        let own = begin + place - first.first_query;
+                        let (to, start) = match &mut self.d_q {
+                            Some(d_q) => (&mut **d_q, own * width),
+                            None => (&mut *self.d_kv, own * kv_stride),
+                        };
+                        write(s, query.result(), &mut to[start + column..][..share]);
+                    }
                 }
                 for key in 0..sequence.keys {
                     let start = (sequence.first_key - first.first_key + key) * kv_stride + k_column + column;

@@ -1,4 +1,7 @@
-//! One head of one sequence: its keys and values in f32, rows padded with zeros to whole vectors, and one query at a time.
+//! One head of one sequence: its keys and values in f32, rows padded with zeros to whole vectors, and a few queries at a time.
+//!
+//! A query goes through several steps, each of which waits for the one before. The caller takes each step for a few queries
+//! before the next step, so that the processor has something to do meanwhile.
 
 use super::Sequence;
 use crate::dropout::RowDropout;
@@ -6,15 +9,10 @@ use crate::element::{Element, vectors};
 use crate::math::exp;
 use crate::simd::Simd;
 
-/// What is known of a query beside its vector.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Query {
-    /// Keys that it sees.
-    pub seen: usize,
-    pub dropout: RowDropout,
-}
+/// Vectors that loops over keys hold in registers.
+const HELD: usize = 4;
 
-/// Room for the longest sequence of a block.
+/// Keys and values. Room for the longest sequence of a block.
 pub(super) struct Head {
     /// D / heads
     share: usize,
@@ -26,43 +24,49 @@ pub(super) struct Head {
     keys: Vec<f32>,
     /// `[keys, padded]`
     values: Vec<f32>,
+}
+
+/// One query, and what it makes of the keys that it sees.
+pub(super) struct Query {
+    /// Keys that it sees.
+    seen: usize,
+    dropout: RowDropout,
     /// `[padded]`, divided by the root of the head's share.
     query: Vec<f32>,
-    /// Of the keys, padded: the softmax of the scores.
+    /// Of the keys, padded: the scores, then their softmax.
     probabilities: Vec<f32>,
     /// Of the keys, padded: what dropout multiplies them by.
     factors: Vec<f32>,
     /// Of the keys, padded: their product.
     weights: Vec<f32>,
+    /// `[padded]`: the weighted sum of the values, or its gradient.
+    context: Vec<f32>,
+    /// Of the keys, padded: gradient of the probabilities, then of the scores.
+    d_scores: Vec<f32>,
 }
 
-/// Vectors that loops over keys hold in registers.
-const HELD: usize = 4;
+/// Gradients of keys and values.
+pub(super) struct HeadGradients {
+    padded: usize,
+    /// `[keys, padded]`
+    keys: Vec<f32>,
+    /// `[keys, padded]`
+    values: Vec<f32>,
+}
 
 fn padded<S: Simd>(length: usize) -> usize {
     length.next_multiple_of(S::LANES)
 }
 
+fn longest(sequences: &[Sequence]) -> usize {
+    sequences.iter().map(|sequence| sequence.keys).max().unwrap_or_default()
+}
+
 impl Head {
     pub(super) fn new<S: Simd>(share: usize, sequences: &[Sequence]) -> Self {
-        let longest = sequences.iter().map(|sequence| sequence.keys).max().unwrap_or_default();
         let row = padded::<S>(share);
-        let zeros = |count| vec![0.0; count];
-        Self {
-            share,
-            padded: row,
-            scale: 1.0 / (share as f32).sqrt(),
-            keys: zeros(longest * row),
-            values: zeros(longest * row),
-            query: zeros(row),
-            probabilities: zeros(padded::<S>(longest)),
-            factors: zeros(padded::<S>(longest)),
-            weights: zeros(padded::<S>(longest)),
-        }
-    }
-
-    pub(super) fn padded(&self) -> usize {
-        self.padded
+        let zeros = || vec![0.0; longest(sequences) * row];
+        Self { share, padded: row, scale: 1.0 / (share as f32).sqrt(), keys: zeros(), values: zeros() }
     }
 
     /// Takes over keys and values that stand `width` behind them, a row every `stride`.
@@ -81,106 +85,141 @@ impl Head {
             read(s, &from[key * stride + width..][..share], &mut self.values[own], 1.0);
         }
     }
+}
 
-    #[inline(always)]
-    pub(super) fn load_query<S: Simd, E: Element>(&mut self, s: S, from: &[E]) {
-        read(s, from, &mut self.query, self.scale);
+impl Query {
+    /// Room for any query of these sequences.
+    pub(super) fn new<S: Simd>(head: &Head, sequences: &[Sequence]) -> Self {
+        let (row, keys) = (|| vec![0.0; head.padded], || vec![0.0; padded::<S>(longest(sequences))]);
+        Self {
+            seen: 0,
+            dropout: crate::Dropout::OFF.row(0),
+            query: row(),
+            probabilities: keys(),
+            factors: keys(),
+            weights: keys(),
+            context: row(),
+            d_scores: keys(),
+        }
     }
 
-    /// Probabilities and dropout's factors of the keys that the query sees.
+    /// The weighted sum of the values, or the gradient of the query, `[padded]`.
+    pub(super) fn result(&self) -> &[f32] {
+        &self.context
+    }
+
+    /// Takes over a query that sees so many keys, and scores them.
     #[inline(always)]
-    pub(super) fn weigh<S: Simd>(&mut self, s: S, query: Query) {
-        let Query { seen, dropout } = query;
-        let end = padded::<S>(seen);
-        dots(s, &self.query, &self.keys, &mut self.probabilities[..seen]);
-        self.probabilities[seen..end].fill(f32::NEG_INFINITY);
+    pub(super) fn score<S: Simd, E: Element>(
+        &mut self,
+        s: S,
+        head: &Head,
+        from: &[E],
+        (seen, dropout): (usize, RowDropout),
+    ) {
+        self.seen = seen;
+        self.dropout = dropout;
+        read(s, from, &mut self.query, head.scale);
+        dots(s, &self.query, &head.keys, &mut self.probabilities[..seen]);
+        for score in &mut self.probabilities[seen..padded::<S>(seen)] {
+            *score = f32::NEG_INFINITY;
+        }
+    }
+
+    /// From scores to probabilities, and to weights by way of dropout.
+    #[inline(always)]
+    pub(super) fn weigh<S: Simd>(&mut self, s: S) {
+        let end = padded::<S>(self.seen);
+        let (probabilities, factors) = (&mut self.probabilities[..end], &mut self.factors[..end]);
+        let weights = &mut self.weights[..end];
         let mut most = s.splat(f32::NEG_INFINITY);
         for at in (0..end).step_by(S::LANES) {
-            most = s.max(most, s.load(&self.probabilities[at..]));
+            most = s.max(most, s.load(&probabilities[at..]));
         }
         let most = s.splat(s.largest(most));
         let mut total = s.splat(0.0);
         for at in (0..end).step_by(S::LANES) {
-            let e = exp(s, s.sub(s.load(&self.probabilities[at..]), most));
+            let e = exp(s, s.sub(s.load(&probabilities[at..]), most));
             total = s.add(total, e);
-            s.store(e, &mut self.probabilities[at..]);
-            s.store(dropout.factors(s, at), &mut self.factors[at..]);
+            s.store(e, &mut probabilities[at..]);
+            s.store(self.dropout.factors(s, at), &mut factors[at..]);
         }
         let share = s.splat(1.0 / s.sum(total));
         for at in (0..end).step_by(S::LANES) {
-            let probability = s.mul(s.load(&self.probabilities[at..]), share);
-            s.store(probability, &mut self.probabilities[at..]);
-            s.store(s.mul(probability, s.load(&self.factors[at..])), &mut self.weights[at..]);
+            let probability = s.mul(s.load(&probabilities[at..]), share);
+            s.store(probability, &mut probabilities[at..]);
+            s.store(s.mul(probability, s.load(&factors[at..])), &mut weights[at..]);
         }
     }
 
-    /// The weighted sum of the values, `[padded]`.
+    /// The weighted sum of the values.
     #[inline(always)]
-    pub(super) fn context<S: Simd>(&self, s: S, seen: usize, out: &mut [f32]) {
+    pub(super) fn mix<S: Simd>(&mut self, s: S, head: &Head) {
         let mut at = 0;
-        while at + HELD * S::LANES <= out.len() {
-            self.context_at::<HELD, S>(s, seen, (out, at));
+        while at + HELD * S::LANES <= head.padded {
+            self.mix_at::<HELD, S>(s, head, at);
             at += HELD * S::LANES;
         }
-        while at < out.len() {
-            self.context_at::<1, S>(s, seen, (out, at));
+        while at < head.padded {
+            self.mix_at::<1, S>(s, head, at);
             at += S::LANES;
         }
     }
 
     /// N vectors of it.
     #[inline(always)]
-    fn context_at<const N: usize, S: Simd>(&self, s: S, seen: usize, (out, at): (&mut [f32], usize)) {
+    fn mix_at<const N: usize, S: Simd>(&mut self, s: S, head: &Head, at: usize) {
         let mut sums = [s.splat(0.0); N];
-        for (weight, value) in self.weights[..seen].iter().zip(self.values.chunks_exact(self.padded)) {
+        for (weight, value) in self.weights[..self.seen].iter().zip(head.values.chunks_exact(head.padded)) {
             let weight = s.splat(*weight);
             let value = &value[at..at + N * S::LANES];
             for (number, sum) in sums.iter_mut().enumerate() {
                 *sum = s.mul_add(weight, s.load(&value[number * S::LANES..]), *sum);
             }
         }
-        for (sum, out) in sums.into_iter().zip(out[at..].chunks_exact_mut(S::LANES)) {
+        for (sum, out) in sums.into_iter().zip(self.context[at..].chunks_exact_mut(S::LANES)) {
             s.store(sum, out);
+        }
+    }
+
+    /// Takes over the gradient of the context, and finds that of the weights.
+    #[inline(always)]
+    pub(super) fn score_back<S: Simd, E: Element>(&mut self, s: S, head: &Head, from: &[E]) {
+        read(s, from, &mut self.context, 1.0);
+        dots(s, &self.context, &head.values, &mut self.d_scores[..self.seen]);
+        for d in &mut self.d_scores[self.seen..padded::<S>(self.seen)] {
+            *d = 0.0;
+        }
+    }
+
+    /// From the gradient of the weights to that of the scores.
+    #[inline(always)]
+    pub(super) fn weigh_back<S: Simd>(&mut self, s: S) {
+        let end = padded::<S>(self.seen);
+        let (probabilities, factors) = (&self.probabilities[..end], &self.factors[..end]);
+        let d_scores = &mut self.d_scores[..end];
+        let mut mean = s.splat(0.0);
+        for at in (0..end).step_by(S::LANES) {
+            let d = s.mul(s.load(&d_scores[at..]), s.load(&factors[at..]));
+            mean = s.mul_add(d, s.load(&probabilities[at..]), mean);
+            s.store(d, &mut d_scores[at..]);
+        }
+        let mean = s.splat(s.sum(mean));
+        for at in (0..end).step_by(S::LANES) {
+            let d = s.mul(s.sub(s.load(&d_scores[at..]), mean), s.load(&probabilities[at..]));
+            s.store(d, &mut d_scores[at..]);
         }
     }
 }
 
-/// Gradients of one head of one sequence.
-pub(super) struct HeadGradients {
-    padded: usize,
-    /// `[keys, padded]`
-    keys: Vec<f32>,
-    /// `[keys, padded]`
-    values: Vec<f32>,
-    /// `[padded]`
-    query: Vec<f32>,
-    /// `[padded]`, of the query's context.
-    context: Vec<f32>,
-    /// Of the keys, padded: gradient of the probabilities, then of the scores.
-    scores: Vec<f32>,
-}
-
 impl HeadGradients {
     pub(super) fn new(head: &Head) -> Self {
-        let zeros = |like: &[f32]| vec![0.0; like.len()];
-        Self {
-            padded: head.padded,
-            keys: zeros(&head.keys),
-            values: zeros(&head.values),
-            query: zeros(&head.query),
-            context: zeros(&head.query),
-            scores: zeros(&head.probabilities),
-        }
+        Self { padded: head.padded, keys: vec![0.0; head.keys.len()], values: vec![0.0; head.values.len()] }
     }
 
     pub(super) fn clear(&mut self, keys: usize) {
         self.keys[..keys * self.padded].fill(0.0);
         self.values[..keys * self.padded].fill(0.0);
-    }
-
-    /// Of the query added last.
-    pub(super) fn query(&self) -> &[f32] {
-        &self.query
     }
 
     /// Of a key and its value.
@@ -189,48 +228,30 @@ impl HeadGradients {
         (&self.keys[own.clone()], &self.values[own])
     }
 
-    /// What the gradient of a query's context does to the query, the keys and the values; the head holds the query and its
-    /// probabilities.
+    /// From the gradients of a query's scores and context to those of keys and values, and to the query's own.
     #[inline(always)]
-    pub(super) fn add_query<S: Simd, E: Element>(&mut self, s: S, head: &Head, query: Query, d_context: &[E]) {
-        let seen = query.seen;
-        let end = padded::<S>(seen);
-        read(s, d_context, &mut self.context, 1.0);
-        dots(s, &self.context, &head.values, &mut self.scores[..seen]);
-        self.scores[seen..end].fill(0.0);
-        // through dropout, and the probabilities' mean of it
-        let mut mean = s.splat(0.0);
-        for at in (0..end).step_by(S::LANES) {
-            let d = s.mul(s.load(&self.scores[at..]), s.load(&head.factors[at..]));
-            mean = s.mul_add(d, s.load(&head.probabilities[at..]), mean);
-            s.store(d, &mut self.scores[at..]);
-        }
-        let mean = s.splat(s.sum(mean));
-        for at in (0..end).step_by(S::LANES) {
-            let d = s.mul(s.sub(s.load(&self.scores[at..]), mean), s.load(&head.probabilities[at..]));
-            s.store(d, &mut self.scores[at..]);
-        }
+    pub(super) fn mix_back<S: Simd>(&mut self, s: S, head: &Head, query: &mut Query) {
         let mut at = 0;
         while at + HELD * S::LANES <= self.padded {
-            self.spread_at::<HELD, S>(s, head, seen, at);
+            self.mix_back_at::<HELD, S>(s, head, query, at);
             at += HELD * S::LANES;
         }
         while at < self.padded {
-            self.spread_at::<1, S>(s, head, seen, at);
+            self.mix_back_at::<1, S>(s, head, query, at);
             at += S::LANES;
         }
     }
 
-    /// From the gradient of the scores to those of query, keys and values; N vectors of each row.
+    /// N vectors of each row.
     #[inline(always)]
-    fn spread_at<const N: usize, S: Simd>(&mut self, s: S, head: &Head, seen: usize, at: usize) {
+    fn mix_back_at<const N: usize, S: Simd>(&mut self, s: S, head: &Head, asked: &mut Query, at: usize) {
         let range = at..at + N * S::LANES;
         let (mut d_query, mut query, mut d_context) = ([s.splat(0.0); N], [s.splat(0.0); N], [s.splat(0.0); N]);
         for number in 0..N {
-            query[number] = s.load(&head.query[at + number * S::LANES..]);
-            d_context[number] = s.load(&self.context[at + number * S::LANES..]);
+            query[number] = s.load(&asked.query[at + number * S::LANES..]);
+            d_context[number] = s.load(&asked.context[at + number * S::LANES..]);
         }
-        let scores = self.scores[..seen].iter().zip(&head.weights);
+        let scores = asked.d_scores[..asked.seen].iter().zip(&asked.weights);
         let gradients = self.keys.chunks_exact_mut(self.padded).zip(self.values.chunks_exact_mut(self.padded));
         let keys = head.keys.chunks_exact(self.padded);
         for (((d_score, weight), key), (d_key, d_value)) in scores.zip(keys).zip(gradients) {
@@ -245,7 +266,7 @@ impl HeadGradients {
             }
         }
         let scale = s.splat(head.scale);
-        for (d_query, out) in d_query.into_iter().zip(self.query[range].chunks_exact_mut(S::LANES)) {
+        for (d_query, out) in d_query.into_iter().zip(asked.context[range].chunks_exact_mut(S::LANES)) {
             s.store(s.mul(d_query, scale), out);
         }
     }
