@@ -338,7 +338,7 @@ impl Frame<'_> {
         if E::FULL {
             slot.add_product(&d_y.tr(), x);
         } else {
-            slot.add(&d_y.tr().mm(x));
+            slot.add_low_product(d_y, 0, x);
         }
     }
 
@@ -348,14 +348,14 @@ impl Frame<'_> {
         let parts = (d_parts.size()[1] / width) as usize;
         let mut sums = Tensor::zeros([d_parts.size()[1]], (Kind::Float, Device::Cpu));
         learn_kernels::column_sums(values::<E>(d_parts), values_mut(&mut sums));
-        let low = (!E::FULL).then(|| d_parts.tr().mm(x));
         for (number, part) in ATTENTION[first..first + parts].iter().enumerate() {
             let start = number as i64 * width;
             self.parameters.slot(&names.of(&format!("{part}.bias"))).add(&sums.narrow(0, start, width));
             let slot = self.parameters.slot(&names.of(&format!("{part}.weight")));
-            match &low {
-                Some(low) => slot.add(&low.narrow(0, start, width)),
-                None => slot.add_product(&d_parts.narrow(1, start, width).tr(), x),
+            if E::FULL {
+                slot.add_product(&d_parts.narrow(1, start, width).tr(), x);
+            } else {
+                slot.add_low_product(d_parts, start, x);
             }
         }
     }
