@@ -14,11 +14,11 @@ use serde::Serialize;
 use tch::Kind;
 
 use super::arguments::ShapeArgs;
+use super::ceiling::{self, Ceiling};
 use super::crew::{Crew, Member};
 use super::memory;
 use super::statistics::Spread;
 use super::synthetic::{self, BenchSettings, Seat, alone, exchange, group, tokens};
-use super::ceiling::{self, Ceiling};
 use crate::error::WorkerError;
 use crate::feed::PreparedStep;
 use crate::feed::assemble::MicroBatch;

@@ -67,6 +67,11 @@ impl Groups {
         table.index_copy(0, &self.places, dense).view(whole(&self.index.size()).as_slice())
     }
 
+    /// Puts dense rows `[K, d]` where they belong among rows `[n, d]`.
+    pub fn put_rows(&self, rows: &mut Tensor, dense: &Tensor) {
+        let _ = rows.index_copy_(0, &self.rows, dense);
+    }
+
     /// Adds a table `[G, W, d]` to rows `[n, d]` in place. A row has one place, so the order of the sum is no matter.
     pub fn add_to_rows(&self, rows: &mut Tensor, table: &Tensor) {
         let flat = table.reshape([self.index.numel() as i64, table.size()[2]]);
@@ -95,6 +100,9 @@ mod tests {
         assert_eq!(spread, [[1, 5, -1], [-1; 3], [0, 2, 6]]);
 
         let mut rows = Tensor::zeros([7, 1], (Kind::Int64, tch::Device::Cpu));
+        groups.put_rows(&mut rows, &dense);
+        assert_eq!(Vec::<i64>::try_from(rows.view(-1)).unwrap(), [0, 1, 2, 0, 0, 5, 6]);
+        let _ = rows.zero_();
         groups.add_to_rows(&mut rows, &groups.table(&(values + 10).unsqueeze(1)));
         assert_eq!(Vec::<i64>::try_from(rows.view(-1)).unwrap(), [10, 11, 12, 0, 0, 15, 16]);
     }

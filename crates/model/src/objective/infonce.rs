@@ -145,8 +145,10 @@ struct Block<'a> {
     targets: Groups,
     /// `[G, J, d]`: user rows times the logit scale.
     scaled: Tensor,
-    /// `[n, d]`: those of them that are there, and all items `[M, d]`, both of the products' kind.
+    /// `[n, d]`: those of them that are there.
     dense: Tensor,
+    /// `[n, d]` the same, and all items `[M, d]`, both of the products' kind.
+    factor: Tensor,
     item: &'a Tensor,
     /// `[n]`: the user of each of these.
     group: Tensor,
@@ -163,8 +165,10 @@ impl<'a> Block<'a> {
         let rows = Groups::new(input.row_user, users);
         let targets = Groups::new(input.item_user, users);
         let scaled = rows.table(input.user) * input.logit_scale.detach().to_kind(input.user.kind());
+        let dense = rows.dense(&scaled);
         Self {
-            dense: rows.dense(&scaled).to_kind(item.kind()),
+            factor: dense.to_kind(item.kind()),
+            dense,
             item,
             group: rows.group(),
             scaled,
@@ -196,25 +200,25 @@ impl<'a> Block<'a> {
         let miss = margin.sigmoid().masked_fill(&absent, 0.0) / self.input.pairs;
         // [G, J]: how much the negatives of a row weigh; their softmax is exp(s - lse)
         let weight = miss.sum_dim_intlist([2_i64].as_slice(), false, miss.kind());
-        let mut d_scaled = -miss.bmm(&self.own_item);
+        let d_own = -miss;
+        let mut d_dense = self.rows.dense(&d_own.bmm(&self.own_item));
         if self.input.items_learn {
-            self.targets.add_to_rows(&mut output.d_item, &-miss.transpose(1, 2).bmm(&self.scaled));
+            self.targets.add_to_rows(&mut output.d_item, &d_own.transpose(1, 2).bmm(&self.scaled));
         }
         let weight = self.rows.dense(&weight.unsqueeze(2));
-        let d_dense = self.backward((&dense_lse, &weight), scores, &mut output.d_item);
-        d_scaled += self.rows.spread(&d_dense, 0.0);
+        self.backward((&dense_lse, &weight), scores, (&mut d_dense, &mut output.d_item));
 
         // cosine part of s = scale * u.v, so the sum of d loss / d s * it is that of d loss / d (scale * u) * (scale * u)
-        output.d_log_scale += (&d_scaled * &self.scaled).sum(d_scaled.kind());
-        let scale = self.input.logit_scale.detach().to_kind(d_scaled.kind());
-        self.rows.add_to_rows(&mut output.d_user, &(d_scaled * scale));
+        output.d_log_scale += d_dense.view(-1).dot(&self.dense.view(-1));
+        d_dense *= self.input.logit_scale.detach().to_kind(d_dense.kind());
+        self.rows.put_rows(&mut output.d_user, &d_dense);
     }
 
     /// Per row, over its negatives: log-sum-exp and maximum of the scores, both `[n]`; -inf where there is none. Scores
     /// that are one tile come along.
     fn forward(&self) -> (Tensor, Tensor, Option<Tensor>) {
         let rows = [self.dense.size()[0]];
-        let mut lse = Tensor::full(rows, f64::NEG_INFINITY, (self.scaled.kind(), self.dense.device()));
+        let mut lse = Tensor::full(rows, f64::NEG_INFINITY, (self.dense.kind(), self.dense.device()));
         let mut hardest = lse.copy();
         let mut kept = None;
         for (start, length) in self.tiles() {
@@ -226,9 +230,13 @@ impl<'a> Block<'a> {
         (lse, hardest, kept)
     }
 
-    /// What the negatives contribute to the gradient of the rows `[n, d]`; what they contribute to the items' is added.
-    fn backward(&self, (lse, weight): (&Tensor, &Tensor), mut kept: Option<Tensor>, d_item: &mut Tensor) -> Tensor {
-        let mut d_dense = Tensor::zeros(self.dense.size(), (self.scaled.kind(), self.dense.device()));
+    /// Adds what the negatives contribute to the gradients of the rows `[n, d]` and of the items `[M, d]`.
+    fn backward(
+        &self,
+        (lse, weight): (&Tensor, &Tensor),
+        mut kept: Option<Tensor>,
+        (d_dense, d_item): (&mut Tensor, &mut Tensor),
+    ) {
         // without a negative every score is -inf, and exp(-inf - inf) is the wanted 0
         let none = lse.eq(f64::NEG_INFINITY);
         let lse = lse.masked_fill(&none, f64::INFINITY).unsqueeze(1);
@@ -238,14 +246,13 @@ impl<'a> Block<'a> {
             gradient -= &lse;
             let _ = gradient.exp_();
             gradient *= weight;
-            let gradient = gradient.to_kind(self.dense.kind());
-            d_dense += gradient.mm(&self.item.narrow(0, start, length));
+            let gradient = gradient.to_kind(self.factor.kind());
+            *d_dense += gradient.mm(&self.item.narrow(0, start, length));
             if self.input.items_learn {
                 let mut d_tile = d_item.narrow(0, start, length);
-                d_tile += gradient.tr().mm(&self.dense);
+                d_tile += gradient.tr().mm(&self.factor);
             }
         }
-        d_dense
     }
 
     fn tiles(&self) -> impl Iterator<Item = (i64, i64)> {
@@ -260,8 +267,8 @@ impl<'a> Block<'a> {
     fn negatives(&self, start: i64, length: i64) -> Tensor {
         let ids = self.input.item_id.narrow(0, start, length).view([1, 1, length]);
         let excluded = self.own_id.eq_tensor(&ids).any_dim(1, false).index_select(0, &self.group);
-        let scores = self.dense.mm(&self.item.narrow(0, start, length).tr());
-        let mut scores = scores.to_kind(self.scaled.kind());
+        let scores = self.factor.mm(&self.item.narrow(0, start, length).tr());
+        let mut scores = scores.to_kind(self.dense.kind());
         if let Some(correction) = self.input.correction {
             scores -= correction.narrow(0, start, length);
         }
