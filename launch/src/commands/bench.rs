@@ -17,9 +17,10 @@ Examples:
   learn-launch bench collective --workers 4
   learn-launch bench flight --help
 
-Each part has flags of its own: `learn-launch bench PART --help`. Nothing is needed but the programs: data and
-weights are made up. Everything runs on this machine and is over in a minute or two. `cargo xtask bench` in the sources sets
-the parts beside PyTorch and pyarrow, in turns, and writes docs/benchmarks.md.";
+Each part has flags of its own: `learn-launch bench PART --help`. Nothing is needed but the
+programs: data and weights are made up. Everything runs on this machine and is over in a minute
+or two. `cargo xtask bench` in the sources sets the parts beside PyTorch and pyarrow, in turns,
+and writes docs/benchmarks.md.";
 
 /// Arguments of `bench`.
 #[derive(Debug, Args)]

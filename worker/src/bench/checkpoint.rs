@@ -22,8 +22,8 @@ use crate::feed::PreparedStep;
 use crate::train::{Exchange, Stepper, Word, snapshot};
 
 pub const HELP: &str = "\
-The state is handed over between two steps and written by a thread of its own, which gives way to the steps. Steps while one is
-written are set against as many without, in turns.
+The state is handed over between two steps and written by a thread of its own, which gives way
+to the steps. Steps while one is written are set against as many without, in turns.
 
 Examples:
   learn-launch bench checkpoint --threads 2

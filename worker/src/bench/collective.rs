@@ -18,7 +18,8 @@ use super::synthetic::group;
 use crate::error::WorkerError;
 
 pub const HELP: &str = "\
-Each rank is a process of this machine; they form the ring that workers on CPUs use. bench/pytorch/collective.py measures gloo the same way.
+Each rank is a process of this machine; they form the ring that workers on CPUs use.
+bench/pytorch/collective.py measures gloo the same way.
 
 Examples:
   learn-launch bench collective --workers 4
