@@ -19,7 +19,7 @@ fn it_says_what_the_machine_has() {
 fn measured(arguments: &[&[&str]]) -> serde_json::Value {
     let output = worker(&[&["bench"], &arguments.concat()[..], &["--json"]].concat());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_slice(&output.stdout).unwrap()
+    serde_json::from_slice(&output.stdout).expect("it prints JSON")
 }
 
 const SHAPE: [&str; 10] = ["--layers", "1", "--hidden", "16", "--heads", "2", "--input-dim", "8", "--output-dim", "8"];
