@@ -338,6 +338,7 @@ async fn a_job_is_journaled_stopped_and_resumed_exactly() {
     assert_eq!(read_lines::<Evaluation>(&run_dir.evaluations()).unwrap(), [evaluation]);
     let status: JobStatus = read_json(&run_dir.status()).unwrap();
     assert_eq!((status.state, status.last_checkpoint), (JobState::Stopped, Some(Step(2))));
+    assert!(status.operator_stop, "by a call, not by a signal");
 
     let again = ground.refusal(train()).await.to_string();
     assert!(again.contains("learn-launch resume"), "{again}");

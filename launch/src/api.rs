@@ -20,10 +20,20 @@ const SHORT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The coordinator did not answer as it should.
 #[derive(Debug, thiserror::Error)]
-#[error("the coordinator at {url} did not answer: {source}")]
+#[error("the coordinator at {url} did not answer: {source}{}", way_out(source))]
 pub struct ApiError {
     url: String,
     source: Box<ureq::Error>,
+}
+
+fn way_out(error: &ureq::Error) -> &'static str {
+    match error {
+        ureq::Error::StatusCode(401) => {
+            "; it wants the token that the run had at its start, and the file `token` of the run directory has another one or is not \
+             there: stop the job and resume it, which makes one"
+        }
+        _ => "",
+    }
 }
 
 /// A client of one coordinator.
@@ -84,6 +94,13 @@ mod tests {
     use learn_domain::config::TlsMode;
 
     use super::*;
+
+    #[test]
+    fn who_has_no_token_is_told_how_to_get_one() {
+        let error = |source| ApiError { url: "http://h:1/api/v1/job".into(), source: Box::new(source) }.to_string();
+        assert!(error(ureq::Error::StatusCode(401)).contains("`token` of the run directory"));
+        assert!(error(ureq::Error::StatusCode(503)).ends_with("503"));
+    }
 
     #[test]
     fn a_run_without_a_token_shows_its_secret_only_where_everything_is_in_plain_text() {

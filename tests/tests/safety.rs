@@ -230,6 +230,17 @@ fn a_job_with_certificates_trains_to_the_same_parameters_and_lets_nobody_else_in
     let log = fs::read_to_string(site.run_dir("live").join("logs/coordinator.log")).expect("it has a log");
     assert!(log.contains("only clients with a certificate of this job are let in"), "{log}");
 
+    // nor does an operator with such certificates
+    let own = fs::read(site.run_dir("live").join("tls.json")).expect("it is there");
+    for (others, reason) in [(of.join("tls.json"), "UnknownIssuer"), (stranger.path().join("tls.json"), "alert")] {
+        fs::copy(&others, site.run_dir("live").join("tls.json")).expect("it is copied");
+        let refused = site.launch(&["stop", "runs/live"]);
+        assert_eq!(refused.status.code(), Some(1), "{}", text(&refused));
+        assert!(text(&refused).contains(reason), "{}", text(&refused));
+        assert!(text(&refused).contains("do not take each other's certificates"), "{}", text(&refused));
+    }
+    fs::write(site.run_dir("live").join("tls.json"), own).expect("it is writable");
+
     succeeds(&site.launch(&["stop", "runs/live"]));
     assert_eq!(child.wait_with_output().expect("it ends").status.code(), Some(3));
     // and on again, with certificates made anew
