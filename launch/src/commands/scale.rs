@@ -47,6 +47,14 @@ pub fn run(args: &ScaleArgs, output: &Output) -> Result<()> {
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
     let shown = super::shown_run(&run);
     let Some(address) = runs::live(&run) else {
+        if let Some(queue) = Queue::of(&run).filter(Queue::runs) {
+            bail!(
+                "the coordinator of {shown} does not answer here: a job on one node listens on that node only. Call this there \
+                 (`srun --jobid {} --overlap learn-launch scale …`), or submit with cluster.bind = \"0.0.0.0\". It is {}",
+                queue.job.job_id,
+                queue.describe()
+            );
+        }
         let message = format!("{shown} is not running; `learn-launch status {shown}` shows how it ended");
         return Err(Failure::Usage(message).into());
     };

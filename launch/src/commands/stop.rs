@@ -8,7 +8,7 @@ use learn_domain::run_dir::RunDir;
 
 use crate::cli::RunArgs;
 use crate::failure::Failure;
-use crate::operator;
+use crate::operator::{self, OperatorError};
 use crate::output::Output;
 use crate::runs::{self, Named};
 use crate::slurm::client;
@@ -26,6 +26,9 @@ Slurm's queue is taken out of it; `learn-launch slurm --resubmit` continues it. 
 
 /// Pause between two looks at a job that is about to end.
 const POLL: Duration = Duration::from_millis(200);
+/// Looks in a row that find no coordinator before it counts as gone: one that was killed is started again within a second,
+/// and one on another machine may miss to answer.
+const GONE: u32 = 8;
 
 /// Arguments of `stop`.
 #[derive(Debug, Args)]
@@ -53,6 +56,12 @@ pub fn run(args: &StopArgs, output: &Output) -> Result<()> {
                 let text = format!("{shown}: ended before it had begun");
                 return output.result(&text, &serde_json::json!({ "state": "stopped" }));
             };
+            if !status.state.ended() {
+                bail!(
+                    "{shown}: its coordinator is gone and has left it {}; `learn-launch resume {shown}` goes on from its last checkpoint",
+                    status.state.name()
+                );
+            }
             let step = status.last_step.as_ref().map_or(0, |step| step.step.0);
             output.result(&format!("{shown}: {} at step {step}", status.state.name()), &status)
         }
@@ -83,14 +92,24 @@ fn end(args: &StopArgs, run: &RunDir, (shown, stopping): (&str, &str), output: &
         ))
         .into());
     };
-    operator::stop(run, &address)?;
+    if let Err(error) = operator::stop(run, &address) {
+        let away = matches!(error, OperatorError::Unreachable { .. } | OperatorError::Silent { .. });
+        match Queue::of(run).filter(|queue| away && queue.runs()) {
+            Some(queue) => return end_in_queue(args, run, &queue, shown, output),
+            // it may have ended by itself meanwhile
+            None if away && runs::live(run).is_none() => return Ok(true),
+            None => return Err(error.into()),
+        }
+    }
     output.note(&format!("{shown}: {stopping}"));
     if args.no_wait {
         output.result(&format!("{shown}: asked to stop"), &serde_json::json!({ "state": "stopping" }))?;
         return Ok(false);
     }
     let start = Instant::now();
-    while runs::live(run).is_some() {
+    let mut missed = 0;
+    while missed < GONE {
+        missed = if runs::live(run).is_some() { 0 } else { missed + 1 };
         if start.elapsed() >= Duration::from_secs(args.timeout) {
             bail!("{shown} still runs after {} s; `kill {}` ends its coordinator", args.timeout, address.pid);
         }
@@ -118,6 +137,9 @@ fn end_in_queue(args: &StopArgs, run: &RunDir, queue: &Queue, shown: &str, outpu
     if queue.waits() {
         client::cancel(job)?;
         output.note(&format!("{shown}: job {job} is taken out of Slurm's queue"));
+    } else if stopped::is_left(run, job) {
+        // a second signal would end it at once, without a checkpoint
+        output.note(&format!("{shown}: job {job} was asked to stop already, and does after its current step"));
     } else {
         signal(run, job)?;
         output.note(&format!("{shown}: job {job} stops after its current step"));
