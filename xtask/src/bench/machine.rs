@@ -40,13 +40,15 @@ impl Machine {
         } else {
             String::new()
         };
+        // the version alone: what a distribution or a host adds to it says nothing about speed
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         let kibibytes = line("/proc/meminfo", "MemTotal").split(' ').next().and_then(|word| word.parse::<u64>().ok());
         Self {
             processor: line("/proc/cpuinfo", "model name"),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             memory_gib: kibibytes.unwrap_or_default().div_ceil(1 << 20),
             gpus: gpus.lines().map(str::to_owned).collect(),
-            system: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
+            system: format!("Linux {}", release.trim().split('-').next().unwrap_or_default()),
             revision: format!("{}{changes}", git(&["rev-parse", "--short", "HEAD"]).trim()),
         }
     }
