@@ -113,7 +113,7 @@ pub enum Command {
     /// One worker of a Slurm job; `slurm-job` starts it
     #[command(hide = true)]
     SlurmTask(slurm_task::SlurmTaskArgs),
-    /// Measure one part alone: a step, the loss, collectives, checkpoints, data over Flight, encoders
+    /// Measure one part alone: a step, the loss, collectives, checkpoints
     #[command(after_help = bench::HELP)]
     Bench(bench::BenchArgs),
     /// Show, check or document the configuration

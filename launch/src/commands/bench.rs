@@ -15,12 +15,12 @@ Examples:
   learn-launch bench step --batch 64 --threads 2 --precision bf16
   learn-launch bench loss --json
   learn-launch bench collective --workers 4
-  learn-launch bench flight --help
+  learn-launch bench checkpoint --help
 
 Each part has flags of its own: `learn-launch bench PART --help`. Nothing is needed but the
 programs: data and weights are made up. Everything runs on this machine and is over in a minute
-or two. `cargo xtask bench` in the sources sets the parts beside PyTorch and pyarrow, in turns,
-and writes docs/benchmarks.md.";
+or two. `cargo xtask bench` in the sources sets the parts beside PyTorch, in turns, and writes
+docs/benchmarks.md.";
 
 /// Arguments of `bench`.
 #[derive(Debug, Args)]
@@ -40,12 +40,6 @@ enum Part {
     Collective(Passed),
     /// What a step loses while a checkpoint is written
     Checkpoint(Passed),
-    /// Embedding rows over Arrow Flight: gigabytes per second
-    Flight(Passed),
-    /// Bytes that a worker receives for each user, with items as popular as real ones
-    Wire(Passed),
-    /// Content embeddings: items per second of an encoder
-    Embed(Passed),
 }
 
 /// Flags of the program that measures.
@@ -65,9 +59,6 @@ impl Part {
             Self::Loss(passed) => ("learn-worker", &["bench", "loss"], passed),
             Self::Collective(passed) => ("learn-worker", &["bench", "collective"], passed),
             Self::Checkpoint(passed) => ("learn-worker", &["bench", "checkpoint"], passed),
-            Self::Flight(passed) => ("learn-coordinator", &["bench", "flight"], passed),
-            Self::Wire(passed) => ("learn-coordinator", &["bench", "wire"], passed),
-            Self::Embed(passed) => ("learn-embed", &["bench"], passed),
         };
         (program, words, &passed.flags)
     }
@@ -111,10 +102,10 @@ mod tests {
                 ["--batch", "64", "--json", "--threads", "2"].map(String::from).to_vec()
             )
         );
-        let (program, words, flags, json) = parsed("learn-launch bench embed --json");
-        assert_eq!((program, words, flags, json), ("learn-embed", vec!["bench".to_owned()], Vec::new(), true));
+        let (_, words, flags, json) = parsed("learn-launch bench loss --json");
+        assert_eq!((words, flags, json), (vec!["bench".to_owned(), "loss".into()], Vec::new(), true));
         for help in ["--help", "-h"] {
-            assert_eq!(parsed(&format!("learn-launch bench flight {help}")).2, [help]);
+            assert_eq!(parsed(&format!("learn-launch bench loss {help}")).2, [help]);
         }
     }
 }
