@@ -109,16 +109,10 @@ impl Parts {
         Heartbeat::of(self.worker, &self.progress)
     }
 
-    /// Says a heartbeat and waits for the answer, which whoever listens to the open call hears. `mute` is how many orders had
-    /// come when that call gave no answer; while there are no more, it is not relied on.
-    async fn say(
-        &self,
-        sender: &watch::Sender<Heard>,
-        call: &mut watch::Receiver<Call>,
-        mute: Option<u64>,
-    ) -> Result<(), ControlError> {
+    /// Says a heartbeat and waits for the answer, which whoever listens to the open call hears.
+    async fn say(&self, sender: &watch::Sender<Heard>, call: &mut watch::Receiver<Call>) -> Result<(), ControlError> {
         let Call { beats, orders } = call.borrow_and_update().clone();
-        if let Some(beats) = beats.filter(|_| mute != Some(orders))
+        if let Some(beats) = beats
             && beats.say(self.heartbeat()).await
             && call
                 .wait_for(|call| call.orders > orders || call.beats.is_none())
@@ -135,7 +129,7 @@ impl Parts {
     async fn beat(self, sender: Arc<watch::Sender<Heard>>, mut call: watch::Receiver<Call>) {
         let mut ticks = tokio::time::interval(self.interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let (mut last_answer, mut failing, mut mute) = (Instant::now(), false, None);
+        let (mut last_answer, mut failing) = (Instant::now(), false);
         loop {
             ticks.tick().await;
             if self.signals.overdue(self.grace) {
@@ -146,10 +140,7 @@ impl Parts {
                 );
                 std::process::exit(exit::FAILED);
             }
-            let answer = tokio::time::timeout(self.timeout, self.say(&sender, &mut call, mute)).await;
-            if answer.is_err() {
-                mute = Some(call.borrow().orders);
-            }
+            let answer = tokio::time::timeout(self.timeout, self.say(&sender, &mut call)).await;
             match answer.unwrap_or(Err(ControlError::Silent)) {
                 Ok(()) => {
                     if std::mem::take(&mut failing) {
