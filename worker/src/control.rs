@@ -5,6 +5,8 @@
 //! order, so that a slow network does not hold the step back until the queue is full. Every call but the heartbeat, which
 //! comes again anyway, waits patiently for a coordinator that is away: all of them may be repeated.
 
+mod attend;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -32,7 +34,9 @@ use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
-use tonic::{Code, Response, Status, Streaming};
+use tonic::{Code, Response, Status};
+
+pub use attend::{Beats, Heartbeat, Orders};
 
 use crate::retry::{Passing, Patience};
 
@@ -390,51 +394,6 @@ impl Control {
     #[must_use]
     pub fn handle(&self) -> &Handle {
         &self.handle
-    }
-}
-
-/// A sign of life.
-#[derive(Clone, Debug)]
-pub struct Heartbeat(v1::HeartbeatRequest);
-
-impl Heartbeat {
-    /// Of `worker`, which is so far.
-    #[must_use]
-    pub fn of(worker: WorkerId, progress: &Progress) -> Self {
-        Self(v1::HeartbeatRequest {
-            worker_id: worker.0,
-            generation: progress.generation().0,
-            step: progress.step().0,
-            phase: progress.phase().to_owned(),
-            entered: progress.entered.load(Ordering::Relaxed),
-            inside: progress.inside.load(Ordering::Relaxed),
-            since_millis: progress.millis_since(),
-        })
-    }
-}
-
-/// The worker's side of its open call.
-#[derive(Clone, Debug)]
-pub struct Beats(mpsc::Sender<v1::HeartbeatRequest>);
-
-impl Beats {
-    /// Sends a heartbeat; its answer is among the orders. `false` if the call has ended.
-    pub async fn say(&self, heartbeat: Heartbeat) -> bool {
-        self.0.send(heartbeat.0).await.is_ok()
-    }
-}
-
-/// Orders as they come.
-pub struct Orders(Streaming<v1::HeartbeatResponse>);
-
-impl Orders {
-    /// The next order; `None` when the coordinator has no more.
-    ///
-    /// # Errors
-    /// If the call breaks, or the coordinator does not know the worker.
-    pub async fn next(&mut self) -> Result<Option<Order>, ControlError> {
-        let Some(message) = self.0.message().await.map_err(failed("attend"))? else { return Ok(None) };
-        message.try_into().map(Some).map_err(|source| ControlError::Answer { call: "attend", source })
     }
 }
 
