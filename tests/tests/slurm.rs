@@ -318,9 +318,28 @@ fn budgets_and_a_site_without_scontrol_have_exit_codes_of_their_own() {
     let kept = cluster.status(&site, "runs/outside")["last_checkpoint"].as_u64().expect("it has a checkpoint");
     let again = cluster.submit(&site, &["slurm", "--resubmit", "runs/outside"]);
     follow(&site, "outside", kept as usize + 20);
-    succeeds(&cluster.launch(&site, &["stop", "runs/outside"]));
-    let _logs = cluster.follow_to_the_end(&site, "runs/outside");
-    assert_eq!(cluster.field(&again, "ExitCode"), "3:0");
+
+    // as another machine sees a job on one node: its coordinator listens there alone
+    let slow = first_worker(&cluster.status(&site, "runs/outside"));
+    signal("STOP", slow);
+    let file = site.run_dir("outside").join("coordinator.json");
+    let address = fs::read(&file).expect("it is there");
+    let mut elsewhere: Value = serde_json::from_slice(&address).expect("it is JSON");
+    elsewhere["host"] = "elsewhere".into();
+    fs::write(&file, elsewhere.to_string()).expect("it can be written");
+    let scaled = cluster.launch(&site, &["scale", "runs/outside", "--workers", "1"]);
+    assert!(text(&scaled).contains(&format!("srun --jobid {again} --overlap")), "{}", text(&scaled));
+    for said in ["stops after its current step", "was asked to stop already"] {
+        let stopped = cluster.launch(&site, &["stop", "runs/outside", "--no-wait"]);
+        succeeds(&stopped);
+        assert!(text(&stopped).contains(said), "{}", text(&stopped));
+    }
+    fs::write(&file, address).expect("it can be written");
+    signal("CONT", slow);
+    let logs = cluster.follow_to_the_end(&site, "runs/outside");
+    assert_eq!(cluster.field(&again, "ExitCode"), "3:0", "{logs}");
+    let status = cluster.status(&site, "runs/outside");
+    assert_eq!(status["last_checkpoint"], status["last_step"]["step"], "asking twice costs no checkpoint: {status}");
 }
 
 #[test]

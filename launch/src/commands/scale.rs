@@ -49,9 +49,11 @@ pub fn run(args: &ScaleArgs, output: &Output) -> Result<()> {
     let Some(address) = runs::live(&run) else {
         if let Some(queue) = Queue::of(&run).filter(Queue::runs) {
             bail!(
-                "the coordinator of {shown} does not answer here: a job on one node listens on that node only. Call this there \
-                 (`srun --jobid {} --overlap learn-launch scale …`), or submit with cluster.bind = \"0.0.0.0\". It is {}",
+                "the coordinator of {shown} cannot be reached from here: that of a job on one node listens on that node only. \
+                 Scale it there, with `srun --jobid {} --overlap learn-launch scale {shown} --workers {}`, or submit it with \
+                 `--set cluster.bind=0.0.0.0`. It is {}",
                 queue.job.job_id,
+                args.workers,
                 queue.describe()
             );
         }

@@ -97,7 +97,7 @@ fn end(args: &StopArgs, run: &RunDir, (shown, stopping): (&str, &str), output: &
         match Queue::of(run).filter(|queue| away && queue.runs()) {
             Some(queue) => return end_in_queue(args, run, &queue, shown, output),
             // it may have ended by itself meanwhile
-            None if away && runs::live(run).is_none() => return Ok(true),
+            None if away && has_ended(run) => return Ok(true),
             None => return Err(error.into()),
         }
     }
@@ -108,7 +108,7 @@ fn end(args: &StopArgs, run: &RunDir, (shown, stopping): (&str, &str), output: &
     }
     let start = Instant::now();
     let mut missed = 0;
-    while missed < GONE {
+    while missed == 0 || missed < GONE && !has_ended(run) {
         missed = if runs::live(run).is_some() { 0 } else { missed + 1 };
         if start.elapsed() >= Duration::from_secs(args.timeout) {
             bail!("{shown} still runs after {} s; `kill {}` ends its coordinator", args.timeout, address.pid);
@@ -116,6 +116,11 @@ fn end(args: &StopArgs, run: &RunDir, (shown, stopping): (&str, &str), output: &
         std::thread::sleep(POLL);
     }
     Ok(true)
+}
+
+/// The last status of a run says that nothing more will happen.
+fn has_ended(run: &RunDir) -> bool {
+    matches!(runs::last_status(run), Ok(Some(status)) if status.state.ended())
 }
 
 /// Asks a job of Slurm's to stop by a signal. It learns that an operator has sent it, lest it goes back into the queue when
