@@ -16,7 +16,7 @@ use learn_proto::v1::{
     ReportEvaluationResponse, ReportEventRequest, ReportEventResponse, ReportStepRequest, ReportStepResponse,
 };
 use learn_proto::{MAX_KEY_BYTES, MAX_VALUE_BYTES, MAX_WAIT_MILLIS};
-use learn_telemetry::{CoordinatorMetrics, Histogram};
+use learn_telemetry::CoordinatorMetrics;
 use tokio::sync::watch;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -41,12 +41,15 @@ pub struct ControlService {
 #[derive(Clone)]
 struct Beats {
     job: JobHandle,
-    seconds: Histogram,
+    metrics: CoordinatorMetrics,
 }
 
 impl Beats {
-    async fn take(&self, beat: HeartbeatRequest) -> Result<HeartbeatResponse, Status> {
-        let start = Instant::now();
+    async fn take(&self, beat: HeartbeatRequest) -> Result<Response<HeartbeatResponse>, Status> {
+        timed(&self.metrics, "heartbeat", self.answer(beat)).await
+    }
+
+    async fn answer(&self, beat: HeartbeatRequest) -> Result<HeartbeatResponse, Status> {
         let HeartbeatRequest { worker_id, step, phase, entered, inside, since_millis, .. } = beat;
         let worker = WorkerId(worker_id);
         let beat = Heartbeat {
@@ -58,7 +61,6 @@ impl Beats {
             since: Duration::from_millis(since_millis),
         };
         let directive: Directive = self.job.ask(|reply| Command::Heartbeat(beat, reply)).await?;
-        self.seconds.observe(start.elapsed().as_secs_f64());
         Ok(convert::directive_message(worker, directive)?)
     }
 }
@@ -92,7 +94,7 @@ impl Attendance {
                 },
             },
         };
-        Some(self.beats.take(beat).await)
+        Some(self.beats.take(beat).await.map(Response::into_inner))
     }
 }
 
@@ -167,7 +169,7 @@ impl ControlService {
     }
 
     fn beats(&self) -> Beats {
-        Beats { job: self.job.clone(), seconds: self.metrics.rpc_seconds.with_label_values(&["heartbeat"]) }
+        Beats { job: self.job.clone(), metrics: self.metrics.clone() }
     }
 
     /// Refuses a data server whose dataset or configuration is not the job's.
@@ -239,7 +241,7 @@ impl Control for ControlService {
     }
 
     async fn heartbeat(&self, request: Request<HeartbeatRequest>) -> Result<Response<HeartbeatResponse>, Status> {
-        self.beats().take(request.into_inner()).await.map(Response::new)
+        self.beats().take(request.into_inner()).await
     }
 
     type AttendStream = BoxStream<'static, Result<HeartbeatResponse, Status>>;
