@@ -72,6 +72,32 @@ pub struct StepResult {
     pub reduction: Option<Reduction>,
 }
 
+/// What a row of steps came to.
+struct Timed {
+    seconds: Vec<f64>,
+    loss: f64,
+    parameters: i64,
+}
+
+impl StepResult {
+    fn new(settings: &BenchSettings, steps: &[PreparedStep], Timed { seconds, loss, parameters }: Timed) -> Self {
+        let training = &settings.config.training;
+        Self {
+            device: format!("{:?}", settings.device),
+            precision: training.precision,
+            users: training.global_batch,
+            tokens: steps.iter().map(tokens).sum::<u64>() as f64 / steps.len() as f64,
+            parameters,
+            median_users_per_second: f64::from(training.global_batch) / Spread::of(&seconds).median,
+            seconds,
+            products: None,
+            loss,
+            memory: None,
+            reduction: None,
+        }
+    }
+}
+
 /// What of a step is matrix products.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Products {
@@ -138,10 +164,11 @@ impl fmt::Display for StepResult {
         let spread = Spread::of(&self.seconds);
         write!(
             f,
-            "{} users with {:.0} tokens and {} parameters on {} ({:?} products)\n{:.1} users/s in the median of {} steps \
+            "{} users, {:.0} tokens{} and {} parameters on {} ({:?} products)\n{:.1} users/s in the median of {} steps \
              ({:.1} to {:.1}); a step takes {:.1} ms; loss {:.4}",
             self.users,
             self.tokens,
+            if self.reduction.is_some() { " of the first worker's share" } else { "" },
             self.parameters,
             self.device,
             self.precision,
@@ -214,21 +241,11 @@ pub fn bench_step(settings: &BenchSettings) -> Result<StepResult, WorkerError> {
             seconds.push(started.elapsed().as_secs_f64());
         }
     }
-    let median = Spread::of(&seconds).median;
-    Ok(StepResult {
-        device: format!("{:?}", settings.device),
-        precision: config.training.precision,
-        users: config.training.global_batch,
-        tokens: steps.iter().map(tokens).sum::<u64>() as f64 / steps.len() as f64,
-        parameters: stepper.parameters.count(),
-        median_users_per_second: f64::from(config.training.global_batch) / median,
-        seconds,
-        loss,
-        // before products are timed
-        memory: Memory::of(loaded, stepper.parameters.count()),
-        products: Some(Products::of(settings, &steps, median)),
-        reduction: None,
-    })
+    let mut result = StepResult::new(settings, &steps, Timed { seconds, loss, parameters: stepper.parameters.count() });
+    result.memory = Memory::of(loaded, result.parameters);
+    // last, because it takes memory of its own
+    result.products = Some(Products::of(settings, &steps, Spread::of(&result.seconds).median));
+    Ok(result)
 }
 
 /// Measures steps of one rank among several, in turns with and without the sum of the gradients.
@@ -260,22 +277,12 @@ fn bench_ranks(settings: &BenchSettings, crew: &Crew) -> Result<Option<StepResul
     if seat.rank > 0 {
         return Ok(None);
     }
-    let median = Spread::of(&seconds).median;
-    Ok(Some(StepResult {
-        device: format!("{:?}", settings.device),
-        precision: config.training.precision,
-        users: config.training.global_batch,
-        tokens: steps.iter().map(tokens).sum::<u64>() as f64 / steps.len() as f64,
-        parameters: stepper.parameters.count(),
-        median_users_per_second: f64::from(config.training.global_batch) / median,
-        seconds,
-        loss,
-        memory: Memory::of(loaded, stepper.parameters.count()),
-        products: None,
-        reduction: Some(Reduction {
-            workers: seat.world_size as u32,
-            added_share: median / Spread::of(&seconds_without).median - 1.0,
-            seconds_without,
-        }),
-    }))
+    let mut result = StepResult::new(settings, &steps, Timed { seconds, loss, parameters: stepper.parameters.count() });
+    result.memory = Memory::of(loaded, result.parameters);
+    result.reduction = Some(Reduction {
+        workers: seat.world_size as u32,
+        added_share: Spread::of(&result.seconds).median / Spread::of(&seconds_without).median - 1.0,
+        seconds_without,
+    });
+    Ok(Some(result))
 }
