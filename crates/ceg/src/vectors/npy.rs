@@ -106,13 +106,12 @@ impl NpyFile {
         match self.header.element {
             Element::F16 => out.extend(bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())),
             Element::F32 => out.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))),
-            Element::F64 => out.extend(bytes.chunks_exact(8).map(|b| {
-                // Rows end as f16; beyond f32's range they become infinite and are refused.
-                #[allow(clippy::cast_possible_truncation)]
-                {
-                    f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32
-                }
-            })),
+            // Rows end as f16; beyond f32's range they become infinite and are refused.
+            Element::F64 => out.extend(
+                bytes
+                    .chunks_exact(8)
+                    .map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32),
+            ),
         }
         Ok(())
     }

@@ -183,7 +183,7 @@ fn list_values(vectors: &ArrayRef, at: usize, out: &mut Vec<f32>) -> Result<(), 
     match list.data_type() {
         DataType::Float16 => out.extend(list.as_primitive::<Float16Type>().values().iter().map(|value| value.to_f32())),
         DataType::Float32 => out.extend_from_slice(list.as_primitive::<Float32Type>().values()),
-        #[allow(clippy::cast_possible_truncation)] // Beyond f32's range a value becomes infinite and is refused.
+        // Beyond f32's range a value becomes infinite and is refused.
         _ => out.extend(list.as_primitive::<Float64Type>().values().iter().map(|&value| value as f32)),
     }
     Ok(())
