@@ -1,6 +1,6 @@
 //! What keys do, without a terminal: which part is shown, how far it is scrolled, whether it stands still.
 
-use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use crossterm::event::{KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 
 /// Rows of a page of a list.
 const PAGE: usize = 10;

@@ -14,8 +14,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use learn_domain::ids::WorkerId;
 use ratatui::DefaultTerminal;
-use ratatui::crossterm::event::{self, Event};
-use ratatui::crossterm::terminal;
+use crossterm::event::{self, Event};
+use crossterm::terminal;
 
 use super::draw::{self, LEAST, Look};
 use super::gauges::{self, Gauges};
@@ -35,6 +35,9 @@ pub fn possible() -> bool {
     let large = || terminal::size().is_ok_and(|(columns, rows)| columns >= LEAST.0 && rows >= LEAST.1);
     terminal && !dumb && large()
 }
+
+/// What keys that are there already are waited for; none would be seen without a wait.
+const MOMENT: Duration = Duration::from_millis(1);
 
 /// Shows the screen until somebody leaves it; one line stays behind, with the last state.
 ///
@@ -160,7 +163,7 @@ fn next(choice: &mut Choice, shown: &View) -> Result<Answer> {
             Event::Resize(..) => redraw = true,
             _ => {}
         }
-        wait = Duration::ZERO;
+        wait = MOMENT;
     }
     Ok(if redraw { Answer::Redraw } else { Answer::Nothing })
 }

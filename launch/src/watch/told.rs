@@ -68,15 +68,10 @@ impl Told {
         let before = self.last.replace(known.clone());
         let before = before.as_ref();
         let changed = before.is_none_or(|before| before.state != known.state);
-        if changed {
-            let cause = status.cause.as_ref().map(|cause| format!(": {cause}")).unwrap_or_default();
-            let whence = match freshness {
-                Freshness::Stale => " (stale: its coordinator is gone)",
-                Freshness::Queued => " (waits in the queue of its scheduler)",
-                Freshness::Live | Freshness::Ended => "",
-            };
-            lines.push(format!("{}: {}{whence}{cause}", status.name, known.state.0));
-        }
+        let state = changed.then(|| state(status, *freshness));
+        // the end is said after what came before it
+        let (begins, ends) = if status.state.ended() { (None, state) } else { (state, None) };
+        lines.extend(begins);
         // those that were there before the first look are history
         lines.extend(scene.newest_events(before.map(|before| before.events)).map(|event| event.happening.to_string()));
         if before.is_none_or(|before| before.stall != known.stall) {
@@ -98,6 +93,7 @@ impl Told {
                 self.step = Some((known.step, record.epoch, scene.now));
             }
         }
+        lines.extend(ends);
         lines
     }
 
@@ -117,6 +113,17 @@ impl Told {
         value["seconds_left"] = json!(remaining(scene));
         Some(value.to_string())
     }
+}
+
+/// The state of a job, and why it is so.
+fn state(status: &JobStatus, freshness: Freshness) -> String {
+    let cause = status.cause.as_ref().map(|cause| format!(": {cause}")).unwrap_or_default();
+    let whence = match freshness {
+        Freshness::Stale => " (stale: its coordinator is gone)",
+        Freshness::Queued => " (waits in the queue of its scheduler)",
+        Freshness::Live | Freshness::Ended => "",
+    };
+    format!("{}: {}{whence}{cause}", status.name, status.state.name())
 }
 
 #[cfg(test)]
@@ -160,6 +167,11 @@ mod tests {
         assert_eq!(lines[..2], ["shop: regrouping".to_owned(), first.events[0].happening.to_string()]);
         next.current.as_mut().unwrap().freshness = Freshness::Stale;
         assert!(told.lines(&next)[0].contains("its coordinator is gone"));
+        let mut next = later(&next, 20, 11.0);
+        next.current.as_mut().unwrap().status.state = JobState::Finished;
+        let lines = told.lines(&next);
+        assert!(lines[0].starts_with("step 1,252 of 4,000"), "{lines:?}");
+        assert!(lines.last().unwrap().starts_with("shop: finished"), "the end is the last line: {lines:?}");
     }
 
     #[test]
