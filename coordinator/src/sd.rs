@@ -10,11 +10,12 @@ use std::time::Instant;
 use axum::Json;
 use axum::Router;
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::middleware::map_response;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use learn_domain::Rank;
-use learn_domain::report::DataServerStatus;
+use learn_domain::report::{CoordinatorAddress, DataServerStatus};
 use learn_telemetry::host;
 use serde::Serialize;
 
@@ -37,18 +38,34 @@ pub struct Group {
     labels: BTreeMap<&'static str, String>,
 }
 
-/// The name of a job, and where its coordinator serves HTTP (`http://HOST:PORT`).
+const NAME: HeaderName = HeaderName::from_static(CoordinatorAddress::INCARNATION);
+
+/// The name of a job, and its coordinator.
 #[derive(Clone, Debug)]
 pub struct Origin {
-    pub job: String,
-    pub http: String,
+    job: String,
+    address: CoordinatorAddress,
 }
 
 impl Origin {
+    #[must_use]
+    pub fn new(job: &str, address: &CoordinatorAddress) -> Self {
+        Self { job: job.to_owned(), address: address.clone() }
+    }
+
+    /// Answers say by a header which coordinator they are from: the address of one that is gone may be another's now.
+    pub fn sign<S: Clone + Send + Sync + 'static>(&self, router: Router<S>) -> Router<S> {
+        let incarnation = HeaderValue::from_str(&self.address.incarnation).ok();
+        router.layer(map_response(move |mut answer: Response| {
+            answer.headers_mut().extend(incarnation.clone().map(|value| (NAME, value)));
+            std::future::ready(answer)
+        }))
+    }
+
     /// The coordinator alone.
     #[must_use]
     pub fn coordinator(&self, host: String) -> Group {
-        let address = self.http.trim_start_matches("http://").to_owned();
+        let address = self.address.http.trim_start_matches("http://").to_owned();
         self.group("coordinator", address, host)
     }
 
@@ -104,7 +121,8 @@ mod tests {
     use super::*;
 
     fn origin() -> Origin {
-        Origin { job: "shop".into(), http: "http://login:8080".into() }
+        let http = "http://login:8080".into();
+        Origin::new("shop", &CoordinatorAddress { http, ..CoordinatorAddress::default() })
     }
 
     #[test]

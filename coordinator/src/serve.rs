@@ -1,5 +1,6 @@
 //! From settings to listening sockets, and from there to the end of the job.
 
+use std::hash::{BuildHasher as _, RandomState};
 use std::fs::{File, TryLockError};
 use std::future::Future;
 use std::io::ErrorKind;
@@ -154,6 +155,8 @@ impl Ports {
             host: host::name(),
             grpc: format!("{scheme}://{host}:{grpc_port}"),
             http: format!("http://{host}:{http_port}"),
+            // the standard library keys each anew
+            incarnation: format!("{:016x}", RandomState::new().hash_one(http_port)),
         };
         Ok(Self { grpc, http, ports, address, tls })
     }
@@ -345,7 +348,7 @@ impl Coordinator {
         let (control, data) = (self.control(&directory, &over)?, self.data(&directory));
         let operator = OperatorService { job: self.job.clone(), metrics: self.metrics.clone() };
         let gate = Gate(self.settings.secret.clone());
-        let origin = Origin { job: self.settings.config.job.name.clone(), http: self.ports.address.http.clone() };
+        let origin = Origin::new(&self.settings.config.job.name, &self.ports.address);
         let pages = http::Parts {
             job: self.job.clone(),
             access: Access::new(self.settings.secret.clone(), self.settings.token.clone()),

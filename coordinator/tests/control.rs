@@ -13,7 +13,7 @@ use learn_domain::Config;
 use learn_domain::event::{Happening, JobEvent};
 use learn_domain::membership::{Departure, LossCause};
 use learn_domain::progress::Work;
-use learn_domain::report::{Evaluation, JobState, JobStatus, Split, StepRecord, Summary, Task};
+use learn_domain::report::{CoordinatorAddress, Evaluation, JobState, JobStatus, Split, StepRecord, Summary, Task};
 use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
 use learn_proto::convert::{AfterStep, Order, StepReport, evaluation_json};
 use learn_proto::v1::control_client::ControlClient;
@@ -365,7 +365,10 @@ async fn a_job_is_journaled_stopped_and_resumed_exactly() {
 async fn http_shows_the_job() {
     let ground = Ground::new(1);
     let running = ground.start(train()).await;
-    assert_eq!(running.http("GET /healthz", "").await.0, 200);
+    let (head, _) = running.whole("GET /healthz", "", "").await;
+    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+    let name = format!("{}: {}", CoordinatorAddress::INCARNATION, running.address.incarnation);
+    assert!(head.contains(&name) && running.address.incarnation.len() == 16, "{name} in {head}");
     let (code, body) = running.http("GET /readyz", "").await;
     assert!(code == 503 && body.contains("0 of 1 workers"), "{body}");
     enter(&mut running.control(), "a").await;

@@ -9,6 +9,7 @@ use learn_domain::report::{CoordinatorAddress, EmbeddingStatus, JobStatus};
 use learn_domain::run_dir::RunDir;
 use serde::de::DeserializeOwned;
 use ureq::Agent;
+use ureq::http::HeaderValue;
 
 use crate::runs;
 
@@ -39,6 +40,8 @@ fn way_out(error: &ureq::Error) -> &'static str {
 /// A client of one coordinator.
 pub struct Api {
     base: String,
+    /// Of the coordinator that is meant; empty if it was not told.
+    incarnation: String,
     agent: Agent,
     /// What opens the coordinator's answers; none if this user may read neither token nor secret.
     token: Option<String>,
@@ -51,7 +54,8 @@ impl Api {
         // Jobs are reached directly: a proxy of the environment is for the outside.
         let agent = Agent::config_builder().timeout_global(Some(TIMEOUT)).proxy(None).build().into();
         let token = runs::token(run).ok().or_else(|| if run.tls().exists() { None } else { runs::secret(run).ok() });
-        Self { base: address.http.trim_end_matches('/').to_owned(), agent, token }
+        let base = address.http.trim_end_matches('/').to_owned();
+        Self { base, incarnation: address.incarnation.clone(), agent, token }
     }
 
     /// Where the job stands.
@@ -70,11 +74,15 @@ impl Api {
         self.get("embedding")
     }
 
-    /// Whether anybody is there, found out fast.
+    /// Whether the coordinator is there, and not another one at its address; found out fast, without showing anything.
     #[must_use]
     pub fn answers(&self) -> bool {
         let request = self.agent.get(format!("{}/healthz", self.base));
-        request.config().timeout_global(Some(SHORT_TIMEOUT)).build().call().is_ok()
+        let answer = request.config().timeout_global(Some(SHORT_TIMEOUT)).build().call();
+        let same = |said: &HeaderValue| said.as_bytes() == self.incarnation.as_bytes();
+        answer.is_ok_and(|answer| {
+            self.incarnation.is_empty() || answer.headers().get(CoordinatorAddress::INCARNATION).is_some_and(same)
+        })
     }
 
     fn get<T: DeserializeOwned>(&self, what: &str) -> Result<T, ApiError> {
@@ -90,6 +98,9 @@ impl Api {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::TcpListener;
+
     use learn_domain::Config;
     use learn_domain::config::TlsMode;
 
@@ -100,6 +111,28 @@ mod tests {
         let error = |source| ApiError { url: "http://h:1/api/v1/job".into(), source: Box::new(source) }.to_string();
         assert!(error(ureq::Error::StatusCode(401)).contains("`token` of the run directory"));
         assert!(error(ureq::Error::StatusCode(503)).ends_with("503"));
+    }
+
+    #[test]
+    fn who_listens_where_a_coordinator_was_is_not_taken_for_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let http = format!("http://{}", listener.local_addr().unwrap());
+        let server = std::thread::spawn(move || {
+            for header in ["", "learn-incarnation: b\r\n", "learn-incarnation: a\r\n", ""] {
+                let (mut stream, _) = listener.accept().unwrap();
+                let _request = stream.read(&mut [0_u8; 4096]).unwrap();
+                let answer = format!("HTTP/1.1 200 OK\r\n{header}content-length: 0\r\nconnection: close\r\n\r\n");
+                stream.write_all(answer.as_bytes()).unwrap();
+            }
+        });
+        let run = RunDir::new("runs/one");
+        let answers = |incarnation: &str| {
+            let (http, incarnation) = (http.clone(), incarnation.to_owned());
+            Api::new(&run, &CoordinatorAddress { http, incarnation, ..CoordinatorAddress::default() }).answers()
+        };
+        assert_eq!(["a", "a", "a"].map(answers), [false, false, true]);
+        assert!(answers(""), "an older version did not write it down");
+        server.join().unwrap();
     }
 
     #[test]

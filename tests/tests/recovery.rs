@@ -2,6 +2,7 @@
 //! and parameters are those of the undisturbed run.
 
 use std::process::Child;
+use std::time::Duration;
 
 use learn_tests::{SMALL, Site, f32_values, follow, follow_file, is_alive, signal, succeeds, text};
 use serde_json::Value;
@@ -120,6 +121,32 @@ fn a_paused_worker_is_lost_and_rejoins_when_it_wakes() {
     let status = site.status("paused");
     assert_eq!(status["ledger"]["exact"], true, "{status}");
     assert_eq!(status["last_checkpoint"], status["last_step"]["step"], "{status}");
+}
+
+#[test]
+fn a_coordinator_that_stood_still_loses_nobody() {
+    let site = Site::new(SMALL);
+    let child = start(&site, "frozen", &["cluster.workers=2", "training.max_steps=1000000"]);
+    follow(&site, "frozen", 40);
+    let address = std::fs::read(site.run_dir("frozen").join("coordinator.json")).expect("it is there");
+    let address: Value = serde_json::from_slice(&address).expect("it is JSON");
+    let pid = address["pid"].as_u64().expect("it is a number");
+    signal("STOP", pid);
+    // workers take a connection for broken by now
+    std::thread::sleep(Duration::from_secs(23));
+    signal("CONT", pid);
+    // until long after who did not come back would have been given up
+    let steps = site.steps("frozen").len();
+    follow(&site, "frozen", steps + 3000);
+    let status = site.status("frozen");
+    assert!(events(&site, "frozen", "worker_lost").is_empty(), "{status}");
+    assert_eq!((&status["generation"], &status["world_size"]), (&1.into(), &2.into()), "{status}");
+    let log = std::fs::read_to_string(site.run_dir("frozen").join("logs/coordinator.log")).expect("it has a log");
+    assert!(log.contains("was stopped or held up"), "{log}");
+    succeeds(&site.launch(&["stop", "runs/frozen"]));
+    let output = child.wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(3), "{}", text(&output));
+    assert_eq!(site.status("frozen")["ledger"]["exact"], true);
 }
 
 #[test]

@@ -96,7 +96,7 @@ impl EmbeddingCoordinator {
         let cluster = &self.config.cluster;
         let job = SharedJob::new(EmbeddingJob::new(cluster.heartbeat_timeout.0, cluster.join_timeout.0));
         let (stop, stopped) = watch::channel(false);
-        let origin = Origin { job: self.config.job.name.clone(), http: self.ports.address.http.clone() };
+        let origin = Origin::new(&self.config.job.name, &self.ports.address);
         let service = EmbeddingService { job: job.clone(), config: Arc::new(self.config) };
         let shared = Shared {
             job: job.clone(),
@@ -116,7 +116,7 @@ impl EmbeddingCoordinator {
                 connections::connections(self.ports.grpc, connections::Limits::default(), self.ports.tls),
                 on_stop(stopped.clone()),
             );
-        let router = service::router(shared.clone()).merge(sd::alone(origin));
+        let router = origin.sign(service::router(shared.clone())).merge(sd::alone(origin));
         let http = serve(self.ports.http, router, Limits::default(), on_stop(stopped));
         let mut servers = tokio::task::JoinSet::new();
         servers.spawn(async move { ("gRPC", grpc.await.map_err(|error| error.to_string())) });

@@ -4,7 +4,7 @@
 //! nothing here waits for a worker, nor for a file to be synced, besides a full journal queue; a wait of a caller (a
 //! rendezvous key, a durable ledger) is a reply that is kept. Commands that are there already are taken in one turn.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use learn_domain::event::{Happening, JobEvent};
@@ -33,7 +33,7 @@ const STOOD_STILL: Duration = Duration::from_secs(2);
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// Commands that may wait.
 const QUEUE: usize = 1024;
-/// Members of a job that was taken over are heard of within this, from the first one on; who is not went meanwhile.
+/// Members of a job whose coordinator was away are heard of within this, from the first one on; who is not went meanwhile.
 const REUNION: Duration = Duration::from_secs(3);
 /// Commands that are taken in one turn.
 const COMMANDS_A_TURN: usize = 256;
@@ -141,11 +141,14 @@ pub struct JobOwner {
     reunion: Option<Reunion>,
 }
 
-/// A job was taken over, and some of its members were not heard of yet.
+/// This coordinator was away (it took a job over, or stood still), and some of the members were not heard of yet.
+#[derive(Default)]
 struct Reunion {
     since: Duration,
     /// When the first one was.
     first: Option<Duration>,
+    /// Whose connections have broken, which may be for no other reason than that nobody answered.
+    broken: BTreeSet<WorkerId>,
 }
 
 /// What a job's owner needs besides the job.
@@ -187,7 +190,7 @@ impl JobOwner {
             metrics,
             started: Instant::now(),
             earlier,
-            reunion: taken_over.then_some(Reunion { since: earlier, first: None }),
+            reunion: taken_over.then(|| Reunion { since: earlier, ..Reunion::default() }),
         };
         figures::begin(&owner.metrics, &owner.job);
         if let Some(last) = &owner.job.last_step {
@@ -219,19 +222,21 @@ impl JobOwner {
         let mut written: Option<(Instant, JobState)> = None;
         let mut looked = Instant::now();
         loop {
-            tokio::select! {
-                command = self.commands.recv() => match command {
-                    Some(command) => self.take_waiting(command)?,
-                    // nobody can ask any more: the servers have failed
-                    None => break,
-                },
-                _ = ticks.tick() => {
-                    // who has stood still has not heard what was said meanwhile
-                    if looked.elapsed() > STOOD_STILL {
-                        tracing::warn!(stood_still = ?looked.elapsed(), "this coordinator was stopped or held up");
-                        let now = self.now();
-                        self.job.restart_clock(now);
-                    }
+            let command = tokio::select! {
+                command = self.commands.recv() => Some(command),
+                _ = ticks.tick() => None,
+            };
+            // who has stood still has not heard what was said meanwhile
+            if looked.elapsed() > STOOD_STILL {
+                tracing::warn!(stood_still = ?looked.elapsed(), "this coordinator was stopped or held up");
+                self.stood_still();
+                looked = Instant::now();
+            }
+            match command {
+                Some(Some(command)) => self.take_waiting(command)?,
+                // nobody can ask any more: the servers have failed
+                Some(None) => break,
+                None => {
                     looked = Instant::now();
                     self.apply(Job::tick)?;
                     self.miss_absent()?;
@@ -303,14 +308,21 @@ impl JobOwner {
         }
     }
 
-    /// A connection that was gone when this coordinator came cannot break any more.
+    /// Nobody was heard meanwhile, and connections may have broken because of it.
+    fn stood_still(&mut self) {
+        let now = self.now();
+        self.job.restart_clock(now);
+        let broken = self.reunion.take().map(|reunion| reunion.broken).unwrap_or_default();
+        self.reunion = Some(Reunion { since: now, first: None, broken });
+    }
+
+    /// A connection that was gone when this coordinator came, or came back, cannot break any more.
     fn miss_absent(&mut self) -> Result<(), OwnerError> {
-        let Some(Reunion { since, first: Some(first) }) = self.reunion else { return Ok(()) };
-        if self.now().saturating_sub(first) <= REUNION {
-            return Ok(());
-        }
-        self.reunion = None;
-        for worker in self.job.unheard_since(since) {
+        let now = self.now();
+        let over = |reunion: &mut Reunion| reunion.first.is_some_and(|first| now.saturating_sub(first) > REUNION);
+        let Some(Reunion { since, mut broken, .. }) = self.reunion.take_if(over) else { return Ok(()) };
+        broken.extend(self.job.unheard_since(since));
+        for worker in broken {
             if !self.attendances.attends(worker) {
                 self.apply(|job, now| job.disconnected(now, worker))?;
             }
@@ -357,7 +369,10 @@ impl JobOwner {
             Command::Disconnected(worker, attendance) => {
                 // a worker that has come back by another connection is not lost
                 if self.attendances.end(worker, attendance) {
-                    self.apply(|job, now| job.disconnected(now, worker))?;
+                    match &mut self.reunion {
+                        Some(reunion) => drop(reunion.broken.insert(worker)),
+                        None => self.apply(|job, now| job.disconnected(now, worker))?,
+                    }
                 }
             }
             Command::Ready { worker, generation, broken, reply } => {

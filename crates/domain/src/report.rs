@@ -78,6 +78,14 @@ pub struct CoordinatorAddress {
     pub grpc: String,
     /// `http://HOST:PORT` of metrics and status.
     pub http: String,
+    /// Tells this process from any other that may listen at the address later; empty in files of older versions.
+    #[serde(default)]
+    pub incarnation: String,
+}
+
+impl CoordinatorAddress {
+    /// The header by which each answer over HTTP tells the incarnation.
+    pub const INCARNATION: &str = "learn-incarnation";
 }
 
 /// One finished step of the global batch.

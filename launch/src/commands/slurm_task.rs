@@ -38,6 +38,7 @@ pub fn run(args: &SlurmTaskArgs) -> Result<()> {
         host: args.first_host.clone(),
         grpc: args.coordinator.clone(),
         http: args.status.clone(),
+        incarnation: String::new(),
     };
     task::run(&TaskSpec { run: &run, config: &config, coordinator: &coordinator }, &Variables::of_process())
 }

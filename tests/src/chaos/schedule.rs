@@ -22,10 +22,11 @@ pub enum Kind {
     KillInEvaluation,
     KillInCheckpoint,
     KillCoordinator,
+    PauseCoordinator,
 }
 
 impl Kind {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::KillFirst,
         Self::KillOther,
         Self::PauseShort,
@@ -38,6 +39,7 @@ impl Kind {
         Self::KillInEvaluation,
         Self::KillInCheckpoint,
         Self::KillCoordinator,
+        Self::PauseCoordinator,
     ];
 
     /// As the report names it.
@@ -56,6 +58,7 @@ impl Kind {
             Self::KillInEvaluation => "kill -9 during an evaluation",
             Self::KillInCheckpoint => "kill -9 during the write of a checkpoint",
             Self::KillCoordinator => "kill -9 of the coordinator",
+            Self::PauseCoordinator => "pause of the coordinator",
         }
     }
 
@@ -65,7 +68,7 @@ impl Kind {
             Self::PauseShort | Self::StallNetwork => 2000,
             Self::KillFirst | Self::KillOther | Self::Scale | Self::BreakConnection | Self::KillCoordinator => 2500,
             Self::KillInEvaluation | Self::SlowNetwork => 4000,
-            Self::KillInCheckpoint | Self::FullDisk => 5000,
+            Self::KillInCheckpoint | Self::FullDisk | Self::PauseCoordinator => 5000,
             Self::PauseLong => 6000,
         })
     }
@@ -106,7 +109,11 @@ impl fmt::Display for Fault {
         }
         match self.kind {
             Kind::Scale => write!(f, " to {}", self.workers),
-            Kind::PauseShort | Kind::PauseLong | Kind::SlowNetwork | Kind::StallNetwork => {
+            Kind::PauseShort
+            | Kind::PauseLong
+            | Kind::PauseCoordinator
+            | Kind::SlowNetwork
+            | Kind::StallNetwork => {
                 write!(f, ", {:.1} s", self.lasts.as_secs_f64())
             }
             _ => Ok(()),
@@ -192,7 +199,7 @@ mod tests {
             seed: u64,
             seconds in 0_u64..2000,
             workers in 2_u32..9,
-            kinds in proptest::sample::subsequence(&Kind::ALL[..], 1..12),
+            kinds in proptest::sample::subsequence(&Kind::ALL[..], 1..13),
         ) {
             let length = Duration::from_secs(seconds);
             let faults = plan(seed, length, workers, &kinds);

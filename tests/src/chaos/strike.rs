@@ -92,6 +92,16 @@ pub fn strike(job: &mut Job<'_>, fault: &Fault, disk: Option<&Disk>, evaluation:
             let now = job.wait("another coordinator", LIMIT, another)?;
             Ok(format!("process {pid} is gone, {now} has taken its place"))
         }
+        Kind::PauseCoordinator => {
+            let pid = job.coordinator()?;
+            let paused = Paused::new(pid)?;
+            std::thread::sleep(fault.lasts);
+            drop(paused);
+            job.wait("the same coordinator", LIMIT, |job| {
+                (job.coordinator().ok()? == pid && job.status().is_ok()).then_some(())
+            })?;
+            Ok(format!("process {pid} was stopped"))
+        }
     }
 }
 
