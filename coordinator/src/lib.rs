@@ -7,6 +7,7 @@
 //! that takes over needs; [`replica`] is a process of its own that serves the data alone. Invariant: nothing is served before
 //! configuration, dataset and history were checked.
 
+pub mod bench;
 pub mod board;
 pub mod connections;
 pub mod control;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::exit;
 
 use clap::{Parser, Subcommand};
+use learn_coordinator::bench::{self, BenchDataset, Client, Lengths, Shape};
 use learn_coordinator::embedding::{EmbeddingCoordinator, Ended};
 use learn_coordinator::files::read_json;
 use learn_coordinator::replica::{self, ReplicaSettings};
@@ -48,6 +49,113 @@ struct Arguments {
 enum Beside {
     /// Serve a running job's data (batches, embedding rows) beside its coordinator, as long as the job runs
     Data(DataArguments),
+    /// Measure the data path alone, on this machine, with the parts that a job uses
+    #[command(subcommand)]
+    Bench(Bench),
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// Content embedding rows over loopback, from the service of a job to the client of a worker
+    Flight(BenchFlight),
+    /// Bytes that a worker receives for a user, over those of the published layout, which sends every position as f32
+    Wire(BenchWire),
+}
+
+const BENCH_HELP: &str = "\
+It serves the rows in this process and starts `learn-worker` beside it as the
+client. bench/pyarrow/flight.py does the same with pyarrow, in turn with this.
+
+Example:
+  learn-coordinator bench flight --streams 4 --json";
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = BENCH_HELP)]
+struct BenchFlight {
+    /// A dataset with content embeddings; one that does not exist is made there and stays [default: a temporary one]
+    #[arg(long, value_name = "DIR")]
+    dataset: Option<PathBuf>,
+    /// Items of a dataset that is made
+    #[arg(long, value_name = "N", default_value_t = 32768)]
+    items: u32,
+    /// Values of its rows
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    dim: usize,
+    /// Clients at once, each with a connection of its own
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    streams: usize,
+    /// Rows of a request, drawn from the whole catalogue
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    rows: usize,
+    /// How long to measure
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0)]
+    seconds: f64,
+    /// The result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct BenchWire {
+    /// A dataset with content embeddings; one that does not exist is made there and stays [default: a temporary one]
+    #[arg(long, value_name = "DIR")]
+    dataset: Option<PathBuf>,
+    /// Items that a dataset that is made draws from
+    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    items: u32,
+    /// Its users; half of them have at most 7 interactions, 1 % 40 or more
+    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    users: u32,
+    /// Its items are drawn with the weights 1, 1/2^S, 1/3^S, …
+    #[arg(long, value_name = "S", default_value_t = 1.0)]
+    skew: f64,
+    /// Values of a row
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    dim: usize,
+    /// Users of a step
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    batch: u32,
+    /// Share of the catalogue that the cache holds
+    #[arg(long, value_name = "SHARE", default_value_t = 0.1)]
+    cache: f64,
+    /// Steps that fill the cache first
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    warm: u64,
+    /// Steps that count
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    steps: u64,
+    /// The result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl BenchWire {
+    fn dataset(&self) -> BenchDataset {
+        let BenchWire { users, items, skew, dim, .. } = *self;
+        BenchDataset { dir: self.dataset.clone(), shape: Shape { users, items, skew, lengths: Lengths::Shop, dim } }
+    }
+
+    fn client(&self) -> Client {
+        Client::Wire { users: self.batch, cache: self.cache, warm: self.warm, steps: self.steps }
+    }
+}
+
+impl BenchFlight {
+    fn dataset(&self) -> BenchDataset {
+        // the items come in turn, 20 a user
+        let shape = Shape {
+            users: self.items.div_ceil(20),
+            items: self.items,
+            skew: 0.0,
+            lengths: Lengths::All(20),
+            dim: self.dim,
+        };
+        BenchDataset { dir: self.dataset.clone(), shape }
+    }
+
+    fn client(&self) -> Client {
+        Client::Flight { streams: self.streams, rows: self.rows, seconds: self.seconds }
+    }
 }
 
 const DATA_HELP: &str = "\
@@ -120,7 +228,11 @@ fn task(text: &str) -> Result<Task, String> {
 
 fn main() {
     let arguments = Arguments::parse();
-    let role = if arguments.beside.is_some() { "data" } else { "coordinator" };
+    let role = match arguments.beside {
+        Some(Beside::Data(_)) => "data",
+        Some(Beside::Bench(_)) => "bench",
+        None => "coordinator",
+    };
     learn_telemetry::log::init(role, arguments.log_json);
     let result = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -147,9 +259,23 @@ async fn serve(arguments: Arguments) -> anyhow::Result<i32> {
             _ = notice.recv() => {}
         }
     };
-    if let Some(Beside::Data(data)) = arguments.beside {
-        replica::serve(data.settings()?, shutdown).await?;
-        return Ok(report::exit::OK);
+    match arguments.beside {
+        Some(Beside::Data(data)) => {
+            replica::serve(data.settings()?, shutdown).await?;
+            return Ok(report::exit::OK);
+        }
+        Some(Beside::Bench(bench)) => {
+            let (dataset, client, json) = match bench {
+                Bench::Flight(flight) => (flight.dataset(), flight.client(), flight.json),
+                Bench::Wire(wire) => (wire.dataset(), wire.client(), wire.json),
+            };
+            tokio::select! {
+                printed = bench::measure(&dataset, &client, json) => print!("{}", printed?),
+                () = shutdown => return Ok(report::exit::STOPPED),
+            }
+            return Ok(report::exit::OK);
+        }
+        None => {}
     }
     // clap sees to it that it is there
     let run_dir = arguments.run_dir.unwrap_or_default();

@@ -10,7 +10,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use arrow_flight::flight_service_server::FlightServiceServer;
 use learn_dataset::Dataset;
 use learn_domain::Config;
 use learn_domain::config::ClusterConfig;
@@ -28,8 +27,8 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use crate::CoordinatorError;
-use crate::connections::{self, Gate, MAX_REQUEST_BYTES};
-use crate::data::{DataService, Directory, Source, SourceError, catalogues};
+use crate::connections::{self, Gate};
+use crate::data::{DataServer, DataService, Directory, Source, SourceError, catalogues};
 use crate::serve::{Ports, ServeError, close, ending, on_stop};
 
 /// Pause before a coordinator that is away is asked again.
@@ -182,7 +181,7 @@ impl Replica {
         let Self { coordinator, offer, directory, service, ports, pass } = self;
         let (stop, stopped) = watch::channel(false);
         let exposition = service.metrics.exposition.clone();
-        let data = FlightServiceServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES);
+        let data = DataServer::new(service);
         let grpc = connections::server()
             .add_service(InterceptedService::new(data, Gate(pass.secret().clone())))
             .serve_with_incoming_shutdown(

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use arrow_flight::flight_service_server::FlightServiceServer;
 use learn_dataset::Dataset;
 use learn_domain::WorkerId;
 use learn_domain::config::{ClusterConfig, TlsMode};
@@ -30,7 +29,7 @@ use tonic::service::interceptor::InterceptedService;
 use crate::board::Follower;
 use crate::connections::{self, Gate, MAX_REQUEST_BYTES};
 use crate::control::ControlService;
-use crate::data::{DataService, Directory, Source, SourceError, catalogues};
+use crate::data::{DataServer, DataService, Directory, Source, SourceError, catalogues};
 use crate::files::{FileError, write_json};
 use crate::http::access::Access;
 use crate::job::actor::{Command, JobHandle, JobOwner, OwnerError, OwnerParts, STATES};
@@ -364,7 +363,7 @@ impl Coordinator {
         let mut servers = JoinSet::new();
         let control = ControlServer::new(control).max_decoding_message_size(MAX_REQUEST_BYTES);
         let operator = OperatorServer::new(operator).max_decoding_message_size(MAX_REQUEST_BYTES);
-        let data = FlightServiceServer::new(data).max_decoding_message_size(MAX_REQUEST_BYTES);
+        let data = DataServer::new(data);
         let grpc = connections::server()
             .add_service(InterceptedService::new(control, gate.clone()))
             .add_service(InterceptedService::new(operator, gate.clone()))

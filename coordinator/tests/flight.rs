@@ -20,7 +20,10 @@ use learn_domain::plan::{Plan, PlanKey};
 use learn_domain::report::Split;
 use learn_domain::sampling::{SampleKey, sample};
 use learn_domain::{Step, UserIndex};
-use learn_proto::flight::{BatchMeta, Exchange, MAX_MESSAGE_BYTES, PartMeta, RowsMeta, Ticket, rows_request_schema};
+use learn_proto::flight::{
+    BatchMeta, Exchange, MAX_MESSAGE_BYTES, PartMeta, RowFiles, RowsMeta, Ticket, location_directory,
+    rows_request_schema,
+};
 use support::{DIM, Flight, Ground, ITEMS, train, vector};
 use tonic::Code;
 
@@ -357,6 +360,16 @@ async fn flights_are_described() {
     let descriptor = |name: &str| FlightDescriptor::new_path(vec![name.to_owned()]);
     let info = flight.get_flight_info(descriptor("test")).await.unwrap().into_inner();
     assert_eq!(info, listed[2]);
+    let info = flight.get_flight_info(descriptor("rows")).await.unwrap().into_inner();
+    let [endpoint] = &info.endpoint[..] else { panic!("rows have one endpoint") };
+    let dir = endpoint.location.iter().find_map(|location| location_directory(&location.uri)).unwrap();
+    assert_eq!(dir, ground.dataset().dir().canonicalize().unwrap());
+    let files: RowFiles = serde_json::from_slice(&info.app_metadata).unwrap();
+    assert_eq!(files.fingerprint, ground.dataset().facts().fingerprint);
+    assert!(files.files.len() > 2, "{files:?}");
+    for file in &files.files {
+        assert_eq!(dir.join(&file.path).metadata().unwrap().len(), file.bytes);
+    }
     let schema: Schema = flight.get_schema(descriptor("rows")).await.unwrap().into_inner().try_into().unwrap();
     assert_eq!(schema.metadata()["learn.dim"], "8");
     let missing = flight.get_flight_info(descriptor("nothing")).await.unwrap_err();

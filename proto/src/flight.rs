@@ -5,6 +5,9 @@
 //! stream depends on besides the served dataset and configuration, so that any replica can answer it.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 
 use arrow_schema::{DataType, Field, Schema};
 use learn_domain::report::Split;
@@ -34,6 +37,65 @@ pub enum TicketError {
 
 /// Name of the flight of the items' training interactions, which has one endpoint whatever the number of ranks.
 pub const POPULARITY: &str = "popularity";
+
+/// Name of the flight of the content embeddings.
+pub const ROWS: &str = "rows";
+
+/// Scheme of the location of a dataset directory.
+const FILE_SCHEME: &str = "file://";
+
+/// `app_metadata` of the flight [`ROWS`]: what the files of the content embeddings are, for clients that can open them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowFiles {
+    /// Of the dataset.
+    pub fingerprint: String,
+    /// Of the content embeddings: all rows, in order.
+    pub embeddings_fingerprint: String,
+    pub files: Vec<RowFile>,
+}
+
+/// One file, as the server has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowFile {
+    /// Inside of the dataset directory, with `/`.
+    pub path: String,
+    pub bytes: u64,
+    /// When it was written, in nanoseconds since 1970.
+    pub modified_nanos: u64,
+}
+
+/// The location of a dataset directory, an absolute path.
+#[must_use]
+pub fn directory_location(dir: &Path) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte);
+    let mut location = FILE_SCHEME.to_owned();
+    for &byte in dir.as_os_str().as_bytes() {
+        if plain(byte) {
+            location.push(byte.into());
+        } else {
+            location.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    location
+}
+
+/// The dataset directory at a location; `None` if it is none.
+#[must_use]
+pub fn location_directory(location: &str) -> Option<PathBuf> {
+    let mut rest = location.strip_prefix(FILE_SCHEME)?.bytes();
+    let mut path = Vec::new();
+    while let Some(byte) = rest.next() {
+        path.push(match byte {
+            b'%' => {
+                let digits = [rest.next()?, rest.next()?];
+                u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?
+            }
+            plain => plain,
+        });
+    }
+    let path = PathBuf::from(OsString::from_vec(path));
+    path.is_absolute().then_some(path)
+}
 
 /// Scheme of Flight's locations of servers without TLS, and that of their gRPC URLs.
 const SCHEMES: [(&str, &str); 2] = [("grpc+tcp://", "http://"), ("grpc+tls://", "https://")];
@@ -400,6 +462,21 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_directory_survives_its_location(name: Vec<u8>) {
+            let dir = Path::new("/").join(OsString::from_vec(name.into_iter().filter(|&byte| byte != 0).collect()));
+            let location = directory_location(&dir);
+            prop_assert!(location.is_ascii() && !location.contains(' '));
+            prop_assert_eq!(location_directory(&location), Some(dir));
+        }
+
+        #[test]
+        fn any_location_is_answered(text: String) {
+            let location = format!("file://{text}");
+            let _ = location_directory(&location);
+            prop_assert!(grpc_url(&location).is_none());
+        }
+
         #[test]
         fn any_bytes_are_answered(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = Ticket::decode(&bytes);

@@ -10,13 +10,22 @@ use serde_json::Value;
 
 /// Rows that the data service of the process with these metrics has sent.
 fn served_rows(metrics_url: &str) -> f64 {
+    metric(metrics_url, "learn_flight_served_rows_total")
+}
+
+/// Bytes of content embeddings among them.
+fn row_bytes(metrics_url: &str) -> f64 {
+    metric(metrics_url, "learn_flight_served_bytes_total{kind=\"rows\"}")
+}
+
+fn metric(metrics_url: &str, name: &str) -> f64 {
     let (host, path) = metrics_url.strip_prefix("http://").and_then(|rest| rest.split_once('/')).expect("a URL");
     let mut stream = TcpStream::connect(host).expect("it listens");
     let request = format!("GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).expect("it reads");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("it answers");
-    let line = answer.lines().find_map(|line| line.strip_prefix("learn_flight_served_rows_total "));
+    let line = answer.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     line.unwrap_or_else(|| panic!("no such metric in {answer}")).parse().expect("a number")
 }
 
@@ -142,4 +151,34 @@ fn a_data_server_may_come_at_any_time_with_a_copy_of_the_dataset_but_no_other() 
     succeeds(&site.launch(&["stop", "runs/run"]));
     assert_eq!(child.wait_with_output().expect("it ends").status.code(), Some(3));
     assert_eq!(late.wait().expect("it ends").code(), Some(0), "the coordinator has told it that the job is over");
+}
+
+#[test]
+fn a_worker_that_can_open_the_files_is_sent_no_rows_and_trains_the_same() {
+    let site = Site::new(SMALL);
+    let long = ["training.epochs=100", "evaluation.every_epochs=10"];
+    // a cache of nothing, so that every step needs rows from somewhere
+    let sent = start(&site, "sent", &[&long[..], &["data.map_rows=false", "cluster.row_cache=0B"]].concat());
+    follow(&site, "sent", 20);
+    let before = row_bytes(&coordinator_metrics(&site, "sent"));
+    follow(&site, "sent", 60);
+    let after = row_bytes(&coordinator_metrics(&site, "sent"));
+    assert!(before > 0.0 && after > before, "{before} then {after} bytes of rows");
+    succeeds(&sent.wait_with_output().expect("it ends"));
+
+    let mapped = start(&site, "mapped", &long);
+    follow(&site, "mapped", 20);
+    let before = row_bytes(&coordinator_metrics(&site, "mapped"));
+    follow(&site, "mapped", 60);
+    let after = row_bytes(&coordinator_metrics(&site, "mapped"));
+    assert!((after - before).abs() < 1.0, "{before} then {after} bytes of rows");
+    succeeds(&mapped.wait_with_output().expect("it ends"));
+    follow_file(&site.run_dir("mapped").join("logs/worker-0.log"), "content embeddings are mapped here", 1);
+
+    assert_eq!(site.losses("mapped"), site.losses("sent"));
+    let last = site.losses("sent").len() as u64;
+    for file in ["model.safetensors", "optimizer.safetensors"] {
+        let of = |name: &str| site.checkpoint_file(name, last, file);
+        assert!(of("mapped") == of("sent"), "{file} differs");
+    }
 }

@@ -10,6 +10,7 @@ use learn_domain::run_dir::RunDir;
 use learn_worker::bench::arguments::Device;
 use learn_worker::error::WorkerError;
 use learn_worker::export::{ExportSettings, export};
+use learn_worker::feed::bench::{FlightBenchSettings, WireBenchSettings, bench_flight, bench_wire};
 use learn_worker::recommend::{RecommendSettings, recommend, table};
 use learn_worker::session::{JoinSettings, join};
 use learn_worker::{bench, checkpoint, doctor, init};
@@ -89,6 +90,10 @@ enum Command {
         #[command(subcommand)]
         part: bench::Part,
     },
+    /// Measure how fast a data service sends rows; `learn-coordinator bench flight` starts this.
+    BenchFlight(BenchFlightArgs),
+    /// Measure how many bytes a user takes; `learn-coordinator bench wire` starts this.
+    BenchWire(BenchWireArgs),
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -125,6 +130,58 @@ struct JoinArgs {
     /// Address that the collective and the metrics listen on.
     #[arg(long, default_value = "127.0.0.1")]
     bind: String,
+}
+
+#[derive(Args)]
+struct BenchFlightArgs {
+    /// `http://HOST:PORT` of the data service.
+    #[arg(long, value_name = "URL")]
+    location: String,
+    /// File with the service's secret.
+    #[arg(long, value_name = "FILE")]
+    secret_file: PathBuf,
+    /// Items of the catalogue.
+    #[arg(long)]
+    items: u32,
+    /// Values of a row.
+    #[arg(long)]
+    dim: usize,
+    /// Exchanges at once, each over a connection of its own.
+    #[arg(long, default_value_t = 1)]
+    streams: usize,
+    /// Rows of a request.
+    #[arg(long, default_value_t = 1024)]
+    rows: usize,
+    #[arg(long, default_value_t = 5.0)]
+    seconds: f64,
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct BenchWireArgs {
+    /// `http://HOST:PORT` of the data service.
+    #[arg(long, value_name = "URL")]
+    location: String,
+    /// File with the service's secret.
+    #[arg(long, value_name = "FILE")]
+    secret_file: PathBuf,
+    /// The job's configuration.
+    #[arg(long, value_name = "JSON")]
+    config_json: String,
+    /// Items of the catalogue.
+    #[arg(long)]
+    items: u32,
+    /// Values of a row.
+    #[arg(long)]
+    dim: usize,
+    /// Steps before those that count.
+    #[arg(long)]
+    warm: u64,
+    #[arg(long)]
+    steps: u64,
+    #[arg(long)]
+    json: bool,
 }
 
 fn main() -> ExitCode {
@@ -193,6 +250,21 @@ fn run(command: Command) -> Result<i32, WorkerError> {
             if json { print_json(&facts)? } else { println!("{facts:#?}") }
         }
         Command::Bench { part } => part.run()?,
+        Command::BenchFlight(args) => {
+            let span = std::time::Duration::try_from_secs_f64(args.seconds)
+                .map_err(|error| WorkerError::Usage(format!("--seconds {}: {error}", args.seconds)))?;
+            let BenchFlightArgs { location, secret_file, items, dim, streams, rows, json, .. } = args;
+            let settings = FlightBenchSettings { location, secret_file, items, dim, streams, rows, span };
+            let result = bench_flight(&settings)?;
+            if json { print_json(&result)? } else { println!("{result:#?}") }
+        }
+        Command::BenchWire(args) => {
+            let BenchWireArgs { location, secret_file, config_json, items, dim, warm, steps, json } = args;
+            let config = serde_json::from_str(&config_json).map_err(|error| WorkerError::Usage(error.to_string()))?;
+            let settings = WireBenchSettings { location, secret_file, config, items, dim, warm, steps };
+            let result = bench_wire(&settings)?;
+            if json { print_json(&result)? } else { println!("{result:#?}") }
+        }
     }
     Ok(exit::OK)
 }

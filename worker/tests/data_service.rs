@@ -3,8 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use arrow_array::builder::{Float16Builder, ListBuilder, UInt32Builder};
 use arrow_array::cast::AsArray;
@@ -15,14 +16,19 @@ use arrow_flight::encode::FlightDataEncoderBuilder;
 use arrow_flight::error::FlightError;
 use arrow_flight::flight_service_server::{FlightService, FlightServiceServer};
 use arrow_flight::{
-    Action, ActionType, Criteria, Empty, FlightData, FlightDescriptor, FlightInfo, HandshakeRequest, HandshakeResponse,
-    PollInfo, PutResult, SchemaResult, Ticket as RawTicket,
+    Action, ActionType, Criteria, Empty, FlightData, FlightDescriptor, FlightEndpoint, FlightInfo, HandshakeRequest,
+    HandshakeResponse, PollInfo, PutResult, SchemaResult, Ticket as RawTicket,
 };
 use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use half::f16;
+use learn_dataset::{Dataset, Embeddings};
 use learn_proto::auth::Secret;
-use learn_proto::flight::{BatchMeta, Extras, RowsMeta, Ticket, batches_schema, element, rows_schema};
+use learn_proto::flight::{
+    BatchMeta, Extras, RowFile, RowFiles, RowsMeta, Ticket, batches_schema, directory_location, element, rows_schema,
+};
+use learn_telemetry::WorkerMetrics;
 use learn_worker::feed::flight::{DataClient, FlightClientError};
+use learn_worker::feed::{RowSettings, RowSource};
 use learn_worker::retry::Patience;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -37,6 +43,10 @@ const DIM: i32 = 2;
 struct Fake {
     tickets: Arc<Mutex<Vec<u64>>>,
     break_at: Option<u64>,
+    /// Offers this dataset's files.
+    files: Option<PathBuf>,
+    /// Sends its rows, too.
+    honest: bool,
 }
 
 fn batch(step: u64) -> RecordBatch {
@@ -52,9 +62,19 @@ fn batch(step: u64) -> RecordBatch {
     RecordBatch::try_new(Arc::new(batches_schema(Extras::default())), columns).unwrap()
 }
 
-fn rows(items: &[u32]) -> RecordBatch {
+/// The rows of a service without a dataset.
+fn row(item: u32) -> [f16; DIM as usize] {
+    [f16::from_f32(item as f32); DIM as usize]
+}
+
+/// A row of a dataset.
+fn stored(embeddings: &Embeddings, item: u32) -> [f16; DIM as usize] {
+    embeddings.row(item as usize).try_into().unwrap()
+}
+
+fn rows(items: &[u32], row: impl Fn(u32) -> [f16; DIM as usize]) -> RecordBatch {
     let mut values = Float16Builder::new();
-    items.iter().for_each(|&item| (0..DIM).for_each(|_| values.append_value(f16::from_f32(item as f32))));
+    items.iter().for_each(|&item| values.append_slice(&row(item)));
     let schema = Arc::new(rows_schema(DIM as u32));
     let arrow_schema::DataType::FixedSizeList(field, _) = schema.field_with_name("embedding").unwrap().data_type()
     else {
@@ -66,6 +86,22 @@ fn rows(items: &[u32]) -> RecordBatch {
         _ => vec![Arc::new(UInt32Array::from(items.to_vec())), Arc::new(list)],
     };
     RecordBatch::try_new(schema, columns).unwrap()
+}
+
+/// What a server says of its files.
+fn row_files(dir: &Path) -> RowFiles {
+    let dataset = Dataset::open(dir).unwrap();
+    let info = dataset.manifest().embeddings.as_ref().unwrap();
+    let file = |path: &String| {
+        let metadata = std::fs::metadata(dir.join(path)).unwrap();
+        let modified = metadata.modified().unwrap().duration_since(UNIX_EPOCH).unwrap();
+        RowFile { path: path.clone(), bytes: metadata.len(), modified_nanos: modified.as_nanos().try_into().unwrap() }
+    };
+    RowFiles {
+        fingerprint: dataset.facts().fingerprint,
+        embeddings_fingerprint: info.fingerprint.clone(),
+        files: info.files.iter().map(|entry| file(&entry.path)).collect(),
+    }
 }
 
 /// The messages of one batch, the schema first if it is the first.
@@ -125,16 +161,22 @@ impl FlightService for Fake {
         let requests = request.into_inner().map_err(|status| FlightError::Tonic(Box::new(status)));
         let requests = FlightRecordBatchStream::new_from_flight_data(requests);
         let break_at = self.break_at;
-        let answers = requests.enumerate().then(move |(number, request)| async move {
-            let number = number as u64;
-            if break_at == Some(number) {
-                return stream::iter(away());
+        let embeddings = self.files.as_ref().filter(|_| self.honest).map(|dir| Dataset::open(dir).unwrap());
+        let embeddings = embeddings.map(|dataset| Arc::new(dataset.embeddings().unwrap()));
+        let answers = requests.enumerate().then(move |(number, request)| {
+            let embeddings = embeddings.clone();
+            async move {
+                let number = number as u64;
+                let row = |item| embeddings.as_ref().map_or_else(|| row(item), |all| stored(all, item));
+                if break_at == Some(number) {
+                    return stream::iter(away());
+                }
+                let request = request.unwrap();
+                let items = request.column(0).as_primitive::<UInt32Type>().values().to_vec();
+                let meta = RowsMeta { request: number, part: 0, parts: 1 };
+                let messages = messages(rows(&items, row), serde_json::to_vec(&meta).unwrap(), number == 0).await;
+                stream::iter(messages.into_iter().map(Ok).collect::<Vec<_>>())
             }
-            let request = request.unwrap();
-            let items = request.column(0).as_primitive::<UInt32Type>().values().to_vec();
-            let meta = RowsMeta { request: number, part: 0, parts: 1 };
-            let messages = messages(rows(&items), serde_json::to_vec(&meta).unwrap(), number == 0).await;
-            stream::iter(messages.into_iter().map(Ok).collect::<Vec<_>>())
         });
         Ok(Response::new(answers.flatten().boxed()))
     }
@@ -149,7 +191,9 @@ impl FlightService for Fake {
         none()
     }
     async fn get_flight_info(&self, _: Request<FlightDescriptor>) -> Result<Response<FlightInfo>, Status> {
-        none()
+        let Some(dir) = &self.files else { return none() };
+        let info = FlightInfo::new().with_app_metadata(serde_json::to_vec(&row_files(dir)).unwrap());
+        Ok(Response::new(info.with_endpoint(FlightEndpoint::new().with_location(directory_location(dir)))))
     }
     async fn poll_flight_info(&self, _: Request<FlightDescriptor>) -> Result<Response<PollInfo>, Status> {
         none()
@@ -260,4 +304,29 @@ fn patience_ends_and_a_refusal_is_final() {
     let away = runtime.block_on(client.popularity()).unwrap_err();
     assert!(matches!(&away, FlightClientError::Away { location: named, .. } if *named == location), "{away}");
     assert!(started.elapsed() >= Duration::from_millis(300) && started.elapsed() < PATIENT);
+}
+
+#[test]
+fn rows_are_mapped_if_the_files_are_the_services_and_sent_if_they_are_not() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/dataset/tests/data/v1").canonicalize().unwrap();
+    let dataset = Dataset::open(&dir).unwrap();
+    let (facts, embeddings) = (dataset.facts(), dataset.embeddings().unwrap());
+    let runtime = runtime();
+    let take = |fake: Fake| {
+        let service = Service::start(fake, "127.0.0.1:0");
+        let client = client(&runtime, &[service.location()], PATIENT).with_files_of(&facts);
+        let metrics = WorkerMetrics::new();
+        let settings = RowSettings { dim: DIM as usize, cache_bytes: 1 << 10, items: 5 };
+        let mut source = RowSource::new(&client, &settings, metrics.clone());
+        let rows = runtime.block_on(source.rows(&[1, 4])).unwrap();
+        let bytes = |of| metrics.received_bytes_total.with_label_values(&[of]).get();
+        (rows, bytes("mapped"), bytes("rows"))
+    };
+    let files = Some(dir);
+    let here = [embeddings.row(1), embeddings.row(4)].concat();
+    assert_eq!(take(Fake { files: files.clone(), honest: true, ..Fake::default() }), (here.clone(), 8, 0));
+    // a file that says that it is the same and is not
+    let other = [row(1), row(4)].concat();
+    assert_ne!(other, here);
+    assert_eq!(take(Fake { files, honest: false, ..Fake::default() }), (other, 0, 8));
 }

@@ -7,15 +7,17 @@
 mod batches;
 mod directory;
 mod encode;
+mod frame;
 mod held_out;
 #[doc(hidden)]
 pub mod rows;
+mod server;
 mod source;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use arrow_flight::error::FlightError;
 use arrow_flight::flight_service_server::FlightService;
 use arrow_flight::{
     Action, ActionType, Criteria, Empty, FlightData, FlightDescriptor, FlightEndpoint, FlightInfo, HandshakeRequest,
@@ -28,10 +30,11 @@ pub use directory::{Directory, Offer};
 use futures::stream::{self, BoxStream, Stream, StreamExt, TryStreamExt};
 use learn_domain::report::Split;
 use learn_proto::flight::{
-    Exchange, Extras, POPULARITY, Ticket, TicketError, batches_schema, evaluation_schema, flight_location,
-    items_schema, popularity_schema, rows_schema,
+    Exchange, Extras, POPULARITY, ROWS, RowFiles, Ticket, TicketError, batches_schema, directory_location,
+    evaluation_schema, flight_location, items_schema, popularity_schema, rows_schema,
 };
 use learn_telemetry::DataMetrics;
+pub use server::DataServer;
 pub use source::{Source, SourceError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status, Streaming};
@@ -98,7 +101,7 @@ impl Flight {
             Self::HeldOut(Split::Test) => "test",
             Self::Items => "items",
             Self::Popularity => POPULARITY,
-            Self::Rows => "rows",
+            Self::Rows => ROWS,
         }
     }
 
@@ -117,7 +120,10 @@ impl Flight {
 type Messages = BoxStream<'static, Result<FlightData, Status>>;
 
 /// The same messages; `held` is let go with their stream.
-fn holding<T: Send + 'static>(messages: Messages, held: T) -> Messages {
+fn holding<M: 'static, T: Send + 'static>(
+    messages: BoxStream<'static, Result<M, Status>>,
+    held: T,
+) -> BoxStream<'static, Result<M, Status>> {
     messages.inspect(move |_| _ = &held).boxed()
 }
 
@@ -147,27 +153,30 @@ impl DataService {
         })
     }
 
-    fn info(&self, flight: Flight) -> Result<FlightInfo, Status> {
+    /// Of `files`, where there are any, as [`Source::row_files`] gives them.
+    fn info(&self, flight: Flight, files: Option<&(PathBuf, RowFiles)>) -> Result<FlightInfo, Status> {
         let world_size = self.world_size;
         let ticket = |rank| match flight {
-            Flight::Train => Some(Ticket::Batches { rank, world_size, from_step: 0, steps: 0, times: false }),
-            Flight::HeldOut(split) => Some(Ticket::Evaluation { split, rank, world_size, times: false }),
-            Flight::Items => (rank == 0).then_some(Ticket::Items { first: 0, count: 0 }),
-            Flight::Popularity => (rank == 0).then_some(Ticket::Popularity {}),
-            Flight::Rows => None,
+            Flight::Train => Some(Ticket::Batches { rank, world_size, from_step: 0, steps: 0, times: false }.encode()),
+            Flight::HeldOut(split) => Some(Ticket::Evaluation { split, rank, world_size, times: false }.encode()),
+            Flight::Items => (rank == 0).then(|| Ticket::Items { first: 0, count: 0 }.encode()),
+            Flight::Popularity => (rank == 0).then(|| Ticket::Popularity {}.encode()),
+            Flight::Rows => (rank == 0).then(|| Exchange::Rows {}.encode()),
         };
         let now = Instant::now();
-        let endpoint = |(number, ticket): (usize, Ticket)| {
-            let endpoint = FlightEndpoint::new().with_ticket(RawTicket::new(ticket.encode()));
-            let locations =
-                self.directory.locations(number, now).into_iter().map(|location| flight_location(&location));
-            locations.fold(endpoint, |endpoint, location| endpoint.with_location(location))
+        let endpoint = |(number, ticket): (usize, Vec<u8>)| {
+            let endpoint = FlightEndpoint::new().with_ticket(RawTicket::new(ticket));
+            let servers = self.directory.locations(number, now).into_iter().map(|location| flight_location(&location));
+            let files = files.map(|(dir, _)| directory_location(dir));
+            servers.chain(files).fold(endpoint, |endpoint, location| endpoint.with_location(location))
         };
         let records = match flight {
             Flight::Train => self.records(),
             Flight::HeldOut(split) => self.source.dataset.held_out(split).len() as u64,
             Flight::Items | Flight::Popularity | Flight::Rows => u64::from(self.source.facts.items),
         };
+        let about = files.map(|(_, files)| serde_json::to_vec(files)).transpose();
+        let about = about.map_err(|error| Status::internal(format!("the files of rows: {error}")))?.unwrap_or_default();
         FlightInfo::new()
             .try_with_schema(&self.schema(flight))
             .map(|info| {
@@ -175,6 +184,7 @@ impl DataService {
                     .with_endpoints((0..world_size).filter_map(ticket).enumerate().map(endpoint).collect())
                     .with_total_records(i64::try_from(records).unwrap_or(-1))
                     .with_total_bytes(-1)
+                    .with_app_metadata(about)
             })
             .map_err(|error| Status::internal(format!("the schema of `{}`: {error}", flight.name())))
     }
@@ -189,6 +199,22 @@ impl DataService {
         epochs * u64::from(key.users) + rest * u64::from(key.global_batch)
     }
 
+    /// Counts what goes out: messages of `kind`, each with the number of its rows.
+    fn counted<M>(
+        &self,
+        kind: &'static str,
+        messages: impl Stream<Item = Result<(M, usize), Status>> + Send + 'static,
+        size: impl Fn(&M) -> usize + Send + 'static,
+    ) -> impl Stream<Item = Result<M, Status>> + Send + 'static {
+        let (rows, bytes) =
+            (self.metrics.flight_rows_total.clone(), self.metrics.flight_bytes_total.with_label_values(&[kind]));
+        messages.map_ok(move |(message, count)| {
+            rows.inc_by(count as u64);
+            bytes.inc_by(size(&message) as u64);
+            message
+        })
+    }
+
     /// Puts the schema first and counts what goes out.
     fn respond(
         &self,
@@ -196,13 +222,9 @@ impl DataService {
         schema: &Schema,
         messages: impl Stream<Item = Result<(FlightData, usize), Status>> + Send + 'static,
     ) -> Response<Messages> {
-        let (rows, bytes) =
-            (self.metrics.flight_rows_total.clone(), self.metrics.flight_bytes_total.with_label_values(&[kind]));
-        let counted = messages.map_ok(move |(message, count)| {
-            rows.inc_by(count as u64);
-            bytes.inc_by((message.data_header.len() + message.data_body.len() + message.app_metadata.len()) as u64);
-            message
-        });
+        let size =
+            |message: &FlightData| message.data_header.len() + message.data_body.len() + message.app_metadata.len();
+        let counted = self.counted(kind, messages, size);
         Response::new(stream::once(std::future::ready(Ok(encode::schema_message(schema)))).chain(counted).boxed())
     }
 
@@ -287,12 +309,15 @@ impl FlightService for DataService {
     type DoExchangeStream = Messages;
 
     async fn list_flights(&self, _: Request<Criteria>) -> Result<Response<Self::ListFlightsStream>, Status> {
-        let flights: Vec<_> = Flight::LISTED.into_iter().map(|flight| self.info(flight)).collect();
+        let flights: Vec<_> = Flight::LISTED.into_iter().map(|flight| self.info(flight, None)).collect();
         Ok(Response::new(stream::iter(flights).boxed()))
     }
 
     async fn get_flight_info(&self, request: Request<FlightDescriptor>) -> Result<Response<FlightInfo>, Status> {
-        Ok(Response::new(self.info(Flight::find(request.get_ref())?)?))
+        let flight = Flight::find(request.get_ref())?;
+        let source = Arc::clone(&self.source);
+        let files = if flight == Flight::Rows { off_thread(move || Ok(source.row_files())).await? } else { None };
+        Ok(Response::new(self.info(flight, files.as_ref())?))
     }
 
     async fn get_schema(&self, request: Request<FlightDescriptor>) -> Result<Response<SchemaResult>, Status> {
@@ -308,25 +333,9 @@ impl FlightService for DataService {
         Ok(self.get(ticket).await?.map(|messages| holding(messages, place)))
     }
 
-    async fn do_exchange(
-        &self,
-        request: Request<Streaming<FlightData>>,
-    ) -> Result<Response<Self::DoExchangeStream>, Status> {
-        let place = stream_of(&request)?;
-        let mut requests = request.into_inner();
-        let first = requests.message().await?.ok_or_else(|| Status::invalid_argument("the exchange has no message"))?;
-        let descriptor = first.flight_descriptor.as_ref();
-        let command = descriptor.map(|descriptor| &descriptor.cmd[..]).unwrap_or_default();
-        let Exchange::Rows {} = Exchange::decode(command).map_err(bad_ticket)?;
-        let embeddings = self.source.embeddings.clone().ok_or_else(|| {
-            Status::failed_precondition("this job's model reads no content embeddings (model.item_input = \"id\")")
-        })?;
-        let schema = self.schema(Flight::Rows);
-        // a client may send the descriptor alone, before the schema of its requests
-        let first = stream::iter((!first.data_header.is_empty()).then_some(Ok(first)));
-        let requests = first.chain(requests.map_err(|status| FlightError::Tonic(Box::new(status))));
-        let messages = rows::stream(embeddings, Arc::clone(&schema), requests);
-        Ok(self.respond("rows", &schema, messages).map(|messages| holding(messages, place)))
+    async fn do_exchange(&self, _: Request<Streaming<FlightData>>) -> Result<Response<Self::DoExchangeStream>, Status> {
+        // it writes its messages itself and never comes here
+        Err(Status::internal("DoExchange is answered by the server, not by its generated code"))
     }
 
     async fn handshake(

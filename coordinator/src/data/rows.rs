@@ -1,24 +1,30 @@
 //! Content embeddings by item index, in answer to a stream of requests.
 //!
-//! Input: Arrow batches with a column `item`. Output: for each, in order, its rows in messages of at most 2 MiB; several
+//! Input: Arrow batches with a column `item`. Output: for each, in order, its rows in framed messages of about 1 MiB; several
 //! are gathered at once from the mapped files. Invariant: a request is checked whole before any of it is answered.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use arrow_array::types::UInt32Type;
-use arrow_array::{Array, FixedSizeListArray, Float16Array, PrimitiveArray, RecordBatch};
+use arrow_array::{Array, PrimitiveArray, RecordBatch};
 use arrow_flight::FlightData;
 use arrow_flight::decode::FlightRecordBatchStream;
 use arrow_flight::error::FlightError;
-use arrow_schema::{DataType, Schema};
+use bytes::Bytes;
 use futures::stream::{self, Stream, StreamExt, TryStreamExt};
+use half::f16;
 use learn_dataset::{Embeddings, MessageCheck};
 use learn_proto::flight::{MAX_MESSAGE_BYTES, RowsMeta};
 use tonic::Status;
 
-use super::encode::{HEADROOM_BYTES, batch_message};
+use super::encode::HEADROOM_BYTES;
+use super::frame::{Buffers, Rows};
 use super::{READ_AHEAD, off_thread};
+
+/// Rows of a message, in bytes: what is gathered is still in the processor's cache when it is sent.
+const PART_BYTES: usize = 1 << 20;
+const _: () = assert!(PART_BYTES + HEADROOM_BYTES <= MAX_MESSAGE_BYTES);
 
 /// One message of an answer.
 #[derive(Clone, Debug)]
@@ -49,7 +55,7 @@ fn wanted(request: u64, batch: &RecordBatch, rows: usize) -> Result<PrimitiveArr
 
 /// Cuts a request into parts; an empty one gets one empty answer.
 fn parts(request: u64, items: PrimitiveArray<UInt32Type>, dim: usize) -> Vec<Part> {
-    let per_part = ((MAX_MESSAGE_BYTES - HEADROOM_BYTES) / (2 * dim.max(1))).max(1);
+    let per_part = (PART_BYTES / (2 * dim.max(1))).max(1);
     let count = items.len().div_ceil(per_part).max(1);
     let items = Arc::new(items);
     let part = |part: usize| Part {
@@ -60,20 +66,13 @@ fn parts(request: u64, items: PrimitiveArray<UInt32Type>, dim: usize) -> Vec<Par
     (0..count).map(part).collect()
 }
 
-fn gather(embeddings: &Embeddings, schema: &Arc<Schema>, part: &Part) -> Result<FlightData, Status> {
+fn gather(embeddings: &Embeddings, part: &Part, buffers: &Buffers) -> Result<Bytes, Status> {
     let items = &part.items.values()[part.range.clone()];
-    let mut values = Vec::with_capacity(items.len() * embeddings.dim());
-    for &item in items {
-        values.extend_from_slice(embeddings.row(item as usize));
-    }
-    let internal = |error| Status::internal(format!("the rows could not be encoded: {error}"));
-    let DataType::FixedSizeList(element, dim) = schema.field(0).data_type() else {
-        return Err(Status::internal("the rows' schema is not a fixed-size list"));
-    };
-    let values = Arc::new(Float16Array::from(values));
-    let column = FixedSizeListArray::try_new(Arc::clone(element), *dim, values, None).map_err(internal)?;
-    let batch = RecordBatch::try_new(Arc::clone(schema), vec![Arc::new(column)]).map_err(internal)?;
-    batch_message(&batch, &part.meta)
+    let rows: Vec<&[f16]> = items.iter().map(|&item| embeddings.row(item as usize)).collect();
+    let internal = |error| Status::internal(format!("the metadata of rows could not be written: {error}"));
+    let metadata = serde_json::to_vec(&part.meta).map_err(internal)?;
+    let message = Rows { rows: &rows, dim: embeddings.dim(), metadata: &metadata }.frame(buffers.take());
+    Ok(buffers.lend(message))
 }
 
 fn refused(error: FlightError) -> Status {
@@ -100,13 +99,14 @@ pub fn requests(
         .map(move |(request, batch)| wanted(request as u64, &batch?, rows))
 }
 
-/// Answers a stream of requests, whose first message with content is their schema.
+/// Answers a stream of requests, whose first message with content is their schema: framed messages, each with the number of
+/// its rows.
 pub fn stream(
     embeddings: Arc<Embeddings>,
-    schema: Arc<Schema>,
     messages: impl Stream<Item = Result<FlightData, FlightError>> + Send + 'static,
-) -> impl Stream<Item = Result<(FlightData, usize), Status>> {
+) -> impl Stream<Item = Result<(Bytes, usize), Status>> {
     let (rows, dim) = (embeddings.rows(), embeddings.dim());
+    let buffers = Buffers::default();
     let answers = requests(rows, messages)
         .enumerate()
         .map(move |(request, items)| {
@@ -116,8 +116,8 @@ pub fn stream(
         .try_flatten();
     answers
         .map_ok(move |part: Part| {
-            let (embeddings, schema) = (Arc::clone(&embeddings), Arc::clone(&schema));
-            off_thread(move || Ok((gather(&embeddings, &schema, &part)?, part.range.len())))
+            let (embeddings, buffers) = (Arc::clone(&embeddings), buffers.clone());
+            off_thread(move || Ok((gather(&embeddings, &part, &buffers)?, part.range.len())))
         })
         .try_buffered(READ_AHEAD)
         .boxed()

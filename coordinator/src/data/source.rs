@@ -1,6 +1,8 @@
 //! Everything that a stream of the data service depends on: the dataset, the plan and the sampling.
 
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::UNIX_EPOCH;
 
 use arrow_schema::Schema;
 use learn_dataset::{Dataset, DatasetError, Embeddings};
@@ -9,7 +11,7 @@ use learn_domain::plan::{Plan, PlanError, PlanKey, Position};
 use learn_domain::report::DatasetFacts;
 use learn_domain::sampling::{Sample, SampleKey, SampleSize, SamplingShape, sample, sample_size};
 use learn_domain::{Config, Step, UserIndex};
-use learn_proto::flight::Provenance;
+use learn_proto::flight::{Provenance, RowFile, RowFiles};
 
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
@@ -103,6 +105,24 @@ impl Source {
     #[must_use]
     pub fn describe(&self, schema: Schema) -> Arc<Schema> {
         self.provenance.describe(schema).into()
+    }
+
+    /// Where the content embeddings lie, and what their files are; `None` if there are none, or one is gone.
+    #[must_use]
+    pub fn row_files(&self) -> Option<(PathBuf, RowFiles)> {
+        self.embeddings.as_ref()?;
+        let dir = std::fs::canonicalize(self.dataset.dir()).ok()?;
+        let info = self.dataset.manifest().embeddings.as_ref()?;
+        let file = |path: &str| {
+            let metadata = std::fs::metadata(dir.join(path)).ok()?;
+            let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
+            let modified_nanos = u64::try_from(modified.as_nanos()).ok()?;
+            Some(RowFile { path: path.to_owned(), bytes: metadata.len(), modified_nanos })
+        };
+        let files = info.files.iter().map(|entry| file(&entry.path)).collect::<Option<_>>()?;
+        let fingerprint = self.dataset.manifest().fingerprint.clone();
+        let row_files = RowFiles { fingerprint, embeddings_fingerprint: info.fingerprint.clone(), files };
+        Some((dir, row_files))
     }
 
     #[must_use]

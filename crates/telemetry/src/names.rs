@@ -83,7 +83,7 @@ metrics! {
     WORKER_PREFETCHED = "learn_worker_prefetched_steps", Kind::Gauge, [],
         "Steps that are prepared and wait for the training thread.";
     WORKER_RECEIVED = "learn_worker_received_bytes_total", Kind::Counter, ["source"],
-        "Bytes received, by what they are: batches, rows or evaluation.";
+        "Bytes received, by what they are: batches, rows or evaluation; mapped: rows from the dataset's own files instead.";
     WORKER_PADDING = "learn_worker_padding_ratio", Kind::Gauge, [],
         "Share of the encoder's rows that were padding in the last step.";
     WORKER_CHECKPOINT = "learn_worker_checkpoint_write_seconds", Kind::Histogram(CHECKPOINT_BUCKETS), [],

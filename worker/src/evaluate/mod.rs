@@ -81,8 +81,7 @@ pub fn run(session: &Session, turn: &mut Turn, checkpoint: &str, split: Split) -
     let admission = &session.admission;
     let handle = session.handle();
     let patience = session.control.patience();
-    let number = admission.worker.0 as usize;
-    let data = handle.block_on(DataClient::new(&admission.data_locations, number, &session.pass, patience))?;
+    let data = handle.block_on(DataClient::of(admission, &session.pass, patience))?;
     let model = Pch::new(shape(&admission.config, &admission.dataset))?;
     let expected = checkpoint::Expected { dataset: &admission.dataset, signature: None };
     let snapshot = checkpoint::read(checkpoint.as_ref(), Some(&expected))?;
@@ -108,7 +107,7 @@ impl Evaluator {
         let (config, dataset) = (&session.admission.config, &session.admission.dataset);
         let handle = session.handle().clone();
         // the feed has the cache; evaluation reads past it
-        let settings = RowSettings { dim: dataset.embedding_dim as usize, cache_bytes: 0 };
+        let settings = RowSettings { dim: dataset.embedding_dim as usize, cache_bytes: 0, items: dataset.items };
         let rows = RowSource::new(&data, &settings, session.metrics.clone());
         Ok(Self {
             handle,

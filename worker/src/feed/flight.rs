@@ -1,32 +1,34 @@
-//! The worker's side of Arrow Flight: a rank's batches, held-out users, and content embedding rows.
+//! The worker's side of Arrow Flight: a rank's batches and held-out users; [`super::exchange`] has the rows.
 //!
-//! Input: tickets and item indices. Output: plain shares and rows. Everything received is checked against its schema
-//! before it is used; a server that answers something else is an error that names it. A service that went away is waited
-//! for, or another location asked: streams are opened again where they were, because a ticket says all there is to say.
+//! Input: tickets. Output: plain shares. Everything received is checked against its schema before it is used; a server that
+//! answers something else is an error that names it. A service that went away is waited for, or another location asked:
+//! streams are opened again where they were, because a ticket says all there is to say.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use arrow_array::{RecordBatch, UInt32Array};
+use arrow_array::RecordBatch;
+use arrow_flight::FlightDescriptor;
 use arrow_flight::decode::{DecodedFlightData, DecodedPayload, FlightDataDecoder};
-use arrow_flight::encode::FlightDataEncoderBuilder;
 use arrow_flight::error::FlightError;
 use arrow_flight::flight_service_client::FlightServiceClient;
-use arrow_flight::{FlightData, FlightDescriptor};
-use arrow_schema::SchemaRef;
-use futures::channel::mpsc;
-use futures::{SinkExt, StreamExt, TryStreamExt};
-use half::f16;
+use futures::TryStreamExt;
+use learn_dataset::Embeddings;
+use learn_domain::report::DatasetFacts;
 use learn_proto::auth::BearerInterceptor;
 use learn_proto::connect::Pass;
-use learn_proto::flight::{BatchMeta, Exchange, POPULARITY, RowsMeta, Ticket, grpc_url, in_turn, rows_request_schema};
+use learn_proto::convert::Admission;
+use learn_proto::flight::{BatchMeta, POPULARITY, ROWS, RowFiles, Ticket, grpc_url, in_turn, location_directory};
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 
 use super::answers::unexpected;
 pub use super::answers::{FlightClientError, HeldOutUser};
-use super::answers::{decoder, embedding_rows, numbers, read_held_out, read_share};
+use super::answers::{decoder, numbers, read_held_out, read_share};
 use super::assemble::UserShare;
+use super::exchange::RowExchange;
+use super::local::LocalRows;
 use crate::control::told;
 use crate::retry::{Passing, Patience};
 
@@ -35,11 +37,19 @@ const LOOK_AROUND: Duration = Duration::from_secs(15);
 /// A coordinator that does not answer that sooner is asked the next time.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 
+/// Largest HTTP/2 frame that is taken, how much of a stream may be under way, and how much of a connection: rows come in
+/// messages of 1 MiB, and a sender writes a frame with one system call.
+const FRAME_BYTES: u32 = (1 << 20) + (16 << 10);
+const STREAM_WINDOW_BYTES: u32 = 8 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
+
 /// The data services of a job, the one that answered last first.
 #[derive(Clone)]
 pub struct DataClient {
     known: Arc<Known>,
     patience: Patience,
+    /// The dataset's own files; `None` if they are not to be looked for.
+    local: Option<Arc<LocalRows>>,
 }
 
 /// What clones share.
@@ -63,8 +73,9 @@ struct Links {
 
 /// One location; the channel connects when it is used.
 #[derive(Clone)]
-struct Link {
-    location: Arc<str>,
+pub(super) struct Link {
+    pub(super) location: Arc<str>,
+    pub(super) channel: InterceptedService<Channel, BearerInterceptor>,
     client: Client,
 }
 
@@ -85,21 +96,6 @@ struct Opened {
     location: Arc<str>,
 }
 
-/// Content embedding rows over one long exchange.
-pub struct RowExchange {
-    client: DataClient,
-    /// `None` before the first request and after a break.
-    open: Option<OpenedRows>,
-    schema: SchemaRef,
-    dim: usize,
-}
-
-struct OpenedRows {
-    requests: mpsc::Sender<RecordBatch>,
-    answers: Opened,
-    sent: u64,
-}
-
 impl Known {
     fn lock(&self) -> MutexGuard<'_, Links> {
         // nothing in here leaves it half done
@@ -107,9 +103,15 @@ impl Known {
     }
 
     fn link(&self, location: &str) -> Result<Link, FlightClientError> {
-        let endpoint = self.pass.endpoint(location).map_err(|error| unexpected(error.to_string()))?;
-        let client = FlightServiceClient::with_interceptor(endpoint.connect_lazy(), self.bearer.clone());
-        Ok(Link { location: location.into(), client })
+        let endpoint = self
+            .pass
+            .endpoint(location)
+            .map_err(|error| unexpected(error.to_string()))?
+            .max_frame_size(FRAME_BYTES)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+        let channel = InterceptedService::new(endpoint.connect_lazy(), self.bearer.clone());
+        Ok(Link { location: location.into(), client: FlightServiceClient::new(channel.clone()), channel })
     }
 
     /// Replaces the locations if they have changed, and starts with the first again.
@@ -149,7 +151,52 @@ impl DataClient {
         let links = Links { all: Vec::new(), current: 0, asked: Instant::now() };
         let known = Known { pass: pass.clone(), bearer, number, links: Mutex::new(links) };
         known.replace(locations)?;
-        Ok(Self { known: Arc::new(known), patience: patience.clone() })
+        Ok(Self { known: Arc::new(known), patience: patience.clone(), local: None })
+    }
+
+    /// As the configuration of a job says.
+    ///
+    /// # Errors
+    /// As [`DataClient::new`].
+    pub async fn of(admission: &Admission, pass: &Pass, patience: &Patience) -> Result<Self, FlightClientError> {
+        let number = admission.worker.0 as usize;
+        let client = Self::new(&admission.data_locations, number, pass, patience).await?;
+        Ok(if admission.config.data.map_rows { client.with_files_of(&admission.dataset) } else { client })
+    }
+
+    /// With the files of `dataset`, if this process can open them.
+    #[must_use]
+    pub fn with_files_of(mut self, dataset: &DatasetFacts) -> Self {
+        self.local = Some(Arc::new(LocalRows::of(dataset)));
+        self
+    }
+
+    /// The mapped content embeddings, looked for once; `None` if their rows have to be sent.
+    ///
+    /// # Errors
+    /// If the service stays away.
+    pub(super) async fn mapped(&self) -> Result<Option<Arc<Embeddings>>, FlightClientError> {
+        match &self.local {
+            Some(local) => local.get(self).await,
+            None => Ok(None),
+        }
+    }
+
+    /// Where the content embeddings lie, and what their files are.
+    pub(super) async fn row_files(&self) -> Result<Option<(Vec<PathBuf>, RowFiles)>, FlightClientError> {
+        let ask = || async {
+            let Link { location, mut client, .. } = self.link();
+            let descriptor = FlightDescriptor::new_path(vec![ROWS.to_owned()]);
+            client.get_flight_info(descriptor).await.map_err(|status| self.failed(&location, &status))
+        };
+        let info = self.patience.answer("the files of rows", ask).await?.into_inner();
+        let locations = info.endpoint.iter().flat_map(|endpoint| &endpoint.location);
+        let dirs: Vec<PathBuf> = locations.filter_map(|location| location_directory(&location.uri)).collect();
+        if dirs.is_empty() {
+            return Ok(None);
+        }
+        let files = serde_json::from_slice(&info.app_metadata);
+        Ok(Some((dirs, files.map_err(|error| unexpected(format!("the files of rows: {error}")))?)))
     }
 
     /// Asks the coordinator for the locations, if that is due. Without an answer the known ones stay.
@@ -181,7 +228,7 @@ impl DataClient {
     }
 
     /// What a status means, and, if the service at `location` is away, the next one's turn.
-    fn failed(&self, location: &Arc<str>, status: &tonic::Status) -> FlightClientError {
+    pub(super) fn failed(&self, location: &Arc<str>, status: &tonic::Status) -> FlightClientError {
         let reason = told(status);
         if !status.may_pass() {
             return FlightClientError::Refused(reason);
@@ -194,13 +241,17 @@ impl DataClient {
         FlightClientError::Away { location: location.to_string(), reason }
     }
 
-    fn link(&self) -> Link {
+    pub(super) fn patience(&self) -> &Patience {
+        &self.patience
+    }
+
+    pub(super) fn link(&self) -> Link {
         let links = self.known.lock();
         links.all[links.current].clone()
     }
 
     /// Closes a stream to another location than the one in use, between two answers.
-    async fn settle<T>(&self, open: &mut Option<T>, location: impl Fn(&T) -> &Arc<str>) {
+    pub(super) async fn settle<T>(&self, open: &mut Option<T>, location: impl Fn(&T) -> &Arc<str>) {
         self.look_around().await;
         if open.as_ref().is_some_and(|open| *location(open) != self.link().location) {
             *open = None;
@@ -208,7 +259,7 @@ impl DataClient {
     }
 
     async fn do_get(&self, ticket: &Ticket) -> Result<Opened, FlightClientError> {
-        let Link { location, mut client } = self.link();
+        let Link { location, mut client, .. } = self.link();
         let response = client.do_get(arrow_flight::Ticket { ticket: ticket.encode().into() }).await;
         let response = response.map_err(|status| self.failed(&location, &status))?;
         Ok(Opened { decoder: decoder(response.into_inner()), location })
@@ -272,21 +323,7 @@ impl DataClient {
     /// An exchange for rows of `dim` values.
     #[must_use]
     pub fn rows(&self, dim: usize) -> RowExchange {
-        RowExchange { client: self.clone(), open: None, schema: Arc::new(rows_request_schema()), dim }
-    }
-
-    async fn do_exchange(&self, schema: &SchemaRef) -> Result<OpenedRows, FlightClientError> {
-        let (requests, received) = mpsc::channel::<RecordBatch>(1);
-        let stream = FlightDataEncoderBuilder::new()
-            .with_schema(schema.clone())
-            .with_flight_descriptor(Some(FlightDescriptor::new_cmd(Exchange::Rows {}.encode())))
-            .build(received.map(Ok))
-            // encoding one u32 column cannot fail; if it did, the exchange would end and the reader says so
-            .filter_map(|message: Result<FlightData, FlightError>| futures::future::ready(message.ok()));
-        let Link { location, mut client } = self.link();
-        let response = client.do_exchange(stream).await.map_err(|status| self.failed(&location, &status))?;
-        let answers = Opened { decoder: decoder(response.into_inner()), location };
-        Ok(OpenedRows { requests, answers, sent: 0 })
+        RowExchange::new(self, dim)
     }
 }
 
@@ -331,67 +368,6 @@ impl ShareStream {
             if meta.part + 1 >= meta.parts {
                 return Ok(Some((meta, share)));
             }
-        }
-    }
-}
-
-impl RowExchange {
-    /// The rows `[items, dim]` of `items`, in their order.
-    ///
-    /// # Errors
-    /// If the service refuses, stays away, or answers something else.
-    pub async fn fetch(&mut self, items: &[u32]) -> Result<Vec<f16>, FlightClientError> {
-        let mut trying = self.client.patience.trying("rows");
-        loop {
-            match self.try_fetch(items).await {
-                Ok(rows) => {
-                    trying.answered();
-                    return Ok(rows);
-                }
-                Err(error) => {
-                    self.open = None;
-                    trying.again(error).await?;
-                }
-            }
-        }
-    }
-
-    async fn try_fetch(&mut self, items: &[u32]) -> Result<Vec<f16>, FlightClientError> {
-        let column = UInt32Array::from(items.to_vec());
-        let request = RecordBatch::try_new(self.schema.clone(), vec![Arc::new(column)])
-            .map_err(|error| unexpected(error.to_string()))?;
-        self.client.settle(&mut self.open, |open| &open.answers.location).await;
-        let open = match &mut self.open {
-            Some(open) => open,
-            none => none.insert(self.client.do_exchange(&self.schema).await?),
-        };
-        let ended = |location: &Arc<str>, reason: &'static str| {
-            self.client.failed(location, &tonic::Status::unavailable(reason))
-        };
-        if open.requests.send(request).await.is_err() {
-            return Err(ended(&open.answers.location, "the row exchange has ended"));
-        }
-        let number = open.sent;
-        open.sent += 1;
-        let mut rows = Vec::with_capacity(items.len() * self.dim);
-        loop {
-            let Some((batch, metadata)) = self.client.next_batch(&mut open.answers).await? else {
-                return Err(ended(&open.answers.location, "the row exchange ended before its answer"));
-            };
-            let meta: RowsMeta =
-                serde_json::from_slice(&metadata).map_err(|error| unexpected(format!("rows metadata: {error}")))?;
-            if meta.request != number {
-                return Err(unexpected(format!("rows of request {} instead of {number}", meta.request)));
-            }
-            rows.extend_from_slice(embedding_rows(&batch, self.dim)?);
-            if meta.part + 1 >= meta.parts {
-                break;
-            }
-        }
-        if rows.len() == items.len() * self.dim {
-            Ok(rows)
-        } else {
-            Err(unexpected(format!("{} values for {} rows of {}", rows.len(), items.len(), self.dim)))
         }
     }
 }

@@ -5,8 +5,12 @@
 
 pub mod answers;
 pub mod assemble;
+pub mod bench;
 pub mod cache;
+pub mod exchange;
 pub mod flight;
+pub mod local;
+pub mod reader;
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -14,7 +18,8 @@ use std::time::{Duration, Instant};
 
 use assemble::{Layout, MicroBatch, assemble};
 use cache::RowCache;
-use flight::{DataClient, FlightClientError, RowExchange};
+use exchange::RowExchange;
+use flight::{DataClient, FlightClientError};
 use half::f16;
 use learn_domain::plan::contiguous_part;
 use learn_domain::sampling::uniform_items;
@@ -31,8 +36,6 @@ const ABORT_LOOK: Duration = Duration::from_millis(50);
 pub enum FeedError {
     #[error(transparent)]
     Flight(#[from] FlightClientError),
-    #[error(transparent)]
-    Cache(#[from] cache::CacheTooSmall),
     #[error("the data stream ended before the job did")]
     Ended,
     #[error("the generation was aborted while its data was waited for")]
@@ -88,37 +91,60 @@ impl UniformNegatives {
     }
 }
 
-/// Rows by item index, from the cache or else from the data service.
+/// Rows by item index: from the dataset's own files if this process can open them, else from the cache, else from the data
+/// service.
 pub struct RowSource {
-    /// None if there are no content embeddings to fetch.
-    exchange: Option<RowExchange>,
-    cache: RowCache,
+    client: DataClient,
+    settings: RowSettings,
+    /// None until the first rows are asked for.
+    cache: Option<RowCache>,
+    exchange: RowExchange,
+    /// Rows on their way into the cache; memory that is used again.
+    fetched: Vec<f16>,
     metrics: WorkerMetrics,
 }
 
 impl RowSource {
     #[must_use]
     pub fn new(client: &DataClient, settings: &RowSettings, metrics: WorkerMetrics) -> Self {
-        let exchange = (settings.dim > 0).then(|| client.rows(settings.dim));
-        Self { exchange, cache: RowCache::new(settings.dim, settings.cache_bytes), metrics }
+        Self {
+            client: client.clone(),
+            settings: *settings,
+            cache: None,
+            exchange: client.rows(settings.dim),
+            fetched: Vec::new(),
+            metrics,
+        }
     }
 
-    /// The rows `[items, dim]` of distinct items; what was not there stays in the cache.
+    /// The rows `[items, dim]` of distinct items; those that occur most stay in the cache.
     ///
     /// # Errors
-    /// If they do not fit into the cache or cannot be fetched.
+    /// If they cannot be fetched.
     pub async fn rows(&mut self, items: &[u32]) -> Result<Vec<f16>, FeedError> {
-        if self.exchange.is_none() {
+        let RowSettings { dim, cache_bytes, .. } = self.settings;
+        if dim == 0 {
             return Ok(Vec::new());
         }
-        let missing = self.cache.missing(items)?;
+        if let Some(rows) = mapped(&self.client, &self.metrics, items).await? {
+            return Ok(rows);
+        }
+        if self.cache.is_none() {
+            let popularity = if self.settings.must_choose() { self.client.popularity().await? } else { Vec::new() };
+            self.cache = Some(RowCache::new(dim, cache_bytes, popularity.into()));
+        }
+        let Some(cache) = &mut self.cache else { return Ok(Vec::new()) };
+        let missing = cache.missing(items);
         self.metrics.cache_hits_total.inc_by((items.len() - missing.len()) as u64);
         self.metrics.cache_misses_total.inc_by(missing.len() as u64);
+        self.fetched.resize(missing.len() * dim, f16::ZERO);
         if !missing.is_empty() {
-            let rows = self.fetch(&missing).await?;
-            self.cache.insert(&missing, &rows);
+            self.exchange.fetch_into(&missing, &mut self.fetched).await?;
+            count_rows(&self.metrics, &self.fetched);
         }
-        Ok(self.cache.gather(items))
+        let block = cache.gather(items, &self.fetched);
+        cache.keep(&missing, &self.fetched);
+        Ok(block)
     }
 
     /// Rows that pass by the cache: the catalogue, read once from end to end.
@@ -126,11 +152,28 @@ impl RowSource {
     /// # Errors
     /// If they cannot be fetched.
     pub async fn fetch(&mut self, items: &[u32]) -> Result<Vec<f16>, FeedError> {
-        let Some(exchange) = &mut self.exchange else { return Ok(Vec::new()) };
-        let rows = exchange.fetch(items).await?;
-        self.metrics.received_bytes_total.with_label_values(&["rows"]).inc_by(2 * rows.len() as u64);
+        if self.settings.dim == 0 {
+            return Ok(Vec::new());
+        }
+        if let Some(rows) = mapped(&self.client, &self.metrics, items).await? {
+            return Ok(rows);
+        }
+        let rows = self.exchange.fetch(items).await?;
+        count_rows(&self.metrics, &rows);
         Ok(rows)
     }
+}
+
+/// The rows from the dataset's own files, if this process has them.
+async fn mapped(client: &DataClient, metrics: &WorkerMetrics, items: &[u32]) -> Result<Option<Vec<f16>>, FeedError> {
+    let Some(embeddings) = client.mapped().await? else { return Ok(None) };
+    let rows = local::gather(&embeddings, items)?;
+    metrics.received_bytes_total.with_label_values(&["mapped"]).inc_by(2 * rows.len() as u64);
+    Ok(Some(rows))
+}
+
+fn count_rows(metrics: &WorkerMetrics, rows: &[f16]) {
+    metrics.received_bytes_total.with_label_values(&["rows"]).inc_by(2 * rows.len() as u64);
 }
 
 /// Shape and budget of a [`RowSource`].
@@ -139,6 +182,15 @@ pub struct RowSettings {
     /// Values of a row; 0 = there are none.
     pub dim: usize,
     pub cache_bytes: u64,
+    /// Items of the catalogue.
+    pub items: u32,
+}
+
+impl RowSettings {
+    /// The cache holds some rows, but not all.
+    fn must_choose(&self) -> bool {
+        self.cache_bytes > 0 && self.cache_bytes < u64::from(self.items) * 2 * self.dim as u64
+    }
 }
 
 /// The running feed; dropping it stops its thread after the step it is at.
@@ -223,7 +275,8 @@ async fn fetch_steps(
     metrics: WorkerMetrics,
     sender: &SyncSender<Result<PreparedStep, FeedError>>,
 ) -> Result<(), FeedError> {
-    let row_settings = RowSettings { dim: settings.dim, cache_bytes: settings.cache_bytes };
+    let row_settings =
+        RowSettings { dim: settings.dim, cache_bytes: settings.cache_bytes, items: settings.uniform.items };
     let mut source = RowSource::new(&client, &row_settings, metrics.clone());
     let FeedSettings { rank, world_size, from_step, times, .. } = settings;
     let ticket = Ticket::Batches { rank, world_size, from_step, steps: 0, times };

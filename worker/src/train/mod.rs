@@ -116,8 +116,7 @@ impl<'a> Trainer<'a> {
         }
         let handle = session.handle();
         let patience = session.control.patience();
-        let number = admission.worker.0 as usize;
-        let data = handle.block_on(DataClient::new(&admission.data_locations, number, &session.pass, patience))?;
+        let data = handle.block_on(DataClient::of(admission, &session.pass, patience))?;
         let evaluator = Evaluator::new(session, data.clone())?;
         let counted = config.objective.logq_correction || config.model.item_input == ItemInput::ContentId;
         let popularity = if counted { Some(handle.block_on(data.popularity())?) } else { None };

@@ -72,11 +72,14 @@ impl Default for JobConfig {
 pub struct DataConfig {
     /// The dataset directory: `prepare` writes it, `embed` adds the content embeddings, `train` reads it.
     pub dataset: PathBuf,
+    /// A worker that can open the dataset's files itself (same host, shared file system) maps the content embeddings instead of
+    /// having their rows sent. false: rows always come from the data servers, and pass through `cluster.row_cache`.
+    pub map_rows: bool,
 }
 
 impl Default for DataConfig {
     fn default() -> Self {
-        Self { dataset: "data/dataset".into() }
+        Self { dataset: "data/dataset".into(), map_rows: true }
     }
 }
 
