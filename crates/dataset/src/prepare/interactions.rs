@@ -77,7 +77,7 @@ impl Sink<'_> {
         let (user_numbers, (item_numbers, stamps, conversions)) = rayon::join(
             || {
                 let mut numbers = Vec::with_capacity(len);
-                user_table.numbers(user_ids, true, |number, hash| numbers.push((number, hash))).map(|()| numbers)
+                user_table.numbers(user_ids, true, |number, top| numbers.push((number, top))).map(|()| numbers)
             },
             || {
                 let mut numbers = Vec::with_capacity(len);
@@ -89,11 +89,11 @@ impl Sink<'_> {
         );
         let (user_numbers, item_numbers) = (user_numbers?, item_numbers?);
         for position in 0..len {
-            let ((user, hash), item, time) = (user_numbers[position], item_numbers[position], stamps[position]);
+            let ((user, top), item, time) = (user_numbers[position], item_numbers[position], stamps[position]);
             match (time, conversions[position]) {
                 (Some(time), Some(converted)) if user != NONE && item != NONE => {
                     self.fractions |= time.scaled;
-                    self.writer.push(hash, unsorted((user, item), time, converted))?;
+                    self.writer.push_to(top.into(), unsorted((user, item), time, converted))?;
                 }
                 _ => {
                     let label = labels.filter(|_| conversions[position].is_none()).map(|cells| cells.text(position));

@@ -1,7 +1,8 @@
 //! Ids to dense numbers, in order of first appearance.
 //!
 //! One arena of text and one open-addressing table, since a string object per user would cost more than the user.
-//! The hash is stable: it decides the order of users and which partition holds them, so it depends on the id alone.
+//! Each id has a stable hash, which decides the order of users and which partition holds them, so it depends on the id
+//! alone; it is worked out once an id. Rows are looked up by a faster hash of the table's own.
 
 use arrow_array::{Array, StringArray};
 
@@ -24,6 +25,31 @@ pub(crate) fn stable_hash(id: &str) -> u64 {
     hash ^ (hash >> 31)
 }
 
+/// A hash for the table alone: it may differ from version to version, so it takes eight bytes at a time.
+fn table_hash(id: &[u8]) -> u64 {
+    let word = |at: usize| id[at..].first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    let half = |at: usize| id[at..].first_chunk().map_or(0, |bytes| u64::from(u32::from_le_bytes(*bytes)));
+    let length = id.len();
+    let mut hash = fold(length as u64 ^ 0x9e37_79b9_7f4a_7c15, 0xe703_7ed1_a0b4_28db);
+    let last = match length {
+        8.. => {
+            for at in (0..length - 8).step_by(8) {
+                hash = fold(hash ^ word(at), 0x8ebc_6af0_9c88_c6e3);
+            }
+            word(length - 8)
+        }
+        4.. => half(0) | (half(length - 4) << 32),
+        _ => id.iter().fold(0, |word, &byte| (word << 8) | u64::from(byte)),
+    };
+    fold(hash ^ last, 0x5899_65cc_7537_4cc3)
+}
+
+/// Both halves of the product together.
+fn fold(a: u64, b: u64) -> u64 {
+    let product = u128::from(a) * u128::from(b);
+    (product as u64) ^ ((product >> 64) as u64)
+}
+
 /// The table.
 #[derive(Debug)]
 pub(crate) struct Interner {
@@ -31,14 +57,36 @@ pub(crate) struct Interner {
     text: String,
     /// End of each id in `text`.
     ends: Vec<u64>,
+    /// The stable hashes.
     hashes: Vec<u64>,
-    /// (upper half of the hash, number); a power of two in size, at most half full.
-    slots: Vec<(u32, u32)>,
+    slots: Vec<Slot>,
+}
+
+/// A place of the table; there is a power of two of them, at most half full.
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    /// Upper 24 bits of the table's hash, then the top byte of the stable hash, so that who only needs the latter of an
+    /// id that is there has it without another miss of the caches.
+    tag: u32,
+    number: u32,
+}
+
+impl Slot {
+    const FREE: Self = Self { tag: 0, number: NONE };
+
+    fn new(hash: u64, stable: u64, number: u32) -> Self {
+        Self { tag: ((hash >> 40) as u32) << 8 | (stable >> 56) as u32, number }
+    }
+
+    /// Whether it may hold an id with this hash of the table.
+    fn fits(self, hash: u64) -> bool {
+        self.tag >> 8 == (hash >> 40) as u32
+    }
 }
 
 impl Interner {
     pub(crate) fn new(what: &'static str) -> Self {
-        Self { what, text: String::new(), ends: Vec::new(), hashes: Vec::new(), slots: vec![(0, NONE); 1 << 10] }
+        Self { what, text: String::new(), ends: Vec::new(), hashes: Vec::new(), slots: vec![Slot::FREE; 1 << 10] }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -56,63 +104,76 @@ impl Interner {
         (start as usize, self.ends[number] as usize)
     }
 
+    /// The stable hash of an id.
     pub(crate) fn hash(&self, number: u32) -> u64 {
         self.hashes[number as usize]
+    }
+
+    /// The stable hashes by number.
+    pub(crate) fn hashes(&self) -> &[u64] {
+        &self.hashes
     }
 
     /// The slot that holds the id, or the free one where it belongs.
     fn slot(&self, id: &str, hash: u64) -> usize {
         let mask = self.slots.len() - 1;
-        let mut slot = hash as usize & mask;
+        let mut place = hash as usize & mask;
         loop {
-            let (tag, number) = self.slots[slot];
-            if number == NONE || (tag == (hash >> 32) as u32 && self.get(number) == id) {
-                return slot;
+            let slot = self.slots[place];
+            if slot.number == NONE || (slot.fits(hash) && self.get(slot.number) == id) {
+                return place;
             }
-            slot = (slot + 1) & mask;
+            place = (place + 1) & mask;
         }
-    }
-
-    /// The number of an id, `NONE` if it has none.
-    pub(crate) fn find(&self, id: &str) -> u32 {
-        self.slots[self.slot(id, stable_hash(id))].1
     }
 
     /// The number of an id, a new one if it has none; and whether it is new.
     pub(crate) fn intern(&mut self, id: &str) -> Result<(u32, bool), PrepareError> {
-        let hash = stable_hash(id);
-        let slot = self.slot(id, hash);
-        if self.slots[slot].1 != NONE {
-            return Ok((self.slots[slot].1, false));
+        let before = self.len();
+        let slot = self.intern_hashed(id, table_hash(id.as_bytes()))?;
+        Ok((slot.number, self.len() > before))
+    }
+
+    fn intern_hashed(&mut self, id: &str, hash: u64) -> Result<Slot, PrepareError> {
+        let place = self.slot(id, hash);
+        let found = self.slots[place];
+        if found.number != NONE {
+            return Ok(found);
         }
         let number = self.ends.len() as u32;
         if number >= LIMIT {
             return Err(PrepareError::TooMany { what: self.what, limit: u64::from(LIMIT) });
         }
-        self.slots[slot] = ((hash >> 32) as u32, number);
+        let stable = stable_hash(id);
+        let slot = Slot::new(hash, stable, number);
+        self.slots[place] = slot;
         self.text.push_str(id);
         self.ends.push(self.text.len() as u64);
-        self.hashes.push(hash);
+        self.hashes.push(stable);
         if self.ends.len() * 2 > self.slots.len() {
             self.grow();
         }
-        Ok((number, true))
+        Ok(slot)
     }
 
     fn grow(&mut self) {
         let mask = self.slots.len() * 2 - 1;
-        self.slots = vec![(0, NONE); mask + 1];
-        for (number, &hash) in self.hashes.iter().enumerate() {
-            let mut slot = hash as usize & mask;
-            while self.slots[slot].1 != NONE {
-                slot = (slot + 1) & mask;
+        let mut slots = vec![Slot::FREE; mask + 1];
+        let mut start = 0;
+        for (number, (&end, &stable)) in (0..).zip(self.ends.iter().zip(&self.hashes)) {
+            let hash = table_hash(&self.text.as_bytes()[start..end as usize]);
+            start = end as usize;
+            let mut place = hash as usize & mask;
+            while slots[place].number != NONE {
+                place = (place + 1) & mask;
             }
-            self.slots[slot] = ((hash >> 32) as u32, number as u32);
+            slots[place] = Slot::new(hash, stable, number);
         }
+        self.slots = slots;
     }
 
-    /// Calls `each` with the number and the hash of every id of a column; the number is `NONE` for an empty cell, and
-    /// for an unknown id unless `add`.
+    /// Calls `each` with the number of every id of a column and the top byte of its stable hash; the number is `NONE` for
+    /// an empty cell, and for an unknown id unless `add`.
     ///
     /// With many ids a lookup misses the processor's caches three times (slot, end, text). A loop over a block of ids
     /// per kind of miss lets the misses of different ids overlap.
@@ -120,34 +181,34 @@ impl Interner {
         &mut self,
         ids: &StringArray,
         add: bool,
-        mut each: impl FnMut(u32, u64),
+        mut each: impl FnMut(u32, u8),
     ) -> Result<(), PrepareError> {
         let id = |row| ids.is_valid(row).then(|| ids.value(row));
-        let (mut hashes, mut found, mut spans) = ([0; BLOCK], [NONE; BLOCK], [(0, 0); BLOCK]);
+        let (mut hashes, mut found, mut spans) = ([0; BLOCK], [Slot::FREE; BLOCK], [(0, 0); BLOCK]);
         for start in (0..ids.len()).step_by(BLOCK) {
             let rows = start..ids.len().min(start + BLOCK);
             for (row, hash) in rows.clone().zip(&mut hashes) {
-                *hash = id(row).map_or(0, stable_hash);
+                *hash = id(row).map_or(0, |id| table_hash(id.as_bytes()));
             }
             let mask = self.slots.len() - 1;
             for (&hash, found) in hashes.iter().zip(&mut found) {
-                let (tag, number) = self.slots[hash as usize & mask];
-                *found = if tag == (hash >> 32) as u32 { number } else { NONE };
+                let slot = self.slots[hash as usize & mask];
+                *found = if slot.fits(hash) { slot } else { Slot::FREE };
             }
-            for (&found, span) in found.iter().zip(&mut spans) {
-                *span = if found == NONE { (0, 0) } else { self.span(found) };
+            for (found, span) in found.iter().zip(&mut spans) {
+                *span = if found.number == NONE { (0, 0) } else { self.span(found.number) };
             }
             for (position, row) in rows.enumerate() {
                 let (hash, (from, to)) = (hashes[position], spans[position]);
-                let number = match id(row) {
-                    None => NONE,
-                    Some(id) if found[position] != NONE && self.text.as_bytes()[from..to] == *id.as_bytes() => {
+                let slot = match id(row) {
+                    None => Slot::FREE,
+                    Some(id) if found[position].number != NONE && self.text.as_bytes()[from..to] == *id.as_bytes() => {
                         found[position]
                     }
-                    Some(id) if add => self.intern(id)?.0,
-                    Some(id) => self.find(id),
+                    Some(id) if add => self.intern_hashed(id, hash)?,
+                    Some(id) => self.slots[self.slot(id, hash)],
                 };
-                each(number, hash);
+                each(slot.number, slot.tag as u8);
             }
         }
         Ok(())
@@ -174,22 +235,29 @@ mod tests {
                     first.push(id.clone());
                 }
                 prop_assert_eq!(&first[number as usize], id);
-                prop_assert_eq!(interner.find(id), number);
+                prop_assert_eq!(interner.intern(id).unwrap(), (number, false));
+                prop_assert_eq!(interner.hash(number), stable_hash(id));
             }
             let column: StringArray = ids.iter().map(|id| Some(id.as_str()).filter(|id| !id.is_empty())).collect();
             let mut blocks = Interner::new("users");
-            let mut numbers = Vec::new();
-            blocks.numbers(&column, true, |number, _| numbers.push(number)).unwrap();
+            let (mut numbers, mut tops) = (Vec::new(), Vec::new());
+            blocks.numbers(&column, true, |number, top| { numbers.push(number); tops.push(top) }).unwrap();
             for (id, &number) in ids.iter().zip(&numbers) {
                 let right = if id.is_empty() { number == NONE } else { blocks.get(number) == id };
                 prop_assert!(right);
             }
+            for (&number, top) in numbers.iter().zip(tops).filter(|(number, _)| **number != NONE) {
+                prop_assert_eq!(top, (blocks.hash(number) >> 56) as u8);
+            }
             let mut found = Vec::new();
             blocks.numbers(&column, false, |number, _| found.push(number)).unwrap();
             prop_assert_eq!(found, numbers);
+            let strange: StringArray = ["unknown", "", "abcdefgh", "abcdefghi"].into_iter().map(Some).collect();
+            let mut missing = Vec::new();
+            blocks.numbers(&strange, false, |number, _| missing.push(number)).unwrap();
+            prop_assert_eq!(missing, [NONE; 4]);
             prop_assert_eq!(interner.len(), first.len());
             prop_assert!(first.iter().enumerate().all(|(n, id)| interner.get(n as u32) == id));
-            prop_assert_eq!(interner.find("unknown"), NONE);
         }
     }
 

@@ -13,6 +13,7 @@ mod interner;
 mod items;
 mod label;
 mod output;
+mod partition;
 mod publish;
 mod sequences;
 mod spill;
@@ -31,10 +32,11 @@ use items::Catalogue;
 use learn_domain::config::{PrepareConfig, SplitPolicy};
 pub use output::Layout;
 use output::{Output, Written};
+use partition::Lengths;
 use publish::WorkDir;
 use serde::{Deserialize, Serialize};
 use split::Rule;
-use store::{Lengths, Measured, Store};
+use store::{Measured, Store};
 
 use crate::catalogue::Item;
 use crate::manifest::{FilterInfo, Manifest, SplitInfo, VERSION};
@@ -186,23 +188,22 @@ fn filter(
     steps: &mut Vec<FilterStep>,
     progress: &dyn Progress,
 ) -> Result<Filtered, PrepareError> {
-    let mut measure = |store: &Store, name: String| {
-        progress.stage("count", None);
-        let measured = store.measure()?;
+    let mut measure = |store: &mut Store, name: String| {
+        let measured = store.measure();
         steps.push(measured.step(name));
-        Ok::<_, PrepareError>(measured)
+        measured
     };
-    let seen = measure(store, "exact repeats".into())?;
+    let seen = measure(store, "exact repeats".into());
     if config.k_core > 1 {
         store.k_core(config.k_core, progress)?;
-        measure(store, format!("k_core {}", config.k_core))?;
+        measure(store, format!("k_core {}", config.k_core));
     }
-    store.lengths = Lengths { min: config.min_length.max(1) as usize, max: config.max_length as usize };
+    store.limit(Lengths { min: config.min_length.max(1) as usize, max: config.max_length as usize }, progress)?;
     let name = match config.max_length {
         0 => format!("min_length {}", config.min_length),
         max => format!("min_length {}, max_length {max}", config.min_length),
     };
-    let left = measure(store, name)?;
+    let left = measure(store, name);
     if left.interactions() == 0 {
         let problem = "no user is left; check the files, or lower prepare.k_core or prepare.min_length".into();
         return Err(PrepareError::Empty { problem, steps: std::mem::take(steps) });

@@ -10,10 +10,10 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::error::PrepareError;
+use super::partition::{History, Partition};
 use super::sequences::{Rows, SequenceWriter};
-use super::spill::Record;
 use super::split::Rule;
-use super::store::{Partition, Store};
+use super::store::Store;
 use crate::catalogue::{Item, UserWriter, write_items};
 use crate::files::hex;
 use crate::manifest::{Counts, FileEntry, LabelInfo};
@@ -135,23 +135,17 @@ impl Output<'_> {
         let mut divided = Divided::default();
         // `prepare` refuses more users than 32 bits number.
         let mut user = start as u32;
-        self.store.for_each_user(partition, |rank, records| {
-            let index = |record: &Record| self.item_index[record.item as usize];
-            let parts = self.rule.divide(records);
+        let mut hashed = Vec::new();
+        self.store.for_each_user(partition, |rank, history| {
+            let parts = self.rule.divide(history);
             let id = self.store.users.get(self.store.order[rank as usize]);
-            let mut digest = Sha256::new();
-            digest.update((id.len() as u64).to_le_bytes());
-            digest.update(id);
-            for record in records {
-                let mut bytes = [0; 13];
-                bytes[..4].copy_from_slice(&index(record).to_le_bytes());
-                bytes[4..12].copy_from_slice(&record.time.to_le_bytes());
-                bytes[12] = u8::from(record.converted);
-                digest.update(if self.labels.is_some() { &bytes } else { &bytes[..12] });
-            }
-            divided.digests.extend_from_slice(&digest.finalize());
+            hashed.clear();
+            hashed.extend_from_slice(&(id.len() as u64).to_le_bytes());
+            hashed.extend_from_slice(id.as_bytes());
+            self.put_hashed(history, &mut hashed);
+            divided.digests.extend_from_slice(&Sha256::digest(&hashed));
             if parts.train >= 2 {
-                divided.train.push(user, [&records[..parts.train]], index);
+                divided.train.push(user, [history.slice(0..parts.train)], self.item_index);
             }
             for (split, rows, targets) in [(0, &mut divided.valid, parts.valid), (1, &mut divided.test, parts.test)] {
                 if targets.is_empty() {
@@ -161,14 +155,25 @@ impl Output<'_> {
                     divided.without_history[split] += 1;
                     continue;
                 }
-                rows.push(user, [&records[..targets.start], &records[targets]], index);
+                rows.push(user, [history.slice(0..targets.start), history.slice(targets)], self.item_index);
             }
             divided.ranks.push(rank);
-            divided.interactions += records.len() as u64;
-            divided.conversions += records.iter().filter(|record| record.converted).count() as u64;
+            divided.interactions += history.len() as u64;
+            divided.conversions += history.labels.iter().map(|&label| u64::from(label)).sum::<u64>();
             user += 1;
         })?;
         Ok(divided)
+    }
+
+    /// What of a user's interactions the fingerprint covers.
+    fn put_hashed(&self, history: History, hashed: &mut Vec<u8>) {
+        for ((&item, &time), &label) in history.items.iter().zip(history.times).zip(history.labels) {
+            let mut bytes = [0; 13];
+            bytes[..4].copy_from_slice(&self.item_index[item as usize].to_le_bytes());
+            bytes[4..12].copy_from_slice(&time.to_le_bytes());
+            bytes[12] = label;
+            hashed.extend_from_slice(if self.labels.is_some() { &bytes } else { &bytes[..12] });
+        }
     }
 
     /// The hash of everything but the sequences.

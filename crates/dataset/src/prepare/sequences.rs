@@ -3,6 +3,7 @@
 //! A row is a user with one or two spans of interactions: the training sequence, or history and targets. A batch's columns
 //! are the user, the items of each span, the times of each span, and the labels of each span if the dataset has any.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -14,7 +15,7 @@ use arrow_schema::{ArrowError, Field, Fields};
 
 use super::error::PrepareError;
 use super::output::Layout;
-use super::spill::Record;
+use super::partition::History;
 use crate::files::HashingFile;
 use crate::ipc;
 use crate::manifest::FileEntry;
@@ -30,13 +31,14 @@ struct Spans {
 }
 
 impl Spans {
-    /// Appends the span of row `row` of another column.
-    fn append(&mut self, other: &Self, row: usize) {
-        let span = other.start(row)..other.ends[row];
-        self.items.extend_from_slice(&other.items[span.clone()]);
-        self.times.extend_from_slice(&other.times[span.clone()]);
-        self.labels.extend_from_slice(&other.labels[span]);
-        self.ends.push(self.items.len());
+    /// Appends the spans of these rows of another column.
+    fn append(&mut self, other: &Self, rows: Range<usize>) {
+        let (from, to) = (other.start(rows.start), other.start(rows.end));
+        let before = self.items.len();
+        self.items.extend_from_slice(&other.items[from..to]);
+        self.times.extend_from_slice(&other.times[from..to]);
+        self.labels.extend_from_slice(&other.labels[from..to]);
+        self.ends.extend(other.ends[rows].iter().map(|end| end - from + before));
     }
 
     fn start(&self, row: usize) -> usize {
@@ -57,13 +59,13 @@ impl<const N: usize> Default for Rows<N> {
 }
 
 impl<const N: usize> Rows<N> {
-    /// Adds a user's row; `index` is the item index of a record.
-    pub(super) fn push(&mut self, user: u32, spans: [&[Record]; N], index: impl Fn(&Record) -> u32) {
+    /// Adds a user's row; `index` is the item index by item number.
+    pub(super) fn push(&mut self, user: u32, spans: [History; N], index: &[u32]) {
         self.users.push(user);
-        for (column, records) in self.spans.iter_mut().zip(spans) {
-            column.items.extend(records.iter().map(&index));
-            column.times.extend(records.iter().map(|record| record.time));
-            column.labels.extend(records.iter().map(|record| u8::from(record.converted)));
+        for (column, span) in self.spans.iter_mut().zip(spans) {
+            column.items.extend(span.items.iter().map(|&item| index[item as usize]));
+            column.times.extend_from_slice(span.times);
+            column.labels.extend_from_slice(span.labels);
             column.ends.push(column.items.len());
         }
     }
@@ -92,19 +94,39 @@ impl<'a, const N: usize> SequenceWriter<'a, N> {
     }
 
     pub(super) fn append(&mut self, rows: &Rows<N>) -> Result<(), PrepareError> {
-        for (row, &user) in rows.users.iter().enumerate() {
-            let after = |(own, new): (&Spans, &Spans)| own.items.len() + new.ends[row] - new.start(row);
-            let longest = self.rows.spans.iter().zip(&rows.spans).map(after).max().unwrap_or(0);
-            if self.rows.users.len() >= self.layout.batch_rows || longest > self.layout.batch_items {
+        let mut row = 0;
+        while row < rows.users.len() {
+            let end = row + self.room(rows, row);
+            if end == row {
                 self.flush()?;
+                // a row that is too long for any batch has one of its own
+                self.take(rows, row..row + 1)?;
+                row += 1;
+            } else {
+                self.take(rows, row..end)?;
+                row = end;
             }
-            self.rows.users.push(user);
-            for (own, new) in self.rows.spans.iter_mut().zip(&rows.spans) {
-                own.append(new, row);
-                if i32::try_from(own.items.len()).is_err() {
-                    let limit = i32::MAX as u64;
-                    return Err(PrepareError::TooMany { what: "interactions of one user", limit });
-                }
+        }
+        Ok(())
+    }
+
+    /// How many of the rows from `start` on the batch that waits has room for.
+    fn room(&self, rows: &Rows<N>, start: usize) -> usize {
+        let room = self.layout.batch_rows.saturating_sub(self.rows.users.len());
+        let within = |(own, new): (&Spans, &Spans)| {
+            let most = (new.start(start) + self.layout.batch_items).checked_sub(own.items.len());
+            most.map_or(0, |most| new.ends[start..].partition_point(|&end| end <= most))
+        };
+        self.rows.spans.iter().zip(&rows.spans).map(within).fold(room.min(rows.users.len() - start), usize::min)
+    }
+
+    fn take(&mut self, rows: &Rows<N>, taken: Range<usize>) -> Result<(), PrepareError> {
+        self.rows.users.extend_from_slice(&rows.users[taken.clone()]);
+        for (own, new) in self.rows.spans.iter_mut().zip(&rows.spans) {
+            own.append(new, taken.clone());
+            if i32::try_from(own.items.len()).is_err() {
+                let limit = i32::MAX as u64;
+                return Err(PrepareError::TooMany { what: "interactions of one user", limit });
             }
         }
         Ok(())

@@ -5,7 +5,7 @@
 //! grow with the interactions (a single user's aside).
 
 use std::fs::{self, File};
-use std::io::{BufReader, BufWriter, Read, Write};
+use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
@@ -103,7 +103,11 @@ impl SpillWriter {
 
     /// Adds an interaction of a user with this hash.
     pub(crate) fn push(&mut self, hash: u64, record: Record) -> Result<(), PrepareError> {
-        let partition = (hash >> self.shift) as usize % FAN_OUT;
+        self.push_to((hash >> self.shift) as usize % FAN_OUT, record)
+    }
+
+    /// Adds an interaction to one of [`Self::create`]'s partitions: those of the hash's top byte.
+    pub(crate) fn push_to(&mut self, partition: usize, record: Record) -> Result<(), PrepareError> {
         self.counts[partition] += 1;
         if self.files[partition].is_none() {
             let path = self.path(partition);
@@ -150,14 +154,19 @@ pub(crate) fn divide(spilled: Vec<Spilled>, limit: u64, users: &Interner) -> Res
     Ok(parts)
 }
 
-/// All records of a partition, in order.
-pub(crate) fn read(part: &Spilled) -> Result<Vec<Record>, PrepareError> {
-    let mut records = Vec::with_capacity(part.count as usize);
-    each_record(part, |record| {
-        records.push(record);
-        Ok(())
-    })?;
-    Ok(records)
+/// The contents of a partition, for [`records`].
+pub(crate) fn bytes(part: &Spilled) -> Result<Vec<u8>, PrepareError> {
+    let bytes = fs::read(&part.path).map_err(PrepareError::io(&part.path))?;
+    if bytes.len() as u64 != part.count * RECORD as u64 {
+        let source = io::Error::other("it was changed by somebody else; run `prepare` again");
+        return Err(PrepareError::Io { path: part.path.clone(), source });
+    }
+    Ok(bytes)
+}
+
+/// The records in the bytes of a partition, in order.
+pub(crate) fn records(bytes: &[u8]) -> impl Iterator<Item = Record> {
+    bytes.as_chunks().0.iter().map(Record::from_bytes)
 }
 
 fn each_record(part: &Spilled, mut each: impl FnMut(Record) -> Result<(), PrepareError>) -> Result<(), PrepareError> {
@@ -168,18 +177,6 @@ fn each_record(part: &Spilled, mut each: impl FnMut(Record) -> Result<(), Prepar
         file.read_exact(&mut bytes).map_err(failed())?;
         each(Record::from_bytes(&bytes))?;
     }
-    Ok(())
-}
-
-/// Replaces the records of a partition.
-pub(crate) fn write(part: &mut Spilled, records: &[Record]) -> Result<(), PrepareError> {
-    let write = || {
-        let mut file = BufWriter::with_capacity(BUFFER, File::create(&part.path)?);
-        records.iter().try_for_each(|record| file.write_all(&record.bytes()))?;
-        file.flush()
-    };
-    write().map_err(PrepareError::io(&part.path))?;
-    part.count = records.len() as u64;
     Ok(())
 }
 
@@ -198,7 +195,8 @@ mod tests {
             writer.push(users.hash(user), Record { user, item: at as u32, time: -at, converted: at % 5 == 0 }).unwrap();
         }
         let whole = writer.finish().unwrap();
-        let contents = |parts: &[Spilled]| parts.iter().flat_map(|part| read(part).unwrap()).collect::<Vec<_>>();
+        let read = |part: &Spilled| records(&bytes(part).unwrap()).collect::<Vec<_>>();
+        let contents = |parts: &[Spilled]| parts.iter().flat_map(read).collect::<Vec<_>>();
         let by_user = |mut records: Vec<Record>| {
             records.sort_by_key(|record| (users.hash(record.user), record.item));
             records
@@ -207,7 +205,7 @@ mod tests {
         let parts = divide(whole, 20, &users).unwrap();
         assert!(parts.windows(2).all(|pair| pair[0].hashes.end() < pair[1].hashes.start()));
         for part in &parts {
-            let records = read(part).unwrap();
+            let records = read(part);
             let mut names: Vec<u32> = records.iter().map(|record| record.user).collect();
             names.sort_unstable();
             names.dedup();

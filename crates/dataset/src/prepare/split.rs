@@ -14,7 +14,7 @@ use learn_domain::config::SplitPolicy;
 use rayon::prelude::*;
 
 use super::error::PrepareError;
-use super::spill::Record;
+use super::partition::History;
 use super::store::Store;
 use crate::manifest::ByTime;
 use crate::progress::Progress;
@@ -48,16 +48,16 @@ impl Rule {
     }
 
     /// Divides one user's interactions, which are in order of time.
-    pub(crate) fn divide(&self, records: &[Record]) -> Parts {
-        let n = records.len();
+    pub(crate) fn divide(&self, history: History) -> Parts {
+        let n = history.len();
         match self {
             Self::LeaveOneOut => {
                 let (valid, test) = (n.saturating_sub(2), n.saturating_sub(1));
                 Parts { train: valid, valid: valid..test, test: test..n }
             }
             Self::ByTime(by_time) => {
-                let valid = records.partition_point(|record| record.time < by_time.valid_from);
-                let test = records.partition_point(|record| record.time < by_time.test_from);
+                let valid = history.times.partition_point(|&time| time < by_time.valid_from);
+                let test = history.times.partition_point(|&time| time < by_time.test_from);
                 Parts { train: valid, valid: valid..test, test: test..n }
             }
         }
@@ -91,9 +91,9 @@ fn time_at(store: &Store, mut place: u64, progress: &dyn Progress) -> Result<i64
             .try_fold(Vec::new, |mut counts, partition| {
                 counts.resize(BUCKETS as usize, 0_u64);
                 let mut seen = 0;
-                store.for_each_user(partition, |_, records| {
-                    seen += records.len() as u64;
-                    for time in records.iter().map(|record| i128::from(record.time)) {
+                store.for_each_user(partition, |_, history| {
+                    seen += history.len() as u64;
+                    for time in history.times.iter().map(|&time| i128::from(time)) {
                         if (low..=high).contains(&time) {
                             counts[((time - low) / width) as usize] += 1;
                         }
@@ -124,23 +124,24 @@ fn time_at(store: &Store, mut place: u64, progress: &dyn Progress) -> Result<i64
 mod tests {
     use super::*;
 
-    fn records(times: &[i64]) -> Vec<Record> {
-        times.iter().map(|&time| Record { user: 0, item: 0, time, converted: false }).collect()
+    fn divide(rule: &Rule, times: &[i64]) -> Parts {
+        let (items, labels) = (vec![0; times.len()], vec![0; times.len()]);
+        rule.divide(History { items: &items, times, labels: &labels })
     }
 
     #[test]
     fn leave_one_out_holds_out_the_last_two() {
-        let parts = Rule::LeaveOneOut.divide(&records(&[1, 2, 3, 3, 3]));
+        let parts = divide(&Rule::LeaveOneOut, &[1, 2, 3, 3, 3]);
         assert_eq!(parts, Parts { train: 3, valid: 3..4, test: 4..5 });
-        let shortest = Rule::LeaveOneOut.divide(&records(&[1, 2, 3]));
+        let shortest = divide(&Rule::LeaveOneOut, &[1, 2, 3]);
         assert_eq!(shortest, Parts { train: 1, valid: 1..2, test: 2..3 });
     }
 
     #[test]
     fn by_time_never_divides_equal_times() {
         let rule = Rule::ByTime(ByTime { valid_share: 0.1, test_share: 0.1, valid_from: 10, test_from: 20 });
-        assert_eq!(rule.divide(&records(&[1, 9, 10, 10, 20, 20])), Parts { train: 2, valid: 2..4, test: 4..6 });
-        assert_eq!(rule.divide(&records(&[25])), Parts { train: 0, valid: 0..0, test: 0..1 });
-        assert_eq!(rule.divide(&records(&[3])), Parts { train: 1, valid: 1..1, test: 1..1 });
+        assert_eq!(divide(&rule, &[1, 9, 10, 10, 20, 20]), Parts { train: 2, valid: 2..4, test: 4..6 });
+        assert_eq!(divide(&rule, &[25]), Parts { train: 0, valid: 0..0, test: 0..1 });
+        assert_eq!(divide(&rule, &[3]), Parts { train: 1, valid: 1..1, test: 1..1 });
     }
 }
