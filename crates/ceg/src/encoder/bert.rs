@@ -1,11 +1,16 @@
 //! BERT-family encoders: word, position and token-type embeddings are added and normalised; the layers are the ones of
 //! `learn-model`, attending to all tokens of the same text.
 //!
-//! Input: padded token ids `[B, L]`. Output: last hidden states `[B, L, D]` in f32. With bf16 or f16 the layers' matrix
-//! products have that kind, while embeddings, layer norms and softmax statistics stay f32.
+//! Input: on a GPU padded token ids `[B, L]`, on the CPU packed ones `[T]`, since there a padded token costs as much as any
+//! other. Output: last hidden states, `[B, L, D]` or `[T, D]`, in f32. With bf16 or f16 the layers' matrix products have that
+//! kind, while embeddings, layer norms and softmax statistics stay f32.
+
+mod packed;
 
 use learn_domain::config::Precision;
+use learn_domain::packing::Run;
 use learn_model::bert::{self, Attention, LayerForward, LayerWeights};
+use packed::PackedLayers;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
@@ -144,8 +149,10 @@ impl BertShape {
 /// A BERT, RoBERTa or XLM-RoBERTa.
 pub(super) struct Bert {
     shape: BertShape,
+    /// All, or those that [`Self::packed`] has not taken.
     weights: Weights,
     precision: Precision,
+    packed: Option<PackedLayers>,
 }
 
 impl Bert {
@@ -156,13 +163,26 @@ impl Bert {
         device: Device,
     ) -> Result<Self, EncoderError> {
         let weights = Weights::load(files, &PREFIXES, shape.wanted(precision), device)?;
-        Ok(Self { shape, weights, precision })
+        Ok(Self { shape, weights, precision, packed: None })
     }
 
-    /// Last hidden states `[B, L, D]`.
+    /// Makes it one that takes packed texts.
+    pub(super) fn pack(mut self) -> Result<Self, EncoderError> {
+        let BertShape { layers, heads, epsilon, .. } = self.shape;
+        self.packed = Some(PackedLayers::take(&mut self.weights, layers, heads, epsilon)?);
+        Ok(self)
+    }
+
+    /// Whether it takes packed texts; else padded ones.
+    pub(super) fn packs(&self) -> bool {
+        self.packed.is_some()
+    }
+
+    /// Last hidden states `[B, L, D]` of padded texts.
     pub(super) fn hidden(&self, batch: &Batch) -> Result<Tensor, EncoderError> {
-        let mut hidden = self.embed(&batch.ids)?;
         let (count, length) = batch.ids.size2()?;
+        let positions = self.positions()?.f_narrow(0, 0, length)?;
+        let mut hidden = self.embed(&batch.ids, &positions)?;
         let attending = batch.present.f_view([count, 1, 1, length])?;
         let forward = LayerForward {
             heads: self.shape.heads as i64,
@@ -178,14 +198,25 @@ impl Bert {
         Ok(hidden)
     }
 
-    /// Word + position + token-type embeddings, normalised: ids `[B, L]` to `[B, L, D]`. Texts start at the left.
-    fn embed(&self, ids: &Tensor) -> Result<Tensor, EncoderError> {
+    /// Last hidden states `[T, D]` of packed texts, if it takes those: ids `[T]`, the place of each token in its text `[T]`.
+    pub(super) fn packed_hidden(&self, ids: &Tensor, places: &Tensor, runs: &[Run]) -> Result<Tensor, EncoderError> {
+        let layers = self.packed.as_ref().ok_or_else(|| EncoderError::NoTensor("of packed layers".into()))?;
+        let positions = self.positions()?.f_index_select(0, places)?;
+        layers.forward(self.embed(ids, &positions)?, runs)
+    }
+
+    /// What the places in a text add, by place: `[places, D]`.
+    fn positions(&self) -> Result<Tensor, EncoderError> {
+        let table = self.weights.get("embeddings.position_embeddings.weight")?;
+        Ok(table.f_narrow(0, self.shape.first_position as i64, self.shape.longest() as i64)?)
+    }
+
+    /// Word + position + token-type embeddings, normalised: ids `[..]` and what their places add to `[.., D]`.
+    fn embed(&self, ids: &Tensor, positions: &Tensor) -> Result<Tensor, EncoderError> {
         let table = |name: &str| self.weights.get(&format!("embeddings.{name}_embeddings.weight"));
         let words = Tensor::f_embedding(table("word")?, ids, -1, false, false)?;
-        let length = ids.size2()?.1;
-        let positions = table("position")?.f_narrow(0, self.shape.first_position as i64, length)?;
         let kind_of_text = table("token_type")?.f_narrow(0, 0, 1)?;
-        let sum = words.f_add(&kind_of_text)?.f_add(&positions)?;
+        let sum = words.f_add(&kind_of_text)?.f_add(positions)?;
         let (scale, shift) =
             (self.weights.get("embeddings.LayerNorm.weight")?, self.weights.get("embeddings.LayerNorm.bias")?);
         Ok(sum.f_layer_norm(scale.size(), Some(scale), Some(shift), self.shape.epsilon, true)?)

@@ -3,9 +3,10 @@
 //! Input: texts. Output: the mean over a text's tokens (special tokens included, as sentence-transformers does) of the
 //! last hidden state, at unit length, in f32. With bf16 or f16 the matrix products have that kind, while norms, softmax
 //! statistics, the residual stream and pooling stay f32. Invariant: texts start at the left and padding changes no
-//! vector: decoders cannot see it, encoders mask it, and the mean leaves it out.
+//! vector: decoders cannot see it, encoders mask it, and the mean leaves it out. BERT-family encoders on the CPU have none.
 
 use learn_domain::config::Precision;
+use learn_domain::packing::Run;
 use tch::{Device, Kind, Tensor};
 
 use super::bert::Bert;
@@ -13,14 +14,14 @@ use super::decoder::Decoder;
 use super::directory::Architecture;
 use super::tokens::TextTokens;
 use super::{EncoderError, ModelDirectory, TextEncoder};
-use crate::batch;
+use crate::batch::{self, Layout};
 
 /// How an encoder runs.
 #[derive(Clone, Copy, Debug)]
 pub struct EncoderSettings {
     /// Longest text in tokens; the model's own limits may be shorter.
     pub max_tokens: usize,
-    /// Most tokens of one forward pass, padding included.
+    /// Most tokens of one forward pass, padding included where there is any.
     pub batch_tokens: usize,
     pub precision: Precision,
 }
@@ -80,7 +81,11 @@ impl LocalEncoder {
         let tokens = TextTokens::load(&model, settings.longest(&model))?;
         let (name, dim) = (model.name(), model.dim());
         let loaded = match model.architecture {
-            Architecture::Bert(shape) => Model::Bert(Bert::load(shape, &model.weights, settings.precision, device)?),
+            Architecture::Bert(shape) => {
+                let model = Bert::load(shape, &model.weights, settings.precision, device)?;
+                // a GPU's threads would be idle in small blocks; on the CPU a padded token costs as much as any other
+                Model::Bert(if device == Device::Cpu { model.pack()? } else { model })
+            }
             Architecture::Decoder(shape) => {
                 Model::Decoder(Decoder::load(shape, &model.weights, settings.precision, device)?)
             }
@@ -111,12 +116,49 @@ impl LocalEncoder {
         Ok(hidden.f_to_kind(Kind::Float)?)
     }
 
-    /// Vectors of one batch, `[B, D]` f32.
-    fn vectors(&self, texts: &[&[u32]]) -> Result<Tensor, EncoderError> {
+    /// The model, if it takes packed texts.
+    fn packs(&self) -> Option<&Bert> {
+        match &self.model {
+            Model::Bert(model) => Some(model).filter(|model| model.packs()),
+            Model::Decoder(_) => None,
+        }
+    }
+
+    /// Sums over the tokens of each text's last hidden states, `[B, D]` f32.
+    fn padded_sums(&self, texts: &[&[u32]]) -> Result<Tensor, EncoderError> {
         let batch = self.batch(texts)?;
         let padding = batch.present.f_logical_not()?.f_unsqueeze(-1)?;
         let kept = self.hidden(&batch)?.f_masked_fill(&padding, 0.0)?;
-        let sum = kept.f_sum_dim_intlist([1_i64].as_slice(), false, None::<Kind>)?;
+        Ok(kept.f_sum_dim_intlist([1_i64].as_slice(), false, None::<Kind>)?)
+    }
+
+    /// The same of texts in order of their lengths, without padding.
+    fn packed_sums(&self, model: &Bert, texts: &[&[u32]]) -> Result<Tensor, EncoderError> {
+        let ids: Vec<i64> = texts.iter().flat_map(|text| text.iter().map(|&id| i64::from(id))).collect();
+        let places: Vec<i64> = texts.iter().flat_map(|text| 0..text.len() as i64).collect();
+        let runs: Vec<Run> = texts
+            .chunk_by(|a, b| a.len() == b.len())
+            .map(|texts| Run { count: texts.len(), length: texts[0].len() })
+            .collect();
+        let tokens = [ids.len() as i64];
+        let ids = learn_torch::from_host(&ids, &tokens, self.device)?;
+        let places = learn_torch::from_host(&places, &tokens, self.device)?;
+        let hidden = model.packed_hidden(&ids, &places, &runs)?;
+        let sizes: Vec<i64> = runs.iter().map(|run| run.tokens() as i64).collect();
+        let sum = |(block, run): (&Tensor, &Run)| {
+            let block = block.f_view([run.count as i64, run.length as i64, -1])?;
+            block.f_sum_dim_intlist([1_i64].as_slice(), false, None::<Kind>)
+        };
+        let blocks = hidden.f_split_with_sizes(sizes.as_slice(), 0)?;
+        Ok(Tensor::f_cat(&blocks.iter().zip(&runs).map(sum).collect::<Result<Vec<_>, _>>()?, 0)?)
+    }
+
+    /// Vectors of one batch, `[B, D]` f32.
+    fn vectors(&self, texts: &[&[u32]]) -> Result<Tensor, EncoderError> {
+        let sum = match self.packs() {
+            Some(model) => self.packed_sums(model, texts)?,
+            None => self.padded_sums(texts)?,
+        };
         // The direction of the mean is that of the sum.
         let norm = sum.f_norm_scalaropt_dim(2.0, [-1_i64].as_slice(), true)?;
         Ok(sum.f_div(&norm.f_clamp_min(f64::MIN_POSITIVE)?)?)
@@ -141,7 +183,8 @@ impl TextEncoder for LocalEncoder {
         let lengths: Vec<usize> = tokens.iter().map(Vec::len).collect();
         let dim = self.dim;
         let mut rows = vec![0.0; texts.len() * dim];
-        for batch in batch::by_length(&lengths, self.batch_tokens) {
+        let layout = if self.packs().is_some() { Layout::Packed } else { Layout::Padded };
+        for batch in batch::by_length(&lengths, self.batch_tokens, layout) {
             let part: Vec<&[u32]> = batch.iter().map(|&text| tokens[text].as_slice()).collect();
             let vectors: Vec<f32> = learn_torch::to_host(&tch::no_grad(|| self.vectors(&part))?)?;
             for (&text, vector) in batch.iter().zip(vectors.chunks_exact(dim)) {

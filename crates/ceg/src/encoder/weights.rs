@@ -167,6 +167,11 @@ impl Weights {
     pub(super) fn find(&self, name: &str) -> Option<&Tensor> {
         self.tensors.get(name)
     }
+
+    /// Takes a tensor out.
+    pub(super) fn take(&mut self, name: &str) -> Result<Tensor, EncoderError> {
+        self.tensors.remove(name).ok_or_else(|| EncoderError::NoTensor(name.to_owned()))
+    }
 }
 
 #[cfg(test)]

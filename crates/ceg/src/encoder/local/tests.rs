@@ -1,4 +1,5 @@
-//! Token ids and last hidden states of every decoder family against Hugging Face transformers.
+//! Token ids and last hidden states of every decoder family against Hugging Face transformers; packed texts against padded
+//! ones.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,10 @@ use super::*;
 
 const DECODERS: [&str; 5] = ["tiny-llama", "tiny-mistral", "tiny-qwen2", "tiny-qwen3", "tiny-baichuan"];
 
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
 struct Golden {
     encoder: LocalEncoder,
     texts: Vec<String>,
@@ -17,7 +22,7 @@ struct Golden {
 
 impl Golden {
     fn open(name: &str, device: Device) -> Self {
-        let folder: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+        let folder = folder(name);
         let settings = EncoderSettings { max_tokens: 512, batch_tokens: 4096, precision: Precision::F32 };
         Self {
             encoder: LocalEncoder::load(ModelDirectory::open(&folder).unwrap(), settings, device).unwrap(),
@@ -51,6 +56,22 @@ impl Golden {
         }
         let together = self.difference(&all);
         assert!(together < 1e-4, "{name}, all texts in one batch: {together}");
+    }
+}
+
+#[test]
+fn packed_and_padded_texts_have_the_same_vectors() {
+    for name in ["tiny-bert", "tiny-roberta"] {
+        let Golden { mut encoder, texts, .. } = Golden::open(name, Device::Cpu);
+        assert!(encoder.packs().is_some(), "{name}: packed on the CPU");
+        let packed = encoder.encode(&texts, &mut |_| ()).unwrap();
+        let model = ModelDirectory::open(&folder(name)).unwrap();
+        let Architecture::Bert(shape) = model.architecture else { panic!("{name} is of the BERT family") };
+        encoder.model = Model::Bert(Bert::load(shape, &model.weights, Precision::F32, Device::Cpu).unwrap());
+        assert!(encoder.packs().is_none());
+        let padded = encoder.encode(&texts, &mut |_| ()).unwrap();
+        let difference = packed.iter().zip(&padded).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(packed.len() == padded.len() && difference < 1e-5, "{name}: {difference}");
     }
 }
 
