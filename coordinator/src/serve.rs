@@ -1,8 +1,8 @@
 //! From settings to listening sockets, and from there to the end of the job.
 
-use std::hash::{BuildHasher as _, RandomState};
 use std::fs::{File, TryLockError};
 use std::future::Future;
+use std::hash::{BuildHasher as _, RandomState};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -4,7 +4,7 @@
 
 #![allow(
     unsafe_code,
-    reason = "prctl, kill, poll, sigaction, statvfs, getrlimit and setrlimit have no safe form in std"
+    reason = "prctl, kill, poll, sigaction, statvfs, getrlimit, setrlimit and wait4 have no safe form in std"
 )]
 
 use std::ffi::CString;
@@ -12,8 +12,9 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt as _;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, ExitStatus};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use learn_telemetry::host::name as host_name;
@@ -92,6 +93,37 @@ pub fn end(pid: u32, how: End) {
         // SAFETY: kill takes plain integers; the pid is positive, so exactly one process is meant.
         unsafe { libc::kill(pid, signal) };
     }
+}
+
+/// What a process and those that it waited for have used.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Used {
+    pub processor_seconds: f64,
+    /// Of the largest of them.
+    pub peak_memory_bytes: u64,
+}
+
+/// Waits for a child, which nobody else may wait for.
+///
+/// # Errors
+/// It is none any more.
+pub fn wait(child: &Child) -> io::Result<(ExitStatus, Used)> {
+    let pid = libc::pid_t::try_from(child.id()).map_err(io::Error::other)?;
+    let (mut status, mut used) = (0, MaybeUninit::<libc::rusage>::zeroed());
+    // SAFETY: both places are valid for as long as the call takes; an all-zero rusage is a valid one.
+    let used = unsafe {
+        while libc::wait4(pid, &raw mut status, 0, used.as_mut_ptr()) != pid {
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+        used.assume_init()
+    };
+    let seconds = |time: libc::timeval| time.tv_sec as f64 + 1e-6 * time.tv_usec as f64;
+    let processor_seconds = seconds(used.ru_utime) + seconds(used.ru_stime);
+    let peak_memory_bytes = 1024 * u64::try_from(used.ru_maxrss).unwrap_or_default();
+    Ok((ExitStatus::from_raw(status), Used { processor_seconds, peak_memory_bytes }))
 }
 
 /// Returns when the terminal that is stdin has gone; whoever reads from it then waits for keys for ever.

@@ -65,7 +65,8 @@ struct Shared {
 /// The listener failed.
 pub async fn serve(listener: TcpListener, parts: Parts, stop: impl Future<Output = ()> + Send) -> io::Result<()> {
     let Parts { job, access, exposition, origin, directory, config, follower } = parts;
-    let machines = origin.sign(learn_telemetry::router(exposition)).merge(sd::router(job.clone(), directory.clone(), origin));
+    let machines =
+        origin.sign(learn_telemetry::router(exposition)).merge(sd::router(job.clone(), directory.clone(), origin));
     let (snapshots, board) = (Snapshots::new(job.clone()), follower.board());
     let shared = Shared { job, access, snapshots, directory, board, config: Arc::new(config) };
     let served = serve_within(listener, router(shared).merge(machines), Limits::default(), stop);

@@ -64,7 +64,8 @@ mod tests {
             for batch in &batches {
                 let longest = batch.iter().map(|&text| lengths[text]).max().unwrap();
                 let tokens = batch.iter().map(|&text| lengths[text]).sum::<usize>();
-                prop_assert!(batch.len() == 1 || if padded { longest * batch.len() } else { tokens } <= budget);
+                let size = if padded { longest * batch.len() } else { tokens };
+                prop_assert!(batch.len() == 1 || size <= budget);
             }
             for pair in batches.windows(2) {
                 let next = pair[1].iter().map(|&text| lengths[text]).max().unwrap();

@@ -12,10 +12,10 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use learn_domain::ids::WorkerId;
-use ratatui::DefaultTerminal;
 use crossterm::event::{self, Event};
 use crossterm::terminal;
+use learn_domain::ids::WorkerId;
+use ratatui::DefaultTerminal;
 
 use super::draw::{self, LEAST, Look};
 use super::gauges::{self, Gauges};

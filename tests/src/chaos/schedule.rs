@@ -109,11 +109,7 @@ impl fmt::Display for Fault {
         }
         match self.kind {
             Kind::Scale => write!(f, " to {}", self.workers),
-            Kind::PauseShort
-            | Kind::PauseLong
-            | Kind::PauseCoordinator
-            | Kind::SlowNetwork
-            | Kind::StallNetwork => {
+            Kind::PauseShort | Kind::PauseLong | Kind::PauseCoordinator | Kind::SlowNetwork | Kind::StallNetwork => {
                 write!(f, ", {:.1} s", self.lasts.as_secs_f64())
             }
             _ => Ok(()),

@@ -5,6 +5,7 @@
 //! hardware; one file per part.
 
 mod collective;
+mod data;
 mod loss;
 mod machine;
 mod memory;
@@ -25,7 +26,7 @@ use crate::{process, quickstart, setup};
 
 const HELP: &str = "\
 Examples:
-  cargo xtask bench                     # all parts; about half an hour on two cores
+  cargo xtask bench                     # all parts; about an hour on two cores
   cargo xtask bench step --rounds 3
   cargo xtask bench step --device cuda --batch 1024
   cargo xtask bench --tables            # measure nothing, write the page from the results that are there
@@ -78,6 +79,14 @@ enum Part {
     Checkpoint,
     /// Memory and start of a worker
     Memory,
+    /// Content embedding rows over Arrow Flight beside pyarrow's C++
+    Flight,
+    /// Bytes that a worker receives
+    Wire,
+    /// `prepare` beside Polars
+    Prepare,
+    /// `embed` beside sentence-transformers
+    Embed,
 }
 
 /// Where things are for a measurement.
@@ -131,6 +140,10 @@ impl Bench<'_> {
             Part::Loss => loss::run(self),
             Part::Collective => collective::run(self),
             Part::Memory => memory::run(self),
+            Part::Flight => data::flight(self),
+            Part::Wire => data::wire(self),
+            Part::Prepare => data::prepare(self),
+            Part::Embed => data::embed(self),
         }
     }
 

@@ -9,7 +9,14 @@ use crate::python::Python;
 use crate::workspace::Workspace;
 
 /// What is compared with, and what that needs.
-const PACKAGES: [(&str, &str); 2] = [("torch", "2.11.0"), ("transformers", "4.57.1")];
+const PACKAGES: [(&str, &str); 6] = [
+    ("torch", "2.11.0"),
+    ("transformers", "4.57.1"),
+    ("numpy", "2.4.6"),
+    ("pyarrow", "26.0.1"),
+    ("polars", "2.1.0"),
+    ("sentence-transformers", "5.7.0"),
+];
 
 /// Brings what is not there, and answers the interpreter.
 ///

@@ -236,7 +236,9 @@ impl Partition {
             if !alive {
                 continue;
             }
-            (items.clear(), times.clear(), labels.clear());
+            items.clear();
+            times.clear();
+            labels.clear();
             for (item, time) in own_items.as_chunks::<ITEM>().0.iter().zip(own_times.as_chunks::<TIME>().0) {
                 let item = u32::from_le_bytes(*item);
                 let number = item & !CONVERTED;
