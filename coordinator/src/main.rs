@@ -76,11 +76,11 @@ struct BenchFlight {
     #[arg(long, value_name = "DIR")]
     dataset: Option<PathBuf>,
     /// Items of a dataset that is made
-    #[arg(long, value_name = "N", default_value_t = 32768)]
+    #[arg(long, value_name = "N", default_value_t = 32768, value_parser = positive())]
     items: u32,
     /// Values of its rows
-    #[arg(long, value_name = "N", default_value_t = 4096)]
-    dim: usize,
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = positive())]
+    dim: u32,
     /// Clients at once, each with a connection of its own
     #[arg(long, value_name = "N", default_value_t = 1)]
     streams: usize,
@@ -101,19 +101,19 @@ struct BenchWire {
     #[arg(long, value_name = "DIR")]
     dataset: Option<PathBuf>,
     /// Items that a dataset that is made draws from
-    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    #[arg(long, value_name = "N", default_value_t = 100_000, value_parser = positive())]
     items: u32,
     /// Its users; half of them have at most 7 interactions, 1 % 40 or more
-    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    #[arg(long, value_name = "N", default_value_t = 100_000, value_parser = positive())]
     users: u32,
     /// Its items are drawn with the weights 1, 1/2^S, 1/3^S, …
     #[arg(long, value_name = "S", default_value_t = 1.0)]
     skew: f64,
     /// Values of a row
-    #[arg(long, value_name = "N", default_value_t = 1024)]
-    dim: usize,
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = positive())]
+    dim: u32,
     /// Users of a step
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = positive())]
     batch: u32,
     /// Share of the catalogue that the cache holds
     #[arg(long, value_name = "SHARE", default_value_t = 0.1)]
@@ -122,17 +122,25 @@ struct BenchWire {
     #[arg(long, value_name = "N", default_value_t = 1000)]
     warm: u64,
     /// Steps that count
-    #[arg(long, value_name = "N", default_value_t = 1000)]
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
     /// The result as JSON
     #[arg(long)]
     json: bool,
 }
 
+/// A count of at least one.
+fn positive() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..)
+}
+
 impl BenchWire {
     fn dataset(&self) -> BenchDataset {
         let BenchWire { users, items, skew, dim, .. } = *self;
-        BenchDataset { dir: self.dataset.clone(), shape: Shape { users, items, skew, lengths: Lengths::Shop, dim } }
+        BenchDataset {
+            dir: self.dataset.clone(),
+            shape: Shape { users, items, skew, lengths: Lengths::Shop, dim: dim as usize },
+        }
     }
 
     fn client(&self) -> Client {
@@ -148,7 +156,7 @@ impl BenchFlight {
             items: self.items,
             skew: 0.0,
             lengths: Lengths::All(20),
-            dim: self.dim,
+            dim: self.dim as usize,
         };
         BenchDataset { dir: self.dataset.clone(), shape }
     }

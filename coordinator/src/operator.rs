@@ -35,7 +35,6 @@ impl Operator for OperatorService {
     async fn stop(&self, _request: Request<StopRequest>) -> Result<Response<StopResponse>, Status> {
         timed(&self.metrics, "stop", async {
             self.job.ask(|reply| Command::Stop(Asked::ByCall, reply)).await?;
-            tracing::info!("an operator has asked the job to stop");
             Ok(StopResponse {})
         })
         .await

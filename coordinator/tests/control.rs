@@ -274,6 +274,7 @@ async fn workers_are_wanted_and_dismissed_by_whoever_knows_the_secret() {
     assert_eq!(running.http_with("POST /api/v1/scale", "Authorization: Bearer another\r\n", three).await.0, 401);
     assert_eq!(control.join(join_request("c")).await.unwrap_err().code(), Code::ResourceExhausted);
     assert_eq!(running.http_with("POST /api/v1/scale", &secret(), r#"{"workers": -1}"#).await.0, 422);
+    assert_eq!(running.http_with("POST /api/v1/scale", &secret(), r#"{"workers": 0}"#).await.0, 422);
     let (code, body) = running.http_with("POST /api/v1/scale", &secret(), three).await;
     assert_eq!((code, serde_json::from_str(&body).ok()), (202, Some(serde_json::json!({"wanted_workers": 3}))));
     let third = enter(&mut control, "c").await;

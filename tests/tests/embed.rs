@@ -103,3 +103,45 @@ fn a_stop_while_the_shards_become_embeddings_leaves_the_dataset_as_it_was() {
     succeeds(&again);
     assert_eq!(embeddings(&site)["raw"]["fingerprint"], before["fingerprint"]);
 }
+
+#[test]
+fn prepare_and_embed_are_measured_on_the_files_of_a_configuration_and_nothing_stays() {
+    let site = Site::raw(SMALL);
+    let before = fs::read_dir(site.path(".")).unwrap().count();
+    let measured = |part: &str| -> Value {
+        let output = site.launch(&["bench", part, "job.toml", "--folder", ".", "--json"]);
+        succeeds(&output);
+        serde_json::from_slice(&output.stdout).expect("it prints JSON")
+    };
+    let rows = fs::read_to_string(site.path("interactions.csv")).unwrap().lines().count() - 1;
+    for (part, count) in [("prepare", rows), ("embed", SMALL.items)] {
+        let figures = measured(part);
+        assert_eq!((&figures["part"], &figures["count"]), (&part.into(), &count.into()), "{figures}");
+        let positive = |name: &str| figures[name].as_f64().unwrap() > 0.0;
+        assert!(
+            ["seconds", "per_second", "processor_seconds", "peak_memory_bytes"].into_iter().all(positive),
+            "{figures}"
+        );
+    }
+    let none = site.launch(&["bench", "prepare", "job.toml", "--set", "prepare.interactions.files=[\"none.csv\"]"]);
+    assert!(!none.status.success() && text(&none).contains("none.csv"), "{}", text(&none));
+    assert_eq!(fs::read_dir(site.path(".")).unwrap().count(), before);
+}
+
+#[test]
+fn the_data_path_is_measured_with_the_programs_of_a_job() {
+    let site = Site::raw(SMALL);
+    let measured = |arguments: &[&str]| -> Value {
+        let output = site.launch(arguments);
+        succeeds(&output);
+        serde_json::from_slice(&output.stdout).expect("it prints JSON")
+    };
+    let made = ["--items", "400", "--dim", "16", "--json"];
+    let flight = ["bench", "flight", "--streams", "2", "--rows", "32", "--seconds", "0.2"];
+    let flight = measured(&[&flight[..], &made].concat());
+    assert!(flight["gigabytes_per_second"].as_f64().unwrap() > 0.0, "{flight}");
+    let wire = ["bench", "wire", "--users", "300", "--batch", "16", "--warm", "20", "--steps", "40"];
+    let wire = measured(&[&wire[..], &made].concat());
+    let (share, hits) = (wire["over_positions"].as_f64().unwrap(), wire["hit_share"].as_f64().unwrap());
+    assert!(share > 0.0 && hits > 0.0 && hits < 1.0, "{wire}");
+}

@@ -109,12 +109,12 @@ fn row(item: u64, dim: usize) -> impl Iterator<Item = f16> {
     (0..dim).map(move |_| f16::from_f64((2.0 * draws.unit() - 1.0) * scale))
 }
 
-/// Makes it in `out`, which must not exist.
+/// Makes it in `out`, which must not exist; `scratch` is for what is not kept.
 ///
 /// # Errors
 /// If it cannot be written.
-pub fn make(shape: &Shape, out: &Path) -> Result<Dataset, MakingError> {
-    let input = out.with_extension("csv");
+pub fn make(shape: &Shape, out: &Path, scratch: &Path) -> Result<Dataset, MakingError> {
+    let input = scratch.join("interactions.csv");
     let wrong = |source| MakingError::Write { path: input.clone(), source };
     if let Some(parent) = out.parent() {
         std::fs::create_dir_all(parent).map_err(wrong)?;
@@ -158,7 +158,7 @@ mod tests {
     fn a_made_dataset_is_one_that_a_job_can_read() {
         let folder = tempfile::tempdir().unwrap();
         let shape = Shape { users: 30, items: 40, skew: 1.0, lengths: Lengths::Shop, dim: 8 };
-        let dataset = make(&shape, &folder.path().join("made")).unwrap();
+        let dataset = make(&shape, &folder.path().join("made"), folder.path()).unwrap();
         dataset.verify().unwrap();
         let embeddings = dataset.embeddings().unwrap();
         assert_eq!((embeddings.dim(), embeddings.rows()), (8, dataset.manifest().counts.items as usize));

@@ -7,7 +7,7 @@ mod dataset;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use learn_domain::Config;
 use learn_domain::config::{ByteSize, ClusterConfig};
 use learn_proto::auth::Secret;
 use learn_telemetry::DataMetrics;
+use tokio::process::Command;
 use tokio::sync::watch;
 use tonic::service::interceptor::InterceptedService;
 
@@ -52,32 +53,13 @@ pub struct BenchDataset {
     pub shape: Shape,
 }
 
-/// A folder that goes with its owner.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Result<Self, BenchError> {
-        let path = std::env::temp_dir().join(format!("learn-bench-{}", std::process::id()));
-        std::fs::create_dir_all(&path).map_err(|source| BenchError::Io { path: path.clone(), source })?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.0) {
-            tracing::warn!(path = %self.0.display(), %error, "cannot remove a temporary folder");
-        }
-    }
-}
-
 fn open(wanted: &BenchDataset, scratch: &Path) -> Result<Dataset, BenchError> {
     let dir = wanted.dir.clone().unwrap_or_else(|| scratch.join("dataset"));
     if dir.join("dataset.json").exists() {
         return Ok(Dataset::open(&dir)?);
     }
     tracing::info!(dataset = %dir.display(), shape = ?wanted.shape, "making a dataset");
-    Ok(dataset::make(&wanted.shape, &dir)?)
+    Ok(dataset::make(&wanted.shape, &dir, scratch)?)
 }
 
 fn write_secret(path: &Path) -> Result<Secret, BenchError> {
@@ -150,10 +132,12 @@ impl Client {
 /// # Errors
 /// If the dataset cannot be made or served, or the client fails.
 pub async fn measure(wanted: &BenchDataset, client: &Client, json: bool) -> Result<String, BenchError> {
-    let scratch = Scratch::new()?;
-    let secret_file = scratch.0.join("secret");
+    // of this user alone
+    let scratch = tempfile::Builder::new().prefix("learn-bench-").tempdir();
+    let scratch = scratch.map_err(|source| BenchError::Io { path: std::env::temp_dir(), source })?;
+    let secret_file = scratch.path().join("secret");
     let secret = write_secret(&secret_file)?;
-    let dataset = tokio::task::block_in_place(|| open(wanted, &scratch.0))?;
+    let dataset = tokio::task::block_in_place(|| open(wanted, scratch.path()))?;
     let config = client.config(&dataset);
     let source = Arc::new(Source::new(dataset, &config)?);
     let arguments = client.arguments(&config, &source)?;
@@ -180,9 +164,9 @@ pub async fn measure(wanted: &BenchDataset, client: &Client, json: bool) -> Resu
     let worker = here.with_file_name("learn-worker");
     let mut command = Command::new(&worker);
     command.args(arguments).args(["--location", &location, "--secret-file"]).arg(&secret_file);
-    command.args(json.then_some("--json")).stdin(Stdio::null()).stdout(Stdio::piped());
+    command.args(json.then_some("--json")).stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
     let child = command.spawn().map_err(|source| BenchError::Worker { path: worker.clone(), source })?;
-    let output = tokio::task::spawn_blocking(move || child.wait_with_output()).await.map_err(ServeError::Task)?;
+    let output = child.wait_with_output().await;
     let output = output.map_err(|source| BenchError::Io { path: worker, source })?;
     stop.send_replace(true);
     serving.abort();

@@ -43,6 +43,8 @@ pub struct Source {
     pub dataset: Dataset,
     /// None for a model that does not read content.
     pub embeddings: Option<Arc<Embeddings>>,
+    /// What their files were before they were mapped.
+    row_files: Option<(PathBuf, RowFiles)>,
     pub plan: Plan,
     pub shape: SamplingShape,
     pub total_steps: u64,
@@ -57,6 +59,7 @@ impl Source {
     /// If they do not, for example because the dataset has no content embeddings yet.
     pub fn new(dataset: Dataset, config: &Config) -> Result<Self, SourceError> {
         let facts = dataset.facts().seen_by(&config.model);
+        let row_files = row_files(&dataset);
         let embeddings =
             if config.model.item_input.has_content() { Some(Arc::new(dataset.embeddings()?)) } else { None };
         let dim = embeddings.as_ref().map_or(0, |embeddings| embeddings.dim());
@@ -98,7 +101,7 @@ impl Source {
             items: facts.items,
             dim: dim as u32,
         };
-        Ok(Self { dataset, embeddings, plan, shape: config.sample_shape(), total_steps, facts, provenance })
+        Ok(Self { dataset, embeddings, row_files, plan, shape: config.sample_shape(), total_steps, facts, provenance })
     }
 
     /// Adds what a stream was made from to its schema.
@@ -107,22 +110,18 @@ impl Source {
         self.provenance.describe(schema).into()
     }
 
-    /// Where the content embeddings lie, and what their files are; `None` if there are none, or one is gone.
+    /// Where the content embeddings lie, and what their files are; `None` if there are none, or they are not those that are
+    /// mapped any more.
     #[must_use]
     pub fn row_files(&self) -> Option<(PathBuf, RowFiles)> {
         self.embeddings.as_ref()?;
-        let dir = std::fs::canonicalize(self.dataset.dir()).ok()?;
-        let info = self.dataset.manifest().embeddings.as_ref()?;
-        let file = |path: &str| {
-            let metadata = std::fs::metadata(dir.join(path)).ok()?;
-            let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
-            let modified_nanos = u64::try_from(modified.as_nanos()).ok()?;
-            Some(RowFile { path: path.to_owned(), bytes: metadata.len(), modified_nanos })
-        };
-        let files = info.files.iter().map(|entry| file(&entry.path)).collect::<Option<_>>()?;
-        let fingerprint = self.dataset.manifest().fingerprint.clone();
-        let row_files = RowFiles { fingerprint, embeddings_fingerprint: info.fingerprint.clone(), files };
-        Some((dir, row_files))
+        let now = row_files(&self.dataset);
+        if now != self.row_files {
+            let dataset = self.dataset.dir();
+            tracing::warn!(dataset = %dataset.display(), "the files of content embeddings have changed; they are not offered");
+            return None;
+        }
+        now
     }
 
     #[must_use]
@@ -156,6 +155,22 @@ impl Source {
     }
 }
 
+/// What the files of a dataset's content embeddings are now.
+fn row_files(dataset: &Dataset) -> Option<(PathBuf, RowFiles)> {
+    let dir = std::fs::canonicalize(dataset.dir()).ok()?;
+    let info = dataset.manifest().embeddings.as_ref()?;
+    let file = |path: &str| {
+        let metadata = std::fs::metadata(dir.join(path)).ok()?;
+        let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
+        let modified_nanos = u64::try_from(modified.as_nanos()).ok()?;
+        Some(RowFile { path: path.to_owned(), bytes: metadata.len(), modified_nanos })
+    };
+    let files = info.files.iter().map(|entry| file(&entry.path)).collect::<Option<_>>()?;
+    let fingerprint = dataset.manifest().fingerprint.clone();
+    let row_files = RowFiles { fingerprint, embeddings_fingerprint: info.fingerprint.clone(), files };
+    Some((dir, row_files))
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -173,5 +188,18 @@ mod tests {
         config.model.time_embedding = TimeEmbedding::Gap;
         let error = source(&config).unwrap_err().to_string();
         assert!(error.contains("model.time_embedding") && error.contains("--replace"), "{error}");
+    }
+
+    #[test]
+    fn files_that_were_written_to_since_they_were_mapped_are_not_offered() {
+        let version_1 = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/dataset/tests/data/v1");
+        let folder = tempfile::tempdir().unwrap();
+        let copied = std::process::Command::new("cp").arg("-r").arg(version_1).arg(folder.path().join("v1")).status();
+        assert!(copied.unwrap().success());
+        let source = Source::new(Dataset::open(&folder.path().join("v1")).unwrap(), &Config::default()).unwrap();
+        let (dir, offered) = source.row_files().unwrap();
+        let file = std::fs::File::options().write(true).open(dir.join(&offered.files[0].path)).unwrap();
+        file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(1)).unwrap();
+        assert_eq!(source.row_files(), None);
     }
 }

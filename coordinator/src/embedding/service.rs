@@ -97,6 +97,7 @@ async fn stop(State(shared): State<Shared>, headers: HeaderMap) -> (StatusCode, 
     match shared.access.operates(&headers) {
         Err(error) => (StatusCode::UNAUTHORIZED, format!("{error}\n")),
         Ok(()) => {
+            tracing::info!("the job is asked to stop");
             shared.stop.notify_one();
             (StatusCode::ACCEPTED, "stopping\n".into())
         }

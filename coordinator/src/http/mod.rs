@@ -13,6 +13,7 @@ mod snapshot;
 
 use std::future::Future;
 use std::io;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use access::Access;
@@ -125,14 +126,14 @@ async fn stop(State(shared): State<Shared>, headers: HeaderMap) -> Response {
 #[derive(Debug, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Scale {
-    workers: u32,
+    workers: NonZeroU32,
 }
 
 async fn scale(State(shared): State<Shared>, headers: HeaderMap, Json(wanted): Json<Scale>) -> Response {
     if let Some(refused) = refused(&shared, &headers) {
         return refused;
     }
-    match shared.job.ask(|reply| Command::Scale(wanted.workers, reply)).await {
+    match shared.job.ask(|reply| Command::Scale(wanted.workers.get(), reply)).await {
         Ok(workers) => (StatusCode::ACCEPTED, Json(serde_json::json!({ "wanted_workers": workers }))).into_response(),
         Err(error) => gone(error),
     }

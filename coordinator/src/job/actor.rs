@@ -4,7 +4,7 @@
 //! nothing here waits for a worker, nor for a file to be synced, besides a full journal queue; a wait of a caller (a
 //! rendezvous key, a durable ledger) is a reply that is kept. Commands that are there already are taken in one turn.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use learn_domain::event::{Happening, JobEvent};
@@ -142,13 +142,12 @@ pub struct JobOwner {
 }
 
 /// This coordinator was away (it took a job over, or stood still), and some of the members were not heard of yet.
-#[derive(Default)]
 struct Reunion {
     since: Duration,
     /// When the first one was.
     first: Option<Duration>,
-    /// Whose connections have broken, which may be for no other reason than that nobody answered.
-    broken: BTreeSet<WorkerId>,
+    /// The first attendance that is newer; an older one may have ended for no other reason than that nobody answered.
+    attendance: u64,
 }
 
 /// What a job's owner needs besides the job.
@@ -190,7 +189,7 @@ impl JobOwner {
             metrics,
             started: Instant::now(),
             earlier,
-            reunion: taken_over.then(|| Reunion { since: earlier, ..Reunion::default() }),
+            reunion: taken_over.then_some(Reunion { since: earlier, first: None, attendance: 0 }),
         };
         figures::begin(&owner.metrics, &owner.job);
         if let Some(last) = &owner.job.last_step {
@@ -312,17 +311,15 @@ impl JobOwner {
     fn stood_still(&mut self) {
         let now = self.now();
         self.job.restart_clock(now);
-        let broken = self.reunion.take().map(|reunion| reunion.broken).unwrap_or_default();
-        self.reunion = Some(Reunion { since: now, first: None, broken });
+        self.reunion = Some(Reunion { since: now, first: None, attendance: self.attendances.next() });
     }
 
     /// A connection that was gone when this coordinator came, or came back, cannot break any more.
     fn miss_absent(&mut self) -> Result<(), OwnerError> {
         let now = self.now();
         let over = |reunion: &mut Reunion| reunion.first.is_some_and(|first| now.saturating_sub(first) > REUNION);
-        let Some(Reunion { since, mut broken, .. }) = self.reunion.take_if(over) else { return Ok(()) };
-        broken.extend(self.job.unheard_since(since));
-        for worker in broken {
+        let Some(Reunion { since, .. }) = self.reunion.take_if(over) else { return Ok(()) };
+        for worker in self.job.unheard_since(since) {
             if !self.attendances.attends(worker) {
                 self.apply(|job, now| job.disconnected(now, worker))?;
             }
@@ -368,11 +365,9 @@ impl JobOwner {
             }
             Command::Disconnected(worker, attendance) => {
                 // a worker that has come back by another connection is not lost
-                if self.attendances.end(worker, attendance) {
-                    match &mut self.reunion {
-                        Some(reunion) => drop(reunion.broken.insert(worker)),
-                        None => self.apply(|job, now| job.disconnected(now, worker))?,
-                    }
+                let ended = self.attendances.end(worker, attendance);
+                if ended && self.reunion.as_ref().is_none_or(|reunion| attendance >= reunion.attendance) {
+                    self.apply(|job, now| job.disconnected(now, worker))?;
                 }
             }
             Command::Ready { worker, generation, broken, reply } => {
@@ -454,6 +449,7 @@ impl JobOwner {
                 self.turn.answer(reply, answer);
             }
             Command::Stop(asked, reply) => {
+                tracing::info!(how = ?asked, "the job is asked to stop");
                 self.apply(|job, now| job.stop(now, asked))?;
                 self.turn.answer(reply, ());
             }

@@ -29,6 +29,12 @@ impl Attendances {
         (number, receiver)
     }
 
+    /// The number of the attendance that begins next.
+    #[must_use]
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
     /// Whether the attendance was its worker's present one.
     pub fn end(&mut self, worker: WorkerId, number: u64) -> bool {
         let present = self.workers.get(&worker).is_some_and(|(known, _)| *known == number);

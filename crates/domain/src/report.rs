@@ -84,7 +84,7 @@ pub struct CoordinatorAddress {
 }
 
 impl CoordinatorAddress {
-    /// The header by which each answer over HTTP tells the incarnation.
+    /// The header by which `/healthz` tells the incarnation.
     pub const INCARNATION: &str = "learn-incarnation";
 }
 

@@ -3,7 +3,8 @@
 //! Input: a fault and the running job. Output: what proves that it fired. Invariants: nothing stays stopped, slow or
 //! full after a fault, whether it fired or not; a kill leaves at least one participant.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,8 @@ const LIMIT: Duration = Duration::from_secs(60);
 const HUNT: Duration = Duration::from_secs(150);
 /// So long a participant is stopped while it is looked whether it was caught where it should be.
 const CAUGHT: Duration = Duration::from_millis(150);
+/// No line of a run's files is longer.
+const LINE: u64 = 1 << 16;
 /// Between two looks for a moment that must not be missed.
 const WATCH: Duration = Duration::from_micros(500);
 
@@ -209,7 +212,7 @@ fn kill_in_evaluation(job: &mut Job<'_>, pick: u64, every: u64) -> Result<String
             continue;
         }
         let step = last_step(&job.folder().join("metrics.jsonl"));
-        let evaluated = |job: &Job<'_>| job.lines("evaluations.jsonl").iter().any(|one| one["step"] == step);
+        let evaluated = |job: &Job<'_>| last_step(&job.folder().join("evaluations.jsonl")) >= step;
         if step == 0 || step == seen || !step.is_multiple_of(every) || evaluated(job) {
             std::thread::sleep(WATCH);
             continue;
@@ -232,9 +235,17 @@ fn kill_in_evaluation(job: &mut Job<'_>, pick: u64, every: u64) -> Result<String
     bail!("no participant could be caught in an evaluation within {} s", HUNT.as_secs())
 }
 
-/// The number of the last whole line, read from the file's end.
-fn last_step(metrics: &Path) -> u64 {
-    let text = fs::read_to_string(metrics).unwrap_or_default();
+/// The step of a file's last whole line; 0 if there is none. A long run's file has megabytes, of which the end is read.
+fn last_step(path: &Path) -> u64 {
+    let end = || -> io::Result<String> {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(LINE)))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    let text = end().unwrap_or_default();
     let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
     let last = whole.rsplit('\n').next().unwrap_or("");
     serde_json::from_str::<serde_json::Value>(last).ok().and_then(|line| line["step"].as_u64()).unwrap_or(0)
@@ -268,4 +279,22 @@ fn kill_in_checkpoint(job: &mut Job<'_>) -> Result<String> {
         return Ok(format!("{name} was left: {}", lost(job, known, victim)?));
     }
     bail!("no checkpoint could be caught while it was written within {} s", HUNT.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_step_is_that_of_the_last_whole_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        assert_eq!(last_step(&path), 0, "no file yet");
+        let mut text: String = (1..=5000).map(|step| format!("{{\"step\":{step},\"loss\":1.5}}\n")).collect();
+        fs::write(&path, &text).unwrap();
+        assert_eq!(last_step(&path), 5000);
+        text += "{\"step\":5001,\"lo";
+        fs::write(&path, &text).unwrap();
+        assert_eq!(last_step(&path), 5000);
+    }
 }

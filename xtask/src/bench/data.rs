@@ -85,8 +85,13 @@ pub fn prepare(bench: &Bench<'_>) -> Result<Results> {
     command.args(["--rounds", &rounds, "--bin"]).arg(bench.workspace.target().join("release"));
     let answer = super::json("bench/python/prepare.py", &mut command)?;
     let table = vec![
-        row(&answer, "ratio.seconds", "time over a Polars script that does the same, one core", Unit::Ratio)?
-            .wanted(Wanted::AtLeast(1.5)),
+        row(
+            &answer,
+            "ratio.seconds",
+            "the time of a Polars script that does the same over ours, one core",
+            Unit::Ratio,
+        )?
+        .wanted(Wanted::AtLeast(1.5)),
         row(&answer, "ratio.peak_memory_bytes", "Polars' peak memory over ours", Unit::Ratio)?,
         row(&answer, "ours.seconds", "ours", Unit::Seconds)?,
         row(&answer, "polars.seconds", "Polars", Unit::Seconds)?,

@@ -6,7 +6,9 @@
 use std::io::Read as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
@@ -16,8 +18,11 @@ use serde_json::Value;
 use crate::cli::SettingsArgs;
 use crate::failure::Failure;
 use crate::output::Output;
-use crate::system::{self, Used};
+use crate::system::{self, End, Used};
 use crate::{process, render};
+
+/// Pause between two looks at whether somebody wants it to stop.
+const NAP: Duration = Duration::from_millis(50);
 
 /// What is measured, and where it may write.
 #[derive(Debug, Args)]
@@ -72,6 +77,7 @@ impl Figures {
 /// # Errors
 /// `prepare` fails; its message stands above.
 pub fn prepare(args: &IngestArgs, output: &Output) -> Result<()> {
+    system::catch_stop_signals();
     let folder = args.folder()?;
     let (report, seconds, used) = args.measured("prepare", folder.path())?;
     let rows = number(&report, "/steps/0/interactions")?;
@@ -82,6 +88,7 @@ pub fn prepare(args: &IngestArgs, output: &Output) -> Result<()> {
 /// # Errors
 /// `prepare` or `embed` fails; its message stands above.
 pub fn embed(args: &IngestArgs, output: &Output) -> Result<()> {
+    system::catch_stop_signals();
     let folder = args.folder()?;
     let (report, ..) = args.measured("prepare", folder.path())?;
     let items = number(&report, "/manifest/counts/items")?;
@@ -114,12 +121,26 @@ impl IngestArgs {
         system::end_with_parent(&mut command);
         let started = Instant::now();
         let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot start {name}"))?;
+        let (pid, ended) = (child.id(), AtomicBool::new(false));
         let mut said = String::new();
-        if let Some(stdout) = &mut child.stdout {
-            stdout.read_to_string(&mut said)?;
-        }
-        let (status, used) = system::wait(&child)?;
+        let (status, used) = thread::scope(|scope| {
+            scope.spawn(|| {
+                while !ended.load(Ordering::Relaxed) && system::stop_requests() == 0 {
+                    thread::sleep(NAP);
+                }
+                if !ended.load(Ordering::Relaxed) {
+                    system::end(pid, End::Gracefully);
+                }
+            });
+            let read = child.stdout.as_mut().map_or(Ok(0), |stdout| stdout.read_to_string(&mut said));
+            let waited = system::wait(&child);
+            ended.store(true, Ordering::Relaxed);
+            read.and(waited)
+        })?;
         let seconds = started.elapsed().as_secs_f64();
+        if let Some(stopped) = Failure::of_stops(system::stop_requests(), "the measurement", "nothing of it stays") {
+            return Err(stopped.into());
+        }
         if !status.success() {
             let message = format!("{name}: {}; its message stands above", process::describe(status));
             return Err(Failure::Child { code: status.code().unwrap_or(1), message }.into());
