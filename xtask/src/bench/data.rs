@@ -65,6 +65,11 @@ pub fn wire(bench: &Bench<'_>) -> Result<Results> {
     let table = vec![
         Row::of("bytes received a user over positions x dim x 4", Unit::Share, &[value("over_positions")?])
             .wanted(Wanted::AtMost(0.1)),
+        Row::of(
+            "the same with histories and targets padded as in the published layout",
+            Unit::Share,
+            &[value("over_padded")?],
+        ),
         Row::of("bytes received a user", Unit::Number, &[value("bytes_per_user")?]),
         Row::of("rows that the cache held", Unit::Share, &[value("hit_share")?]),
     ];
