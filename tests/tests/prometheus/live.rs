@@ -91,6 +91,8 @@ impl Job {
         let settings = [
             "job.name=live",
             "cluster.workers=2",
+            // rows that are mapped pass no cache
+            "data.map_rows=false",
             "cluster.device_peak_tflops=0.05",
             "objective.cvr_weight=0.3",
             "training.epochs=100000",
