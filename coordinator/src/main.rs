@@ -82,11 +82,11 @@ struct BenchFlight {
     #[arg(long, value_name = "N", default_value_t = 4096, value_parser = positive())]
     dim: u32,
     /// Clients at once, each with a connection of its own
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    streams: usize,
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive())]
+    streams: u32,
     /// Rows of a request, drawn from the whole catalogue
-    #[arg(long, value_name = "N", default_value_t = 1024)]
-    rows: usize,
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = positive())]
+    rows: u32,
     /// How long to measure
     #[arg(long, value_name = "SECONDS", default_value_t = 5.0)]
     seconds: f64,

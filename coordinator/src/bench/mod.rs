@@ -76,7 +76,7 @@ fn write_secret(path: &Path) -> Result<Secret, BenchError> {
 #[derive(Clone, Copy, Debug)]
 pub enum Client {
     /// Takes rows drawn from the whole catalogue.
-    Flight { streams: usize, rows: usize, seconds: f64 },
+    Flight { streams: u32, rows: u32, seconds: f64 },
     /// Takes the batches of a job, and the rows that they need through the worker's cache.
     Wire {
         users: u32,
