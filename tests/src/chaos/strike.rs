@@ -21,6 +21,8 @@ const LIMIT: Duration = Duration::from_secs(60);
 const HUNT: Duration = Duration::from_secs(150);
 /// So long a participant is stopped while it is looked whether it was caught where it should be.
 const CAUGHT: Duration = Duration::from_millis(150);
+/// So long it is taken for true who takes part.
+const KNOWN: Duration = Duration::from_secs(2);
 /// No line of a run's files is longer.
 const LINE: u64 = 1 << 16;
 /// Between two looks for a moment that must not be missed.
@@ -203,6 +205,7 @@ fn full_disk(job: &mut Job<'_>, disk: &Disk) -> Result<String> {
 /// Catches a participant between the last step before an evaluation and the evaluation's record.
 fn kill_in_evaluation(job: &mut Job<'_>, pick: u64, every: u64) -> Result<String> {
     let started = Instant::now();
+    let [metrics, evaluations] = ["metrics.jsonl", "evaluations.jsonl"].map(|name| job.folder().join(name));
     let mut seen = 0;
     while started.elapsed() < HUNT {
         let Ok(status) = job.status() else { continue };
@@ -211,25 +214,29 @@ fn kill_in_evaluation(job: &mut Job<'_>, pick: u64, every: u64) -> Result<String
             std::thread::sleep(WATCH);
             continue;
         }
-        let step = last_step(&job.folder().join("metrics.jsonl"));
-        let evaluated = |job: &Job<'_>| last_step(&job.folder().join("evaluations.jsonl")) >= step;
-        if step == 0 || step == seen || !step.is_multiple_of(every) || evaluated(job) {
-            std::thread::sleep(WATCH);
-            continue;
-        }
-        seen = step;
         let victim = workers[pick as usize % workers.len()];
-        let known = job.lines("events.jsonl").len();
-        let paused = Paused::new(victim.pid)?;
-        std::thread::sleep(CAUGHT);
-        let caught = last_step(&job.folder().join("metrics.jsonl")) == step && !evaluated(job);
-        if caught {
-            send("KILL", victim.pid);
-        }
-        drop(paused);
-        if caught {
-            gone(job, victim)?;
-            return Ok(format!("after step {step}: {}", lost(job, known, victim)?));
+        // a long run's status takes longer to read than an evaluation takes
+        let known = Instant::now();
+        while known.elapsed() < KNOWN {
+            let step = last_step(&metrics);
+            let inside = || last_step(&metrics) == step && last_step(&evaluations) < step;
+            if step == 0 || step == seen || !step.is_multiple_of(every) || !inside() {
+                std::thread::sleep(WATCH);
+                continue;
+            }
+            seen = step;
+            let Ok(paused) = Paused::new(victim.pid) else { break };
+            std::thread::sleep(CAUGHT);
+            let events = job.lines("events.jsonl").len();
+            let caught = inside();
+            if caught {
+                send("KILL", victim.pid);
+            }
+            drop(paused);
+            if caught {
+                gone(job, victim)?;
+                return Ok(format!("after step {step}: {}", lost(job, events, victim)?));
+            }
         }
     }
     bail!("no participant could be caught in an evaluation within {} s", HUNT.as_secs())
