@@ -13,7 +13,7 @@ use crate::element::{Element, vectors};
 use crate::parallel::{self, check_length, rows};
 use crate::simd::{Kernel, Level, Simd};
 
-/// Rows of the output in a task.
+/// Rows of the output in a task, and columns that are packed in one.
 const ROWS: usize = 128;
 /// Rows and columns of a block of outputs.
 const BLOCK: usize = 32;
@@ -96,9 +96,10 @@ impl WeightGradient<'_> {
         let inputs = self.inputs;
         let panel = (self.d_y.len() / self.width).div_ceil(DEPTH) * PAIRS;
         let mut packed = vec![0; inputs.div_ceil(BLOCK) * panel];
-        let panels = packed.chunks_mut(panel).enumerate();
-        let panels = panels.map(|(number, panel)| Pack { x: self.x, width: inputs, first: number * BLOCK, panel });
-        parallel::map(panels.collect(), |panel| level.run(panel));
+        let panels = packed.chunks_mut(ROWS / BLOCK * panel).enumerate();
+        let panels =
+            panels.map(|(number, panels)| Pack { x: self.x, width: inputs, first: number * ROWS, panel, panels });
+        parallel::map(panels.collect(), |panels| level.run(panels));
         let blocks = out.chunks_mut(ROWS * inputs).enumerate();
         let blocks = blocks.map(|(number, out)| ByTiles {
             product: *self,
@@ -112,14 +113,16 @@ impl WeightGradient<'_> {
     }
 }
 
-/// The columns of `x` from `first` on, up to 32, as the right side of a product: for every 32 tokens two tiles beside each other, whose rows are
-/// pairs of tokens and whose columns are those of x.
+/// The columns of `x` from `first` on, up to 128, as the right sides of products, 32 columns each: for every 32 tokens two tiles
+/// beside each other, whose rows are pairs of tokens and whose columns are those of x.
 #[cfg(target_arch = "x86_64")]
 struct Pack<'a> {
     x: &'a [bf16],
     width: usize,
     first: usize,
-    panel: &'a mut [u32],
+    /// Pairs of a panel of 32 columns.
+    panel: usize,
+    panels: &'a mut [u32],
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -128,26 +131,34 @@ impl Kernel for Pack<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        let columns = BLOCK.min(self.width - self.first);
+        let columns = ROWS.min(self.width - self.first);
+        // a token's columns of all panels lie beside each other, so each page is visited once
         for (place, tokens) in self.x.chunks(2 * self.width).enumerate() {
-            let pairs = pairs(tokens, self.width, (self.first, columns));
-            let tiles = &mut self.panel[place / TILE * PAIRS..][..PAIRS];
-            let row = place % TILE * TILE;
-            tiles[row..row + TILE].copy_from_slice(&pairs[..TILE]);
-            tiles[TILE * TILE + row..][..TILE].copy_from_slice(&pairs[TILE..]);
+            for (block, panel) in self.panels.chunks_exact_mut(self.panel).enumerate() {
+                let begin = block * BLOCK;
+                let pairs = pairs(tokens, self.width, (self.first + begin, BLOCK.min(columns - begin)));
+                let tiles = &mut panel[place / TILE * PAIRS..][..PAIRS];
+                let row = place % TILE * TILE;
+                tiles[row..row + TILE].copy_from_slice(&pairs[..TILE]);
+                tiles[TILE * TILE + row..][..TILE].copy_from_slice(&pairs[TILE..]);
+            }
         }
     }
 }
 
-/// Some columns of `d_y`, up to 32, as the left side of a product: for every 32 tokens two tiles below each other, whose rows
-/// are the columns of d_y and whose columns are pairs of tokens.
+/// Some columns of `d_y`, up to 128, as the left sides of products, 32 columns each: for every 32 tokens two tiles below each other,
+/// whose rows are the columns of d_y and whose columns are pairs of tokens.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn pack_turned(d_y: &[bf16], width: usize, columns: (usize, usize), panel: &mut [u32]) {
+fn pack_turned(d_y: &[bf16], width: usize, (first, columns): (usize, usize), panel: usize, panels: &mut [u32]) {
     for (place, tokens) in d_y.chunks(2 * width).enumerate() {
-        let tiles = &mut panel[place / TILE * PAIRS..][..PAIRS];
-        for (row, pair) in tiles.chunks_exact_mut(TILE).zip(pairs(tokens, width, columns)) {
-            row[place % TILE] = pair;
+        for (block, panel) in panels.chunks_exact_mut(panel).enumerate() {
+            let begin = block * BLOCK;
+            let tiles = &mut panel[place / TILE * PAIRS..][..PAIRS];
+            let pairs = pairs(tokens, width, (first + begin, BLOCK.min(columns - begin)));
+            for (row, pair) in tiles.chunks_exact_mut(TILE).zip(pairs) {
+                row[place % TILE] = pair;
+            }
         }
     }
 }
@@ -189,13 +200,10 @@ impl Kernel for ByTiles<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let WeightGradient { d_y, width, outputs: (first, outputs), inputs, .. } = self.product;
+        let WeightGradient { d_y, width, outputs: (first, _), inputs, .. } = self.product;
         let rows = self.out.len() / inputs;
         let mut turned = vec![0; rows.div_ceil(BLOCK) * self.panel];
-        for (number, panel) in turned.chunks_exact_mut(self.panel).enumerate() {
-            let begin = self.first + number * BLOCK;
-            pack_turned(d_y, width, (first + begin, BLOCK.min(outputs - begin)), panel);
-        }
+        pack_turned(d_y, width, (first + self.first, rows), self.panel, &mut turned);
         let tiles = amx::Tiles::configure();
         let mut block = [0.0; BLOCK * BLOCK];
         for (column, right) in self.packed.chunks_exact(self.panel).enumerate() {
