@@ -13,6 +13,8 @@ pub(crate) enum Op {
     ReduceScatter = 3,
     Broadcast = 4,
     Barrier = 5,
+    /// What neighbours tell each other once they are connected.
+    Connect = 6,
 }
 
 impl Op {
@@ -23,11 +25,12 @@ impl Op {
             Self::ReduceScatter => "reduce_scatter",
             Self::Broadcast => "broadcast",
             Self::Barrier => "barrier",
+            Self::Connect => "connect",
         }
     }
 
     pub(crate) fn from_code(code: u32) -> Option<Self> {
-        [Self::AllReduce, Self::AllGather, Self::ReduceScatter, Self::Broadcast, Self::Barrier]
+        [Self::AllReduce, Self::AllGather, Self::ReduceScatter, Self::Broadcast, Self::Barrier, Self::Connect]
             .into_iter()
             .find(|op| *op as u32 == code)
     }

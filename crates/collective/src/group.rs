@@ -19,6 +19,8 @@ pub struct Group {
     pub advertise: String,
     /// Deadline of the set-up and of each operation.
     pub timeout: Duration,
+    /// Whether ranks of one machine may move data by memory that both map (TCP backend). It changes no result.
+    pub shares_memory: bool,
     /// Ends the set-up and the collective that comes of it.
     pub aborter: Aborter,
 }

@@ -9,9 +9,9 @@ use std::net::TcpStream;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use learn_collective::{Buffer, CollectiveError, Group, Rendezvous, connect_tcp};
+use learn_collective::{Buffer, Collective, CollectiveError, Group, Rendezvous, connect_tcp};
 use proptest::prelude::*;
-use support::{PATIENT, Store, conform, each_rank, gathers, group, ranks, rounding_bits, scatters, tcp};
+use support::{PATIENT, Store, conform, each_rank, gathers, group, ranks, rounding_bits, scatters, sockets, tcp};
 
 const WORLDS: std::ops::RangeInclusive<usize> = 1..=5;
 
@@ -19,6 +19,7 @@ const WORLDS: std::ops::RangeInclusive<usize> = 1..=5;
 fn every_operation_in_worlds_of_one_to_five() {
     for world in WORLDS {
         ranks(world, tcp(world, PATIENT), |mut rank| conform(&mut *rank));
+        ranks(world, sockets(world, PATIENT), |mut rank| conform(&mut *rank));
     }
 }
 
@@ -32,11 +33,18 @@ fn every_rank_gets_the_same_bits() {
 
 #[test]
 fn buffers_far_beyond_the_sockets_do_not_deadlock() {
-    ranks(3, tcp(3, PATIENT), |mut rank| {
-        let mut data = vec![1f32; 6 << 20];
+    let sum = |mut rank: Box<dyn Collective>| {
+        let mut data: Vec<f32> = (0..6 << 20).map(|index| (index + rank.rank()) as f32 / 3.0).collect();
         rank.all_reduce_sum(&mut Buffer::f32(&mut data)).unwrap();
-        assert!(data.iter().all(|x| *x == 3.0));
-    });
+        (data, rank.bytes_moved())
+    };
+    let some_share =
+        |rank, store: &Store| connect_tcp(Group { shares_memory: rank != 1, ..group(rank, 3, PATIENT) }, store);
+    let [shared, by_sockets, mixed] =
+        [ranks(3, tcp(3, PATIENT), sum), ranks(3, sockets(3, PATIENT), sum), ranks(3, some_share, sum)];
+    assert!(shared == by_sockets && mixed == by_sockets, "the way that data goes changes neither bits nor counts");
+    assert_eq!(shared[0].0, shared[2].0);
+    assert!((shared[0].0[3] - 4.0).abs() < 1e-6);
 }
 
 proptest! {

@@ -8,7 +8,7 @@ use std::fmt;
 use std::time::Instant;
 
 use clap::Args;
-use learn_collective::{Buffer, Collective, CollectiveError, connect_tcp};
+use learn_collective::{Buffer, Collective, CollectiveError, Group, connect_tcp};
 use learn_domain::Config;
 use serde::Serialize;
 
@@ -18,11 +18,13 @@ use super::synthetic::group;
 use crate::error::WorkerError;
 
 pub const HELP: &str = "\
-Each rank is a process of this machine; they form the ring that workers on CPUs use.
+Each rank is a process of this machine; they form the ring that workers on CPUs use, and share
+memory as those do on one machine.
 bench/pytorch/collective.py measures gloo the same way.
 
 Examples:
   learn-launch bench collective --workers 4
+  learn-launch bench collective --sockets    # as between machines, but over loopback
   learn-launch bench collective --workers 2 --mib 256 --json";
 
 /// Flags of `bench collective`.
@@ -36,6 +38,9 @@ pub struct CollectiveArgs {
     /// Times that each operation is measured, after one that is not
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repetitions: u32,
+    /// Move everything by sockets
+    #[arg(long)]
+    sockets: bool,
     #[command(flatten)]
     member: Member,
     #[arg(long)]
@@ -82,13 +87,19 @@ impl fmt::Display for CollectiveResult {
 /// If a rank cannot be started or fails.
 pub fn run(args: &CollectiveArgs) -> Result<Option<CollectiveResult>, WorkerError> {
     let crew = Crew::start(args.workers, &args.member)?;
-    let mut ring = connect_tcp(group(crew.seat(), &Config::default()), &crew.rendezvous("ring"))?;
+    let group = Group { shares_memory: !args.sockets, ..group(crew.seat(), &Config::default()) };
+    let mut ring = connect_tcp(group, &crew.rendezvous("ring"))?;
     let operations = measure(&mut *ring, args)?;
     drop(ring);
     let first = crew.seat().rank == 0;
     crew.end()?;
     let bytes = (args.mib as usize) << 20;
-    Ok(first.then_some(CollectiveResult { backend: "tcp", workers: args.workers, bytes, operations }))
+    Ok(first.then_some(CollectiveResult {
+        backend: if args.sockets { "sockets" } else { "shared memory" },
+        workers: args.workers,
+        bytes,
+        operations,
+    }))
 }
 
 fn measure(ring: &mut dyn Collective, args: &CollectiveArgs) -> Result<BTreeMap<&'static str, Operation>, WorkerError> {

@@ -314,6 +314,7 @@ impl Life<'_> {
             bind: session.bind.clone(),
             advertise: host::advertised(&session.bind),
             timeout: cluster.collective_timeout.0,
+            shares_memory: true,
             aborter: session.signals.begin(place.generation, after),
         };
         let collective = match session.device {

@@ -63,6 +63,7 @@ mod tests {
             bind: String::new(),
             advertise: String::new(),
             timeout: Duration::ZERO,
+            shares_memory: true,
             aborter: Aborter::default(),
         }
     }

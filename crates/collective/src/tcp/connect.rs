@@ -1,4 +1,4 @@
-//! Forming the ring: publish the own address, dial the next rank, let the previous rank in.
+//! Forming the ring: publish the own address, dial the next rank, let the previous rank in, share memory where it can be.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
@@ -60,7 +60,9 @@ pub(super) fn ring(group: &Group, rendezvous: &dyn Rendezvous) -> Result<Duplex,
         prepare(&stream).map_err(|error| local(error, group))?;
         Ok(Link { peer, stream: Arc::new(stream), key, generation: group.generation, frames: 0 })
     };
-    Ok(Duplex::new(link(next, outward, outward_key)?, link(previous, inward, inward_key)?))
+    let mut duplex = Duplex::new(link(next, outward, outward_key)?, link(previous, inward, inward_key)?);
+    duplex.share(group.shares_memory, call, aborter)?;
+    Ok(duplex)
 }
 
 fn local(error: io::Error, group: &Group) -> CollectiveError {

@@ -3,7 +3,7 @@
 //! Non-blocking sockets and `poll`: a rank never waits to send without also being ready to receive, so buffers of any
 //! size pass around the ring without deadlock. Each direction is at least one frame, even for no bytes, so ranks that
 //! disagree about an operation notice it at once. Sums are added frame by frame while the kernel keeps both directions
-//! moving.
+//! moving. Large frames to a rank of the same machine go by shared memory ([`super::shared`]).
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use super::frame::{FRAME_BYTES, HEADER_BYTES, Header};
 use super::poll;
+use super::shared::{Inbox, NO, OFFER_BYTES, Outbox, YES};
 use crate::abort::Aborter;
 use crate::buffer::DType;
 use crate::call::{Call, Op};
@@ -62,11 +63,53 @@ pub(super) struct Duplex {
     pub(super) sent: u64,
     /// Room for one frame of terms, as u64 so that it is aligned for every type.
     scratch: Vec<u64>,
+    /// If the next rank reads this one's memory.
+    outbox: Option<Outbox>,
+    /// If the memory of the previous rank is mapped here.
+    inbox: Option<Inbox>,
 }
 
 impl Duplex {
     pub(super) fn new(next: Link, previous: Link) -> Self {
-        Self { next, previous, sent: 0, scratch: vec![0; FRAME_BYTES / 8] }
+        Self { next, previous, sent: 0, scratch: vec![0; FRAME_BYTES / 8], outbox: None, inbox: None }
+    }
+
+    /// Offers the next rank memory of this one, if it `may`, and maps what the previous rank offers. What cannot be shared goes
+    /// by the connection.
+    pub(super) fn share(&mut self, may: bool, call: &Call, aborter: &Aborter) -> Result<(), CollectiveError> {
+        let outbox = if may {
+            Outbox::new().inspect_err(|error| tracing::debug!(%error, "no memory to share")).ok()
+        } else {
+            None
+        };
+        let offer = outbox.as_ref().map_or([0; OFFER_BYTES], Outbox::offer);
+        let mut theirs = [0; OFFER_BYTES];
+        let receive = Some(Receive { into: &mut theirs, sum: None });
+        self.exchange(Transfer { op: Op::Connect, send: Some(&offer), receive }, call, aborter)?;
+        let why_not = |error: &io::Error| tracing::debug!(rank = self.previous.peer, %error, "memory is not shared");
+        let inbox = if may { Inbox::open(&theirs).inspect_err(why_not).ok() } else { None };
+        let answer = if inbox.is_some() { YES } else { NO };
+        (&*self.previous.stream).write_all(&[answer]).map_err(|error| self.previous.lost(call, error))?;
+        self.inbox = inbox;
+        self.outbox = if self.answer(call, aborter)? == YES { outbox } else { None };
+        Ok(())
+    }
+
+    /// Waits for what the next rank says about the offer.
+    fn answer(&self, call: &Call, aborter: &Aborter) -> Result<u8, CollectiveError> {
+        let mut answer = [NO];
+        loop {
+            aborter.check()?;
+            match (&*self.next.stream).read(&mut answer) {
+                Ok(0) => return Err(self.next.lost(call, "it closed the connection")),
+                Ok(_) => return Ok(answer[0]),
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(error) => return Err(self.next.lost(call, error)),
+            }
+            call.check(Some(self.next.peer))?;
+            poll::wait(&mut [poll::readable(self.next.stream.as_fd())], call.until())
+                .map_err(|error| self.next.lost(call, error))?;
+        }
     }
 
     pub(super) fn exchange(
@@ -83,18 +126,22 @@ impl Duplex {
             aborter.check()?;
             // Received first: when both neighbours are gone, the one that data was awaited from is named.
             let mut moved = false;
+            let mut full = false;
             if let Some(state) = &mut receiving {
-                let progress =
-                    state.advance(&mut self.previous, scratch, call).or_else(|e| aborter.check().and(Err(e)))?;
+                let progress = state
+                    .advance(&mut self.previous, self.inbox.as_mut(), scratch, call)
+                    .or_else(|e| aborter.check().and(Err(e)))?;
                 moved |= progress != Progress::Blocked;
                 if progress == Progress::Done {
                     receiving = None;
                 }
             }
             if let Some(state) = &mut sending {
-                let progress =
-                    state.advance(&mut self.next, &mut self.sent, call).or_else(|e| aborter.check().and(Err(e)))?;
-                moved |= progress != Progress::Blocked;
+                let progress = state
+                    .advance(&mut self.next, self.outbox.as_mut(), &mut self.sent, call)
+                    .or_else(|e| aborter.check().and(Err(e)))?;
+                full = progress == Progress::Full;
+                moved |= !full && progress != Progress::Blocked;
                 if progress == Progress::Done {
                     sending = None;
                 }
@@ -110,7 +157,8 @@ impl Duplex {
                     entries[0] = poll::readable(self.previous.stream.as_fd());
                 }
                 if sending.is_some() {
-                    entries[1] = poll::writable(self.next.stream.as_fd());
+                    let stream = self.next.stream.as_fd();
+                    entries[1] = if full { poll::readable(stream) } else { poll::writable(stream) };
                 }
                 poll::wait(&mut entries, call.until()).map_err(|error| self.previous.lost(call, error))?;
             }
@@ -123,6 +171,8 @@ enum Progress {
     Done,
     Moved,
     Blocked,
+    /// The next rank has to take what lies in the shared memory first.
+    Full,
 }
 
 struct Sending<'a> {
@@ -140,7 +190,27 @@ impl<'a> Sending<'a> {
         Self { op, header: link.header(op, payload.len()).encode(&link.key), payload, rest, out: 0 }
     }
 
-    fn advance(&mut self, link: &mut Link, sent: &mut u64, call: &Call) -> Result<Progress, CollectiveError> {
+    fn advance(
+        &mut self,
+        link: &mut Link,
+        outbox: Option<&mut Outbox>,
+        sent: &mut u64,
+        call: &Call,
+    ) -> Result<Progress, CollectiveError> {
+        let mut outbox = outbox;
+        if self.is_out() {
+            return self.wait_until_taken(link, outbox, call);
+        }
+        if let Some(outbox) = outbox.as_deref_mut().filter(|outbox| self.out == 0 && outbox.carries(self.payload.len()))
+        {
+            if !outbox.has_room(&link.stream).map_err(|error| link.lost(call, error))? {
+                return Ok(Progress::Full);
+            }
+            outbox.put(self.payload);
+            *sent += self.payload.len() as u64;
+            // the connection has the header to carry
+            self.payload = &[];
+        }
         let header = &self.header[self.out.min(HEADER_BYTES)..];
         let payload = &self.payload[self.out.saturating_sub(HEADER_BYTES)..];
         match (&*link.stream).write_vectored(&[IoSlice::new(header), IoSlice::new(payload)]) {
@@ -153,14 +223,30 @@ impl<'a> Sending<'a> {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(link.lost(call, error)),
         }
-        if self.out < HEADER_BYTES + self.payload.len() {
+        if !self.is_out() {
             return Ok(Progress::Moved);
         }
         if self.rest.is_empty() {
-            return Ok(Progress::Done);
+            return self.wait_until_taken(link, outbox, call);
         }
         *self = Self::new(self.rest, self.op, link);
         Ok(Progress::Moved)
+    }
+
+    /// Whether the connection has the frame.
+    fn is_out(&self) -> bool {
+        self.out == HEADER_BYTES + self.payload.len()
+    }
+
+    /// A rank that is done may leave at once, and its memory is to be read before that.
+    fn wait_until_taken(
+        &self,
+        link: &Link,
+        outbox: Option<&mut Outbox>,
+        call: &Call,
+    ) -> Result<Progress, CollectiveError> {
+        let taken = outbox.map_or(Ok(true), |outbox| outbox.is_empty(&link.stream));
+        Ok(if taken.map_err(|error| link.lost(call, error))? { Progress::Done } else { Progress::Full })
     }
 }
 
@@ -183,7 +269,13 @@ impl<'a> Receiving<'a> {
         Self { op, expected, header: [0; HEADER_BYTES], payload, rest, sum: receive.sum, got: 0 }
     }
 
-    fn advance(&mut self, link: &mut Link, scratch: &mut [u8], call: &Call) -> Result<Progress, CollectiveError> {
+    fn advance(
+        &mut self,
+        link: &mut Link,
+        inbox: Option<&mut Inbox>,
+        scratch: &mut [u8],
+        call: &Call,
+    ) -> Result<Progress, CollectiveError> {
         let room = if self.got < HEADER_BYTES {
             &mut self.header[self.got..]
         } else if self.sum.is_some() {
@@ -205,11 +297,18 @@ impl<'a> Receiving<'a> {
                 reason,
             })?;
         }
-        if self.got < HEADER_BYTES + self.payload.len() {
-            return Ok(Progress::Moved);
-        }
-        if let Some(dtype) = self.sum {
-            sum::add(dtype, self.payload, &scratch[..self.payload.len()]);
+        if let Some(inbox) = inbox.filter(|inbox| inbox.carries(self.payload.len())) {
+            if self.got < HEADER_BYTES {
+                return Ok(Progress::Moved);
+            }
+            inbox.take(self.payload, self.sum, scratch, &link.stream).map_err(|error| link.lost(call, error))?;
+        } else {
+            if self.got < HEADER_BYTES + self.payload.len() {
+                return Ok(Progress::Moved);
+            }
+            if let Some(dtype) = self.sum {
+                sum::add(dtype, self.payload, &scratch[..self.payload.len()]);
+            }
         }
         if self.rest.is_empty() {
             return Ok(Progress::Done);

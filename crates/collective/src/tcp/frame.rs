@@ -8,7 +8,7 @@ use crate::call::Op;
 use crate::secret::Key;
 
 /// Largest payload of a frame. A multiple of every element size, so that no element is cut in two.
-pub(super) const FRAME_BYTES: usize = 1 << 20;
+pub(super) const FRAME_BYTES: usize = 1 << 18;
 const FIELDS: usize = 24;
 const TAG: usize = 16;
 pub(super) const HEADER_BYTES: usize = FIELDS + TAG;

@@ -30,6 +30,7 @@ pub fn frames(bytes: &[u8]) {
         bind: String::new(),
         advertise: String::new(),
         timeout: std::time::Duration::from_secs(1),
+        shares_memory: true,
         aborter: Aborter::default(),
     };
     let terms = Terms::new(&group, 0, 1);
@@ -76,6 +77,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         bind: String::new(),
         advertise: String::new(),
         timeout: std::time::Duration::from_secs(1),
+        shares_memory: true,
         aborter: Aborter::default(),
     };
     let mut seeds = Vec::new();

@@ -209,6 +209,7 @@ mod tests {
             bind: "127.0.0.1".into(),
             advertise: "127.0.0.1".into(),
             timeout: Duration::from_secs(1),
+            shares_memory: true,
             aborter: Aborter::default(),
         }
     }

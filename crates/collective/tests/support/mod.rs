@@ -19,6 +19,7 @@ pub fn group(rank: usize, world_size: usize, timeout: Duration) -> Group {
         bind: "127.0.0.1".into(),
         advertise: "127.0.0.1".into(),
         timeout,
+        shares_memory: true,
         aborter: Aborter::default(),
     }
 }
@@ -45,6 +46,11 @@ pub fn each_rank<T: Send>(world_size: usize, work: impl Fn(usize, &Store) -> T +
 
 pub fn tcp(world_size: usize, timeout: Duration) -> impl Fn(usize, &Store) -> Made + Sync {
     move |rank, store| connect_tcp(group(rank, world_size, timeout), store)
+}
+
+/// As on machines of their own: all data by sockets.
+pub fn sockets(world_size: usize, timeout: Duration) -> impl Fn(usize, &Store) -> Made + Sync {
+    move |rank, store| connect_tcp(Group { shares_memory: false, ..group(rank, world_size, timeout) }, store)
 }
 
 /// The value of element `index` of `rank`: an integer, so that sums are exact in every type and order.

@@ -183,6 +183,7 @@ fn steps(config: &Config, world_size: usize, points: &[Vec<f64>]) -> Vec<Outcome
                         bind: "127.0.0.1".into(),
                         advertise: "127.0.0.1".into(),
                         timeout: Duration::from_secs(60),
+                        shares_memory: true,
                         aborter: Aborter::default(),
                     };
                     let collective = connect_tcp(group, &store).unwrap();
