@@ -169,12 +169,12 @@ impl Tape {
 
 /// Brings gradients back through libtorch's graphs in one pass.
 ///
-/// `sum(output * gradient)` has `gradient` as its derivative, so its backward is the wanted one.
+/// The dot product of output and gradient has `gradient` as its derivative, so its backward is the wanted one.
 fn pull(parts: &[(&Tensor, &Tensor)]) {
     let surrogate = parts
         .iter()
         .filter(|(output, _)| output.requires_grad())
-        .map(|(output, gradient)| (*output * *gradient).sum(output.kind()))
+        .map(|(output, gradient)| output.reshape([-1]).dot(&gradient.reshape([-1])))
         .reduce(|sum, part| sum + part);
     if let Some(surrogate) = surrogate {
         surrogate.backward();

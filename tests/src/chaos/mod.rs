@@ -210,6 +210,8 @@ fn arguments(name: &str, workers: u32, steps: u64) -> Vec<String> {
         "checkpoint.every_steps=40",
         "cluster.heartbeat_timeout=3s",
         "cluster.collective_timeout=20s",
+        // else the faults of the network would not meet what the workers say to each other
+        "cluster.shared_memory=false",
         "cluster.max_restarts=100000",
         "cluster.coordinator_restarts=100000",
         "cluster.max_recoveries=20",

@@ -183,7 +183,7 @@ pub fn group(seat: Seat, config: &Config) -> Group {
         bind: "127.0.0.1".into(),
         advertise: "127.0.0.1".into(),
         timeout: config.cluster.collective_timeout.0,
-        shares_memory: true,
+        shares_memory: config.cluster.shared_memory,
         aborter: Aborter::default(),
     }
 }

@@ -314,7 +314,7 @@ impl Life<'_> {
             bind: session.bind.clone(),
             advertise: host::advertised(&session.bind),
             timeout: cluster.collective_timeout.0,
-            shares_memory: true,
+            shares_memory: cluster.shared_memory,
             aborter: session.signals.begin(place.generation, after),
         };
         let collective = match session.device {

@@ -367,6 +367,9 @@ pub struct ClusterConfig {
     pub progress_timeout: Span,
     /// A collective operation that takes longer fails.
     pub collective_timeout: Span,
+    /// On CPUs: workers of one machine move gradients and item vectors by memory that both map. It changes no result; false:
+    /// by sockets, as between machines.
+    pub shared_memory: bool,
     /// A job that was asked to stop has this long to finish its step and write a checkpoint; then it ends without those
     /// who have not left. A worker that was told to leave a broken generation has as long, and is lost after it. "0s" = as
     /// long as `collective_timeout` and `heartbeat_timeout` together.
@@ -409,6 +412,7 @@ impl Default for ClusterConfig {
             join_timeout: Span::from_secs(120),
             progress_timeout: Span::from_secs(0),
             collective_timeout: Span::from_secs(120),
+            shared_memory: true,
             stop_timeout: Span::from_secs(0),
             prefetch_steps: 4,
             row_cache: ByteSize(1 << 30),

@@ -94,7 +94,7 @@ pub struct InfoNceOutput {
     pub correct: Tensor,
     /// `[R, d]`.
     pub d_user: Tensor,
-    /// `[M, d]`, for the items of all ranks.
+    /// `[M, d]`, for the items of all ranks; of items that do not learn, zeros that cannot be written to.
     pub d_item: Tensor,
     /// Scalar: derivative with respect to the logarithm of the logit scale.
     pub d_log_scale: Tensor,
@@ -109,7 +109,8 @@ impl InfoNce<'_> {
                 loss: Tensor::zeros([0_i64; 0], (self.user.kind(), self.user.device())),
                 correct: Tensor::zeros([0_i64; 0], (Kind::Int64, self.user.device())),
                 d_user: self.user.zeros_like(),
-                d_item: self.item.zeros_like(),
+                // nobody writes to what nobody learns from, so one value stands for all
+                d_item: if self.items_learn { self.item.zeros_like() } else { nothing(self.item) },
                 d_log_scale: Tensor::zeros([0_i64; 0], (self.user.kind(), self.user.device())),
             };
             if self.user.size()[0] > 0 && self.item.size()[0] > 0 && self.pairs > 0 {
@@ -135,6 +136,12 @@ impl InfoNce<'_> {
         let most = self.tile.rows(rows, self.item.size()[0]);
         users.split((most * count / rows).max(1), 0)
     }
+}
+
+/// Zeros of the shape of `x` that take no memory; not to be written to.
+#[must_use]
+pub fn nothing(x: &Tensor) -> Tensor {
+    Tensor::zeros(vec![1; x.dim()].as_slice(), (x.kind(), x.device())).expand_as(x)
 }
 
 /// Rows and targets of some own users as tables. G users, J = most rows of one, K = most targets of one; n rows that are

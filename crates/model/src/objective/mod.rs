@@ -12,6 +12,6 @@ mod pairs;
 mod proposal;
 pub mod softmax;
 
-pub use infonce::{InfoNce, InfoNceOutput, Tile};
+pub use infonce::{InfoNce, InfoNceOutput, Tile, nothing};
 pub use pairs::{local_pairs, pair_indices};
 pub use proposal::Proposal;

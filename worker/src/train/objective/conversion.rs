@@ -30,7 +30,7 @@ impl Conversion {
         let own = cvr::loss(&logits, &exposures.label, mine.exposures);
         (&own * self.weight).backward();
         loss.gradient.user += user.grad();
-        loss.gradient.item += item.grad();
+        loss.gradient.item = &loss.gradient.item + item.grad();
         let own = own.detach();
         loss.loss += &own * self.weight;
         own

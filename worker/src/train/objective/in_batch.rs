@@ -4,7 +4,7 @@
 
 use learn_domain::config::ObjectiveConfig;
 use learn_domain::sampling::Pairs;
-use learn_model::objective::{InfoNce, Proposal, Tile};
+use learn_model::objective::{self, InfoNce, Proposal, Tile};
 use learn_telemetry::Phase;
 use tch::{Device, Tensor};
 
@@ -77,7 +77,7 @@ impl InBatch {
         clock.enter(Phase::Gather);
         let own_item = match items_learn {
             true => exchange.scatter_rows(&output.d_item, counts)?,
-            false => mine.embeddings.item.zeros_like(),
+            false => objective::nothing(&mine.embeddings.item),
         };
         Ok(StepLoss {
             loss: output.loss,
