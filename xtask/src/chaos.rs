@@ -19,6 +19,9 @@ pub struct Options {
     /// Workers that the job starts with, and has at most.
     #[arg(long, default_value_t = 4)]
     pub workers: u32,
+    /// Let workers share memory, which is the default of a job, and leave out the faults that slow packets down.
+    #[arg(long)]
+    pub shared_memory: bool,
 }
 
 /// # Errors
@@ -29,5 +32,6 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     let mut chaos = Command::new(workspace.binary("learn-chaos"));
     let (minutes, seed) = (options.minutes.to_string(), options.seed.to_string());
     chaos.args(["--minutes", &minutes, "--seed", &seed, "--workers", &options.workers.to_string()]);
+    chaos.args(options.shared_memory.then_some("--shared-memory"));
     process::visible("chaos", chaos.current_dir(workspace.root()))
 }

@@ -19,6 +19,9 @@ struct Arguments {
     /// Workers that the job starts with, and has at most
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..=16))]
     workers: u32,
+    /// Let workers share memory, which is the default of a job, and leave out the faults that slow packets down
+    #[arg(long)]
+    shared_memory: bool,
 }
 
 fn main() -> ExitCode {
@@ -30,7 +33,12 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let options = chaos::Options { length, seed: arguments.seed, workers: arguments.workers };
+    let options = chaos::Options {
+        length,
+        seed: arguments.seed,
+        workers: arguments.workers,
+        shared_memory: arguments.shared_memory,
+    };
     match chaos::enter().and_then(|()| chaos::run(&options)) {
         Ok(report) => {
             println!("{report}");

@@ -70,6 +70,12 @@ impl Sandbox {
         Self { kinds: Kind::ALL.into_iter().filter(possible).collect(), left_out }
     }
 
+    /// Does without these kinds.
+    pub fn leave_out(&mut self, kinds: &[Kind], why: &str) {
+        self.kinds.retain(|kind| !kinds.contains(kind));
+        self.left_out.extend(kinds.iter().map(|&kind| (kind, why.to_owned())));
+    }
+
     /// Whether a disk of their own can be made for the checkpoints.
     #[must_use]
     pub fn has_disks(&self) -> bool {

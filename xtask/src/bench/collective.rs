@@ -13,8 +13,10 @@ pub fn run(bench: &Bench<'_>) -> Result<Results> {
     let repetitions = bench.options.repetitions.to_string();
     let words = ["--workers", "4", "--mib", "128", "--repetitions", &repetitions];
     let ours = [&["collective"], &words[..]].concat();
+    let sockets = [&ours[..], &["--sockets"]].concat();
     let contestants = [
         Contestant { name: "ours", measure: Box::new(|| bench.ours(&ours)) },
+        Contestant { name: "ours by sockets", measure: Box::new(|| bench.ours(&sockets)) },
         Contestant { name: "gloo", measure: Box::new(|| bench.script("collective.py", &words)) },
     ];
     let rate = |answer: &Value, name: &str| number(answer, &format!("operations.{name}.median_gigabytes_per_second"));
@@ -27,13 +29,20 @@ pub fn run(bench: &Bench<'_>) -> Result<Results> {
     for name in OPERATIONS {
         // a gloo that has not got an operation leaves it out
         let rates = |answers: &[Value]| answers.iter().map(|answer| rate(answer, name)).collect::<Result<Vec<f64>>>();
-        let (mine, theirs) = (rates(&answers[0])?, rates(&answers[1]).unwrap_or_default());
-        rows.push(Row::of(format!("{name}, ours"), Unit::GigabytesPerSecond, &mine));
-        if !theirs.is_empty() {
-            rows.push(Row::of(format!("{name}, gloo"), Unit::GigabytesPerSecond, &theirs));
-            rows.push(Row::of(format!("{name}, ours over gloo"), Unit::Ratio, &ratios(&mine, &theirs)));
+        let (shared, sockets) = (rates(&answers[0])?, rates(&answers[1])?);
+        let gloo = rates(&answers[2]).unwrap_or_default();
+        rows.push(Row::of(format!("{name}, ours by shared memory"), Unit::GigabytesPerSecond, &shared));
+        rows.push(Row::of(format!("{name}, ours by sockets"), Unit::GigabytesPerSecond, &sockets));
+        if !gloo.is_empty() {
+            rows.push(Row::of(format!("{name}, gloo"), Unit::GigabytesPerSecond, &gloo));
+            rows.push(Row::of(
+                format!("{name}, ours by shared memory over gloo"),
+                Unit::Ratio,
+                &ratios(&shared, &gloo),
+            ));
+            rows.push(Row::of(format!("{name}, ours by sockets over gloo"), Unit::Ratio, &ratios(&sockets, &gloo)));
         }
-        more.insert(name.into(), json!({ "ours": mine, "gloo": theirs }));
+        more.insert(name.into(), json!({ "shared": shared, "sockets": sockets, "gloo": gloo }));
     }
     Ok(Results {
         version: VERSION,

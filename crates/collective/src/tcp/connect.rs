@@ -61,7 +61,10 @@ pub(super) fn ring(group: &Group, rendezvous: &dyn Rendezvous) -> Result<Duplex,
         Ok(Link { peer, stream: Arc::new(stream), key, generation: group.generation, frames: 0 })
     };
     let mut duplex = Duplex::new(link(next, outward, outward_key)?, link(previous, inward, inward_key)?);
-    duplex.share(group.shares_memory, call, aborter)?;
+    aborter.watch(duplex.next.stream.clone());
+    aborter.watch(duplex.previous.stream.clone());
+    // whoever fails hangs up, for its neighbours wait for its word
+    duplex.share(group.shares_memory, call, aborter).inspect_err(|_| aborter.hang_up())?;
     Ok(duplex)
 }
 

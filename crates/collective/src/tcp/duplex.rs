@@ -77,29 +77,29 @@ impl Duplex {
     /// Offers the next rank memory of this one, if it `may`, and maps what the previous rank offers. What cannot be shared goes
     /// by the connection.
     pub(super) fn share(&mut self, may: bool, call: &Call, aborter: &Aborter) -> Result<(), CollectiveError> {
-        let outbox = if may {
-            Outbox::new().inspect_err(|error| tracing::debug!(%error, "no memory to share")).ok()
-        } else {
-            None
+        let outbox = match may {
+            true => Outbox::new().inspect_err(|error| tracing::debug!(%error, "no memory to share")).ok(),
+            false => None,
         };
         let offer = outbox.as_ref().map_or([0; OFFER_BYTES], Outbox::offer);
         let mut theirs = [0; OFFER_BYTES];
         let receive = Some(Receive { into: &mut theirs, sum: None });
         self.exchange(Transfer { op: Op::Connect, send: Some(&offer), receive }, call, aborter)?;
         let why_not = |error: &io::Error| tracing::debug!(rank = self.previous.peer, %error, "memory is not shared");
-        let inbox = if may { Inbox::open(&theirs).inspect_err(why_not).ok() } else { None };
-        let answer = if inbox.is_some() { YES } else { NO };
-        (&*self.previous.stream).write_all(&[answer]).map_err(|error| self.previous.lost(call, error))?;
-        self.inbox = inbox;
-        self.outbox = if self.answer(call, aborter)? == YES { outbox } else { None };
+        self.inbox = if may { Inbox::open(&theirs).inspect_err(why_not).ok() } else { None };
+        // an abort closes the connections, and is not to be told as a loss
+        let aborted = |error| aborter.check().and(Err(error));
+        let answer = if self.inbox.is_some() { YES } else { NO };
+        let answered = (&*self.previous.stream).write_all(&[answer]);
+        answered.map_err(|error| self.previous.lost(call, error)).or_else(aborted)?;
+        self.outbox = if self.answer(call).or_else(aborted)? == YES { outbox } else { None };
         Ok(())
     }
 
     /// Waits for what the next rank says about the offer.
-    fn answer(&self, call: &Call, aborter: &Aborter) -> Result<u8, CollectiveError> {
+    fn answer(&self, call: &Call) -> Result<u8, CollectiveError> {
         let mut answer = [NO];
         loop {
-            aborter.check()?;
             match (&*self.next.stream).read(&mut answer) {
                 Ok(0) => return Err(self.next.lost(call, "it closed the connection")),
                 Ok(_) => return Ok(answer[0]),

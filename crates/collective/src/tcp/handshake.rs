@@ -15,7 +15,7 @@ use crate::Group;
 use crate::secret::Key;
 
 const MAGIC: &[u8; 8] = b"LEARNRNG";
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 pub(super) const HELLO_BYTES: usize = 96;
 pub(super) const REPLY_BYTES: usize = 88;
 pub(super) const PROOF_BYTES: usize = 32;

@@ -30,9 +30,6 @@ use crate::{Aborter, Buffer, Collective, CollectiveError, DType, Group, Rendezvo
 pub fn connect_tcp(group: Group, rendezvous: &dyn Rendezvous) -> Result<Box<dyn Collective>, CollectiveError> {
     group.check()?;
     let duplex = if group.world_size == 1 { None } else { Some(connect::ring(&group, rendezvous)?) };
-    for socket in duplex.iter().flat_map(|d| [d.next.stream.clone(), d.previous.stream.clone()]) {
-        group.aborter.watch(socket);
-    }
     Ok(Box::new(Tcp {
         rank: group.rank,
         world_size: group.world_size,

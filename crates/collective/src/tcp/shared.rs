@@ -5,7 +5,8 @@
 //! sends the header; the receiver reads the header, takes the payload, and sends one byte back, which is room for another.
 //! Invariants:
 //! - both sides know from a frame's length alone which way it goes, and the order of frames is that of the connection;
-//! - memory is never named in a file system: it is gone with the last process that maps it, however that ends;
+//! - memory is never named in a file system: it is gone with the last process that maps it, however that ends; nobody but its
+//!   sender writes to it;
 //! - whoever cannot share (another machine, another user, a container with its own processes) says so, and the connection
 //!   carries all.
 
@@ -60,8 +61,7 @@ impl Outbox {
     /// # Errors
     /// If the system has no such memory.
     pub(super) fn new() -> io::Result<Self> {
-        let file = sealed(BYTES)?;
-        let memory = MmapOptions::new().len(BYTES).map_raw(&file)?;
+        let (file, memory) = sealed()?;
         let mut token = [0; TOKEN];
         getrandom::fill(&mut token).map_err(io::Error::other)?;
         let outbox = Self { memory, file, token, put: 0, taken: 0 };
@@ -199,24 +199,28 @@ impl Inbox {
     }
 }
 
-/// Anonymous memory that cannot be made shorter or longer.
+/// Its name, as the system shows it.
 #[cfg(target_os = "linux")]
-fn sealed(bytes: usize) -> io::Result<File> {
+const NAME: &std::ffi::CStr = c"learn-collective";
+
+/// Anonymous memory that cannot be made shorter or longer, and its mapping, which is the only one that can be written to.
+#[cfg(target_os = "linux")]
+fn sealed() -> io::Result<(File, MmapRaw)> {
     // SAFETY: the name is a string that ends with 0, which the call reads; what it returns is a descriptor or -1.
-    let descriptor =
-        unsafe { libc::memfd_create(c"learn-collective".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    let descriptor = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if descriptor < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the descriptor was made just now, and nobody else has it.
     let file = unsafe { File::from_raw_fd(descriptor) };
-    file.set_len(bytes as u64)?;
-    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    file.set_len(BYTES as u64)?;
+    let memory = MmapOptions::new().len(BYTES).map_raw(&file)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
     // SAFETY: the call takes a descriptor that lives and a number.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(file)
+    Ok((file, memory))
 }
 
 /// Such memory of another process of this machine and this user.
@@ -225,18 +229,24 @@ fn open_sealed(process: u64, descriptor: u64) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
 
     let path = format!("/proc/{process}/fd/{descriptor}");
-    // not blocked, should the numbers name a pipe on this machine
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let refused = || io::Error::other("it is not sealed memory of the right size");
+    // on another machine the numbers may name anything, which is not to be touched
+    let named = std::fs::read_link(&path)?;
+    if !named.to_string_lossy().starts_with(&format!("/memfd:{}", NAME.to_string_lossy())) {
+        return Err(refused());
+    }
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = File::options().read(true).custom_flags(flags).open(path)?;
     // SAFETY: the call takes a descriptor that lives, and no further argument.
     let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
     if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 || file.metadata()?.len() != BYTES as u64 {
-        return Err(io::Error::other("it is not sealed memory of the right size"));
+        return Err(refused());
     }
     Ok(file)
 }
 
 #[cfg(not(target_os = "linux"))]
-fn sealed(_bytes: usize) -> io::Result<File> {
+fn sealed() -> io::Result<(File, MmapRaw)> {
     Err(io::Error::from(io::ErrorKind::Unsupported))
 }
 

@@ -367,8 +367,8 @@ pub struct ClusterConfig {
     pub progress_timeout: Span,
     /// A collective operation that takes longer fails.
     pub collective_timeout: Span,
-    /// On CPUs: workers of one machine move gradients and item vectors by memory that both map. It changes no result; false:
-    /// by sockets, as between machines.
+    /// On CPUs: neighbouring ranks on one machine move gradients and item vectors by memory that both map, where the system
+    /// lets them (not between containers). It changes no result; false: by sockets, as between machines.
     pub shared_memory: bool,
     /// A job that was asked to stop has this long to finish its step and write a checkpoint; then it ends without those
     /// who have not left. A worker that was told to leave a broken generation has as long, and is lost after it. "0s" = as

@@ -52,7 +52,9 @@ proptest! {
 #[test]
 fn blocks_and_tasks_meet() {
     at_every_level(|_| {
-        for (tokens, shape) in [(32, (32, 32)), (33, (ROWS + 33, 65)), (96, (2 * ROWS, 64)), (31, (1, ROWS + 1))] {
+        for (tokens, shape) in
+            [(32, (32, 32)), (33, (ROWS + 33, 65)), (96, (2 * ROWS, 64)), (31, (1, ROWS + 1)), (33, (1, ROWS + 33))]
+        {
             check(tokens, shape, 3);
         }
     });
