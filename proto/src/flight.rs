@@ -10,6 +10,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use arrow_schema::{DataType, Field, Schema};
+use learn_domain::config::RowFormat;
 use learn_domain::report::Split;
 use serde::{Deserialize, Serialize};
 
@@ -163,8 +164,15 @@ fn is_false(value: &bool) -> bool {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind", deny_unknown_fields)]
 pub enum Exchange {
-    /// Content embeddings of the items in the request's `item` column.
-    Rows {},
+    /// Content embeddings of the items in the request's `item` column, in this format; f16 where it is not said.
+    Rows {
+        #[serde(default, skip_serializing_if = "is_default")]
+        format: RowFormat,
+    },
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 fn encode<T: Serialize>(value: &T) -> Vec<u8> {
@@ -395,13 +403,22 @@ pub fn rows_request_schema() -> Schema {
     schema("items whose content embeddings are wanted; repeats are allowed", vec![number("item", "item index")])
 }
 
-/// The column of an answer of [`Exchange::Rows`].
+/// The columns of an answer of [`Exchange::Rows`].
 #[must_use]
-pub fn rows_schema(dim: u32) -> Schema {
-    let value = Field::new("item", DataType::Float16, false).into();
-    let embedding = DataType::FixedSizeList(value, i32::try_from(dim).unwrap_or(i32::MAX));
-    let doc = "content embeddings in the order of the request";
-    schema(doc, vec![field("embedding", embedding, false, "the frozen language model's L2-normalised vector")])
+pub fn rows_schema(dim: u32, format: RowFormat) -> Schema {
+    let lists = |value| DataType::FixedSizeList(element(value), i32::try_from(dim).unwrap_or(i32::MAX));
+    let fields = match format {
+        RowFormat::F16 => {
+            let doc = "the frozen language model's L2-normalised vector";
+            vec![field("embedding", lists(DataType::Float16), false, doc)]
+        }
+        RowFormat::Int8 => {
+            let doc = "the frozen language model's L2-normalised vector, each value over `scale`, rounded";
+            let scale = "what the bytes of `embedding` are multiplied with; 1/127 of the largest magnitude in the row";
+            vec![field("embedding", lists(DataType::Int8), false, doc), field("scale", DataType::Float32, false, scale)]
+        }
+    };
+    schema("content embeddings in the order of the request", fields)
 }
 
 #[cfg(test)]
@@ -421,8 +438,16 @@ mod tests {
         assert_eq!(Ticket::decode(evaluation.as_bytes()).unwrap(), wanted);
         let timed = Ticket::Evaluation { split: Split::Test, rank: 0, world_size: 1, times: true };
         assert_eq!(Ticket::decode(evaluation.replace('}', ",\"times\":true}").as_bytes()).unwrap(), timed);
-        assert_eq!(Exchange::decode(br#"{"version":1,"kind":"rows"}"#).unwrap(), Exchange::Rows {});
-        assert_eq!(Exchange::decode(&Exchange::Rows {}.encode()).unwrap(), Exchange::Rows {});
+        let rows = |format| Exchange::Rows { format };
+        let as_before = br#"{"version":1,"kind":"rows"}"#;
+        assert_eq!(Exchange::decode(as_before).unwrap(), rows(RowFormat::F16));
+        let json = |bytes: &[u8]| serde_json::from_slice::<serde_json::Value>(bytes).unwrap();
+        assert_eq!(json(&rows(RowFormat::F16).encode()), json(as_before), "servers of before know no format");
+        let int8 = br#"{"version":1,"kind":"rows","format":"int8"}"#;
+        assert_eq!(Exchange::decode(int8).unwrap(), rows(RowFormat::Int8));
+        assert_eq!(json(&rows(RowFormat::Int8).encode()), json(int8));
+        let unknown = Exchange::decode(br#"{"version":1,"kind":"rows","format":"int4"}"#).unwrap_err().to_string();
+        assert!(unknown.contains("int4") && unknown.contains("int8"), "{unknown}");
     }
 
     #[test]
@@ -451,7 +476,8 @@ mod tests {
             items_schema(),
             popularity_schema(),
             rows_request_schema(),
-            rows_schema(8),
+            rows_schema(8, RowFormat::F16),
+            rows_schema(8, RowFormat::Int8),
         ] {
             let described = facts.describe(schema);
             assert!(described.fields().iter().all(|field| !field.metadata()["doc"].is_empty()));

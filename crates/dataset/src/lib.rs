@@ -31,7 +31,7 @@ mod sequences;
 
 pub use catalogue::Item;
 pub use dataset::Dataset;
-pub use embeddings::Embeddings;
+pub use embeddings::{Embeddings, RowError};
 pub use error::DatasetError;
 pub use manifest::{Counts, EmbeddingInfo, FileEntry, FilterInfo, LabelInfo, Manifest, SplitInfo, VERSION};
 pub use message::MessageCheck;

@@ -66,6 +66,28 @@ impl Default for JobConfig {
     }
 }
 
+/// How a content embedding travels from the data service to a worker.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RowFormat {
+    /// As it is stored.
+    #[default]
+    F16,
+    /// A signed byte a value and one scale a row.
+    Int8,
+}
+
+impl RowFormat {
+    /// Bytes of a row of `dim` values on the wire.
+    #[must_use]
+    pub fn row_bytes(self, dim: usize) -> usize {
+        match self {
+            Self::F16 => 2 * dim,
+            Self::Int8 => dim + size_of::<f32>(),
+        }
+    }
+}
+
 /// Where the dataset lies.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -75,11 +97,15 @@ pub struct DataConfig {
     /// A worker that can open the dataset's files itself (same host, shared file system) maps the content embeddings instead of
     /// having their rows sent. false: rows always come from the data servers, and pass through `cluster.row_cache`.
     pub map_rows: bool,
+    /// How a content embedding travels to a worker: as it is stored (f16), or as signed bytes with one scale a row (int8), half
+    /// the bytes. int8 rounds: every value by up to 1/254 of its row's largest. Whatever reads content embeddings for the
+    /// run rounds them so, from the dataset's files too: training, evaluation, `export` and `recommend`.
+    pub row_format: RowFormat,
 }
 
 impl Default for DataConfig {
     fn default() -> Self {
-        Self { dataset: "data/dataset".into(), map_rows: true }
+        Self { dataset: "data/dataset".into(), map_rows: true, row_format: RowFormat::F16 }
     }
 }
 
