@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{Float16Type, Int64Type, UInt8Type, UInt32Type};
+use arrow_array::types::{Float16Type, Float32Type, Int8Type, Int64Type, UInt8Type, UInt32Type};
 use arrow_array::{RecordBatch, UInt32Array};
 use arrow_flight::decode::{DecodedPayload, FlightDataDecoder};
 use arrow_flight::error::FlightError;
@@ -16,6 +16,8 @@ use arrow_flight::utils::batches_to_flight_data;
 use arrow_flight::{Action, Criteria, FlightData, FlightDescriptor, Ticket as RawTicket};
 use arrow_schema::Schema;
 use futures::{StreamExt, TryStreamExt};
+use learn_dataset::embeddings::int8;
+use learn_domain::config::RowFormat;
 use learn_domain::plan::{Plan, PlanKey};
 use learn_domain::report::Split;
 use learn_domain::sampling::{SampleKey, sample};
@@ -263,7 +265,8 @@ fn requests(batches: Vec<Vec<u32>>, command: Vec<u8>) -> impl futures::Stream<It
 }
 
 async fn rows(flight: &mut Flight, batches: Vec<Vec<u32>>) -> Result<Vec<(RowsMeta, Vec<half::f16>)>, tonic::Status> {
-    let stream = flight.do_exchange(requests(batches, Exchange::Rows {}.encode())).await?.into_inner();
+    let stream =
+        flight.do_exchange(requests(batches, Exchange::Rows { format: RowFormat::F16 }.encode())).await?.into_inner();
     let mut decoder = FlightDataDecoder::new(stream.map_err(|status| FlightError::Tonic(Box::new(status))));
     let mut found = Vec::new();
     while let Some(message) = decoder.next().await {
@@ -308,6 +311,49 @@ async fn an_exchange_gives_exactly_the_rows_that_were_asked_for() {
     running.stop().await;
 }
 
+/// Rows of int8: bytes and scales.
+async fn int8_rows(flight: &mut Flight, items: Vec<u32>, command: Vec<u8>) -> (Vec<i8>, Vec<f32>) {
+    let stream = flight.do_exchange(requests(vec![items], command)).await.unwrap().into_inner();
+    let mut decoder = FlightDataDecoder::new(stream.map_err(|status| FlightError::Tonic(Box::new(status))));
+    let (mut bytes, mut scales) = (Vec::new(), Vec::new());
+    while let Some(message) = decoder.next().await {
+        let DecodedPayload::RecordBatch(batch) = message.unwrap().payload else { continue };
+        let column = |name| batch.column_by_name(name).unwrap();
+        bytes.extend_from_slice(column("embedding").as_fixed_size_list().values().as_primitive::<Int8Type>().values());
+        scales.extend_from_slice(column("scale").as_primitive::<Float32Type>().values());
+    }
+    (bytes, scales)
+}
+
+#[tokio::test]
+async fn rows_come_in_the_format_that_their_ticket_names() {
+    let mut ground = Ground::new(1);
+    ground.config.data.row_format = RowFormat::Int8;
+    let running = ground.start(train()).await;
+    let mut flight = running.flight();
+    let descriptor = FlightDescriptor::new_path(vec!["rows".to_owned()]);
+    let info = flight.get_flight_info(descriptor.clone()).await.unwrap().into_inner();
+    let schema: Schema = flight.get_schema(descriptor).await.unwrap().into_inner().try_into().unwrap();
+    assert_eq!(schema.fields().iter().map(|field| field.name()).collect::<Vec<_>>(), ["embedding", "scale"]);
+    let command = info.endpoint[0].ticket.clone().unwrap().ticket.to_vec();
+    assert_eq!(Exchange::decode(&command).unwrap(), Exchange::Rows { format: RowFormat::Int8 });
+
+    // several messages
+    let items: Vec<u32> = (0..200_000).map(|row| row * 7 % ITEMS).collect();
+    let (bytes, scales) = int8_rows(&mut flight, items.clone(), command).await;
+    assert_eq!((bytes.len(), scales.len()), (items.len() * DIM, items.len()));
+    for (item, (bytes, scale)) in items.iter().zip(bytes.chunks_exact(DIM).zip(scales)) {
+        let mut expected = [0; DIM];
+        assert_eq!((int8::quantize(&vector(*item), &mut expected), bytes), (Ok(scale), &expected[..]));
+    }
+    // what a client of before asks for, in the same job
+    let f16 = rows(&mut flight, vec![vec![3, 1]]).await.unwrap();
+    assert_eq!(f16[0].1, [vector(3), vector(1)].concat());
+    let refused = flight.do_exchange(requests(vec![vec![1]], br#"{"version":1,"kind":"rows","format":"f8"}"#.to_vec()));
+    assert!(refused.await.unwrap_err().message().contains("f8"));
+    running.stop().await;
+}
+
 #[tokio::test]
 async fn malformed_requests_are_refused_by_name() {
     let ground = Ground::new(1);
@@ -330,7 +376,7 @@ async fn malformed_requests_are_refused_by_name() {
     assert_eq!(command.code(), Code::InvalidArgument);
     let column: arrow_array::ArrayRef = Arc::new(arrow_array::Int64Array::from(vec![1]));
     let wrong_column = RecordBatch::try_from_iter([("item", column)]).unwrap();
-    let wrong_column = exchange(&[wrong_column], Exchange::Rows {}.encode());
+    let wrong_column = exchange(&[wrong_column], Exchange::Rows { format: RowFormat::F16 }.encode());
     let mut answer = flight.do_exchange(wrong_column).await.unwrap().into_inner();
     assert!(answer.message().await.unwrap().is_some(), "the schema of the answer");
     let refused = answer.message().await.unwrap_err();

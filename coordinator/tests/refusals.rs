@@ -17,6 +17,7 @@ use arrow_flight::{Criteria, FlightData, FlightDescriptor, Ticket as RawTicket};
 use bytes::{Buf, BufMut, Bytes};
 use futures::{StreamExt, stream};
 use learn_coordinator::data::{DataService, Directory, Source};
+use learn_domain::config::RowFormat;
 use learn_domain::report::CoordinatorAddress;
 use learn_proto::auth::{BearerInterceptor, Secret};
 use learn_proto::flight::{Exchange, Ticket};
@@ -272,7 +273,7 @@ async fn oversized_and_senseless_requests_are_refused_with_a_proper_status() {
     // more streams than one connection may read: exchanges that wait for requests
     let mut open = Vec::new();
     let refused = loop {
-        let descriptor = FlightDescriptor::new_cmd(Exchange::Rows {}.encode());
+        let descriptor = FlightDescriptor::new_cmd(Exchange::Rows { format: RowFormat::F16 }.encode());
         let first = FlightData { flight_descriptor: Some(descriptor), ..FlightData::default() };
         let requests = stream::iter([first]).chain(stream::pending());
         match flight.do_exchange(requests).await {
@@ -351,7 +352,7 @@ async fn malformed_messages_leave_neither_panics_nor_memory() {
 /// An exchange that begins well and goes on with rubbish.
 fn exchange(numbers: &mut Numbers) -> Vec<Bytes> {
     use prost::Message as _;
-    let descriptor = FlightDescriptor::new_cmd(Exchange::Rows {}.encode());
+    let descriptor = FlightDescriptor::new_cmd(Exchange::Rows { format: RowFormat::F16 }.encode());
     let rubbish = |numbers: &mut Numbers| FlightData {
         data_header: numbers.bytes(),
         data_body: numbers.bytes(),

@@ -1,9 +1,9 @@
 //! Rows as the bytes of a gRPC message, written once.
 //!
 //! Input: rows of the mapped table. Output: what goes to the socket as it is: gRPC's prefix, the fields of a `FlightData`, and
-//! in its body the Arrow buffer of a batch of one column of fixed-size lists without nulls. Why by hand: the usual road copies
-//! each row three times on its way (into an array, into an Arrow body, into a Protobuf message). Invariant: any Flight client
-//! reads it as what arrow and prost would have written; the tests compare them.
+//! in its body the Arrow buffers of a batch without nulls: a column of fixed-size lists of f16, or one of signed bytes and one
+//! of scales. Why by hand: the usual road copies each row three times on its way (into an array, into an Arrow body, into a
+//! Protobuf message). Invariant: any Flight client reads it as what arrow and prost would have written; the tests compare them.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -12,6 +12,7 @@ use arrow_ipc::{Buffer, FieldNode, MessageBuilder, MessageHeader, MetadataVersio
 use bytes::{BufMut, Bytes};
 use flatbuffers::FlatBufferBuilder;
 use half::f16;
+use learn_dataset::embeddings::int8::{self, NotFinite};
 use prost::Message;
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len};
 
@@ -37,16 +38,23 @@ pub struct Rows<'a> {
     pub metadata: &'a [u8],
 }
 
-/// Arrow's header of a batch of so many rows.
-fn batch_header(rows: usize, dim: usize, body: usize) -> Vec<u8> {
-    // a message holds 2 MiB, so nothing here comes near i64
-    let (length, values) = (rows as i64, (rows * dim) as i64);
+/// What Arrow's header says of a batch: columns, and where their buffers lie in the body.
+struct Layout<'a> {
+    rows: usize,
+    nodes: &'a [FieldNode],
+    buffers: &'a [Buffer],
+    /// Bytes of the body.
+    body: usize,
+}
+
+fn batch_header(layout: &Layout<'_>) -> Vec<u8> {
+    let Layout { rows, nodes, buffers, body } = *layout;
     let mut builder = FlatBufferBuilder::with_capacity(256);
-    let nodes = builder.create_vector(&[FieldNode::new(length, 0), FieldNode::new(values, 0)]);
-    // no validity of the lists, none of their values, the values
-    let buffers = builder.create_vector(&[Buffer::new(0, 0), Buffer::new(0, 0), Buffer::new(0, 2 * values)]);
+    let nodes = builder.create_vector(nodes);
+    let buffers = builder.create_vector(buffers);
     let mut batch = RecordBatchBuilder::new(&mut builder);
-    batch.add_length(length);
+    // a message holds 2 MiB, so nothing here comes near i64
+    batch.add_length(rows as i64);
     batch.add_nodes(nodes);
     batch.add_buffers(buffers);
     let batch = batch.finish().as_union_value();
@@ -75,31 +83,79 @@ fn begin_message(length: usize, into: &mut Vec<u8>) {
     into.put_u32(length as u32);
 }
 
+/// Writes all of a message that comes before its body to `buffer`, whose bytes go; how long the whole will be.
+fn begin(layout: &Layout<'_>, metadata: &[u8], buffer: &mut Vec<u8>) -> usize {
+    let header = batch_header(layout);
+    let body_field = if layout.body > 0 { field_bytes(DATA_BODY, layout.body) } else { 0 };
+    let length = field_bytes(DATA_HEADER, header.len()) + field_bytes(APP_METADATA, metadata.len()) + body_field;
+    buffer.clear();
+    buffer.reserve(PREFIX_BYTES + length);
+    begin_message(length, buffer);
+    begin_field(DATA_HEADER, header.len(), buffer);
+    buffer.extend_from_slice(&header);
+    begin_field(APP_METADATA, metadata.len(), buffer);
+    buffer.extend_from_slice(metadata);
+    if layout.body > 0 {
+        begin_field(DATA_BODY, layout.body, buffer);
+    }
+    PREFIX_BYTES + length
+}
+
+/// No validity: a column without nulls has none.
+fn no_validity() -> Buffer {
+    Buffer::new(0, 0)
+}
+
 impl Rows<'_> {
     /// The whole message, in `buffer`, whose bytes go.
     #[must_use]
     pub fn frame(&self, mut buffer: Vec<u8>) -> Vec<u8> {
-        let values = 2 * self.rows.len() * self.dim;
-        let body = values.next_multiple_of(ALIGNMENT);
-        let header = batch_header(self.rows.len(), self.dim, body);
-        let body_field = if body > 0 { field_bytes(DATA_BODY, body) } else { 0 };
-        let length =
-            field_bytes(DATA_HEADER, header.len()) + field_bytes(APP_METADATA, self.metadata.len()) + body_field;
-        buffer.clear();
-        buffer.reserve(PREFIX_BYTES + length);
-        begin_message(length, &mut buffer);
-        begin_field(DATA_HEADER, header.len(), &mut buffer);
-        buffer.extend_from_slice(&header);
-        begin_field(APP_METADATA, self.metadata.len(), &mut buffer);
-        buffer.extend_from_slice(self.metadata);
-        if body > 0 {
-            begin_field(DATA_BODY, body, &mut buffer);
-            for row in self.rows {
-                buffer.extend_from_slice(bytemuck::cast_slice::<f16, u8>(row));
-            }
-            buffer.resize(PREFIX_BYTES + length, 0);
+        let (rows, values) = (self.rows.len(), self.rows.len() * self.dim);
+        let layout = Layout {
+            rows,
+            nodes: &[FieldNode::new(rows as i64, 0), FieldNode::new(values as i64, 0)],
+            // of the lists, of their values, the values
+            buffers: &[no_validity(), no_validity(), Buffer::new(0, 2 * values as i64)],
+            body: (2 * values).next_multiple_of(ALIGNMENT),
+        };
+        let length = begin(&layout, self.metadata, &mut buffer);
+        for row in self.rows {
+            buffer.extend_from_slice(bytemuck::cast_slice::<f16, u8>(row));
         }
+        buffer.resize(length, 0);
         buffer
+    }
+
+    /// The same with a signed byte a value, and a second column of scales.
+    ///
+    /// # Errors
+    /// The first row that holds a value that is not finite, by its place.
+    pub fn frame_int8(&self, mut buffer: Vec<u8>) -> Result<Vec<u8>, (usize, NotFinite)> {
+        let (rows, values) = (self.rows.len(), self.rows.len() * self.dim);
+        let scales = values.next_multiple_of(ALIGNMENT);
+        let scale_bytes = size_of::<f32>() * rows;
+        let layout = Layout {
+            rows,
+            nodes: &[FieldNode::new(rows as i64, 0), FieldNode::new(values as i64, 0), FieldNode::new(rows as i64, 0)],
+            buffers: &[
+                no_validity(),
+                no_validity(),
+                Buffer::new(0, values as i64),
+                no_validity(),
+                Buffer::new(scales as i64, scale_bytes as i64),
+            ],
+            body: scales + scale_bytes.next_multiple_of(ALIGNMENT),
+        };
+        let length = begin(&layout, self.metadata, &mut buffer);
+        let before = buffer.len();
+        buffer.resize(length, 0);
+        let (bytes, scales) = buffer[before..].split_at_mut(scales);
+        let places = bytes.chunks_exact_mut(self.dim.max(1)).zip(scales.chunks_exact_mut(size_of::<f32>()));
+        for (number, (row, (bytes, scale))) in self.rows.iter().zip(places).enumerate() {
+            let quantized = int8::quantize(row, bytemuck::cast_slice_mut(bytes));
+            scale.copy_from_slice(&quantized.map_err(|source| (number, source))?.to_le_bytes());
+        }
+        Ok(buffer)
     }
 }
 
@@ -153,11 +209,13 @@ impl Drop for Lent {
 
 #[cfg(test)]
 mod tests {
+    use arrow_array::RecordBatch;
     use arrow_array::cast::AsArray;
-    use arrow_array::types::Float16Type;
+    use arrow_array::types::{Float16Type, Float32Type, Int8Type};
     use arrow_flight::decode::FlightRecordBatchStream;
     use futures::{FutureExt, TryStreamExt};
     use learn_dataset::MessageCheck;
+    use learn_domain::config::RowFormat;
     use learn_proto::flight::rows_schema;
     use proptest::prelude::*;
 
@@ -171,7 +229,45 @@ mod tests {
         FlightData::decode(&bytes[PREFIX_BYTES..]).unwrap()
     }
 
+    /// What arrow and prost read in a message, behind its schema.
+    fn read(framed: &[u8], dim: usize, format: RowFormat) -> (FlightData, RecordBatch) {
+        let message = unframed(framed);
+        let schema = unframed(&frame(&schema_message(&rows_schema(dim as u32, format))));
+        let mut check = MessageCheck::default();
+        check.check(&schema.data_header, 0).unwrap();
+        check.check(&message.data_header, message.data_body.len()).unwrap();
+        let stream = futures::stream::iter([Ok(schema), Ok(message.clone())]);
+        let stream = FlightRecordBatchStream::new_from_flight_data(stream);
+        let batches: Vec<_> = stream.try_collect().now_or_never().unwrap().unwrap();
+        (message, batches[0].clone())
+    }
+
+    #[test]
+    fn a_row_that_is_not_finite_is_named_by_its_place() {
+        let rows = [[f16::ONE, f16::ZERO], [f16::ONE, f16::NAN], [f16::INFINITY, f16::ONE]];
+        let slices: Vec<&[f16]> = rows.iter().map(|row| &row[..]).collect();
+        let (place, _) = Rows { rows: &slices, dim: 2, metadata: b"" }.frame_int8(Vec::new()).unwrap_err();
+        assert_eq!(place, 1);
+    }
+
     proptest! {
+        #[test]
+        fn arrow_and_prost_read_the_bytes_and_scales_of_rows(
+            values in prop::collection::vec(-2.0_f32..2.0, 0..400), dim in 1_usize..70, metadata: Vec<u8>,
+        ) {
+            let values: Vec<f16> = values.into_iter().map(f16::from_f32).collect();
+            let slices: Vec<&[f16]> = values.chunks_exact(dim).collect();
+            let framed = Rows { rows: &slices, dim, metadata: &metadata }.frame_int8(vec![7; 3 * dim]).unwrap();
+            let (message, batch) = read(&framed, dim, RowFormat::Int8);
+            prop_assert_eq!((&message.app_metadata[..], batch.num_rows()), (&metadata[..], slices.len()));
+            let bytes = batch.column(0).as_fixed_size_list().values().as_primitive::<Int8Type>().values().clone();
+            let scales = batch.column(1).as_primitive::<Float32Type>().values().clone();
+            for (row, (bytes, scale)) in slices.iter().zip(bytes.chunks_exact(dim).zip(&scales)) {
+                let mut expected = vec![0; dim];
+                prop_assert_eq!((int8::quantize(row, &mut expected), bytes), (Ok(*scale), &expected[..]));
+            }
+        }
+
         #[test]
         fn arrow_and_prost_read_what_was_put_in(count in 0_usize..20, dim in 1_usize..70, bits: u16, metadata: Vec<u8>) {
             let rows: Vec<Vec<f16>> = (0..count)
@@ -180,17 +276,10 @@ mod tests {
             let slices: Vec<&[f16]> = rows.iter().map(Vec::as_slice).collect();
             let rest = vec![7; 3 * dim];
             let framed = Rows { rows: &slices, dim, metadata: &metadata }.frame(rest);
-            let message = unframed(&framed);
+            let (message, batch) = read(&framed, dim, RowFormat::F16);
             prop_assert_eq!(&message.app_metadata[..], &metadata[..]);
-            let schema = unframed(&frame(&schema_message(&rows_schema(dim as u32))));
-            let mut check = MessageCheck::default();
-            check.check(&schema.data_header, 0).unwrap();
-            check.check(&message.data_header, message.data_body.len()).unwrap();
-            let stream = futures::stream::iter([Ok(schema), Ok(message)]);
-            let stream = FlightRecordBatchStream::new_from_flight_data(stream);
-            let batches: Vec<_> = stream.try_collect().now_or_never().unwrap().unwrap();
-            let list = batches[0].column(0).as_fixed_size_list();
-            prop_assert_eq!(batches[0].num_rows(), count);
+            let list = batch.column(0).as_fixed_size_list();
+            prop_assert_eq!(batch.num_rows(), count);
             let bits = |values: &[f16]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
             prop_assert_eq!(bits(list.values().as_primitive::<Float16Type>().values()), bits(&rows.concat()));
         }

@@ -28,6 +28,7 @@ use arrow_schema::Schema;
 pub use batches::Place;
 pub use directory::{Directory, Offer};
 use futures::stream::{self, BoxStream, Stream, StreamExt, TryStreamExt};
+use learn_domain::config::RowFormat;
 use learn_domain::report::Split;
 use learn_proto::flight::{
     Exchange, Extras, POPULARITY, ROWS, RowFiles, Ticket, TicketError, batches_schema, directory_location,
@@ -143,13 +144,18 @@ impl DataService {
         self.schema_with(flight, self.extras(false))
     }
 
+    /// The schema of rows in a format.
+    fn rows_schema(&self, format: RowFormat) -> Arc<Schema> {
+        self.source.describe(rows_schema(self.source.dim(), format))
+    }
+
     fn schema_with(&self, flight: Flight, extras: Extras) -> Arc<Schema> {
         self.source.describe(match flight {
             Flight::Train => batches_schema(extras),
             Flight::HeldOut(_) => evaluation_schema(extras),
             Flight::Items => items_schema(),
             Flight::Popularity => popularity_schema(),
-            Flight::Rows => rows_schema(self.source.dim()),
+            Flight::Rows => rows_schema(self.source.dim(), self.source.row_format),
         })
     }
 
@@ -161,7 +167,7 @@ impl DataService {
             Flight::HeldOut(split) => Some(Ticket::Evaluation { split, rank, world_size, times: false }.encode()),
             Flight::Items => (rank == 0).then(|| Ticket::Items { first: 0, count: 0 }.encode()),
             Flight::Popularity => (rank == 0).then(|| Ticket::Popularity {}.encode()),
-            Flight::Rows => (rank == 0).then(|| Exchange::Rows {}.encode()),
+            Flight::Rows => (rank == 0).then(|| Exchange::Rows { format: self.source.row_format }.encode()),
         };
         let now = Instant::now();
         let endpoint = |(number, ticket): (usize, Vec<u8>)| {

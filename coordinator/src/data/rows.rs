@@ -14,7 +14,8 @@ use arrow_flight::error::FlightError;
 use bytes::Bytes;
 use futures::stream::{self, Stream, StreamExt, TryStreamExt};
 use half::f16;
-use learn_dataset::{Embeddings, MessageCheck};
+use learn_dataset::{Embeddings, MessageCheck, RowError};
+use learn_domain::config::RowFormat;
 use learn_proto::flight::{MAX_MESSAGE_BYTES, RowsMeta};
 use tonic::Status;
 
@@ -53,9 +54,9 @@ fn wanted(request: u64, batch: &RecordBatch, rows: usize) -> Result<PrimitiveArr
     }
 }
 
-/// Cuts a request into parts; an empty one gets one empty answer.
-fn parts(request: u64, items: PrimitiveArray<UInt32Type>, dim: usize) -> Vec<Part> {
-    let per_part = (PART_BYTES / (2 * dim.max(1))).max(1);
+/// Cuts a request into parts of rows of so many bytes; an empty one gets one empty answer.
+fn parts(request: u64, items: PrimitiveArray<UInt32Type>, row_bytes: usize) -> Vec<Part> {
+    let per_part = (PART_BYTES / row_bytes.max(1)).max(1);
     let count = items.len().div_ceil(per_part).max(1);
     let items = Arc::new(items);
     let part = |part: usize| Part {
@@ -66,12 +67,27 @@ fn parts(request: u64, items: PrimitiveArray<UInt32Type>, dim: usize) -> Vec<Par
     (0..count).map(part).collect()
 }
 
-fn gather(embeddings: &Embeddings, part: &Part, buffers: &Buffers) -> Result<Bytes, Status> {
+/// The mapped table and how its rows are sent.
+struct Table {
+    embeddings: Arc<Embeddings>,
+    format: RowFormat,
+    buffers: Buffers,
+}
+
+fn gather(table: &Table, part: &Part) -> Result<Bytes, Status> {
+    let Table { embeddings, format, buffers } = table;
     let items = &part.items.values()[part.range.clone()];
     let rows: Vec<&[f16]> = items.iter().map(|&item| embeddings.row(item as usize)).collect();
     let internal = |error| Status::internal(format!("the metadata of rows could not be written: {error}"));
     let metadata = serde_json::to_vec(&part.meta).map_err(internal)?;
-    let message = Rows { rows: &rows, dim: embeddings.dim(), metadata: &metadata }.frame(buffers.take());
+    let rows = Rows { rows: &rows, dim: embeddings.dim(), metadata: &metadata };
+    let message = match format {
+        RowFormat::F16 => rows.frame(buffers.take()),
+        RowFormat::Int8 => rows.frame_int8(buffers.take()).map_err(|(place, source)| {
+            // asked again, it would be the same
+            Status::data_loss(RowError::NotFinite { item: items[place], source }.to_string())
+        })?,
+    };
     Ok(buffers.lend(message))
 }
 
@@ -103,21 +119,22 @@ pub fn requests(
 /// its rows.
 pub fn stream(
     embeddings: Arc<Embeddings>,
+    format: RowFormat,
     messages: impl Stream<Item = Result<FlightData, FlightError>> + Send + 'static,
 ) -> impl Stream<Item = Result<(Bytes, usize), Status>> {
-    let (rows, dim) = (embeddings.rows(), embeddings.dim());
-    let buffers = Buffers::default();
+    let (rows, row_bytes) = (embeddings.rows(), format.row_bytes(embeddings.dim()));
+    let table = Arc::new(Table { embeddings, format, buffers: Buffers::default() });
     let answers = requests(rows, messages)
         .enumerate()
         .map(move |(request, items)| {
-            let parts = parts(request as u64, items?, dim).into_iter().map(Ok::<_, Status>);
+            let parts = parts(request as u64, items?, row_bytes).into_iter().map(Ok::<_, Status>);
             Ok::<_, Status>(stream::iter(parts))
         })
         .try_flatten();
     answers
         .map_ok(move |part: Part| {
-            let (embeddings, buffers) = (Arc::clone(&embeddings), buffers.clone());
-            off_thread(move || Ok((gather(&embeddings, &part, &buffers)?, part.range.len())))
+            let table = Arc::clone(&table);
+            off_thread(move || Ok((gather(&table, &part)?, part.range.len())))
         })
         .try_buffered(READ_AHEAD)
         .boxed()

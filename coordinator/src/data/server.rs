@@ -22,7 +22,7 @@ use tonic::server::NamedService;
 use tonic::{Status, Streaming};
 use tonic_prost::ProstDecoder;
 
-use super::{DataService, Flight, bad_ticket, encode, frame, holding, rows};
+use super::{DataService, bad_ticket, encode, frame, holding, rows};
 use crate::connections::{MAX_REQUEST_BYTES, Peer};
 
 const DO_EXCHANGE: &str = "/arrow.flight.protocol.FlightService/DoExchange";
@@ -76,15 +76,15 @@ async fn exchange(service: &DataService, request: HttpRequest) -> Result<HttpRes
     let first = requests.message().await?.ok_or_else(|| Status::invalid_argument("the exchange has no message"))?;
     let descriptor = first.flight_descriptor.as_ref();
     let command = descriptor.map(|descriptor| &descriptor.cmd[..]).unwrap_or_default();
-    let Exchange::Rows {} = Exchange::decode(command).map_err(bad_ticket)?;
+    let Exchange::Rows { format } = Exchange::decode(command).map_err(bad_ticket)?;
     let embeddings = service.source.embeddings.clone().ok_or_else(|| {
         Status::failed_precondition("this job's model reads no content embeddings (model.item_input = \"id\")")
     })?;
-    let schema = frame::frame(&encode::schema_message(&service.schema(Flight::Rows)));
+    let schema = frame::frame(&encode::schema_message(&service.rows_schema(format)));
     // a client may send the descriptor alone, before the schema of its requests
     let first = stream::iter((!first.data_header.is_empty()).then_some(Ok(first)));
     let requests = first.chain(requests.map_err(|status| FlightError::Tonic(Box::new(status))));
-    let counted = service.counted("rows", rows::stream(embeddings, requests), Bytes::len);
+    let counted = service.counted("rows", rows::stream(embeddings, format, requests), Bytes::len);
     let messages = holding(stream::once(std::future::ready(Ok(schema))).chain(counted).boxed(), place);
     let mut response = http::Response::new(Body::new(StreamBody::new(frames(messages))));
     let content_type = http::HeaderValue::from_static("application/grpc");

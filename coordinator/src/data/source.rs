@@ -6,7 +6,7 @@ use std::time::UNIX_EPOCH;
 
 use arrow_schema::Schema;
 use learn_dataset::{Dataset, DatasetError, Embeddings};
-use learn_domain::config::ItemTower;
+use learn_domain::config::{ItemTower, RowFormat};
 use learn_domain::plan::{Plan, PlanError, PlanKey, Position};
 use learn_domain::report::DatasetFacts;
 use learn_domain::sampling::{Sample, SampleKey, SampleSize, SamplingShape, sample, sample_size};
@@ -43,6 +43,8 @@ pub struct Source {
     pub dataset: Dataset,
     /// None for a model that does not read content.
     pub embeddings: Option<Arc<Embeddings>>,
+    /// How the job's own workers ask for them.
+    pub row_format: RowFormat,
     /// What their files were before they were mapped.
     row_files: Option<(PathBuf, RowFiles)>,
     pub plan: Plan,
@@ -101,7 +103,17 @@ impl Source {
             items: facts.items,
             dim: dim as u32,
         };
-        Ok(Self { dataset, embeddings, row_files, plan, shape: config.sample_shape(), total_steps, facts, provenance })
+        Ok(Self {
+            dataset,
+            embeddings,
+            row_format: config.data.row_format,
+            row_files,
+            plan,
+            shape: config.sample_shape(),
+            total_steps,
+            facts,
+            provenance,
+        })
     }
 
     /// Adds what a stream was made from to its schema.
