@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use arrow_array::builder::{Float16Builder, ListBuilder, UInt32Builder};
 use arrow_array::cast::AsArray;
 use arrow_array::types::UInt32Type;
-use arrow_array::{FixedSizeListArray, RecordBatch, UInt32Array};
+use arrow_array::{ArrayRef, FixedSizeListArray, Float32Array, Int8Array, RecordBatch, UInt32Array};
 use arrow_flight::decode::FlightRecordBatchStream;
 use arrow_flight::encode::FlightDataEncoderBuilder;
 use arrow_flight::error::FlightError;
@@ -21,10 +21,13 @@ use arrow_flight::{
 };
 use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use half::f16;
+use learn_dataset::embeddings::int8;
 use learn_dataset::{Dataset, Embeddings};
+use learn_domain::config::RowFormat;
 use learn_proto::auth::Secret;
 use learn_proto::flight::{
-    BatchMeta, Extras, RowFile, RowFiles, RowsMeta, Ticket, batches_schema, directory_location, element, rows_schema,
+    BatchMeta, Exchange, Extras, RowFile, RowFiles, RowsMeta, Ticket, batches_schema, directory_location, element,
+    rows_schema,
 };
 use learn_telemetry::WorkerMetrics;
 use learn_worker::feed::flight::{DataClient, FlightClientError};
@@ -72,18 +75,23 @@ fn stored(embeddings: &Embeddings, item: u32) -> [f16; DIM as usize] {
     embeddings.row(item as usize).try_into().unwrap()
 }
 
-fn rows(items: &[u32], row: impl Fn(u32) -> [f16; DIM as usize]) -> RecordBatch {
-    let mut values = Float16Builder::new();
-    items.iter().for_each(|&item| values.append_slice(&row(item)));
-    let schema = Arc::new(rows_schema(DIM as u32));
+fn rows(items: &[u32], format: RowFormat, row: impl Fn(u32) -> [f16; DIM as usize]) -> RecordBatch {
+    let (mut values, mut bytes, mut scales) = (Float16Builder::new(), Vec::new(), Vec::new());
+    for &item in items {
+        let (row, mut quantized) = (row(item), [0; DIM as usize]);
+        values.append_slice(&row);
+        scales.push(int8::quantize(&row, &mut quantized).unwrap());
+        bytes.extend(quantized);
+    }
+    let schema = Arc::new(rows_schema(DIM as u32, format));
     let arrow_schema::DataType::FixedSizeList(field, _) = schema.field_with_name("embedding").unwrap().data_type()
     else {
         panic!("rows are fixed-size lists")
     };
-    let list = FixedSizeListArray::new(field.clone(), DIM, Arc::new(values.finish()), None);
-    let columns: Vec<arrow_array::ArrayRef> = match schema.fields().len() {
-        1 => vec![Arc::new(list)],
-        _ => vec![Arc::new(UInt32Array::from(items.to_vec())), Arc::new(list)],
+    let list = |values: ArrayRef| Arc::new(FixedSizeListArray::new(field.clone(), DIM, values, None));
+    let columns: Vec<ArrayRef> = match format {
+        RowFormat::F16 => vec![list(Arc::new(values.finish()))],
+        RowFormat::Int8 => vec![list(Arc::new(Int8Array::from(bytes))), Arc::new(Float32Array::from(scales))],
     };
     RecordBatch::try_new(schema, columns).unwrap()
 }
@@ -158,7 +166,11 @@ impl FlightService for Fake {
     }
 
     async fn do_exchange(&self, request: Request<Streaming<FlightData>>) -> Result<Response<Messages>, Status> {
-        let requests = request.into_inner().map_err(|status| FlightError::Tonic(Box::new(status)));
+        let mut requests = request.into_inner();
+        let first = requests.message().await?.unwrap();
+        let Exchange::Rows { format } = Exchange::decode(&first.flight_descriptor.as_ref().unwrap().cmd).unwrap();
+        let requests = stream::iter([Ok(first)]).chain(requests);
+        let requests = requests.map_err(|status| FlightError::Tonic(Box::new(status)));
         let requests = FlightRecordBatchStream::new_from_flight_data(requests);
         let break_at = self.break_at;
         let embeddings = self.files.as_ref().filter(|_| self.honest).map(|dir| Dataset::open(dir).unwrap());
@@ -174,7 +186,8 @@ impl FlightService for Fake {
                 let request = request.unwrap();
                 let items = request.column(0).as_primitive::<UInt32Type>().values().to_vec();
                 let meta = RowsMeta { request: number, part: 0, parts: 1 };
-                let messages = messages(rows(&items, row), serde_json::to_vec(&meta).unwrap(), number == 0).await;
+                let messages =
+                    messages(rows(&items, format, row), serde_json::to_vec(&meta).unwrap(), number == 0).await;
                 stream::iter(messages.into_iter().map(Ok).collect::<Vec<_>>())
             }
         });
@@ -329,4 +342,28 @@ fn rows_are_mapped_if_the_files_are_the_services_and_sent_if_they_are_not() {
     let other = [row(1), row(4)].concat();
     assert_ne!(other, here);
     assert_eq!(take(Fake { files, honest: false, ..Fake::default() }), (other, 0, 8));
+}
+
+#[test]
+fn int8_rows_have_the_same_values_mapped_and_sent() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/dataset/tests/data/v1").canonicalize().unwrap();
+    let dataset = Dataset::open(&dir).unwrap();
+    let runtime = runtime();
+    let service = Service::start(Fake { files: Some(dir), honest: true, ..Fake::default() }, "127.0.0.1:0");
+    let items = [4, 0, 1, 3, 2];
+    let expected = dataset.embeddings().unwrap().gather(&items, RowFormat::Int8).unwrap();
+    for (mapped, bytes) in [(true, (5 * 2 * 2, 0)), (false, (0, 5 * (2 + 4)))] {
+        let client = client(&runtime, &[service.location()], PATIENT).with_row_format(RowFormat::Int8);
+        let client = if mapped { client.with_files_of(&dataset.facts()) } else { client };
+        let metrics = WorkerMetrics::new();
+        let settings = RowSettings { dim: DIM as usize, cache_bytes: 1 << 10, items: 5 };
+        let mut source = RowSource::new(&client, &settings, metrics.clone());
+        let received = |of| metrics.received_bytes_total.with_label_values(&[of]).get();
+        assert_eq!(runtime.block_on(source.rows(&items)).unwrap(), expected);
+        assert_eq!((received("mapped"), received("rows")), bytes);
+        // the second time from the cache, or the files again
+        assert_eq!(runtime.block_on(source.rows(&items)).unwrap(), expected);
+        assert_eq!(received("rows"), bytes.1);
+        assert_eq!(runtime.block_on(source.fetch(&items)).unwrap(), expected);
+    }
 }

@@ -13,7 +13,8 @@ use arrow_flight::decode::{DecodedPayload, FlightDataDecoder};
 use arrow_flight::error::FlightError;
 use futures::{Stream, StreamExt, TryStreamExt};
 use half::f16;
-use learn_dataset::MessageCheck;
+use learn_dataset::{MessageCheck, RowError};
+use learn_domain::config::RowFormat;
 use learn_proto::flight::{BatchMeta, RowsMeta};
 use prost::Message;
 use tonic::Status;
@@ -36,6 +37,8 @@ pub enum FlightClientError {
          new one in another run"
     )]
     Changed { path: PathBuf },
+    #[error(transparent)]
+    Row(#[from] RowError),
 }
 
 impl Passing for FlightClientError {
@@ -170,18 +173,21 @@ pub(super) fn decoder(messages: impl Stream<Item = Result<FlightData, Status>> +
 /// Reads messages as every answer that they could be: an entry for the fuzz targets.
 #[doc(hidden)]
 pub async fn read_as_anything(messages: Vec<FlightData>, dim: usize) {
-    let (mut values, mut reader) = (vec![f16::ZERO; 64 * dim], RowsReader::new(dim));
-    let mut to = Destination::new(&mut values);
     let framed = messages.iter().flat_map(|message| {
         let bytes = message.encode_to_vec();
         [[0].to_vec(), (bytes.len() as u32).to_be_bytes().to_vec(), bytes].concat()
     });
-    // in pieces that no message fits into, up to the first error
-    'pieces: for piece in framed.collect::<Vec<u8>>().chunks(61) {
-        let mut rest = piece;
-        while !rest.is_empty() {
-            let Ok((taken, _)) = reader.read(rest, &mut to) else { break 'pieces };
-            rest = &rest[taken..];
+    let framed: Vec<u8> = framed.collect();
+    for format in [RowFormat::F16, RowFormat::Int8] {
+        let (mut values, mut reader) = (vec![f16::ZERO; 64 * dim], RowsReader::new(dim, format));
+        let mut to = Destination::new(&mut values);
+        // in pieces that no message fits into, up to the first error
+        'pieces: for piece in framed.chunks(61) {
+            let mut rest = piece;
+            while !rest.is_empty() {
+                let Ok((taken, _)) = reader.read(rest, &mut to) else { break 'pieces };
+                rest = &rest[taken..];
+            }
         }
     }
     let mut decoder = decoder(futures::stream::iter(messages).map(Ok));

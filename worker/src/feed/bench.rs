@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use half::f16;
 use learn_domain::Config;
+use learn_domain::config::RowFormat;
 use learn_domain::random::Draws;
 use learn_proto::connect::Pass;
 use learn_telemetry::WorkerMetrics;
@@ -131,6 +132,7 @@ pub struct WireBenchSettings {
 /// What came out.
 #[derive(Clone, Debug, Serialize)]
 pub struct WireBenchResult {
+    pub row_format: RowFormat,
     /// Items of the catalogue.
     pub items: u32,
     pub dim: usize,
@@ -183,7 +185,7 @@ pub fn bench_wire(settings: &WireBenchSettings) -> Result<WireBenchResult, Worke
     let WireBenchSettings { config, items, dim, .. } = settings;
     let locations = std::slice::from_ref(&settings.location);
     let client = runtime.block_on(DataClient::new(locations, 0, &pass, &Patience::new(PATIENCE)));
-    let client = client.map_err(FeedError::from)?;
+    let client = client.map_err(FeedError::from)?.with_row_format(config.data.row_format);
     let cache_bytes = config.cluster.row_cache.0;
     let feed_settings = FeedSettings {
         rank: 0,
@@ -215,6 +217,7 @@ pub fn bench_wire(settings: &WireBenchSettings) -> Result<WireBenchResult, Worke
     let longest = u64::from(config.sampling.history + config.sampling.targets);
     let published = |positions: u64| (positions * *dim as u64 * 4) as f64;
     Ok(WireBenchResult {
+        row_format: config.data.row_format,
         items: *items,
         dim: *dim,
         cache_rows: cache_bytes / (2 * *dim as u64),

@@ -133,16 +133,18 @@ impl RowExchange {
 
     /// Opens the call. Without `self`: a body cannot be shared between threads, but what sends the call may change threads.
     async fn open(client: &DataClient, schema: SchemaRef, dim: usize) -> Result<OpenedRows, FlightClientError> {
+        let format = client.row_format();
         let (requests, received) = mpsc::channel::<RecordBatch>(1);
         let stream = FlightDataEncoderBuilder::new()
             .with_schema(schema)
-            .with_flight_descriptor(Some(FlightDescriptor::new_cmd(Exchange::Rows {}.encode())))
+            .with_flight_descriptor(Some(FlightDescriptor::new_cmd(Exchange::Rows { format }.encode())))
             .build(received.map(Ok))
             // encoding one u32 column cannot fail; if it did, the exchange would end and the reader says so
             .filter_map(|message: Result<FlightData, FlightError>| futures::future::ready(message.ok()));
         let Link { location, mut channel, .. } = client.link();
         let body = call(&mut channel, stream).await.map_err(|status| client.failed(&location, &status))?;
-        Ok(OpenedRows { requests, sent: 0, location, body, piece: Bytes::new(), reader: RowsReader::new(dim) })
+        let reader = RowsReader::new(dim, format);
+        Ok(OpenedRows { requests, sent: 0, location, body, piece: Bytes::new(), reader })
     }
 
     async fn try_fetch(&mut self, items: &[u32], into: &mut [f16]) -> Result<(), FlightClientError> {

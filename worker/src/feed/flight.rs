@@ -15,6 +15,7 @@ use arrow_flight::error::FlightError;
 use arrow_flight::flight_service_client::FlightServiceClient;
 use futures::TryStreamExt;
 use learn_dataset::Embeddings;
+use learn_domain::config::RowFormat;
 use learn_domain::report::DatasetFacts;
 use learn_proto::auth::BearerInterceptor;
 use learn_proto::connect::Pass;
@@ -50,6 +51,7 @@ pub struct DataClient {
     patience: Patience,
     /// The dataset's own files; `None` if they are not to be looked for.
     local: Option<Arc<LocalRows>>,
+    row_format: RowFormat,
 }
 
 /// What clones share.
@@ -151,7 +153,7 @@ impl DataClient {
         let links = Links { all: Vec::new(), current: 0, asked: Instant::now() };
         let known = Known { pass: pass.clone(), bearer, number, links: Mutex::new(links) };
         known.replace(locations)?;
-        Ok(Self { known: Arc::new(known), patience: patience.clone(), local: None })
+        Ok(Self { known: Arc::new(known), patience: patience.clone(), local: None, row_format: RowFormat::F16 })
     }
 
     /// As the configuration of a job says.
@@ -160,8 +162,21 @@ impl DataClient {
     /// As [`DataClient::new`].
     pub async fn of(admission: &Admission, pass: &Pass, patience: &Patience) -> Result<Self, FlightClientError> {
         let number = admission.worker.0 as usize;
+        let data = &admission.config.data;
         let client = Self::new(&admission.data_locations, number, pass, patience).await?;
-        Ok(if admission.config.data.map_rows { client.with_files_of(&admission.dataset) } else { client })
+        let client = client.with_row_format(data.row_format);
+        Ok(if data.map_rows { client.with_files_of(&admission.dataset) } else { client })
+    }
+
+    /// With rows that travel in this format; mapped ones have the same values.
+    #[must_use]
+    pub fn with_row_format(mut self, format: RowFormat) -> Self {
+        self.row_format = format;
+        self
+    }
+
+    pub(super) fn row_format(&self) -> RowFormat {
+        self.row_format
     }
 
     /// With the files of `dataset`, if this process can open them.

@@ -14,7 +14,6 @@ use half::f16;
 use learn_dataset::{Dataset, DatasetError, Embeddings};
 use learn_domain::report::DatasetFacts;
 use learn_proto::flight::RowFiles;
-use rayon::prelude::*;
 use tokio::sync::OnceCell;
 
 use super::answers::{FlightClientError, unexpected};
@@ -204,10 +203,10 @@ async fn compare(
 ) -> Result<Result<Embeddings, NotMapped>, FlightClientError> {
     let items = sample(embeddings.rows());
     let sent = client.rows(embeddings.dim()).fetch(&items).await?;
-    let here = gather(&embeddings, &items)?;
+    let here = embeddings.gather(&items, client.row_format())?;
     let dim = embeddings.dim();
     let bits = |row: &[f16]| row.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
-    // as many as were asked for: the exchange and `gather` see to it
+    // as many as were asked for: the exchange and `Embeddings::gather` see to it
     let mut rows = items.iter().zip(here.chunks_exact(dim).zip(sent.chunks_exact(dim)));
     Ok(match rows.find(|(_, (here, sent))| bits(here) != bits(sent)) {
         Some((&item, _)) => Err(NotMapped::OtherRow { path: dir.to_owned(), item }),
@@ -220,18 +219,6 @@ fn sample(rows: usize) -> Vec<u32> {
     let count = SAMPLE.min(rows);
     // rows are numbered by u32 everywhere
     (0..count).map(|number| (number * rows.saturating_sub(1) / (count - 1).max(1)) as u32).collect()
-}
-
-/// Copies the rows of `items` into one block `[items, dim]`.
-pub(super) fn gather(embeddings: &Embeddings, items: &[u32]) -> Result<Vec<f16>, FlightClientError> {
-    if let Some(item) = items.iter().find(|&&item| item as usize >= embeddings.rows()) {
-        return Err(unexpected(format!("item {item}, of {} that there are", embeddings.rows())));
-    }
-    let mut block = vec![f16::ZERO; items.len() * embeddings.dim()];
-    block.par_chunks_exact_mut(embeddings.dim()).zip(items).with_min_len(64).for_each(|(row, &item)| {
-        row.copy_from_slice(embeddings.row(item as usize));
-    });
-    Ok(block)
 }
 
 #[cfg(test)]
@@ -260,8 +247,7 @@ mod tests {
         };
         let (opened, watched) = open(&dir, &files, &facts).unwrap();
         assert_eq!((watched.len(), changed(&watched)), (files.files.len(), None));
-        assert_eq!(gather(&opened, &[4, 0]).unwrap(), [opened.row(4), opened.row(0)].concat());
-        assert!(gather(&opened, &[5]).unwrap_err().to_string().contains("item 5, of 5"));
+        assert_eq!((opened.dim(), opened.rows()), (2, 5));
 
         let refused = |change: &dyn Fn(&mut RowFiles, &mut DatasetFacts)| {
             let (mut files, mut facts) = (files.clone(), facts.clone());

@@ -140,7 +140,7 @@ impl RowSource {
         self.fetched.resize(missing.len() * dim, f16::ZERO);
         if !missing.is_empty() {
             self.exchange.fetch_into(&missing, &mut self.fetched).await?;
-            count_rows(&self.metrics, &self.fetched);
+            count_rows(&self.client, &self.metrics, (missing.len(), dim));
         }
         let block = cache.gather(items, &self.fetched);
         cache.keep(&missing, &self.fetched);
@@ -159,7 +159,7 @@ impl RowSource {
             return Ok(rows);
         }
         let rows = self.exchange.fetch(items).await?;
-        count_rows(&self.metrics, &rows);
+        count_rows(&self.client, &self.metrics, (items.len(), self.settings.dim));
         Ok(rows)
     }
 }
@@ -167,13 +167,15 @@ impl RowSource {
 /// The rows from the dataset's own files, if this process has them.
 async fn mapped(client: &DataClient, metrics: &WorkerMetrics, items: &[u32]) -> Result<Option<Vec<f16>>, FeedError> {
     let Some(embeddings) = client.mapped().await? else { return Ok(None) };
-    let rows = local::gather(&embeddings, items)?;
+    let rows = embeddings.gather(items, client.row_format()).map_err(FlightClientError::from)?;
     metrics.received_bytes_total.with_label_values(&["mapped"]).inc_by(2 * rows.len() as u64);
     Ok(Some(rows))
 }
 
-fn count_rows(metrics: &WorkerMetrics, rows: &[f16]) {
-    metrics.received_bytes_total.with_label_values(&["rows"]).inc_by(2 * rows.len() as u64);
+/// Counts rows that were sent.
+fn count_rows(client: &DataClient, metrics: &WorkerMetrics, (rows, dim): (usize, usize)) {
+    let bytes = rows * client.row_format().row_bytes(dim);
+    metrics.received_bytes_total.with_label_values(&["rows"]).inc_by(bytes as u64);
 }
 
 /// Shape and budget of a [`RowSource`].

@@ -1,14 +1,17 @@
 //! Reads the answers of a row exchange from the bytes of its stream, as they come.
 //!
 //! Input: pieces of a gRPC response, cut anywhere. Output: the values of rows, each copied once, from the piece to its place,
-//! and the metadata of each message that has ended. Why by hand: the usual road collects a message, decodes it to an Arrow
+//! and the metadata of each message that has ended. int8 rows are collected, a message at a time, and become f16 when it ends,
+//! because their scales come behind them. Why by hand: the usual road collects a message, decodes it to an Arrow
 //! array and copies the rows out of that. Invariants: a message is used only if its Arrow header was checked against the
 //! agreed schema and the size of its body; no length that came from the network is allocated before its bytes are there.
 
-use arrow_ipc::{MessageHeader, convert, root_as_message};
+use arrow_ipc::{MessageHeader, RecordBatch, convert, root_as_message};
 use arrow_schema::{DataType, Schema};
 use half::f16;
 use learn_dataset::MessageCheck;
+use learn_dataset::embeddings::int8;
+use learn_domain::config::RowFormat;
 
 use super::answers::{FlightClientError, unexpected};
 
@@ -38,28 +41,44 @@ pub struct Ended {
 /// Where the values of rows go.
 #[derive(Debug)]
 pub struct Destination<'a> {
-    bytes: &'a mut [u8],
+    values: &'a mut [f16],
+    /// Bytes.
     written: usize,
 }
 
 impl<'a> Destination<'a> {
     #[must_use]
     pub fn new(values: &'a mut [f16]) -> Self {
-        Self { bytes: bytemuck::cast_slice_mut(values), written: 0 }
+        Self { values, written: 0 }
     }
 
     #[must_use]
     pub fn is_full(&self) -> bool {
-        self.written == self.bytes.len()
+        self.left() == 0
     }
 
     fn left(&self) -> usize {
-        self.bytes.len() - self.written
+        size_of_val(self.values) - self.written
     }
 
     fn write(&mut self, piece: &[u8]) {
-        self.bytes[self.written..][..piece.len()].copy_from_slice(piece);
+        bytemuck::cast_slice_mut(self.values)[self.written..][..piece.len()].copy_from_slice(piece);
         self.written += piece.len();
+    }
+
+    /// Writes what bytes and scales of rows say; there is room for it.
+    fn write_int8(&mut self, bytes: &[i8], scales: &[[u8; 4]]) -> Result<(), FlightClientError> {
+        let dim = bytes.len() / scales.len().max(1);
+        let rows = self.values[self.written / 2..][..bytes.len()].chunks_exact_mut(dim.max(1));
+        for (row, (bytes, scale)) in rows.zip(bytes.chunks_exact(dim.max(1)).zip(scales)) {
+            let scale = f32::from_le_bytes(*scale);
+            if !(scale.is_finite() && scale >= 0.0) {
+                return Err(unexpected(format!("a row with the scale {scale}")));
+            }
+            int8::dequantize(bytes, scale, row);
+        }
+        self.written += 2 * bytes.len();
+        Ok(())
     }
 }
 
@@ -100,6 +119,7 @@ impl Varint {
 #[derive(Debug)]
 pub struct RowsReader {
     dim: usize,
+    format: RowFormat,
     check: MessageCheck,
     next: Next,
     /// Bytes of the message that are still to come.
@@ -109,17 +129,28 @@ pub struct RowsReader {
     header: Vec<u8>,
     metadata: Vec<u8>,
     body_seen: bool,
+    /// The body of int8 rows, as far as it has come.
+    collected: Vec<u8>,
 }
 
-/// Where the values lie in a body: (offset, length). `None` for a message that holds no batch.
-type Values = Option<(usize, usize)>;
+/// Where something lies in a body: (offset, length).
+type Place = (usize, usize);
+
+/// Where the rows of a batch lie in its body.
+#[derive(Clone, Copy, Debug)]
+struct Rows {
+    values: Place,
+    /// Of int8 rows alone.
+    scales: Place,
+}
 
 impl RowsReader {
-    /// Of rows of `dim` values.
+    /// Of rows of `dim` values that come in this format.
     #[must_use]
-    pub fn new(dim: usize) -> Self {
+    pub fn new(dim: usize, format: RowFormat) -> Self {
         Self {
             dim,
+            format,
             check: MessageCheck::default(),
             next: Next::Prefix,
             left: 0,
@@ -127,6 +158,7 @@ impl RowsReader {
             header: Vec::new(),
             metadata: Vec::new(),
             body_seen: false,
+            collected: Vec::new(),
         }
     }
 
@@ -147,7 +179,7 @@ impl RowsReader {
             let taken = self.step(rest, to)?;
             rest = &rest[taken..];
             if self.left == 0 && !matches!(self.next, Next::Prefix) {
-                return Ok((piece.len() - rest.len(), Some(self.end()?)));
+                return Ok((piece.len() - rest.len(), Some(self.end(to)?)));
             }
         }
         Ok((piece.len(), None))
@@ -188,7 +220,10 @@ impl RowsReader {
                 let part = parts.iter().position(|&left| left > 0).unwrap_or(2);
                 let taken = piece.len().min(parts[part]);
                 if part == 1 {
-                    to.write(&piece[..taken]);
+                    match self.format {
+                        RowFormat::F16 => to.write(&piece[..taken]),
+                        RowFormat::Int8 => self.collected.extend_from_slice(&piece[..taken]),
+                    }
                 }
                 parts[part] -= taken;
                 taken
@@ -229,6 +264,7 @@ impl RowsReader {
             self.body_seen = false;
             self.header.clear();
             self.metadata.clear();
+            self.collected.clear();
             self.next = Next::Key(Varint::default());
         }
         Ok(taken)
@@ -248,27 +284,57 @@ impl RowsReader {
         if std::mem::replace(&mut self.body_seen, true) {
             return Err(unexpected("a message with two bodies"));
         }
-        let (offset, values) = self.values(length)?.ok_or_else(|| unexpected("a body without rows"))?;
-        if values > to.left() {
+        let (offset, values) = self.rows(length)?.ok_or_else(|| unexpected("a body without rows"))?.values;
+        let room = match self.format {
+            RowFormat::F16 => to.left(),
+            RowFormat::Int8 => to.left() / 2,
+        };
+        if values > room {
             return Err(unexpected("more rows than were asked for"));
         }
         if length == 0 {
             return Ok(Next::Key(Varint::default()));
         }
-        Ok(Next::Body([offset, values, length - offset - values]))
+        Ok(Next::Body(match self.format {
+            RowFormat::F16 => [offset, values, length - offset - values],
+            RowFormat::Int8 => [0, length, 0],
+        }))
     }
 
-    fn end(&mut self) -> Result<Ended, FlightClientError> {
+    fn end(&mut self, to: &mut Destination<'_>) -> Result<Ended, FlightClientError> {
         if !matches!(self.next, Next::Key(Varint { bits: 0, .. })) {
             return Err(unexpected("a message ends within a field"));
         }
-        let is_batch = self.body_seen || self.values(0)?.is_some();
+        let is_batch = match (self.format, self.body_seen) {
+            (RowFormat::F16, true) => true,
+            (RowFormat::Int8, true) => {
+                self.expand(to)?;
+                true
+            }
+            (_, false) => self.rows(0)?.is_some(),
+        };
         self.next = Next::Prefix;
         Ok(Ended { metadata: std::mem::take(&mut self.metadata), is_batch })
     }
 
-    /// Where the header says that the values of a body of so many bytes lie.
-    fn values(&mut self, body: usize) -> Result<Values, FlightClientError> {
+    /// Writes the int8 rows that have been collected.
+    fn expand(&mut self, to: &mut Destination<'_>) -> Result<(), FlightClientError> {
+        let collected = std::mem::take(&mut self.collected);
+        // a header that comes behind the body is another one than the body was begun with
+        let rows = self.rows(collected.len())?.ok_or_else(|| unexpected("a body without rows"))?;
+        let of = |(offset, length): Place| &collected[offset..][..length];
+        let bytes: &[i8] = bytemuck::cast_slice(of(rows.values));
+        if 2 * bytes.len() > to.left() {
+            return Err(unexpected("more rows than were asked for"));
+        }
+        let (scales, _) = of(rows.scales).as_chunks();
+        to.write_int8(bytes, scales)?;
+        self.collected = collected;
+        Ok(())
+    }
+
+    /// Where the header says that the rows of a body of so many bytes lie; `None` for a message that holds no batch.
+    fn rows(&mut self, body: usize) -> Result<Option<Rows>, FlightClientError> {
         if self.header.is_empty() {
             return Ok(None);
         }
@@ -281,133 +347,66 @@ impl RowsReader {
             return self.agreed(&schema).map(|()| None);
         }
         let batch = message.header_as_record_batch().ok_or_else(wrong)?;
-        let nulls = batch.nodes().ok_or_else(wrong)?.iter().any(|node| node.null_count() != 0);
-        // the check has found the lists' validity, that of their values, and the values
-        let buffers = batch.buffers().filter(|buffers| buffers.len() == 3).ok_or_else(wrong)?;
-        let rows = usize::try_from(batch.length()).map_err(|_| wrong())?;
-        let bytes = rows.checked_mul(2 * self.dim).ok_or_else(wrong)?;
-        let offset = usize::try_from(buffers.get(2).offset()).map_err(|_| wrong())?;
-        let inside = offset.checked_add(bytes).is_some_and(|stop| stop <= body);
-        let length = usize::try_from(buffers.get(2).length()).map_err(|_| wrong())?;
-        if nulls || length < bytes || !inside {
-            return Err(unexpected("rows with missing values"));
+        if batch.nodes().ok_or_else(wrong)?.iter().any(|node| node.null_count() != 0) {
+            return Err(missing());
         }
-        Ok(Some((offset, bytes)))
+        let rows = usize::try_from(batch.length()).map_err(|_| wrong())?;
+        let values = rows.checked_mul(self.dim).ok_or_else(wrong)?;
+        // the check has found the lists' validity, that of their values, and the values; then that of scales, and the scales
+        let (buffers, values, scales) = match self.format {
+            RowFormat::F16 => (3, values.checked_mul(2).ok_or_else(wrong)?, None),
+            RowFormat::Int8 => (5, values, Some(rows.checked_mul(size_of::<f32>()).ok_or_else(wrong)?)),
+        };
+        if batch.buffers().map(|buffers| buffers.len()) != Some(buffers) {
+            return Err(wrong());
+        }
+        let scales = scales.map(|bytes| place(&batch, 4, bytes, body)).transpose()?.unwrap_or_default();
+        Ok(Some(Rows { values: place(&batch, 2, values, body)?, scales }))
     }
 
-    /// One column of rows of the right length.
+    /// The columns of rows of the right length in the right format.
     fn agreed(&self, schema: &Schema) -> Result<(), FlightClientError> {
-        let [field] = &schema.fields()[..] else {
-            return Err(unexpected(format!("rows of {} columns", schema.fields().len())));
+        let (value, scales) = match self.format {
+            RowFormat::F16 => (DataType::Float16, false),
+            RowFormat::Int8 => (DataType::Int8, true),
         };
+        let (field, scale) = match &schema.fields()[..] {
+            [field] if !scales => (field, None),
+            [field, scale] if scales => (field, Some(scale)),
+            other => return Err(unexpected(format!("rows of {} columns", other.len()))),
+        };
+        if let Some(scale) = scale.filter(|scale| scale.name() != "scale" || *scale.data_type() != DataType::Float32) {
+            let (name, found) = (scale.name(), scale.data_type());
+            return Err(unexpected(format!("a column `{name}` of {found} instead of `scale` of Float32")));
+        }
         match field.data_type() {
-            DataType::FixedSizeList(element, dim)
-                if field.name() == "embedding" && *element.data_type() == DataType::Float16 =>
-            {
+            DataType::FixedSizeList(element, dim) if field.name() == "embedding" && *element.data_type() == value => {
                 if usize::try_from(*dim) == Ok(self.dim) {
                     return Ok(());
                 }
                 Err(unexpected(format!("rows of {dim} values instead of {}", self.dim)))
             }
-            other => Err(unexpected(format!("a column `{}` of {other} instead of `embedding`", field.name()))),
+            other => {
+                let wanted = format!("`embedding` of lists of {value}");
+                Err(unexpected(format!("a column `{}` of {other} instead of {wanted}", field.name())))
+            }
         }
     }
+}
+
+fn missing() -> FlightClientError {
+    unexpected("rows with missing values")
+}
+
+/// Where the batch's buffer of that number lies, of which so many bytes are needed, in a body of so many.
+fn place(batch: &RecordBatch<'_>, number: usize, needed: usize, body: usize) -> Result<Place, FlightClientError> {
+    let buffer = batch.buffers().filter(|buffers| number < buffers.len()).map(|buffers| *buffers.get(number));
+    let buffer = buffer.ok_or_else(missing)?;
+    let number = |value: i64| usize::try_from(value).map_err(|_| missing());
+    let (offset, length) = (number(buffer.offset())?, number(buffer.length())?);
+    let inside = offset.checked_add(needed).is_some_and(|stop| stop <= body);
+    if length < needed || !inside { Err(missing()) } else { Ok((offset, needed)) }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use arrow_array::{FixedSizeListArray, Float16Array, RecordBatch};
-    use arrow_flight::utils::batches_to_flight_data;
-    use learn_proto::flight::rows_schema;
-    use proptest::prelude::*;
-    use prost::Message;
-
-    use super::*;
-
-    /// What arrow and prost make of batches of rows, each with its metadata.
-    fn stream(batches: &[Vec<f16>], dim: usize) -> Vec<u8> {
-        let schema = Arc::new(rows_schema(dim as u32));
-        let batch = |values: &Vec<f16>| -> RecordBatch {
-            let DataType::FixedSizeList(element, _) = schema.field(0).data_type() else { panic!("not a list") };
-            let values = Arc::new(Float16Array::from(values.clone()));
-            let list = FixedSizeListArray::new(Arc::clone(element), dim as i32, values, None);
-            RecordBatch::try_new(Arc::clone(&schema), vec![Arc::new(list)]).unwrap()
-        };
-        let messages = batches_to_flight_data(&schema, &batches.iter().map(batch).collect::<Vec<_>>()).unwrap();
-        let framed = messages.into_iter().enumerate().flat_map(|(number, message)| {
-            let message = if number == 0 { message } else { message.with_app_metadata(vec![number as u8]) };
-            let mut bytes = vec![0];
-            bytes.extend((message.encoded_len() as u32).to_be_bytes());
-            bytes.extend(message.encode_to_vec());
-            bytes
-        });
-        framed.collect()
-    }
-
-    fn read_all(bytes: &[u8], cuts: &[usize], dim: usize, into: &mut [f16]) -> Result<Vec<Ended>, FlightClientError> {
-        let mut reader = RowsReader::new(dim);
-        let mut to = Destination::new(into);
-        let mut ended = Vec::new();
-        let mut places: Vec<usize> = cuts.iter().map(|cut| cut % (bytes.len() + 1)).chain([0, bytes.len()]).collect();
-        places.sort_unstable();
-        for pair in places.windows(2) {
-            let mut piece = &bytes[pair[0]..pair[1]];
-            while !piece.is_empty() {
-                let (taken, end) = reader.read(piece, &mut to)?;
-                piece = &piece[taken..];
-                ended.extend(end);
-            }
-        }
-        Ok(ended)
-    }
-
-    proptest! {
-        #[test]
-        fn what_arrow_wrote_comes_out_however_it_is_cut(
-            sizes in prop::collection::vec(0_usize..9, 0..5), dim in 1_usize..40, bits: u16,
-            cuts in prop::collection::vec(any::<usize>(), 0..40),
-        ) {
-            let batches: Vec<Vec<f16>> = sizes.iter().enumerate()
-                .map(|(batch, rows)| (0..rows * dim).map(|at| f16::from_bits(bits ^ (batch * 77 + at) as u16)).collect())
-                .collect();
-            let expected = batches.concat();
-            let mut values = vec![f16::ZERO; expected.len()];
-            let ended = read_all(&stream(&batches, dim), &cuts, dim, &mut values).unwrap();
-            let bits = |values: &[f16]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
-            prop_assert_eq!(bits(&values), bits(&expected));
-            prop_assert!(ended[1..].iter().enumerate().all(|(at, end)| end.metadata == [at as u8 + 1] && end.is_batch));
-            prop_assert!(!ended[0].is_batch && ended.len() == batches.len() + 1);
-        }
-
-        #[test]
-        fn damage_is_an_error_or_other_values_and_never_a_panic(
-            at: usize, byte: u8, cuts in prop::collection::vec(any::<usize>(), 0..4),
-        ) {
-            let batches = vec![vec![f16::ONE; 6], vec![f16::ZERO; 3]];
-            let mut bytes = stream(&batches, 3);
-            let place = at % bytes.len();
-            bytes[place] = byte;
-            let _ = read_all(&bytes, &cuts, 3, &mut [f16::ZERO; 9]);
-        }
-
-        #[test]
-        fn any_bytes_are_answered(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            let _ = read_all(&bytes, &[], 3, &mut [f16::ZERO; 9]);
-        }
-    }
-
-    #[test]
-    fn what_was_not_agreed_is_refused_with_what_it_is() {
-        let bytes = stream(&[vec![f16::ONE; 6]], 3);
-        let refused =
-            |bytes: &[u8], dim, room| read_all(bytes, &[], dim, &mut vec![f16::ZERO; room]).unwrap_err().to_string();
-        assert!(refused(&bytes, 2, 6).contains("3 values instead of 2"));
-        assert!(refused(&bytes, 3, 5).contains("more rows"));
-        let mut compressed = bytes.clone();
-        compressed[0] = 1;
-        assert!(refused(&compressed, 3, 6).contains("compressed"));
-        assert!(refused(&[0, 255, 0, 0, 0], 3, 6).contains("at most"));
-    }
-}
+mod tests;
