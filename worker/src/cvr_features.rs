@@ -49,7 +49,7 @@ pub fn write(offline: &Offline, items: &Tensor, split: Split, folder: &Path) -> 
     for first in (0..rows.len()).step_by(USER_BLOCK) {
         let block = first..(first + USER_BLOCK).min(rows.len());
         let histories: Vec<History> = block.clone().map(|row| History::before_targets(rows, row)).collect();
-        let users = offline.users(&histories);
+        let users = offline.users(&histories)?;
         let mut pairs: Vec<(i64, usize, u32, u8)> = Vec::new();
         for (at, row) in (0..).zip(block) {
             let Some((_, labels)) = rows.labels(row) else {

@@ -36,6 +36,8 @@ pub enum WorkerError {
     Plan(#[from] learn_domain::plan::PlanError),
     #[error(transparent)]
     Dataset(#[from] learn_dataset::DatasetError),
+    #[error(transparent)]
+    Row(#[from] learn_dataset::RowError),
     #[error("the runtime could not be started: {0}")]
     Runtime(std::io::Error),
     #[error("cannot listen on {address}: {source}; set --bind to an address of this host")]

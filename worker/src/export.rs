@@ -74,7 +74,7 @@ fn write_all(
     out: &Path,
 ) -> Result<Exported, WorkerError> {
     fs::create_dir_all(aside).map_err(|error| failed(aside)(error))?;
-    let items = offline.items();
+    let items = offline.items()?;
     let dim = items.size()[1] as usize;
     let item_ids: Vec<String> = offline.dataset.items()?.into_iter().map(|item| item.id).collect();
     let mut table = Table::create(aside, "items", dim)?;
@@ -90,7 +90,7 @@ fn write_all(
             numbers.filter_map(|number| Some((user_ids[number].clone(), histories.of(number)?))).collect();
         let (ids, sequences): (Vec<String>, Vec<History>) = known.into_iter().unzip();
         if !ids.is_empty() {
-            table.append(&ids, &offline.users(&sequences))?;
+            table.append(&ids, &offline.users(&sequences)?)?;
         }
     }
     let users = table.finish()?;

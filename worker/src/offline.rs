@@ -1,12 +1,11 @@
 //! A finished model without a job: embeddings of users and items read from the run directory and the dataset's files.
 //!
 //! Input: a run directory and a checkpoint name. Output: embeddings in tensors. Used by `export` and `recommend`; one
-//! process, no coordinator.
+//! process, no coordinator. Invariant: content embeddings have the values that they had in the run (`data.row_format`).
 
 use std::fs;
 use std::path::PathBuf;
 
-use half::f16;
 use learn_dataset::{Dataset, Embeddings, HeldOut};
 use learn_domain::Config;
 use learn_domain::report::Split;
@@ -116,24 +115,25 @@ impl Offline {
     }
 
     /// Content embeddings `[items, input_dim]`.
-    fn rows(&self, items: &[u32]) -> Tensor {
-        let Some(table) = &self.table else { return rows_tensor(&[], (items.len(), 0), self.device) };
-        let rows: Vec<f16> = items.iter().flat_map(|&item| table.row(item as usize)).copied().collect();
-        rows_tensor(&rows, (items.len(), table.dim()), self.device)
+    fn rows(&self, items: &[u32]) -> Result<Tensor, WorkerError> {
+        let Some(table) = &self.table else { return Ok(rows_tensor(&[], (items.len(), 0), self.device)) };
+        let rows = table.gather(items, self.config.data.row_format)?;
+        Ok(rows_tensor(&rows, (items.len(), table.dim()), self.device))
     }
 
     /// Item embeddings `[N, d]` on the CPU, row = item index.
-    pub fn items(&self) -> Tensor {
+    ///
+    /// # Errors
+    /// If a content embedding cannot be read as the run reads it.
+    pub fn items(&self) -> Result<Tensor, WorkerError> {
         let catalogue: Vec<u32> = (0..self.dataset.facts().items).collect();
-        let chunks: Vec<Tensor> = catalogue
-            .chunks(ITEM_CHUNK)
-            .map(|items| {
-                let inputs = ItemInputs { items, content: &self.rows(items), id_seed: None, tape: Some(&Tape::new(0)) };
-                let embedded = tch::no_grad(|| self.model.catalogue(&self.parameters, &inputs, &self.forward()));
-                embedded.to_device(Device::Cpu)
-            })
-            .collect();
-        Tensor::cat(&chunks, 0)
+        let chunks = catalogue.chunks(ITEM_CHUNK).map(|items| {
+            let content = self.rows(items)?;
+            let inputs = ItemInputs { items, content: &content, id_seed: None, tape: Some(&Tape::new(0)) };
+            let embedded = tch::no_grad(|| self.model.catalogue(&self.parameters, &inputs, &self.forward()));
+            Ok(embedded.to_device(Device::Cpu))
+        });
+        Ok(Tensor::cat(&chunks.collect::<Result<Vec<_>, WorkerError>>()?, 0))
     }
 
     /// A history as the user tower sees it.
@@ -143,25 +143,21 @@ impl Offline {
     }
 
     /// User embeddings `[B, d]` on the CPU, after the whole of each history.
-    pub fn users(&self, histories: &[History]) -> Tensor {
+    ///
+    /// # Errors
+    /// As [`Offline::items`].
+    pub fn users(&self, histories: &[History]) -> Result<Tensor, WorkerError> {
         let most = self.config.sampling.history as usize;
-        let chunks: Vec<Tensor> = histories
-            .chunks(USER_CHUNK)
-            .map(|chunk| {
-                let newest: Vec<Seen<'_>> = chunk.iter().map(|history| self.seen(history).newest(most)).collect();
-                let (unique, packed) = newest_positions(&newest);
-                let inputs = ItemInputs {
-                    items: &unique,
-                    content: &self.rows(&unique),
-                    id_seed: None,
-                    tape: Some(&Tape::new(0)),
-                };
-                let packed = sequences(&packed, self.device);
-                let embedded = tch::no_grad(|| embed_histories(&self.catalogue(), &inputs, &packed, &self.forward()));
-                embedded.to_device(Device::Cpu)
-            })
-            .collect();
-        Tensor::cat(&chunks, 0)
+        let chunks = histories.chunks(USER_CHUNK).map(|chunk| {
+            let newest: Vec<Seen<'_>> = chunk.iter().map(|history| self.seen(history).newest(most)).collect();
+            let (unique, packed) = newest_positions(&newest);
+            let content = self.rows(&unique)?;
+            let inputs = ItemInputs { items: &unique, content: &content, id_seed: None, tape: Some(&Tape::new(0)) };
+            let packed = sequences(&packed, self.device);
+            let embedded = tch::no_grad(|| embed_histories(&self.catalogue(), &inputs, &packed, &self.forward()));
+            Ok(embedded.to_device(Device::Cpu))
+        });
+        Ok(Tensor::cat(&chunks.collect::<Result<Vec<_>, WorkerError>>()?, 0))
     }
 }
 

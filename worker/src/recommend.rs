@@ -63,7 +63,7 @@ pub fn recommend(settings: &RecommendSettings) -> Result<Vec<Recommendation>, Wo
     if sequences.is_empty() {
         return Err(WorkerError::Usage("name at least one user with --users".into()));
     }
-    let scores = offline.users(&sequences).matmul(&offline.items().transpose(0, 1));
+    let scores = offline.users(&sequences)?.matmul(&offline.items()?.transpose(0, 1));
     if scores.isfinite().all().int64_value(&[]) == 0 {
         return Err(WorkerError::NonFiniteScores);
     }
