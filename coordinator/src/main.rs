@@ -9,6 +9,7 @@ use learn_coordinator::embedding::{EmbeddingCoordinator, Ended};
 use learn_coordinator::files::read_json;
 use learn_coordinator::replica::{self, ReplicaSettings};
 use learn_coordinator::{CoordinatorError, Outcome, Settings, exit_code, run, take_over};
+use learn_domain::config::RowFormat;
 use learn_domain::report;
 use learn_domain::report::{CoordinatorAddress, Task};
 use learn_domain::run_dir::RunDir;
@@ -124,9 +125,17 @@ struct BenchWire {
     /// Steps that count
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
+    /// How rows travel, `data.row_format`: f16, or int8
+    #[arg(long, value_name = "FORMAT", default_value = "f16", value_parser = row_format)]
+    row_format: RowFormat,
     /// The result as JSON
     #[arg(long)]
     json: bool,
+}
+
+/// A value of `data.row_format`.
+fn row_format(text: &str) -> Result<RowFormat, String> {
+    serde_json::from_value(text.into()).map_err(|error| error.to_string())
 }
 
 /// A count of at least one.
@@ -144,7 +153,8 @@ impl BenchWire {
     }
 
     fn client(&self) -> Client {
-        Client::Wire { users: self.batch, cache: self.cache, warm: self.warm, steps: self.steps }
+        let BenchWire { batch: users, cache, warm, steps, row_format, .. } = *self;
+        Client::Wire { users, cache, warm, steps, row_format }
     }
 }
 

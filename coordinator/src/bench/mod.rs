@@ -14,7 +14,7 @@ use std::time::Duration;
 pub use dataset::{Lengths, MakingError, Shape};
 use learn_dataset::{Dataset, DatasetError};
 use learn_domain::Config;
-use learn_domain::config::{ByteSize, ClusterConfig};
+use learn_domain::config::{ByteSize, ClusterConfig, RowFormat};
 use learn_proto::auth::Secret;
 use learn_telemetry::DataMetrics;
 use tokio::process::Command;
@@ -85,6 +85,7 @@ pub enum Client {
         /// Steps before those that count.
         warm: u64,
         steps: u64,
+        row_format: RowFormat,
     },
 }
 
@@ -94,7 +95,8 @@ impl Client {
         let mut config = Config::default();
         config.data.dataset = dataset.dir().to_owned();
         config.data.map_rows = false;
-        if let Self::Wire { users, cache, .. } = *self {
+        if let Self::Wire { users, cache, row_format, .. } = *self {
+            config.data.row_format = row_format;
             config.training.global_batch = users;
             config.training.epochs = 1000;
             let facts = dataset.facts();

@@ -59,21 +59,27 @@ pub fn flight(bench: &Bench<'_>) -> Result<Results> {
 }
 
 pub fn wire(bench: &Bench<'_>) -> Result<Results> {
-    let mut command = Command::new(bench.workspace.binary("learn-coordinator"));
-    let answer = super::json("learn-coordinator bench wire", command.args(["bench", "wire", "--json"]))?;
-    let value = |path: &str| number(&answer, path);
-    let table = vec![
-        Row::of("bytes received a user over positions x dim x 4", Unit::Share, &[value("over_positions")?])
-            .wanted(Wanted::AtMost(0.1)),
-        Row::of(
-            "the same with histories and targets padded as in the published layout",
-            Unit::Share,
-            &[value("over_padded")?],
-        ),
-        Row::of("bytes received a user", Unit::Number, &[value("bytes_per_user")?]),
-        Row::of("rows that the cache held", Unit::Share, &[value("hit_share")?]),
-    ];
-    let more = Map::from_iter([("answer".into(), answer)]);
+    let (mut table, mut more) = (Vec::new(), Map::new());
+    for (format, said, wanted) in [("f16", "", Some(Wanted::AtMost(0.1))), ("int8", ", int8 rows", None)] {
+        let mut command = Command::new(bench.workspace.binary("learn-coordinator"));
+        command.args(["bench", "wire", "--row-format", format, "--json"]);
+        let answer = super::json("learn-coordinator bench wire", &mut command)?;
+        let value = |path: &str| number(&answer, path);
+        let rows = [
+            ("bytes received a user over positions x dim x 4", Unit::Share, "over_positions", wanted),
+            ("the same with histories and targets padded as in the published layout", Unit::Share, "over_padded", None),
+            ("bytes received a user", Unit::Number, "bytes_per_user", None),
+            ("rows that the cache held", Unit::Share, "hit_share", None),
+        ];
+        for (what, unit, path, wanted) in rows {
+            let row = Row::of(format!("{what}{said}"), unit, &[value(path)?]);
+            table.push(match wanted {
+                Some(wanted) => row.wanted(wanted),
+                None => row,
+            });
+        }
+        more.insert(format.into(), answer);
+    }
     Ok(results(
         bench,
         Part::Wire,
