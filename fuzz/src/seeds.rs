@@ -4,12 +4,14 @@ use std::io::Write as _;
 use std::sync::Arc;
 
 use arrow_array::{
-    ArrayRef, FixedSizeListArray, Float16Array, Int64Array, ListArray, RecordBatch, UInt8Array, UInt32Array,
+    ArrayRef, FixedSizeListArray, Float16Array, Float32Array, Int8Array, Int64Array, ListArray, RecordBatch,
+    UInt8Array, UInt32Array,
 };
 use arrow_buffer::OffsetBuffer;
 use arrow_flight::utils::batches_to_flight_data;
 use arrow_schema::{DataType, Schema};
 use half::f16;
+use learn_domain::config::RowFormat;
 use learn_domain::event::{Happening, JobEvent};
 use learn_domain::membership::{Departure, Directive, LossCause};
 use learn_domain::progress::Work;
@@ -40,7 +42,8 @@ pub fn tickets() -> Vec<Vec<u8>> {
         Ticket::Items { first: 5, count: 9 },
         Ticket::Popularity {},
     ];
-    tickets.iter().map(Ticket::encode).chain([Exchange::Rows {}.encode()]).collect()
+    let rows = [RowFormat::F16, RowFormat::Int8].map(|format| Exchange::Rows { format }.encode());
+    tickets.iter().map(Ticket::encode).chain(rows).collect()
 }
 
 pub fn control() -> Vec<Vec<u8>> {
@@ -155,11 +158,16 @@ pub fn flight_answers() -> Vec<Vec<u8>> {
         seeds.push(stream(evaluation_schema(extras), columns, "{\"part\":0}"));
     }
     let values: ArrayRef = Arc::new(Float16Array::from(vec![f16::ONE; 2 * DIM]));
-    let schema = rows_schema(DIM as u32);
-    if let DataType::FixedSizeList(element, size) = schema.field(0).data_type().clone()
-        && let Ok(rows) = FixedSizeListArray::try_new(element, size, values, None)
-    {
-        seeds.push(stream(schema, vec![Arc::new(rows)], r#"{"request":0,"part":0,"parts":1}"#));
+    let bytes: ArrayRef = Arc::new(Int8Array::from(vec![-127; 2 * DIM]));
+    let scales: ArrayRef = Arc::new(Float32Array::from(vec![0.5, 0.0]));
+    for (format, values, scales) in [(RowFormat::F16, values, None), (RowFormat::Int8, bytes, Some(scales))] {
+        let schema = rows_schema(DIM as u32, format);
+        if let DataType::FixedSizeList(element, size) = schema.field(0).data_type().clone()
+            && let Ok(rows) = FixedSizeListArray::try_new(element, size, values, None)
+        {
+            let columns = std::iter::once(Arc::new(rows) as ArrayRef).chain(scales).collect();
+            seeds.push(stream(schema, columns, r#"{"request":0,"part":0,"parts":1}"#));
+        }
     }
     seeds
 }

@@ -49,6 +49,8 @@ pub const TARGETS: &[Target] = &[
             "world_size",
             "rows",
             "times",
+            "format",
+            "int8",
         ],
     },
     Target { name: "control", reads: "control messages", run: control, seeds: seeds::control, words: &["{}", "null"] },
@@ -71,7 +73,7 @@ pub const TARGETS: &[Target] = &[
         reads: "Arrow messages of the data service",
         run: flight_answers,
         seeds: seeds::flight_answers,
-        words: &["history", "targets", "user_positions", "embedding"],
+        words: &["history", "targets", "user_positions", "embedding", "scale"],
     },
     Target {
         name: "manifest",
