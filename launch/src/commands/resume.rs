@@ -270,7 +270,7 @@ mod tests {
         for key in ["training.epochs", "checkpoint.keep_last", "cluster.workers", "evaluation.exclude_history"] {
             check(key).unwrap();
         }
-        for key in ["training.global_batch", "model.layers", "job.seed", "optimizer.learning_rate"] {
+        for key in ["training.global_batch", "data.row_format", "model.layers", "job.seed", "optimizer.learning_rate"] {
             let text = check(key).unwrap_err().to_string();
             assert!(text.contains(key) && text.contains("training.epochs") && text.contains("cluster.*"), "{text}");
         }
