@@ -1,7 +1,8 @@
 """Reads a job's data service with pyarrow alone: read_flight.py GRPC_URL SECRET_FILE [WORLD_SIZE]
 
 Lists the flights, reads the batches of every rank of one whole epoch, checks that each training user comes exactly once,
-fetches content embeddings with DoExchange, and prints JSON: {"flights": [...], "users": N, "rows": N, "dim": N}.
+fetches content embeddings with DoExchange, as f16 and as int8, and prints JSON:
+{"flights": [...], "users": N, "rows": N, "dim": N}.
 """
 
 import json
@@ -46,9 +47,28 @@ def epoch_users(client, options, steps, world_size):
     return users, sorted(items)
 
 
-def fetch_rows(client, options, items, dim):
-    """Content embeddings of `items`, in their order, as a float16 matrix; in two requests."""
-    command = json.dumps({"version": 1, "kind": "rows"}).encode()
+def column(batch, value, dim):
+    found = batch.column("embedding")
+    if found.type != pa.list_(pa.field("item", value, nullable=False), dim):
+        raise SystemExit(f"unexpected type {found.type}")
+    return found.to_pylist()
+
+
+def read_f16(batch, dim):
+    """Vectors."""
+    return column(batch, pa.float16(), dim)
+
+
+def read_int8(batch, dim):
+    """Pairs of a vector and its scale."""
+    scales = batch.column("scale").to_pylist()
+    rows = zip(column(batch, pa.int8(), dim), scales)
+    return [([value * scale for value in values], scale) for values, scale in rows]
+
+
+def fetch_rows(client, options, items, dim, columns=read_f16, **more):
+    """Content embeddings of `items`, in their order, as `columns` reads them; in two requests."""
+    command = json.dumps({"version": 1, "kind": "rows", **more}).encode()
     writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(command), options)
     schema = pa.schema([pa.field("item", pa.uint32(), nullable=False)])
     requests = [items[: len(items) // 2], items[len(items) // 2 :]]
@@ -64,10 +84,7 @@ def fetch_rows(client, options, items, dim):
                 if (meta["request"], meta["part"]) != (number, part):
                     raise SystemExit(f"part {part} of request {number} expected, got {meta}")
                 part, parts = part + 1, meta["parts"]
-                column = chunk.data.column("embedding")
-                if column.type != pa.list_(pa.field("item", pa.float16(), nullable=False), dim):
-                    raise SystemExit(f"unexpected type {column.type}")
-                vectors += column.to_pylist()
+                vectors += columns(chunk.data, dim)
         writer.done_writing()
     return vectors
 
@@ -84,6 +101,14 @@ def main(url, secret_file, world_size="2"):
     vectors = fetch_rows(client, options, items, dim)
     if len(vectors) != len(items) or any(not any(vector) for vector in vectors):
         raise SystemExit(f"{len(items)} rows wanted, {len(vectors)} got, or some are zero")
+    rounded = fetch_rows(client, options, items, dim, read_int8, format="int8")
+    near = (
+        abs(exact - value) <= 0.5001 * scale
+        for vector, (values, scale) in zip(vectors, rounded)
+        for exact, value in zip(vector, values)
+    )
+    if len(rounded) != len(items) or not all(near):
+        raise SystemExit("int8 rows are not those of f16, rounded")
     print(json.dumps({"flights": list(flights), "users": len(users), "rows": len(vectors), "dim": dim}))
 
 

@@ -154,6 +154,49 @@ fn a_data_server_may_come_at_any_time_with_a_copy_of_the_dataset_but_no_other() 
 }
 
 #[test]
+fn int8_rows_train_the_same_mapped_and_sent_and_are_half_the_bytes() {
+    let site = Site::new(Shape { dim: 64, ..SMALL });
+    let long = ["training.epochs=100", "evaluation.every_epochs=10"];
+    let ran = |name: &str, more: &[&str]| {
+        let child = start(&site, name, &[&long[..], more].concat());
+        follow(&site, name, 300);
+        let bytes = row_bytes(&coordinator_metrics(&site, name)) / site.steps(name).len() as f64;
+        succeeds(&child.wait_with_output().expect("it ends"));
+        bytes
+    };
+    // a cache of nothing, so that every step needs rows
+    let all = ["data.map_rows=false", "cluster.row_cache=0B"];
+    let int8 = "data.row_format=\"int8\"";
+    let f16 = ran("f16", &all);
+    let sent = ran("sent", &[&all[..], &[int8]].concat());
+    let mapped = ran("mapped", &[int8]);
+    // 64 + 4 bytes a row instead of 128, and what messages need besides
+    assert!(sent < 0.75 * f16 && mapped < 0.1 * sent, "bytes a step: f16 {f16}, int8 {sent}, mapped {mapped}");
+    let log = |name: &str| std::fs::read_to_string(site.run_dir(name).join("logs/worker-0.log")).expect("it has a log");
+    assert!(log("mapped").contains("content embeddings are mapped here"));
+
+    let last = site.losses("sent").len() as u64;
+    for file in ["model.safetensors", "optimizer.safetensors"] {
+        let of = |name: &str| site.checkpoint_file(name, last, file);
+        assert!(of("mapped") == of("sent"), "{file} differs");
+        assert!(of("f16") != of("sent"), "{file} does not depend on the format");
+    }
+    assert_eq!(site.losses("mapped"), site.losses("sent"));
+
+    // `export` reads the files, and rounds as the run did
+    let exported = |name: &str, out: &str| {
+        succeeds(&site.launch(&["export", &format!("runs/{name}"), "--out", out]));
+        std::fs::read(site.path(out).join("items.npy")).expect("it is there")
+    };
+    let items = exported("sent", "sent-items");
+    assert!(items == exported("mapped", "mapped-items"));
+    let config = site.run_dir("mapped").join("config.json");
+    let text = std::fs::read_to_string(&config).expect("it is text");
+    std::fs::write(&config, text.replace("\"int8\"", "\"f16\"")).expect("it can be written");
+    assert!(items != exported("mapped", "f16-items"), "the same weights on f16 rows");
+}
+
+#[test]
 fn a_worker_that_can_open_the_files_is_sent_no_rows_and_trains_the_same() {
     let site = Site::new(SMALL);
     let long = ["training.epochs=100", "evaluation.every_epochs=10"];
