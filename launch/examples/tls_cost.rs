@@ -18,7 +18,7 @@ use half::f16;
 use learn_dataset::Dataset;
 use learn_dataset::embeddings::{EmbeddingSpec, EmbeddingStore};
 use learn_domain::Config;
-use learn_domain::config::{Precision, TlsMode};
+use learn_domain::config::{Precision, RowFormat, TlsMode};
 use learn_domain::report::CoordinatorAddress;
 use learn_domain::run_dir::RunDir;
 use learn_launch::runs;
@@ -124,7 +124,7 @@ async fn fetch(pass: &Pass, url: &str, mib: usize) -> Result<f64> {
     let items = UInt32Array::from_iter_values(0..ITEMS);
     let batch = RecordBatch::try_new(Arc::new(schema.clone()), vec![Arc::new(items)])?;
     let mut messages = batches_to_flight_data(&schema, &[batch])?;
-    messages[0].flight_descriptor = Some(FlightDescriptor::new_cmd(Exchange::Rows {}.encode()));
+    messages[0].flight_descriptor = Some(FlightDescriptor::new_cmd(Exchange::Rows { format: RowFormat::F16 }.encode()));
     let request = messages.pop().context("a request has a message")?;
     let repeats = (mib << 20).div_ceil(ITEMS as usize * DIM * 2);
     let started = Instant::now();

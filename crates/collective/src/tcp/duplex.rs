@@ -88,11 +88,11 @@ impl Duplex {
         let why_not = |error: &io::Error| tracing::debug!(rank = self.previous.peer, %error, "memory is not shared");
         self.inbox = if may { Inbox::open(&theirs).inspect_err(why_not).ok() } else { None };
         // an abort closes the connections, and is not to be told as a loss
-        let aborted = |error| aborter.check().and(Err(error));
+        let honest = |error| aborter.check().err().unwrap_or(error);
         let answer = if self.inbox.is_some() { YES } else { NO };
         let answered = (&*self.previous.stream).write_all(&[answer]);
-        answered.map_err(|error| self.previous.lost(call, error)).or_else(aborted)?;
-        self.outbox = if self.answer(call).or_else(aborted)? == YES { outbox } else { None };
+        answered.map_err(|error| honest(self.previous.lost(call, error)))?;
+        self.outbox = if self.answer(call).map_err(honest)? == YES { outbox } else { None };
         Ok(())
     }
 

@@ -139,7 +139,6 @@ impl InfoNce<'_> {
 }
 
 /// Zeros of the shape of `x` that take no memory; not to be written to.
-#[must_use]
 pub fn nothing(x: &Tensor) -> Tensor {
     Tensor::zeros(vec![1; x.dim()].as_slice(), (x.kind(), x.device())).expand_as(x)
 }
