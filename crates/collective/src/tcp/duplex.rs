@@ -301,7 +301,7 @@ impl<'a> Receiving<'a> {
             if self.got < HEADER_BYTES {
                 return Ok(Progress::Moved);
             }
-            inbox.take(self.payload, self.sum, scratch, &link.stream).map_err(|error| link.lost(call, error))?;
+            inbox.take(self.payload, self.sum, &link.stream).map_err(|error| link.lost(call, error))?;
         } else {
             if self.got < HEADER_BYTES + self.payload.len() {
                 return Ok(Progress::Moved);

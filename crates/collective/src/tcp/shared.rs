@@ -31,8 +31,6 @@ const BYTES: usize = HEAD + SLOTS * FRAME_BYTES;
 const TOKEN: usize = 32;
 /// Process, descriptor, token; no process is no offer.
 pub(super) const OFFER_BYTES: usize = 16 + TOKEN;
-/// Taken from the memory at a time, so that a sum finds its terms in the first cache.
-const PIECE: usize = 16 << 10;
 /// What a receiver says about an offer, and of a payload that it has taken.
 pub(super) const YES: u8 = 1;
 pub(super) const NO: u8 = 0;
@@ -175,22 +173,14 @@ impl Inbox {
     ///
     /// # Errors
     /// If the connection is broken.
-    pub(super) fn take(
-        &mut self,
-        into: &mut [u8],
-        sum: Option<DType>,
-        scratch: &mut [u8],
-        mut connection: &TcpStream,
-    ) -> io::Result<()> {
+    pub(super) fn take(&mut self, into: &mut [u8], sum: Option<DType>, mut connection: &TcpStream) -> io::Result<()> {
         let from = slot(self.taken);
         match sum {
             None => self.read(from, into),
             Some(dtype) => {
-                for (number, into) in into.chunks_mut(PIECE).enumerate() {
-                    let terms = &mut scratch[..into.len()];
-                    self.read(from + number * PIECE, terms);
-                    sum::add(dtype, into, terms);
-                }
+                assert!(into.len() <= FRAME_BYTES, "{} bytes are not in a slot", into.len());
+                // SAFETY: as in `read`; a slot has FRAME_BYTES bytes
+                unsafe { sum::add_from(dtype, into, self.memory.as_ptr().add(from)) };
             }
         }
         self.taken += 1;
@@ -275,14 +265,13 @@ mod tests {
         let (sender, receiver) = connection();
         let mut outbox = Outbox::new().unwrap();
         let mut inbox = Inbox::open(&outbox.offer()).unwrap();
-        let mut scratch = vec![0; PIECE];
         let payload = |number: usize| vec![number as f32; FRAME_BYTES / 4 - number];
         let mut taken = 0;
         let mut take = |taken: &mut usize| {
             let expected = payload(*taken);
             let mut got = vec![1_f32; expected.len()];
             let sum = taken.is_multiple_of(2).then_some(DType::F32);
-            inbox.take(bytemuck::cast_slice_mut(&mut got), sum, &mut scratch, &receiver).unwrap();
+            inbox.take(bytemuck::cast_slice_mut(&mut got), sum, &receiver).unwrap();
             let held = if sum.is_some() { 1.0 } else { 0.0 };
             assert!(got.iter().zip(&expected).all(|(got, expected)| *got == expected + held));
             *taken += 1;
