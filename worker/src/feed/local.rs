@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use half::f16;
-use learn_dataset::{Dataset, DatasetError, Embeddings};
+use learn_dataset::{Dataset, DatasetError, Embeddings, RowError};
 use learn_domain::report::DatasetFacts;
 use learn_proto::flight::RowFiles;
 use tokio::sync::OnceCell;
@@ -203,7 +203,12 @@ async fn compare(
 ) -> Result<Result<Embeddings, NotMapped>, FlightClientError> {
     let items = sample(embeddings.rows());
     let sent = client.rows(embeddings.dim()).fetch(&items).await?;
-    let here = embeddings.gather(&items, client.row_format())?;
+    let here = match embeddings.gather(&items, client.row_format()) {
+        Ok(here) => here,
+        // damaged here; the service has others, or says that its own are damaged
+        Err(RowError::NotFinite { item, .. }) => return Ok(Err(NotMapped::OtherRow { path: dir.to_owned(), item })),
+        Err(error) => return Err(error.into()),
+    };
     let dim = embeddings.dim();
     let bits = |row: &[f16]| row.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
     // as many as were asked for: the exchange and `Embeddings::gather` see to it

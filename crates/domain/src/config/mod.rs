@@ -98,7 +98,7 @@ pub struct DataConfig {
     /// having their rows sent. false: rows always come from the data servers, and pass through `cluster.row_cache`.
     pub map_rows: bool,
     /// How a content embedding travels to a worker: as it is stored (f16), or as signed bytes with one scale a row (int8), half
-    /// the bytes. int8 rounds: every value by up to 1/254 of its row's largest. Whatever reads content embeddings for the
+    /// the bytes. int8 rounds: every value by up to 1/226 of its row's largest. Whatever reads content embeddings for the
     /// run rounds them so, from the dataset's files too: training, evaluation, `export` and `recommend`.
     pub row_format: RowFormat,
 }
