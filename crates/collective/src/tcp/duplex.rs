@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use super::frame::{FRAME_BYTES, HEADER_BYTES, Header};
 use super::poll;
-use super::shared::{Inbox, NO, OFFER_BYTES, Outbox, YES};
+use super::shared::{Inbox, NO, OFFER_BYTES, Outbox, YES, goes_by_memory};
 use crate::abort::Aborter;
 use crate::buffer::DType;
 use crate::call::{Call, Op};
@@ -193,16 +193,14 @@ impl<'a> Sending<'a> {
     fn advance(
         &mut self,
         link: &mut Link,
-        outbox: Option<&mut Outbox>,
+        mut outbox: Option<&mut Outbox>,
         sent: &mut u64,
         call: &Call,
     ) -> Result<Progress, CollectiveError> {
-        let mut outbox = outbox;
         if self.is_out() {
             return self.wait_until_taken(link, outbox, call);
         }
-        if let Some(outbox) = outbox.as_deref_mut().filter(|outbox| self.out == 0 && outbox.carries(self.payload.len()))
-        {
+        if let Some(outbox) = outbox.as_deref_mut().filter(|_| self.out == 0 && goes_by_memory(self.payload.len())) {
             if !outbox.has_room(&link.stream).map_err(|error| link.lost(call, error))? {
                 return Ok(Progress::Full);
             }
@@ -297,7 +295,7 @@ impl<'a> Receiving<'a> {
                 reason,
             })?;
         }
-        if let Some(inbox) = inbox.filter(|inbox| inbox.carries(self.payload.len())) {
+        if let Some(inbox) = inbox.filter(|_| goes_by_memory(self.payload.len())) {
             if self.got < HEADER_BYTES {
                 return Ok(Progress::Moved);
             }

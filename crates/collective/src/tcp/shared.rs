@@ -13,7 +13,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::AsRawFd;
 
 use memmap2::{MmapOptions, MmapRaw};
 
@@ -35,8 +35,8 @@ pub(super) const OFFER_BYTES: usize = 16 + TOKEN;
 pub(super) const YES: u8 = 1;
 pub(super) const NO: u8 = 0;
 
-/// Whether a payload goes by memory, if there is one.
-fn is_large(length: usize) -> bool {
+/// Whether a payload of this length goes by memory, where there is one.
+pub(super) fn goes_by_memory(length: usize) -> bool {
     length >= LEAST
 }
 
@@ -81,10 +81,6 @@ impl Outbox {
         offer[8..16].copy_from_slice(&(self.file.as_raw_fd() as u64).to_le_bytes());
         offer[16..].copy_from_slice(&self.token);
         offer
-    }
-
-    pub(super) fn carries(&self, length: usize) -> bool {
-        is_large(length)
     }
 
     /// Hears what the receiver has taken, until no more than `most` payloads lie here; whether that is so.
@@ -165,10 +161,6 @@ impl Inbox {
         unsafe { std::ptr::copy_nonoverlapping(self.memory.as_ptr().add(at), into.as_mut_ptr(), into.len()) };
     }
 
-    pub(super) fn carries(&self, length: usize) -> bool {
-        is_large(length)
-    }
-
     /// Takes the next payload, whose header has come, and tells the sender that its slot is free.
     ///
     /// # Errors
@@ -196,6 +188,8 @@ const NAME: &std::ffi::CStr = c"learn-collective";
 /// Anonymous memory that cannot be made shorter or longer, and its mapping, which is the only one that can be written to.
 #[cfg(target_os = "linux")]
 fn sealed() -> io::Result<(File, MmapRaw)> {
+    use std::os::fd::FromRawFd;
+
     // SAFETY: the name is a string that ends with 0, which the call reads; what it returns is a descriptor or -1.
     let descriptor = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if descriptor < 0 {
