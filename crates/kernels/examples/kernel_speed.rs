@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use half::bf16;
 use learn_kernels::{
-    AdamW, Attention, BiasGelu, Dropout, Level, NormGradients, Normalize, ResidualNorm, RowStatistics, Saved, Sequence,
-    State, WeightGradient, add, cast, column_sums, gather_rows, scatter_add_rows, squared_norm,
+    AdamW, Attention, BiasGelu, Dropout, Level, Matrix, NormGradients, Normalize, Plus, Product, ResidualNorm,
+    RowStatistics, Saved, Sequence, State, add, cast, column_sums, gather_rows, scatter_add_rows, squared_norm,
 };
 use rayon::prelude::*;
 
@@ -117,9 +117,22 @@ fn main() {
     show("bias + GELU forward", tokens * WIDE * 4, &mut || gelu.forward(&wide, &mut wide_out));
     show("bias + GELU backward", tokens * WIDE * 6, &mut || gelu.backward(&wide, &mut wide_out, &mut wide_sums));
 
+    let tall = Matrix::new(&wide, WIDE);
+    let narrow = Matrix::new(&d_context, HIDDEN);
+    let weights = halves(WIDE * HIDDEN);
+    let weights = Matrix::new(&weights, HIDDEN);
+    let moved = 2 * tokens * (WIDE + HIDDEN);
     let mut weight = numbers(WIDE * HIDDEN);
-    let weights = WeightGradient { d_y: &wide, width: WIDE, outputs: (0, WIDE), x: &d_context, inputs: HIDDEN };
-    show("weight gradient", (tokens * (WIDE + HIDDEN) + 4 * WIDE * HIDDEN) * 2, &mut || weights.add_to(&mut weight));
+    show("product for a weight", moved + 8 * WIDE * HIDDEN, &mut || {
+        Product { left: tall.transposed(), right: narrow }.write(&mut weight, Plus::Held);
+    });
+    show("product with a weight", moved + 2 * WIDE * HIDDEN, &mut || {
+        Product { left: narrow, right: weights.transposed() }.write(&mut wide_out, Plus::Nothing);
+    });
+    let mut narrow_out = halves(tokens * HIDDEN);
+    show("product for an input", moved + 2 * WIDE * HIDDEN, &mut || {
+        Product { left: tall, right: weights }.write(&mut narrow_out, Plus::Nothing);
+    });
 
     let parameter = numbers(HIDDEN);
     let norm = ResidualNorm { bias: &parameter, gamma: &parameter, beta: &parameter, eps: 1e-12, dropout };

@@ -30,6 +30,6 @@ pub use self::element::Element;
 pub use self::gelu::BiasGelu;
 pub use self::norm::{NormGradients, ResidualNorm, RowStatistics, Saved};
 pub use self::parallel::{Runner, set_runner};
-pub use self::product::WeightGradient;
+pub use self::product::{Matrix, Plus, Product, has_tiles};
 pub use self::rows::{Normalize, add, cast, column_sums, gather_rows, scatter_add_rows};
 pub use self::simd::Level;

@@ -8,8 +8,19 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rayon::prelude::*;
 
-/// Calls `task` once with each number below `tasks`, on any threads, and returns when all calls have.
-pub type Runner = fn(tasks: usize, task: &(dyn Fn(usize) + Sync));
+/// Threads that work is spread over.
+#[derive(Clone, Copy, Debug)]
+pub struct Runner {
+    /// Calls `task` once with each number below `tasks`, on any threads, and returns when all calls have.
+    pub run: fn(tasks: usize, task: &(dyn Fn(usize) + Sync)),
+    /// How many there are.
+    pub threads: fn() -> usize,
+}
+
+const RAYON: Runner = Runner {
+    run: |tasks, task| (0..tasks).into_par_iter().with_max_len(1).for_each(task),
+    threads: rayon::current_num_threads,
+};
 
 static RUNNER: OnceLock<Runner> = OnceLock::new();
 
@@ -18,8 +29,13 @@ pub fn set_runner(runner: Runner) -> bool {
     RUNNER.set(runner).is_ok()
 }
 
-fn on_rayon(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-    (0..tasks).into_par_iter().with_max_len(1).for_each(task);
+fn runner() -> Runner {
+    RUNNER.get().copied().unwrap_or(RAYON)
+}
+
+/// How many threads there are; only how work is cut into tasks may depend on it, and not what comes out.
+pub(crate) fn threads() -> usize {
+    (runner().threads)().max(1)
 }
 
 /// The results of `work` on each block, in the blocks' order.
@@ -29,8 +45,7 @@ pub(crate) fn map<B: Send, T: Send>(blocks: Vec<B>, work: impl Fn(B) -> T + Sync
     }
     let inputs: Vec<_> = blocks.into_iter().map(|block| Mutex::new(Some(block))).collect();
     let outputs: Vec<_> = inputs.iter().map(|_| Mutex::new(None)).collect();
-    let run = RUNNER.get().copied().unwrap_or(on_rayon);
-    run(inputs.len(), &|number| {
+    (runner().run)(inputs.len(), &|number| {
         let block = inputs[number].lock().unwrap_or_else(PoisonError::into_inner).take();
         let result = block.map(&work);
         *outputs[number].lock().unwrap_or_else(PoisonError::into_inner) = result;

@@ -1,268 +1,376 @@
-//! The gradient of a dense layer's weight, added where it belongs: out `[N, K]` += d_y^T x, from bf16, in f32.
+//! Matrix products `[M, K] [K, N]` of bf16, each side as it lies in memory or transposed; sums are f32 until they are stored.
 //!
-//! Input: d_y `[T, N]` and x `[T, K]` as the backward pass has them. A product of a library comes in bf16, so that one more pass
-//! over all weights has to widen and add it; here the sums over T stay in f32 until they meet what the output holds. Where the
-//! processor has matrix tiles (AMX), blocks of 32 x 32 outputs are computed by them, elsewhere by vectors.
+//! Input: two [`Matrix`]. Output: their product in f32 or bf16, put into a matrix or added to what it holds. Both sides are packed
+//! as tiles of 16 x 32 (`pack`), one of them once for all tasks, the other by the tasks, a part of the depth at a time, so that
+//! what a task reads again and again stays in its core's cache. Where the processor has matrix tiles (AMX), they multiply
+//! blocks of 32 x 32 outputs; elsewhere a plain loop does, and a library's product is faster ([`has_tiles`]).
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod pack;
+
+use std::cell::RefCell;
+use std::thread::LocalKey;
 
 use half::bf16;
 
 use crate::element::{Element, vectors};
-use crate::parallel::{self, check_length, rows};
-use crate::simd::{Kernel, Level, Simd};
+use crate::parallel::{self, check_length};
+use crate::simd::{Kernel, Level, Line, Simd};
 
-/// Rows of the output in a task, and columns that are packed in one.
-const ROWS: usize = 128;
 /// Rows and columns of a block of outputs.
 const BLOCK: usize = 32;
-/// Tokens that a tile takes at a time, in pairs.
+/// How deep a pair of tiles is.
 const DEPTH: usize = 32;
-/// Rows of a tile, and its columns of 32 bits.
-#[cfg(target_arch = "x86_64")]
+/// Rows of a tile.
 const TILE: usize = 16;
-/// Pairs of two tiles.
-#[cfg(target_arch = "x86_64")]
-const PAIRS: usize = 2 * TILE * TILE;
+/// Lines of a panel for each `DEPTH`: two tiles.
+const STEP: usize = 2 * TILE;
+/// How deep a part of the depth is.
+const PART: usize = 24 * DEPTH;
+/// Lines of a panel in a part of the depth: 48 KiB.
+const PANEL: usize = PART / DEPTH * STEP;
+/// Most panels that a task packs for itself; with the outputs they fit into a core's second cache.
+const OWN: usize = 12;
+/// Memory that is kept for the next product, in lines: 16 MiB.
+const KEPT: usize = 1 << 18;
 
-/// d_y^T x.
+/// A side of a product.
 #[derive(Clone, Copy, Debug)]
-pub struct WeightGradient<'a> {
-    /// `[T, W]`: gradients of outputs of one layer or of several that read the same.
-    pub d_y: &'a [bf16],
-    /// W
-    pub width: usize,
-    /// Which columns of it are the layer's: the first, and N.
-    pub outputs: (usize, usize),
-    /// `[T, K]`: the layer's input.
-    pub x: &'a [bf16],
-    /// K
-    pub inputs: usize,
+pub struct Matrix<'a> {
+    values: &'a [bf16],
+    /// Stored rows and columns.
+    shape: (usize, usize),
+    /// Elements from one stored row to the next.
+    pitch: usize,
+    transposed: bool,
 }
 
-/// What becomes of what the output holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Held {
-    Kept,
-    Overwritten,
-}
-
-impl WeightGradient<'_> {
-    /// Whether this machine has matrix tiles. Without them a library's product may be faster.
+impl<'a> Matrix<'a> {
+    /// Rows of `width`, one after the other.
+    ///
+    /// # Panics
+    /// The values are no whole rows.
     #[must_use]
-    pub fn has_tiles() -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return Level::current() == Level::Avx512 && amx::is_available();
-        #[cfg(not(target_arch = "x86_64"))]
-        return false;
+    pub fn new(values: &'a [bf16], width: usize) -> Self {
+        Self::strided(values, (parallel::rows("a factor", values, width), width), width)
     }
 
-    /// Puts the product into `out` `[N, K]`.
+    /// Rows and columns, the first at the start, each row `pitch` elements behind the one before it.
     ///
     /// # Panics
-    /// The lengths do not fit together.
-    pub fn write(&self, out: &mut [f32]) {
-        self.compute(out, Held::Overwritten);
+    /// The values end before the last row does, or rows overlap.
+    #[must_use]
+    pub fn strided(values: &'a [bf16], shape: (usize, usize), pitch: usize) -> Self {
+        let (rows, columns) = shape;
+        let needed = if columns == 0 { 0 } else { rows.saturating_sub(1) * pitch + columns.min(columns * rows) };
+        assert!(columns <= pitch || rows < 2, "rows of {columns} that are {pitch} apart");
+        assert!(needed <= values.len(), "{} values, and {needed} are needed", values.len());
+        Self { values: &values[..needed], shape, pitch, transposed: false }
     }
 
-    /// Adds the product to `out` `[N, K]`.
-    ///
-    /// # Panics
-    /// The lengths do not fit together.
-    pub fn add_to(&self, out: &mut [f32]) {
-        self.compute(out, Held::Kept);
+    #[must_use]
+    pub fn transposed(self) -> Self {
+        Self { transposed: !self.transposed, ..self }
     }
 
-    fn compute(&self, out: &mut [f32], held: Held) {
-        let Self { width, outputs: (first, outputs), inputs, .. } = *self;
-        let tokens = rows("d_y", self.d_y, width);
-        assert!(first + outputs <= width, "d_y has {width} columns and no {outputs} from {first} on");
-        check_length("x", self.x, tokens * inputs);
-        check_length("out", out, outputs * inputs);
-        let level = Level::current();
-        #[cfg(target_arch = "x86_64")]
-        if tokens >= DEPTH && Self::has_tiles() {
-            return self.by_tiles(level, out, held);
-        }
-        let blocks = out.chunks_mut(ROWS * inputs).enumerate();
-        let blocks =
-            blocks.map(|(number, out)| ByVectors { product: *self, first: number * ROWS, out, held }).collect();
-        parallel::map(blocks, |block| level.run(block));
+    /// Rows and columns as the product sees them.
+    fn shape(&self) -> (usize, usize) {
+        let (rows, columns) = self.shape;
+        if self.transposed { (columns, rows) } else { (rows, columns) }
     }
+}
 
+/// `left right`.
+#[derive(Clone, Copy, Debug)]
+pub struct Product<'a> {
+    pub left: Matrix<'a>,
+    pub right: Matrix<'a>,
+}
+
+/// What is added to a product.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Plus<'a, O> {
+    Nothing,
+    /// What the output holds.
+    Held,
+    /// `[N]`, to each row.
+    Row(&'a [O]),
+}
+
+/// Whether this machine has matrix tiles. Without them a library's product is faster.
+#[must_use]
+pub fn has_tiles() -> bool {
     #[cfg(target_arch = "x86_64")]
-    fn by_tiles(&self, level: Level, out: &mut [f32], held: Held) {
-        let inputs = self.inputs;
-        let panel = (self.d_y.len() / self.width).div_ceil(DEPTH) * PAIRS;
-        let mut packed = vec![0; inputs.div_ceil(BLOCK) * panel];
-        let panels = packed.chunks_mut(ROWS / BLOCK * panel).enumerate();
-        let panels =
-            panels.map(|(number, panels)| Pack { x: self.x, width: inputs, first: number * ROWS, panel, panels });
-        parallel::map(panels.collect(), |panels| level.run(panels));
-        let blocks = out.chunks_mut(ROWS * inputs).enumerate();
-        let blocks = blocks.map(|(number, out)| ByTiles {
+    return Level::current() == Level::Avx512 && amx::is_available();
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
+}
+
+/// Which side the tasks pack for themselves: that of the longer of M and N.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Own {
+    Left,
+    Right,
+}
+
+impl Product<'_> {
+    /// Puts the product, and what is added to it, into `out` `[M, N]`.
+    ///
+    /// # Panics
+    /// The shapes do not fit together.
+    pub fn write<O: Element>(&self, out: &mut [O], plus: Plus<'_, O>) {
+        let ((m, depth), (right_depth, n)) = (self.left.shape(), self.right.shape());
+        assert!(depth == right_depth, "a left side of {depth} columns and a right side of {right_depth} rows");
+        check_length("out", out, m * n);
+        if let Plus::Row(row) = plus {
+            check_length("the row that is added", row, n);
+        }
+        if m == 0 || n == 0 {
+            return;
+        }
+        let own = if n > m { Own::Right } else { Own::Left };
+        let (own_panels, shared) = match own {
+            Own::Left => (m.div_ceil(BLOCK), Side { matrix: self.right, right: true }),
+            Own::Right => (n.div_ceil(BLOCK), Side { matrix: self.left, right: false }),
+        };
+        let panels = own_panels.div_ceil(4 * parallel::threads()).clamp(1, OWN);
+        let (level, tiles) = (Level::current(), has_tiles());
+        let lines = shared.lines(depth);
+        let mut packed = take_scratch(&SHARED, lines);
+        shared.pack_all(level, depth, &mut packed[..lines]);
+        let tasks = cut(out, n, own, panels * BLOCK).into_iter().enumerate().map(|(number, rows)| Task {
             product: *self,
-            first: number * ROWS,
-            packed: &packed,
-            panel,
-            out,
-            held,
+            own,
+            first: number * panels,
+            depth,
+            packed: &packed[..lines],
+            tiles,
+            rows,
+            plus,
         });
-        parallel::map(blocks.collect(), |block| level.run(block));
+        parallel::map(tasks.collect(), |task| level.run(task));
+        give_scratch(&SHARED, packed);
     }
 }
 
-/// The columns of `x` from `first` on, up to 128, as the right sides of products, 32 columns each: for every 32 tokens two tiles
-/// beside each other, whose rows are pairs of tokens and whose columns are those of x.
-#[cfg(target_arch = "x86_64")]
-struct Pack<'a> {
-    x: &'a [bf16],
-    width: usize,
-    first: usize,
-    /// Pairs of a panel of 32 columns.
-    panel: usize,
-    panels: &'a mut [u32],
-}
-
-#[cfg(target_arch = "x86_64")]
-impl Kernel for Pack<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        let columns = ROWS.min(self.width - self.first);
-        // a token's columns of all panels lie beside each other, so each page is visited once
-        for (place, tokens) in self.x.chunks(2 * self.width).enumerate() {
-            for (block, panel) in self.panels.chunks_exact_mut(self.panel).enumerate() {
-                let begin = block * BLOCK;
-                let pairs = pairs(tokens, self.width, (self.first + begin, BLOCK.min(columns - begin)));
-                let tiles = &mut panel[place / TILE * PAIRS..][..PAIRS];
-                let row = place % TILE * TILE;
-                tiles[row..row + TILE].copy_from_slice(&pairs[..TILE]);
-                tiles[TILE * TILE + row..][..TILE].copy_from_slice(&pairs[TILE..]);
-            }
-        }
-    }
-}
-
-/// Some columns of `d_y`, up to 128, as the left sides of products, 32 columns each: for every 32 tokens two tiles below each other,
-/// whose rows are the columns of d_y and whose columns are pairs of tokens.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn pack_turned(d_y: &[bf16], width: usize, (first, columns): (usize, usize), panel: usize, panels: &mut [u32]) {
-    for (place, tokens) in d_y.chunks(2 * width).enumerate() {
-        for (block, panel) in panels.chunks_exact_mut(panel).enumerate() {
-            let begin = block * BLOCK;
-            let tiles = &mut panel[place / TILE * PAIRS..][..PAIRS];
-            let pairs = pairs(tokens, width, (first + begin, BLOCK.min(columns - begin)));
-            for (row, pair) in tiles.chunks_exact_mut(TILE).zip(pairs) {
-                row[place % TILE] = pair;
-            }
-        }
-    }
-}
-
-/// Some columns of a token in the low halves and of the next one, if there is one, in the high halves; 0 behind the end.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn pairs(tokens: &[bf16], width: usize, (first, columns): (usize, usize)) -> [u32; BLOCK] {
-    let mut pairs = [0; BLOCK];
-    let (one, other) = tokens.split_at(width);
-    for (pair, x) in pairs.iter_mut().zip(&one[first..first + columns]) {
-        *pair = u32::from(x.to_bits());
-    }
-    if !other.is_empty() {
-        for (pair, x) in pairs.iter_mut().zip(&other[first..first + columns]) {
-            *pair |= u32::from(x.to_bits()) << 16;
-        }
-    }
-    pairs
-}
-
-/// Rows of the output by matrix tiles.
-#[cfg(target_arch = "x86_64")]
-struct ByTiles<'a> {
-    product: WeightGradient<'a>,
-    /// The first of them.
-    first: usize,
-    /// x as [`Pack`] leaves it.
-    packed: &'a [u32],
-    /// Pairs of a panel of 32 columns.
-    panel: usize,
-    out: &'a mut [f32],
-    held: Held,
-}
-
-#[cfg(target_arch = "x86_64")]
-impl Kernel for ByTiles<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let WeightGradient { d_y, width, outputs: (first, _), inputs, .. } = self.product;
-        let rows = self.out.len() / inputs;
-        let mut turned = vec![0; rows.div_ceil(BLOCK) * self.panel];
-        pack_turned(d_y, width, (first + self.first, rows), self.panel, &mut turned);
-        let tiles = amx::Tiles::configure();
-        let mut block = [0.0; BLOCK * BLOCK];
-        for (column, right) in self.packed.chunks_exact(self.panel).enumerate() {
-            let columns = BLOCK.min(inputs - column * BLOCK);
-            for (left, out) in turned.chunks_exact(self.panel).zip(self.out.chunks_mut(BLOCK * inputs)) {
-                tiles.multiply(left, right, &mut block);
-                for (row, out) in block.chunks_exact(BLOCK).zip(out.chunks_exact_mut(inputs)) {
-                    let out = &mut out[column * BLOCK..][..columns];
-                    vectors!(S, columns, |at| {
-                        let sum = s.load(&row[at..]);
-                        let sum = match self.held {
-                            Held::Kept => s.add(f32::load_at::<WHOLE, _>(s, out, at), sum),
-                            Held::Overwritten => sum,
-                        };
-                        f32::store_at::<WHOLE, _>(s, sum, out, at);
-                    });
+/// The outputs of each task, row by row; a task has `size` rows or columns.
+fn cut<O>(out: &mut [O], width: usize, own: Own, size: usize) -> Vec<Vec<&mut [O]>> {
+    match own {
+        Own::Left => out.chunks_mut(size * width).map(|rows| rows.chunks_mut(width).collect()).collect(),
+        Own::Right => {
+            let mut parts: Vec<Vec<&mut [O]>> = (0..width.div_ceil(size)).map(|_| Vec::new()).collect();
+            for row in out.chunks_mut(width) {
+                for (part, columns) in parts.iter_mut().zip(row.chunks_mut(size)) {
+                    part.push(columns);
                 }
             }
+            parts
         }
     }
 }
 
-/// Rows of the output by vectors.
-struct ByVectors<'a> {
-    product: WeightGradient<'a>,
-    /// The first of them.
-    first: usize,
-    out: &'a mut [f32],
-    held: Held,
+/// A matrix and which side it is.
+#[derive(Clone, Copy)]
+struct Side<'a> {
+    matrix: Matrix<'a>,
+    right: bool,
 }
 
-/// Rows that are computed at once.
-const HELD: usize = 4;
+impl Side<'_> {
+    fn panels(&self) -> usize {
+        let (rows, columns) = self.matrix.shape();
+        if self.right { columns } else { rows }.div_ceil(BLOCK)
+    }
 
-impl Kernel for ByVectors<'_> {
+    /// Of all its panels.
+    fn lines(&self, depth: usize) -> usize {
+        depth.div_ceil(PART) * self.panels() * PANEL
+    }
+
+    /// Packs all panels: part of the depth by part, in each the panels one after the other.
+    fn pack_all(&self, level: Level, depth: usize, packed: &mut [Line]) {
+        let parts = packed.chunks_mut(self.panels() * PANEL).enumerate().flat_map(|(part, lines)| {
+            let groups = lines.chunks_mut(4 * PANEL).enumerate();
+            groups.map(move |(group, lines)| PackSome { side: *self, first: 4 * group, part, depth, lines })
+        });
+        parallel::map(parts.collect(), |some| level.run(some));
+    }
+
+    /// Packs the panels from `first` on that there is room for, in a part of the depth.
+    #[inline(always)]
+    fn pack<S: Simd>(&self, s: S, first: usize, depths: (usize, usize), lines: &mut [Line]) {
+        for (number, panel) in lines.chunks_exact_mut(PANEL).enumerate() {
+            self.pack_panel(s, (first + number) * BLOCK, depths, panel);
+        }
+    }
+}
+
+struct PackSome<'a, 'b> {
+    side: Side<'a>,
+    first: usize,
+    part: usize,
+    depth: usize,
+    lines: &'b mut [Line],
+}
+
+impl Kernel for PackSome<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let WeightGradient { d_y, width, outputs: (begin, _), x, inputs } = self.product;
-        for (number, out) in self.out.chunks_mut(HELD * inputs).enumerate() {
-            let first = begin + self.first + number * HELD;
-            vectors!(S, inputs, |at| {
-                let mut sums = [s.splat(0.0); HELD];
-                for (d_y, x) in d_y.chunks_exact(width).zip(x.chunks_exact(inputs)) {
-                    let x = bf16::load_at::<WHOLE, _>(s, x, at);
-                    for (sum, d_y) in sums.iter_mut().zip(&d_y[first..]) {
-                        *sum = s.mul_add(s.splat(Element::to_f32(*d_y)), x, *sum);
+        let depths = depths(self.part, self.depth);
+        self.side.pack(s, self.first, depths, self.lines);
+    }
+}
+
+/// Begin and end of a part of the depth.
+fn depths(part: usize, depth: usize) -> (usize, usize) {
+    let begin = part * PART;
+    (begin, depth.min(begin + PART))
+}
+
+/// A block of outputs.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Block([[f32; BLOCK]; BLOCK]);
+
+impl Block {
+    const ZERO: Self = Self([[0.0; BLOCK]; BLOCK]);
+}
+
+/// Some rows or columns of the output.
+struct Task<'a, 'b, O> {
+    product: Product<'a>,
+    own: Own,
+    /// The first of its own panels.
+    first: usize,
+    depth: usize,
+    /// All panels of the other side.
+    packed: &'b [Line],
+    tiles: bool,
+    rows: Vec<&'b mut [O]>,
+    plus: Plus<'b, O>,
+}
+
+impl<O: Element> Kernel for Task<'_, '_, O> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let (rows, columns) = (self.rows.len(), self.rows.first().map_or(0, |row| row.len()));
+        let (left, right) = (rows.div_ceil(BLOCK), columns.div_ceil(BLOCK));
+        let (side, own_panels, shared_panels) = match self.own {
+            Own::Left => (Side { matrix: self.product.left, right: false }, left, right),
+            Own::Right => (Side { matrix: self.product.right, right: true }, right, left),
+        };
+        let parts = self.depth.div_ceil(PART).max(1);
+        let multiplier = Multiplier::new(self.tiles);
+        let mut own = take_scratch(&OWN_PANELS, own_panels * PANEL);
+        // sums of one part are stored at once, those of several wait for the last
+        let mut blocks = BLOCKS.take();
+        blocks.resize(blocks.len().max(if parts == 1 { 1 } else { left * right }), Block::ZERO);
+        for part in 0..parts {
+            let (begin, end) = depths(part, self.depth);
+            side.pack(s, self.first, (begin, end), &mut own[..own_panels * PANEL]);
+            let lines = (end - begin).div_ceil(DEPTH) * STEP;
+            let shared = self.packed.get(part * shared_panels * PANEL..).unwrap_or_default();
+            for theirs in 0..shared_panels {
+                for mine in 0..own_panels {
+                    let (l, r) = if self.own == Own::Left { (mine, theirs) } else { (theirs, mine) };
+                    let block = &mut blocks[if parts == 1 { 0 } else { theirs * own_panels + mine }];
+                    let (mine, theirs) = (&own[mine * PANEL..][..lines], &shared[theirs * PANEL..][..lines]);
+                    let (one, other) = if self.own == Own::Left { (mine, theirs) } else { (theirs, mine) };
+                    multiplier.multiply((one, other), part == 0, block);
+                    if part + 1 == parts {
+                        self.store(s, (l, r), block);
                     }
                 }
-                for (sum, out) in sums.into_iter().zip(out.chunks_exact_mut(inputs)) {
-                    let sum = match self.held {
-                        Held::Kept => s.add(f32::load_at::<WHOLE, _>(s, out, at), sum),
-                        Held::Overwritten => sum,
-                    };
-                    f32::store_at::<WHOLE, _>(s, sum, out, at);
-                }
+            }
+        }
+        give_scratch(&OWN_PANELS, own);
+        if blocks.len() * (BLOCK * BLOCK / TILE) <= KEPT {
+            BLOCKS.set(blocks);
+        }
+    }
+}
+
+impl<O: Element> Task<'_, '_, O> {
+    /// Puts the sums of a block where they belong.
+    #[inline(always)]
+    fn store<S: Simd>(&mut self, s: S, (left, right): (usize, usize), block: &Block) {
+        let first = right * BLOCK;
+        let added = match (self.plus, self.own) {
+            (Plus::Row(row), Own::Left) => Plus::Row(&row[first..]),
+            (Plus::Row(row), Own::Right) => Plus::Row(&row[self.first * BLOCK + first..]),
+            (plus, _) => plus,
+        };
+        for (sums, row) in block.0.iter().zip(self.rows.iter_mut().skip(left * BLOCK)) {
+            let columns = BLOCK.min(row.len() - first);
+            let out = &mut row[first..first + columns];
+            vectors!(S, columns, |at| {
+                let sum = s.load(&sums[at..]);
+                let sum = match added {
+                    Plus::Nothing => sum,
+                    Plus::Held => s.add(O::load_at::<WHOLE, _>(s, out, at), sum),
+                    Plus::Row(row) => s.add(O::load_at::<WHOLE, _>(s, &row[..columns], at), sum),
+                };
+                O::store_at::<WHOLE, _>(s, sum, out, at);
             });
         }
+    }
+}
+
+/// What multiplies panels on this thread.
+enum Multiplier {
+    #[cfg(target_arch = "x86_64")]
+    Tiles(amx::Tiles),
+    Plain,
+}
+
+impl Multiplier {
+    fn new(tiles: bool) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if tiles {
+            return Self::Tiles(amx::Tiles::configure());
+        }
+        let _ = tiles;
+        Self::Plain
+    }
+
+    /// Adds the product of two panels to `block`, or puts it there.
+    fn multiply(&self, (left, right): (&[Line], &[Line]), fresh: bool, block: &mut Block) {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Tiles(tiles) => tiles.multiply(left, right, fresh, block),
+            Self::Plain => {
+                if fresh {
+                    *block = Block::ZERO;
+                }
+                pack::multiply(left, right, block);
+            }
+        }
+    }
+}
+
+type Scratch = RefCell<Vec<Line>>;
+
+thread_local! {
+    static SHARED: Scratch = const { RefCell::new(Vec::new()) };
+    static OWN_PANELS: Scratch = const { RefCell::new(Vec::new()) };
+    static BLOCKS: RefCell<Vec<Block>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Memory for so many lines at least; what is in it is of before.
+fn take_scratch(of: &'static LocalKey<Scratch>, lines: usize) -> Vec<Line> {
+    let mut scratch = of.take();
+    scratch.resize(lines.max(scratch.len()), Line::ZERO);
+    scratch
+}
+
+fn give_scratch(of: &'static LocalKey<Scratch>, scratch: Vec<Line>) {
+    if scratch.capacity() <= KEPT {
+        of.set(scratch);
     }
 }
 

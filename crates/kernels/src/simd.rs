@@ -128,6 +128,26 @@ pub trait Simd: Copy {
     fn shift_right<const N: u32>(self, a: Self::Bits) -> Self::Bits;
     /// a < b, unsigned.
     fn less_bits(self, a: Self::Bits, b: Self::Bits) -> Self::Mask;
+
+    /// Rows become columns.
+    #[inline(always)]
+    fn transpose(self, rows: &mut [Line; 16]) {
+        let before = *rows;
+        for (number, row) in rows.iter_mut().enumerate() {
+            for (to, from) in row.0.iter_mut().zip(&before) {
+                *to = from.0[number];
+            }
+        }
+    }
+}
+
+/// A line of the processor's caches; also a row of its matrix tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C, align(64))]
+pub struct Line(pub [u32; 16]);
+
+impl Line {
+    pub const ZERO: Self = Self([0; 16]);
 }
 
 /// Lanes as arrays.

@@ -5,7 +5,7 @@
 //! large job may have none in a step.
 //!
 //! - [`bert`]: one post-LN transformer layer, also used for the frozen text encoder.
-//! - [`encoder`]: the layers' forward and backward by hand, for the CPU.
+//! - [`by_hand`]: the towers' forward and backward by hand, for the CPU.
 //! - [`parameters`]: named leaf tensors that are views into one flat buffer, and a table of item vectors beside it.
 //! - [`pch`]: the user tower and the item towers.
 //! - [`objective`]: InfoNCE by hand in tiles, and the CVR head.
@@ -14,18 +14,23 @@
 //! - [`golden`]: checks all of this against cases that PyTorch computed.
 
 pub mod bert;
-pub mod encoder;
+pub mod by_hand;
 pub mod golden;
 pub mod objective;
 pub mod optimizer;
 pub mod parameters;
 pub mod pch;
+mod products;
 pub mod safetensors;
 
-pub use encoder::Tape;
+pub use by_hand::Tape;
 pub use optimizer::AdamW;
 pub use parameters::{ParameterSpec, Parameters, Role, RowGradient};
 pub use pch::{Forward, ItemInputs, Items, Pch, PchShape, Sequences};
+
+/// The threads of this crate's kernels: those of libtorch.
+const RUNNER: learn_kernels::Runner =
+    learn_kernels::Runner { run: learn_torch::run_tasks, threads: learn_torch::task_threads };
 
 /// A model that cannot be made as asked.
 #[derive(Debug, thiserror::Error)]

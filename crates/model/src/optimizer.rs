@@ -79,7 +79,7 @@ impl AdamW {
     }
 
     fn step_in_one_pass(&mut self, parameters: &mut Parameters, gradient: &Tensor, pace: Pace) {
-        learn_kernels::set_runner(learn_torch::run_tasks);
+        learn_kernels::set_runner(crate::RUNNER);
         let kernel = learn_kernels::AdamW {
             learning_rate: pace.learning_rate,
             beta1: self.beta1,
@@ -242,7 +242,7 @@ impl Pace {
 pub fn norm(parts: &[&Tensor]) -> f64 {
     let squares = parts.iter().map(|part| match (part.device(), part.kind()) {
         (Device::Cpu, Kind::Float) => {
-            learn_kernels::set_runner(learn_torch::run_tasks);
+            learn_kernels::set_runner(crate::RUNNER);
             learn_kernels::squared_norm(learn_torch::values::<f32>(&part.contiguous()))
         }
         _ => part.square().sum(Kind::Double).double_value(&[]),

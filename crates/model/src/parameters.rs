@@ -19,7 +19,7 @@ pub(crate) use slots::Slot;
 use slots::Slots;
 use tch::{Device, Kind, Tensor};
 
-use crate::encoder::Working;
+use crate::by_hand::Working;
 use crate::{ModelError, PchShape};
 
 /// What a parameter is; decides its initial value and whether weight decay applies.
@@ -65,7 +65,7 @@ pub struct Parameters {
     leaves: Vec<Tensor>,
     /// Views into `gradient`.
     slots: Slots,
-    /// The encoder's weights in the kind of its products.
+    /// The towers' weights in the kind of their products.
     working: RefCell<Option<Working>>,
     /// The table of item vectors, if the model has one.
     items: Option<ItemVectors>,
@@ -239,14 +239,14 @@ impl Parameters {
         self.flat.internal_version()
     }
 
-    /// Runs `of` on the weights of an encoder with this many layers, in `kind`; they are those of the present values.
+    /// Runs `of` on the weights of towers with this many layers, in `kind`; they are those of the present values.
     pub(crate) fn with_working<T>(&self, layers: usize, kind: Kind, of: impl FnOnce(&Working) -> T) -> T {
         let mut held = self.working.borrow_mut();
         let current = held.take().filter(|working| working.kind == kind && working.version == self.version());
         of(held.insert(current.unwrap_or_else(|| Working::new(self, layers, kind))))
     }
 
-    /// The encoder's weights if they are those of the present values, for a change that keeps them so.
+    /// The towers' weights if they are those of the present values, for a change that keeps them so.
     pub(crate) fn take_working(&mut self) -> Option<Working> {
         let version = self.version();
         self.working.get_mut().take().filter(|working| working.version == version && working.kind == Kind::BFloat16)

@@ -23,7 +23,7 @@ use tch::Tensor;
 pub use self::sequences::Sequences;
 use crate::ModelError;
 use crate::bert::{self, Attention, LayerForward, LayerWeights, Linear};
-use crate::encoder::{self, Tape};
+use crate::by_hand::{self, DenseNames, Tape};
 use crate::objective::cvr;
 use crate::parameters::{ParameterSpec, Parameters, Role};
 
@@ -32,8 +32,8 @@ pub const LOGIT_SCALE: &str = "logit_scale";
 const POSITION: &str = "position_embedding.weight";
 /// Row b - 1 is the vector of bucket b.
 const TIME_GAP: &str = "time_embedding.weight";
-const ADAPTOR_WEIGHT: &str = "adaptor.weight";
-const ADAPTOR_BIAS: &str = "adaptor.bias";
+const ADAPTOR_WEIGHT: &str = DenseNames::ADAPTOR.weight;
+const ADAPTOR_BIAS: &str = DenseNames::ADAPTOR.bias;
 /// The catalogue's mean content embedding, measured at the start.
 const CONTENT_MEAN: &str = "content_mean";
 /// The table of learned item vectors.
@@ -255,8 +255,10 @@ impl Pch {
             (ItemTower::Content, input) => {
                 Adapted::Histories { content: content.shallow_clone(), vectors: input.has_ids().then(vectors) }
             }
-            (_, ItemInput::Content) => Adapted::All(adapt(parameters, &content, forward)),
-            (_, ItemInput::ContentId) => Adapted::All(adapt(parameters, &content, forward) + vectors()),
+            (_, ItemInput::Content) => Adapted::All(self.adapt((parameters, inputs.tape), &content, forward)),
+            (_, ItemInput::ContentId) => {
+                Adapted::All(self.adapt((parameters, inputs.tape), &content, forward) + vectors())
+            }
         };
         let options = (parameters.kind(), parameters.device());
         Items {
@@ -291,7 +293,7 @@ impl Pch {
         let positions = parameters.find(POSITION).map(|table| self.position_vectors(table, histories));
         let hidden = self.causal(parameters, items, (histories, positions), forward);
         let recent = items.projected.as_ref().map(|projected| self.recent(projected, histories));
-        let user = self.project(parameters, &hidden, recent, forward);
+        let user = self.project((parameters, items.tape.as_ref()), hidden, recent, forward);
         let weight = self.shape.model.history_code_weight;
         coded(user, items.codes.as_ref().map(|codes| history_code::history(codes, histories, weight)))
     }
@@ -309,7 +311,8 @@ impl Pch {
                         self.alone((parameters, items.tape.as_ref()), own(adapted), forward)
                     }
                 };
-                self.project(parameters, &hidden, items.projected.as_ref().map(own), forward)
+                let base = items.projected.as_ref().map(own);
+                self.project((parameters, items.tape.as_ref()), hidden, base, forward)
             }
         };
         coded(item, items.codes.as_ref().map(own))
@@ -322,7 +325,7 @@ impl Pch {
             Adapted::Histories { content, .. } => unit(parameters, &content),
             Adapted::All(adapted) => {
                 let hidden = self.alone((parameters, items.tape.as_ref()), adapted, forward);
-                self.project(parameters, &hidden, items.projected, forward)
+                self.project((parameters, items.tape.as_ref()), hidden, items.projected, forward)
             }
         };
         coded(item, items.codes)
@@ -357,7 +360,8 @@ impl Pch {
             Adapted::All(adapted) => take(adapted, &sequences.items),
             Adapted::Histories { content, vectors } => {
                 let (used, place) = sequences.items.internal_unique(true, true);
-                let adapted = adapt(parameters, &content.index_select(0, &used), forward);
+                let content = content.index_select(0, &used);
+                let adapted = self.adapt((parameters, items.tape.as_ref()), &content, forward);
                 let read = take(&adapted, &place);
                 match vectors {
                     Some(vectors) => read + take(vectors, &sequences.items),
@@ -413,7 +417,7 @@ impl Pch {
             train: forward.train,
             precision: forward.precision,
         };
-        if let Some(tape) = tape.filter(|_| model.layers > 0 && encoder::by_hand(parameters, forward.precision)) {
+        if let Some(tape) = by_hand(tape, parameters, forward).filter(|_| model.layers > 0) {
             return tape.encode((parameters, model.layers), x, (attention, positions), &settings);
         }
         let hidden = (0..model.layers).fold(x, |x, layer| {
@@ -431,13 +435,49 @@ impl Pch {
 
     /// Hidden states `[R, D]` to embeddings `[R, d]`, as a correction of `base` `[R, d]` if there is one. Rounding to bf16
     /// moves a cosine by about 2^-9 / sqrt(d), far less than dropout does.
-    fn project(&self, parameters: &Parameters, hidden: &Tensor, base: Option<Tensor>, forward: &Forward) -> Tensor {
-        let output = linear(parameters, "mlp.0").forward(hidden, forward.precision).to_kind(parameters.kind());
-        normalise(&match base {
+    fn project(
+        &self,
+        towers: (&Parameters, Option<&Tape>),
+        hidden: Tensor,
+        base: Option<Tensor>,
+        forward: &Forward,
+    ) -> Tensor {
+        let output = self.dense(towers, DenseNames::PROJECTION, hidden, forward);
+        let output = match base {
             Some(base) => output + base,
             None => output,
-        })
+        };
+        match by_hand(towers.1, towers.0, forward) {
+            Some(tape) => tape.normalise(output, SHORTEST),
+            None => normalise(&output),
+        }
     }
+
+    /// `[U, D]`: the adaptor's output for content embeddings `[U, input_dim]`.
+    fn adapt(&self, towers: (&Parameters, Option<&Tape>), content: &Tensor, forward: &Forward) -> Tensor {
+        self.dense(towers, DenseNames::ADAPTOR, content.shallow_clone(), forward)
+    }
+
+    fn dense(
+        &self,
+        (parameters, tape): (&Parameters, Option<&Tape>),
+        names: DenseNames,
+        x: Tensor,
+        forward: &Forward,
+    ) -> Tensor {
+        match by_hand(tape, parameters, forward) {
+            Some(tape) => tape.dense((parameters, self.shape.model.layers), names, x, forward.precision),
+            None => {
+                let layer = Linear { weight: parameters.get(names.weight), bias: parameters.get(names.bias) };
+                layer.forward(&x, forward.precision).to_kind(parameters.kind())
+            }
+        }
+    }
+}
+
+/// The tape, if the towers go by hand.
+fn by_hand<'a>(tape: Option<&'a Tape>, parameters: &Parameters, forward: &Forward) -> Option<&'a Tape> {
+    tape.filter(|_| by_hand::possible(parameters, forward.precision))
 }
 
 /// Embeddings of the towers with the history code's dimensions, if there are any.
@@ -462,14 +502,13 @@ pub(crate) fn linear<'a>(parameters: &'a Parameters, name: &str) -> Linear<'a> {
     Linear { weight: parameters.get(&format!("{name}.weight")), bias: parameters.get(&format!("{name}.bias")) }
 }
 
-/// `[U, D]`: the adaptor's output for content embeddings `[U, input_dim]`.
-fn adapt(parameters: &Parameters, content: &Tensor, forward: &Forward) -> Tensor {
-    linear(parameters, "adaptor").forward(content, forward.precision).to_kind(parameters.kind())
-}
-
 /// Content embeddings as the item tower `content` and the residual path read them: L2-normalised.
 fn unit(parameters: &Parameters, content: &Tensor) -> Tensor {
-    normalise(&content.to_kind(parameters.kind()))
+    let rows = content.to_kind(parameters.kind());
+    match by_hand::possible(parameters, Precision::F32) && !rows.requires_grad() {
+        true => by_hand::normalised(&rows, SHORTEST),
+        false => normalise(&rows),
+    }
 }
 
 /// Rows of `table` by index; its gradient adds up in a fixed order.

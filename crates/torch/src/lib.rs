@@ -25,8 +25,8 @@ pub use facts::{Facts, describe};
 pub use host::{from_host, to_host};
 pub use mapped::MappedFile;
 pub use memory::{in_large_pages, keep_freed_memory};
-pub use parallel::run_tasks;
-pub use raw::{RawTensor, Stored, buffer, raw, values, values_mut};
+pub use parallel::{run_tasks, task_threads};
+pub use raw::{RawTensor, Stored, Strided, buffer, raw, strided, values, values_mut};
 
 /// Something about libtorch that does not work, with the remedy.
 #[derive(Debug, thiserror::Error)]

@@ -23,12 +23,18 @@ struct Shared<'a> {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
+/// Threads of [`run_tasks`].
+#[must_use]
+pub fn task_threads() -> usize {
+    usize::try_from(tch::get_num_threads()).unwrap_or(1)
+}
+
 /// Does `task(0)` to `task(tasks - 1)`, each once, on as many threads as [`crate::set_threads`] has set.
 ///
 /// # Panics
 /// If a task does, with its message; the others are done nevertheless.
 pub fn run_tasks(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-    let threads = usize::try_from(tch::get_num_threads()).unwrap_or(1).min(tasks);
+    let threads = task_threads().min(tasks);
     let region = (threads > 1).then(region).flatten();
     let Some(region) = region else {
         (0..tasks).for_each(task);

@@ -98,6 +98,45 @@ pub fn values_mut<T: Stored>(tensor: &mut Tensor) -> &mut [T] {
     unsafe { std::slice::from_raw_parts_mut(ptr, len) }
 }
 
+/// The elements of a matrix whose rows, or columns, lie one after the other.
+#[derive(Clone, Copy, Debug)]
+pub struct Strided<'a, T> {
+    /// From its first element to its last.
+    pub values: &'a [T],
+    /// As it lies in memory.
+    pub rows: usize,
+    pub columns: usize,
+    /// Elements from one row to the next.
+    pub pitch: usize,
+    /// The tensor has as columns what lies in memory as rows.
+    pub transposed: bool,
+}
+
+/// A matrix on the CPU as it lies in memory; `None` if the tensor is of another kind, lies elsewhere, or neither its rows nor
+/// its columns are contiguous.
+#[must_use]
+pub fn strided<T: Stored>(tensor: &Tensor) -> Option<Strided<'_, T>> {
+    let (rows, columns) = tensor.size2().ok()?;
+    if tensor.device() != Device::Cpu || tensor.kind() != T::KIND {
+        return None;
+    }
+    let strides = tensor.stride();
+    let (down, right) = (strides[0], strides[1]);
+    let (rows, columns, pitch, transposed) = match () {
+        () if right == 1 && (down >= columns || rows < 2) => (rows, columns, down, false),
+        () if down == 1 && (right >= rows || columns < 2) => (columns, rows, right, true),
+        () => return None,
+    };
+    let (rows, columns, pitch) = (rows as usize, columns as usize, pitch.max(1) as usize);
+    let values = match rows * columns {
+        0 => &[][..],
+        // SAFETY: a defined tensor on the CPU with elements of this type; with these strides its elements lie between the first and
+        // the last one, which are in its storage. The borrow keeps it alive; other handles are as in `values`.
+        _ => unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), (rows - 1) * pitch + columns) },
+    };
+    Some(Strided { values, rows, columns, pitch, transposed })
+}
+
 fn elements<T: Stored>(tensor: &Tensor) -> (*mut T, usize) {
     match raw(tensor) {
         Ok(RawTensor { ptr, len, kind, device: Device::Cpu }) if kind == T::KIND => match len {
@@ -127,6 +166,25 @@ mod tests {
     #[should_panic(expected = "Float values")]
     fn values_of_another_kind_are_refused() {
         let _ = values::<f64>(&Tensor::zeros([2], (Kind::Float, Device::Cpu)));
+    }
+
+    #[test]
+    fn a_matrix_is_found_in_memory_as_it_lies() {
+        let tensor = Tensor::arange(12, (Kind::Float, Device::Cpu)).view([3, 4]);
+        let found = |tensor: &Tensor| {
+            let Strided { values, rows, columns, pitch, transposed } = strided::<f32>(tensor).unwrap();
+            (values.to_vec(), (rows, columns), pitch, transposed)
+        };
+        let all: Vec<f32> = (0..12_u8).map(f32::from).collect();
+        assert_eq!(found(&tensor), (all.clone(), (3, 4), 4, false));
+        assert_eq!(found(&tensor.tr()), (all.clone(), (3, 4), 4, true));
+        assert_eq!(found(&tensor.narrow(1, 1, 2)), (all[1..11].to_vec(), (3, 2), 4, false));
+        assert_eq!(found(&tensor.narrow(1, 1, 2).tr()), (all[1..11].to_vec(), (3, 2), 4, true));
+        assert_eq!(found(&tensor.narrow(0, 1, 0)).1, (0, 4));
+        assert!(strided::<f64>(&tensor).is_none());
+        assert!(strided::<f32>(&tensor.view([12])).is_none());
+        assert!(strided::<f32>(&tensor.slice(1, 0, 4, 2)).is_none());
+        assert!(strided::<f32>(&tensor.narrow(0, 0, 1).expand([3, 4], false)).is_none());
     }
 
     #[test]

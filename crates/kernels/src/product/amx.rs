@@ -9,7 +9,8 @@ use std::arch::x86_64::__cpuid_count;
 use std::marker::PhantomData;
 use std::sync::OnceLock;
 
-use super::{BLOCK, PAIRS};
+use super::{Block, STEP};
+use crate::simd::Line;
 
 /// Whether the processor has tiles of bf16 and the system lets this process use them.
 pub(super) fn is_available() -> bool {
@@ -64,9 +65,7 @@ pub(super) struct Tiles {
 }
 
 impl Tiles {
-    /// # Panics
-    /// There are none.
-    pub(super) fn configure() -> Self {
+    pub fn configure() -> Self {
         assert!(is_available(), "this processor has no matrix tiles");
         // SAFETY: the tiles are there and permitted; the instruction reads the 64 bytes of the configuration. Compiled code
         // uses no tile itself.
@@ -74,47 +73,56 @@ impl Tiles {
         Self { here: PhantomData }
     }
 
-    /// `out` `[32, 32]` = left right, for two packed panels of the same depth: for every 32 tokens two tiles of left below each
-    /// other, and two of right beside each other.
-    pub(super) fn multiply(&self, left: &[u32], right: &[u32], out: &mut [f32; BLOCK * BLOCK]) {
-        let steps = left.len() / PAIRS;
-        assert!(
-            steps > 0 && left.len() == right.len() && left.len().is_multiple_of(PAIRS),
-            "panels of {} pairs",
-            left.len()
-        );
-        // SAFETY: `self` proves that this thread's tiles are configured as 16 rows of 64 bytes. Loads go over `steps` times
-        // 2048 bytes of left and right, which is their length; stores fill the 4096 bytes of out, whose rows are 128 bytes
-        // apart.
+    /// Adds the product of two panels to `block`, or puts it there.
+    pub fn multiply(&self, left: &[Line], right: &[Line], fresh: bool, block: &mut Block) {
+        let steps = left.len() / STEP;
+        assert!(left.len() == right.len() && left.len() == steps * STEP, "panels of {} lines", left.len());
+        if steps == 0 {
+            if fresh {
+                *block = Block::ZERO;
+            }
+            return;
+        }
+        // SAFETY: `self` proves that this thread's tiles are configured as 16 rows of 64 bytes. Loads go over `steps` times 2 KiB of
+        // left and right, which is their length; accumulators are the 4096 bytes of the block, whose rows are 128 bytes apart.
         unsafe {
             asm!(
+                "test {fresh:e}, {fresh:e}",
+                "jz 2f",
                 "tilezero tmm0",
                 "tilezero tmm1",
                 "tilezero tmm2",
                 "tilezero tmm3",
+                "jmp 3f",
                 "2:",
-                "tileloadd tmm4, [{left} + {packed}]",
-                "tileloadd tmm6, [{right} + {packed}]",
-                "tileloadd tmm7, [{right} + {packed} + 1024]",
+                "tileloadd tmm0, [{block} + {row}]",
+                "tileloadd tmm1, [{block} + {row} + 64]",
+                "tileloadd tmm2, [{block} + {row} + 2048]",
+                "tileloadd tmm3, [{block} + {row} + 2112]",
+                "3:",
+                "tileloadd tmm4, [{left} + {line}]",
+                "tileloadd tmm6, [{right} + {line}]",
+                "tileloadd tmm7, [{right} + {line} + 1024]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{left} + {packed} + 1024]",
+                "tileloadd tmm5, [{left} + {line} + 1024]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 "add {left}, 2048",
                 "add {right}, 2048",
                 "dec {steps}",
-                "jnz 2b",
-                "tilestored [{out} + {rows}], tmm0",
-                "tilestored [{out} + {rows} + 64], tmm1",
-                "tilestored [{out} + {rows} + 2048], tmm2",
-                "tilestored [{out} + {rows} + 2112], tmm3",
+                "jnz 3b",
+                "tilestored [{block} + {row}], tmm0",
+                "tilestored [{block} + {row} + 64], tmm1",
+                "tilestored [{block} + {row} + 2048], tmm2",
+                "tilestored [{block} + {row} + 2112], tmm3",
                 left = inout(reg) left.as_ptr() => _,
                 right = inout(reg) right.as_ptr() => _,
                 steps = inout(reg) steps => _,
-                out = in(reg) out.as_mut_ptr(),
-                packed = in(reg) 64_usize,
-                rows = in(reg) 128_usize,
+                fresh = in(reg) u32::from(fresh),
+                block = in(reg) std::ptr::from_mut(block),
+                line = in(reg) 64_usize,
+                row = in(reg) 128_usize,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack)

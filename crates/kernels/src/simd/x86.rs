@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{Kernel, Simd, first, first_mut};
+use super::{Kernel, Line, Simd, first, first_mut};
 
 /// 16 lanes.
 #[derive(Clone, Copy, Debug)]
@@ -61,7 +61,8 @@ macro_rules! operations {
         #[inline(always)]
         fn $name$(<const $n: u32>)?(self, $($argument: $kind),*) $(-> $out)? {
             // SAFETY: `self` exists only where the processor has these instructions; memory is touched only through
-            // pointers made from references to arrays of the vector's size, by instructions that need no alignment
+            // pointers made from references to arrays of the vector's size, by instructions that need no alignment but for lines,
+            // which have it
             unsafe { $body }
         }
     )* };
@@ -112,6 +113,40 @@ impl Simd for Avx512 {
         fn shift_left<const N: u32>(a: __m512i) -> __m512i { _mm512_slli_epi32::<N>(a) }
         fn shift_right<const N: u32>(a: __m512i) -> __m512i { _mm512_srli_epi32::<N>(a) }
         fn less_bits(a: __m512i, b: __m512i) -> __mmask16 { _mm512_cmplt_epu32_mask(a, b) }
+        fn transpose(rows: &mut [Line; 16]) {
+            // pairs of rows, then pairs of pairs, within the four quarters of a vector; then the quarters
+            let mut x = [_mm512_setzero_si512(); 16];
+            for (x, row) in x.iter_mut().zip(rows.iter()) {
+                *x = _mm512_load_si512(row.0.as_ptr().cast());
+            }
+            let mut y = x;
+            for at in 0..8 {
+                y[2 * at] = _mm512_unpacklo_epi32(x[2 * at], x[2 * at + 1]);
+                y[2 * at + 1] = _mm512_unpackhi_epi32(x[2 * at], x[2 * at + 1]);
+            }
+            for at in 0..4 {
+                let four = &y[4 * at..][..4];
+                x[4 * at] = _mm512_unpacklo_epi64(four[0], four[2]);
+                x[4 * at + 1] = _mm512_unpackhi_epi64(four[0], four[2]);
+                x[4 * at + 2] = _mm512_unpacklo_epi64(four[1], four[3]);
+                x[4 * at + 3] = _mm512_unpackhi_epi64(four[1], four[3]);
+            }
+            for at in 0..4 {
+                y[at] = _mm512_shuffle_i32x4::<0x88>(x[at], x[4 + at]);
+                y[4 + at] = _mm512_shuffle_i32x4::<0xdd>(x[at], x[4 + at]);
+                y[8 + at] = _mm512_shuffle_i32x4::<0x88>(x[8 + at], x[12 + at]);
+                y[12 + at] = _mm512_shuffle_i32x4::<0xdd>(x[8 + at], x[12 + at]);
+            }
+            for at in 0..4 {
+                x[at] = _mm512_shuffle_i32x4::<0x88>(y[at], y[8 + at]);
+                x[8 + at] = _mm512_shuffle_i32x4::<0xdd>(y[at], y[8 + at]);
+                x[4 + at] = _mm512_shuffle_i32x4::<0x88>(y[4 + at], y[12 + at]);
+                x[12 + at] = _mm512_shuffle_i32x4::<0xdd>(y[4 + at], y[12 + at]);
+            }
+            for (x, row) in x.iter().zip(rows.iter_mut()) {
+                _mm512_store_si512(row.0.as_mut_ptr().cast(), *x);
+            }
+        }
     }
 }
 

@@ -5,9 +5,9 @@
 
 use std::cell::Cell;
 
-use learn_kernels::WeightGradient;
-use learn_torch::{values, values_mut};
 use tch::Tensor;
+
+use crate::products;
 
 /// The parts of a flat gradient.
 #[derive(Debug)]
@@ -50,31 +50,9 @@ impl Slot {
         }
     }
 
-    /// Adds `left right`, of the slot's kind.
+    /// Adds `left right`; of factors in bf16 it is not rounded to bf16 on its way where the machine has tiles.
     pub fn add_product(mut self, left: &Tensor, right: &Tensor) {
-        if self.filled {
-            let _ = self.view.addmm_(left, right);
-        } else {
-            let _ = left.mm_out(&self.view, right);
-        }
-    }
-
-    /// Adds `d_y^T x` of the columns of `d_y` `[T, W]` from `first` on; x `[T, in]`, the slot `[out, in]`. Both are bf16, and
-    /// where the machine has tiles for it, their product is not rounded to bf16 on its way.
-    pub fn add_low_product(mut self, d_y: &Tensor, first: i64, x: &Tensor) {
-        let (outputs, inputs) = self.view.size2().unwrap_or_default();
-        if !WeightGradient::has_tiles() {
-            return self.add(&d_y.narrow(1, first, outputs).tr().mm(x));
-        }
-        let product = WeightGradient {
-            d_y: values(d_y),
-            width: d_y.size()[1] as usize,
-            outputs: (first as usize, outputs as usize),
-            x: values(x),
-            inputs: inputs as usize,
-        };
-        let out = values_mut(&mut self.view);
-        if self.filled { product.add_to(out) } else { product.write(out) }
+        products::add_product(&mut self.view, self.filled, left, right);
     }
 
     /// The memory to add to: what is held, else 0.

@@ -13,6 +13,7 @@ use super::Route;
 use super::weights::{ATTENTION, LayerNames, LayerProducts};
 use crate::bert::LayerForward;
 use crate::parameters::Parameters;
+use crate::products::{Added, mm, product};
 
 /// A kind of matrix products.
 pub(super) trait Product: Element + Stored {
@@ -153,13 +154,13 @@ impl Frame<'_> {
             let weights = &working.layers[layer];
             let input = hidden.low.shallow_clone();
             let (context, mixed, residual) = self.mix::<E>(layer, weights, hidden);
-            let dense = context.mm(&weights.attention_output.tr());
+            let dense = mm(&context, &weights.attention_output.tr());
             let (attended, attention_norm) = self.norm::<E>((layer, &names), &ATTENTION_NORM, dense, residual);
-            let wide = attended.low.mm(&weights.intermediate.tr());
+            let wide = mm(&attended.low, &weights.intermediate.tr());
             let mut active = wide.empty_like();
             let bias = self.f32(&names.of("intermediate.dense.bias"));
             BiasGelu { bias: values(&bias) }.forward(values::<E>(&wide), values_mut::<E>(&mut active));
-            let narrow = active.mm(&weights.output.tr());
+            let narrow = mm(&active, &weights.output.tr());
             let low = attended.low;
             let (hidden, output_norm) = self.norm::<E>((layer, &names), &OUTPUT_NORM, narrow, attended.full);
             let tape = LayerTape { input, mixed, context, attention_norm, attended: low, wide, active, output_norm };
@@ -171,24 +172,24 @@ impl Frame<'_> {
     fn mix<E: Product>(&self, layer: usize, weights: &LayerProducts, hidden: Hidden) -> (Tensor, Mixed, Tensor) {
         let width = weights.attention_output.size()[0];
         // the rows `part` to `part + count` of the three matrices
-        let product = |x: &Tensor, part: i64, count: i64| {
+        let parts = |x: &Tensor, part: i64, count: i64| {
             let (weight, bias) = weights.attention(part, count);
-            bias.addmm(x, &weight.tr())
+            product(x, &weight.tr(), Added::Row(&bias), E::KIND)
         };
         if self.route.sequences.is_empty() {
-            return (product(&hidden.low, 2, 1), Mixed::Alone, hidden.full);
+            return (parts(&hidden.low, 2, 1), Mixed::Alone, hidden.full);
         }
         let context = |rows: i64| Tensor::empty([rows, width], (E::KIND, Device::Cpu));
         match self.sampled(layer) {
             None => {
-                let all = product(&hidden.low, 0, 3);
+                let all = parts(&hidden.low, 0, 3);
                 let mut context = context(all.size()[0]);
                 self.attention(layer).forward(values::<E>(&all), values_mut::<E>(&mut context));
                 (context, Mixed::Whole(all), hidden.full)
             }
             Some(sampled) => {
                 let Hidden { full, low: input } = hidden.rows::<E>(&sampled.rows);
-                let (query, key_value) = (product(&input, 0, 1), product(&hidden.low, 1, 2));
+                let (query, key_value) = (parts(&input, 0, 1), parts(&hidden.low, 1, 2));
                 let mut context = context(query.size()[0]);
                 self.attention(layer).forward_some(
                     values::<E>(&query),
@@ -228,8 +229,8 @@ impl Frame<'_> {
         self.parameters.with_working(self.last as usize + 1, E::KIND, |working| {
             let weights = &working.layers[layer];
             let (full, d_narrow) = self.norm_backward::<E>((layer, &names), &OUTPUT_NORM, tape.output_norm, pending);
-            let mut d_wide = d_narrow.mm(&weights.output);
-            self.add_weight::<E>(&names.of("output.dense.weight"), &d_narrow, &tape.active);
+            let mut d_wide = mm(&d_narrow, &weights.output);
+            self.add_weight(&names.of("output.dense.weight"), &d_narrow, &tape.active);
             let bias = self.f32(&names.of("intermediate.dense.bias"));
             let mut d_bias = self.parameters.slot(&names.of("intermediate.dense.bias")).zeroed();
             BiasGelu { bias: values(&bias) }.backward(
@@ -237,12 +238,12 @@ impl Frame<'_> {
                 values_mut::<E>(&mut d_wide),
                 values_mut(&mut d_bias),
             );
-            self.add_weight::<E>(&names.of("intermediate.dense.weight"), &d_wide, &tape.attended);
-            let pending = Pending { full, low: Some(d_wide.mm(&weights.intermediate)) };
+            self.add_weight(&names.of("intermediate.dense.weight"), &d_wide, &tape.attended);
+            let pending = Pending { full, low: Some(mm(&d_wide, &weights.intermediate)) };
             let (full, d_dense) =
                 self.norm_backward::<E>((layer, &names), &ATTENTION_NORM, tape.attention_norm, pending);
-            self.add_weight::<E>(&names.of("attention.output.dense.weight"), &d_dense, &tape.context);
-            let d_context = d_dense.mm(&weights.attention_output);
+            self.add_weight(&names.of("attention.output.dense.weight"), &d_dense, &tape.context);
+            let d_context = mm(&d_dense, &weights.attention_output);
             self.mix_backward::<E>((layer, &names), weights, (tape.mixed, &tape.input), (full, d_context))
         })
     }
@@ -258,7 +259,7 @@ impl Frame<'_> {
         // the gradient of rows x by way of the parts `first` to `first + count` of the three matrices
         let back = |d_parts: &Tensor, x: &Tensor, first: usize, count: usize| {
             self.add_attention::<E>(names, first, d_parts, x);
-            d_parts.mm(&weights.attention(first as i64, count as i64).0)
+            mm(d_parts, &weights.attention(first as i64, count as i64).0)
         };
         match mixed {
             Mixed::Alone => Pending { full, low: Some(back(&d_context, input, 2, 1)) },
@@ -333,13 +334,8 @@ impl Frame<'_> {
     }
 
     /// Adds `d_y^T x` to the gradient of a weight; `d_y` `[R, out]`, `x` `[R, in]`.
-    fn add_weight<E: Product>(&self, name: &str, d_y: &Tensor, x: &Tensor) {
-        let slot = self.parameters.slot(name);
-        if E::FULL {
-            slot.add_product(&d_y.tr(), x);
-        } else {
-            slot.add_low_product(d_y, 0, x);
-        }
+    fn add_weight(&self, name: &str, d_y: &Tensor, x: &Tensor) {
+        self.parameters.slot(name).add_product(&d_y.tr(), x);
     }
 
     /// As `add_weight` for the parts of `d_parts` `[T, n D]` from `first` on, with their biases.
@@ -352,11 +348,7 @@ impl Frame<'_> {
             let start = number as i64 * width;
             self.parameters.slot(&names.of(&format!("{part}.bias"))).add(&sums.narrow(0, start, width));
             let slot = self.parameters.slot(&names.of(&format!("{part}.weight")));
-            if E::FULL {
-                slot.add_product(&d_parts.narrow(1, start, width).tr(), x);
-            } else {
-                slot.add_low_product(d_parts, start, x);
-            }
+            slot.add_product(&d_parts.narrow(1, start, width).tr(), x);
         }
     }
 

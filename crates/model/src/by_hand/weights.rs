@@ -1,13 +1,26 @@
-//! The encoder's weights in the kind of its matrix products.
+//! The towers' weights in the kind of their matrix products.
 //!
-//! Input: parameters. Output: per layer the matrices of its four products, queries, keys and values side by side. They are
-//! made again when a parameter has changed; [`crate::AdamW`] keeps those in bf16 up to date in its own pass.
+//! Input: parameters. Output: per layer the matrices of its four products, queries, keys and values side by side, and those
+//! before and after the layers. They are made again when a parameter has changed; [`crate::AdamW`] keeps those in bf16 up to date in its own pass.
 
 use std::collections::BTreeMap;
 
 use tch::{Kind, Tensor};
 
 use crate::parameters::Parameters;
+
+/// Names of a dense layer's parameters.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DenseNames {
+    pub weight: &'static str,
+    pub bias: &'static str,
+}
+
+impl DenseNames {
+    pub const ADAPTOR: Self = Self { weight: "adaptor.weight", bias: "adaptor.bias" };
+    /// From hidden states to embeddings.
+    pub const PROJECTION: Self = Self { weight: "mlp.0.weight", bias: "mlp.0.bias" };
+}
 
 /// Names of a layer's parameters.
 #[derive(Debug)]
@@ -28,7 +41,7 @@ pub(crate) struct LayerProducts {
     pub output: Tensor,
 }
 
-/// Those of all layers.
+/// Those of all layers, and of what is before and after them.
 #[derive(Debug)]
 pub(crate) struct Working {
     pub kind: Kind,
@@ -94,7 +107,17 @@ impl Working {
     pub fn new(parameters: &Parameters, layers: usize, kind: Kind) -> Self {
         let layers: Vec<_> = (0..layers).map(|layer| LayerProducts::new(parameters, layer, kind)).collect();
         let parts = layers.iter().enumerate().flat_map(|(layer, products)| products.parts(&LayerNames::new(layer)));
+        let dense =
+            [DenseNames::ADAPTOR, DenseNames::PROJECTION].into_iter().filter_map(|DenseNames { weight, .. }| {
+                parameters.find(weight).map(|values| (weight.to_owned(), values.detach().to_kind(kind)))
+            });
+        let parts = parts.chain(dense);
         Self { kind, version: parameters.version(), parts: parts.collect(), layers }
+    }
+
+    /// `[out, in]`.
+    pub fn dense(&self, names: DenseNames) -> &Tensor {
+        &self.parts[names.weight]
     }
 
     /// What was made of the parameter of this name, if anything was.

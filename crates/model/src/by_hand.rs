@@ -1,11 +1,11 @@
-//! The encoder's forward and backward by hand, for the CPU: matrix products by libtorch, everything between them by
+//! The towers' forward and backward by hand, for the CPU: matrix products by [`crate::products`], everything between them by
 //! `learn_kernels`, each a single pass over its data.
 //!
-//! Input: what the first layer reads, `[T, D]` with libtorch's graph behind it, and the sampled positions `[R]`. Output: the last
-//! layer's hidden states there, `[R, D]`, and a [`Tape`] that knows the way back.
+//! What goes by hand is a stage: the encoder, a dense layer, a normalisation. Input of a stage: a tensor, with libtorch's
+//! graph behind it or that of an earlier stage. Output: a leaf at which the next graph begins. The [`Tape`] knows the way back.
 //!
 //! ```text
-//! adaptor, positions ── graph ──> x ══ by hand ══> hidden ── graph ──> projection, normalisation
+//! content ══ adaptor ══> ── graph: items, positions ──> ══ encoder ══> ══ projection ══> ══ normalisation ══> embeddings
 //! ```
 //!
 //! The structure of a layer is that of [`crate::bert::layer`], which libtorch differentiates. It is the reference of the
@@ -17,12 +17,14 @@
 //! Invariants: dropout is a function of (seed of the pass, layer, place, row, column) alone, so a second pass with the same
 //! seed draws the same masks; results do not depend on the number of threads.
 
+mod dense;
 mod layer;
 mod weights;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
+use dense::{Dense, Unit};
 use half::bf16;
 use layer::{Frame, Hidden, LayerTape};
 use learn_domain::config::Precision;
@@ -30,7 +32,7 @@ use learn_domain::packing::Run;
 use learn_domain::random;
 use learn_kernels::Sequence;
 use tch::{Device, Kind, Tensor};
-pub(crate) use weights::Working;
+pub(crate) use weights::{DenseNames, Working};
 
 use crate::bert::{Attention, LayerForward};
 use crate::parameters::Parameters;
@@ -44,20 +46,37 @@ struct Record {
     /// Of dropout.
     seed: u64,
     /// Encodings so far.
-    count: Cell<u64>,
-    segments: RefCell<Vec<Segment>>,
+    encodings: Cell<u64>,
+    /// In the order of the forward pass.
+    stages: RefCell<Vec<Stage>>,
 }
 
-/// An encoding by hand between two graphs.
+/// A part by hand between two graphs.
 #[derive(Debug)]
-struct Segment {
-    /// `[T, D]`, the end of the graph before it.
+struct Stage {
+    /// The end of the graph before it.
     input: Tensor,
-    /// `[R, D]`, the leaf at which the graph after it begins.
+    /// The leaf at which the graph after it begins.
     output: Tensor,
+    /// The gradient of the output that has not come through libtorch's graph.
+    given: Option<Tensor>,
+    work: Work,
+}
+
+/// What the backward of a stage needs.
+#[derive(Debug)]
+enum Work {
+    Encoding(Box<Encoding>),
+    Dense(Dense),
+    Unit(Unit),
+}
+
+#[derive(Debug)]
+struct Encoding {
     layers: Layers,
     route: Route,
     settings: LayerForward,
+    seed: u64,
 }
 
 /// Of the kind of the products.
@@ -84,22 +103,28 @@ struct Sampled {
     places: Vec<u32>,
     /// Their part of each sequence.
     sequences: Vec<Sequence>,
-    /// `[R]` i64: for each wanted position its number among `rows`.
-    order: Tensor,
+    /// `[R]` i64: for each wanted position its number among `rows`; `None` if that is its own.
+    order: Option<Tensor>,
 }
 
-/// Whether encodings go by hand: on the CPU, where kernels for the kind exist.
-pub(crate) fn by_hand(parameters: &Parameters, precision: Precision) -> bool {
+/// Whether the towers go by hand: on the CPU, where kernels for the kind exist.
+pub(crate) fn possible(parameters: &Parameters, precision: Precision) -> bool {
     let kind = matches!(precision, Precision::F32 | Precision::Bf16);
     kind && parameters.device() == Device::Cpu && parameters.kind() == Kind::Float
+}
+
+/// `x / max(|x|, shortest)` of each row of `x` `[R, d]`, f32, without a graph.
+pub(crate) fn normalised(x: &Tensor, shortest: f64) -> Tensor {
+    learn_kernels::set_runner(crate::RUNNER);
+    tch::no_grad(|| Unit::forward(x, shortest).0)
 }
 
 impl Tape {
     /// An empty tape; `seed` is that of the pass's dropout.
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        learn_kernels::set_runner(learn_torch::run_tasks);
-        Self(Rc::new(Record { seed, count: Cell::new(0), segments: RefCell::default() }))
+        learn_kernels::set_runner(crate::RUNNER);
+        Self(Rc::new(Record { seed, encodings: Cell::new(0), stages: RefCell::default() }))
     }
 
     /// Encodes `x` `[T, D]`: hidden states at `positions` `[R]` i64 of its rows, or at all of them.
@@ -110,10 +135,10 @@ impl Tape {
         (attention, positions): (&Attention, Option<&Tensor>),
         settings: &LayerForward,
     ) -> Tensor {
-        let number = self.0.count.replace(self.0.count.get() + 1);
+        let number = self.0.encodings.replace(self.0.encodings.get() + 1);
+        let seed = random::key(&[self.0.seed, number]);
         let route = Route::new(attention, positions);
-        let frame =
-            Frame { parameters, settings, route: &route, seed: random::key(&[self.0.seed, number]), last: layers - 1 };
+        let frame = Frame { parameters, settings, route: &route, seed, last: layers - 1 };
         let records = x.requires_grad();
         let (hidden, saved) = tch::no_grad(|| match settings.precision {
             Precision::Bf16 => {
@@ -125,46 +150,112 @@ impl Tape {
                 (hidden, Layers::F32(saved))
             }
         });
-        let output = hidden.set_requires_grad(records);
-        let wanted = match &route.sampled {
-            Some(sampled) => output.index_select(0, &sampled.order),
-            None => output.shallow_clone(),
-        };
-        if records {
-            let settings = *settings;
-            self.0.segments.borrow_mut().push(Segment { input: x, output, layers: saved, route, settings });
+        let order = route.sampled.as_ref().and_then(|sampled| sampled.order.as_ref()).map(Tensor::shallow_clone);
+        let output = self.stage(x, hidden, records, || {
+            Work::Encoding(Box::new(Encoding { layers: saved, route, settings: *settings, seed }))
+        });
+        match order {
+            Some(order) => output.index_select(0, &order),
+            None => output,
         }
-        wanted
+    }
+
+    /// `x W^T + b` in f32, `[R, out]`, for `x` `[R, in]` of any floating kind; W and b are the parameters of these names.
+    pub(crate) fn dense(
+        &self,
+        (parameters, layers): (&Parameters, u32),
+        names: DenseNames,
+        x: Tensor,
+        precision: Precision,
+    ) -> Tensor {
+        let records = is_recorded(parameters.get(names.weight));
+        let (output, saved) = tch::no_grad(|| Dense::forward((parameters, layers), names, &x, precision));
+        self.stage(x, output, records, || Work::Dense(saved))
+    }
+
+    /// `x / max(|x|, shortest)` of each row of `x` `[R, d]`, f32.
+    pub(crate) fn normalise(&self, x: Tensor, shortest: f64) -> Tensor {
+        let records = x.requires_grad();
+        let (output, saved) = tch::no_grad(|| Unit::forward(&x, shortest));
+        self.stage(x, output, records, || Work::Unit(saved))
+    }
+
+    /// The leaf that stands for a stage's output.
+    fn stage(&self, input: Tensor, output: Tensor, records: bool, work: impl FnOnce() -> Work) -> Tensor {
+        let output = output.set_requires_grad(records);
+        if records {
+            let stage = Stage { input, output: output.shallow_clone(), given: None, work: work() };
+            self.0.stages.borrow_mut().push(stage);
+        }
+        output
     }
 
     /// Brings gradients of tower outputs back to the parameters; what has no graph has nothing to learn. Empties the tape.
     ///
     /// Pairs are (output, its gradient), of all that was computed with this tape.
     pub fn backward(&self, parameters: &Parameters, outputs: &[(&Tensor, &Tensor)]) {
-        pull(outputs);
-        let segments: Vec<(u64, Segment)> = (0..).zip(self.0.segments.take()).collect();
-        self.0.count.set(0);
-        let inputs: Vec<(Tensor, Tensor)> = segments
-            .into_iter()
-            .filter_map(|(number, segment)| {
-                let gradient = segment.output.grad();
-                let Segment { input, layers, route, settings, .. } = segment;
+        let mut stages = self.0.stages.take();
+        self.0.encodings.set(0);
+        let through: Vec<(&Tensor, &Tensor)> =
+            outputs.iter().filter(|(output, gradient)| !give(&mut stages, output, gradient)).copied().collect();
+        pull(&through);
+        while let Some(Stage { input, output, given, work }) = stages.pop() {
+            let through = output.grad();
+            let gradient = match (given, through.defined()) {
+                (Some(given), true) => given + through,
+                (Some(given), false) => given,
+                (None, true) => through,
+                (None, false) => continue,
+            };
+            let learns = input.requires_grad();
+            let gradient = tch::no_grad(|| work.backward(parameters, gradient, learns));
+            if let Some(gradient) = gradient.filter(|gradient| !give(&mut stages, &input, gradient)) {
+                pull(&[(&input, &gradient)]);
+            }
+        }
+    }
+}
+
+impl Work {
+    /// From the gradient of the output to that of the input, if it `learns`.
+    fn backward(self, parameters: &Parameters, gradient: Tensor, learns: bool) -> Option<Tensor> {
+        match self {
+            Self::Dense(dense) => dense.backward(parameters, &gradient, learns),
+            Self::Unit(unit) => Some(unit.backward(&gradient)),
+            Self::Encoding(encoding) => {
+                let Encoding { layers, route, settings, seed } = *encoding;
                 let last = match &layers {
                     Layers::F32(layers) | Layers::Bf16(layers) => layers.len() as u32 - 1,
                 };
-                let seed = random::key(&[self.0.seed, number]);
                 let frame = Frame { parameters, settings: &settings, route: &route, seed, last };
-                gradient.defined().then(|| {
-                    let gradient = tch::no_grad(|| match layers {
-                        Layers::F32(layers) => frame.backward::<f32>(layers, gradient),
-                        Layers::Bf16(layers) => frame.backward::<bf16>(layers, gradient),
-                    });
-                    (input, gradient)
+                Some(match layers {
+                    Layers::F32(layers) => frame.backward::<f32>(layers, gradient),
+                    Layers::Bf16(layers) => frame.backward::<bf16>(layers, gradient),
                 })
-            })
-            .collect();
-        pull(&inputs.iter().map(|(input, gradient)| (input, gradient)).collect::<Vec<_>>());
+            }
+        }
     }
+}
+
+/// Whether what is computed from this leaf gets a graph.
+fn is_recorded(leaf: &Tensor) -> bool {
+    leaf.narrow(0, 0, 0).requires_grad()
+}
+
+/// Gives the gradient to the stage whose output this tensor is, if there is one: no graph lies between.
+fn give(stages: &mut [Stage], tensor: &Tensor, gradient: &Tensor) -> bool {
+    let is_it = |stage: &&mut Stage| {
+        tensor.is_leaf()
+            && tensor.requires_grad()
+            && stage.output.data_ptr() == tensor.data_ptr()
+            && stage.output.size() == tensor.size()
+    };
+    let Some(stage) = stages.iter_mut().find(is_it) else { return false };
+    stage.given = Some(match stage.given.take() {
+        Some(given) => given + gradient,
+        None => gradient.shallow_clone(),
+    });
+    true
 }
 
 /// Brings gradients back through libtorch's graphs in one pass.
@@ -225,7 +316,8 @@ impl Sampled {
                 Sequence { first_query: first_query - queries, queries, ..*whole }
             })
             .collect();
-        Self { places, sequences, order: Tensor::from_slice(&order), rows }
+        let ascends = order.is_sorted();
+        Self { places, sequences, order: (!ascends).then(|| Tensor::from_slice(&order)), rows }
     }
 }
 

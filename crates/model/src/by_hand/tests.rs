@@ -242,5 +242,5 @@ fn sampled_rows_know_their_places() {
     assert_eq!((&sampled.rows[..], &sampled.places[..]), (&[1_u32, 3, 5, 5, 7][..], &[0_u32, 2, 1, 1, 3][..]));
     let parts: Vec<_> = sampled.sequences.iter().map(|s| (s.first_query, s.queries, s.first_key, s.keys)).collect();
     assert_eq!(parts, [(0, 0, 0, 1), (0, 2, 1, 3), (2, 3, 4, 4)]);
-    assert_eq!(Vec::<i64>::try_from(sampled.order).unwrap(), [4, 0, 2, 1, 3]);
+    assert_eq!(Vec::<i64>::try_from(sampled.order.unwrap()).unwrap(), [4, 0, 2, 1, 3]);
 }
