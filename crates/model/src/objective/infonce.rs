@@ -24,6 +24,7 @@ use tch::{Kind, Tensor};
 
 use super::groups::Groups;
 use super::pairs::valid;
+use crate::products::{self, Added};
 
 /// An id that no item has.
 const NO_ITEM: i64 = i64::MIN;
@@ -253,10 +254,9 @@ impl<'a> Block<'a> {
             let _ = gradient.exp_();
             gradient *= weight;
             let gradient = gradient.to_kind(self.factor.kind());
-            *d_dense += gradient.mm(&self.item.narrow(0, start, length));
+            products::add_product(d_dense, true, &gradient, &self.item.narrow(0, start, length));
             if self.input.items_learn {
-                let mut d_tile = d_item.narrow(0, start, length);
-                d_tile += gradient.tr().mm(&self.factor);
+                products::add_product(&mut d_item.narrow(0, start, length), true, &gradient.tr(), &self.factor);
             }
         }
     }
@@ -273,8 +273,8 @@ impl<'a> Block<'a> {
     fn negatives(&self, start: i64, length: i64) -> Tensor {
         let ids = self.input.item_id.narrow(0, start, length).view([1, 1, length]);
         let excluded = self.own_id.eq_tensor(&ids).any_dim(1, false).index_select(0, &self.group);
-        let scores = self.factor.mm(&self.item.narrow(0, start, length).tr());
-        let mut scores = scores.to_kind(self.dense.kind());
+        let item = self.item.narrow(0, start, length);
+        let mut scores = products::product(&self.factor, &item.tr(), Added::Nothing, self.dense.kind());
         if let Some(correction) = self.input.correction {
             scores -= correction.narrow(0, start, length);
         }
