@@ -17,16 +17,20 @@
 mod abort;
 mod buffer;
 mod call;
+mod common;
 mod error;
 mod group;
 mod layout;
 mod memory;
 mod nccl;
+mod sealed;
 mod secret;
+mod sum;
 mod tcp;
 
 pub use abort::Aborter;
 pub use buffer::{Buffer, DType, Place};
+pub use common::{CommonVector, OwnVector};
 pub use error::CollectiveError;
 pub use group::{Group, Rendezvous};
 pub use memory::MemoryRendezvous;
@@ -46,6 +50,9 @@ pub trait Collective: Send {
     fn world_size(&self) -> usize;
 
     fn generation(&self) -> u64;
+
+    /// Whether ranks of one machine may move data by memory that both map; the same on every rank.
+    fn shares_memory(&self) -> bool;
 
     /// Replaces `buffer` by the sum over all ranks, bit-identical on every rank. F32, F64 and I64 (wrapping).
     fn all_reduce_sum(&mut self, buffer: &mut Buffer<'_>) -> Result<(), CollectiveError>;

@@ -1,6 +1,7 @@
 //! The tcp backend against the suite, and against peers that fail, lie or never come.
 
 #![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
+#![allow(unsafe_code, reason = "memory that other ranks see")]
 
 mod support;
 
@@ -9,7 +10,7 @@ use std::net::TcpStream;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use learn_collective::{Buffer, Collective, CollectiveError, Group, Rendezvous, connect_tcp};
+use learn_collective::{Buffer, Collective, CollectiveError, CommonVector, Group, Rendezvous, connect_tcp};
 use proptest::prelude::*;
 use support::{PATIENT, Store, conform, each_rank, gathers, group, ranks, rounding_bits, scatters, sockets, tcp};
 
@@ -45,6 +46,55 @@ fn buffers_far_beyond_the_sockets_do_not_deadlock() {
     assert!(shared == by_sockets && mixed == by_sockets, "the way that data goes changes neither bits nor counts");
     assert_eq!(shared[0].0, shared[2].0);
     assert!((shared[0].0[3] - 4.0).abs() < 1e-6);
+}
+
+/// What the collective sums up, and the same numbers as common vectors.
+fn two_sums(rank: &mut dyn Collective, len: usize) -> Option<(Vec<f32>, Vec<f32>)> {
+    let number = rank.rank();
+    let numbers = |round: usize| (0..len).map(move |index| ((index + round) * (number + 3)) as f32 / 7.0);
+    let vectors = CommonVector::new(rank, Some(len)).unwrap()?;
+    let mut sums = (Vec::new(), Vec::new());
+    for round in 0..2 {
+        let mut data: Vec<f32> = numbers(round).collect();
+        // SAFETY: every rank has entered an operation since it read parts, so nobody else touches this memory now
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), vectors.own().start(), vectors.own().len()) };
+        vectors.sum(rank).unwrap();
+        for part in (0..vectors.world_size()).map(|rank| vectors.part(rank)) {
+            // SAFETY: no operation begins before these numbers are copied
+            sums.1.extend_from_slice(unsafe { std::slice::from_raw_parts(part.0, part.1) });
+        }
+        rank.all_reduce_sum(&mut Buffer::f32(&mut data)).unwrap();
+        sums.0.extend(data);
+    }
+    Some(sums)
+}
+
+#[test]
+fn common_vectors_have_the_bits_of_the_sum() {
+    for world in 2..=5 {
+        for len in [0, 1, 4, 100_003] {
+            for sums in ranks(world, tcp(world, PATIENT), |mut rank| two_sums(&mut *rank, len)) {
+                let (expected, ours) = sums.unwrap();
+                assert!(ours.iter().map(|x| x.to_bits()).eq(expected.iter().map(|x| x.to_bits())), "{world} x {len}");
+            }
+        }
+    }
+}
+
+#[test]
+fn there_are_no_common_vectors_unless_all_ranks_share() {
+    let some_share =
+        |rank, store: &Store| connect_tcp(Group { shares_memory: rank != 1, ..group(rank, 3, PATIENT) }, store);
+    assert!(ranks(3, some_share, |mut rank| two_sums(&mut *rank, 5)).iter().all(Option::is_none));
+    let some_want = |mut rank: Box<dyn Collective>| {
+        let len = (rank.rank() != 2).then_some(5);
+        let none = CommonVector::new(&mut *rank, len).unwrap().is_none();
+        // and the collective works on
+        rank.barrier().unwrap();
+        none
+    };
+    assert_eq!(ranks(3, tcp(3, PATIENT), some_want), [true; 3]);
+    assert!(ranks(1, tcp(1, PATIENT), |mut rank| two_sums(&mut *rank, 5)).iter().all(Option::is_none));
 }
 
 proptest! {

@@ -185,6 +185,6 @@ fn main() {
         update.update(&flat, state, &[0..parameters / 4, parameters / 4..parameters / 2]);
     });
     show("squared norm", parameters * 4, &mut || {
-        black_box(squared_norm(&flat));
+        black_box(squared_norm(&[&flat[..]]));
     });
 }

@@ -3,6 +3,7 @@
 //! The arithmetic is that of `torch.optim.AdamW`: decoupled decay, bias correction, epsilon outside the root. The gradient is
 //! scaled while it is read (by a clip factor, say), and the values are written as bf16 too where products read them so.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use half::bf16;
@@ -166,10 +167,10 @@ impl<G: Element> Update<'_, G> {
     }
 }
 
-/// The sum of squares, in f64 from blocks of a fixed size.
+/// The sum of squares of a vector in parts, in f64 from blocks of a fixed size, however it is parted.
 #[must_use]
-pub fn squared_norm<E: Element>(x: &[E]) -> f64 {
-    struct Squares<'a, E>(&'a [E]);
+pub fn squared_norm<E: Element>(parts: &[&[E]]) -> f64 {
+    struct Squares<'a, E: Element>(Cow<'a, [E]>);
     impl<E: Element> Kernel for Squares<'_, E> {
         type Output = f64;
 
@@ -189,7 +190,18 @@ pub fn squared_norm<E: Element>(x: &[E]) -> f64 {
         }
     }
     let level = Level::current();
-    let blocks = x.chunks(ELEMENTS).map(Squares).collect();
+    let mut blocks: Vec<Squares<'_, E>> = Vec::new();
+    for mut part in parts.iter().copied() {
+        // a block that reaches over the end of a part is put together
+        if let Some(Squares(last)) = blocks.last_mut().filter(|last| last.0.len() < ELEMENTS) {
+            let (begin, rest) = part.split_at(part.len().min(ELEMENTS - last.len()));
+            if !begin.is_empty() {
+                last.to_mut().extend_from_slice(begin);
+            }
+            part = rest;
+        }
+        blocks.extend(part.chunks(ELEMENTS).map(|block| Squares(Cow::Borrowed(block))));
+    }
     parallel::map(blocks, |block| level.run(block)).into_iter().sum()
 }
 

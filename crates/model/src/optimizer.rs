@@ -1,12 +1,13 @@
 //! AdamW over the flat buffer, and over the touched rows of a table of item vectors.
 //!
-//! Input: parameters, their summed gradient `[P]`, a learning rate. Output: updated parameters. Rows are updated as
+//! Input: parameters, their summed gradient `[P]` in parts, a learning rate. Output: updated parameters. Rows are updated as
 //! `torch.optim.SparseAdam` does, with AdamW's decoupled decay: moments, decay and value of a row move only in a step that
 //! touches it, and bias correction counts the steps of the job, not those of the row. Invariants: the
 //! arithmetic is that of `torch.optim.AdamW` (decoupled decay, bias correction, epsilon outside the root). On the CPU in f32
 //! one pass over the memory does an update: clipping, moments, values, and the weights that the encoder's products read; elsewhere
 //! it is a sequence of libtorch's operators. State that was saved and loaded continues bit by bit; ranks that hold equal parameters and gradients stay equal.
 
+use half::bf16;
 use learn_domain::config::OptimizerConfig;
 use learn_torch::values_mut;
 use tch::{Device, Kind, Tensor};
@@ -67,18 +68,18 @@ impl AdamW {
         }
     }
 
-    /// One update with the gradient `[P]` of the whole global batch.
-    pub fn step(&mut self, parameters: &mut Parameters, gradient: &Tensor, pace: impl Into<Pace>) {
+    /// One update with the gradient of the whole global batch: `[P]`, in parts one behind the other.
+    pub fn step(&mut self, parameters: &mut Parameters, gradient: &[Tensor], pace: impl Into<Pace>) {
         self.steps += 1;
         let pace = pace.into();
         if parameters.device() == Device::Cpu && parameters.kind() == Kind::Float {
             self.step_in_one_pass(parameters, gradient, pace);
         } else {
-            tch::no_grad(|| self.step_by_operators(parameters, gradient, pace));
+            tch::no_grad(|| self.step_by_operators(parameters, &Tensor::cat(gradient, 0), pace));
         }
     }
 
-    fn step_in_one_pass(&mut self, parameters: &mut Parameters, gradient: &Tensor, pace: Pace) {
+    fn step_in_one_pass(&mut self, parameters: &mut Parameters, gradient: &[Tensor], pace: Pace) {
         learn_kernels::set_runner(crate::RUNNER);
         let kernel = learn_kernels::AdamW {
             learning_rate: pace.learning_rate,
@@ -89,27 +90,34 @@ impl AdamW {
             step: self.steps,
             gradient_scale: pace.gradient_scale as f32,
         };
-        let gradient: &[f32] = learn_torch::values(gradient);
+        let mut gradient = Parts::new(gradient.iter().map(learn_torch::values));
         let (first, second) = (values_mut::<f32>(&mut self.first), values_mut::<f32>(&mut self.second));
         let mut flat = parameters.flat().shallow_clone();
         let values = values_mut::<f32>(&mut flat);
         let mut working = parameters.take_working();
         let mut start = 0;
         for (spec, &decays) in parameters.specs().iter().zip(&self.decays) {
-            let range = start..start + spec.count() as usize;
-            start = range.end;
             let mut shadow = working.as_mut().and_then(|working| working.shadow(&spec.name));
-            let decaying = if decays { 0..range.len() } else { 0..0 };
-            kernel.update(
-                &gradient[range.clone()],
-                learn_kernels::State {
-                    values: &mut values[range.clone()],
-                    first: &mut first[range.clone()],
-                    second: &mut second[range],
-                    shadow: shadow.as_mut().map(values_mut),
-                },
-                &[decaying],
-            );
+            let mut shadows: Option<&mut [bf16]> = shadow.as_mut().map(values_mut);
+            let end = start + spec.count() as usize;
+            while start < end {
+                let gradient = gradient.next(end - start);
+                let range = start..start + gradient.len();
+                start = range.end;
+                let decaying = if decays { 0..range.len() } else { 0..0 };
+                let (shadow, rest) = shadows.map(|whole| whole.split_at_mut(range.len())).unzip();
+                shadows = rest;
+                kernel.update(
+                    gradient,
+                    learn_kernels::State {
+                        values: &mut values[range.clone()],
+                        first: &mut first[range.clone()],
+                        second: &mut second[range],
+                        shadow,
+                    },
+                    &[decaying],
+                );
+            }
         }
         parameters.keep_working(working);
     }
@@ -237,17 +245,48 @@ impl Pace {
     }
 }
 
-/// The common Euclidean norm of the parts of a gradient; the same bits for any number of threads.
-#[must_use]
-pub fn norm(parts: &[&Tensor]) -> f64 {
-    let squares = parts.iter().map(|part| match (part.device(), part.kind()) {
-        (Device::Cpu, Kind::Float) => {
-            learn_kernels::set_runner(crate::RUNNER);
-            learn_kernels::squared_norm(learn_torch::values::<f32>(&part.contiguous()))
+/// A gradient that lies in several places.
+struct Parts<'a> {
+    parts: Vec<&'a [f32]>,
+}
+
+impl<'a> Parts<'a> {
+    fn new(parts: impl DoubleEndedIterator<Item = &'a [f32]>) -> Self {
+        Self { parts: parts.rev().collect() }
+    }
+
+    /// The next numbers, at most so many, at least one.
+    ///
+    /// # Panics
+    /// There are no more.
+    fn next(&mut self, most: usize) -> &'a [f32] {
+        loop {
+            let Some(part) = self.parts.pop() else { panic!("the gradient has {most} numbers too few") };
+            let (next, rest) = part.split_at(most.min(part.len()));
+            if !rest.is_empty() {
+                self.parts.push(rest);
+            }
+            if !next.is_empty() {
+                return next;
+            }
         }
-        _ => part.square().sum(Kind::Double).double_value(&[]),
-    });
-    squares.sum::<f64>().sqrt()
+    }
+}
+
+/// The common Euclidean norm of a flat gradient, which may lie in parts, and of rows beside it; the same bits for any number of
+/// threads and however it is parted.
+#[must_use]
+pub fn norm(flat: &[Tensor], rows: Option<&Tensor>) -> f64 {
+    let squares = |parts: &[Tensor]| match parts {
+        [] => 0.0,
+        [part, ..] if part.device() == Device::Cpu && part.kind() == Kind::Float => {
+            learn_kernels::set_runner(crate::RUNNER);
+            learn_kernels::squared_norm(&parts.iter().map(learn_torch::values::<f32>).collect::<Vec<_>>())
+        }
+        _ => parts.iter().map(|part| part.square().sum(Kind::Double).double_value(&[])).sum(),
+    };
+    let rows: Option<Tensor> = rows.map(Tensor::contiguous);
+    (squares(flat) + squares(rows.as_slice())).sqrt()
 }
 
 #[cfg(test)]

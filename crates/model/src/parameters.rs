@@ -10,8 +10,10 @@ mod slots;
 
 use std::cell::RefCell;
 use std::f64::consts::TAU;
+use std::sync::Arc;
 
 use learn_domain::random::{self, Draws};
+use learn_torch::OwnVector;
 pub use mismatch::Mismatch;
 use rows::ItemVectors;
 pub use rows::RowGradient;
@@ -61,6 +63,8 @@ pub struct Parameters {
     flat: Tensor,
     /// `[P]`, the latest gradient.
     gradient: Tensor,
+    /// The memory that it lies in, if that is not libtorch's own.
+    lodging: Option<Arc<OwnVector>>,
     /// Views into `flat`, by the order of `specs`; they collect gradients.
     leaves: Vec<Tensor>,
     /// Views into `gradient`.
@@ -184,11 +188,11 @@ impl Parameters {
 
     fn over(specs: Vec<ParameterSpec>, flat: Tensor, items: Option<ItemVectors>) -> Self {
         let flat = learn_torch::in_large_pages(flat);
-        let gradient = learn_torch::in_large_pages(flat.empty_like()).fill_(0.0);
+        let gradient = zeros_like(&flat);
         let leaf = |(view, spec): (Tensor, &ParameterSpec)| view.detach().set_requires_grad(spec.role.trains());
         let leaves = views(&specs, &flat).zip(&specs).map(leaf).collect();
         let slots = Slots::new(views(&specs, &gradient).collect());
-        Self { specs, flat, gradient, leaves, slots, working: RefCell::default(), items }
+        Self { specs, flat, gradient, lodging: None, leaves, slots, working: RefCell::default(), items }
     }
 
     /// Of the flat buffers, sorted by name.
@@ -324,6 +328,25 @@ impl Parameters {
         random::key(&parts.collect::<Vec<_>>())
     }
 
+    /// How many numbers the gradient has, if it can lie in memory that other ranks read.
+    #[must_use]
+    pub fn lodgeable(&self) -> Option<usize> {
+        let can = self.device() == Device::Cpu && self.kind() == Kind::Float;
+        can.then(|| self.flat.numel())
+    }
+
+    /// Lets gradients be collected in this memory of `[P]` numbers, or in libtorch's own. What was collected is gone, and the
+    /// memory used before is not written to again.
+    pub fn lodge_gradient(&mut self, memory: Option<Arc<OwnVector>>) {
+        self.gradient = match &memory {
+            Some(memory) => learn_torch::over(memory),
+            None => zeros_like(&self.flat),
+        };
+        self.slots = Slots::new(views(&self.specs, &self.gradient).collect());
+        self.leaves.iter_mut().filter(|leaf| leaf.grad().defined()).for_each(Tensor::zero_grad);
+        self.lodging = memory;
+    }
+
     /// Moves what backward passes have collected since the last call into one buffer `[P]` and returns it; 0 where a
     /// parameter took no part. What was added by hand is there already. The buffer is reused by the next call.
     pub fn gradients_into_flat(&mut self) -> Tensor {
@@ -357,6 +380,10 @@ impl Parameters {
 #[must_use]
 pub fn mismatch(shape: &PchShape, tensors: &[(String, Tensor)]) -> Mismatch {
     mismatch::sift(&shape.specs(), tensors).1
+}
+
+fn zeros_like(flat: &Tensor) -> Tensor {
+    learn_torch::in_large_pages(flat.empty_like()).fill_(0.0)
 }
 
 /// Those of the flat buffers, sorted by name, and that of the table of item vectors.

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use half::bf16;
-use learn_collective::{Buffer, DType, Place};
+use learn_collective::{Buffer, CommonVector, DType, OwnVector, Place};
 use tch::{Device, Kind, Tensor};
 
 use crate::TorchError;
@@ -72,6 +72,28 @@ pub fn buffer(tensor: &mut Tensor) -> Result<Buffer<'_>, TorchError> {
     // the tensor exclusively, so they stay in place while it lives. Another handle on the same storage is the caller's to
     // avoid, as with every in-place operation of tch.
     Ok(unsafe { Buffer::from_raw(ptr, len, dtype, place) })
+}
+
+/// A tensor `[n]` f32 over memory that other ranks read. It is valid while that memory is, which whoever holds the tensor sees to.
+#[must_use]
+pub fn over(memory: &OwnVector) -> Tensor {
+    // SAFETY: as many elements, aligned; see above for how long
+    unsafe { floats(memory.start(), memory.len()) }
+}
+
+/// Tensors over the parts of a sum, to be read only, as long as the ranks in whose memory they lie leave it as it is.
+#[must_use]
+pub fn parts_of(sum: &CommonVector) -> Vec<Tensor> {
+    let parts = (0..sum.world_size()).map(|rank| sum.part(rank));
+    // SAFETY: as many elements, aligned; see above for how long
+    parts.map(|(start, len)| unsafe { floats(start.cast_mut(), len) }).collect()
+}
+
+/// # Safety
+/// There are `len` aligned elements as long as the tensor is used; it is only read if they may not be written to.
+unsafe fn floats(start: *mut f32, len: usize) -> Tensor {
+    // SAFETY: that of this function
+    unsafe { Tensor::from_blob(start.cast(), &[len as i64], &[1], Kind::Float, Device::Cpu) }
 }
 
 /// The elements of a contiguous tensor on the CPU, row by row.

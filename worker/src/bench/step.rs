@@ -258,6 +258,7 @@ fn bench_ranks(settings: &BenchSettings, crew: &Crew) -> Result<Option<StepResul
     let ring = |name: &str| connect_tcp(group(seat, config), &crew.rendezvous(name));
     let mut with = exchange(ring("with")?, metrics.clone());
     let mut without = exchange(Box::new(synthetic::Unreduced(ring("without")?)), metrics);
+    with.lodge(&mut stepper.parameters)?;
     let (mut seconds, mut seconds_without, mut loss) = (Vec::new(), Vec::new(), 0.0);
     // both kinds of step see every batch once for nothing, and then in the same order
     for repetition in 0..=settings.repetitions {

@@ -221,6 +221,10 @@ impl Collective for Unreduced {
         self.0.generation()
     }
 
+    fn shares_memory(&self) -> bool {
+        false
+    }
+
     fn all_reduce_sum(&mut self, buffer: &mut Buffer<'_>) -> Result<(), CollectiveError> {
         if buffer.len() < SMALL { self.0.all_reduce_sum(buffer) } else { Ok(()) }
     }

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use learn_collective::{Buffer, Collective, CollectiveError};
-use learn_model::RowGradient;
+use learn_collective::{Buffer, Collective, CollectiveError, CommonVector};
+use learn_model::{Parameters, RowGradient};
 use learn_proto::convert::AfterStep;
 use learn_telemetry::WorkerMetrics;
 use tch::Tensor;
@@ -40,6 +40,8 @@ pub struct Exchange {
     collective: Box<dyn Collective>,
     metrics: WorkerMetrics,
     progress: Arc<Progress>,
+    /// The memory of all ranks in which their gradients lie, if they share it.
+    gradients: Option<CommonVector>,
     counted_bytes: u64,
     waited: Duration,
 }
@@ -47,7 +49,7 @@ pub struct Exchange {
 impl Exchange {
     #[must_use]
     pub fn new(collective: Box<dyn Collective>, metrics: WorkerMetrics, progress: Arc<Progress>) -> Self {
-        Self { collective, metrics, progress, counted_bytes: 0, waited: Duration::ZERO }
+        Self { collective, metrics, progress, gradients: None, counted_bytes: 0, waited: Duration::ZERO }
     }
 
     /// Time inside collectives so far.
@@ -146,14 +148,41 @@ impl Exchange {
         Ok(())
     }
 
-    /// Sums a flat tensor over the ranks, in place.
+    /// Lets gradients be collected where all ranks can read them, if all can; what was collected is gone. For the beginning of a
+    /// generation, before anything is collected: what a rank that is still in an earlier one reads is not written to again.
     ///
     /// # Errors
     /// If the collective fails.
-    pub fn sum_tensor(&mut self, tensor: &mut Tensor) -> Result<(), WorkerError> {
-        let mut buffer = learn_torch::buffer(tensor)?;
-        self.run(|collective| collective.all_reduce_sum(&mut buffer))?;
+    pub fn lodge(&mut self, parameters: &mut Parameters) -> Result<(), WorkerError> {
+        parameters.lodge_gradient(None);
+        let mut gradients = None;
+        self.run(|collective| {
+            gradients = CommonVector::new(collective, parameters.lodgeable())?;
+            Ok(())
+        })?;
+        if let Some(gradients) = &gradients {
+            parameters.lodge_gradient(Some(Arc::clone(gradients.own())));
+        }
+        self.gradients = gradients;
         Ok(())
+    }
+
+    /// The sum of every rank's gradient `[P]`, in parts one behind the other. They are to be read before the next
+    /// step is announced, from when on the ranks in whose memory they lie collect new ones.
+    ///
+    /// # Errors
+    /// If the collective fails.
+    pub fn sum_gradient(&mut self, parameters: &mut Parameters) -> Result<Vec<Tensor>, WorkerError> {
+        let mut flat = parameters.gradients_into_flat();
+        if let Some(gradients) = self.gradients.take() {
+            let summed = self.run(|collective| gradients.sum(collective));
+            let parts = learn_torch::parts_of(&gradients);
+            self.gradients = Some(gradients);
+            return Ok(summed.map(|()| parts)?);
+        }
+        let mut buffer = learn_torch::buffer(&mut flat)?;
+        self.run(|collective| collective.all_reduce_sum(&mut buffer))?;
+        Ok(vec![flat])
     }
 
     /// Gathers rows `[m, d]` of every rank into `[sum of counts, d]`, in rank order; `counts` are rows. A rank that is alone gets

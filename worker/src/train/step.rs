@@ -18,7 +18,7 @@ use learn_model::optimizer::{self, Pace};
 use learn_model::{AdamW, Forward, Parameters, Pch};
 use learn_proto::convert::AfterStep;
 use learn_telemetry::{Phase, WorkerMetrics};
-use tch::{Device, Tensor};
+use tch::Device;
 
 use super::exchange::{Announcement, Exchange};
 use super::measure::{self, Geometry, GlobalRows};
@@ -191,8 +191,7 @@ impl Stepper {
         }
 
         self.clock.enter(Phase::Reduce);
-        let mut flat = self.parameters.gradients_into_flat();
-        exchange.sum_tensor(&mut flat)?;
+        let flat = exchange.sum_gradient(&mut self.parameters)?;
         let rows = match self.parameters.row_gradient() {
             Some(mine) => Some(exchange.merge_rows(mine)?),
             None => None,
@@ -212,8 +211,7 @@ impl Stepper {
         }
 
         self.clock.enter(Phase::Optimizer);
-        let parts: Vec<&Tensor> = [&flat].into_iter().chain(rows.as_ref().map(|gradient| &gradient.rows)).collect();
-        let gradient_norm = optimizer::norm(&parts);
+        let gradient_norm = optimizer::norm(&flat, rows.as_ref().map(|gradient| &gradient.rows));
         if !gradient_norm.is_finite() {
             return not_finite(Some(gradient_norm));
         }

@@ -266,6 +266,10 @@ impl Collective for NcclCollective {
         self.generation
     }
 
+    fn shares_memory(&self) -> bool {
+        false
+    }
+
     fn all_reduce_sum(&mut self, buffer: &mut Buffer<'_>) -> Result<(), CollectiveError> {
         let op = Op::AllReduce;
         check_sum(op, buffer.dtype())?;

@@ -12,12 +12,13 @@ use std::sync::Arc;
 
 use super::frame::{FRAME_BYTES, HEADER_BYTES, Header};
 use super::poll;
-use super::shared::{Inbox, NO, OFFER_BYTES, Outbox, YES, goes_by_memory};
+use super::shared::{Inbox, NO, Outbox, YES, goes_by_memory};
 use crate::abort::Aborter;
 use crate::buffer::DType;
 use crate::call::{Call, Op};
+use crate::sealed::NO_OFFER;
 use crate::secret::Key;
-use crate::{CollectiveError, tcp::sum};
+use crate::{CollectiveError, sum};
 
 /// One direction of one connection after its handshake. The socket is non-blocking.
 pub(super) struct Link {
@@ -81,8 +82,8 @@ impl Duplex {
             true => Outbox::new().inspect_err(|error| tracing::debug!(%error, "no memory to share")).ok(),
             false => None,
         };
-        let offer = outbox.as_ref().map_or([0; OFFER_BYTES], Outbox::offer);
-        let mut theirs = [0; OFFER_BYTES];
+        let offer = outbox.as_ref().map_or(NO_OFFER, Outbox::offer);
+        let mut theirs = NO_OFFER;
         let receive = Some(Receive { into: &mut theirs, sum: None });
         self.exchange(Transfer { op: Op::Connect, send: Some(&offer), receive }, call, aborter)?;
         let why_not = |error: &io::Error| tracing::debug!(rank = self.previous.peer, %error, "memory is not shared");

@@ -12,7 +12,6 @@ mod handshake;
 mod listen;
 mod poll;
 mod shared;
-mod sum;
 
 use std::ops::Range;
 use std::time::Duration;
@@ -35,6 +34,7 @@ pub fn connect_tcp(group: Group, rendezvous: &dyn Rendezvous) -> Result<Box<dyn 
         world_size: group.world_size,
         generation: group.generation,
         timeout: group.timeout,
+        shares_memory: group.shares_memory,
         aborter: group.aborter,
         broken: None,
         duplex,
@@ -46,6 +46,7 @@ struct Tcp {
     world_size: usize,
     generation: u64,
     timeout: Duration,
+    shares_memory: bool,
     aborter: Aborter,
     broken: Option<CollectiveError>,
     /// None in a world of one.
@@ -186,6 +187,10 @@ impl Collective for Tcp {
 
     fn generation(&self) -> u64 {
         self.generation
+    }
+
+    fn shares_memory(&self) -> bool {
+        self.shares_memory
     }
 
     fn all_reduce_sum(&mut self, buffer: &mut Buffer<'_>) -> Result<(), CollectiveError> {

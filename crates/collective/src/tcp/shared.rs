@@ -5,32 +5,21 @@
 //! sends the header; the receiver reads the header, takes the payload, and sends one byte back, which is room for another.
 //! Invariants:
 //! - both sides know from a frame's length alone which way it goes, and the order of frames is that of the connection;
-//! - memory is never named in a file system: it is gone with the last process that maps it, however that ends; nobody but its
-//!   sender writes to it;
 //! - whoever cannot share (another machine, another user, a container with its own processes) says so, and the connection
 //!   carries all.
 
-use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
-use std::os::fd::AsRawFd;
-
-use memmap2::{MmapOptions, MmapRaw};
 
 use super::frame::FRAME_BYTES;
-use super::sum;
-use crate::DType;
+use crate::sealed::{Offer, Own, Theirs};
+use crate::{DType, sum};
 
 /// Frames that are on their way at once. All of them lie in a core's cache.
 const SLOTS: usize = 4;
 /// Smaller payloads go with their header.
 const LEAST: usize = 16 << 10;
-/// A page before the frames; it begins with the token.
-const HEAD: usize = 4096;
-const BYTES: usize = HEAD + SLOTS * FRAME_BYTES;
-const TOKEN: usize = 32;
-/// Process, descriptor, token; no process is no offer.
-pub(super) const OFFER_BYTES: usize = 16 + TOKEN;
+const BYTES: usize = SLOTS * FRAME_BYTES;
 /// What a receiver says about an offer, and of a payload that it has taken.
 pub(super) const YES: u8 = 1;
 pub(super) const NO: u8 = 0;
@@ -42,15 +31,12 @@ pub(super) fn goes_by_memory(length: usize) -> bool {
 
 /// The slot of the frame with this number among those that go by memory.
 fn slot(number: u64) -> usize {
-    HEAD + (number % SLOTS as u64) as usize * FRAME_BYTES
+    (number % SLOTS as u64) as usize * FRAME_BYTES
 }
 
 /// The sender's side.
 pub(super) struct Outbox {
-    memory: MmapRaw,
-    /// Kept for the receiver, who opens it through this process.
-    file: File,
-    token: [u8; TOKEN],
+    memory: Own,
     put: u64,
     taken: u64,
 }
@@ -59,28 +45,18 @@ impl Outbox {
     /// # Errors
     /// If the system has no such memory.
     pub(super) fn new() -> io::Result<Self> {
-        let (file, memory) = sealed()?;
-        let mut token = [0; TOKEN];
-        getrandom::fill(&mut token).map_err(io::Error::other)?;
-        let outbox = Self { memory, file, token, put: 0, taken: 0 };
-        outbox.write(0, &outbox.token);
-        Ok(outbox)
+        Ok(Self { memory: Own::new(BYTES)?, put: 0, taken: 0 })
     }
 
     fn write(&self, at: usize, bytes: &[u8]) {
-        assert!(at + bytes.len() <= BYTES, "{} bytes at {at} do not fit", bytes.len());
-        // SAFETY: the mapping has BYTES bytes, which the assertion keeps to, and they stay, because the file is sealed
-        // against shrinking; `bytes` is memory of this process alone. The receiver may only read, and reads a slot between
-        // the header that follows this and its answer, as Outbox::has_room and Inbox::take keep to.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.memory.as_mut_ptr().add(at), bytes.len()) };
+        assert!(at + bytes.len() <= self.memory.bytes(), "{} bytes at {at} do not fit", bytes.len());
+        // SAFETY: the assertion keeps to the memory; `bytes` is memory of this process alone. The receiver may only read, and
+        // reads a slot between the header that follows this and its answer, as Outbox::has_room and Inbox::take keep to.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.memory.start().add(at), bytes.len()) };
     }
 
-    pub(super) fn offer(&self) -> [u8; OFFER_BYTES] {
-        let mut offer = [0; OFFER_BYTES];
-        offer[..8].copy_from_slice(&u64::from(std::process::id()).to_le_bytes());
-        offer[8..16].copy_from_slice(&(self.file.as_raw_fd() as u64).to_le_bytes());
-        offer[16..].copy_from_slice(&self.token);
-        offer
+    pub(super) fn offer(&self) -> Offer {
+        self.memory.offer()
     }
 
     /// Hears what the receiver has taken, until no more than `most` payloads lie here; whether that is so.
@@ -125,7 +101,7 @@ impl Outbox {
 
 /// The receiver's side.
 pub(super) struct Inbox {
-    memory: MmapRaw,
+    memory: Theirs,
     taken: u64,
 }
 
@@ -134,31 +110,15 @@ impl Inbox {
     ///
     /// # Errors
     /// If nothing is offered, or it is not to be had from here.
-    pub(super) fn open(offer: &[u8; OFFER_BYTES]) -> io::Result<Self> {
-        let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|byte| offer[at + byte]));
-        let (process, descriptor) = (word(0), word(8));
-        if process == 0 {
-            return Err(io::Error::other("the rank before shares no memory"));
-        }
-        let file = open_sealed(process, descriptor)?;
-        let memory = MmapOptions::new().len(BYTES).map_raw_read_only(&file)?;
-        let inbox = Self { memory, taken: 0 };
-        let mut token = [0; TOKEN];
-        inbox.read(0, &mut token);
-        // the same numbers may name something else on another machine
-        if token == offer[16..] {
-            Ok(inbox)
-        } else {
-            Err(io::Error::other("the memory is not that of the rank before"))
-        }
+    pub(super) fn open(offer: &Offer) -> io::Result<Self> {
+        Ok(Self { memory: Theirs::open(offer, BYTES)?, taken: 0 })
     }
 
     fn read(&self, at: usize, into: &mut [u8]) {
-        assert!(at + into.len() <= BYTES, "{} bytes at {at} are not there", into.len());
-        // SAFETY: the mapping has BYTES bytes, which the assertion keeps to, and they stay, because `open_sealed` has seen the seal
-        // against shrinking; `into` is memory of this process alone. Bytes that the sender changes meanwhile, against its promise,
-        // would be wrong numbers: they are copied, and nothing else is read from here.
-        unsafe { std::ptr::copy_nonoverlapping(self.memory.as_ptr().add(at), into.as_mut_ptr(), into.len()) };
+        assert!(at + into.len() <= self.memory.bytes(), "{} bytes at {at} are not there", into.len());
+        // SAFETY: the assertion keeps to the memory; `into` is memory of this process alone. Bytes that the sender changes
+        // meanwhile, against its promise, would be wrong numbers: they are copied, and nothing else is read from here.
+        unsafe { std::ptr::copy_nonoverlapping(self.memory.start().add(at), into.as_mut_ptr(), into.len()) };
     }
 
     /// Takes the next payload, whose header has come, and tells the sender that its slot is free.
@@ -172,71 +132,13 @@ impl Inbox {
             Some(dtype) => {
                 assert!(into.len() <= FRAME_BYTES, "{} bytes are not in a slot", into.len());
                 // SAFETY: as in `read`; a slot has FRAME_BYTES bytes
-                unsafe { sum::add_from(dtype, into, self.memory.as_ptr().add(from)) };
+                unsafe { sum::add_from(dtype, into, self.memory.start().add(from)) };
             }
         }
         self.taken += 1;
         // never more than SLOTS bytes are on their way, which every connection has room for
         connection.write_all(&[YES])
     }
-}
-
-/// Its name, as the system shows it.
-#[cfg(target_os = "linux")]
-const NAME: &std::ffi::CStr = c"learn-collective";
-
-/// Anonymous memory that cannot be made shorter or longer, and its mapping, which is the only one that can be written to.
-#[cfg(target_os = "linux")]
-fn sealed() -> io::Result<(File, MmapRaw)> {
-    use std::os::fd::FromRawFd;
-
-    // SAFETY: the name is a string that ends with 0, which the call reads; what it returns is a descriptor or -1.
-    let descriptor = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
-    if descriptor < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor was made just now, and nobody else has it.
-    let file = unsafe { File::from_raw_fd(descriptor) };
-    file.set_len(BYTES as u64)?;
-    let memory = MmapOptions::new().len(BYTES).map_raw(&file)?;
-    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
-    // SAFETY: the call takes a descriptor that lives and a number.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok((file, memory))
-}
-
-/// Such memory of another process of this machine and this user.
-#[cfg(target_os = "linux")]
-fn open_sealed(process: u64, descriptor: u64) -> io::Result<File> {
-    use std::os::unix::fs::OpenOptionsExt;
-
-    let path = format!("/proc/{process}/fd/{descriptor}");
-    let refused = || io::Error::other("it is not sealed memory of the right size");
-    // on another machine the numbers may name anything, which is not to be touched
-    let named = std::fs::read_link(&path)?;
-    if !named.to_string_lossy().starts_with(&format!("/memfd:{}", NAME.to_string_lossy())) {
-        return Err(refused());
-    }
-    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-    let file = File::options().read(true).custom_flags(flags).open(path)?;
-    // SAFETY: the call takes a descriptor that lives, and no further argument.
-    let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
-    if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 || file.metadata()?.len() != BYTES as u64 {
-        return Err(refused());
-    }
-    Ok(file)
-}
-
-#[cfg(not(target_os = "linux"))]
-fn sealed() -> io::Result<(File, MmapRaw)> {
-    Err(io::Error::from(io::ErrorKind::Unsupported))
-}
-
-#[cfg(not(target_os = "linux"))]
-fn open_sealed(_process: u64, _descriptor: u64) -> io::Result<File> {
-    Err(io::Error::from(io::ErrorKind::Unsupported))
 }
 
 #[cfg(test)]
@@ -289,22 +191,5 @@ mod tests {
             }
         };
         assert!(closed.contains("closed"), "{closed}");
-    }
-
-    #[test]
-    fn what_is_not_the_offered_memory_is_refused() {
-        let outbox = Outbox::new().unwrap();
-        let offer = outbox.offer();
-        let refused = |change: &dyn Fn(&mut [u8; OFFER_BYTES])| {
-            let mut offer = offer;
-            change(&mut offer);
-            Inbox::open(&offer).err().unwrap().to_string()
-        };
-        assert!(Inbox::open(&offer).is_ok());
-        assert!(refused(&|offer| *offer = [0; OFFER_BYTES]).contains("shares no memory"));
-        assert!(refused(&|offer| offer[40] ^= 1).contains("not that of the rank before"));
-        // this process's standard input, whatever it is, and a descriptor that does not exist
-        assert!(!refused(&|offer| offer[8..16].fill(0)).is_empty());
-        assert!(!refused(&|offer| offer[8..16].fill(0xff)).is_empty());
     }
 }

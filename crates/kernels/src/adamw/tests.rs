@@ -87,9 +87,9 @@ fn the_norm_is_exact_enough_and_the_same_with_any_number_of_threads() {
     let x: Vec<f32> = numbers(5, 3 * ELEMENTS + 100);
     let truth: f64 = exact(&x).iter().map(|x| x * x).sum();
     at_every_level(|level| {
-        assert!((squared_norm(&x) / truth - 1.0).abs() < 1e-7, "{level:?}");
-        assert!((squared_norm::<f32>(&[3.0, -4.0]) - 25.0).abs() < 1e-12);
-        assert!(squared_norm(&[f32::NAN, 1.0]).is_nan());
+        assert!((squared_norm(&[&x[..]]) / truth - 1.0).abs() < 1e-7, "{level:?}");
+        assert!((squared_norm::<f32>(&[&[3.0, -4.0]]) - 25.0).abs() < 1e-12);
+        assert!(squared_norm::<f32>(&[&[f32::NAN, 1.0]]).is_nan());
     });
     assert_eq!(squared_norm::<f32>(&[]), 0.0);
     let start: Vec<f32> = numbers(6, x.len());
@@ -97,7 +97,7 @@ fn the_norm_is_exact_enough_and_the_same_with_any_number_of_threads() {
         let [mut values, mut first, mut second] = [start.clone(), start.clone(), vec![0.0; x.len()]];
         let state = State { values: &mut values, first: &mut first, second: &mut second, shadow: None };
         UPDATE.update(&x, state, &[0..10, 20..30]);
-        (squared_norm(&x).to_bits(), values, first, second)
+        (squared_norm(&[&x[..]]).to_bits(), values, first, second)
     });
 }
 
@@ -107,4 +107,14 @@ fn ranges_beyond_the_end_are_refused() {
     let [mut a, mut b, mut c] = [[0.0; 10]; 3];
     let state = State { values: &mut a, first: &mut b, second: &mut c, shadow: None };
     UPDATE.update(&[0.0_f32; 10], state, &[1..2, 5..11]);
+}
+
+#[test]
+fn a_norm_does_not_depend_on_how_the_vector_is_parted() {
+    let x: Vec<f32> = numbers(5, 2 * ELEMENTS + 77);
+    let whole = squared_norm(&[&x[..]]).to_bits();
+    for cuts in [[1, 2, 3], [0, ELEMENTS, 2 * ELEMENTS], [ELEMENTS - 1, ELEMENTS + 1, x.len()], [50, 50, 40_000]] {
+        let [a, b, c] = cuts;
+        assert_eq!(squared_norm(&[&x[..a], &x[a..b], &x[b..c], &x[c..]]).to_bits(), whole, "{cuts:?}");
+    }
 }

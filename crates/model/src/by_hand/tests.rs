@@ -155,7 +155,7 @@ fn in_bf16_it_is_as_near_to_f32_as_libtorchs_is_and_follows_the_parameters() {
         // the copies in bf16 follow an update, and a change from outside
         let gradient = batch.parameters.flat().ones_like();
         match step {
-            0 => optimizer.step(&mut batch.parameters, &gradient, 0.1),
+            0 => optimizer.step(&mut batch.parameters, &[gradient], 0.1),
             _ => drop(tch::no_grad(|| batch.parameters.flat().shallow_clone().g_mul_scalar_(-0.7))),
         }
     }

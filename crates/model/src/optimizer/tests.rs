@@ -59,7 +59,7 @@ fn agrees_with_torch_optim_adamw() {
         let mut parameters = case.start(kind);
         let mut optimizer = AdamW::new(&parameters, &config());
         for (step, rate) in RATES.iter().enumerate() {
-            optimizer.step(&mut parameters, &case.flat(&format!("gradient.{step}")), *rate);
+            optimizer.step(&mut parameters, &[case.flat(&format!("gradient.{step}"))], *rate);
             let error = gap(parameters.flat(), &case.flat(&format!("value.{step}")));
             assert!(error <= tolerance, "{label}, step {step}: {error:e}");
         }
@@ -76,7 +76,7 @@ fn saved_and_loaded_state_continues_bit_by_bit() {
     let mut parameters = case.start(Kind::Float);
     let mut optimizer = AdamW::new(&parameters, &config());
     for (step, rate) in RATES.iter().enumerate().take(3) {
-        optimizer.step(&mut parameters, &gradient(step), *rate);
+        optimizer.step(&mut parameters, &[gradient(step)], *rate);
     }
     let folder = tempfile::tempdir().unwrap();
     let (model, state) = (folder.path().join("m.safetensors"), folder.path().join("o.safetensors"));
@@ -89,8 +89,8 @@ fn saved_and_loaded_state_continues_bit_by_bit() {
     let mut resumed = AdamW::new(&other, &config());
     resumed.load_state(&other, safetensors::read(&state).unwrap(), optimizer.steps()).unwrap();
     for (step, rate) in RATES.iter().enumerate().skip(3) {
-        optimizer.step(&mut parameters, &gradient(step), *rate);
-        resumed.step(&mut other, &gradient(step), *rate);
+        optimizer.step(&mut parameters, &[gradient(step)], *rate);
+        resumed.step(&mut other, &[gradient(step)], *rate);
     }
     assert_eq!(parameters.flat(), other.flat());
     assert_eq!((optimizer.first, optimizer.second), (resumed.first, resumed.second));
@@ -101,7 +101,7 @@ fn a_foreign_state_is_refused_and_changes_nothing() {
     let case = Case::open("f32");
     let mut parameters = case.start(Kind::Float);
     let mut optimizer = AdamW::new(&parameters, &config());
-    optimizer.step(&mut parameters, &case.flat("gradient.0"), 0.1);
+    optimizer.step(&mut parameters, &[case.flat("gradient.0")], 0.1);
     let before = optimizer.first.copy();
     let mut state = optimizer.state(&parameters);
     state.retain(|(name, _)| name != "exp_avg_sq.b.bias");
@@ -115,13 +115,13 @@ fn a_foreign_state_is_refused_and_changes_nothing() {
 fn clipping_shortens_and_never_lengthens() {
     for kind in [Kind::Float, Kind::Double] {
         let (one, other) = (Tensor::from_slice(&[3.0_f32, 0.0]).to_kind(kind), Tensor::from_slice(&[-4.0_f32]));
-        let length = norm(&[&one, &other.to_kind(kind).view([1, 1])]);
+        let length = norm(std::slice::from_ref(&one), Some(&other.to_kind(kind).view([1, 1])));
         assert_eq!(length, 5.0);
         let scale = |longest| Pace::clipped(0.1, length, longest).gradient_scale;
         assert_eq!((scale(0.0), scale(6.0)), (1.0, 1.0));
         assert!((scale(1.0) - 0.2).abs() < 1e-6);
-        assert_eq!(norm(&[&one.zeros_like()]), 0.0);
-        assert!(norm(&[&(one / 0.0)]).is_nan());
+        assert_eq!(norm(&[one.zeros_like()], None), 0.0);
+        assert!(norm(&[one / 0.0], None).is_nan());
     }
     assert_eq!(Pace::clipped(0.1, 0.0, 1.0), Pace::from(0.1));
 }
@@ -133,8 +133,8 @@ fn a_scaled_gradient_is_that_of_the_scaled_values() {
         let gradient = case.flat("gradient.0").to_kind(kind);
         let (mut scaled, mut given) = (case.start(kind), case.start(kind));
         let pace = Pace { learning_rate: 0.1, gradient_scale: 0.25 };
-        AdamW::new(&scaled, &config()).step(&mut scaled, &gradient, pace);
-        AdamW::new(&given, &config()).step(&mut given, &(&gradient * 0.25), 0.1);
+        AdamW::new(&scaled, &config()).step(&mut scaled, std::slice::from_ref(&gradient), pace);
+        AdamW::new(&given, &config()).step(&mut given, &[&gradient * 0.25], 0.1);
         assert_eq!(scaled.flat(), given.flat(), "{label}");
     }
 }
@@ -160,9 +160,9 @@ fn rows_move_as_in_a_dense_optimizer_whenever_they_are_touched() {
         let items = Tensor::from_slice(touched);
         let rows = Tensor::randn([touched.len() as i64, 3], options);
         let whole = Tensor::zeros([5, 3], options).index_copy(0, &items, &rows);
-        reference.step(&mut dense, &whole.view([-1]), *rate);
+        reference.step(&mut dense, &[whole.view([-1])], *rate);
         let nothing = Tensor::zeros([0], options);
-        optimizer.step(&mut sparse, &nothing, *rate);
+        optimizer.step(&mut sparse, std::slice::from_ref(&nothing), *rate);
         optimizer.step_rows(&mut sparse, &RowGradient { items, rows }, *rate);
     }
     let (ours, theirs) = (sparse.item_vectors().unwrap(), dense.get("t").detach());
@@ -179,7 +179,7 @@ fn rows_move_as_in_a_dense_optimizer_whenever_they_are_touched() {
     resumed.load_state(&again, state, optimizer.steps()).unwrap();
     let gradient = || RowGradient { items: Tensor::from_slice(&[1_i64, 4]), rows: Tensor::ones([2, 3], options) };
     for (optimizer, parameters) in [(&mut optimizer, &mut sparse), (&mut resumed, &mut again)] {
-        optimizer.step(parameters, &Tensor::zeros([0], options), 0.1);
+        optimizer.step(parameters, &[Tensor::zeros([0], options)], 0.1);
         optimizer.step_rows(parameters, &gradient(), 0.1);
     }
     assert_eq!(sparse.item_vectors(), again.item_vectors());
@@ -194,8 +194,29 @@ fn spared_parameters_without_a_gradient_keep_their_values() {
     optimizer.spare(&parameters, |name| !crate::objective::cvr::owns(name));
     let gradient = Tensor::from_slice(&[1.0_f32, -2.0, 3.0, 0.0, 0.0, 0.0]);
     for _ in 0..3 {
-        optimizer.step(&mut parameters, &gradient, 0.1);
+        optimizer.step(&mut parameters, std::slice::from_ref(&gradient), 0.1);
     }
     let changed: Vec<bool> = parameters.flat().ne_tensor(&before).try_into().unwrap();
     assert_eq!(changed, [true, true, true, false, false, false]);
+}
+
+#[test]
+fn a_gradient_in_parts_is_the_same_gradient() {
+    let options = (Kind::Float, Device::Cpu);
+    let gradient = Tensor::arange(6, options) - 2.5;
+    let after = |parts: &[Tensor]| {
+        let specs = vec![
+            ParameterSpec::new("a.weight", &[2], Role::Weight { std: 1.0 }),
+            ParameterSpec::new("b.weight", &[4], Role::Weight { std: 1.0 }),
+        ];
+        let mut parameters = Parameters::init_specs(specs, 1, Device::Cpu);
+        AdamW::new(&parameters, &config()).step(&mut parameters, parts, 0.1);
+        parameters.flat().copy()
+    };
+    let whole = after(std::slice::from_ref(&gradient));
+    for sizes in [[0, 6, 0], [1, 3, 2], [2, 4, 0], [3, 0, 3]] {
+        let parts = gradient.split_with_sizes(&sizes[..], 0);
+        assert_eq!(after(&parts), whole, "{sizes:?}");
+        assert_eq!(norm(&parts, None), norm(std::slice::from_ref(&gradient), None));
+    }
 }

@@ -377,7 +377,7 @@ fn a_residual_model_learns_projection_and_correction_but_not_the_mean() {
         assert_eq!(size(name).double_value(&[]) > 0.0, moves, "{name}");
     }
     let mut optimizer = crate::AdamW::new(&parameters, &learn_domain::config::OptimizerConfig::default());
-    optimizer.step(&mut parameters, &gradient, 0.1);
+    optimizer.step(&mut parameters, &[gradient], 0.1);
     assert_eq!(*parameters.get(CONTENT_MEAN), mean);
     // the correction is there now, so the encoder learns too
     let (_, gradient) = step(&model, &mut parameters, &STILL);
@@ -451,7 +451,7 @@ fn vectors_beside_content_start_as_nothing_and_stay_so_for_items_that_are_not_to
     let flat = parameters.gradients_into_flat().zeros_like();
     let gradient = parameters.row_gradient().unwrap();
     assert_eq!(Vec::<i64>::try_from(&gradient.items).unwrap(), [0, 1, 2, 3]);
-    optimizer.step(&mut parameters, &flat, 0.1);
+    optimizer.step(&mut parameters, &[flat], 0.1);
     optimizer.step_rows(&mut parameters, &gradient, 0.1);
     let table = parameters.item_vectors().unwrap();
     let learned: Vec<bool> =

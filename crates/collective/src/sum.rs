@@ -6,7 +6,7 @@ use crate::buffer::DType;
 ///
 /// # Panics
 /// On U8, which the checks before every operation refuse; if there are fewer terms.
-pub(super) fn add(dtype: DType, into: &mut [u8], terms: &[u8]) {
+pub(crate) fn add(dtype: DType, into: &mut [u8], terms: &[u8]) {
     assert!(terms.len() >= into.len(), "{} bytes of terms for {}", terms.len(), into.len());
     // SAFETY: there are as many bytes, which nobody changes while they are borrowed; the caller has aligned them.
     unsafe { add_from(dtype, into, terms.as_ptr()) }
@@ -19,7 +19,7 @@ pub(super) fn add(dtype: DType, into: &mut [u8], terms: &[u8]) {
 ///
 /// # Panics
 /// As [`add`]; if memory is not aligned for `dtype`.
-pub(super) unsafe fn add_from(dtype: DType, into: &mut [u8], terms: *const u8) {
+pub(crate) unsafe fn add_from(dtype: DType, into: &mut [u8], terms: *const u8) {
     // An empty slice need not be aligned.
     if into.is_empty() {
         return;
