@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use arrow_array::{ArrayRef, FixedSizeListArray, Float32Array, RecordBatch, StringArray};
 use arrow_schema::{DataType, Field, Schema};
+use learn_domain::config::RowFormat;
 use learn_domain::report::Split;
 use learn_domain::run_dir::RunDir;
 use parquet::arrow::ArrowWriter;
@@ -41,6 +42,8 @@ pub struct Exported {
     pub items: usize,
     pub users: usize,
     pub dim: usize,
+    /// How the run's content embeddings were rounded, which the vectors come from.
+    pub row_format: RowFormat,
     /// Pairs in `cvr-features.parquet`, if they were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cvr_pairs: Option<usize>,
@@ -104,6 +107,7 @@ fn write_all(
         items: item_count,
         users,
         dim,
+        row_format: offline.config.data.row_format,
         cvr_pairs,
         out: out.to_owned(),
     };

@@ -51,7 +51,7 @@ pub trait Collective: Send {
 
     fn generation(&self) -> u64;
 
-    /// Whether ranks of one machine may move data by memory that both map; the same on every rank.
+    /// Whether this rank may move data by memory that it and another one of its machine map.
     fn shares_memory(&self) -> bool;
 
     /// Replaces `buffer` by the sum over all ranks, bit-identical on every rank. F32, F64 and I64 (wrapping).

@@ -117,6 +117,11 @@ fn sealed(bytes: usize) -> io::Result<(File, MmapRaw)> {
     // SAFETY: the descriptor was made just now, and nobody else has it.
     let file = unsafe { File::from_raw_fd(descriptor) };
     file.set_len(bytes as u64)?;
+    // taken now, so that there is an error and no signal later where there is not enough
+    // SAFETY: the call takes a descriptor that lives and numbers.
+    if unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, bytes as libc::off_t) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
     let memory = MmapOptions::new().len(bytes).map_raw(&file)?;
     let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
     // SAFETY: the call takes a descriptor that lives and a number.

@@ -185,7 +185,7 @@ impl Side<'_> {
 
     /// Of all its panels.
     fn lines(&self, depth: usize) -> usize {
-        depth.div_ceil(PART) * self.panels() * PANEL
+        depth.div_ceil(PART).max(1) * self.panels() * PANEL
     }
 
     /// Packs all panels: part of the depth by part, in each the panels one after the other.
@@ -274,7 +274,7 @@ impl<O: Element> Kernel for Task<'_, '_, O> {
             let (begin, end) = depths(part, self.depth);
             side.pack(s, self.first, (begin, end), &mut own[..own_panels * PANEL]);
             let lines = (end - begin).div_ceil(DEPTH) * STEP;
-            let shared = self.packed.get(part * shared_panels * PANEL..).unwrap_or_default();
+            let shared = &self.packed[part * shared_panels * PANEL..];
             for theirs in 0..shared_panels {
                 for mine in 0..own_panels {
                     let (l, r) = if self.own == Own::Left { (mine, theirs) } else { (theirs, mine) };

@@ -51,9 +51,20 @@ struct Record {
     stages: RefCell<Vec<Stage>>,
 }
 
+/// Where a stage stands on the way of every tower. Graphs that several towers share lie between two levels, so that the backward
+/// goes through each of them once, level by level.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Level {
+    Adaptor,
+    Encoder,
+    Projection,
+    Normalisation,
+}
+
 /// A part by hand between two graphs.
 #[derive(Debug)]
 struct Stage {
+    level: Level,
     /// The end of the graph before it.
     input: Tensor,
     /// The leaf at which the graph after it begins.
@@ -151,7 +162,7 @@ impl Tape {
             }
         });
         let order = route.sampled.as_ref().and_then(|sampled| sampled.order.as_ref()).map(Tensor::shallow_clone);
-        let output = self.stage(x, hidden, records, || {
+        let output = self.stage(Level::Encoder, (x, hidden), records, || {
             Work::Encoding(Box::new(Encoding { layers: saved, route, settings: *settings, seed }))
         });
         match order {
@@ -170,21 +181,27 @@ impl Tape {
     ) -> Tensor {
         let records = is_recorded(parameters.get(names.weight));
         let (output, saved) = tch::no_grad(|| Dense::forward((parameters, layers), names, &x, precision));
-        self.stage(x, output, records, || Work::Dense(saved))
+        self.stage(names.level, (x, output), records, || Work::Dense(saved))
     }
 
     /// `x / max(|x|, shortest)` of each row of `x` `[R, d]`, f32.
     pub(crate) fn normalise(&self, x: Tensor, shortest: f64) -> Tensor {
         let records = x.requires_grad();
         let (output, saved) = tch::no_grad(|| Unit::forward(&x, shortest));
-        self.stage(x, output, records, || Work::Unit(saved))
+        self.stage(Level::Normalisation, (x, output), records, || Work::Unit(saved))
     }
 
     /// The leaf that stands for a stage's output.
-    fn stage(&self, input: Tensor, output: Tensor, records: bool, work: impl FnOnce() -> Work) -> Tensor {
+    fn stage(
+        &self,
+        level: Level,
+        (input, output): (Tensor, Tensor),
+        records: bool,
+        work: impl FnOnce() -> Work,
+    ) -> Tensor {
         let output = output.set_requires_grad(records);
         if records {
-            let stage = Stage { input, output: output.shallow_clone(), given: None, work: work() };
+            let stage = Stage { level, input, output: output.shallow_clone(), given: None, work: work() };
             self.0.stages.borrow_mut().push(stage);
         }
         output
@@ -199,20 +216,35 @@ impl Tape {
         let through: Vec<(&Tensor, &Tensor)> =
             outputs.iter().filter(|(output, gradient)| !give(&mut stages, output, gradient)).copied().collect();
         pull(&through);
-        while let Some(Stage { input, output, given, work }) = stages.pop() {
-            let through = output.grad();
-            let gradient = match (given, through.defined()) {
-                (Some(given), true) => given + through,
-                (Some(given), false) => given,
-                (None, true) => through,
-                (None, false) => continue,
-            };
-            let learns = input.requires_grad();
-            let gradient = tch::no_grad(|| work.backward(parameters, gradient, learns));
-            if let Some(gradient) = gradient.filter(|gradient| !give(&mut stages, &input, gradient)) {
-                pull(&[(&input, &gradient)]);
+        while let Some(level) = stages.iter().map(|stage| stage.level).max() {
+            let (mut now, before) = stages.into_iter().partition(|stage: &Stage| stage.level == level);
+            stages = before;
+            let mut through = Vec::new();
+            while let Some(stage) = now.pop() {
+                let Some((input, gradient)) = stage.backward(parameters) else { continue };
+                if !give(&mut stages, &input, &gradient) {
+                    through.push((input, gradient));
+                }
             }
+            pull(&through.iter().map(|(input, gradient)| (input, gradient)).collect::<Vec<_>>());
         }
+    }
+}
+
+impl Stage {
+    /// The input and its gradient, if it learns and anything has come back to the output.
+    fn backward(self, parameters: &Parameters) -> Option<(Tensor, Tensor)> {
+        let Self { input, output, given, work, .. } = self;
+        let through = output.grad();
+        let gradient = match (given, through.defined()) {
+            (Some(given), true) => given + through,
+            (Some(given), false) => given,
+            (None, true) => through,
+            (None, false) => return None,
+        };
+        let learns = input.requires_grad();
+        let gradient = tch::no_grad(|| work.backward(parameters, gradient, learns))?;
+        Some((input, gradient))
     }
 }
 
@@ -244,6 +276,10 @@ fn is_recorded(leaf: &Tensor) -> bool {
 
 /// Gives the gradient to the stage whose output this tensor is, if there is one: no graph lies between.
 fn give(stages: &mut [Stage], tensor: &Tensor, gradient: &Tensor) -> bool {
+    // tensors without numbers have no place by which to tell them apart, and nothing to bring
+    if tensor.numel() == 0 {
+        return true;
+    }
     let is_it = |stage: &&mut Stage| {
         tensor.is_leaf()
             && tensor.requires_grad()
@@ -260,11 +296,12 @@ fn give(stages: &mut [Stage], tensor: &Tensor, gradient: &Tensor) -> bool {
 
 /// Brings gradients back through libtorch's graphs in one pass.
 ///
-/// The dot product of output and gradient has `gradient` as its derivative, so its backward is the wanted one.
+/// The dot product of output and gradient has `gradient` as its derivative, so its backward is the wanted one. What has no rows
+/// has nothing to bring.
 fn pull(parts: &[(&Tensor, &Tensor)]) {
     let surrogate = parts
         .iter()
-        .filter(|(output, _)| output.requires_grad())
+        .filter(|(output, _)| output.requires_grad() && output.numel() > 0)
         .map(|(output, gradient)| output.reshape([-1]).dot(&gradient.reshape([-1])))
         .reduce(|sum, part| sum + part);
     if let Some(surrogate) = surrogate {

@@ -4,7 +4,7 @@
 //! `torch.optim.SparseAdam` does, with AdamW's decoupled decay: moments, decay and value of a row move only in a step that
 //! touches it, and bias correction counts the steps of the job, not those of the row. Invariants: the
 //! arithmetic is that of `torch.optim.AdamW` (decoupled decay, bias correction, epsilon outside the root). On the CPU in f32
-//! one pass over the memory does an update: clipping, moments, values, and the weights that the encoder's products read; elsewhere
+//! one pass over the memory does an update: clipping, moments, values, and the weights that the towers' products read; elsewhere
 //! it is a sequence of libtorch's operators. State that was saved and loaded continues bit by bit; ranks that hold equal parameters and gradients stay equal.
 
 use half::bf16;
@@ -75,7 +75,11 @@ impl AdamW {
         if parameters.device() == Device::Cpu && parameters.kind() == Kind::Float {
             self.step_in_one_pass(parameters, gradient, pace);
         } else {
-            tch::no_grad(|| self.step_by_operators(parameters, &Tensor::cat(gradient, 0), pace));
+            let whole = match gradient {
+                [whole] => whole.shallow_clone(),
+                parts => Tensor::cat(parts, 0),
+            };
+            tch::no_grad(|| self.step_by_operators(parameters, &whole, pace));
         }
     }
 
@@ -119,6 +123,7 @@ impl AdamW {
                 );
             }
         }
+        assert!(gradient.parts.iter().all(|part| part.is_empty()), "the gradient has more numbers than the parameters");
         parameters.keep_working(working);
     }
 
@@ -261,7 +266,9 @@ impl<'a> Parts<'a> {
     /// There are no more.
     fn next(&mut self, most: usize) -> &'a [f32] {
         loop {
-            let Some(part) = self.parts.pop() else { panic!("the gradient has {most} numbers too few") };
+            let Some(part) = self.parts.pop() else {
+                panic!("the gradient has fewer numbers than the parameters, at least {most}")
+            };
             let (next, rest) = part.split_at(most.min(part.len()));
             if !rest.is_empty() {
                 self.parts.push(rest);

@@ -336,19 +336,34 @@ impl Parameters {
     }
 
     /// Lets gradients be collected in this memory of `[P]` numbers, or in libtorch's own. What was collected is gone, and the
-    /// memory used before is not written to again.
+    /// memory used before is not written to again; tensors over it that [`Parameters::gradients_into_flat`] gave are no longer
+    /// to be used.
+    ///
+    /// # Panics
+    /// The memory has another length.
     pub fn lodge_gradient(&mut self, memory: Option<Arc<OwnVector>>) {
+        self.leaves.iter_mut().filter(|leaf| leaf.grad().defined()).for_each(Tensor::zero_grad);
+        if memory.is_none() && self.lodging.is_none() {
+            self.slots.close();
+            return;
+        }
+        // what was there goes before there is more
+        self.slots = Slots::new(Vec::new());
+        self.gradient = Tensor::new();
         self.gradient = match &memory {
-            Some(memory) => learn_torch::over(memory),
+            Some(memory) => {
+                assert!(memory.len() == self.flat.numel(), "{} numbers for {}", memory.len(), self.flat.numel());
+                learn_torch::over(memory)
+            }
             None => zeros_like(&self.flat),
         };
         self.slots = Slots::new(views(&self.specs, &self.gradient).collect());
-        self.leaves.iter_mut().filter(|leaf| leaf.grad().defined()).for_each(Tensor::zero_grad);
         self.lodging = memory;
     }
 
     /// Moves what backward passes have collected since the last call into one buffer `[P]` and returns it; 0 where a
-    /// parameter took no part. What was added by hand is there already. The buffer is reused by the next call.
+    /// parameter took no part. What was added by hand is there already. The buffer is reused by the next call, and it lies in
+    /// memory that [`Parameters::lodge_gradient`] may have lent.
     pub fn gradients_into_flat(&mut self) -> Tensor {
         tch::no_grad(|| {
             for (place, leaf) in self.leaves.iter_mut().enumerate() {

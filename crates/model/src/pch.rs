@@ -76,7 +76,7 @@ pub struct ItemInputs<'a> {
     pub content: &'a Tensor,
     /// In training: the seed of the step, the same on every rank, which decides whose learned vectors are left out.
     pub id_seed: Option<u64>,
-    /// Encoders go by hand where they can, and what comes out goes back by [`Tape::backward`]. Without one libtorch
+    /// Towers go by hand where they can, and what comes out goes back by [`Tape::backward`]. Without one libtorch
     /// differentiates everything, and its generator draws the dropout.
     pub tape: Option<&'a Tape>,
 }

@@ -74,14 +74,16 @@ pub fn buffer(tensor: &mut Tensor) -> Result<Buffer<'_>, TorchError> {
     Ok(unsafe { Buffer::from_raw(ptr, len, dtype, place) })
 }
 
-/// A tensor `[n]` f32 over memory that other ranks read. It is valid while that memory is, which whoever holds the tensor sees to.
+/// A tensor `[n]` f32 over memory that other ranks read. It is valid as long as that memory, as [`RawTensor`] is: whoever
+/// holds the tensor keeps the memory too.
 #[must_use]
 pub fn over(memory: &OwnVector) -> Tensor {
     // SAFETY: as many elements, aligned; see above for how long
     unsafe { floats(memory.start(), memory.len()) }
 }
 
-/// Tensors over the parts of a sum, to be read only, as long as the ranks in whose memory they lie leave it as it is.
+/// Tensors over the parts of a sum, to be read only, as long as `sum` lives and the ranks in whose memory they lie leave it as
+/// it is.
 #[must_use]
 pub fn parts_of(sum: &CommonVector) -> Vec<Tensor> {
     let parts = (0..sum.world_size()).map(|rank| sum.part(rank));

@@ -203,20 +203,23 @@ async fn compare(
 ) -> Result<Result<Embeddings, NotMapped>, FlightClientError> {
     let items = sample(embeddings.rows());
     let sent = client.rows(embeddings.dim()).fetch(&items).await?;
-    let here = match embeddings.gather(&items, client.row_format()) {
-        Ok(here) => here,
-        // damaged here; the service has others, or says that its own are damaged
-        Err(RowError::NotFinite { item, .. }) => return Ok(Err(NotMapped::OtherRow { path: dir.to_owned(), item })),
-        Err(error) => return Err(error.into()),
+    let here = embeddings.gather(&items, client.row_format());
+    Ok(first_other(&items, here, &sent)?
+        .map_or(Ok(embeddings), |item| Err(NotMapped::OtherRow { path: dir.to_owned(), item })))
+}
+
+/// The first of these items whose row is another one here than the one that was sent, or is damaged here; the service has others, or
+/// says that its own are damaged.
+fn first_other(items: &[u32], here: Result<Vec<f16>, RowError>, sent: &[f16]) -> Result<Option<u32>, RowError> {
+    let here = match here {
+        Err(RowError::NotFinite { item, .. }) => return Ok(Some(item)),
+        here => here?,
     };
-    let dim = embeddings.dim();
-    let bits = |row: &[f16]| row.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
     // as many as were asked for: the exchange and `Embeddings::gather` see to it
+    let dim = (sent.len() / items.len().max(1)).max(1);
+    let bits = |row: &[f16]| row.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
     let mut rows = items.iter().zip(here.chunks_exact(dim).zip(sent.chunks_exact(dim)));
-    Ok(match rows.find(|(_, (here, sent))| bits(here) != bits(sent)) {
-        Some((&item, _)) => Err(NotMapped::OtherRow { path: dir.to_owned(), item }),
-        None => Ok(embeddings),
-    })
+    Ok(rows.find(|(_, (here, sent))| bits(here) != bits(sent)).map(|(item, _)| *item))
 }
 
 /// Items from the first to the last.
@@ -228,6 +231,8 @@ fn sample(rows: usize) -> Vec<u32> {
 
 #[cfg(test)]
 mod tests {
+    use learn_dataset::embeddings::int8;
+    use learn_domain::config::RowFormat;
     use learn_proto::flight::RowFile;
     use proptest::prelude::*;
 
@@ -285,6 +290,22 @@ mod tests {
         assert_eq!(changed(&watched), None);
         std::fs::remove_file(&path).unwrap();
         assert_eq!(changed(&watched), None);
+    }
+
+    #[test]
+    fn a_row_that_is_another_one_or_damaged_is_found() {
+        let rows = |values: [f32; 6]| values.map(f16::from_f32).to_vec();
+        let sent = rows([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        let other = |here| first_other(&[7, 8, 9], here, &sent).unwrap();
+        assert_eq!(other(Ok(sent.clone())), None);
+        assert_eq!(other(Ok(rows([1.0, 2.0, 3.0, -4.0, 5.0, -6.0]))), Some(8));
+        // equal as numbers is not enough
+        assert_eq!(first_other(&[7], Ok(vec![f16::NEG_ZERO]), &[f16::ZERO]).unwrap(), Some(7));
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/dataset/tests/data/v1");
+        let table = Dataset::open(&dir).unwrap().embeddings().unwrap();
+        assert!(first_other(&[5], table.gather(&[5], RowFormat::F16), &sent[..2]).is_err());
+        let source = int8::quantize(&[f16::NAN, f16::ONE], &mut [0, 0]).unwrap_err();
+        assert_eq!(other(Err(RowError::NotFinite { item: 9, source })), Some(9));
     }
 
     proptest! {

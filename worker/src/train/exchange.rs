@@ -154,15 +154,12 @@ impl Exchange {
     /// # Errors
     /// If the collective fails.
     pub fn lodge(&mut self, parameters: &mut Parameters) -> Result<(), WorkerError> {
-        parameters.lodge_gradient(None);
         let mut gradients = None;
         self.run(|collective| {
             gradients = CommonVector::new(collective, parameters.lodgeable())?;
             Ok(())
         })?;
-        if let Some(gradients) = &gradients {
-            parameters.lodge_gradient(Some(Arc::clone(gradients.own())));
-        }
+        parameters.lodge_gradient(gradients.as_ref().map(|gradients| Arc::clone(gradients.own())));
         self.gradients = gradients;
         Ok(())
     }
@@ -175,8 +172,16 @@ impl Exchange {
     pub fn sum_gradient(&mut self, parameters: &mut Parameters) -> Result<Vec<Tensor>, WorkerError> {
         let mut flat = parameters.gradients_into_flat();
         if let Some(gradients) = self.gradients.take() {
+            assert!(
+                flat.data_ptr() == gradients.own().start().cast(),
+                "the gradient lies elsewhere than it was lodged"
+            );
             let summed = self.run(|collective| gradients.sum(collective));
             let parts = learn_torch::parts_of(&gradients);
+            // this rank's part of the others' gradients, and what it reads of their parts of the sum
+            let (whole, own) = (flat.numel(), gradients.part(self.rank()).1);
+            let read = ((self.world_size() - 1) * own + whole - own) * size_of::<f32>();
+            self.metrics.collective_bytes_total.inc_by(read as u64);
             self.gradients = Some(gradients);
             return Ok(summed.map(|()| parts)?);
         }

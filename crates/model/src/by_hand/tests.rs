@@ -1,8 +1,8 @@
-//! Tests of the encoder by hand: against the one that libtorch differentiates.
+//! Tests of the towers by hand: against those that libtorch differentiates.
 
 use std::collections::BTreeMap;
 
-use learn_domain::config::{ItemTower, ModelConfig, PositionEmbedding, Precision};
+use learn_domain::config::{ItemInput, ItemTower, ModelConfig, PositionEmbedding, Precision, Residual};
 use learn_domain::packing::Packing;
 use tch::{Device, Kind, Tensor};
 
@@ -28,6 +28,8 @@ struct Outcome {
     user: Tensor,
     item: Tensor,
     gradients: BTreeMap<String, Tensor>,
+    /// Of learned item vectors.
+    rows: Option<Tensor>,
 }
 
 /// Users in the order in which they lie: shortest first. The positions are not.
@@ -43,8 +45,12 @@ fn sequences(lengths: &[usize], positions: &[i64]) -> Sequences {
 
 impl Batch {
     fn new(item_tower: ItemTower, dropout: f64) -> Self {
+        Self::with(item_tower, dropout, |_| {})
+    }
+
+    fn with(item_tower: ItemTower, dropout: f64, change: impl Fn(&mut ModelConfig)) -> Self {
         let output_dim = if item_tower == ItemTower::Content { INPUT as u32 } else { 10 };
-        let model = ModelConfig {
+        let mut model = ModelConfig {
             layers: 3,
             heads: 2,
             hidden: 32,
@@ -55,6 +61,7 @@ impl Batch {
             position_embedding: PositionEmbedding::Learned,
             ..ModelConfig::default()
         };
+        change(&mut model);
         let model = Pch::new(PchShape { input_dim: INPUT, items: 9, model, max_history: 8, cvr_hidden: None }).unwrap();
         let parameters = Parameters::init(model.shape(), 3, Device::Cpu);
         // biases and scales that are not where they start
@@ -84,12 +91,13 @@ impl Batch {
         }
         let flat = self.parameters.gradients_into_flat().copy();
         let gradients = self.parameters.parts(&flat).map(|(name, part)| (name.to_owned(), part)).collect();
-        Outcome { user: user.detach(), item: item.detach(), gradients }
+        let rows = self.parameters.row_gradient().map(|gradient| gradient.rows);
+        Outcome { user: user.detach(), item: item.detach(), gradients, rows }
     }
 
     fn forward(&self, forward: Forward, tape: Option<&Tape>) -> (Tensor, Tensor) {
         let items: Vec<u32> = (0..9).collect();
-        let inputs = ItemInputs { items: &items, content: &self.content, id_seed: None, tape };
+        let inputs = ItemInputs { items: &items, content: &self.content, id_seed: Some(5), tape };
         let items = self.model.items(&self.parameters, &inputs, &forward);
         let item = self.model.item(&self.parameters, &items, &self.targets, &forward);
         (self.model.user(&self.parameters, &items, &self.history, &forward), item)
@@ -102,7 +110,68 @@ fn gap(a: &Tensor, b: &Tensor) -> f64 {
     largest(a - b) / largest(b.shallow_clone()).max(1e-3)
 }
 
+/// Changes that let the towers share graphs: of a residual path, of learned item vectors.
+const SHARING: [(&str, fn(&mut ModelConfig)); 5] = [
+    ("residual", |model| (model.residual, model.residual_trained) = (Residual::Content, true)),
+    ("ids", |model| model.item_input = ItemInput::Id),
+    ("both", |model| (model.item_input, model.id_dropout) = (ItemInput::ContentId, 0.3)),
+    ("no layers", |model| (model.layers, model.residual, model.residual_trained) = (0, Residual::Content, true)),
+    ("no layers, both", |model| (model.layers, model.item_input, model.id_dropout) = (0, ItemInput::ContentId, 0.3)),
+];
+
 const TOWERS: [ItemTower; 3] = [ItemTower::Causal, ItemTower::PerItem, ItemTower::Content];
+
+#[test]
+fn towers_without_rows_learn_nothing_in_either_kind() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        for tower in TOWERS {
+            // wider than a block of products
+            let mut batch = Batch::with(tower, 0.1, |model| {
+                model.hidden = 64;
+                if tower != ItemTower::Content {
+                    model.output_dim = 48;
+                }
+            });
+            let none = |sequences: &mut Sequences| sequences.positions = sequences.positions.narrow(0, 0, 0);
+            none(&mut batch.history);
+            none(&mut batch.targets);
+            let width = batch.model.output_dim();
+            batch.d_user = Tensor::zeros([0, width], (Kind::Float, Device::Cpu));
+            batch.d_item = batch.d_user.shallow_clone();
+            let outcome = batch.run(Forward { train: true, precision }, Some(&Tape::new(1)));
+            assert_eq!((outcome.user.size(), outcome.item.size()), (vec![0, width], vec![0, width]), "{tower:?}");
+            let largest = outcome.gradients.values().map(|part| part.abs().max().double_value(&[])).fold(0.0, f64::max);
+            assert_eq!(largest, 0.0, "{tower:?} {precision:?}");
+        }
+    }
+}
+
+#[test]
+fn graphs_that_towers_share_are_gone_through_once() {
+    let forward = Forward { train: true, precision: Precision::F32 };
+    for tower in [ItemTower::Causal, ItemTower::PerItem] {
+        for (name, change) in SHARING {
+            let mut batch = Batch::with(tower, 0.0, change);
+            for unread in [false, true] {
+                if unread {
+                    batch.history.positions = batch.history.positions.narrow(0, 0, 0);
+                    batch.d_user = batch.d_user.narrow(0, 0, 0);
+                }
+                let reference = batch.run(forward, None);
+                let by_hand = batch.run(forward, Some(&Tape::new(1)));
+                let largest =
+                    reference.gradients.values().map(|part| part.abs().max().double_value(&[])).fold(0.0, f64::max);
+                for (parameter, theirs) in &reference.gradients {
+                    let error = (&by_hand.gradients[parameter] - theirs).abs().max().double_value(&[]) / largest;
+                    assert!(error < 1e-5, "{tower:?}, {name}, unread {unread}, {parameter}: {error:e}");
+                }
+                if let (Some(ours), Some(theirs)) = (by_hand.rows, reference.rows) {
+                    assert!(gap(&ours, &theirs) < 1e-4, "{tower:?}, {name}, unread {unread}, item vectors");
+                }
+            }
+        }
+    }
+}
 
 #[test]
 fn it_agrees_with_libtorchs_own_differentiation() {

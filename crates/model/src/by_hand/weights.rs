@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use tch::{Kind, Tensor};
 
+use super::Level;
 use crate::parameters::Parameters;
 
 /// Names of a dense layer's parameters.
@@ -14,12 +15,13 @@ use crate::parameters::Parameters;
 pub(crate) struct DenseNames {
     pub weight: &'static str,
     pub bias: &'static str,
+    pub level: Level,
 }
 
 impl DenseNames {
-    pub const ADAPTOR: Self = Self { weight: "adaptor.weight", bias: "adaptor.bias" };
+    pub const ADAPTOR: Self = Self { weight: "adaptor.weight", bias: "adaptor.bias", level: Level::Adaptor };
     /// From hidden states to embeddings.
-    pub const PROJECTION: Self = Self { weight: "mlp.0.weight", bias: "mlp.0.bias" };
+    pub const PROJECTION: Self = Self { weight: "mlp.0.weight", bias: "mlp.0.bias", level: Level::Projection };
 }
 
 /// Names of a layer's parameters.

@@ -98,7 +98,7 @@ fn start(config: &Config) -> Vec<f64> {
     all
 }
 
-fn load(model: &Pch, values: &[f64]) -> Parameters {
+fn load(model: &Pch, values: &[f64], kind: Kind) -> Parameters {
     let specs = Parameters::init(model.shape(), SEED, Device::Cpu);
     let (flat, table) = values.split_at(specs.count() as usize);
     let flat = Tensor::from_slice(flat);
@@ -106,11 +106,17 @@ fn load(model: &Pch, values: &[f64]) -> Parameters {
     if let Some(vectors) = specs.item_vectors() {
         tensors.push((ID_EMBEDDING.to_owned(), Tensor::from_slice(table).view_as(vectors)));
     }
-    Parameters::load(model.shape(), tensors, Kind::Double, Device::Cpu).unwrap()
+    Parameters::load(model.shape(), tensors, kind, Device::Cpu).unwrap()
 }
 
 /// One rank's step from each of these parameter values.
 fn rank_steps(config: &Config, points: &[Vec<f64>], exchange: &mut Exchange) -> Vec<Outcome> {
+    let step = prepared(config, exchange);
+    points.iter().map(|values| rank_step(config, values, &step, exchange)).collect()
+}
+
+/// One rank's share of a step.
+fn prepared(config: &Config, exchange: &Exchange) -> PreparedStep {
     let (rank, world) = (exchange.rank() as u32, exchange.world_size() as u32);
     let (users, pairs) = users(config);
     // in a world of four the last two ranks have nobody
@@ -126,11 +132,11 @@ fn rank_steps(config: &Config, points: &[Vec<f64>], exchange: &mut Exchange) -> 
         .collect();
     let meta = BatchMeta { step: 0, epoch: 0, global_users: USERS, global_pairs: pairs, part: 0, parts: 1 };
     let places = mine.iter().map(|user| user.place).collect();
-    let step = PreparedStep { meta, users: mine.iter().map(|user| user.user).collect(), places, micro_batches };
-    points.iter().map(|values| rank_step(config, values, &step, exchange)).collect()
+    PreparedStep { meta, users: mine.iter().map(|user| user.user).collect(), places, micro_batches }
 }
 
-fn rank_step(config: &Config, values: &[f64], step: &PreparedStep, exchange: &mut Exchange) -> Outcome {
+/// One that begins with these values of this kind.
+fn stepper(config: &Config, values: &[f64], kind: Kind, exchange: &mut Exchange) -> Stepper {
     let objective = match config.objective.kind {
         ObjectiveKind::FullSoftmax => {
             let part = learn_domain::plan::contiguous_part(ITEMS as usize, exchange.rank(), exchange.world_size());
@@ -145,8 +151,9 @@ fn rank_step(config: &Config, values: &[f64], step: &PreparedStep, exchange: &mu
         }
     };
     let model = Pch::new(shape(config, &facts())).unwrap();
-    let parameters = load(&model, values);
-    let mut stepper = Stepper {
+    let mut parameters = load(&model, values, kind);
+    exchange.lodge(&mut parameters).unwrap();
+    Stepper {
         optimizer: AdamW::new(&parameters, &config.optimizer),
         model,
         parameters,
@@ -158,7 +165,11 @@ fn rank_step(config: &Config, values: &[f64], step: &PreparedStep, exchange: &mu
         conversion: None,
         draw_seed: SEED,
         clock: PhaseClock::new(WorkerMetrics::new(), Arc::new(Progress::default())),
-    };
+    }
+}
+
+fn rank_step(config: &Config, values: &[f64], step: &PreparedStep, exchange: &mut Exchange) -> Outcome {
+    let mut stepper = stepper(config, values, Kind::Double, exchange);
     let outcome = stepper.step(step, exchange, 0.0, Word::default()).unwrap().finished().unwrap();
     let state = stepper.optimizer.state(&stepper.parameters);
     // after one step without momentum, the first moment is the gradient
@@ -167,13 +178,13 @@ fn rank_step(config: &Config, values: &[f64], step: &PreparedStep, exchange: &mu
     Outcome { loss: outcome.loss, accuracy: outcome.accuracy, gradient }
 }
 
-/// Steps of a world, from each of these parameter values; every rank says the same.
-fn steps(config: &Config, world_size: usize, points: &[Vec<f64>]) -> Vec<Outcome> {
+/// What each rank of a world gives, each as a thread.
+fn each_rank<T: Send>(world_size: usize, shares_memory: bool, work: impl Fn(&mut Exchange) -> T + Sync) -> Vec<T> {
     let store = MemoryRendezvous::default();
-    let outcomes: Vec<Vec<Outcome>> = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..world_size)
             .map(|rank| {
-                let store = store.clone();
+                let (store, work) = (store.clone(), &work);
                 scope.spawn(move || {
                     let group = Group {
                         rank,
@@ -183,16 +194,21 @@ fn steps(config: &Config, world_size: usize, points: &[Vec<f64>]) -> Vec<Outcome
                         bind: "127.0.0.1".into(),
                         advertise: "127.0.0.1".into(),
                         timeout: Duration::from_secs(60),
-                        shares_memory: true,
+                        shares_memory,
                         aborter: Aborter::default(),
                     };
                     let collective = connect_tcp(group, &store).unwrap();
-                    rank_steps(config, points, &mut Exchange::new(collective, WorkerMetrics::new(), Arc::default()))
+                    work(&mut Exchange::new(collective, WorkerMetrics::new(), Arc::default()))
                 })
             })
             .collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
-    });
+    })
+}
+
+/// Steps of a world, from each of these parameter values; every rank says the same.
+fn steps(config: &Config, world_size: usize, points: &[Vec<f64>]) -> Vec<Outcome> {
+    let outcomes = each_rank(world_size, true, |exchange| rank_steps(config, points, exchange));
     for other in &outcomes[1..] {
         for (one, other) in outcomes[0].iter().zip(other) {
             assert_eq!((one.loss, &one.gradient), (other.loss, &other.gradient));
@@ -343,4 +359,31 @@ fn sampled_negatives_are_exact_with_learned_vectors() {
         config.objective.uniform_negatives = 9;
         config.model.item_input = ItemInput::ContentId;
     }));
+}
+
+#[test]
+fn the_way_of_gradients_changes_no_bit() {
+    let config = config(|config| {
+        config.optimizer.beta1 = 0.9;
+        config.optimizer.clip_norm = 0.5;
+    });
+    let values = start(&config);
+    for world in [2, 3] {
+        let trained = |shares_memory| {
+            each_rank(world, shares_memory, |exchange| {
+                let step = prepared(&config, exchange);
+                let mut stepper = stepper(&config, &values, Kind::Float, exchange);
+                let mut norms = Vec::new();
+                for _ in 0..4 {
+                    let end = stepper.step(&step, exchange, 0.01, Word::default()).unwrap();
+                    norms.push(end.finished().unwrap().gradient_norm.to_bits());
+                }
+                (norms, Vec::<f32>::try_from(stepper.parameters.flat().copy()).unwrap())
+            })
+        };
+        let (shared, by_sockets) = (trained(true), trained(false));
+        assert!(shared[0].1.iter().zip(&values).any(|(now, then)| (f64::from(*now) - then).abs() > 1e-3));
+        assert!(shared.windows(2).all(|pair| pair[0] == pair[1]), "all ranks of {world} come to the same");
+        assert_eq!(shared, by_sockets, "{world} ranks");
+    }
 }
