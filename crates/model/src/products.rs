@@ -76,3 +76,55 @@ fn matrix(tensor: &Tensor) -> Option<Matrix<'_>> {
     let matrix = Matrix::strided(values, (rows, columns), pitch);
     Some(if transposed { matrix.transposed() } else { matrix })
 }
+
+#[cfg(test)]
+mod tests {
+    use learn_kernels::Level;
+    use tch::Device;
+
+    use super::*;
+
+    const OPTIONS: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    /// Matrices of this kind that fit, however they lie: as they are, transposed, parts of others.
+    fn lying(shape: [i64; 2], kind: Kind) -> [Tensor; 3] {
+        let [rows, columns] = shape;
+        let all = Tensor::randn([rows + 2, columns + 3], OPTIONS).to_kind(kind);
+        let part = all.narrow(0, 1, rows).narrow(1, 2, columns);
+        [part.contiguous(), part.tr().contiguous().tr(), part]
+    }
+
+    #[test]
+    fn products_are_right_with_and_without_tiles() {
+        learn_torch::seed(3);
+        for (kind, out_kind) in
+            [(Kind::BFloat16, Kind::BFloat16), (Kind::BFloat16, Kind::Float), (Kind::Float, Kind::Float)]
+        {
+            let tolerance = if kind == Kind::Float { 1e-5 } else { 0.05 };
+            for level in [Level::current(), Level::Portable] {
+                for left in lying([37, 50], kind) {
+                    for right in lying([50, 41], kind) {
+                        let truth = left.to_kind(Kind::Double).mm(&right.to_kind(Kind::Double));
+                        let near = |what: &str, ours: &Tensor, truth: &Tensor| {
+                            let gap = (ours.to_kind(Kind::Double) - truth).abs() / truth.abs().clamp_min(1.0);
+                            let gap = gap.max().double_value(&[]);
+                            assert!(ours.kind() == out_kind && gap < tolerance, "{what} {level:?} {kind:?}: {gap}");
+                        };
+                        let row = Tensor::randn([41], OPTIONS).to_kind(out_kind);
+                        let with_row = &truth + row.to_kind(Kind::Double);
+                        let held = Tensor::randn([37, 41], OPTIONS).to_kind(out_kind);
+                        let (mut fresh, mut sum) = (held.copy(), held.copy());
+                        level.with(|| {
+                            near("alone", &product(&left, &right, Added::Nothing, out_kind), &truth);
+                            near("a row", &product(&left, &right, Added::Row(&row), out_kind), &with_row);
+                            add_product(&mut fresh, false, &left, &right);
+                            add_product(&mut sum, true, &left, &right);
+                        });
+                        near("overwritten", &fresh, &truth);
+                        near("added", &sum, &(&truth + held.to_kind(Kind::Double)));
+                    }
+                }
+            }
+        }
+    }
+}
