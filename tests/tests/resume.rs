@@ -24,7 +24,7 @@ fn a_run_stopped_by_sigterm_and_resumed_equals_an_undisturbed_one_bitwise() {
     // dropout on: its draws must continue too; long enough for the signal to arrive in the middle
     let slow = [
         "model.dropout=0.1",
-        "model.layers=3",
+        "model.layers=8",
         "training.epochs=100",
         "evaluation.every_epochs=20",
         "checkpoint.every_epochs=20",
