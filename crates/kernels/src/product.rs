@@ -28,8 +28,11 @@ const TILE: usize = 16;
 const STEP: usize = 2 * TILE;
 /// How deep a part of the depth is.
 const PART: usize = 24 * DEPTH;
-/// Lines of a panel in a part of the depth: 48 KiB.
-const PANEL: usize = PART / DEPTH * STEP;
+/// Lines of a panel in a part of the depth, 48 KiB at most.
+fn panel(depth: usize) -> usize {
+    depth.min(PART).div_ceil(DEPTH).max(1) * STEP
+}
+
 /// Most panels that a task packs for itself; with the outputs they fit into a core's second cache.
 const OWN: usize = 12;
 /// Memory that is kept for the next product, in lines: 16 MiB.
@@ -131,8 +134,8 @@ impl Product<'_> {
         }
         let own = if n > m { Own::Right } else { Own::Left };
         let (own_panels, shared) = match own {
-            Own::Left => (m.div_ceil(BLOCK), Side { matrix: self.right, right: true }),
-            Own::Right => (n.div_ceil(BLOCK), Side { matrix: self.left, right: false }),
+            Own::Left => (m.div_ceil(BLOCK), Side { matrix: self.right, right: true, panel: panel(depth) }),
+            Own::Right => (n.div_ceil(BLOCK), Side { matrix: self.left, right: false, panel: panel(depth) }),
         };
         let panels = own_panels.div_ceil(4 * parallel::threads()).clamp(1, OWN);
         let (level, tiles) = (Level::current(), has_tiles());
@@ -175,6 +178,8 @@ fn cut<O>(out: &mut [O], width: usize, own: Own, size: usize) -> Vec<Vec<&mut [O
 struct Side<'a> {
     matrix: Matrix<'a>,
     right: bool,
+    /// Lines from one panel to the next.
+    panel: usize,
 }
 
 impl Side<'_> {
@@ -185,13 +190,13 @@ impl Side<'_> {
 
     /// Of all its panels.
     fn lines(&self, depth: usize) -> usize {
-        depth.div_ceil(PART).max(1) * self.panels() * PANEL
+        depth.div_ceil(PART).max(1) * self.panels() * self.panel
     }
 
     /// Packs all panels: part of the depth by part, in each the panels one after the other.
     fn pack_all(&self, level: Level, depth: usize, packed: &mut [Line]) {
-        let parts = packed.chunks_mut(self.panels() * PANEL).enumerate().flat_map(|(part, lines)| {
-            let groups = lines.chunks_mut(4 * PANEL).enumerate();
+        let parts = packed.chunks_mut(self.panels() * self.panel).enumerate().flat_map(|(part, lines)| {
+            let groups = lines.chunks_mut(4 * self.panel).enumerate();
             groups.map(move |(group, lines)| PackSome { side: *self, first: 4 * group, part, depth, lines })
         });
         parallel::map(parts.collect(), |some| level.run(some));
@@ -200,7 +205,7 @@ impl Side<'_> {
     /// Packs the panels from `first` on that there is room for, in a part of the depth.
     #[inline(always)]
     fn pack<S: Simd>(&self, s: S, first: usize, depths: (usize, usize), lines: &mut [Line]) {
-        for (number, panel) in lines.chunks_exact_mut(PANEL).enumerate() {
+        for (number, panel) in lines.chunks_exact_mut(self.panel).enumerate() {
             self.pack_panel(s, (first + number) * BLOCK, depths, panel);
         }
     }
@@ -261,25 +266,26 @@ impl<O: Element> Kernel for Task<'_, '_, O> {
         let (rows, columns) = (self.rows.len(), self.rows.first().map_or(0, |row| row.len()));
         let (left, right) = (rows.div_ceil(BLOCK), columns.div_ceil(BLOCK));
         let (side, own_panels, shared_panels) = match self.own {
-            Own::Left => (Side { matrix: self.product.left, right: false }, left, right),
-            Own::Right => (Side { matrix: self.product.right, right: true }, right, left),
+            Own::Left => (Side { matrix: self.product.left, right: false, panel: panel(self.depth) }, left, right),
+            Own::Right => (Side { matrix: self.product.right, right: true, panel: panel(self.depth) }, right, left),
         };
+        let panel = side.panel;
         let parts = self.depth.div_ceil(PART).max(1);
         let multiplier = Multiplier::new(self.tiles);
-        let mut own = take_scratch(&OWN_PANELS, own_panels * PANEL);
+        let mut own = take_scratch(&OWN_PANELS, own_panels * panel);
         // sums of one part are stored at once, those of several wait for the last
         let mut blocks = BLOCKS.take();
         blocks.resize(blocks.len().max(if parts == 1 { 1 } else { left * right }), Block::ZERO);
         for part in 0..parts {
             let (begin, end) = depths(part, self.depth);
-            side.pack(s, self.first, (begin, end), &mut own[..own_panels * PANEL]);
+            side.pack(s, self.first, (begin, end), &mut own[..own_panels * panel]);
             let lines = (end - begin).div_ceil(DEPTH) * STEP;
-            let shared = &self.packed[part * shared_panels * PANEL..];
+            let shared = &self.packed[part * shared_panels * panel..];
             for theirs in 0..shared_panels {
                 for mine in 0..own_panels {
                     let (l, r) = if self.own == Own::Left { (mine, theirs) } else { (theirs, mine) };
                     let block = &mut blocks[if parts == 1 { 0 } else { theirs * own_panels + mine }];
-                    let (mine, theirs) = (&own[mine * PANEL..][..lines], &shared[theirs * PANEL..][..lines]);
+                    let (mine, theirs) = (&own[mine * panel..][..lines], &shared[theirs * panel..][..lines]);
                     let (one, other) = if self.own == Own::Left { (mine, theirs) } else { (theirs, mine) };
                     multiplier.multiply((one, other), part == 0, block);
                     if part + 1 == parts {

@@ -23,9 +23,11 @@ pub(crate) fn mm(left: &Tensor, right: &Tensor) -> Tensor {
 
 /// `left right` of this kind, with something added.
 pub(crate) fn product(left: &Tensor, right: &Tensor, added: Added<'_>, kind: Kind) -> Tensor {
-    let mut out = Tensor::empty([left.size()[0], right.size()[1]], (kind, left.device()));
-    if by_tiles(left, right, &mut out, Some(added)) {
-        return out;
+    if learn_kernels::has_tiles() && left.kind() == Kind::BFloat16 {
+        let mut out = Tensor::empty([left.size()[0], right.size()[1]], (kind, left.device()));
+        if by_tiles(left, right, &mut out, Some(added)) {
+            return out;
+        }
     }
     match added {
         Added::Row(row) if left.kind() == kind => row.addmm(left, right),
