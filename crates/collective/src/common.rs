@@ -1,10 +1,10 @@
 //! One vector of each rank in memory that all ranks of a machine read, and the sum of them without a copy.
 //!
-//! Input: the vector that each rank has written into its memory. Output: the sum, one part in each rank's memory, where all
-//! can read it. It is the sum of `all_reduce_sum` to the bit: the same parts, added up in the same order of ranks.
-//! Invariant, which the callers keep: a rank writes to its memory again when every other rank has entered an operation after its
-//! last look at the sum. In training that is the announcement of the next step. Memory of a generation that broke is not
-//! written to again at all, because nobody knows who still reads it.
+//! Input: the vector that each rank has written into its memory. Output: the sum, one part in each rank's memory, where
+//! all can read it. It is the sum of `all_reduce_sum` to the bit: the same parts, added up in the same order of ranks.
+//! Invariant, which the callers keep: a rank writes to its memory again when every other rank has entered an operation
+//! after its last look at the sum. In training that is the announcement of the next step. Memory of a generation that
+//! broke is not written to again at all, because nobody knows who still reads it.
 
 use std::sync::Arc;
 
@@ -57,8 +57,8 @@ impl std::fmt::Debug for OwnVector {
 }
 
 impl CommonVector {
-    /// Memory for vectors of `len` zeros, if every rank wants it (has a `len`), may share memory, and can read that of all others. Every rank
-    /// calls it, or none.
+    /// Memory for vectors of `len` zeros, if every rank wants it (has a `len`), may share memory, and can read that of
+    /// all others. Every rank calls it, or none.
     ///
     /// # Errors
     /// If the collective fails.
@@ -105,8 +105,8 @@ impl CommonVector {
         &self.own
     }
 
-    /// Sums up the vectors of all ranks. Afterwards [`CommonVector::part`] is the sum's part of each rank, and what else was in
-    /// the vectors is no more.
+    /// Sums up the vectors of all ranks. Afterwards [`CommonVector::part`] is the sum's part of each rank, and what
+    /// else was in the vectors is no more.
     ///
     /// # Errors
     /// If the collective fails.
@@ -127,8 +127,8 @@ impl CommonVector {
                 let Some(theirs) = &self.theirs[peer] else { continue };
                 assert!(start + own.len() <= theirs.bytes(), "a part beyond the vector of rank {peer}");
                 let from = theirs.start().wrapping_add(start);
-                // SAFETY: the block lies inside that vector, whose length is sealed, and `total` is memory of this process
-                // alone. Numbers that its rank changes meanwhile, against its promise, would be wrong numbers.
+                // SAFETY: the block lies inside that vector, whose length is sealed, and `total` is memory of this
+                // process alone. Numbers that its rank changes meanwhile, against its promise, would be wrong numbers.
                 unsafe {
                     match number {
                         0 => std::ptr::copy_nonoverlapping(from, total.as_mut_ptr(), own.len()),
@@ -142,8 +142,8 @@ impl CommonVector {
         collective.barrier()
     }
 
-    /// The first number and the count of the sum's part in the memory of this rank, after [`CommonVector::sum`] and as long as its
-    /// rank does not write to it.
+    /// The first number and the count of the sum's part in the memory of this rank, after [`CommonVector::sum`] and as
+    /// long as its rank does not write to it.
     #[must_use]
     pub fn part(&self, rank: usize) -> (*const f32, usize) {
         let part = self.layout.part(rank);

@@ -1,8 +1,9 @@
 //! Anonymous memory of one rank that others of its machine map to read.
 //!
-//! Input: how many bytes. Output: the owner's mapping, and an offer by which another process finds the memory. Invariants:
-//! memory is never named in a file system: it is gone with the last process that maps it, however that ends; its length is
-//! sealed, and nobody but its owner writes to it; an offer of another machine is not mistaken for one of this one.
+//! Input: how many bytes. Output: the owner's mapping, and an offer by which another process finds the memory.
+//! Invariants: memory is never named in a file system: it is gone with the last process that maps it, however that
+//! ends; its length is sealed, and nobody but its owner writes to it; an offer of another machine is not mistaken for
+//! one of this one.
 
 use std::fs::File;
 use std::io;
@@ -93,8 +94,8 @@ impl Theirs {
         self.bytes
     }
 
-    /// The first of the bytes, which are there as long as this is, because their number is sealed. Their owner may write to
-    /// them.
+    /// The first of the bytes, which are there as long as this is, because their number is sealed. Their owner may
+    /// write to them.
     pub(crate) fn start(&self) -> *const u8 {
         self.memory.as_ptr().wrapping_add(HEAD)
     }

@@ -1,9 +1,11 @@
-//! Matrix products `[M, K] [K, N]` of bf16, each side as it lies in memory or transposed; sums are f32 until they are stored.
+//! Matrix products `[M, K] [K, N]` of bf16, each side as it lies in memory or transposed; sums are f32 until they are
+//! stored.
 //!
-//! Input: two [`Matrix`]. Output: their product in f32 or bf16, put into a matrix or added to what it holds. Both sides are packed
-//! as tiles of 16 x 32 (`pack`), one of them once for all tasks, the other by the tasks, a part of the depth at a time, so that
-//! what a task reads again and again stays in its core's cache. Where the processor has matrix tiles (AMX), they multiply
-//! blocks of 32 x 32 outputs; elsewhere a plain loop does, and a library's product is faster ([`has_tiles`]).
+//! Input: two [`Matrix`]. Output: their product in f32 or bf16, put into a matrix or added to what it holds. Both sides
+//! are packed as tiles of 16 x 32 (`pack`), one of them once for all tasks, the other by the tasks, a part of the depth
+//! at a time, so that what a task reads again and again stays in its core's cache. Where the processor has matrix tiles
+//! (AMX), they multiply blocks of 32 x 32 outputs; elsewhere a plain loop does, and a library's product is faster
+//! ([`has_tiles`]).
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -28,11 +30,6 @@ const TILE: usize = 16;
 const STEP: usize = 2 * TILE;
 /// How deep a part of the depth is.
 const PART: usize = 24 * DEPTH;
-/// Lines of a panel in a part of the depth, 48 KiB at most.
-fn panel(depth: usize) -> usize {
-    depth.min(PART).div_ceil(DEPTH).max(1) * STEP
-}
-
 /// Most panels that a task packs for itself; with the outputs they fit into a core's second cache.
 const OWN: usize = 12;
 /// Memory that is kept for the next product, in lines: 16 MiB.
@@ -134,8 +131,8 @@ impl Product<'_> {
         }
         let own = if n > m { Own::Right } else { Own::Left };
         let (own_panels, shared) = match own {
-            Own::Left => (m.div_ceil(BLOCK), Side { matrix: self.right, right: true, panel: panel(depth) }),
-            Own::Right => (n.div_ceil(BLOCK), Side { matrix: self.left, right: false, panel: panel(depth) }),
+            Own::Left => (m.div_ceil(BLOCK), Side::new(self, true, depth)),
+            Own::Right => (n.div_ceil(BLOCK), Side::new(self, false, depth)),
         };
         let panels = own_panels.div_ceil(4 * parallel::threads()).clamp(1, OWN);
         let (level, tiles) = (Level::current(), has_tiles());
@@ -182,7 +179,13 @@ struct Side<'a> {
     panel: usize,
 }
 
-impl Side<'_> {
+impl<'a> Side<'a> {
+    fn new(product: &Product<'a>, right: bool, depth: usize) -> Self {
+        let matrix = if right { product.right } else { product.left };
+        // 48 KiB at most
+        Self { matrix, right, panel: depth.min(PART).div_ceil(DEPTH).max(1) * STEP }
+    }
+
     fn panels(&self) -> usize {
         let (rows, columns) = self.matrix.shape();
         if self.right { columns } else { rows }.div_ceil(BLOCK)
@@ -266,8 +269,8 @@ impl<O: Element> Kernel for Task<'_, '_, O> {
         let (rows, columns) = (self.rows.len(), self.rows.first().map_or(0, |row| row.len()));
         let (left, right) = (rows.div_ceil(BLOCK), columns.div_ceil(BLOCK));
         let (side, own_panels, shared_panels) = match self.own {
-            Own::Left => (Side { matrix: self.product.left, right: false, panel: panel(self.depth) }, left, right),
-            Own::Right => (Side { matrix: self.product.right, right: true, panel: panel(self.depth) }, right, left),
+            Own::Left => (Side::new(&self.product, false, self.depth), left, right),
+            Own::Right => (Side::new(&self.product, true, self.depth), right, left),
         };
         let panel = side.panel;
         let parts = self.depth.div_ceil(PART).max(1);

@@ -1,8 +1,9 @@
-//! The towers' forward and backward by hand, for the CPU: matrix products by [`crate::products`], everything between them by
-//! `learn_kernels`, each a single pass over its data.
+//! The towers' forward and backward by hand, for the CPU: matrix products by [`crate::products`], everything between
+//! them by `learn_kernels`, each a single pass over its data.
 //!
-//! What goes by hand is a stage: the encoder, a dense layer, a normalisation. Input of a stage: a tensor, with libtorch's
-//! graph behind it or that of an earlier stage. Output: a leaf at which the next graph begins. The [`Tape`] knows the way back.
+//! What goes by hand is a stage: the encoder, a dense layer, a normalisation. Input of a stage: a tensor, with
+//! libtorch's graph behind it or that of an earlier stage. Output: a leaf at which the next graph begins. The [`Tape`]
+//! knows the way back.
 //!
 //! ```text
 //! content ══ adaptor ══> ── graph: items, positions ──> ══ encoder ══> ══ projection ══> ══ normalisation ══> embeddings
@@ -14,8 +15,8 @@
 //! - the last layer makes queries, and all that follows them, for the sampled positions only;
 //! - gradients of weights go straight into the flat buffer, the last layer's first.
 //!
-//! Invariants: dropout is a function of (seed of the pass, layer, place, row, column) alone, so a second pass with the same
-//! seed draws the same masks; results do not depend on the number of threads.
+//! Invariants: dropout is a function of (seed of the pass, layer, place, row, column) alone, so a second pass with the
+//! same seed draws the same masks; results do not depend on the number of threads.
 
 mod dense;
 mod layer;
@@ -51,8 +52,8 @@ struct Record {
     stages: RefCell<Vec<Stage>>,
 }
 
-/// Where a stage stands on the way of every tower. Graphs that several towers share lie between two levels, so that the backward
-/// goes through each of them once, level by level.
+/// Where a stage stands on the way of every tower. Graphs that several towers share lie between two levels, so that the
+/// backward goes through each of them once, level by level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Level {
     Adaptor,
@@ -207,7 +208,8 @@ impl Tape {
         output
     }
 
-    /// Brings gradients of tower outputs back to the parameters; what has no graph has nothing to learn. Empties the tape.
+    /// Brings gradients of tower outputs back to the parameters; what has no graph has nothing to learn. Empties the
+    /// tape.
     ///
     /// Pairs are (output, its gradient), of all that was computed with this tape.
     pub fn backward(&self, parameters: &Parameters, outputs: &[(&Tensor, &Tensor)]) {
@@ -296,8 +298,8 @@ fn give(stages: &mut [Stage], tensor: &Tensor, gradient: &Tensor) -> bool {
 
 /// Brings gradients back through libtorch's graphs in one pass.
 ///
-/// The dot product of output and gradient has `gradient` as its derivative, so its backward is the wanted one. What has no rows
-/// has nothing to bring.
+/// The dot product of output and gradient has `gradient` as its derivative, so its backward is the wanted one. What has
+/// no rows has nothing to bring.
 fn pull(parts: &[(&Tensor, &Tensor)]) {
     let surrogate = parts
         .iter()

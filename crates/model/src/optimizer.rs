@@ -1,11 +1,12 @@
 //! AdamW over the flat buffer, and over the touched rows of a table of item vectors.
 //!
-//! Input: parameters, their summed gradient `[P]` in parts, a learning rate. Output: updated parameters. Rows are updated as
-//! `torch.optim.SparseAdam` does, with AdamW's decoupled decay: moments, decay and value of a row move only in a step that
-//! touches it, and bias correction counts the steps of the job, not those of the row. Invariants: the
-//! arithmetic is that of `torch.optim.AdamW` (decoupled decay, bias correction, epsilon outside the root). On the CPU in f32
-//! one pass over the memory does an update: clipping, moments, values, and the weights that the towers' products read; elsewhere
-//! it is a sequence of libtorch's operators. State that was saved and loaded continues bit by bit; ranks that hold equal parameters and gradients stay equal.
+//! Input: parameters, their summed gradient `[P]` in parts, a learning rate. Output: updated parameters. Rows are
+//! updated as `torch.optim.SparseAdam` does, with AdamW's decoupled decay: moments, decay and value of a row move only
+//! in a step that touches it, and bias correction counts the steps of the job, not those of the row. Invariants: the
+//! arithmetic is that of `torch.optim.AdamW` (decoupled decay, bias correction, epsilon outside the root). On the CPU
+//! in f32 one pass over the memory does an update: clipping, moments, values, and the weights that the towers' products
+//! read; elsewhere it is a sequence of libtorch's operators. State that was saved and loaded continues bit by bit;
+//! ranks that hold equal parameters and gradients stay equal.
 
 use half::bf16;
 use learn_domain::config::OptimizerConfig;
@@ -280,8 +281,8 @@ impl<'a> Parts<'a> {
     }
 }
 
-/// The common Euclidean norm of a flat gradient, which may lie in parts, and of rows beside it; the same bits for any number of
-/// threads and however it is parted.
+/// The common Euclidean norm of a flat gradient, which may lie in parts, and of rows beside it; the same bits for any
+/// number of threads and however it is parted.
 #[must_use]
 pub fn norm(flat: &[Tensor], rows: Option<&Tensor>) -> f64 {
     let squares = |parts: &[Tensor]| match parts {

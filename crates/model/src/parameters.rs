@@ -37,8 +37,8 @@ pub enum Role {
     NormScale,
     /// The logarithm of the logit scale: starts at this value.
     LogitScale { start: f64 },
-    /// A vector per item: normal with this standard deviation. Lies outside the flat buffers, because a step touches a few
-    /// of its rows only; a model has one such table at most.
+    /// A vector per item: normal with this standard deviation. Lies outside the flat buffers, because a step touches a
+    /// few of its rows only; a model has one such table at most.
     ItemVector { std: f64 },
     /// The projection of a residual path: 0 until it is measured. Decay would pull it away from where it starts.
     Residual,
@@ -256,7 +256,8 @@ impl Parameters {
         self.working.get_mut().take().filter(|working| working.version == version && working.kind == Kind::BFloat16)
     }
 
-    /// Gives back what [`Parameters::take_working`] gave; its parts have followed the values, whose version has not changed.
+    /// Gives back what [`Parameters::take_working`] gave; its parts have followed the values, whose version has not
+    /// changed.
     pub(crate) fn keep_working(&mut self, working: Option<Working>) {
         *self.working.get_mut() = working;
     }
@@ -335,9 +336,9 @@ impl Parameters {
         can.then(|| self.flat.numel())
     }
 
-    /// Lets gradients be collected in this memory of `[P]` numbers, or in libtorch's own. What was collected is gone, and the
-    /// memory used before is not written to again; tensors over it that [`Parameters::gradients_into_flat`] gave are no longer
-    /// to be used.
+    /// Lets gradients be collected in this memory of `[P]` numbers, or in libtorch's own. What was collected is gone,
+    /// and the memory used before is not written to again; tensors over it that [`Parameters::gradients_into_flat`]
+    /// gave are no longer to be used.
     ///
     /// # Panics
     /// The memory has another length.
@@ -362,8 +363,8 @@ impl Parameters {
     }
 
     /// Moves what backward passes have collected since the last call into one buffer `[P]` and returns it; 0 where a
-    /// parameter took no part. What was added by hand is there already. The buffer is reused by the next call, and it lies in
-    /// memory that [`Parameters::lodge_gradient`] may have lent.
+    /// parameter took no part. What was added by hand is there already. The buffer is reused by the next call, and it
+    /// lies in memory that [`Parameters::lodge_gradient`] may have lent.
     pub fn gradients_into_flat(&mut self) -> Tensor {
         tch::no_grad(|| {
             for (place, leaf) in self.leaves.iter_mut().enumerate() {

@@ -1,7 +1,8 @@
-//! Matrix products: those of bf16 by tiles where the processor has them (`learn_kernels::Product`), all others by libtorch.
+//! Matrix products: those of bf16 by tiles where the processor has them (`learn_kernels::Product`), all others by
+//! libtorch.
 //!
-//! Input: matrices on one device, of one kind, any of them transposed or a part of another. Output: their product, of the kind
-//! that is asked for; sums are f32 until they are stored. Nothing here makes a graph.
+//! Input: matrices on one device, of one kind, any of them transposed or a part of another. Output: their product, of
+//! the kind that is asked for; sums are f32 until they are stored. Nothing here makes a graph.
 
 use half::bf16;
 use learn_kernels::{Element, Matrix, Plus, Product};

@@ -76,14 +76,13 @@ pub fn buffer(tensor: &mut Tensor) -> Result<Buffer<'_>, TorchError> {
 
 /// A tensor `[n]` f32 over memory that other ranks read. It is valid as long as that memory, as [`RawTensor`] is: whoever
 /// holds the tensor keeps the memory too.
-#[must_use]
 pub fn over(memory: &OwnVector) -> Tensor {
     // SAFETY: as many elements, aligned; see above for how long
     unsafe { floats(memory.start(), memory.len()) }
 }
 
-/// Tensors over the parts of a sum, to be read only, as long as `sum` lives and the ranks in whose memory they lie leave it as
-/// it is.
+/// Tensors over the parts of a sum, to be read only, as long as `sum` lives and the ranks in whose memory they lie
+/// leave it as it is.
 #[must_use]
 pub fn parts_of(sum: &CommonVector) -> Vec<Tensor> {
     let parts = (0..sum.world_size()).map(|rank| sum.part(rank));
@@ -106,8 +105,8 @@ unsafe fn floats(start: *mut f32, len: usize) -> Tensor {
 #[must_use]
 pub fn values<T: Stored>(tensor: &Tensor) -> &[T] {
     let (ptr, len) = elements(tensor);
-    // SAFETY: `elements` has checked kind, place and layout; the borrow keeps the tensor alive. Another handle on the same
-    // storage is the caller's to avoid, as in `buffer`.
+    // SAFETY: `elements` has checked kind, place and layout; the borrow keeps the tensor alive. Another handle on the
+    // same storage is the caller's to avoid, as in `buffer`.
     unsafe { std::slice::from_raw_parts(ptr, len) }
 }
 
@@ -136,8 +135,8 @@ pub struct Strided<'a, T> {
     pub transposed: bool,
 }
 
-/// A matrix on the CPU as it lies in memory; `None` if the tensor is of another kind, lies elsewhere, or neither its rows nor
-/// its columns are contiguous.
+/// A matrix on the CPU as it lies in memory; `None` if the tensor is of another kind, lies elsewhere, or neither its
+/// rows nor its columns are contiguous.
 #[must_use]
 pub fn strided<T: Stored>(tensor: &Tensor) -> Option<Strided<'_, T>> {
     let (rows, columns) = tensor.size2().ok()?;
@@ -154,8 +153,9 @@ pub fn strided<T: Stored>(tensor: &Tensor) -> Option<Strided<'_, T>> {
     let (rows, columns, pitch) = (rows as usize, columns as usize, pitch.max(1) as usize);
     let values = match rows * columns {
         0 => &[][..],
-        // SAFETY: a defined tensor on the CPU with elements of this type; with these strides its elements lie between the first and
-        // the last one, which are in its storage. The borrow keeps it alive; other handles are as in `values`.
+        // SAFETY: a defined tensor on the CPU with elements of this type; with these strides its elements lie between
+        // the first and the last one, which are in its storage. The borrow keeps it alive; other handles are as in
+        // `values`.
         _ => unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), (rows - 1) * pitch + columns) },
     };
     Some(Strided { values, rows, columns, pitch, transposed })

@@ -1,9 +1,10 @@
 //! The dataset's own files, for a worker that can open them: its rows are mapped, and none is sent.
 //!
-//! Input: where the data service has its files, and what they are. Output: the mapped content embeddings, or why they are not
-//! used. Invariants: files are used only if the dataset and the content embeddings are the job's by their fingerprints,
-//! each file is as long and as old as the server's, and a sample of rows is what the service sends, bit by bit; in any
-//! doubt rows are sent. A mapped file that is written to later is an error. What is used and why not is logged once.
+//! Input: where the data service has its files, and what they are. Output: the mapped content embeddings, or why they
+//! are not used. Invariants: files are used only if the dataset and the content embeddings are the job's by their
+//! fingerprints, each file is as long and as old as the server's, and a sample of rows is what the service sends, bit
+//! by bit; in any doubt rows are sent. A mapped file that is written to later is an error. What is used and why not is
+//! logged once.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -208,8 +209,8 @@ async fn compare(
         .map_or(Ok(embeddings), |item| Err(NotMapped::OtherRow { path: dir.to_owned(), item })))
 }
 
-/// The first of these items whose row is another one here than the one that was sent, or is damaged here; the service has others, or
-/// says that its own are damaged.
+/// The first of these items whose row is another one here than the one that was sent, or is damaged here; the service
+/// has others, or says that its own are damaged.
 fn first_other(items: &[u32], here: Result<Vec<f16>, RowError>, sent: &[f16]) -> Result<Option<u32>, RowError> {
     let here = match here {
         Err(RowError::NotFinite { item, .. }) => return Ok(Some(item)),

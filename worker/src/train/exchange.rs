@@ -148,8 +148,9 @@ impl Exchange {
         Ok(())
     }
 
-    /// Lets gradients be collected where all ranks can read them, if all can; what was collected is gone. For the beginning of a
-    /// generation, before anything is collected: what a rank that is still in an earlier one reads is not written to again.
+    /// Lets gradients be collected where all ranks can read them, if all can; what was collected is gone. For the
+    /// beginning of a generation, before anything is collected: what a rank that is still in an earlier one reads is
+    /// not written to again.
     ///
     /// # Errors
     /// If the collective fails.
@@ -190,8 +191,8 @@ impl Exchange {
         Ok(vec![flat])
     }
 
-    /// Gathers rows `[m, d]` of every rank into `[sum of counts, d]`, in rank order; `counts` are rows. A rank that is alone gets
-    /// its own back.
+    /// Gathers rows `[m, d]` of every rank into `[sum of counts, d]`, in rank order; `counts` are rows. A rank that is
+    /// alone gets its own back.
     ///
     /// # Errors
     /// If the collective fails.
@@ -228,8 +229,8 @@ impl Exchange {
         Ok(mine)
     }
 
-    /// The sum of every rank's gradient of item vectors: the rows of all ranks travel, one after the other in the order of
-    /// ranks, and every rank adds them up in that order, so that all come to the same bits.
+    /// The sum of every rank's gradient of item vectors: the rows of all ranks travel, one after the other in the order
+    /// of ranks, and every rank adds them up in that order, so that all come to the same bits.
     ///
     /// # Errors
     /// If the collective fails.

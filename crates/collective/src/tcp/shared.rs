@@ -1,9 +1,9 @@
 //! Frames between two ranks of one machine: their payloads by memory that both map, their headers by the connection.
 //!
-//! Stage: below `duplex`. The sender owns anonymous memory with room for a few frames and offers it over the connection; the
-//! receiver maps it, if it can open it, to read only. Then a frame goes like this: the sender waits for room, copies the payload,
-//! sends the header; the receiver reads the header, takes the payload, and sends one byte back, which is room for another.
-//! Invariants:
+//! Stage: below `duplex`. The sender owns anonymous memory with room for a few frames and offers it over the
+//! connection; the receiver maps it, if it can open it, to read only. Then a frame goes like this: the sender waits for
+//! room, copies the payload, sends the header; the receiver reads the header, takes the payload, and sends one byte
+//! back, which is room for another. Invariants:
 //! - both sides know from a frame's length alone which way it goes, and the order of frames is that of the connection;
 //! - whoever cannot share (another machine, another user, a container with its own processes) says so, and the connection
 //!   carries all.
@@ -50,8 +50,9 @@ impl Outbox {
 
     fn write(&self, at: usize, bytes: &[u8]) {
         assert!(at + bytes.len() <= self.memory.bytes(), "{} bytes at {at} do not fit", bytes.len());
-        // SAFETY: the assertion keeps to the memory; `bytes` is memory of this process alone. The receiver may only read, and
-        // reads a slot between the header that follows this and its answer, as Outbox::has_room and Inbox::take keep to.
+        // SAFETY: the assertion keeps to the memory; `bytes` is memory of this process alone. The receiver may only
+        // read, and reads a slot between the header that follows this and its answer, as Outbox::has_room and
+        // Inbox::take keep to.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.memory.start().add(at), bytes.len()) };
     }
 
@@ -116,8 +117,9 @@ impl Inbox {
 
     fn read(&self, at: usize, into: &mut [u8]) {
         assert!(at + into.len() <= self.memory.bytes(), "{} bytes at {at} are not there", into.len());
-        // SAFETY: the assertion keeps to the memory; `into` is memory of this process alone. Bytes that the sender changes
-        // meanwhile, against its promise, would be wrong numbers: they are copied, and nothing else is read from here.
+        // SAFETY: the assertion keeps to the memory; `into` is memory of this process alone. Bytes that the sender
+        // changes meanwhile, against its promise, would be wrong numbers: they are copied, and nothing else is read
+        // from here.
         unsafe { std::ptr::copy_nonoverlapping(self.memory.start().add(at), into.as_mut_ptr(), into.len()) };
     }
 

@@ -67,8 +67,8 @@ pub(super) struct Tiles {
 impl Tiles {
     pub fn configure() -> Self {
         assert!(is_available(), "this processor has no matrix tiles");
-        // SAFETY: the tiles are there and permitted; the instruction reads the 64 bytes of the configuration. Compiled code
-        // uses no tile itself.
+        // SAFETY: the tiles are there and permitted; the instruction reads the 64 bytes of the configuration. Compiled
+        // code uses no tile itself.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const FULL_TILES, options(nostack, readonly)) };
         Self { here: PhantomData }
     }
@@ -83,8 +83,9 @@ impl Tiles {
             }
             return;
         }
-        // SAFETY: `self` proves that this thread's tiles are configured as 16 rows of 64 bytes. Loads go over `steps` times 2 KiB of
-        // left and right, which is their length; accumulators are the 4096 bytes of the block, whose rows are 128 bytes apart.
+        // SAFETY: `self` proves that this thread's tiles are configured as 16 rows of 64 bytes. Loads go over `steps`
+        // times 2 KiB of left and right, which is their length; accumulators are the 4096 bytes of the block, whose
+        // rows are 128 bytes apart.
         unsafe {
             asm!(
                 "test {fresh:e}, {fresh:e}",

@@ -1,8 +1,8 @@
 //! The sides of a product as tiles.
 //!
-//! A panel is 32 rows of the left side or 32 columns of the right one. For every 32 of the depth it holds two tiles of 16 lines: of
-//! the left side a line is a row, and its 32 numbers follow the depth; of the right side a line is a pair of depths, and its 16
-//! pairs of numbers follow the columns. What a panel has beyond its matrix is 0.
+//! A panel is 32 rows of the left side or 32 columns of the right one. For every 32 of the depth it holds two tiles of
+//! 16 lines: of the left side a line is a row, and its 32 numbers follow the depth; of the right side a line is a pair
+//! of depths, and its 16 pairs of numbers follow the columns. What a panel has beyond its matrix is 0.
 
 use half::bf16;
 

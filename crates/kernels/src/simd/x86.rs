@@ -1,8 +1,8 @@
 //! The vectors of AVX-512 and AVX2: a place of this crate with `unsafe`.
 //!
-//! Why here: the programs are built for any x86-64, so that wider vectors need functions of their own that are entered after
-//! the processor was asked. Invariant: a value of [`Avx512`] or [`Avx2`] exists only inside such a function, so it proves that
-//! its operations can be executed.
+//! Why here: the programs are built for any x86-64, so that wider vectors need functions of their own that are entered
+//! after the processor was asked. Invariant: a value of [`Avx512`] or [`Avx2`] exists only inside such a function, so
+//! it proves that its operations can be executed.
 #![allow(unsafe_code, reason = "instructions that not every x86-64 has")]
 
 use std::arch::x86_64::*;
@@ -61,8 +61,8 @@ macro_rules! operations {
         #[inline(always)]
         fn $name$(<const $n: u32>)?(self, $($argument: $kind),*) $(-> $out)? {
             // SAFETY: `self` exists only where the processor has these instructions; memory is touched only through
-            // pointers made from references to arrays of the vector's size, by instructions that need no alignment but for lines,
-            // which have it
+            // pointers made from references to arrays of the vector's size, by instructions that need no alignment but
+            // for lines, which have it
             unsafe { $body }
         }
     )* };

@@ -110,8 +110,11 @@ fn gap(a: &Tensor, b: &Tensor) -> f64 {
     largest(a - b) / largest(b.shallow_clone()).max(1e-3)
 }
 
+/// A change of the model, with its name.
+type Change = (&'static str, fn(&mut ModelConfig));
+
 /// Changes that let the towers share graphs: of a residual path, of learned item vectors.
-const SHARING: [(&str, fn(&mut ModelConfig)); 5] = [
+const SHARING: [Change; 5] = [
     ("residual", |model| (model.residual, model.residual_trained) = (Residual::Content, true)),
     ("ids", |model| model.item_input = ItemInput::Id),
     ("both", |model| (model.item_input, model.id_dropout) = (ItemInput::ContentId, 0.3)),

@@ -1,7 +1,8 @@
 //! The towers' weights in the kind of their matrix products.
 //!
-//! Input: parameters. Output: per layer the matrices of its four products, queries, keys and values side by side, and those
-//! before and after the layers. They are made again when a parameter has changed; [`crate::AdamW`] keeps those in bf16 up to date in its own pass.
+//! Input: parameters. Output: per layer the matrices of its four products, queries, keys and values side by side, and
+//! those before and after the layers. They are made again when a parameter has changed; [`crate::AdamW`] keeps those in
+//! bf16 up to date in its own pass.
 
 use std::collections::BTreeMap;
 
