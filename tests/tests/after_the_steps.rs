@@ -10,7 +10,7 @@ use learn_tests::{SMALL, Site, f32_values, follow, follow_file, is_alive, signal
 use serde_json::Value;
 
 /// So many resamples keep a test at work for seconds, in which its workers can be hit.
-const SLOW_TEST: &str = "evaluation.resamples=100000";
+const SLOW_TEST: &str = "evaluation.resamples=300000";
 /// Longest wait for something that is sure to come.
 const LIMIT: Duration = Duration::from_secs(120);
 
