@@ -214,10 +214,20 @@ fn a_worker_that_can_open_the_files_is_sent_no_rows_and_trains_the_same() {
     succeeds(&mapped.wait_with_output().expect("it ends"));
     follow_file(&site.run_dir("mapped").join("logs/worker-0.log"), "content embeddings are mapped here", 1);
 
-    assert_eq!(site.losses("mapped"), site.losses("sent"));
+    // caches that hold some of the rows, on the host and on the device, and activations that are computed again
+    let few = ["data.map_rows=false", "cluster.row_cache=480B", "cluster.device_row_cache=480B"];
+    let kept = start(&site, "kept", &[&long[..], &few, &["training.activation_checkpointing=true"]].concat());
+    follow(&site, "kept", 300);
+    let fewer = row_bytes(&coordinator_metrics(&site, "kept"));
+    assert!(fewer > 0.0 && fewer < 0.7 * all, "{fewer} instead of {all} bytes of rows");
+    succeeds(&kept.wait_with_output().expect("it ends"));
+
     let last = site.losses("sent").len() as u64;
-    for file in ["model.safetensors", "optimizer.safetensors"] {
-        let of = |name: &str| site.checkpoint_file(name, last, file);
-        assert!(of("mapped") == of("sent"), "{file} differs");
+    for other in ["mapped", "kept"] {
+        assert_eq!(site.losses(other), site.losses("sent"), "{other}");
+        for file in ["model.safetensors", "optimizer.safetensors"] {
+            let of = |name: &str| site.checkpoint_file(name, last, file);
+            assert!(of(other) == of("sent"), "{other}: {file} differs");
+        }
     }
 }

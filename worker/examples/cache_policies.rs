@@ -3,21 +3,36 @@
 //! A simulation without rows: each of a million interactions draws an item by a Zipf-like law; each epoch has every user once,
 //! in random order, in steps of so many USERS (64); a step asks for its distinct items. The cache holds 10 % of the
 //! catalogue. Printed for each policy: requests that miss, and bytes received (f16) over those of the published layout, which
-//! sends every position as f32. The first epoch fills the cache, the second one counts.
+//! sends every position as f32. The first epoch fills the cache, the second one counts. `occurrences` and `worker` are
+//! `worker/src/feed/residents.rs`, without and with the steps that are announced ahead.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
+use std::sync::Arc;
 
 use learn_domain::random::Draws;
+use learn_worker::feed::residents::Residents;
 use lru::LruCache;
 
 /// Interactions of a user.
 const LENGTH: u64 = 17;
 const USERS: u64 = 60_000;
 
-/// Decides what stays; true = the item was here.
+/// Announced items, in parts of those that the cache holds, as a worker does.
+const AHEAD: usize = 8;
+
+/// Decides what stays.
 trait Policy {
+    /// A step that is coming.
+    fn announce(&mut self, _items: &[u32]) {}
+
+    /// An item of a step; true = it was here.
     fn request(&mut self, item: u32) -> bool;
+
+    /// The next step; how many of its items were not here.
+    fn step(&mut self, items: &[u32]) -> usize {
+        items.iter().filter(|&&item| !self.request(item)).count()
+    }
 }
 
 struct Lru(LruCache<u32, ()>);
@@ -155,23 +170,49 @@ impl Policy for TinyLfu {
     }
 }
 
-/// What the worker's cache does: the items that occur most, by counts that are known from the start.
-struct Popularity(Vec<bool>);
+/// What the worker's caches do.
+struct Worker {
+    residents: Residents,
+    looks_ahead: bool,
+}
 
-impl Policy for Popularity {
+impl Policy for Worker {
+    fn announce(&mut self, items: &[u32]) {
+        if self.looks_ahead {
+            self.residents.announce(items);
+        }
+    }
+
     fn request(&mut self, item: u32) -> bool {
-        self.0[item as usize]
+        let is_here = self.residents.slot(item).is_some();
+        if !is_here {
+            self.residents.admit(item);
+        }
+        is_here
+    }
+
+    /// What is here is taken before anything makes room.
+    fn step(&mut self, items: &[u32]) -> usize {
+        self.residents.begin(items);
+        let missing: Vec<u32> = items.iter().copied().filter(|&item| self.residents.slot(item).is_none()).collect();
+        missing.iter().filter(|&&item| !self.request(item)).count()
     }
 }
 
-impl Popularity {
-    fn new(capacity: usize, counts: &[u32]) -> Self {
-        let mut order: Vec<usize> = (0..counts.len()).collect();
-        order.sort_by_key(|&item| std::cmp::Reverse(counts[item]));
-        let mut held = vec![false; counts.len()];
-        order.into_iter().take(capacity).for_each(|item| held[item] = true);
-        Self(held)
+/// Requests that miss from the step `counted` on.
+fn misses(policy: &mut dyn Policy, steps: &[Vec<u32>], counted: usize, capacity: usize) -> usize {
+    let (mut announced, mut ahead, mut misses) = (0, 0, 0);
+    for (number, step) in steps.iter().enumerate() {
+        while announced < steps.len() && (announced <= number || ahead < AHEAD * capacity) {
+            policy.announce(&steps[announced]);
+            ahead += steps[announced].len();
+            announced += 1;
+        }
+        ahead -= step.len();
+        let missed = policy.step(step);
+        misses += if number < counted { 0 } else { missed };
     }
+    misses
 }
 
 /// Items of each user.
@@ -215,17 +256,21 @@ fn main() {
         sequences.iter().flatten().for_each(|&item| counts[item as usize] += 1);
         // the catalogue has the items that somebody took
         let capacity = counts.iter().filter(|&&count| count > 0).count() / 10;
-        let policies: [(&str, Box<dyn Policy>); 4] = [
+        let popularity: Arc<[u32]> = counts.into();
+        let worker = |looks_ahead| Worker { residents: Residents::new(capacity, Arc::clone(&popularity)), looks_ahead };
+        let policies: [(&str, Box<dyn Policy>); 5] = [
             ("LRU", Box::new(Lru(LruCache::new(capacity.try_into().expect("a cache holds something"))))),
             ("S3-FIFO", Box::new(S3Fifo::new(capacity))),
             ("W-TinyLFU", Box::new(TinyLfu::new(capacity))),
-            ("popularity", Box::new(Popularity::new(capacity, &counts))),
+            ("occurrences", Box::new(worker(false))),
+            ("worker", Box::new(worker(true))),
         ];
-        let (warm, measured) = (steps(&sequences, 0, users), steps(&sequences, 1, users));
-        let requests: usize = measured.iter().map(Vec::len).sum();
+        let mut all = steps(&sequences, 0, users);
+        let counted = all.len();
+        all.extend(steps(&sequences, 1, users));
+        let requests: usize = all[counted..].iter().map(Vec::len).sum();
         for (name, mut policy) in policies {
-            warm.iter().flatten().for_each(|&item| _ = policy.request(item));
-            let misses = measured.iter().flatten().filter(|&&item| !policy.request(item)).count();
+            let misses = misses(policy.as_mut(), &all, counted, capacity);
             let share = 2.0 * misses as f64 / (4 * USERS * LENGTH) as f64;
             let missed = misses as f64 / requests as f64;
             println!("| {items} | {skew} | {name} | {:.1} % | {:.1} % |", 100.0 * missed, 100.0 * share);

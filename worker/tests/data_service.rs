@@ -329,7 +329,7 @@ fn rows_are_mapped_if_the_files_are_the_services_and_sent_if_they_are_not() {
         let service = Service::start(fake, "127.0.0.1:0");
         let client = client(&runtime, &[service.location()], PATIENT).with_files_of(&facts);
         let metrics = WorkerMetrics::new();
-        let settings = RowSettings { dim: DIM as usize, cache_bytes: 1 << 10, items: 5 };
+        let settings = RowSettings { dim: DIM as usize, cache_bytes: 1 << 10, items: 5, ..RowSettings::default() };
         let mut source = RowSource::new(&client, &settings, metrics.clone());
         let rows = runtime.block_on(source.rows(&[1, 4])).unwrap();
         let bytes = |of| metrics.received_bytes_total.with_label_values(&[of]).get();
@@ -356,7 +356,7 @@ fn int8_rows_have_the_same_values_mapped_and_sent() {
         let client = client(&runtime, &[service.location()], PATIENT).with_row_format(RowFormat::Int8);
         let client = if mapped { client.with_files_of(&dataset.facts()) } else { client };
         let metrics = WorkerMetrics::new();
-        let settings = RowSettings { dim: DIM as usize, cache_bytes: 1 << 10, items: 5 };
+        let settings = RowSettings { dim: DIM as usize, cache_bytes: 1 << 10, items: 5, ..RowSettings::default() };
         let mut source = RowSource::new(&client, &settings, metrics.clone());
         let received = |of| metrics.received_bytes_total.with_label_values(&[of]).get();
         assert_eq!(runtime.block_on(source.rows(&items)).unwrap(), expected);

@@ -1,7 +1,8 @@
 //! The towers' forward and backward by hand, for the CPU: matrix products by [`crate::products`], everything between
 //! them by `learn_kernels`, each a single pass over its data.
 //!
-//! What goes by hand is a stage: the encoder, a dense layer, a normalisation. Input of a stage: a tensor, with
+//! What goes by hand is a stage: the encoder, a dense layer, a normalisation; and, with activation checkpointing, each layer
+//! that libtorch differentiates. Input of a stage: a tensor, with
 //! libtorch's graph behind it or that of an earlier stage. Output: a leaf at which the next graph begins. The [`Tape`]
 //! knows the way back.
 //!
@@ -20,6 +21,7 @@
 
 mod dense;
 mod layer;
+mod recomputed;
 mod weights;
 
 use std::cell::{Cell, RefCell};
@@ -27,11 +29,13 @@ use std::rc::Rc;
 
 use dense::{Dense, Unit};
 use half::bf16;
-use layer::{Frame, Hidden, LayerTape};
+use layer::{Frame, Hidden, Keep, Kept};
 use learn_domain::config::Precision;
 use learn_domain::packing::Run;
 use learn_domain::random;
 use learn_kernels::Sequence;
+pub(crate) use recomputed::GraphLayer;
+use recomputed::Recomputed;
 use tch::{Device, Kind, Tensor};
 pub(crate) use weights::{DenseNames, Working};
 
@@ -46,6 +50,8 @@ pub struct Tape(Rc<Record>);
 struct Record {
     /// Of dropout.
     seed: u64,
+    /// Whether layers keep only what they read.
+    checkpointing: bool,
     /// Encodings so far.
     encodings: Cell<u64>,
     /// In the order of the forward pass.
@@ -79,6 +85,7 @@ struct Stage {
 #[derive(Debug)]
 enum Work {
     Encoding(Box<Encoding>),
+    Layer(Recomputed),
     Dense(Dense),
     Unit(Unit),
 }
@@ -94,8 +101,8 @@ struct Encoding {
 /// Of the kind of the products.
 #[derive(Debug)]
 enum Layers {
-    F32(Vec<LayerTape>),
-    Bf16(Vec<LayerTape>),
+    F32(Vec<Kept>),
+    Bf16(Vec<Kept>),
 }
 
 /// Which rows see which.
@@ -135,8 +142,41 @@ impl Tape {
     /// An empty tape; `seed` is that of the pass's dropout.
     #[must_use]
     pub fn new(seed: u64) -> Self {
+        Self::with(seed, false)
+    }
+
+    /// An empty tape that keeps only what each layer of the encoder reads; the rest is computed again in the backward.
+    #[must_use]
+    pub fn with_checkpointing(seed: u64) -> Self {
+        Self::with(seed, true)
+    }
+
+    fn with(seed: u64, checkpointing: bool) -> Self {
         learn_kernels::set_runner(crate::RUNNER);
-        Self(Rc::new(Record { seed, encodings: Cell::new(0), stages: RefCell::default() }))
+        Self(Rc::new(Record { seed, checkpointing, encodings: Cell::new(0), stages: RefCell::default() }))
+    }
+
+    /// The seed of the next encoding.
+    pub(crate) fn next_encoding(&self) -> u64 {
+        let number = self.0.encodings.replace(self.0.encodings.get() + 1);
+        random::key(&[self.0.seed, number])
+    }
+
+    /// A layer by libtorch, the `number`-th of the encoding with this seed.
+    pub(crate) fn layer(
+        &self,
+        parameters: &Parameters,
+        layer: &GraphLayer<'_>,
+        x: Tensor,
+        (encoding, number): (u64, u32),
+    ) -> Tensor {
+        let seed = random::key(&[encoding, number.into()]);
+        let records = x.requires_grad();
+        if !(self.0.checkpointing && records) {
+            return layer.seeded(parameters, &x, seed);
+        }
+        let output = tch::no_grad(|| layer.seeded(parameters, &x, seed));
+        self.stage(Level::Encoder, (x, output), records, || Work::Layer(Recomputed::new(layer, seed)))
     }
 
     /// Encodes `x` `[T, D]`: hidden states at `positions` `[R]` i64 of its rows, or at all of them.
@@ -147,18 +187,22 @@ impl Tape {
         (attention, positions): (&Attention, Option<&Tensor>),
         settings: &LayerForward,
     ) -> Tensor {
-        let number = self.0.encodings.replace(self.0.encodings.get() + 1);
-        let seed = random::key(&[self.0.seed, number]);
+        let seed = self.next_encoding();
         let route = Route::new(attention, positions);
         let frame = Frame { parameters, settings, route: &route, seed, last: layers - 1 };
         let records = x.requires_grad();
+        let keep = match (records, self.0.checkpointing) {
+            (false, _) => Keep::Nothing,
+            (true, false) => Keep::Activations,
+            (true, true) => Keep::Inputs,
+        };
         let (hidden, saved) = tch::no_grad(|| match settings.precision {
             Precision::Bf16 => {
-                let (hidden, saved) = frame.forward::<bf16>(Hidden::new::<bf16>(&x), records);
+                let (hidden, saved) = frame.forward::<bf16>(Hidden::new::<bf16>(&x), keep);
                 (hidden, Layers::Bf16(saved))
             }
             Precision::F32 | Precision::F16 => {
-                let (hidden, saved) = frame.forward::<f32>(Hidden::new::<f32>(&x), records);
+                let (hidden, saved) = frame.forward::<f32>(Hidden::new::<f32>(&x), keep);
                 (hidden, Layers::F32(saved))
             }
         });
@@ -224,7 +268,8 @@ impl Tape {
             let mut through = Vec::new();
             while let Some(stage) = now.pop() {
                 let Some((input, gradient)) = stage.backward(parameters) else { continue };
-                if !give(&mut stages, &input, &gradient) {
+                // a layer's input may be the output of the one before it
+                if !give(&mut now, &input, &gradient) && !give(&mut stages, &input, &gradient) {
                     through.push((input, gradient));
                 }
             }
@@ -245,15 +290,16 @@ impl Stage {
             (None, false) => return None,
         };
         let learns = input.requires_grad();
-        let gradient = tch::no_grad(|| work.backward(parameters, gradient, learns))?;
+        let gradient = tch::no_grad(|| work.backward(parameters, (&input, gradient), learns))?;
         Some((input, gradient))
     }
 }
 
 impl Work {
     /// From the gradient of the output to that of the input, if it `learns`.
-    fn backward(self, parameters: &Parameters, gradient: Tensor, learns: bool) -> Option<Tensor> {
+    fn backward(self, parameters: &Parameters, (input, gradient): (&Tensor, Tensor), learns: bool) -> Option<Tensor> {
         match self {
+            Self::Layer(layer) => Some(layer.backward(parameters, input, &gradient)),
             Self::Dense(dense) => dense.backward(parameters, &gradient, learns),
             Self::Unit(unit) => Some(unit.backward(&gradient)),
             Self::Encoding(encoding) => {

@@ -22,8 +22,8 @@ use tch::Tensor;
 
 pub use self::sequences::Sequences;
 use crate::ModelError;
-use crate::bert::{self, Attention, LayerForward, LayerWeights, Linear};
-use crate::by_hand::{self, DenseNames, Tape};
+use crate::bert::{Attention, LayerForward, Linear};
+use crate::by_hand::{self, DenseNames, GraphLayer, Tape};
 use crate::objective::cvr;
 use crate::parameters::{ParameterSpec, Parameters, Role};
 
@@ -420,12 +420,13 @@ impl Pch {
         if let Some(tape) = by_hand(tape, parameters, forward).filter(|_| model.layers > 0) {
             return tape.encode((parameters, model.layers), x, (attention, positions), &settings);
         }
-        let hidden = (0..model.layers).fold(x, |x, layer| {
-            let found = LayerWeights::find(&layer_prefix(layer), |name| {
-                Ok::<_, std::convert::Infallible>(parameters.get(name))
-            });
-            let Ok(weights) = found;
-            bert::layer(&weights, &x, attention, &settings)
+        let encoding = tape.map(|tape| (tape, tape.next_encoding()));
+        let hidden = (0..model.layers).fold(x, |x, number| {
+            let layer = GraphLayer { prefix: &layer_prefix(number), attention: *attention, settings };
+            match encoding {
+                Some((tape, seed)) => tape.layer(parameters, &layer, x, (seed, number)),
+                None => layer.run(parameters, &x),
+            }
         });
         match positions {
             Some(positions) => hidden.index_select(0, positions),

@@ -82,6 +82,8 @@ metrics! {
         "Seconds that a step spent in each phase.";
     WORKER_PREFETCHED = "learn_worker_prefetched_steps", Kind::Gauge, [],
         "Steps that are prepared and wait for the training thread.";
+    WORKER_PREFETCH_DEPTH = "learn_worker_prefetch_depth_steps", Kind::Gauge, [],
+        "Steps that may be prepared ahead, chosen by how long the training thread waits.";
     WORKER_RECEIVED = "learn_worker_received_bytes_total", Kind::Counter, ["source"],
         "Bytes received, by what they are: batches, rows or evaluation; mapped: rows from the dataset's own files instead.";
     WORKER_PADDING = "learn_worker_padding_ratio", Kind::Gauge, [],
@@ -96,6 +98,8 @@ metrics! {
         "Content embedding rows found in the host's cache.";
     WORKER_CACHE_MISSES = "learn_worker_cache_miss_rows_total", Kind::Counter, [],
         "Content embedding rows fetched over Flight.";
+    WORKER_DEVICE_CACHE_HITS = "learn_worker_device_cache_hit_rows_total", Kind::Counter, [],
+        "Content embedding rows found in the device's cache.";
     WORKER_COLLECTIVE = "learn_worker_collective_bytes_total", Kind::Counter, [],
         "Bytes that this rank's collective has sent and received.";
     WORKER_COLLECTIVE_SECONDS = "learn_worker_collective_seconds_total", Kind::Counter, [],

@@ -75,6 +75,7 @@ pub struct WorkerMetrics {
     /// Label `phase`, one of [`Phase`].
     pub phase_seconds: HistogramVec,
     pub prefetched_steps: IntGauge,
+    pub prefetch_depth: IntGauge,
     /// Label `source`.
     pub received_bytes_total: IntCounterVec,
     pub padding_share: Gauge,
@@ -83,6 +84,7 @@ pub struct WorkerMetrics {
     pub generation: IntGauge,
     pub cache_hits_total: IntCounter,
     pub cache_misses_total: IntCounter,
+    pub device_cache_hits_total: IntCounter,
     pub collective_bytes_total: IntCounter,
     pub collective_seconds_total: Counter,
     /// Label `kind`.
@@ -109,6 +111,7 @@ impl WorkerMetrics {
             peak_flops_per_second: e.gauge(&names::WORKER_PEAK_FLOPS),
             phase_seconds: e.histogram_vec(&names::WORKER_PHASE),
             prefetched_steps: e.int_gauge(&names::WORKER_PREFETCHED),
+            prefetch_depth: e.int_gauge(&names::WORKER_PREFETCH_DEPTH),
             received_bytes_total: e.counter_vec(&names::WORKER_RECEIVED),
             padding_share: e.gauge(&names::WORKER_PADDING),
             checkpoint_seconds: e.histogram(&names::WORKER_CHECKPOINT),
@@ -116,6 +119,7 @@ impl WorkerMetrics {
             generation: e.int_gauge(&names::WORKER_GENERATION),
             cache_hits_total: e.counter(&names::WORKER_CACHE_HITS),
             cache_misses_total: e.counter(&names::WORKER_CACHE_MISSES),
+            device_cache_hits_total: e.counter(&names::WORKER_DEVICE_CACHE_HITS),
             collective_bytes_total: e.counter(&names::WORKER_COLLECTIVE),
             collective_seconds_total: e.float_counter(&names::WORKER_COLLECTIVE_SECONDS),
             gpu_memory_bytes: e.gauge_vec(&names::WORKER_GPU_MEMORY),

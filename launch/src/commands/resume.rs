@@ -26,16 +26,17 @@ Examples:
   learn-launch resume quickstart --set training.epochs=40
   learn-launch resume quickstart --checkpoint step-0000000200
 
-Keys that --set may change: training.{epochs, max_steps, micro_batch, threads, non_finite, non_finite_budget},
-evaluation.*, checkpoint.*, cluster.*
+Keys that --set may change: training.{epochs, max_steps, micro_batch, activation_checkpointing, threads, non_finite,
+non_finite_budget}, evaluation.*, checkpoint.*, cluster.*
 (the others would make it another run). More epochs also stretch the cosine schedule.
 A damaged checkpoint is refused with its reason; --checkpoint picks the one before it.";
 
 /// Keys, and sections (ending in a dot), that a resumed run may change.
-const CHANGEABLE: [&str; 9] = [
+const CHANGEABLE: [&str; 10] = [
     "training.epochs",
     "training.max_steps",
     "training.micro_batch",
+    "training.activation_checkpointing",
     "training.threads",
     "training.non_finite",
     "training.non_finite_budget",

@@ -123,6 +123,9 @@ pub struct ShapeArgs {
     /// Users of one pass; 0 = all of a rank's share
     #[arg(long, default_value_t = 0)]
     pub micro_batch: u32,
+    /// Keep only what each layer reads, and compute the rest again in the backward
+    #[arg(long)]
+    pub activation_checkpointing: bool,
     /// Longest history
     #[arg(long, default_value_t = 40)]
     pub history: u32,
@@ -164,6 +167,7 @@ impl ShapeArgs {
         config.sampling.targets = self.targets;
         config.training.global_batch = self.batch;
         config.training.micro_batch = self.micro_batch;
+        config.training.activation_checkpointing = self.activation_checkpointing;
         config.training.precision = self.precision.into();
         config.cluster.row_cache = ByteSize(0);
         config.validate().map_err(|error| WorkerError::Usage(error.to_string()))?;

@@ -21,9 +21,9 @@ use tch::{Kind, Tensor};
 
 use crate::control::Progress;
 use crate::error::WorkerError;
-use crate::feed::PreparedStep;
 use crate::feed::assemble::{Layout, Seen, UserShare, assemble};
-use crate::train::{Exchange, FullSoftmax, InBatch, Objective, PhaseClock, Stepper, shape};
+use crate::feed::{PassRows, PreparedStep};
+use crate::train::{DeviceRows, Exchange, FullSoftmax, InBatch, Objective, PhaseClock, Stepper, shape};
 
 /// What is measured.
 #[derive(Clone, Debug, Serialize)]
@@ -74,8 +74,9 @@ impl BenchSettings {
             parameters,
             optimizer_config: config.optimizer.clone(),
             forward: Forward { train: true, precision: config.training.precision },
+            activation_checkpointing: config.training.activation_checkpointing,
             device: self.device,
-            input_dim: self.input_dim as usize,
+            rows: DeviceRows::new((0, self.input_dim as usize), self.device),
             objective: self.objective(),
             conversion: None,
             draw_seed: config.job.seed,
@@ -135,8 +136,9 @@ impl BenchSettings {
             .into_iter()
             .map(|batch| {
                 let values = batch.unique_items.len() * dim;
-                let rows = (0..values).map(|_| f16::from_f64((2.0 * draws.unit() - 1.0) * 1.7 * scale)).collect();
-                (batch, rows)
+                let rows: Vec<f16> =
+                    (0..values).map(|_| f16::from_f64((2.0 * draws.unit() - 1.0) * 1.7 * scale)).collect();
+                (batch, PassRows::from(rows))
             })
             .collect();
         let meta =

@@ -107,7 +107,8 @@ impl Evaluator {
         let (config, dataset) = (&session.admission.config, &session.admission.dataset);
         let handle = session.handle().clone();
         // the feed has the cache; evaluation reads past it
-        let settings = RowSettings { dim: dataset.embedding_dim as usize, cache_bytes: 0, items: dataset.items };
+        let settings =
+            RowSettings { dim: dataset.embedding_dim as usize, items: dataset.items, ..RowSettings::default() };
         let rows = RowSource::new(&data, &settings, session.metrics.clone());
         Ok(Self {
             handle,

@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 use super::answers::{FlightClientError, unexpected};
 use super::assemble::Layout;
 use super::flight::DataClient;
-use super::{Feed, FeedError, FeedSettings, UniformNegatives};
+use super::{Feed, FeedError, FeedSettings, RowSettings, UniformNegatives};
 use crate::error::WorkerError;
 use crate::retry::Patience;
 
@@ -194,8 +194,7 @@ pub fn bench_wire(settings: &WireBenchSettings) -> Result<WireBenchResult, Worke
         layout: Layout::new(&config.objective, 0),
         uniform: UniformNegatives { items: *items, ..UniformNegatives::default() },
         prefetch_steps: 1,
-        dim: *dim,
-        cache_bytes,
+        rows: RowSettings { dim: *dim, cache_bytes, device_bytes: 0, items: *items },
         times: false,
     };
     let metrics = WorkerMetrics::new();

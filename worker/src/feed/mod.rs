@@ -1,32 +1,36 @@
 //! The data path of a worker: stream -> row cache -> assembly, ahead of the training thread.
 //!
-//! Input: a rank's ticket. Output: [`PreparedStep`]s in step order, as plain arrays. One thread works ahead; the
-//! capacity of the channel between it and the training thread is the prefetch depth.
+//! Input: a rank's ticket. Output: [`PreparedStep`]s in step order, as plain arrays. One thread works ahead
+//! ([`fetch`]); the permits that the training thread gives it are the prefetch depth, which [`depth`] chooses.
 
 pub mod answers;
 pub mod assemble;
 pub mod bench;
 pub mod cache;
+pub mod depth;
 pub mod exchange;
+mod fetch;
 pub mod flight;
 pub mod local;
 pub mod reader;
+pub mod residents;
+pub mod source;
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use assemble::{Layout, MicroBatch, assemble};
-use cache::RowCache;
-use exchange::RowExchange;
+use assemble::{Layout, MicroBatch};
+use depth::{Depth, Taken};
 use flight::{DataClient, FlightClientError};
-use half::f16;
 use learn_domain::plan::contiguous_part;
 use learn_domain::sampling::uniform_items;
-use learn_proto::flight::{BatchMeta, Ticket};
+use learn_proto::flight::BatchMeta;
 use learn_telemetry::WorkerMetrics;
+pub use source::{OnDevice, PassRows, RowSettings, RowSource};
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 
 /// How soon a wait for data notices an abort.
 const ABORT_LOOK: Duration = Duration::from_millis(50);
@@ -52,8 +56,8 @@ pub struct PreparedStep {
     pub users: Vec<u32>,
     /// Their places in the global batch.
     pub places: Vec<u32>,
-    /// The forward passes, each with the rows `[unique items, dim]` it needs.
-    pub micro_batches: Vec<(MicroBatch, Vec<f16>)>,
+    /// The forward passes, each with the rows it needs.
+    pub micro_batches: Vec<(MicroBatch, PassRows)>,
 }
 
 /// Where a feed starts and how it works.
@@ -64,9 +68,9 @@ pub struct FeedSettings {
     pub from_step: u64,
     pub layout: Layout,
     pub uniform: UniformNegatives,
+    /// Most steps that may be ready, or on their way.
     pub prefetch_steps: u32,
-    pub dim: usize,
-    pub cache_bytes: u64,
+    pub rows: RowSettings,
     /// The model reads when interactions were.
     pub times: bool,
 }
@@ -91,117 +95,18 @@ impl UniformNegatives {
     }
 }
 
-/// Rows by item index: from the dataset's own files if this process can open them, else from the cache, else from the data
-/// service.
-pub struct RowSource {
-    client: DataClient,
-    settings: RowSettings,
-    /// None until the first rows are asked for.
-    cache: Option<RowCache>,
-    exchange: RowExchange,
-    /// Rows on their way into the cache; memory that is used again.
-    fetched: Vec<f16>,
-    metrics: WorkerMetrics,
-}
-
-impl RowSource {
-    #[must_use]
-    pub fn new(client: &DataClient, settings: &RowSettings, metrics: WorkerMetrics) -> Self {
-        Self {
-            client: client.clone(),
-            settings: *settings,
-            cache: None,
-            exchange: client.rows(settings.dim),
-            fetched: Vec::new(),
-            metrics,
-        }
-    }
-
-    /// The rows `[items, dim]` of distinct items; those that occur most stay in the cache.
-    ///
-    /// # Errors
-    /// If they cannot be fetched.
-    pub async fn rows(&mut self, items: &[u32]) -> Result<Vec<f16>, FeedError> {
-        let RowSettings { dim, cache_bytes, .. } = self.settings;
-        if dim == 0 {
-            return Ok(Vec::new());
-        }
-        if let Some(rows) = mapped(&self.client, &self.metrics, items).await? {
-            return Ok(rows);
-        }
-        if self.cache.is_none() {
-            let popularity = if self.settings.must_choose() { self.client.popularity().await? } else { Vec::new() };
-            self.cache = Some(RowCache::new(dim, cache_bytes, popularity.into()));
-        }
-        let Some(cache) = &mut self.cache else { return Ok(Vec::new()) };
-        let missing = cache.missing(items);
-        self.metrics.cache_hits_total.inc_by((items.len() - missing.len()) as u64);
-        self.metrics.cache_misses_total.inc_by(missing.len() as u64);
-        self.fetched.resize(missing.len() * dim, f16::ZERO);
-        if !missing.is_empty() {
-            self.exchange.fetch_into(&missing, &mut self.fetched).await?;
-            count_rows(&self.client, &self.metrics, (missing.len(), dim));
-        }
-        let block = cache.gather(items, &self.fetched);
-        cache.keep(&missing, &self.fetched);
-        Ok(block)
-    }
-
-    /// Rows that pass by the cache: the catalogue, read once from end to end.
-    ///
-    /// # Errors
-    /// If they cannot be fetched.
-    pub async fn fetch(&mut self, items: &[u32]) -> Result<Vec<f16>, FeedError> {
-        if self.settings.dim == 0 {
-            return Ok(Vec::new());
-        }
-        if let Some(rows) = mapped(&self.client, &self.metrics, items).await? {
-            return Ok(rows);
-        }
-        let rows = self.exchange.fetch(items).await?;
-        count_rows(&self.client, &self.metrics, (items.len(), self.settings.dim));
-        Ok(rows)
-    }
-}
-
-/// The rows from the dataset's own files, if this process has them.
-async fn mapped(client: &DataClient, metrics: &WorkerMetrics, items: &[u32]) -> Result<Option<Vec<f16>>, FeedError> {
-    let Some(embeddings) = client.mapped().await? else { return Ok(None) };
-    let rows = embeddings.gather(items, client.row_format()).map_err(FlightClientError::from)?;
-    metrics.received_bytes_total.with_label_values(&["mapped"]).inc_by(2 * rows.len() as u64);
-    Ok(Some(rows))
-}
-
-/// Counts rows that were sent.
-fn count_rows(client: &DataClient, metrics: &WorkerMetrics, (rows, dim): (usize, usize)) {
-    let bytes = rows * client.row_format().row_bytes(dim);
-    metrics.received_bytes_total.with_label_values(&["rows"]).inc_by(bytes as u64);
-}
-
-/// Shape and budget of a [`RowSource`].
-#[derive(Clone, Copy, Debug)]
-pub struct RowSettings {
-    /// Values of a row; 0 = there are none.
-    pub dim: usize,
-    pub cache_bytes: u64,
-    /// Items of the catalogue.
-    pub items: u32,
-}
-
-impl RowSettings {
-    /// The cache holds some rows, but not all.
-    fn must_choose(&self) -> bool {
-        self.cache_bytes > 0 && self.cache_bytes < u64::from(self.items) * 2 * self.dim as u64
-    }
-}
-
 /// The running feed; dropping it stops its thread after the step it is at.
 pub struct Feed {
     steps: Option<Receiver<Result<PreparedStep, FeedError>>>,
     thread: Option<JoinHandle<()>>,
     /// Dropping it cancels a fetch that waits for the network.
     cancel: Option<oneshot::Sender<()>>,
+    /// One for each step that may be prepared and is not.
+    permits: Arc<Semaphore>,
+    depth: Depth,
     next_step: u64,
+    /// When the last step was taken.
+    taken: Option<Instant>,
     metrics: WorkerMetrics,
 }
 
@@ -209,15 +114,18 @@ impl Feed {
     /// Starts to fetch from `settings.from_step` on.
     #[must_use]
     pub fn start(handle: Handle, client: DataClient, settings: FeedSettings, metrics: WorkerMetrics) -> Self {
-        let (sender, steps) = sync_channel(settings.prefetch_steps as usize);
+        let (sender, steps) = channel();
         let next_step = settings.from_step;
+        let depth = Depth::new(settings.prefetch_steps);
+        let permits = Arc::new(Semaphore::new(depth.steps() as usize));
         let (cancel, cancelled) = oneshot::channel::<()>();
         metrics.prefetched_steps.set(0);
-        let fetching = metrics.clone();
+        metrics.prefetch_depth.set(depth.steps().into());
+        let (fetching, allowed) = (metrics.clone(), Arc::clone(&permits));
         let thread = std::thread::spawn(move || {
             let fetched = handle.block_on(async {
                 tokio::select! {
-                    fetched = fetch_steps(client, settings, fetching, &sender) => fetched,
+                    fetched = fetch::fetch_steps(client, settings, fetching, (&sender, &allowed)) => fetched,
                     _ = cancelled => Ok(()),
                 }
             });
@@ -226,7 +134,8 @@ impl Feed {
                 let _ = sender.send(Err(error));
             }
         });
-        Self { steps: Some(steps), thread: Some(thread), cancel: Some(cancel), next_step, metrics }
+        let (steps, thread, cancel) = (Some(steps), Some(thread), Some(cancel));
+        Self { steps, thread, cancel, permits, depth, next_step, taken: None, metrics }
     }
 
     /// Waits for the next step, or until `aborted`.
@@ -235,6 +144,7 @@ impl Feed {
     /// If the stream broke, ended early or is out of step.
     pub fn next_step(&mut self, aborted: impl Fn() -> bool) -> Result<PreparedStep, FeedError> {
         let steps = self.steps.as_ref().ok_or(FeedError::Ended)?;
+        let (asked, full) = (Instant::now(), self.permits.available_permits() == 0);
         let step = loop {
             match steps.recv_timeout(ABORT_LOOK) {
                 Ok(step) => break step?,
@@ -248,13 +158,29 @@ impl Feed {
         }
         self.next_step += 1;
         self.metrics.prefetched_steps.dec();
+        self.give_permits(asked, full);
         Ok(step)
+    }
+
+    /// Lets as many steps be prepared as the depth says now that one was taken.
+    fn give_permits(&mut self, asked: Instant, full: bool) {
+        let now = Instant::now();
+        let before = self.depth.steps();
+        // the first step is always waited for
+        if let Some(taken) = self.taken.replace(now) {
+            self.depth.after(Taken { waited: now - asked, worked: asked - taken, full });
+        }
+        let after = self.depth.steps();
+        // the one that was taken makes room for another
+        self.permits.add_permits((1 + after).saturating_sub(before) as usize);
+        self.metrics.prefetch_depth.set(after.into());
     }
 }
 
 impl Drop for Feed {
     fn drop(&mut self) {
-        // the thread waits either for a place in the channel or for the network: close both
+        // the thread waits either for a permit or for the network: close both
+        self.permits.close();
         self.steps = None;
         self.cancel = None;
         if let Some(thread) = self.thread.take()
@@ -269,37 +195,4 @@ impl Drop for Feed {
 #[must_use]
 pub fn item_bytes(times: bool) -> usize {
     if times { 4 + 8 } else { 4 }
-}
-
-async fn fetch_steps(
-    client: DataClient,
-    settings: FeedSettings,
-    metrics: WorkerMetrics,
-    sender: &SyncSender<Result<PreparedStep, FeedError>>,
-) -> Result<(), FeedError> {
-    let row_settings =
-        RowSettings { dim: settings.dim, cache_bytes: settings.cache_bytes, items: settings.uniform.items };
-    let mut source = RowSource::new(&client, &row_settings, metrics.clone());
-    let FeedSettings { rank, world_size, from_step, times, .. } = settings;
-    let ticket = Ticket::Batches { rank, world_size, from_step, steps: 0, times };
-    let mut shares = client.shares(ticket);
-    while let Some((meta, share)) = shares.next().await? {
-        let started = Instant::now();
-        let items: usize = share.iter().map(|user| user.history.len() + user.targets.len()).sum();
-        metrics.received_bytes_total.with_label_values(&["batches"]).inc_by((item_bytes(times) * items) as u64);
-        let mut micro_batches = Vec::new();
-        let further = settings.uniform.part(meta.step, settings.rank, settings.world_size);
-        for batch in assemble(&share, &further, settings.layout) {
-            let rows = source.rows(&batch.unique_items).await?;
-            micro_batches.push((batch, rows));
-        }
-        metrics.phase_seconds.with_label_values(&["assemble"]).observe(started.elapsed().as_secs_f64());
-        let users = share.iter().map(|user| user.user).collect();
-        let places = share.iter().map(|user| user.place).collect();
-        if sender.send(Ok(PreparedStep { meta, users, places, micro_batches })).is_err() {
-            return Ok(());
-        }
-        metrics.prefetched_steps.inc();
-    }
-    Ok(())
 }

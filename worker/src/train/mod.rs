@@ -8,6 +8,7 @@
 //! last finished step.
 
 mod begin;
+mod device_rows;
 mod exchange;
 mod measure;
 mod non_finite;
@@ -20,6 +21,7 @@ use std::collections::VecDeque;
 use std::path::Path;
 use std::time::Instant;
 
+pub use device_rows::DeviceRows;
 pub use exchange::Exchange;
 use learn_domain::config::{Config, ItemInput};
 use learn_domain::plan::{Plan, PlanKey};
@@ -43,7 +45,7 @@ use crate::error::WorkerError;
 use crate::evaluate::{Catalogue, Evaluator, Request};
 use crate::feed::assemble::Layout;
 use crate::feed::flight::DataClient;
-use crate::feed::{Feed, FeedSettings, UniformNegatives};
+use crate::feed::{Feed, FeedSettings, RowSettings, UniformNegatives};
 use crate::init::Origin;
 use crate::session::{Ended, Session, Turn};
 
@@ -56,6 +58,16 @@ pub fn shape(config: &Config, dataset: &DatasetFacts) -> PchShape {
         model: config.model.clone(),
         max_history: i64::from(config.sampling.history),
         cvr_hidden: config.objective.cvr_head().map(i64::from),
+    }
+}
+
+/// Shape and budgets of the content embeddings' rows.
+fn row_settings(config: &Config, dataset: &DatasetFacts) -> RowSettings {
+    RowSettings {
+        dim: dataset.embedding_dim as usize,
+        cache_bytes: config.cluster.row_cache.0,
+        device_bytes: config.cluster.device_row_cache.0,
+        items: dataset.items,
     }
 }
 
@@ -127,6 +139,7 @@ impl<'a> Trainer<'a> {
             parameters.freeze_item_vectors(&tch::Tensor::from_slice(&unseen));
         }
         let weight = config.objective.cvr_weight;
+        let rows = row_settings(config, dataset);
         session.metrics.peak_flops_per_second.set(config.cluster.device_peak_tflops * 1e12);
         let stepper = Stepper {
             model,
@@ -134,8 +147,9 @@ impl<'a> Trainer<'a> {
             optimizer,
             optimizer_config: config.optimizer.clone(),
             forward: Forward { train: !config.training.freeze_towers, precision: config.training.precision },
+            activation_checkpointing: config.training.activation_checkpointing,
             device: session.device,
-            input_dim: dataset.embedding_dim as usize,
+            rows: DeviceRows::new((rows.device_rows(), rows.dim), session.device),
             // each generation sets its own
             objective: Objective::Frozen,
             conversion: config.objective.cvr_head().map(|_| Conversion { weight }),
@@ -274,8 +288,7 @@ impl<'a> Trainer<'a> {
                 count: self.config.objective.uniform_negatives,
             },
             prefetch_steps: self.config.cluster.prefetch_steps,
-            dim: self.stepper.input_dim,
-            cache_bytes: self.config.cluster.row_cache.0,
+            rows: row_settings(self.config, &self.session.admission.dataset),
             times: self.config.model.reads_times(),
         };
         let handle = self.session.handle().clone();

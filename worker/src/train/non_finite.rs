@@ -171,6 +171,7 @@ mod tests {
 
     use super::*;
     use crate::feed::assemble::MicroBatch;
+    use crate::train::DeviceRows;
     use crate::train::passes::Seeds;
 
     #[test]
@@ -181,7 +182,10 @@ mod tests {
             item_user: vec![4, 9, -1],
             ..MicroBatch::default()
         };
-        let share = Share::load(&[(batch.clone(), vec![])], 0, Seeds { dropout: 0, items: 0 }, Device::Cpu);
+        let share = {
+            let mut table = DeviceRows::new((0, 0), Device::Cpu);
+            Share::load(&[(batch.clone(), Vec::new().into())], &mut table, Seeds { dropout: 0, items: 0 })
+        };
         let meta =
             learn_proto::flight::BatchMeta { step: 0, epoch: 0, global_users: 2, global_pairs: 3, part: 0, parts: 1 };
         let prepared = PreparedStep { meta, users: vec![70, 80], places: vec![4, 9], micro_batches: vec![] };

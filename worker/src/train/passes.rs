@@ -11,7 +11,9 @@ use learn_domain::random;
 use learn_model::{ItemInputs, Sequences, Tape};
 use tch::{Device, Tensor};
 
+use super::device_rows::DeviceRows;
 use super::objective::Towers;
+use crate::feed::PassRows;
 use crate::feed::assemble::{MicroBatch, PackedSequences};
 
 /// The tensors of one forward pass.
@@ -86,11 +88,12 @@ pub struct Seeds {
 }
 
 impl Share {
-    /// Moves a prepared step to the device.
+    /// Moves a prepared step to the device of `table`, which has some of its rows.
     #[must_use]
-    pub fn load(micro_batches: &[(MicroBatch, Vec<f16>)], dim: usize, seeds: Seeds, device: Device) -> Self {
+    pub fn load(micro_batches: &[(MicroBatch, PassRows)], table: &mut DeviceRows, seeds: Seeds) -> Self {
+        let device = table.device();
         let passes = micro_batches.iter().enumerate().map(|(number, (batch, rows))| Pass {
-            rows: rows_tensor(rows, (batch.unique_items.len(), dim), device),
+            rows: table.take(rows, batch.unique_items.len()),
             items: batch.unique_items.clone(),
             history: sequences(&batch.history, device),
             targets: sequences(&batch.targets, device),
@@ -98,13 +101,14 @@ impl Share {
             seeds: Seeds { dropout: random::key(&[seeds.dropout, number as u64]), ..seeds },
             counts: (batch.row_user.len() as i64, batch.embedded_items() as i64),
         });
+        let passes = passes.collect();
         let joined = |part: fn(&MicroBatch) -> &[i64]| {
             let all: Vec<i64> = micro_batches.iter().flat_map(|(batch, _)| part(batch)).copied().collect();
             Tensor::from_slice(&all).to_device(device)
         };
         Self {
             exposures: Exposures::load(micro_batches, device),
-            passes: passes.collect(),
+            passes,
             row_user: joined(|batch| &batch.row_user),
             item_id: joined(|batch| &batch.item_id),
             item_user: joined(|batch| &batch.item_user),
@@ -116,7 +120,7 @@ impl Share {
 
 impl Exposures {
     /// Those of all passes, with rows counted over the whole share.
-    fn load(micro_batches: &[(MicroBatch, Vec<f16>)], device: Device) -> Self {
+    fn load(micro_batches: &[(MicroBatch, PassRows)], device: Device) -> Self {
         let (mut user_row, mut item_row, mut label) = (Vec::new(), Vec::new(), Vec::new());
         let (mut users, mut items) = (0, 0);
         for (batch, _) in micro_batches {
@@ -143,7 +147,7 @@ impl Exposures {
 impl Pass {
     /// Both towers, and the way back.
     pub fn embed(&self, towers: Towers<'_>) -> (Embeddings, Tape) {
-        let Towers { model, parameters, forward } = towers;
+        let Towers { model, parameters, forward, .. } = towers;
         let tape = towers.tape(self.seeds.dropout);
         let inputs =
             ItemInputs { items: &self.items, content: &self.rows, id_seed: Some(self.seeds.items), tape: Some(&tape) };

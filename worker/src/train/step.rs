@@ -20,6 +20,7 @@ use learn_proto::convert::AfterStep;
 use learn_telemetry::{Phase, WorkerMetrics};
 use tch::Device;
 
+use super::device_rows::DeviceRows;
 use super::exchange::{Announcement, Exchange};
 use super::measure::{self, Geometry, GlobalRows};
 use super::non_finite::{self, NonFiniteStep};
@@ -36,8 +37,9 @@ pub struct Stepper {
     pub optimizer: AdamW,
     pub optimizer_config: OptimizerConfig,
     pub forward: Forward,
+    pub activation_checkpointing: bool,
     pub device: Device,
-    pub input_dim: usize,
+    pub rows: DeviceRows,
     pub objective: Objective,
     /// The CVR head, if the model has one.
     pub conversion: Option<Conversion>,
@@ -139,7 +141,7 @@ impl Stepper {
             dropout: random::key(&[self.draw_seed, prepared.meta.step, exchange.rank() as u64]),
             items: random::key(&[self.draw_seed, prepared.meta.step]),
         };
-        let share = Share::load(&prepared.micro_batches, self.input_dim, seeds, self.device);
+        let share = Share::load(&prepared.micro_batches, &mut self.rows, seeds);
         self.clock.enter(Phase::Gather);
         let announced = exchange.announce(Announcement {
             rows: share.row_user.size()[0],
@@ -160,7 +162,12 @@ impl Stepper {
             (counts(|said| said.rows), counts(|said| said.targets));
 
         self.clock.enter(Phase::Forward);
-        let towers = Towers { model: &self.model, parameters: &self.parameters, forward: &self.forward };
+        let towers = Towers {
+            model: &self.model,
+            parameters: &self.parameters,
+            forward: &self.forward,
+            activation_checkpointing: self.activation_checkpointing,
+        };
         let trains_towers = self.objective.trains_towers();
         let forwarded = if trains_towers {
             passes::forward(&share, towers)

@@ -201,6 +201,9 @@ pub struct TrainingConfig {
     /// gradient (negatives stay those of the whole global batch). 0 = one pass.
     pub micro_batch: u32,
     pub precision: Precision,
+    /// Keep only what each layer of the encoder reads, and compute the rest again when its gradient is due: about a third more
+    /// work for much less memory with many layers. It changes no result.
+    pub activation_checkpointing: bool,
     /// Train the CVR head alone (the adapter stage): the towers keep the weights they start with, run without dropout,
     /// and the loss is that of the head. Start from a trained run.
     pub freeze_towers: bool,
@@ -226,6 +229,7 @@ impl Default for TrainingConfig {
             global_batch: 256,
             micro_batch: 0,
             precision: Precision::F32,
+            activation_checkpointing: false,
             freeze_towers: false,
             init: None,
             init_partial: false,
@@ -367,17 +371,22 @@ pub struct ClusterConfig {
     pub progress_timeout: Span,
     /// A collective operation that takes longer fails.
     pub collective_timeout: Span,
-    /// On CPUs: neighbouring ranks on one machine move gradients and item vectors by memory that both map, where the system
-    /// lets them (not between containers). It changes no result; false: by sockets, as between machines.
+    /// On CPUs: ranks of one machine exchange by memory that they map, where the system lets them (not between containers):
+    /// item vectors go to the neighbour by it, and if all ranks are on one machine, each adds up its part of everybody's
+    /// gradients where they lie. It changes no result; false: by sockets, as between machines.
     pub shared_memory: bool,
     /// A job that was asked to stop has this long to finish its step and write a checkpoint; then it ends without those
     /// who have not left. A worker that was told to leave a broken generation has as long, and is lost after it. "0s" = as
     /// long as `collective_timeout` and `heartbeat_timeout` together.
     pub stop_timeout: Span,
-    /// Steps that a worker fetches ahead.
+    /// Most steps that a worker fetches ahead. It begins with two, goes one further whenever training has waited for data,
+    /// and one back when more were ready than it needed for long.
     pub prefetch_steps: u32,
     /// Host memory of a worker for content embeddings.
     pub row_cache: ByteSize,
+    /// Memory of a worker's device for content embeddings, so that they need not be copied to it again; 0 = none. On a CPU
+    /// there is nothing to gain.
+    pub device_row_cache: ByteSize,
     pub tls: TlsConfig,
 }
 
@@ -414,8 +423,9 @@ impl Default for ClusterConfig {
             collective_timeout: Span::from_secs(120),
             shared_memory: true,
             stop_timeout: Span::from_secs(0),
-            prefetch_steps: 4,
+            prefetch_steps: 8,
             row_cache: ByteSize(1 << 30),
+            device_row_cache: ByteSize(0),
             tls: TlsConfig::default(),
         }
     }

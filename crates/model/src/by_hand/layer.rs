@@ -36,6 +36,22 @@ pub(super) struct Hidden {
     low: Tensor,
 }
 
+/// What a forward leaves for the backward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Keep {
+    Nothing,
+    /// What each layer reads; the rest is computed again.
+    Inputs,
+    Activations,
+}
+
+/// What is there of a layer.
+#[derive(Debug)]
+pub(super) enum Kept {
+    Input(Hidden),
+    Activations(LayerTape),
+}
+
 /// What is the same for the layers of an encoding.
 pub(super) struct Frame<'a> {
     pub parameters: &'a Parameters,
@@ -114,6 +130,10 @@ impl Hidden {
         Self { full, low }
     }
 
+    fn shallow_clone(&self) -> Self {
+        Self { full: self.full.shallow_clone(), low: self.low.shallow_clone() }
+    }
+
     /// The rows of these places.
     fn rows<E: Product>(&self, rows: &[u32]) -> Self {
         let full = gathered::<f32>(&self.full, rows);
@@ -124,22 +144,29 @@ impl Hidden {
 
 impl Frame<'_> {
     /// The hidden states `[R, D]` after all layers, f32, and what the backward needs if it is to be kept.
-    pub fn forward<E: Product>(&self, mut hidden: Hidden, keep: bool) -> (Tensor, Vec<LayerTape>) {
-        let mut tapes = Vec::new();
+    pub fn forward<E: Product>(&self, mut hidden: Hidden, keep: Keep) -> (Tensor, Vec<Kept>) {
+        let mut all = Vec::new();
         for layer in 0..=self.last as usize {
+            let input = (keep == Keep::Inputs).then(|| hidden.shallow_clone());
             let tape;
             (hidden, tape) = self.layer::<E>(layer, hidden);
-            if keep {
-                tapes.push(tape);
-            }
+            all.extend(match keep {
+                Keep::Nothing => None,
+                Keep::Inputs => input.map(Kept::Input),
+                Keep::Activations => Some(Kept::Activations(tape)),
+            });
         }
-        (hidden.full, tapes)
+        (hidden.full, all)
     }
 
     /// `gradient` `[R, D]` of the hidden states after all layers to that of what the first one read, `[T, D]`.
-    pub fn backward<E: Product>(&self, tapes: Vec<LayerTape>, gradient: Tensor) -> Tensor {
+    pub fn backward<E: Product>(&self, all: Vec<Kept>, gradient: Tensor) -> Tensor {
         let mut pending = Pending { full: gradient.contiguous(), low: None };
-        for (layer, tape) in tapes.into_iter().enumerate().rev() {
+        for (layer, kept) in all.into_iter().enumerate().rev() {
+            let tape = match kept {
+                Kept::Activations(tape) => tape,
+                Kept::Input(hidden) => self.layer::<E>(layer, hidden).1,
+            };
             pending = self.layer_backward::<E>(layer, tape, pending);
         }
         if let Some(low) = &pending.low {

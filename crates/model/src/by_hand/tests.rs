@@ -177,6 +177,25 @@ fn graphs_that_towers_share_are_gone_through_once() {
 }
 
 #[test]
+fn activation_checkpointing_changes_no_bit() {
+    // f16 has no kernels of its own: libtorch differentiates its layers
+    for precision in [Precision::F32, Precision::Bf16, Precision::F16] {
+        for tower in TOWERS {
+            let forward = Forward { train: true, precision };
+            let mut batch = Batch::new(tower, 0.2);
+            let mut run = |tape: Tape| batch.run(forward, Some(&tape));
+            let kept = run(Tape::new(1));
+            let again = run(Tape::with_checkpointing(1));
+            assert_eq!(again.user, kept.user, "{tower:?} {precision:?}");
+            assert_eq!(again.gradients, kept.gradients, "{tower:?} {precision:?}");
+            let largest = kept.gradients.values().map(|part| part.abs().max().double_value(&[])).fold(0.0, f64::max);
+            assert!(largest > 0.0 && largest.is_finite(), "{tower:?} {precision:?}: {largest}");
+            assert_ne!(run(Tape::with_checkpointing(2)).user, kept.user, "{tower:?} {precision:?}");
+        }
+    }
+}
+
+#[test]
 fn it_agrees_with_libtorchs_own_differentiation() {
     let forward = Forward { train: true, precision: Precision::F32 };
     for tower in TOWERS {

@@ -26,16 +26,14 @@ pub struct Towers<'a> {
     pub model: &'a Pch,
     pub parameters: &'a Parameters,
     pub forward: &'a Forward,
+    pub activation_checkpointing: bool,
 }
 
 impl Towers<'_> {
     /// For a pass with this seed of dropout.
     #[must_use]
     pub fn tape(&self, seed: u64) -> Tape {
-        if self.forward.train {
-            learn_torch::seed(seed);
-        }
-        Tape::new(seed)
+        if self.activation_checkpointing { Tape::with_checkpointing(seed) } else { Tape::new(seed) }
     }
 }
 

@@ -21,7 +21,7 @@ use super::*;
 use crate::control::Progress;
 use crate::feed::assemble::{Layout, Seen, UserShare, assemble};
 use crate::feed::{PreparedStep, UniformNegatives};
-use crate::train::{Stepper, Word, rows_tensor, shape};
+use crate::train::{DeviceRows, Stepper, Word, rows_tensor, shape};
 
 const ITEMS: u32 = 13;
 const USERS: u32 = 7;
@@ -126,8 +126,8 @@ fn prepared(config: &Config, exchange: &Exchange) -> PreparedStep {
     let micro_batches = assemble(&mine, &uniform.part(0, rank, world), layout)
         .into_iter()
         .map(|batch| {
-            let rows = batch.unique_items.iter().flat_map(|&item| row(item)).collect();
-            (batch, rows)
+            let rows: Vec<f16> = batch.unique_items.iter().flat_map(|&item| row(item)).collect();
+            (batch, rows.into())
         })
         .collect();
     let meta = BatchMeta { step: 0, epoch: 0, global_users: USERS, global_pairs: pairs, part: 0, parts: 1 };
@@ -159,8 +159,9 @@ fn stepper(config: &Config, values: &[f64], kind: Kind, exchange: &mut Exchange)
         parameters,
         optimizer_config: config.optimizer.clone(),
         forward: Forward { train: true, precision: config.training.precision },
+        activation_checkpointing: config.training.activation_checkpointing,
         device: Device::Cpu,
-        input_dim: DIM,
+        rows: DeviceRows::new((0, DIM), Device::Cpu),
         objective,
         conversion: None,
         draw_seed: SEED,

@@ -1,0 +1,276 @@
+//! Where content embedding rows come from: the dataset's own files if this process can open them, else the host's cache, else
+//! the data service; and which of them stay on the device.
+//!
+//! Input: requests of items, announced ahead if they are known. Output: rows on the host, and for those that the device
+//! keeps, their places in its table. Invariant: what is said of the device's table is true once it has followed all that
+//! was said before, in that order ([`crate::train::DeviceRows`] does).
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use half::f16;
+use learn_telemetry::WorkerMetrics;
+
+use super::FeedError;
+use super::cache::RowCache;
+use super::exchange::RowExchange;
+use super::flight::{DataClient, FlightClientError};
+use super::residents::Residents;
+
+/// Items are announced until they are so many times those that a cache holds; more would change little.
+const AHEAD: usize = 8;
+/// So many are announced at most: their batches wait in memory.
+const MOST_AHEAD: usize = 1 << 19;
+
+/// Shape and budgets of a [`RowSource`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RowSettings {
+    /// Values of a row; 0 = there are none.
+    pub dim: usize,
+    /// Of the host's cache.
+    pub cache_bytes: u64,
+    /// Of the device's cache.
+    pub device_bytes: u64,
+    /// Items of the catalogue.
+    pub items: u32,
+}
+
+impl RowSettings {
+    /// Rows that the host's cache may hold.
+    #[must_use]
+    fn host_rows(&self) -> usize {
+        self.rows_in(self.cache_bytes)
+    }
+
+    /// Rows that the device's cache may hold.
+    #[must_use]
+    pub fn device_rows(&self) -> usize {
+        self.rows_in(self.device_bytes)
+    }
+
+    fn rows_in(&self, bytes: u64) -> usize {
+        let all = self.items as usize;
+        usize::try_from(bytes / (2 * self.dim.max(1)) as u64).map_or(all, |rows| rows.min(all))
+    }
+
+    /// A cache of so many rows holds some, but not all.
+    fn must_choose(&self, rows: usize) -> bool {
+        rows > 0 && rows < self.items as usize
+    }
+}
+
+/// The rows of a forward pass.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PassRows {
+    /// `[F, dim]` of the unique items that are not on the device, in their order.
+    pub sent: Vec<f16>,
+    /// If the device has a cache.
+    pub on_device: Option<OnDevice>,
+}
+
+/// What the device's table has of a pass, and what it shall have after it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OnDevice {
+    /// By unique item the row of the table; `None` for one that is sent.
+    pub held: Vec<Option<usize>>,
+    /// Of those that are sent: the number among them, and the row of the table that it takes.
+    pub kept: Vec<(usize, usize)>,
+}
+
+impl From<Vec<f16>> for PassRows {
+    /// All of them sent.
+    fn from(sent: Vec<f16>) -> Self {
+        Self { sent, on_device: None }
+    }
+}
+
+/// Rows by item index.
+pub struct RowSource {
+    client: DataClient,
+    settings: RowSettings,
+    /// None until the first rows are asked for.
+    host: Option<RowCache>,
+    device: Option<Residents>,
+    popularity: Option<Arc<[u32]>>,
+    exchange: RowExchange,
+    /// Rows on their way into the cache; memory that is used again.
+    fetched: Vec<f16>,
+    metrics: WorkerMetrics,
+}
+
+impl RowSource {
+    #[must_use]
+    pub fn new(client: &DataClient, settings: &RowSettings, metrics: WorkerMetrics) -> Self {
+        Self {
+            client: client.clone(),
+            settings: *settings,
+            host: None,
+            device: None,
+            popularity: None,
+            exchange: client.rows(settings.dim),
+            fetched: Vec::new(),
+            metrics,
+        }
+    }
+
+    /// How many items are worth announcing: enough for the caches to choose by.
+    ///
+    /// # Errors
+    /// If the data service stays away.
+    pub async fn items_ahead(&self) -> Result<usize, FeedError> {
+        let device = self.settings.device_rows();
+        let host = if self.client.mapped().await?.is_some() { 0 } else { self.settings.host_rows() };
+        let choosing = [host, device].into_iter().filter(|&rows| self.settings.must_choose(rows)).max();
+        Ok(choosing.map_or(0, |rows| rows.saturating_mul(AHEAD).min(MOST_AHEAD)))
+    }
+
+    /// Announces a pass, after those that are announced already.
+    ///
+    /// # Errors
+    /// If the data service stays away.
+    pub async fn announce(&mut self, items: &[u32]) -> Result<(), FeedError> {
+        if self.settings.dim == 0 {
+            return Ok(());
+        }
+        if let Some(device) = self.device().await? {
+            device.announce(items);
+        }
+        if self.settings.must_choose(self.settings.host_rows()) && self.client.mapped().await?.is_none() {
+            self.host().await?.announce(items);
+        }
+        Ok(())
+    }
+
+    /// The rows of the next pass's distinct items: the oldest announced one's, or one's that was not announced.
+    ///
+    /// # Errors
+    /// If they cannot be fetched.
+    pub async fn pass(&mut self, items: &[u32]) -> Result<PassRows, FeedError> {
+        let Some(device) = self.device().await?.filter(|_| !items.is_empty()) else {
+            return Ok(self.rows(items).await?.into());
+        };
+        device.begin(items);
+        let held: Vec<Option<usize>> = items.iter().map(|&item| device.slot(item)).collect();
+        let missing = items.iter().zip(&held).filter(|(_, slot)| slot.is_none());
+        let missing: Vec<u32> = missing.map(|(&item, _)| item).collect();
+        let admitted = missing.iter().enumerate();
+        let kept: Vec<(usize, usize)> =
+            admitted.filter_map(|(number, &item)| Some((number, device.admit(item)?))).collect();
+        // the host keeps others
+        let taken = kept.iter().map(|&(number, _)| missing[number]).collect();
+        self.metrics.device_cache_hits_total.inc_by((items.len() - missing.len()) as u64);
+        Ok(PassRows { sent: self.host_part(items, &missing, &taken).await?, on_device: Some(OnDevice { held, kept }) })
+    }
+
+    /// The rows `[items, dim]` of distinct items, all on the host; those that occur most stay in its cache.
+    ///
+    /// # Errors
+    /// If they cannot be fetched.
+    pub async fn rows(&mut self, items: &[u32]) -> Result<Vec<f16>, FeedError> {
+        self.host_part(items, items, &HashSet::new()).await
+    }
+
+    /// Rows that pass by the caches: the catalogue, read once from end to end.
+    ///
+    /// # Errors
+    /// If they cannot be fetched.
+    pub async fn fetch(&mut self, items: &[u32]) -> Result<Vec<f16>, FeedError> {
+        if self.settings.dim == 0 {
+            return Ok(Vec::new());
+        }
+        if let Some(rows) = self.mapped(items).await? {
+            return Ok(rows);
+        }
+        let rows = self.exchange.fetch(items).await?;
+        self.count_sent(items.len());
+        Ok(rows)
+    }
+
+    /// The rows of those items of the next request that are `wanted` on the host, which keeps none that are `taken`.
+    async fn host_part(
+        &mut self,
+        request: &[u32],
+        wanted: &[u32],
+        taken: &HashSet<u32>,
+    ) -> Result<Vec<f16>, FeedError> {
+        let dim = self.settings.dim;
+        if dim == 0 {
+            return Ok(Vec::new());
+        }
+        if let Some(rows) = self.mapped(wanted).await? {
+            return Ok(rows);
+        }
+        let missing = self.host().await?.begin(request, wanted);
+        self.metrics.cache_hits_total.inc_by((wanted.len() - missing.len()) as u64);
+        self.metrics.cache_misses_total.inc_by(missing.len() as u64);
+        self.fetched.resize(missing.len() * dim, f16::ZERO);
+        if !missing.is_empty() {
+            self.exchange.fetch_into(&missing, &mut self.fetched).await?;
+            self.count_sent(missing.len());
+        }
+        let fetched = std::mem::take(&mut self.fetched);
+        let cache = self.host().await?;
+        let block = cache.gather(wanted, &fetched);
+        cache.keep(&missing, &fetched, |item| !taken.contains(&item));
+        self.fetched = fetched;
+        Ok(block)
+    }
+
+    /// The host's cache, made when it is first used.
+    async fn host(&mut self) -> Result<&mut RowCache, FeedError> {
+        if self.host.is_none() {
+            let rows = self.settings.host_rows();
+            let popularity = self.popularity(rows).await?;
+            self.host = Some(RowCache::new(self.settings.dim, rows, popularity));
+        }
+        // it is there now
+        self.host.as_mut().ok_or(FeedError::Ended)
+    }
+
+    /// The choice of the device's rows, made when it is first used; `None` without a cache on the device.
+    async fn device(&mut self) -> Result<Option<&mut Residents>, FeedError> {
+        let rows = self.settings.device_rows();
+        if self.device.is_none() && rows > 0 && self.settings.dim > 0 {
+            self.device = Some(Residents::new(rows, self.popularity(rows).await?));
+        }
+        Ok(self.device.as_mut())
+    }
+
+    /// How often items occur, if a cache of so many rows must choose.
+    async fn popularity(&mut self, rows: usize) -> Result<Arc<[u32]>, FeedError> {
+        if !self.settings.must_choose(rows) {
+            return Ok(Arc::default());
+        }
+        if self.popularity.is_none() {
+            self.popularity = Some(self.client.popularity().await?.into());
+        }
+        Ok(self.popularity.clone().unwrap_or_default())
+    }
+
+    /// The rows from the dataset's own files, if this process has them.
+    async fn mapped(&self, items: &[u32]) -> Result<Option<Vec<f16>>, FeedError> {
+        let Some(embeddings) = self.client.mapped().await? else { return Ok(None) };
+        let rows = embeddings.gather(items, self.client.row_format()).map_err(FlightClientError::from)?;
+        self.metrics.received_bytes_total.with_label_values(&["mapped"]).inc_by(2 * rows.len() as u64);
+        Ok(Some(rows))
+    }
+
+    /// Counts rows that were sent.
+    fn count_sent(&self, rows: usize) {
+        let bytes = rows * self.client.row_format().row_bytes(self.settings.dim);
+        self.metrics.received_bytes_total.with_label_values(&["rows"]).inc_by(bytes as u64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_is_as_many_rows_as_fit_and_no_more_than_there_are() {
+        let settings = RowSettings { dim: 4, cache_bytes: 17, device_bytes: 1 << 40, items: 5 };
+        assert_eq!((settings.host_rows(), settings.device_rows()), (2, 5));
+        assert!(settings.must_choose(2) && !settings.must_choose(5) && !settings.must_choose(0));
+        assert_eq!(RowSettings { dim: 0, ..settings }.host_rows(), 5, "no division by zero");
+    }
+}
