@@ -88,8 +88,9 @@ impl Linear<'_> {
     /// `x W^T + b` for `x` of any floating kind, in the precision's kind or in the weight's; the result has that kind.
     pub fn forward(&self, x: &Tensor, precision: Precision) -> Tensor {
         let kind = learn_torch::product_kind(precision).unwrap_or_else(|| self.weight.kind());
-        let cast = |tensor: &Tensor| tensor.to_kind(kind);
-        cast(x).linear(&cast(self.weight), Some(cast(self.bias)))
+        let multiplied = learn_torch::multiplied_kind(kind, x.device());
+        let cast = |tensor: &Tensor| tensor.to_kind(multiplied);
+        cast(x).linear(&cast(self.weight), Some(cast(self.bias))).to_kind(kind)
     }
 }
 

@@ -1,5 +1,5 @@
 //! Matrix products: those of bf16 by tiles where the processor has them (`learn_kernels::Product`), all others by
-//! libtorch.
+//! libtorch; in f32 if it has no products of bf16 for this processor.
 //!
 //! Input: matrices on one device, of one kind, any of them transposed or a part of another. Output: their product, of
 //! the kind that is asked for; sums are f32 until they are stored. Nothing here makes a graph.
@@ -30,6 +30,7 @@ pub(crate) fn product(left: &Tensor, right: &Tensor, added: Added<'_>, kind: Kin
             return out;
         }
     }
+    let [left, right] = &[multiplied(left), multiplied(right)];
     match added {
         Added::Row(row) if left.kind() == kind => row.addmm(left, right),
         Added::Row(row) => left.mm(right).to_kind(kind) + row,
@@ -42,12 +43,18 @@ pub(crate) fn add_product(out: &mut Tensor, holds: bool, left: &Tensor, right: &
     if by_tiles(left, right, out, (!holds).then_some(Added::Nothing)) {
         return;
     }
+    let [left, right] = &[multiplied(left), multiplied(right)];
     match (holds, out.kind() == left.kind()) {
         (true, true) => drop(out.addmm_(left, right)),
         (true, false) => *out += left.mm(right),
         (false, true) => drop(left.mm_out(out, right)),
         (false, false) => out.copy_(&left.mm(right)),
     }
+}
+
+/// A side of a product in the kind in which libtorch multiplies it.
+fn multiplied(side: &Tensor) -> Tensor {
+    side.to_kind(learn_torch::multiplied_kind(side.kind(), side.device()))
 }
 
 /// Computes the product if there are tiles for it; `added` is `None` to add to what the output holds.
