@@ -109,8 +109,8 @@ pub fn write(
 ) -> Result<(), SafetensorsError> {
     let mut owned = BTreeMap::new();
     for (name, tensor) in tensors {
-        let copied = HostTensor::copy(path, name, tensor)?;
-        if owned.insert(name.as_str(), copied).is_some() {
+        let stored = HostTensor::of(path, name, tensor)?;
+        if owned.insert(name.as_str(), stored).is_some() {
             let reason = format!("two tensors are named {name}");
             return Err(SafetensorsError::Invalid { path: path.into(), reason });
         }
@@ -139,15 +139,15 @@ fn kind_of(dtype: Dtype) -> Option<Kind> {
     }
 }
 
-/// A tensor's bytes in host memory.
-struct HostTensor {
+/// A tensor's bytes in host memory: its own, or a copy of what lies elsewhere.
+struct HostTensor<'a> {
     dtype: Dtype,
     shape: Vec<usize>,
-    bytes: Vec<u8>,
+    bytes: Cow<'a, [u8]>,
 }
 
-impl HostTensor {
-    fn copy(path: &Path, name: &str, tensor: &Tensor) -> Result<Self, SafetensorsError> {
+impl<'a> HostTensor<'a> {
+    fn of(path: &Path, name: &str, tensor: &'a Tensor) -> Result<Self, SafetensorsError> {
         let dtype = match tensor.kind() {
             Kind::Half => Dtype::F16,
             Kind::BFloat16 => Dtype::BF16,
@@ -159,20 +159,26 @@ impl HostTensor {
                 return Err(SafetensorsError::Kind { path: path.into(), name: name.to_owned(), kind });
             }
         };
-        let count = tensor.numel();
-        let mut bytes = vec![0; count * tensor.kind().elt_size_in_bytes()];
-        tensor.detach().f_copy_data_u8(&mut bytes, count).map_err(|source| SafetensorsError::Torch {
-            path: path.into(),
-            name: name.to_owned(),
-            source,
-        })?;
+        let bytes = match learn_torch::bytes(tensor) {
+            Some(bytes) => Cow::Borrowed(bytes),
+            None => {
+                let count = tensor.numel();
+                let mut bytes = vec![0; count * tensor.kind().elt_size_in_bytes()];
+                tensor.detach().f_copy_data_u8(&mut bytes, count).map_err(|source| SafetensorsError::Torch {
+                    path: path.into(),
+                    name: name.to_owned(),
+                    source,
+                })?;
+                Cow::Owned(bytes)
+            }
+        };
         // libtorch gives sizes as i64 that are never negative
         let shape = tensor.size().iter().map(|&size| size as usize).collect();
         Ok(Self { dtype, shape, bytes })
     }
 }
 
-impl View for &HostTensor {
+impl View for &HostTensor<'_> {
     fn dtype(&self) -> Dtype {
         self.dtype
     }

@@ -21,13 +21,13 @@ pub use learn_collective::OwnVector;
 use learn_domain::config::{DeviceKind, Precision};
 use tch::{Cuda, Device, Kind};
 
-pub use background::give_way;
+pub use background::{give_way, processor_time};
 pub use facts::{Facts, describe};
 pub use host::{from_host, to_host};
 pub use mapped::MappedFile;
 pub use memory::{in_large_pages, keep_freed_memory};
 pub use parallel::{run_tasks, task_threads};
-pub use raw::{RawTensor, Stored, Strided, buffer, over, parts_of, raw, strided, values, values_mut};
+pub use raw::{RawTensor, Stored, Strided, buffer, bytes, over, parts_of, raw, strided, values, values_mut};
 
 /// Something about libtorch that does not work, with the remedy.
 #[derive(Debug, thiserror::Error)]

@@ -110,6 +110,19 @@ pub fn values<T: Stored>(tensor: &Tensor) -> &[T] {
     unsafe { std::slice::from_raw_parts(ptr, len) }
 }
 
+/// The bytes of a tensor, row by row, as they lie in memory; `None` if it lies elsewhere or is not contiguous.
+#[must_use]
+pub fn bytes(tensor: &Tensor) -> Option<&[u8]> {
+    let RawTensor { ptr, len, kind, device } = raw(tensor).ok()?;
+    match (device, len) {
+        (Device::Cpu, 0) => Some(&[]),
+        // SAFETY: a defined and contiguous tensor on the CPU has so many elements of so many bytes; the borrow keeps it
+        // alive. Other handles are as in `values`.
+        (Device::Cpu, _) => Some(unsafe { std::slice::from_raw_parts(ptr.cast(), len * kind.elt_size_in_bytes()) }),
+        _ => None,
+    }
+}
+
 /// As [`values`], to write.
 ///
 /// # Panics

@@ -56,6 +56,9 @@ pub struct CheckpointResult {
     pub handing_over: Vec<f64>,
     /// Seconds from the copy to a durable checkpoint.
     pub writing: Vec<f64>,
+    /// Processor time that the writer takes, of each checkpoint, by the seconds from the copy to a durable one. Steps whose
+    /// threads wait for each other lose as much.
+    pub writer_share: Vec<f64>,
     /// Steps that began while one was written, the copy included in the first one.
     pub steps_meanwhile: Vec<f64>,
     pub steps_without: Vec<f64>,
@@ -68,11 +71,12 @@ impl fmt::Display for CheckpointResult {
         let (without, over) = (Spread::of(&self.steps_without).median, Spread::of(&self.handing_over).median);
         write!(
             f,
-            "checkpoints of {} MiB: {:.0} ms to hand one over, {:.1} s until it is durable\na step of {} users takes {:.0} ms; \
-             while one is written {:.2} % longer",
+            "checkpoints of {} MiB: {:.0} ms to hand one over, {:.1} s until it is durable, in which \
+             the writer takes {:.2} % of a processor\na step of {} users takes {:.0} ms; while one is written {:.2} % longer",
             self.bytes >> 20,
             1e3 * over,
             Spread::of(&self.writing).median,
+            100.0 * Spread::of(&self.writer_share).median,
             self.users,
             1e3 * without,
             100.0 * self.lost_share
@@ -147,9 +151,9 @@ fn measure(settings: &BenchSettings, checkpoints: u32, run: &RunDir) -> Result<C
     }
     let (told, durable) = std::sync::mpsc::channel();
     let mut writer = Writer::start(run.clone(), 1, move |written| {
-        let Written::Committed { path, duration, .. } = written else { return false };
+        let Written::Committed { path, duration, processor, .. } = written else { return false };
         // nobody listens any more when a step has failed
-        let _ = told.send((path, duration));
+        let _ = told.send((path, duration, processor));
         true
     });
     let (mut handing_over, mut meanwhile, mut without) = (Vec::new(), Vec::new(), Vec::new());
@@ -172,8 +176,8 @@ fn measure(settings: &BenchSettings, checkpoints: u32, run: &RunDir) -> Result<C
         }
     }
     drop(writer);
-    let written: Vec<(PathBuf, Duration)> = durable.into_iter().collect();
-    let newest = written.last().map(|(path, _)| checkpoint::check(path)).transpose()?;
+    let written: Vec<(PathBuf, Duration, Duration)> = durable.into_iter().collect();
+    let newest = written.last().map(|(path, ..)| checkpoint::check(path)).transpose()?;
     let mean = |seconds: &[f64]| seconds.iter().sum::<f64>() / seconds.len().max(1) as f64;
     Ok(CheckpointResult {
         device: format!("{:?}", settings.device),
@@ -181,7 +185,8 @@ fn measure(settings: &BenchSettings, checkpoints: u32, run: &RunDir) -> Result<C
         parameters: training.stepper.parameters.count(),
         bytes: newest.map_or(0, |state| state.files.values().map(|file| file.bytes).sum()),
         handing_over,
-        writing: written.iter().map(|(_, duration)| duration.as_secs_f64()).collect(),
+        writing: written.iter().map(|(_, duration, _)| duration.as_secs_f64()).collect(),
+        writer_share: written.iter().map(|(_, duration, processor)| processor.div_duration_f64(*duration)).collect(),
         lost_share: mean(&meanwhile) / mean(&without) - 1.0,
         steps_meanwhile: meanwhile,
         steps_without: without,

@@ -25,6 +25,8 @@ pub enum Written<'a> {
         path: PathBuf,
         /// Time the write took.
         duration: Duration,
+        /// Processor time among it.
+        processor: Duration,
     },
     /// It is not there; those before it are.
     Failed { step: Step, error: &'a CheckpointError },
@@ -142,12 +144,13 @@ fn write_all(
 ) {
     let folder = run.checkpoints();
     for snapshot in queue {
-        let started = Instant::now();
+        let (started, processor) = (Instant::now(), learn_torch::processor_time());
         let step = snapshot.state.step;
         let best = snapshot.state.best.clone().filter(|best| best.step == step);
         let mut written = write(&folder, snapshot);
         if let Ok(path) = &written {
-            let counts = tell(Written::Committed { step, path: path.clone(), duration: started.elapsed() });
+            let (duration, processor) = (started.elapsed(), learn_torch::processor_time() - processor);
+            let counts = tell(Written::Committed { step, path: path.clone(), duration, processor });
             if counts {
                 if let Err(error) = best.map_or(Ok(()), |best| write_best(run, Some(&best))) {
                     written = Err(error);

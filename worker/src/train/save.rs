@@ -151,7 +151,7 @@ pub(super) fn start_writer(session: &Session, speaker: Speaker) -> Writer {
     let (metrics, config) = (session.metrics.clone(), &session.admission.config);
     let patience = config.cluster.stop_within();
     Writer::start(session.run_dir(), config.checkpoint.keep_last, move |written| match written {
-        Written::Committed { step, path, duration } => {
+        Written::Committed { step, path, duration, .. } => {
             metrics.checkpoint_seconds.observe(duration.as_secs_f64());
             let path = path.display().to_string();
             match speaker.say(patience, |member| member.commit_checkpoint(step, path.clone())) {

@@ -188,13 +188,14 @@ pub fn checkpoint(bench: &Bench<'_>) -> Result<Results> {
     let (threads, device) = (bench.threads.to_string(), bench.options.device.as_str());
     let words = ["checkpoint", "--device", device, "--threads", &threads, "--precision", "bf16", "--checkpoints", "2"];
     let words = [&words[..], &["--item-tower", "content", "--output-dim", "4096", "--targets", "10"]].concat();
-    let (mut lost, mut over, mut writing) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut lost, mut share, mut over, mut writing) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 1..=bench.options.rounds {
         let answer = bench.ours(&words)?;
         let numbers = |key: &str| -> Vec<f64> {
             answer[key].as_array().into_iter().flatten().filter_map(Value::as_f64).collect()
         };
         lost.push(number(&answer, "lost_share")?);
+        share.extend(numbers("writer_share"));
         over.extend(numbers("handing_over"));
         writing.extend(numbers("writing"));
         eprintln!("  round {round} of {}: {:.2} % lost", bench.options.rounds, 100.0 * lost[lost.len() - 1]);
@@ -207,6 +208,7 @@ pub fn checkpoint(bench: &Bench<'_>) -> Result<Results> {
         machine: Machine::describe(device, bench.workspace.root()),
         rows: vec![
             Row::of("step time lost while a checkpoint is written", Unit::Share, &lost).wanted(Wanted::AtMost(0.01)),
+            Row::of("of a processor that the writer takes meanwhile", Unit::Share, &share),
             Row::of("the training thread copies the state", Unit::Seconds, &over),
             Row::of("until it is durable", Unit::Seconds, &writing),
         ],
