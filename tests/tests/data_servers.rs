@@ -19,14 +19,20 @@ fn row_bytes(metrics_url: &str) -> f64 {
 }
 
 fn metric(metrics_url: &str, name: &str) -> f64 {
-    let (host, path) = metrics_url.strip_prefix("http://").and_then(|rest| rest.split_once('/')).expect("a URL");
+    let answer = get(metrics_url);
+    let line = answer.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("no such metric in {answer}")).parse().expect("a number")
+}
+
+/// The body of what this URL answers.
+fn get(url: &str) -> String {
+    let (host, path) = url.strip_prefix("http://").and_then(|rest| rest.split_once('/')).expect("a URL");
     let mut stream = TcpStream::connect(host).expect("it listens");
     let request = format!("GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).expect("it reads");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("it answers");
-    let line = answer.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    line.unwrap_or_else(|| panic!("no such metric in {answer}")).parse().expect("a number")
+    answer.split_once("\r\n\r\n").expect("a head and a body").1.to_owned()
 }
 
 /// Pids and metrics of the live data servers.
@@ -44,6 +50,22 @@ fn coordinator_metrics(site: &Site, name: &str) -> String {
     let file = std::fs::File::open(site.run_dir(name).join("coordinator.json")).expect("the job is served");
     let address: Value = serde_json::from_reader(file).expect("it is JSON");
     format!("{}/metrics", address["http"].as_str().expect("it is text"))
+}
+
+/// Rows that the job's workers have found in their devices' caches.
+fn device_hits(site: &Site, name: &str) -> f64 {
+    let discovery = coordinator_metrics(site, name).replace("/metrics", "/sd");
+    let groups: Value = serde_json::from_str(&get(&discovery)).expect("it is JSON");
+    let groups = groups.as_array().cloned().unwrap_or_default();
+    let workers = groups.iter().filter(|group| group["labels"]["role"] == "worker");
+    let targets = workers.flat_map(|group| group["targets"].as_array().cloned().unwrap_or_default());
+    let url = |target: Value| format!("http://{}/metrics", target.as_str().expect("it is text"));
+    let hits = |metrics: String| -> f64 {
+        let line = metrics.lines().find(|line| line.starts_with("learn_worker_device_cache_hit_rows_total"));
+        let value = line.and_then(|line| line.split_whitespace().next_back()).expect("the metric is there");
+        value.parse().expect("a number")
+    };
+    targets.map(|target| hits(get(&url(target)))).sum()
 }
 
 fn start(site: &Site, name: &str, more: &[&str]) -> std::process::Child {
@@ -203,7 +225,8 @@ fn a_worker_that_can_open_the_files_is_sent_no_rows_and_trains_the_same() {
     // a cache of nothing, so that every step needs rows from somewhere
     let sent = start(&site, "sent", &[&long[..], &["data.map_rows=false", "cluster.row_cache=0B"]].concat());
     follow(&site, "sent", 300);
-    let all = row_bytes(&coordinator_metrics(&site, "sent"));
+    let a_step = |name: &str| row_bytes(&coordinator_metrics(&site, name)) / site.steps(name).len() as f64;
+    let (all, each) = (row_bytes(&coordinator_metrics(&site, "sent")), a_step("sent"));
     succeeds(&sent.wait_with_output().expect("it ends"));
 
     let mapped = start(&site, "mapped", &long);
@@ -218,8 +241,9 @@ fn a_worker_that_can_open_the_files_is_sent_no_rows_and_trains_the_same() {
     let few = ["data.map_rows=false", "cluster.row_cache=480B", "cluster.device_row_cache=480B"];
     let kept = start(&site, "kept", &[&long[..], &few, &["training.activation_checkpointing=true"]].concat());
     follow(&site, "kept", 300);
-    let fewer = row_bytes(&coordinator_metrics(&site, "kept"));
-    assert!(fewer > 0.0 && fewer < 0.7 * all, "{fewer} instead of {all} bytes of rows");
+    let (fewer, hits) = (a_step("kept"), device_hits(&site, "kept"));
+    assert!(fewer > 0.0 && fewer < 0.9 * each, "{fewer} instead of {each} bytes of rows a step");
+    assert!(hits > 0.0, "no row was found on the device");
     succeeds(&kept.wait_with_output().expect("it ends"));
 
     let last = site.losses("sent").len() as u64;

@@ -52,7 +52,8 @@ fn advice(message: &str, phase: &str) -> Option<String> {
         "checkpoint" => "a checkpoint is copied to host memory first: lower cluster.row_cache",
         _ => {
             "lower training.micro_batch (the gradient stays the same; half of a worker's share of the global batch is a \
-             start), with the full softmax objective.catalogue_batch too, or use more workers"
+             start), with the full softmax objective.catalogue_batch too, and cluster.device_row_cache, set \
+             training.activation_checkpointing, or use more workers"
         }
     };
     let facts = facts(message).map(|facts| format!(" ({facts})")).unwrap_or_default();

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -23,15 +24,16 @@ use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use half::f16;
 use learn_dataset::embeddings::int8;
 use learn_dataset::{Dataset, Embeddings};
-use learn_domain::config::RowFormat;
+use learn_domain::config::{ObjectiveConfig, RowFormat};
 use learn_proto::auth::Secret;
 use learn_proto::flight::{
     BatchMeta, Exchange, Extras, RowFile, RowFiles, RowsMeta, Ticket, batches_schema, directory_location, element,
     rows_schema,
 };
 use learn_telemetry::WorkerMetrics;
+use learn_worker::feed::assemble::Layout;
 use learn_worker::feed::flight::{DataClient, FlightClientError};
-use learn_worker::feed::{RowSettings, RowSource};
+use learn_worker::feed::{Feed, FeedError, FeedSettings, RowSettings, RowSource, UniformNegatives};
 use learn_worker::retry::Patience;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -302,6 +304,72 @@ fn another_location_takes_over_from_one_that_is_dead_or_breaks() {
         let expected: Vec<f16> = items.iter().flat_map(|&item| [f16::from_f32(item as f32); DIM as usize]).collect();
         assert_eq!(got, expected);
     }
+}
+
+/// The feed of a job whose caches hold every row.
+fn feed(runtime: &Runtime, location: &str, metrics: &WorkerMetrics) -> Feed {
+    let settings = FeedSettings {
+        rank: 0,
+        world_size: 1,
+        from_step: 0,
+        layout: Layout::new(&ObjectiveConfig::default(), 0),
+        uniform: UniformNegatives::default(),
+        prefetch_steps: 3,
+        rows: RowSettings { dim: DIM as usize, cache_bytes: 1 << 10, device_bytes: 1 << 10, items: 5 },
+        times: false,
+    };
+    let client = client(runtime, &[location.to_owned()], PATIENT);
+    Feed::start(runtime.handle().clone(), client, settings, metrics.clone())
+}
+
+#[test]
+fn steps_come_with_their_rows_through_the_death_of_the_service() {
+    let (runtime, metrics) = (runtime(), WorkerMetrics::new());
+    let mut service = Service::start(Fake::default(), "127.0.0.1:0");
+    let mut feed = feed(&runtime, &service.location(), &metrics);
+    // what a device does with it
+    let mut table: BTreeMap<usize, Vec<f16>> = BTreeMap::new();
+    for step in 0..40 {
+        if step == 15 {
+            let address = service.kill();
+            service = Service::start(Fake::default(), &address.to_string());
+        }
+        let prepared = feed.next_step(|| false).unwrap();
+        assert_eq!(prepared.meta.step, step);
+        assert!(metrics.prefetched_steps.get() <= metrics.prefetch_depth.get(), "a step for each permit");
+        let [(batch, rows)] = &prepared.micro_batches[..] else { panic!("a step is one pass") };
+        assert_eq!(batch.unique_items, [1, 2, 3]);
+        let on_device = rows.on_device.as_ref().unwrap();
+        let mut sent = rows.sent.chunks_exact(DIM as usize);
+        for (item, slot) in batch.unique_items.iter().zip(&on_device.held) {
+            let found: &[f16] = slot.as_ref().map_or_else(|| sent.next().unwrap(), |slot| &table[slot]);
+            assert_eq!(found, row(*item));
+        }
+        assert_eq!(sent.len(), 0);
+        for &(number, slot) in &on_device.kept {
+            table.insert(slot, rows.sent[number * DIM as usize..][..DIM as usize].to_vec());
+        }
+    }
+    assert_eq!(metrics.cache_misses_total.get(), 3, "each row was fetched once");
+    assert!(metrics.device_cache_hits_total.get() >= 39 * 3);
+}
+
+#[test]
+fn a_feed_ends_while_it_waits() {
+    let (runtime, metrics) = (runtime(), WorkerMetrics::new());
+    let service = Service::start(Fake::default(), "127.0.0.1:0");
+    // for a permit
+    let mut ahead = feed(&runtime, &service.location(), &metrics);
+    ahead.next_step(|| false).unwrap();
+    drop(ahead);
+    // for a service that is away
+    let location = service.location();
+    service.kill();
+    let started = Instant::now();
+    let mut waiting = feed(&runtime, &location, &metrics);
+    assert!(matches!(waiting.next_step(|| true), Err(FeedError::Aborted)));
+    drop(waiting);
+    assert!(started.elapsed() < PATIENT / 2);
 }
 
 #[test]

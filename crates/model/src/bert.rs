@@ -9,6 +9,8 @@ use learn_domain::config::Precision;
 use learn_domain::packing::Run;
 use tch::Tensor;
 
+use crate::products::multiplied_kind;
+
 /// Who attends to whom.
 #[derive(Clone, Copy, Debug)]
 pub enum Attention<'a> {
@@ -85,10 +87,11 @@ impl<'a> LayerWeights<'a> {
 }
 
 impl Linear<'_> {
-    /// `x W^T + b` for `x` of any floating kind, in the precision's kind or in the weight's; the result has that kind.
+    /// `x W^T + b` for `x` of any floating kind, in the precision's kind or in the weight's; the result has that kind. A
+    /// processor that multiplies bf16 slowly does it in f32 and rounds the result.
     pub fn forward(&self, x: &Tensor, precision: Precision) -> Tensor {
         let kind = learn_torch::product_kind(precision).unwrap_or_else(|| self.weight.kind());
-        let multiplied = learn_torch::multiplied_kind(kind, x.device());
+        let multiplied = multiplied_kind(kind, x.device());
         let cast = |tensor: &Tensor| tensor.to_kind(multiplied);
         cast(x).linear(&cast(self.weight), Some(cast(self.bias))).to_kind(kind)
     }

@@ -27,6 +27,7 @@ pub use by_hand::Tape;
 pub use optimizer::AdamW;
 pub use parameters::{ParameterSpec, Parameters, Role, RowGradient};
 pub use pch::{Forward, ItemInputs, Items, Pch, PchShape, Sequences};
+pub use products::multiplied_kind;
 
 /// The threads of this crate's kernels: those of libtorch.
 const RUNNER: learn_kernels::Runner =

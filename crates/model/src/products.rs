@@ -5,9 +5,9 @@
 //! the kind that is asked for; sums are f32 until they are stored. Nothing here makes a graph.
 
 use half::bf16;
-use learn_kernels::{Element, Matrix, Plus, Product};
+use learn_kernels::{Element, Level, Matrix, Plus, Product};
 use learn_torch::{Stored, Strided, strided, values, values_mut};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// What is added to a product.
 #[derive(Clone, Copy, Debug)]
@@ -52,9 +52,17 @@ pub(crate) fn add_product(out: &mut Tensor, holds: bool, left: &Tensor, right: &
     }
 }
 
+/// The kind in which libtorch multiplies matrices of this kind fast: f32 for bf16 on an x86 processor without AVX-512, for
+/// which its products of bf16 are plain loops.
+#[must_use]
+pub fn multiplied_kind(kind: Kind, device: Device) -> Kind {
+    let is_slow = cfg!(target_arch = "x86_64") && Level::current() != Level::Avx512;
+    if is_slow && (kind, device) == (Kind::BFloat16, Device::Cpu) { Kind::Float } else { kind }
+}
+
 /// A side of a product in the kind in which libtorch multiplies it.
 fn multiplied(side: &Tensor) -> Tensor {
-    side.to_kind(learn_torch::multiplied_kind(side.kind(), side.device()))
+    side.to_kind(multiplied_kind(side.kind(), side.device()))
 }
 
 /// Computes the product if there are tiles for it; `added` is `None` to add to what the output holds.
@@ -89,9 +97,6 @@ fn matrix(tensor: &Tensor) -> Option<Matrix<'_>> {
 
 #[cfg(test)]
 mod tests {
-    use learn_kernels::Level;
-    use tch::Device;
-
     use super::*;
 
     const OPTIONS: (Kind, Device) = (Kind::Float, Device::Cpu);

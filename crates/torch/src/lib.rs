@@ -79,17 +79,6 @@ pub const fn product_kind(precision: Precision) -> Option<Kind> {
     }
 }
 
-/// The kind in which libtorch multiplies matrices of this kind fast: f32 for bf16 on an x86 processor without AVX-512, for
-/// which its products of bf16 are plain loops.
-#[must_use]
-pub fn multiplied_kind(kind: Kind, device: Device) -> Kind {
-    #[cfg(target_arch = "x86_64")]
-    if (kind, device) == (Kind::BFloat16, Device::Cpu) && !std::arch::is_x86_feature_detected!("avx512bw") {
-        return Kind::Float;
-    }
-    kind
-}
-
 /// Threads of one operation on the CPU.
 pub fn set_threads(count: usize) {
     tch::set_num_threads(i32::try_from(count.max(1)).unwrap_or(i32::MAX));

@@ -56,8 +56,7 @@ pub struct CheckpointResult {
     pub handing_over: Vec<f64>,
     /// Seconds from the copy to a durable checkpoint.
     pub writing: Vec<f64>,
-    /// Processor time that the writer takes, of each checkpoint, by the seconds from the copy to a durable one. Steps whose
-    /// threads wait for each other lose as much.
+    /// Processor time that the writer takes, of each checkpoint, by the seconds from the copy to a durable one.
     pub writer_share: Vec<f64>,
     /// Steps that began while one was written, the copy included in the first one.
     pub steps_meanwhile: Vec<f64>,

@@ -113,7 +113,7 @@ impl Products {
     /// Times those of `steps`, whose median takes `seconds`.
     fn of(settings: &BenchSettings, steps: &[PreparedStep], seconds: f64) -> Self {
         let kind = learn_torch::product_kind(settings.config.training.precision).unwrap_or(Kind::Float);
-        let kind = learn_torch::multiplied_kind(kind, settings.device);
+        let kind = learn_model::multiplied_kind(kind, settings.device);
         let model = (&settings.config.model, i64::from(settings.input_dim));
         let ceilings = steps.iter().map(|step| {
             let batches: Vec<&MicroBatch> = step.micro_batches.iter().map(|(batch, _)| batch).collect();

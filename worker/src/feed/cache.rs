@@ -1,8 +1,8 @@
 //! The worker's cache of content embedding rows in host memory.
 //!
 //! Input: requests of items, announced ahead if they are known. Output: their rows, contiguous. A row crosses the network only
-//! when it is not here; who stays is [`Residents`]' choice. Invariants: at most as many rows as the given bytes hold; memory
-//! is taken as it fills.
+//! when it is not here; who stays is [`Residents`]' choice. Invariants: at most `capacity` rows; memory is taken as it
+//! fills.
 
 use std::sync::Arc;
 

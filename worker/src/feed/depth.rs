@@ -1,7 +1,7 @@
 //! How many steps are prepared ahead: a rule without clocks.
 //!
-//! Input: how long the training thread waited for a step, how long it worked before, and whether all that may be ready was
-//! ready. Output: how many steps more, or fewer, may be ready. A wait as long as n steps shows that n more in store would
+//! Input: how long the training thread waited for a step, how long it worked before, and whether all steps that may be were
+//! ready or on their way. Output: how many steps more, or fewer, may be ready. A wait as long as n steps shows that n more in store would
 //! have hidden it. Memory goes with the depth, so what was not needed for long is given back.
 
 use std::time::Duration;
@@ -10,7 +10,7 @@ use std::time::Duration;
 const LEAST: u32 = 2;
 /// A shorter wait is a thread that wakes up.
 const WAKING: Duration = Duration::from_millis(1);
-/// So many steps found everything ready before one is given back.
+/// So many steps in a row found all of them there before one is given back.
 const CALM: u32 = 1000;
 
 /// The depth now.
@@ -18,7 +18,7 @@ const CALM: u32 = 1000;
 pub struct Depth {
     steps: u32,
     most: u32,
-    /// Steps in a row that found everything ready.
+    /// Steps in a row that found as many ready, or on their way, as may be.
     calm: u32,
 }
 
@@ -29,7 +29,7 @@ pub struct Taken {
     pub waited: Duration,
     /// On what was taken before.
     pub worked: Duration,
-    /// As much was ready as may be.
+    /// As many were ready, or on their way, as may be.
     pub full: bool,
 }
 

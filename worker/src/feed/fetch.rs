@@ -20,6 +20,9 @@ use super::flight::{DataClient, ShareStream};
 use super::source::RowSource;
 use super::{FeedError, FeedSettings, PreparedStep, item_bytes};
 
+/// Most steps that are read ahead for each that is prepared, so that the first is soon there.
+const AT_ONCE: usize = 16;
+
 /// A step without its rows.
 struct LaidOut {
     meta: BatchMeta,
@@ -31,9 +34,9 @@ struct LaidOut {
 }
 
 impl LaidOut {
-    /// Rows that its passes ask for.
+    /// Rows that its passes ask for; at least one, so that nobody reads empty steps without end.
     fn requests(&self) -> usize {
-        self.micro_batches.iter().map(|batch| batch.unique_items.len()).sum()
+        self.micro_batches.iter().map(|batch| batch.unique_items.len()).sum::<usize>().max(1)
     }
 }
 
@@ -57,8 +60,10 @@ pub(super) async fn fetch_steps(
     let steps_ahead = settings.prefetch_steps as usize;
     let source = RowSource::new(&client, &settings.rows, metrics.clone());
     tokio::select! {
-        fetched = fetch_rows(source, (read, steps_ahead), &metrics, (prepared, permits)) => fetched,
+        // in this order, so that what has come is there when the rows' turn comes
+        biased;
         never = reading => match never {},
+        fetched = fetch_rows(source, (read, steps_ahead), &metrics, (prepared, permits)) => fetched,
     }
 }
 
@@ -107,7 +112,10 @@ async fn fetch_rows(
     // how the stream ended
     let mut end = None;
     loop {
-        while end.is_none() && (ahead.len() < steps_ahead || requests < items_ahead) {
+        for _ in 0..AT_ONCE {
+            if end.is_some() || ahead.len() >= steps_ahead && requests >= items_ahead {
+                break;
+            }
             let next = if ahead.is_empty() {
                 read.recv().await
             } else {
@@ -123,10 +131,11 @@ async fn fetch_rows(
                 Some(Err(error)) => end = Some(Err(error)),
                 Some(Ok(step)) => {
                     requests += step.requests();
-                    for batch in &step.micro_batches {
-                        source.announce(&batch.unique_items).await?;
+                    // what was read before it is prepared in any case
+                    end = source.announce_all(&step.micro_batches).await.err().map(Err);
+                    if end.is_none() {
+                        ahead.push_back(step);
                     }
-                    ahead.push_back(step);
                 }
             }
         }

@@ -1,4 +1,5 @@
-//! The data path of a worker: stream -> row cache -> assembly, ahead of the training thread.
+//! The data path of a worker: stream -> assembly -> rows from files, caches or the data service; ahead of the training
+//! thread.
 //!
 //! Input: a rank's ticket. Output: [`PreparedStep`]s in step order, as plain arrays. One thread works ahead
 //! ([`fetch`]); the permits that the training thread gives it are the prefetch depth, which [`depth`] chooses.

@@ -12,6 +12,7 @@ use half::f16;
 use learn_telemetry::WorkerMetrics;
 
 use super::FeedError;
+use super::assemble::MicroBatch;
 use super::cache::RowCache;
 use super::exchange::RowExchange;
 use super::flight::{DataClient, FlightClientError};
@@ -73,8 +74,25 @@ pub struct PassRows {
 pub struct OnDevice {
     /// By unique item the row of the table; `None` for one that is sent.
     pub held: Vec<Option<usize>>,
-    /// Of those that are sent: the number among them, and the row of the table that it takes.
+    /// Of those that are sent: the number among them, and the row of the table that it takes, each another one.
     pub kept: Vec<(usize, usize)>,
+}
+
+impl OnDevice {
+    /// The next request of the table's `residents`, and the items that have to be sent for it.
+    pub fn of(residents: &mut Residents, items: &[u32]) -> (Self, Vec<u32>) {
+        residents.begin(items);
+        let held: Vec<Option<usize>> = items.iter().map(|&item| residents.slot(item)).collect();
+        let missing = items.iter().zip(&held).filter(|(_, slot)| slot.is_none());
+        let missing: Vec<u32> = missing.map(|(&item, _)| item).collect();
+        for &item in &missing {
+            residents.admit(item);
+        }
+        // one that was admitted may have made room for another one of them
+        let kept = missing.iter().enumerate();
+        let kept = kept.filter_map(|(number, &item)| Some((number, residents.slot(item)?))).collect();
+        (Self { held, kept }, missing)
+    }
 }
 
 impl From<Vec<f16>> for PassRows {
@@ -118,17 +136,27 @@ impl RowSource {
     /// # Errors
     /// If the data service stays away.
     pub async fn items_ahead(&self) -> Result<usize, FeedError> {
+        if self.settings.dim == 0 {
+            return Ok(0);
+        }
         let device = self.settings.device_rows();
         let host = if self.client.mapped().await?.is_some() { 0 } else { self.settings.host_rows() };
         let choosing = [host, device].into_iter().filter(|&rows| self.settings.must_choose(rows)).max();
         Ok(choosing.map_or(0, |rows| rows.saturating_mul(AHEAD).min(MOST_AHEAD)))
     }
 
-    /// Announces a pass, after those that are announced already.
+    /// Announces a step's passes, after those that are announced already.
     ///
     /// # Errors
-    /// If the data service stays away.
-    pub async fn announce(&mut self, items: &[u32]) -> Result<(), FeedError> {
+    /// If the data service stays away. Then nothing may be announced any more.
+    pub async fn announce_all(&mut self, passes: &[MicroBatch]) -> Result<(), FeedError> {
+        for pass in passes {
+            self.announce(&pass.unique_items).await?;
+        }
+        Ok(())
+    }
+
+    async fn announce(&mut self, items: &[u32]) -> Result<(), FeedError> {
         if self.settings.dim == 0 {
             return Ok(());
         }
@@ -146,23 +174,15 @@ impl RowSource {
     /// # Errors
     /// If they cannot be fetched.
     pub async fn pass(&mut self, items: &[u32]) -> Result<PassRows, FeedError> {
-        let Some(device) = self.device().await?.filter(|_| !items.is_empty()) else {
-            return Ok(self.rows(items).await?.into());
-        };
-        device.begin(items);
-        let held: Vec<Option<usize>> = items.iter().map(|&item| device.slot(item)).collect();
-        let missing = items.iter().zip(&held).filter(|(_, slot)| slot.is_none());
-        let missing: Vec<u32> = missing.map(|(&item, _)| item).collect();
-        let admitted = missing.iter().enumerate();
-        let kept: Vec<(usize, usize)> =
-            admitted.filter_map(|(number, &item)| Some((number, device.admit(item)?))).collect();
-        // the host keeps others
-        let taken = kept.iter().map(|&(number, _)| missing[number]).collect();
+        let Some(device) = self.device().await? else { return Ok(self.rows(items).await?.into()) };
+        let (on_device, missing) = OnDevice::of(device, items);
+        // the host does not keep them, unless it has them already
+        let taken = on_device.kept.iter().map(|&(number, _)| missing[number]).collect();
         self.metrics.device_cache_hits_total.inc_by((items.len() - missing.len()) as u64);
-        Ok(PassRows { sent: self.host_part(items, &missing, &taken).await?, on_device: Some(OnDevice { held, kept }) })
+        Ok(PassRows { sent: self.host_part(items, &missing, &taken).await?, on_device: Some(on_device) })
     }
 
-    /// The rows `[items, dim]` of distinct items, all on the host; those that occur most stay in its cache.
+    /// The rows `[items, dim]` of distinct items, all on the host.
     ///
     /// # Errors
     /// If they cannot be fetched.

@@ -72,7 +72,7 @@ impl DeviceRows {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::collections::BTreeSet;
 
     use half::f16;
     use learn_domain::random::Draws;
@@ -90,19 +90,18 @@ mod tests {
             items.iter().flat_map(|&item| (0..DIM).map(move |place| value(item, place))).collect()
         };
         let mut draws = Draws::new(&[3]);
-        let mut choice = Residents::new(CAPACITY, Arc::default());
+        // the later an item, the more it occurs: within a pass one makes room for another
+        let mut choice = Residents::new(CAPACITY, (0..20).collect::<Vec<u32>>().into());
         let mut rows = DeviceRows::new((CAPACITY, DIM), Device::Cpu);
         let mut passes: Vec<Vec<u32>> = (0..40).map(|_| (0..20).filter(|_| draws.below(3) == 0).collect()).collect();
         passes.push(Vec::new());
-        passes.iter().for_each(|items| choice.announce(items));
+        passes.iter().take(30).for_each(|items| choice.announce(items));
         let mut sent = 0;
         for items in &passes {
-            choice.begin(items);
-            let held: Vec<Option<usize>> = items.iter().map(|&item| choice.slot(item)).collect();
-            let missing: Vec<u32> =
-                items.iter().zip(&held).filter(|(_, slot)| slot.is_none()).map(|(&i, _)| i).collect();
-            let kept = missing.iter().enumerate().filter_map(|(row, &item)| Some((row, choice.admit(item)?))).collect();
-            let pass = PassRows { sent: of(&missing), on_device: Some(OnDevice { held, kept }) };
+            let (on_device, missing) = OnDevice::of(&mut choice, items);
+            let slots: BTreeSet<usize> = on_device.kept.iter().map(|&(_, slot)| slot).collect();
+            assert_eq!(slots.len(), on_device.kept.len(), "a row of the table is written once");
+            let pass = PassRows { sent: of(&missing), on_device: Some(on_device) };
             let got = rows.take(&pass, items.len());
             assert_eq!(got.size(), [items.len() as i64, DIM as i64]);
             assert_eq!(Vec::<f16>::try_from(got.reshape([-1])).unwrap(), of(items));

@@ -379,8 +379,8 @@ pub struct ClusterConfig {
     /// who have not left. A worker that was told to leave a broken generation has as long, and is lost after it. "0s" = as
     /// long as `collective_timeout` and `heartbeat_timeout` together.
     pub stop_timeout: Span,
-    /// Most steps that a worker fetches ahead. It begins with two, goes one further whenever training has waited for data,
-    /// and one back when more were ready than it needed for long.
+    /// Most steps that a worker fetches ahead. It begins with two, goes as many further as would have hidden a wait of
+    /// training for data, and one back when all were ready for long.
     pub prefetch_steps: u32,
     /// Host memory of a worker for content embeddings.
     pub row_cache: ByteSize,

@@ -176,6 +176,19 @@ fn graphs_that_towers_share_are_gone_through_once() {
     }
 }
 
+/// Layers of which the tape keeps no more than the input.
+fn layers_kept(batch: &Batch, forward: Forward, tape: Tape) -> usize {
+    let _outputs = batch.forward(forward, Some(&tape));
+    let of = |stage: &Stage| match &stage.work {
+        Work::Layer(_) => 1,
+        Work::Encoding(encoding) => match &encoding.layers {
+            Layers::F32(all) | Layers::Bf16(all) => all.iter().filter(|kept| matches!(kept, Kept::Input(_))).count(),
+        },
+        Work::Dense(_) | Work::Unit(_) => 0,
+    };
+    tape.0.stages.borrow().iter().map(of).sum()
+}
+
 #[test]
 fn activation_checkpointing_changes_no_bit() {
     // f16 has no kernels of its own: libtorch differentiates its layers
@@ -186,6 +199,11 @@ fn activation_checkpointing_changes_no_bit() {
             let mut run = |tape: Tape| batch.run(forward, Some(&tape));
             let kept = run(Tape::new(1));
             let again = run(Tape::with_checkpointing(1));
+            assert_eq!(layers_kept(&batch, forward, Tape::new(1)), 0, "{tower:?} {precision:?}");
+            // both towers' layers; the tower `content` has none
+            let layers = if tower == ItemTower::Content { 3 } else { 6 };
+            assert_eq!(layers_kept(&batch, forward, Tape::with_checkpointing(1)), layers, "{tower:?} {precision:?}");
+            let mut run = |tape: Tape| batch.run(forward, Some(&tape));
             assert_eq!(again.user, kept.user, "{tower:?} {precision:?}");
             assert_eq!(again.gradients, kept.gradients, "{tower:?} {precision:?}");
             let largest = kept.gradients.values().map(|part| part.abs().max().double_value(&[])).fold(0.0, f64::max);

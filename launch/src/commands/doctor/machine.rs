@@ -58,7 +58,10 @@ fn memory(meminfo: &str, config: &Config) -> Option<Check> {
     };
     let (total, available) = (kib("MemTotal:")? * 1024, kib("MemAvailable:")? * 1024);
     let found = format!("{} free of {}", bytes(available), bytes(total));
-    let caches = config.cluster.row_cache.0.saturating_mul(config.cluster.workers.into());
+    // a device that is a CPU keeps its rows in the same memory
+    let on_device = if config.cluster.device == DeviceKind::Cpu { config.cluster.device_row_cache.0 } else { 0 };
+    let cache = config.cluster.row_cache.0.saturating_add(on_device);
+    let caches = cache.saturating_mul(config.cluster.workers.into());
     Some(if caches > available {
         let text = format!("the workers' row caches may take {}: lower cluster.row_cache", bytes(caches));
         Check::warning("memory", found, text)

@@ -12,6 +12,7 @@ mod rope;
 mod shape;
 
 use learn_domain::config::Precision;
+use learn_model::multiplied_kind;
 use tch::{Device, Kind, Tensor};
 
 pub use self::shape::{DecoderFamily, DecoderShape};
@@ -80,7 +81,11 @@ impl Decoder {
     /// `x W^T`, plus a bias where the family has one, in the matrix's kind.
     fn dense(&self, x: &Tensor, name: &str) -> Result<Tensor, EncoderError> {
         let weight = self.weights.get(&format!("{name}.weight"))?;
-        Ok(x.f_to_kind(weight.kind())?.f_linear(weight, self.weights.find(&format!("{name}.bias")))?)
+        let bias = self.weights.find(&format!("{name}.bias"));
+        let kind = multiplied_kind(weight.kind(), weight.device());
+        let bias = bias.map(|bias| bias.f_to_kind(kind)).transpose()?;
+        let product = x.f_to_kind(kind)?.f_linear(&weight.f_to_kind(kind)?, bias)?;
+        Ok(product.f_to_kind(weight.kind())?)
     }
 
     /// What the heads of a layer add to `[B, L, D]`.
