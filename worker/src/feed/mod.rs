@@ -2,7 +2,7 @@
 //! thread.
 //!
 //! Input: a rank's ticket. Output: [`PreparedStep`]s in step order, as plain arrays. One thread works ahead
-//! ([`fetch`]); the permits that the training thread gives it are the prefetch depth, which [`depth`] chooses.
+//! (`fetch`); the permits that the training thread gives it are the prefetch depth, which [`depth`] chooses.
 
 pub mod answers;
 pub mod assemble;
