@@ -53,7 +53,7 @@ pub(crate) fn add_product(out: &mut Tensor, holds: bool, left: &Tensor, right: &
 }
 
 /// The kind in which libtorch multiplies matrices of this kind fast: f32 for bf16 on an x86 processor without AVX-512, for
-/// which its products of bf16 are plain loops.
+/// which its products of bf16 take many times as long, most of all by a matrix that lies as it is multiplied.
 #[must_use]
 pub fn multiplied_kind(kind: Kind, device: Device) -> Kind {
     let is_slow = cfg!(target_arch = "x86_64") && Level::current() != Level::Avx512;

@@ -1,8 +1,8 @@
 //! How many steps are prepared ahead: a rule without clocks.
 //!
 //! Input: how long the training thread waited for a step, how long it worked before, and whether all steps that may be were
-//! ready or on their way. Output: how many steps more, or fewer, may be ready. A wait as long as n steps shows that n more in store would
-//! have hidden it. Memory goes with the depth, so what was not needed for long is given back.
+//! ready or on their way. Output: how many steps may be. A wait as long as n steps shows that n more in store would have
+//! hidden it. Memory goes with the depth, so what was not needed for long is given back.
 
 use std::time::Duration;
 

@@ -238,13 +238,9 @@ impl RowSource {
 
     /// The host's cache, made when it is first used.
     async fn host(&mut self) -> Result<&mut RowCache, FeedError> {
-        if self.host.is_none() {
-            let rows = self.settings.host_rows();
-            let popularity = self.popularity(rows).await?;
-            self.host = Some(RowCache::new(self.settings.dim, rows, popularity));
-        }
-        // it is there now
-        self.host.as_mut().ok_or(FeedError::Ended)
+        let (dim, rows) = (self.settings.dim, self.settings.host_rows());
+        let popularity = if self.host.is_none() { self.popularity(rows).await? } else { Arc::default() };
+        Ok(self.host.get_or_insert_with(|| RowCache::new(dim, rows, popularity)))
     }
 
     /// The choice of the device's rows, made when it is first used; `None` without a cache on the device.
