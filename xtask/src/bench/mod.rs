@@ -28,6 +28,7 @@ const HELP: &str = "\
 Examples:
   cargo xtask bench                     # all parts; about an hour on two cores
   cargo xtask bench step --rounds 3
+  cargo xtask bench step --precision f32   # where the processor has no products of bf16
   cargo xtask bench step --device cuda --batch 1024
   cargo xtask bench --tables            # measure nothing, write the page from the results that are there
 
@@ -53,6 +54,9 @@ pub struct Options {
     /// Batches of the part `step`
     #[arg(long, value_delimiter = ',', default_values_t = [64, 128])]
     batch: Vec<u32>,
+    /// Number formats of the part `step`; one of them alone has a file and a table of its own
+    #[arg(long, value_delimiter = ',', default_values = step::PRECISIONS, value_parser = step::PRECISIONS)]
+    precision: Vec<String>,
     /// History lengths: amazon, or a file with a JSON array
     #[arg(long, default_value = "amazon")]
     lengths: String,
@@ -171,8 +175,13 @@ impl Bench<'_> {
         if self.options.device != "cpu" {
             command.push_str(&format!(" --device {}", self.options.device));
         }
-        if part == Part::Step && self.options.lengths != "amazon" {
-            command.push_str(" --lengths FILE");
+        if part == Part::Step {
+            if let Some(precision) = step::single(self.options) {
+                command.push_str(&format!(" --precision {precision}"));
+            }
+            if self.options.lengths != "amazon" {
+                command.push_str(" --lengths FILE");
+            }
         }
         command
     }

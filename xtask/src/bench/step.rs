@@ -8,10 +8,11 @@ use serde_json::{Map, Value, json};
 
 use super::results::{Results, Row, Unit, VERSION, Wanted, ratios};
 use super::turns::{Contestant, take};
-use super::{Bench, Part, machine::Machine, number};
+use super::{Bench, Options, Part, machine::Machine, number};
 
-/// Precisions, each with what is wanted at the first batch: users/s over padded.py and over packed.py.
-const PRECISIONS: [(&str, f64, Option<f64>); 2] = [("bf16", 6.0, Some(1.25)), ("f32", 8.0, None)];
+pub const PRECISIONS: [&str; 2] = ["bf16", "f32"];
+/// What is wanted in each at the first batch: users/s over padded.py and over packed.py.
+const WANTED: [(f64, Option<f64>); 2] = [(6.0, Some(1.25)), (8.0, None)];
 const SCRIPTS: [&str; 2] = ["padded", "packed"];
 /// Of the ceiling of bf16 products, at the last batch.
 const CEILING_WANTED: f64 = 0.75;
@@ -33,10 +34,21 @@ impl Measured {
     }
 }
 
+/// The precisions to measure.
+fn chosen(options: &Options) -> impl Iterator<Item = &'static str> {
+    PRECISIONS.into_iter().filter(|precision| options.precision.iter().any(|chosen| chosen == precision))
+}
+
+/// The precision, if there is only one to measure.
+pub fn single(options: &Options) -> Option<&'static str> {
+    let mut chosen = chosen(options);
+    chosen.next().filter(|_| chosen.next().is_none())
+}
+
 pub fn beside_pytorch(bench: &Bench<'_>) -> Result<Results> {
     let (options, threads) = (bench.options, bench.threads.to_string());
     let mut all = Vec::new();
-    for (precision, ..) in PRECISIONS {
+    for precision in chosen(options) {
         for &batch in &options.batch {
             eprintln!(" {precision}, batch {batch}");
             all.push(measure(bench, precision, batch, &threads)?);
@@ -45,6 +57,10 @@ pub fn beside_pytorch(bench: &Bench<'_>) -> Result<Results> {
     let machine = Machine::describe(&options.device, bench.workspace.root());
     let mut results = summary(&all, machine, bench.command(Part::Step));
     results.name = format!("{}-official", if options.device == "cpu" { "cpu" } else { "gpu" });
+    if let Some(precision) = single(options) {
+        results.name.push_str(&format!("-{precision}"));
+        results.title.push_str(&format!(", {precision} alone"));
+    }
     results.more.insert("lengths".into(), if options.lengths == "amazon" { "amazon".into() } else { "a file".into() });
     results.more.insert("threads".into(), bench.threads.into());
     Ok(results)
@@ -95,7 +111,7 @@ fn measure(bench: &Bench<'_>, precision: &'static str, batch: u32, threads: &str
 fn summary(all: &[Measured], machine: Machine, command: String) -> Results {
     let mut rows = Vec::new();
     let mut more = Map::new();
-    for (precision, over_padded, over_packed) in PRECISIONS {
+    for (precision, (over_padded, over_packed)) in PRECISIONS.into_iter().zip(WANTED) {
         let mine: Vec<&Measured> = all.iter().filter(|one| one.precision == precision).collect();
         let mut figures = Map::new();
         for (place, one) in mine.iter().enumerate() {
