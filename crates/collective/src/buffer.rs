@@ -44,6 +44,10 @@ pub struct Buffer<'a> {
     memory: PhantomData<&'a mut [u8]>,
 }
 
+// SAFETY: a buffer stands for an exclusive borrow of numbers, which another thread may use as well; on a GPU it is an
+// address that is only computed with.
+unsafe impl Send for Buffer<'_> {}
+
 macro_rules! from_slice {
     ($($element:ty => $dtype:ident),*) => {$(
         impl<'a> From<&'a mut [$element]> for Buffer<'a> {

@@ -1,11 +1,13 @@
 //! One vector of each rank in memory that all ranks of a machine read, and the sum of them without a copy.
 //!
-//! Input: the vector that each rank has written into its memory. Output: the sum, one part in each rank's memory, where
-//! all can read it. It is the sum of `all_reduce_sum` to the bit: the same parts, added up in the same order of ranks.
+//! Input: the vector that each rank has written into its memory, as pieces one behind the other. Output: the sum, of each
+//! piece one part in each rank's memory, where all can read it. It is the sum of `all_reduce_sum` of each piece to the
+//! bit: the same parts, added up in the same order of ranks.
 //! Invariant, which the callers keep: a rank writes to its memory again when every other rank has entered an operation
 //! after its last look at the sum. In training that is the announcement of the next step. Memory of a generation that
 //! broke is not written to again at all, because nobody knows who still reads it.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::layout::Layout;
@@ -28,7 +30,22 @@ pub struct CommonVector {
     own: Arc<OwnVector>,
     /// `None` at the own place.
     theirs: Vec<Option<Theirs>>,
+    pieces: Vec<Piece>,
+}
+
+/// What is summed up as a whole, each rank a part of it.
+struct Piece {
+    /// Its first byte in the vector.
+    start: usize,
     layout: Layout,
+}
+
+impl Piece {
+    /// The bytes of the vector that `rank` sums up.
+    fn part(&self, rank: usize) -> Range<usize> {
+        let part = self.layout.part(rank);
+        self.start + part.start..self.start + part.end
+    }
 }
 
 impl OwnVector {
@@ -57,21 +74,21 @@ impl std::fmt::Debug for OwnVector {
 }
 
 impl CommonVector {
-    /// Memory for vectors of `len` zeros, if every rank wants it (has a `len`), may share memory, and can read that of
-    /// all others. Every rank calls it, or none.
+    /// Memory for vectors of zeros, in pieces of these `lengths`, if every rank wants it (has lengths), may share memory,
+    /// and can read that of all others. Every rank calls it, or none.
     ///
     /// # Errors
     /// If the collective fails.
-    pub fn new(collective: &mut dyn Collective, len: Option<usize>) -> Result<Option<Self>, CollectiveError> {
+    pub fn new(collective: &mut dyn Collective, lengths: Option<&[usize]>) -> Result<Option<Self>, CollectiveError> {
         let (rank, world_size) = (collective.rank(), collective.world_size());
         if world_size == 1 {
             return Ok(None);
         }
-        let len = len.filter(|_| collective.shares_memory());
-        let length = len.unwrap_or_default();
+        let lengths = lengths.filter(|_| collective.shares_memory());
+        let length: usize = lengths.into_iter().flatten().sum();
         let bytes = length * DType::F32.size();
         let why_not = |error: &std::io::Error| tracing::debug!(%error, "vectors are not shared");
-        let own = len.and_then(|_| Own::new(bytes).inspect_err(why_not).ok());
+        let own = lengths.and_then(|_| Own::new(bytes).inspect_err(why_not).ok());
         let offer = own.as_ref().map_or(NO_OFFER, Own::offer);
         let mut send: [i64; WORDS] = bytemuck::pod_read_unaligned(&offer);
         let mut offers = vec![0_i64; WORDS * world_size];
@@ -92,10 +109,16 @@ impl CommonVector {
         let mut able = [i64::from(mine.is_some())];
         collective.all_reduce_sum(&mut Buffer::i64(&mut able))?;
         let all = able[0] == world_size as i64;
-        let layout = Layout::even(length, world_size, DType::F32);
+        let pieces = lengths.into_iter().flatten().scan(0, |end, &length| {
+            let layout = Layout::even(length, world_size, DType::F32);
+            let start = *end;
+            *end += layout.total();
+            Some(Piece { start, layout })
+        });
+        let pieces = pieces.collect();
         Ok(mine.filter(|_| all).map(|(memory, theirs)| {
             let own = Arc::new(OwnVector { memory, len: length });
-            Self { own, theirs, layout }
+            Self { own, theirs, pieces }
         }))
     }
 
@@ -105,17 +128,23 @@ impl CommonVector {
         &self.own
     }
 
-    /// Sums up the vectors of all ranks. Afterwards [`CommonVector::part`] is the sum's part of each rank, and what
-    /// else was in the vectors is no more.
+    /// Sums up the vectors of all ranks. Afterwards [`CommonVector::parts`] are the sum, and what else was in the vectors
+    /// is no more.
     ///
     /// # Errors
     /// If the collective fails.
     pub fn sum(&self, collective: &mut dyn Collective) -> Result<(), CollectiveError> {
         // all vectors are written
         collective.barrier()?;
-        let (rank, world_size) = (collective.rank(), self.theirs.len());
-        let part = self.layout.part(rank);
-        // SAFETY: the part lies inside the own vector; between the barriers every rank touches the part of its own number
+        self.pieces.iter().for_each(|piece| self.add_up(piece.part(collective.rank()), collective.rank()));
+        // all parts are summed up
+        collective.barrier()
+    }
+
+    /// Makes these bytes of the own vector the sum of those of all ranks.
+    fn add_up(&self, part: Range<usize>, rank: usize) {
+        let world_size = self.theirs.len();
+        // SAFETY: the part lies inside the own vector; between the barriers every rank touches the parts of its own number
         // only, of which this rank alone writes its own.
         let own = unsafe { std::slice::from_raw_parts_mut(self.own.memory.start().add(part.start), part.len()) };
         // from the rank behind this one around the ring; what is here comes last
@@ -138,24 +167,27 @@ impl CommonVector {
             }
             sum::add(DType::F32, own, total);
         }
-        // all parts are summed up
-        collective.barrier()
     }
 
-    /// The first number and the count of the sum's part in the memory of this rank, after [`CommonVector::sum`] and as
-    /// long as its rank does not write to it.
-    #[must_use]
-    pub fn part(&self, rank: usize) -> (*const f32, usize) {
-        let part = self.layout.part(rank);
-        let start = match &self.theirs[rank] {
-            Some(theirs) => theirs.start(),
-            None => self.own.memory.start().cast_const(),
-        };
-        (start.wrapping_add(part.start).cast(), part.len() / DType::F32.size())
+    /// The sum from its first number to its last, after [`CommonVector::sum`]: where each part begins and how many numbers
+    /// it has, as long as no rank writes to its memory.
+    pub fn parts(&self) -> impl Iterator<Item = (*const f32, usize)> {
+        let ranks = 0..self.theirs.len();
+        self.pieces.iter().flat_map(move |piece| ranks.clone().map(|rank| (rank, piece.part(rank)))).map(
+            |(rank, part)| {
+                let start = match &self.theirs[rank] {
+                    Some(theirs) => theirs.start(),
+                    None => self.own.memory.start().cast_const(),
+                };
+                (start.wrapping_add(part.start).cast(), part.len() / DType::F32.size())
+            },
+        )
     }
 
+    /// How many numbers of the sum this rank adds up.
     #[must_use]
-    pub fn world_size(&self) -> usize {
-        self.theirs.len()
+    pub fn own_share(&self) -> usize {
+        let own = self.theirs.iter().position(Option::is_none).unwrap_or_default();
+        self.pieces.iter().map(|piece| piece.part(own).len() / DType::F32.size()).sum()
     }
 }

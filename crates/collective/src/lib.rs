@@ -57,6 +57,16 @@ pub trait Collective: Send {
     /// Replaces `buffer` by the sum over all ranks, bit-identical on every rank. F32, F64 and I64 (wrapping).
     fn all_reduce_sum(&mut self, buffer: &mut Buffer<'_>) -> Result<(), CollectiveError>;
 
+    /// Sums one buffer after the other, as they come; every rank's come in the same order and lengths. Between two of
+    /// them this rank may have to wait for its own next one, which is no other rank's delay; so a thread may sum what
+    /// another one still computes.
+    fn all_reduce_sums(&mut self, buffers: &mut dyn Iterator<Item = Buffer<'_>>) -> Result<(), CollectiveError> {
+        for mut buffer in buffers {
+            self.all_reduce_sum(&mut buffer)?;
+        }
+        Ok(())
+    }
+
     /// `recv` becomes the parts of all ranks in rank order; part `r` has `counts[r]` elements (0 is fine) and
     /// `send` holds the own part.
     fn all_gather(

@@ -48,22 +48,31 @@ fn buffers_far_beyond_the_sockets_do_not_deadlock() {
     assert!((shared[0].0[3] - 4.0).abs() < 1e-6);
 }
 
-/// What the collective sums up, and the same numbers as common vectors.
-fn two_sums(rank: &mut dyn Collective, len: usize) -> Option<(Vec<f32>, Vec<f32>)> {
+/// What the collective sums up piece by piece, and the same numbers as common vectors.
+fn two_sums(rank: &mut dyn Collective, lengths: &[usize]) -> Option<(Vec<f32>, Vec<f32>)> {
     let number = rank.rank();
+    let len = lengths.iter().sum::<usize>();
     let numbers = |round: usize| (0..len).map(move |index| ((index + round) * (number + 3)) as f32 / 7.0);
-    let vectors = CommonVector::new(rank, Some(len)).unwrap()?;
+    let vectors = CommonVector::new(rank, Some(lengths)).unwrap()?;
+    let least: usize = lengths.iter().map(|length| length / rank.world_size()).sum();
+    assert!((least..=least + lengths.len()).contains(&vectors.own_share()));
     let mut sums = (Vec::new(), Vec::new());
     for round in 0..2 {
         let mut data: Vec<f32> = numbers(round).collect();
         // SAFETY: every rank has entered an operation since it read parts, so nobody else touches this memory now
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), vectors.own().start(), vectors.own().len()) };
         vectors.sum(rank).unwrap();
-        for part in (0..vectors.world_size()).map(|rank| vectors.part(rank)) {
+        for part in vectors.parts() {
             // SAFETY: no operation begins before these numbers are copied
             sums.1.extend_from_slice(unsafe { std::slice::from_raw_parts(part.0, part.1) });
         }
-        rank.all_reduce_sum(&mut Buffer::f32(&mut data)).unwrap();
+        let mut rest = &mut data[..];
+        let mut pieces = lengths.iter().map(|&length| {
+            let (piece, others) = std::mem::take(&mut rest).split_at_mut(length);
+            rest = others;
+            Buffer::f32(piece)
+        });
+        rank.all_reduce_sums(&mut pieces).unwrap();
         sums.0.extend(data);
     }
     Some(sums)
@@ -72,10 +81,11 @@ fn two_sums(rank: &mut dyn Collective, len: usize) -> Option<(Vec<f32>, Vec<f32>
 #[test]
 fn common_vectors_have_the_bits_of_the_sum() {
     for world in 2..=5 {
-        for len in [0, 1, 4, 100_003] {
-            for sums in ranks(world, tcp(world, PATIENT), |mut rank| two_sums(&mut *rank, len)) {
+        for lengths in [&[][..], &[0], &[1], &[4], &[3, 0, 7], &[100_003], &[50_000, 1, 70_001]] {
+            for sums in ranks(world, tcp(world, PATIENT), |mut rank| two_sums(&mut *rank, lengths)) {
                 let (expected, ours) = sums.unwrap();
-                assert!(ours.iter().map(|x| x.to_bits()).eq(expected.iter().map(|x| x.to_bits())), "{world} x {len}");
+                let bits = |sums: &[f32]| sums.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                assert!(bits(&ours) == bits(&expected), "{world} x {lengths:?}");
             }
         }
     }
@@ -85,16 +95,16 @@ fn common_vectors_have_the_bits_of_the_sum() {
 fn there_are_no_common_vectors_unless_all_ranks_share() {
     let some_share =
         |rank, store: &Store| connect_tcp(Group { shares_memory: rank != 1, ..group(rank, 3, PATIENT) }, store);
-    assert!(ranks(3, some_share, |mut rank| two_sums(&mut *rank, 5)).iter().all(Option::is_none));
+    assert!(ranks(3, some_share, |mut rank| two_sums(&mut *rank, &[5])).iter().all(Option::is_none));
     let some_want = |mut rank: Box<dyn Collective>| {
-        let len = (rank.rank() != 2).then_some(5);
-        let none = CommonVector::new(&mut *rank, len).unwrap().is_none();
+        let lengths = (rank.rank() != 2).then_some(&[5][..]);
+        let none = CommonVector::new(&mut *rank, lengths).unwrap().is_none();
         // and the collective works on
         rank.barrier().unwrap();
         none
     };
     assert_eq!(ranks(3, tcp(3, PATIENT), some_want), [true; 3]);
-    assert!(ranks(1, tcp(1, PATIENT), |mut rank| two_sums(&mut *rank, 5)).iter().all(Option::is_none));
+    assert!(ranks(1, tcp(1, PATIENT), |mut rank| two_sums(&mut *rank, &[5])).iter().all(Option::is_none));
 }
 
 proptest! {

@@ -69,3 +69,33 @@ fn device_memory_is_used_where_it_is() {
         assert_eq!(stream.clone_dtoh(&slice).unwrap(), vec![sum; 1000]);
     });
 }
+
+#[test]
+#[ignore = "needs an NVIDIA GPU: cargo nextest run --release -p learn-collective --run-ignored only"]
+fn sums_on_a_stream_of_their_own_wait_for_what_they_add_up() {
+    let world = gpu_count().unwrap();
+    let lengths = [3 << 20, 1, 0, 1000];
+    ranks(world, nccl(world), |mut rank| {
+        let stream = CudaContext::new(rank.rank()).unwrap().default_stream();
+        let place = Place::Cuda { ordinal: rank.rank() as i32 };
+        for round in 0..20 {
+            let mine = (rank.rank() + round) as f32;
+            let mut slices = lengths.map(|length| stream.alloc_zeros::<f32>(length.max(1)).unwrap());
+            {
+                let mut buffers = slices.iter_mut().zip(lengths).map(|(slice, length)| {
+                    // written on the default stream just before the sum is asked for
+                    stream.memcpy_htod(&vec![mine; length.max(1)], slice).unwrap();
+                    let (pointer, _guard) = slice.device_ptr_mut(&stream);
+                    // SAFETY: the slice holds so many floats on that GPU and outlives the sums.
+                    unsafe { Buffer::from_raw(pointer as *mut c_void, length, DType::F32, place) }
+                });
+                rank.all_reduce_sums(&mut buffers).unwrap();
+            }
+            let sum = (world * (world - 1) / 2 + world * round) as f32;
+            for (slice, length) in slices.iter().zip(lengths) {
+                let expected = if length == 0 { vec![mine] } else { vec![sum; length] };
+                assert!(stream.clone_dtoh(slice).unwrap() == expected, "round {round}, {length}");
+            }
+        }
+    });
+}

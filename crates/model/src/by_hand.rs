@@ -1,10 +1,9 @@
 //! The towers' forward and backward by hand, for the CPU: matrix products by [`crate::products`], everything between
 //! them by `learn_kernels`, each a single pass over its data.
 //!
-//! What goes by hand is a stage: the encoder, a dense layer, a normalisation; and, with activation checkpointing, each layer
-//! that libtorch differentiates. Input of a stage: a tensor, with
-//! libtorch's graph behind it or that of an earlier stage. Output: a leaf at which the next graph begins. The [`Tape`]
-//! knows the way back.
+//! What goes by hand is a stage: the encoder, a dense layer, a normalisation; and so is each layer that libtorch
+//! differentiates. Input of a stage: a tensor, with libtorch's graph behind it or that of an earlier stage. Output: a leaf
+//! at which the next graph begins. The [`Tape`] knows the way back, and says on it which gradients are whole.
 //!
 //! ```text
 //! content ══ adaptor ══> ── graph: items, positions ──> ══ encoder ══> ══ projection ══> ══ normalisation ══> embeddings
@@ -20,27 +19,28 @@
 //! same seed draws the same masks; results do not depend on the number of threads.
 
 mod dense;
+mod graph;
 mod layer;
-mod recomputed;
 mod weights;
 
 use std::cell::{Cell, RefCell};
+use std::cmp::Reverse;
 use std::rc::Rc;
 
 use dense::{Dense, Unit};
+pub(crate) use graph::GraphLayer;
+use graph::Recorded;
 use half::bf16;
 use layer::{Frame, Hidden, Keep, Kept};
 use learn_domain::config::Precision;
 use learn_domain::packing::Run;
 use learn_domain::random;
 use learn_kernels::Sequence;
-pub(crate) use recomputed::GraphLayer;
-use recomputed::Recomputed;
 use tch::{Device, Kind, Tensor};
 pub(crate) use weights::{DenseNames, Working};
 
 use crate::bert::{Attention, LayerForward};
-use crate::parameters::Parameters;
+use crate::parameters::{Milestone, Parameters};
 
 /// What forward passes leave behind for the backward. Clones are the same tape.
 #[derive(Clone, Debug)]
@@ -85,7 +85,7 @@ struct Stage {
 #[derive(Debug)]
 enum Work {
     Encoding(Box<Encoding>),
-    Layer(Recomputed),
+    Layer(u32, Recorded),
     Dense(Dense),
     Unit(Unit),
 }
@@ -171,12 +171,14 @@ impl Tape {
         (encoding, number): (u64, u32),
     ) -> Tensor {
         let seed = random::key(&[encoding, number.into()]);
-        let records = x.requires_grad();
-        if !(self.0.checkpointing && records) {
+        if !x.requires_grad() {
             return layer.seeded(parameters, &x, seed);
         }
-        let output = tch::no_grad(|| layer.seeded(parameters, &x, seed));
-        self.stage(Level::Encoder, (x, output), records, || Work::Layer(Recomputed::new(layer, seed)))
+        let (output, recorded) = match self.0.checkpointing {
+            true => Recorded::input(layer, parameters, &x, seed),
+            false => Recorded::graph(layer, parameters, &x, seed),
+        };
+        self.stage(Level::Encoder, (x, output), true, || Work::Layer(number, recorded))
     }
 
     /// Encodes `x` `[T, D]`: hidden states at `positions` `[R]` i64 of its rows, or at all of them.
@@ -253,10 +255,10 @@ impl Tape {
     }
 
     /// Brings gradients of tower outputs back to the parameters; what has no graph has nothing to learn. Empties the
-    /// tape.
+    /// tape. Calls `passed` at each milestone but the end, which is the return, so far as there is something on the way.
     ///
     /// Pairs are (output, its gradient), of all that was computed with this tape.
-    pub fn backward(&self, parameters: &Parameters, outputs: &[(&Tensor, &Tensor)]) {
+    pub fn backward(&self, parameters: &Parameters, outputs: &[(&Tensor, &Tensor)], passed: &mut dyn FnMut(Milestone)) {
         let mut stages = self.0.stages.take();
         self.0.encodings.set(0);
         let through: Vec<(&Tensor, &Tensor)> =
@@ -265,9 +267,19 @@ impl Tape {
         while let Some(level) = stages.iter().map(|stage| stage.level).max() {
             let (mut now, before) = stages.into_iter().partition(|stage: &Stage| stage.level == level);
             stages = before;
+            if level == Level::Encoder {
+                passed(Milestone::Projection);
+            }
             let mut through = Vec::new();
             while let Some(stage) = now.pop() {
-                let Some((input, gradient)) = stage.backward(parameters) else { continue };
+                // what other towers of this tape still have to do with the layers, from the deepest on
+                let ahead = now.iter().filter_map(|stage| stage.work.last_layer()).max();
+                let done = |layer| {
+                    if ahead.is_none_or(|ahead| ahead < layer) {
+                        passed(Milestone::Layer(Reverse(layer)));
+                    }
+                };
+                let Some((input, gradient)) = stage.backward(parameters, done) else { continue };
                 // a layer's input may be the output of the one before it
                 if !give(&mut now, &input, &gradient) && !give(&mut stages, &input, &gradient) {
                     through.push((input, gradient));
@@ -280,7 +292,7 @@ impl Tape {
 
 impl Stage {
     /// The input and its gradient, if it learns and anything has come back to the output.
-    fn backward(self, parameters: &Parameters) -> Option<(Tensor, Tensor)> {
+    fn backward(self, parameters: &Parameters, done: impl FnMut(u32)) -> Option<(Tensor, Tensor)> {
         let Self { input, output, given, work, .. } = self;
         let through = output.grad();
         let gradient = match (given, through.defined()) {
@@ -290,29 +302,56 @@ impl Stage {
             (None, false) => return None,
         };
         let learns = input.requires_grad();
-        let gradient = tch::no_grad(|| work.backward(parameters, (&input, gradient), learns))?;
+        let gradient = tch::no_grad(|| work.backward(parameters, (&input, gradient), learns, done))?;
         Some((input, gradient))
     }
 }
 
 impl Work {
-    /// From the gradient of the output to that of the input, if it `learns`.
-    fn backward(self, parameters: &Parameters, (input, gradient): (&Tensor, Tensor), learns: bool) -> Option<Tensor> {
+    /// The deepest of the encoder's layers that it goes through.
+    fn last_layer(&self) -> Option<u32> {
         match self {
-            Self::Layer(layer) => Some(layer.backward(parameters, input, &gradient)),
+            Self::Layer(number, _) => Some(*number),
+            Self::Encoding(encoding) => Some(encoding.last_layer()),
+            Self::Dense(_) | Self::Unit(_) => None,
+        }
+    }
+
+    /// From the gradient of the output to that of the input, if it `learns`. Calls `done` with each layer that it has
+    /// done.
+    fn backward(
+        self,
+        parameters: &Parameters,
+        (input, gradient): (&Tensor, Tensor),
+        learns: bool,
+        mut done: impl FnMut(u32),
+    ) -> Option<Tensor> {
+        match self {
+            Self::Layer(number, layer) => {
+                let gradient = layer.backward(parameters, input, &gradient);
+                done(number);
+                Some(gradient)
+            }
             Self::Dense(dense) => dense.backward(parameters, &gradient, learns),
             Self::Unit(unit) => Some(unit.backward(&gradient)),
             Self::Encoding(encoding) => {
+                let last = encoding.last_layer();
                 let Encoding { layers, route, settings, seed } = *encoding;
-                let last = match &layers {
-                    Layers::F32(layers) | Layers::Bf16(layers) => layers.len() as u32 - 1,
-                };
                 let frame = Frame { parameters, settings: &settings, route: &route, seed, last };
                 Some(match layers {
-                    Layers::F32(layers) => frame.backward::<f32>(layers, gradient),
-                    Layers::Bf16(layers) => frame.backward::<bf16>(layers, gradient),
+                    Layers::F32(layers) => frame.backward::<f32>(layers, gradient, done),
+                    Layers::Bf16(layers) => frame.backward::<bf16>(layers, gradient, done),
                 })
             }
+        }
+    }
+}
+
+impl Encoding {
+    /// Counted from 0.
+    fn last_layer(&self) -> u32 {
+        match &self.layers {
+            Layers::F32(layers) | Layers::Bf16(layers) => layers.len() as u32 - 1,
         }
     }
 }

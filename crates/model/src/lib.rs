@@ -25,7 +25,7 @@ pub mod safetensors;
 
 pub use by_hand::Tape;
 pub use optimizer::AdamW;
-pub use parameters::{ParameterSpec, Parameters, Role, RowGradient};
+pub use parameters::{Milestone, ParameterSpec, Parameters, Role, RowGradient};
 pub use pch::{Forward, ItemInputs, Items, Pch, PchShape, Sequences};
 pub use products::multiplied_kind;
 

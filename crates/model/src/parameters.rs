@@ -4,14 +4,17 @@
 //! and gradients for the collective and the optimizer. Invariants: names are sorted, so every rank has the same layout;
 //! the initial values are a pure function of (seed, name, shape), whatever the device and the other parameters.
 
+mod buckets;
 mod mismatch;
 mod rows;
 mod slots;
 
 use std::cell::RefCell;
 use std::f64::consts::TAU;
+use std::ops::Range;
 use std::sync::Arc;
 
+pub use buckets::{Bucket, Milestone};
 use learn_domain::random::{self, Draws};
 use learn_torch::OwnVector;
 pub use mismatch::Mismatch;
@@ -69,6 +72,8 @@ pub struct Parameters {
     leaves: Vec<Tensor>,
     /// Views into `gradient`.
     slots: Slots,
+    /// Parts of `gradient`.
+    buckets: Vec<Bucket>,
     /// The towers' weights in the kind of their products.
     working: RefCell<Option<Working>>,
     /// The table of item vectors, if the model has one.
@@ -192,7 +197,8 @@ impl Parameters {
         let leaf = |(view, spec): (Tensor, &ParameterSpec)| view.detach().set_requires_grad(spec.role.trains());
         let leaves = views(&specs, &flat).zip(&specs).map(leaf).collect();
         let slots = Slots::new(views(&specs, &gradient).collect());
-        Self { specs, flat, gradient, lodging: None, leaves, slots, working: RefCell::default(), items }
+        let buckets = buckets::buckets(&specs, buckets::SMALL);
+        Self { specs, flat, gradient, lodging: None, leaves, slots, buckets, working: RefCell::default(), items }
     }
 
     /// Of the flat buffers, sorted by name.
@@ -329,11 +335,21 @@ impl Parameters {
         random::key(&parts.collect::<Vec<_>>())
     }
 
-    /// How many numbers the gradient has, if it can lie in memory that other ranks read.
+    /// The parts in which the gradient is summed over the ranks, from its first number to its last.
+    pub fn buckets(&self) -> &[Bucket] {
+        &self.buckets
+    }
+
+    /// Neighbours are one bucket up to `small` numbers.
+    #[cfg(test)]
+    pub(crate) fn cut_buckets(&mut self, small: usize) {
+        self.buckets = buckets::buckets(&self.specs, small);
+    }
+
+    /// Whether the gradient can lie in memory that other ranks read.
     #[must_use]
-    pub fn lodgeable(&self) -> Option<usize> {
-        let can = self.device() == Device::Cpu && self.kind() == Kind::Float;
-        can.then(|| self.flat.numel())
+    pub fn can_lodge(&self) -> bool {
+        self.device() == Device::Cpu && self.kind() == Kind::Float
     }
 
     /// Lets gradients be collected in this memory of `[P]` numbers, or in libtorch's own. What was collected is gone,
@@ -365,9 +381,33 @@ impl Parameters {
     /// Moves what backward passes have collected since the last call into one buffer `[P]` and returns it; 0 where a
     /// parameter took no part. What was added by hand is there already. The buffer is reused by the next call, and it
     /// lies in memory that [`Parameters::lodge_gradient`] may have lent.
-    pub fn gradients_into_flat(&mut self) -> Tensor {
+    pub fn gradients_into_flat(&self) -> Tensor {
+        self.collect(0..self.leaves.len());
+        self.slots.close();
+        self.gradient.shallow_clone()
+    }
+
+    /// Moves what backward passes have collected for one of [`Parameters::buckets`], which is whole, to where
+    /// [`Parameters::bucket_gradient`] is. After the last of them [`Parameters::close_gradient`] begins a new one.
+    pub fn collect_bucket(&self, bucket: &Bucket) {
+        self.collect(bucket.places.clone());
+    }
+
+    /// The place of a bucket's gradient.
+    pub fn bucket_gradient(&self, bucket: &Bucket) -> Tensor {
+        self.gradient.narrow(0, bucket.elements.start as i64, bucket.elements.len() as i64)
+    }
+
+    /// What has been taken of the gradient belongs to the past.
+    pub fn close_gradient(&self) {
+        self.slots.close();
+    }
+
+    /// Moves what libtorch has collected for these parameters into the buffer.
+    fn collect(&self, places: Range<usize>) {
         tch::no_grad(|| {
-            for (place, leaf) in self.leaves.iter_mut().enumerate() {
+            for place in places {
+                let mut leaf = self.leaves[place].shallow_clone();
                 let gradient = leaf.grad();
                 let slot = self.slots.open(place);
                 if gradient.defined() {
@@ -378,8 +418,6 @@ impl Parameters {
                 }
             }
         });
-        self.slots.close();
-        self.gradient.shallow_clone()
     }
 
     /// Adds to the collected gradient of a learned logit scale; nothing if it is not learned.
@@ -487,7 +525,7 @@ mod tests {
 
     #[test]
     fn gradients_are_collected_once_and_zero_where_there_is_none() {
-        let mut all = Parameters::init_specs(specs(), 1, Device::Cpu);
+        let all = Parameters::init_specs(specs(), 1, Device::Cpu);
         for _ in 0..2 {
             (all.get("a.bias") * 3.0).sum(Kind::Float).backward();
         }

@@ -29,6 +29,8 @@ use crate::parameters::{ParameterSpec, Parameters, Role};
 
 /// Name of the learned logarithm of the logit scale.
 pub const LOGIT_SCALE: &str = "logit_scale";
+/// Names of a layer's parameters begin with it and the layer's number.
+pub(crate) const LAYER_PREFIX: &str = "summary_encoder.layer.";
 const POSITION: &str = "position_embedding.weight";
 /// Row b - 1 is the vector of bucket b.
 const TIME_GAP: &str = "time_embedding.weight";
@@ -381,7 +383,8 @@ impl Pch {
     ) -> Tensor {
         let mut x = self.read(parameters, items, sequences, forward);
         if sequences.is_unread() {
-            return x.narrow(0, 0, 0);
+            // without the graph before the encoder, which the backward goes through when it has come back to there
+            return x.detach().narrow(0, 0, 0);
         }
         if let Some(positions) = positions {
             x += positions;
@@ -496,7 +499,7 @@ fn gap_vectors(table: &Tensor, gaps: &Tensor) -> Tensor {
 }
 
 fn layer_prefix(layer: u32) -> String {
-    format!("summary_encoder.layer.{layer}")
+    format!("{LAYER_PREFIX}{layer}")
 }
 
 pub(crate) fn linear<'a>(parameters: &'a Parameters, name: &str) -> Linear<'a> {

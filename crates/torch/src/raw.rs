@@ -85,9 +85,8 @@ pub fn over(memory: &OwnVector) -> Tensor {
 /// leave it as it is.
 #[must_use]
 pub fn parts_of(sum: &CommonVector) -> Vec<Tensor> {
-    let parts = (0..sum.world_size()).map(|rank| sum.part(rank));
     // SAFETY: as many elements, aligned; see above for how long
-    parts.map(|(start, len)| unsafe { floats(start.cast_mut(), len) }).collect()
+    sum.parts().map(|(start, len)| unsafe { floats(start.cast_mut(), len) }).collect()
 }
 
 /// # Safety

@@ -18,7 +18,7 @@ use super::ceiling::{self, Ceiling};
 use super::crew::{Crew, Member};
 use super::memory;
 use super::statistics::Spread;
-use super::synthetic::{self, BenchSettings, Seat, alone, exchange, group, tokens};
+use super::synthetic::{BenchSettings, Compared, Seat, Sums, alone, exchange, group, tokens};
 use crate::error::WorkerError;
 use crate::feed::PreparedStep;
 use crate::feed::assemble::MicroBatch;
@@ -33,7 +33,8 @@ are in memory, as after prefetching.
 Examples:
   learn-launch bench step --precision bf16 --threads 2
   learn-launch bench step --item-tower content --output-dim 4096 --batch 128 --json
-  learn-launch bench step --workers 4 --threads 1    # what summing gradients adds";
+  learn-launch bench step --workers 4 --threads 1            # what summing gradients adds
+  learn-launch bench step --workers 4 --threads 1 --sockets  # the same as between machines";
 
 /// Flags of `bench step`.
 #[derive(Clone, Debug, Args)]
@@ -43,6 +44,9 @@ pub struct StepArgs {
     /// Ranks, each a process on this machine, which share the batch; on the CPU
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     workers: u32,
+    /// Let the ranks sum gradients by sockets, as between machines, and not by memory that they share
+    #[arg(long)]
+    sockets: bool,
     #[command(flatten)]
     member: Member,
     #[arg(long)]
@@ -158,6 +162,16 @@ pub struct Reduction {
     pub seconds_without: Vec<f64>,
     /// How much longer the median step takes with it, as a share of the step without.
     pub added_share: f64,
+    /// By sockets also steps that begin with the sum when the backward has ended, in turns with the others.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub afterwards: Option<Afterwards>,
+}
+
+/// What summing gradients adds to a step if it waits for the end of the backward.
+#[derive(Clone, Debug, Serialize)]
+pub struct Afterwards {
+    pub seconds_afterwards: Vec<f64>,
+    pub added_share_afterwards: f64,
 }
 
 impl fmt::Display for StepResult {
@@ -195,6 +209,9 @@ impl fmt::Display for StepResult {
                 reduction.workers,
                 100.0 * reduction.added_share
             )?;
+            if let Some(afterwards) = &reduction.afterwards {
+                write!(f, ", {:.1} % after the backward", 100.0 * afterwards.added_share_afterwards)?;
+            }
         }
         Ok(())
     }
@@ -205,7 +222,8 @@ impl fmt::Display for StepResult {
 /// # Errors
 /// If the flags make no sense, or the device or a step fails.
 pub fn run(args: &StepArgs) -> Result<Option<StepResult>, WorkerError> {
-    let settings = args.shape.settings()?;
+    let mut settings = args.shape.settings()?;
+    settings.config.cluster.shared_memory &= !args.sockets;
     if args.workers == 1 {
         return bench_step(&settings).map(Some);
     }
@@ -249,7 +267,8 @@ pub fn bench_step(settings: &BenchSettings) -> Result<StepResult, WorkerError> {
     Ok(result)
 }
 
-/// Measures steps of one rank among several, in turns with and without the sum of the gradients.
+/// Measures steps of one rank among several, in turns with and without the sum of the gradients, and by sockets also with
+/// one that begins when the backward has ended.
 fn bench_ranks(settings: &BenchSettings, crew: &Crew) -> Result<Option<StepResult>, WorkerError> {
     let (config, seat) = (&settings.config, crew.seat());
     let loaded = memory::resident("VmRSS:");
@@ -258,13 +277,23 @@ fn bench_ranks(settings: &BenchSettings, crew: &Crew) -> Result<Option<StepResul
     let steps = settings.steps(seat);
     let ring = |name: &str| connect_tcp(group(seat, config), &crew.rendezvous(name));
     let mut with = exchange(ring("with")?, metrics.clone());
-    let mut without = exchange(Box::new(synthetic::Unreduced(ring("without")?)), metrics);
+    let compared = |name, sums| -> Result<_, WorkerError> {
+        Ok(exchange(Box::new(Compared { ring: ring(name)?, sums }), metrics.clone()))
+    };
+    let mut without = compared("without", Sums::LeftOut)?;
+    let mut afterwards = match config.cluster.shared_memory {
+        true => None,
+        false => Some(compared("afterwards", Sums::Afterwards)?),
+    };
     with.lodge(&mut stepper.parameters)?;
-    let (mut seconds, mut seconds_without, mut loss) = (Vec::new(), Vec::new(), 0.0);
-    // both kinds of step see every batch once for nothing, and then in the same order
+    let (mut seconds, mut seconds_without, mut seconds_afterwards, mut loss) =
+        (Vec::new(), Vec::new(), Vec::new(), 0.0);
+    // all kinds of step see every batch once for nothing, and then in the same order
     for repetition in 0..=settings.repetitions {
         let step = &steps[repetition as usize % steps.len()];
-        for (exchange, seconds) in [(&mut with, &mut seconds), (&mut without, &mut seconds_without)] {
+        let kinds = [(&mut with, &mut seconds), (&mut without, &mut seconds_without)];
+        let third = afterwards.as_mut().map(|exchange| (exchange, &mut seconds_afterwards));
+        for (exchange, seconds) in kinds.into_iter().chain(third) {
             exchange.barrier()?;
             let started = Instant::now();
             let end = stepper.step(step, exchange, config.optimizer.learning_rate, Word::default())?;
@@ -281,9 +310,12 @@ fn bench_ranks(settings: &BenchSettings, crew: &Crew) -> Result<Option<StepResul
     }
     let mut result = StepResult::new(settings, &steps, Timed { seconds, loss, parameters: stepper.parameters.count() });
     result.memory = Memory::of(loaded, result.parameters);
+    let added = |seconds: &[f64]| Spread::of(seconds).median / Spread::of(&seconds_without).median - 1.0;
     result.reduction = Some(Reduction {
         workers: seat.world_size as u32,
-        added_share: Spread::of(&result.seconds).median / Spread::of(&seconds_without).median - 1.0,
+        added_share: added(&result.seconds),
+        afterwards: afterwards
+            .map(|_| Afterwards { added_share_afterwards: added(&seconds_afterwards), seconds_afterwards }),
         seconds_without,
     });
     Ok(Some(result))

@@ -204,23 +204,35 @@ pub fn alone(config: &Config, metrics: WorkerMetrics) -> Result<Exchange, Worker
     Ok(exchange(connect_tcp(group(Seat::ALONE, config), &MemoryRendezvous::default())?, metrics))
 }
 
-/// A collective that leaves sums of gradients out: each rank keeps its own. Everything small (losses, counts) is summed.
-pub struct Unreduced(pub Box<dyn Collective>);
+/// What a collective does otherwise with sums of gradients, to be compared with one that does nothing otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sums {
+    /// Each rank keeps its own. Everything small (losses, counts) is summed.
+    LeftOut,
+    /// No part is summed before all of them are there.
+    Afterwards,
+}
+
+/// A collective that sums gradients otherwise.
+pub struct Compared {
+    pub ring: Box<dyn Collective>,
+    pub sums: Sums,
+}
 
 /// Sums of fewer elements are not those of gradients.
 const SMALL: usize = 1024;
 
-impl Collective for Unreduced {
+impl Collective for Compared {
     fn rank(&self) -> usize {
-        self.0.rank()
+        self.ring.rank()
     }
 
     fn world_size(&self) -> usize {
-        self.0.world_size()
+        self.ring.world_size()
     }
 
     fn generation(&self) -> u64 {
-        self.0.generation()
+        self.ring.generation()
     }
 
     fn shares_memory(&self) -> bool {
@@ -228,7 +240,15 @@ impl Collective for Unreduced {
     }
 
     fn all_reduce_sum(&mut self, buffer: &mut Buffer<'_>) -> Result<(), CollectiveError> {
-        if buffer.len() < SMALL { self.0.all_reduce_sum(buffer) } else { Ok(()) }
+        match self.sums {
+            Sums::LeftOut if buffer.len() >= SMALL => Ok(()),
+            Sums::LeftOut | Sums::Afterwards => self.ring.all_reduce_sum(buffer),
+        }
+    }
+
+    fn all_reduce_sums(&mut self, buffers: &mut dyn Iterator<Item = Buffer<'_>>) -> Result<(), CollectiveError> {
+        let all: Vec<Buffer<'_>> = buffers.collect();
+        all.into_iter().try_for_each(|mut buffer| self.all_reduce_sum(&mut buffer))
     }
 
     fn all_gather(
@@ -237,7 +257,7 @@ impl Collective for Unreduced {
         send: &mut Buffer<'_>,
         recv: &mut Buffer<'_>,
     ) -> Result<(), CollectiveError> {
-        self.0.all_gather(counts, send, recv)
+        self.ring.all_gather(counts, send, recv)
     }
 
     fn reduce_scatter_sum(
@@ -246,23 +266,23 @@ impl Collective for Unreduced {
         send: &mut Buffer<'_>,
         recv: &mut Buffer<'_>,
     ) -> Result<(), CollectiveError> {
-        self.0.reduce_scatter_sum(counts, send, recv)
+        self.ring.reduce_scatter_sum(counts, send, recv)
     }
 
     fn broadcast(&mut self, root: usize, buffer: &mut Buffer<'_>) -> Result<(), CollectiveError> {
-        self.0.broadcast(root, buffer)
+        self.ring.broadcast(root, buffer)
     }
 
     fn barrier(&mut self) -> Result<(), CollectiveError> {
-        self.0.barrier()
+        self.ring.barrier()
     }
 
     fn bytes_moved(&self) -> u64 {
-        self.0.bytes_moved()
+        self.ring.bytes_moved()
     }
 
     fn aborter(&self) -> Aborter {
-        self.0.aborter()
+        self.ring.aborter()
     }
 }
 

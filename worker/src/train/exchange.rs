@@ -3,15 +3,17 @@
 //! Input: this rank's tensors. Output: the same on every rank, or this rank's part. Invariant: every rank calls the
 //! same operations in the same order with the same counts, which [`Exchange::announce`] has made known.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use learn_collective::{Buffer, Collective, CollectiveError, CommonVector};
-use learn_model::{Parameters, RowGradient};
+use learn_model::parameters::Bucket;
+use learn_model::{Milestone, Parameters, RowGradient};
 use learn_proto::convert::AfterStep;
-use learn_telemetry::WorkerMetrics;
+use learn_telemetry::{Phase, WorkerMetrics};
 use tch::Tensor;
 
+use super::step::PhaseClock;
 use crate::control::Progress;
 use crate::error::WorkerError;
 
@@ -52,7 +54,7 @@ impl Exchange {
         Self { collective, metrics, progress, gradients: None, counted_bytes: 0, waited: Duration::ZERO }
     }
 
-    /// Time inside collectives so far.
+    /// Time that the training thread was inside collectives so far.
     #[must_use]
     pub fn waited(&self) -> Duration {
         self.waited
@@ -66,6 +68,12 @@ impl Exchange {
         self.progress.enter_collective();
         let entered = Instant::now();
         let result = operation(&mut *self.collective);
+        self.left(entered);
+        result
+    }
+
+    /// Counts what the training thread has waited inside a collective since then, and what has been sent.
+    fn left(&mut self, entered: Instant) {
         let inside = entered.elapsed();
         self.waited += inside;
         self.metrics.collective_seconds_total.inc_by(inside.as_secs_f64());
@@ -73,7 +81,6 @@ impl Exchange {
         let moved = self.collective.bytes_moved();
         self.metrics.collective_bytes_total.inc_by(moved - self.counted_bytes);
         self.counted_bytes = moved;
-        result
     }
 
     #[must_use]
@@ -156,8 +163,9 @@ impl Exchange {
     /// If the collective fails.
     pub fn lodge(&mut self, parameters: &mut Parameters) -> Result<(), WorkerError> {
         let mut gradients = None;
+        let lengths: Vec<usize> = parameters.buckets().iter().map(|bucket| bucket.elements.len()).collect();
         self.run(|collective| {
-            gradients = CommonVector::new(collective, parameters.lodgeable())?;
+            gradients = CommonVector::new(collective, parameters.can_lodge().then_some(&lengths))?;
             Ok(())
         })?;
         parameters.lodge_gradient(gradients.as_ref().map(|gradients| Arc::clone(gradients.own())));
@@ -165,30 +173,85 @@ impl Exchange {
         Ok(())
     }
 
-    /// The sum of every rank's gradient `[P]`, in parts one behind the other. They are to be read before the next
-    /// step is announced, from when on the ranks in whose memory they lie collect new ones.
+    /// Runs `backward`, which is to collect this rank's gradient and to say what it has passed, and gives the sum of every
+    /// rank's gradient `[P]`, in parts one behind the other. They are to be read before the next step is announced, from
+    /// when on the ranks in whose memory they lie collect new ones.
+    ///
+    /// Ranks that share memory wait for each other and add up what is there; others sum what is whole while `backward`
+    /// goes on.
     ///
     /// # Errors
     /// If the collective fails.
-    pub fn sum_gradient(&mut self, parameters: &mut Parameters) -> Result<Vec<Tensor>, WorkerError> {
-        let mut flat = parameters.gradients_into_flat();
-        if let Some(gradients) = self.gradients.take() {
-            assert!(
-                flat.data_ptr() == gradients.own().start().cast(),
-                "the gradient lies elsewhere than it was lodged"
-            );
-            let summed = self.run(|collective| gradients.sum(collective));
-            let parts = learn_torch::parts_of(&gradients);
-            // this rank's part of the others' gradients, and what it reads of their parts of the sum
-            let (whole, own) = (flat.numel(), gradients.part(self.rank()).1);
-            let read = ((self.world_size() - 1) * own + whole - own) * size_of::<f32>();
-            self.metrics.collective_bytes_total.inc_by(read as u64);
-            self.gradients = Some(gradients);
-            return Ok(summed.map(|()| parts)?);
+    pub fn sum_gradient(
+        &mut self,
+        parameters: &Parameters,
+        clock: &mut PhaseClock,
+        backward: impl FnOnce(&mut dyn FnMut(Milestone)),
+    ) -> Result<Vec<Tensor>, WorkerError> {
+        if self.world_size() > 1 && self.gradients.is_none() {
+            return self.sum_meanwhile(parameters, clock, backward);
         }
-        let mut buffer = learn_torch::buffer(&mut flat)?;
-        self.run(|collective| collective.all_reduce_sum(&mut buffer))?;
-        Ok(vec![flat])
+        backward(&mut |_| ());
+        clock.enter(Phase::Reduce);
+        let flat = parameters.gradients_into_flat();
+        let Some(gradients) = self.gradients.take() else {
+            self.check()?;
+            return Ok(vec![flat]);
+        };
+        assert!(flat.data_ptr() == gradients.own().start().cast(), "the gradient lies elsewhere than it was lodged");
+        let summed = self.run(|collective| gradients.sum(collective));
+        let parts = learn_torch::parts_of(&gradients);
+        // this rank's share of the others' gradients, and what it reads of their shares of the sum
+        let (whole, own) = (flat.numel(), gradients.own_share());
+        let read = ((self.world_size() - 1) * own + whole - own) * size_of::<f32>();
+        self.metrics.collective_bytes_total.inc_by(read as u64);
+        self.gradients = Some(gradients);
+        Ok(summed.map(|()| parts)?)
+    }
+
+    /// Sums the parts of the gradient on a thread of their own, in the order in which a backward finishes them; on every
+    /// rank the same, whatever its share of the step.
+    fn sum_meanwhile(
+        &mut self,
+        parameters: &Parameters,
+        clock: &mut PhaseClock,
+        backward: impl FnOnce(&mut dyn FnMut(Milestone)),
+    ) -> Result<Vec<Tensor>, WorkerError> {
+        let view = |bucket| (bucket, parameters.bucket_gradient(bucket));
+        let mut parts: Vec<(&Bucket, Tensor)> = parameters.buckets().iter().map(view).collect();
+        parts.sort_by_key(|(bucket, _)| bucket.whole_at);
+        let (progress, collective) = (Arc::clone(&self.progress), &mut *self.collective);
+        let (result, entered) = std::thread::scope(|scope| {
+            let (give, take) = mpsc::channel::<Buffer<'_>>();
+            let summing = scope.spawn(move || collective.all_reduce_sums(&mut take.into_iter()));
+            let mut next = parts.iter_mut().peekable();
+            let mut hand_over = |passed: Milestone| -> Result<(), WorkerError> {
+                while let Some((bucket, part)) = next.next_if(|(bucket, _)| bucket.whole_at <= passed) {
+                    parameters.collect_bucket(bucket);
+                    // a thread that takes no more has failed, and says why at its end
+                    let _ = give.send(learn_torch::buffer(part)?);
+                }
+                Ok(())
+            };
+            let mut handed = Ok(());
+            backward(&mut |passed| {
+                if handed.is_ok() {
+                    handed = hand_over(passed);
+                }
+            });
+            clock.enter(Phase::Reduce);
+            progress.enter_collective();
+            let entered = Instant::now();
+            let handed = handed.and_then(|()| hand_over(Milestone::End));
+            drop(give);
+            let summed = summing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            (handed.and(summed.map_err(WorkerError::from)), entered)
+        });
+        parameters.close_gradient();
+        self.left(entered);
+        result?;
+        parts.sort_by_key(|(bucket, _)| bucket.elements.start);
+        Ok(parts.into_iter().map(|(_, part)| part).collect())
     }
 
     /// Gathers rows `[m, d]` of every rank into `[sum of counts, d]`, in rank order; `counts` are rows. A rank that is

@@ -8,7 +8,7 @@
 
 use half::f16;
 use learn_domain::random;
-use learn_model::{ItemInputs, Sequences, Tape};
+use learn_model::{ItemInputs, Milestone, Sequences, Tape};
 use tch::{Device, Tensor};
 
 use super::device_rows::DeviceRows;
@@ -199,19 +199,32 @@ pub fn forward(share: &Share, towers: Towers<'_>) -> Forwarded {
     }
 }
 
-/// Brings the gradient of the loss with respect to the share's embeddings back to the parameters.
-pub fn backward(share: &Share, forwarded: Forwarded, gradient: &Embeddings, towers: Towers<'_>) {
+/// Brings the gradient of the loss with respect to the share's embeddings back to the parameters, and calls `passed` at
+/// each milestone of the last pass.
+pub fn backward(
+    share: &Share,
+    forwarded: Forwarded,
+    gradient: &Embeddings,
+    towers: Towers<'_>,
+    passed: &mut dyn FnMut(Milestone),
+) {
     if let Some(tape) = &forwarded.tape {
         let Embeddings { user, item } = &forwarded.embeddings;
-        tape.backward(towers.parameters, &[(user, &gradient.user), (item, &gradient.item)]);
+        tape.backward(towers.parameters, &[(user, &gradient.user), (item, &gradient.item)], passed);
         return;
     }
     let (mut first_user, mut first_item) = (0, 0);
-    for pass in &share.passes {
+    for (number, pass) in share.passes.iter().enumerate() {
         let (users, items) = pass.counts;
         let (Embeddings { user, item }, tape) = pass.embed(towers);
         let (d_user, d_item) = (gradient.user.narrow(0, first_user, users), gradient.item.narrow(0, first_item, items));
-        tape.backward(towers.parameters, &[(&user, &d_user), (&item, &d_item)]);
+        let is_last = number + 1 == share.passes.len();
+        let mut passed = |milestone| {
+            if is_last {
+                passed(milestone)
+            }
+        };
+        tape.backward(towers.parameters, &[(&user, &d_user), (&item, &d_item)], &mut passed);
         first_user += users;
         first_item += items;
     }

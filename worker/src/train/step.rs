@@ -1,7 +1,7 @@
 //! One training step: prepared arrays in, updated parameters out.
 //!
-//! forward -> objective (gather, loss of the own rows, item gradients to their owners) -> CVR head, if any -> backward ->
-//! all-reduce -> clip -> update. With frozen towers only the head learns.
+//! forward -> objective (gather, loss of the own rows, item gradients to their owners) -> CVR head, if any -> backward,
+//! with the all-reduce of what is whole beside it -> clip -> update. With frozen towers only the head learns.
 //! Invariants: the loss and the gradient are those of the whole global batch whatever
 //! the number of ranks (promise 2); on an error nothing of the step has been applied, because the update comes last; a step that
 //! is not finite is not applied on any rank.
@@ -192,13 +192,12 @@ impl Stepper {
         });
 
         self.clock.enter(Phase::Backward);
-        if trains_towers {
-            passes::backward(&share, forwarded, &loss.gradient, towers);
-            self.parameters.add_logit_scale_gradient(&loss.d_log_scale);
-        }
-
-        self.clock.enter(Phase::Reduce);
-        let flat = exchange.sum_gradient(&mut self.parameters)?;
+        let flat = exchange.sum_gradient(&self.parameters, &mut self.clock, |passed| {
+            if trains_towers {
+                passes::backward(&share, forwarded, &loss.gradient, towers, passed);
+                self.parameters.add_logit_scale_gradient(&loss.d_log_scale);
+            }
+        })?;
         let rows = match self.parameters.row_gradient() {
             Some(mine) => Some(exchange.merge_rows(mine)?),
             None => None,

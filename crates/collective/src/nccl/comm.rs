@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use cudarc::nccl::sys::{ncclComm_t, ncclConfig_t, ncclUniqueId};
 
-use super::gpu::Gpu;
+use super::gpu::{Gpu, Lane};
 use super::library::{Nccl, Progress};
 use crate::CollectiveError;
 use crate::abort::Aborter;
@@ -82,10 +82,15 @@ impl Comm {
         wait(call, aborter, || Ok(self.poll(call)? == Progress::Done))
     }
 
-    /// Waits until the GPU has done what it was given.
-    pub(super) fn complete(&self, gpu: &Gpu, call: &Call, aborter: &Aborter) -> Result<(), CollectiveError> {
+    /// Waits until the GPU has done what the lane was given.
+    pub(super) fn complete(
+        &self,
+        (gpu, lane): (&Gpu, Lane),
+        call: &Call,
+        aborter: &Aborter,
+    ) -> Result<(), CollectiveError> {
         self.settle(call, aborter)?;
-        gpu.record(call.name)?;
+        gpu.record(call.name, lane)?;
         wait(call, aborter, || {
             self.poll(call)?;
             gpu.reached(call.name)

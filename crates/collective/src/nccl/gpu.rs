@@ -1,7 +1,9 @@
-//! One GPU through the CUDA driver: its primary context (the one libtorch uses too), memory for staging, and an event.
+//! One GPU through the CUDA driver: its primary context (the one libtorch uses too), memory for staging, a stream and an
+//! event.
 //!
-//! Everything runs on the legacy default stream (null), which is libtorch's default stream. So a collective starts after
-//! the kernels that produced its input and ends before the kernels that use its output, without further events.
+//! What another kernel needs at once runs on the legacy default stream (null), which is libtorch's default stream. So a
+//! collective starts after the kernels that produced its input and ends before the kernels that use its output, without
+//! further events. What may run beside later kernels has a stream of its own, which waits for the kernels so far.
 
 use std::ffi::c_void;
 
@@ -10,7 +12,8 @@ use cudarc::driver::sys;
 
 use crate::CollectiveError;
 
-const STREAM: sys::CUstream = std::ptr::null_mut();
+/// libtorch's.
+const DEFAULT: sys::CUstream = std::ptr::null_mut();
 const REMEDY: &str = "install NVIDIA's driver (580 or newer for CUDA 13) and check that nvidia-smi lists the GPU, or use \
      the tcp backend on the CPU";
 
@@ -37,10 +40,20 @@ fn device(op: &'static str, error: DriverError) -> CollectiveError {
     CollectiveError::Device { op, reason: error.to_string() }
 }
 
-/// A retained primary context and an event to wait for.
+/// Where work is enqueued.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lane {
+    /// Between the kernels before and those after it.
+    Default,
+    /// After the kernels before [`Gpu::branch`], beside those after it.
+    Side,
+}
+
+/// A retained primary context, a stream, and an event to wait for.
 pub(super) struct Gpu {
     device: sys::CUdevice,
     context: sys::CUcontext,
+    side: sys::CUstream,
     event: sys::CUevent,
 }
 
@@ -57,8 +70,10 @@ impl Gpu {
         })?;
         // SAFETY: the device comes from the driver; the context is released once, in `drop`.
         let context = unsafe { cuda::primary_ctx::retain(device) }.map_err(failed)?;
-        let mut gpu = Self { device, context, event: std::ptr::null_mut() };
+        let mut gpu = Self { device, context, side: std::ptr::null_mut(), event: std::ptr::null_mut() };
         gpu.enter("connect")?;
+        // one that blocks would wait for the default stream, and that for it
+        gpu.side = cuda::stream::create(cuda::stream::StreamKind::NonBlocking).map_err(failed)?;
         gpu.event = cuda::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(failed)?;
         Ok(gpu)
     }
@@ -69,10 +84,25 @@ impl Gpu {
         unsafe { cuda::ctx::set_current(self.context) }.map_err(|error| device(op, error))
     }
 
-    /// Marks the end of what the stream has been given so far.
-    pub(super) fn record(&self, op: &'static str) -> Result<(), CollectiveError> {
-        // SAFETY: the event was created in this context and lives as long as `self`.
-        unsafe { cuda::event::record(self.event, STREAM) }.map_err(|error| device(op, error))
+    pub(super) fn stream(&self, lane: Lane) -> sys::CUstream {
+        match lane {
+            Lane::Default => DEFAULT,
+            Lane::Side => self.side,
+        }
+    }
+
+    /// Marks the end of what the lane has been given so far.
+    pub(super) fn record(&self, op: &'static str, lane: Lane) -> Result<(), CollectiveError> {
+        // SAFETY: event and stream were created in this context and live as long as `self`.
+        unsafe { cuda::event::record(self.event, self.stream(lane)) }.map_err(|error| device(op, error))
+    }
+
+    /// Lets the side lane wait for what the default one has been given so far.
+    pub(super) fn branch(&self, op: &'static str) -> Result<(), CollectiveError> {
+        self.record(op, Lane::Default)?;
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: as in `record`; a stream waits for the latest record before this call, whatever is recorded later.
+        unsafe { cuda::stream::wait_event(self.side, self.event, flags) }.map_err(|error| device(op, error))
     }
 
     /// Whether everything before the mark is done.
@@ -92,6 +122,8 @@ impl Drop for Gpu {
         let _ = self.enter("drop");
         // SAFETY: the event, if it was made, is destroyed once and not used again.
         let _ = (!self.event.is_null()).then(|| unsafe { cuda::event::destroy(self.event) });
+        // SAFETY: as the event; what it was given is done or aborted.
+        let _ = (!self.side.is_null()).then(|| unsafe { cuda::stream::destroy(self.side) });
         // SAFETY: matches the `retain` of `open`.
         let _ = unsafe { cuda::primary_ctx::release(self.device) };
     }

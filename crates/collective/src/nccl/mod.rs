@@ -2,7 +2,7 @@
 //!
 //! Device buffers are used where they are; host buffers (counts, metrics) pass through a small staging memory. Each
 //! operation is enqueued on the legacy default stream, which orders it with libtorch's kernels, and waited for, so that
-//! its error belongs to it. Unequal parts are grouped broadcasts or reduces of the parts that are not empty.
+//! its error belongs to it. Sums of gradients while a backward goes on have a stream of their own. Unequal parts are grouped broadcasts or reduces of the parts that are not empty.
 
 mod comm;
 mod gpu;
@@ -15,7 +15,7 @@ use std::time::Duration;
 use cudarc::nccl::sys::{cudaStream_t, ncclDataType_t, ncclRedOp_t};
 
 use self::comm::{Comm, Membership};
-use self::gpu::{Gpu, Staging};
+use self::gpu::{Gpu, Lane, Staging};
 use self::library::Nccl;
 use crate::call::{Call, Op};
 use crate::layout::{Layout, Parts, check_place, check_root, check_sum};
@@ -188,7 +188,28 @@ impl NcclCollective {
     }
 
     fn complete(&self, call: &Call) -> Result<(), CollectiveError> {
-        self.comm.complete(&self.gpu, call, &self.aborter)
+        self.comm.complete((&self.gpu, Lane::Default), call, &self.aborter)
+    }
+
+    /// Enqueues a sum of a device buffer beside the kernels to come, and does not wait for it.
+    fn start_sum(&mut self, buffer: &Buffer<'_>) -> Result<(), CollectiveError> {
+        let op = Op::AllReduce;
+        check_sum(op, buffer.dtype())?;
+        check_place(op, buffer.place(), self.ordinal)?;
+        self.run(op, |this, call| {
+            let (data, len, kind) = (buffer.as_ptr(), buffer.len(), data_type(buffer.dtype()));
+            if len == 0 {
+                return Ok(());
+            }
+            this.gpu.branch(op.name())?;
+            let stream = this.gpu.stream(Lane::Side).cast();
+            // SAFETY: in place on `len` elements of the buffer, which outlive the wait in `all_reduce_sums`.
+            let code = unsafe { (this.nccl.all_reduce)(data, data, len, kind, SUM, this.comm.handle(), stream) };
+            this.check(call, code)?;
+            this.comm.settle(call, &this.aborter)?;
+            this.count_ring(2, buffer.byte_len(), buffer.byte_len() / this.world_size);
+            Ok(())
+        })
     }
 
     fn check(&self, call: &Call, code: c_uint) -> Result<(), CollectiveError> {
@@ -288,6 +309,18 @@ impl Collective for NcclCollective {
             this.count_ring(2, buffer.byte_len(), buffer.byte_len() / this.world_size);
             Ok(())
         })
+    }
+
+    fn all_reduce_sums(&mut self, buffers: &mut dyn Iterator<Item = Buffer<'_>>) -> Result<(), CollectiveError> {
+        let mut sum = |mut buffer: Buffer<'_>| match buffer.place() {
+            Place::Host => self.all_reduce_sum(&mut buffer),
+            Place::Cuda { .. } => self.start_sum(&buffer),
+        };
+        let started = buffers.map(&mut sum).find(Result::is_err).unwrap_or(Ok(()));
+        // also after an error, so that nothing is summed any more when the buffers are given back
+        let done =
+            self.run(Op::AllReduce, |this, call| this.comm.complete((&this.gpu, Lane::Side), call, &this.aborter));
+        started.and(done)
     }
 
     fn all_gather(

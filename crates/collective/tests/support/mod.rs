@@ -112,6 +112,21 @@ fn reduces<T: Element>(rank: &mut dyn Collective, len: usize) {
     assert_eq!(data, sums::<T>(rank.world_size(), len));
 }
 
+/// Buffers that another thread hands over one by one, each when the one before has been summed.
+fn reduces_as_they_come<T: Element>(rank: &mut dyn Collective, lengths: &[usize]) {
+    let (me, world_size) = (rank.rank(), rank.world_size());
+    let mut all: Vec<Vec<T>> = lengths.iter().map(|&length| own::<T>(me, length)).collect();
+    std::thread::scope(|scope| {
+        let (give, take) = std::sync::mpsc::sync_channel(0);
+        let buffers = all.iter_mut().map(|data| T::buffer(data)).collect::<Vec<_>>();
+        scope.spawn(move || buffers.into_iter().for_each(|buffer| give.send(buffer).unwrap()));
+        rank.all_reduce_sums(&mut take.into_iter()).unwrap();
+    });
+    for (data, &length) in all.iter().zip(lengths) {
+        assert_eq!(*data, sums::<T>(world_size, length));
+    }
+}
+
 fn broadcasts<T: Element>(rank: &mut dyn Collective, len: usize) {
     for root in 0..rank.world_size() {
         let mut data = own::<T>(rank.rank(), len);
@@ -131,6 +146,9 @@ pub fn conform(rank: &mut dyn Collective) {
         broadcasts::<f32>(rank, len);
         broadcasts::<u8>(rank, len * 5);
     }
+    reduces_as_they_come::<f32>(rank, &[]);
+    reduces_as_they_come::<f32>(rank, &[long, 0, 1, 1000]);
+    reduces_as_they_come::<f64>(rank, &[7, 1000]);
     let uneven: Vec<usize> = (0..world_size).map(|part| part * part % 5 * 3).collect();
     let one_only: Vec<usize> = (0..world_size).map(|part| if part == world_size / 2 { long } else { 0 }).collect();
     for counts in [vec![0; world_size], vec![3; world_size], uneven, one_only] {

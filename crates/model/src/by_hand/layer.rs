@@ -159,8 +159,9 @@ impl Frame<'_> {
         (hidden.full, all)
     }
 
-    /// `gradient` `[R, D]` of the hidden states after all layers to that of what the first one read, `[T, D]`.
-    pub fn backward<E: Product>(&self, all: Vec<Kept>, gradient: Tensor) -> Tensor {
+    /// `gradient` `[R, D]` of the hidden states after all layers to that of what the first one read, `[T, D]`. Calls `done`
+    /// with each layer that it has done.
+    pub fn backward<E: Product>(&self, all: Vec<Kept>, gradient: Tensor, mut done: impl FnMut(u32)) -> Tensor {
         let mut pending = Pending { full: gradient.contiguous(), low: None };
         for (layer, kept) in all.into_iter().enumerate().rev() {
             let tape = match kept {
@@ -168,6 +169,7 @@ impl Frame<'_> {
                 Kept::Input(hidden) => self.layer::<E>(layer, hidden).1,
             };
             pending = self.layer_backward::<E>(layer, tape, pending);
+            done(layer as u32);
         }
         if let Some(low) = &pending.low {
             learn_kernels::add(values::<E>(low), values_mut::<f32>(&mut pending.full));

@@ -86,7 +86,7 @@ impl Batch {
         let (user, item) = self.forward(forward, tape);
         let outputs = [(&user, &self.d_user), (&item, &self.d_item)];
         match tape {
-            Some(tape) => tape.backward(&self.parameters, &outputs),
+            Some(tape) => tape.backward(&self.parameters, &outputs, &mut |_| ()),
             None => pull(&outputs),
         }
         let flat = self.parameters.gradients_into_flat().copy();
@@ -180,7 +180,7 @@ fn graphs_that_towers_share_are_gone_through_once() {
 fn layers_kept(batch: &Batch, forward: Forward, tape: Tape) -> usize {
     let _outputs = batch.forward(forward, Some(&tape));
     let of = |stage: &Stage| match &stage.work {
-        Work::Layer(_) => 1,
+        Work::Layer(_, recorded) => usize::from(matches!(recorded, Recorded::Input(_))),
         Work::Encoding(encoding) => match &encoding.layers {
             Layers::F32(all) | Layers::Bf16(all) => all.iter().filter(|kept| matches!(kept, Kept::Input(_))).count(),
         },
@@ -277,10 +277,50 @@ fn passes_add_up_by_hand_too() {
     let once = batch.run(forward, Some(&Tape::new(1)));
     let tape = Tape::new(1);
     let (user, item) = batch.forward(forward, Some(&tape));
-    tape.backward(&batch.parameters, &[(&user, &batch.d_user), (&item, &batch.d_item)]);
+    tape.backward(&batch.parameters, &[(&user, &batch.d_user), (&item, &batch.d_item)], &mut |_| ());
     let twice = batch.run(forward, Some(&Tape::new(1)));
     for (name, one) in &once.gradients {
         assert!(gap(&twice.gradients[name], &(one * 2.0)) < 1e-5, "{name}");
+    }
+}
+
+#[test]
+fn what_a_backward_has_passed_does_not_change_any_more() {
+    // by hand, by libtorch, and with graphs made again
+    for precision in [Precision::F32, Precision::F16] {
+        for tower in TOWERS {
+            for tape in [Tape::new, Tape::with_checkpointing] {
+                let forward = Forward { train: true, precision };
+                let mut batch = Batch::new(tower, 0.2);
+                batch.parameters.cut_buckets(0);
+                let expected = batch.run(forward, Some(&tape(1))).gradients;
+                let tape = tape(1);
+                let (user, item) = batch.forward(forward, Some(&tape));
+                let parameters = &batch.parameters;
+                let (mut milestones, mut taken) = (Vec::new(), BTreeMap::new());
+                let mut take = |milestone| {
+                    for bucket in parameters.buckets().iter().filter(|bucket| bucket.whole_at <= milestone) {
+                        let start = bucket.elements.start;
+                        taken.entry(start).or_insert_with(|| {
+                            parameters.collect_bucket(bucket);
+                            parameters.bucket_gradient(bucket).copy()
+                        });
+                    }
+                    milestones.push(milestone);
+                };
+                let outputs = [(&user, &batch.d_user), (&item, &batch.d_item)];
+                tape.backward(parameters, &outputs, &mut take);
+                take(Milestone::End);
+                parameters.close_gradient();
+                let layers = [2, 1, 0].map(|layer| Milestone::Layer(Reverse(layer)));
+                let all = [&[Milestone::Projection], &layers[..], &[Milestone::End]].concat();
+                assert_eq!(milestones, all, "{tower:?} {precision:?}");
+                let flat = Tensor::cat(&taken.into_values().collect::<Vec<_>>(), 0);
+                for (name, gradient) in parameters.parts(&flat) {
+                    assert_eq!(gradient, expected[name], "{tower:?} {precision:?}: {name}");
+                }
+            }
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use tch::{Kind, Tensor};
 
 use super::Level;
 use crate::parameters::Parameters;
+use crate::pch::LAYER_PREFIX;
 
 /// Names of a dense layer's parameters.
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +61,7 @@ pub(crate) const ATTENTION: [&str; 3] = ["attention.self.query", "attention.self
 
 impl LayerNames {
     pub fn new(layer: usize) -> Self {
-        Self(format!("summary_encoder.layer.{layer}"))
+        Self(format!("{LAYER_PREFIX}{layer}"))
     }
 
     /// The full name of `part`.

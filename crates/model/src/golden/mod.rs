@@ -98,7 +98,7 @@ struct Side {
 /// The file cannot be read or does not have the layout.
 pub fn check(path: &Path, device: Device) -> Result<BTreeMap<String, f64>, GoldenError> {
     let case = Case::open(path, device)?;
-    let (model, mut parameters) = case.model()?;
+    let (model, parameters) = case.model()?;
     let (history, target) = (case.side("hist", "user_pos")?, case.side("tar", "item_pos")?);
     let forward = Forward { train: false, precision: Precision::F32 };
 

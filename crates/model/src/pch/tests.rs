@@ -93,7 +93,7 @@ fn padding_and_neighbours_do_not_matter() {
 #[test]
 fn learned_positions_count_from_the_newest_item_and_spare_the_item_tower() {
     let learned = ModelConfig { position_embedding: PositionEmbedding::Learned, ..config() };
-    let (model, mut parameters) = towers(learned);
+    let (model, parameters) = towers(learned);
     let table = rows(6);
     let items = items(&model, &parameters, &table, &STILL);
     // 6 items, but only 4 positions: the three oldest share the last vector
@@ -113,7 +113,7 @@ fn learned_positions_count_from_the_newest_item_and_spare_the_item_tower() {
 #[test]
 fn time_gaps_reach_the_items_that_follow_them_in_both_causal_towers() {
     let gaps = ModelConfig { time_embedding: TimeEmbedding::Gap, ..config() };
-    let (model, mut parameters) = towers(gaps);
+    let (model, parameters) = towers(gaps);
     let rows = rows(6);
     let items = items(&model, &parameters, &rows, &STILL);
     let run = |user: bool, times: &[i64]| {
@@ -170,7 +170,7 @@ fn an_item_alone_is_the_same_by_every_way() {
 fn an_empty_share_has_shapes_and_zero_gradients() {
     for item_tower in [ItemTower::Causal, ItemTower::PerItem, ItemTower::Content] {
         for position_embedding in [PositionEmbedding::None, PositionEmbedding::Learned] {
-            let (model, mut parameters) = towers(ModelConfig { item_tower, position_embedding, ..config() });
+            let (model, parameters) = towers(ModelConfig { item_tower, position_embedding, ..config() });
             let training = Forward { train: true, precision: Precision::Bf16 };
             for (rows, sequences) in [(rows(0), sequences(&[], &[])), (rows(2), sequences(&[&[0, 1]], &[]))] {
                 let items = items(&model, &parameters, &rows, &training);
@@ -229,9 +229,9 @@ fn bf16_stays_near_f32() {
 
 #[test]
 fn dropout_follows_the_seed() {
-    let (model, mut parameters) = towers(config());
+    let (model, parameters) = towers(config());
     let training = Forward { train: true, precision: Precision::F32 };
-    let mut run = |number| {
+    let run = |number| {
         // `step` makes its rows from a seed of its own, so the draws of dropout come after it
         seed(number);
         let items = items(&model, &parameters, &Tensor::ones([3, 6], (Kind::Float, Device::Cpu)), &training);

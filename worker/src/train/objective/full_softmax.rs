@@ -123,13 +123,14 @@ impl FullSoftmax {
     /// Brings the gradient `[n, d]` of the own items back to the parameters.
     fn pull_all(&self, (embedded, tape): (&Tensor, Option<Tape>), d_item: &Tensor, seeds: Seeds, towers: Towers<'_>) {
         if let Some(tape) = tape {
-            tape.backward(towers.parameters, &[(embedded, d_item)]);
+            // the share's own pass through the same towers is still to come
+            tape.backward(towers.parameters, &[(embedded, d_item)], &mut |_| ());
             return;
         }
         for batch in self.batches() {
             let gradient = d_item.narrow(0, batch.start, batch.end - batch.start);
             let (items, tape) = self.embed(batch, seeds, towers);
-            tape.backward(towers.parameters, &[(&items, &gradient)]);
+            tape.backward(towers.parameters, &[(&items, &gradient)], &mut |_| ());
         }
     }
 

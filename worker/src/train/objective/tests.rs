@@ -223,6 +223,15 @@ fn largest_gap(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
 }
 
+/// The same in several passes.
+fn in_passes(config: &Config) -> Config {
+    Config {
+        training: learn_domain::config::TrainingConfig { micro_batch: 2, ..config.training.clone() },
+        objective: learn_domain::config::ObjectiveConfig { catalogue_batch: 3, ..config.objective.clone() },
+        ..config.clone()
+    }
+}
+
 /// Worlds of two and four against one, and the slope of the loss in a world of two along some directions.
 fn is_exact(config: &Config) {
     let start = start(config);
@@ -235,12 +244,7 @@ fn is_exact(config: &Config) {
         assert!((other.loss - one.loss).abs() < 1e-12 && other.accuracy == one.accuracy);
         assert!(largest_gap(&other.gradient, &one.gradient) < 1e-11);
     }
-    let in_passes = Config {
-        training: learn_domain::config::TrainingConfig { micro_batch: 2, ..config.training.clone() },
-        objective: learn_domain::config::ObjectiveConfig { catalogue_batch: 3, ..config.objective.clone() },
-        ..config.clone()
-    };
-    let other = steps(&in_passes, 2, std::slice::from_ref(&start)).remove(0);
+    let other = steps(&in_passes(config), 2, std::slice::from_ref(&start)).remove(0);
     assert!((other.loss - one.loss).abs() < 1e-12);
     assert!(largest_gap(&other.gradient, &one.gradient) < 1e-11);
 
@@ -362,12 +366,36 @@ fn sampled_negatives_are_exact_with_learned_vectors() {
     }));
 }
 
+/// With a gradient of several parts.
+fn wide(mut config: Config) -> Config {
+    (config.model.layers, config.model.hidden, config.model.init_std) = (2, 384, 0.05);
+    let model = Pch::new(shape(&config, &facts())).unwrap();
+    assert_eq!(Parameters::init(model.shape(), SEED, Device::Cpu).buckets().len(), 3);
+    config
+}
+
+#[test]
+fn parts_that_are_summed_while_the_backward_goes_on_are_whole() {
+    for config in [config(|_| ()), softmax(ItemTower::Causal, Pairs::AllAction)] {
+        let config = wide(config);
+        let start = start(&config);
+        let at = |config: &Config, world| steps(config, world, std::slice::from_ref(&start)).remove(0).gradient;
+        let one = at(&config, 1);
+        let largest = largest_gap(&one, &vec![0.0; one.len()]);
+        // in a world of four the last two ranks have nothing to bring
+        let others = [at(&config, 2), at(&config, 4), at(&in_passes(&config), 2)];
+        for other in others {
+            assert!(largest_gap(&other, &one) < 1e-11 * largest.max(1.0));
+        }
+    }
+}
+
 #[test]
 fn the_way_of_gradients_changes_no_bit() {
-    let config = config(|config| {
+    let config = wide(config(|config| {
         config.optimizer.beta1 = 0.9;
         config.optimizer.clip_norm = 0.5;
-    });
+    }));
     let values = start(&config);
     for world in [2, 3] {
         let trained = |shares_memory| {
