@@ -34,6 +34,10 @@ Examples:
 
 Nothing else should run meanwhile. The first run brings PyTorch and what else is compared with into .deps/bench (5 GB).";
 
+/// Gives the loopback of a network of its own a rate, and runs a program there: rate, program, its arguments.
+const ON_LINK: &str = "set -e; rate=$1; shift; ip link set lo up; \
+     tc qdisc add dev lo root tbf rate \"$rate\" burst 4mb latency 50ms; exec \"$@\"";
+
 #[derive(Args)]
 #[command(after_help = HELP)]
 pub struct Options {
@@ -60,6 +64,10 @@ pub struct Options {
     /// History lengths: amazon, or a file with a JSON array
     #[arg(long, default_value = "amazon")]
     lengths: String,
+    /// Let the ranks of the part `reduction`, where they use sockets, share a link of this rate, such as 8gbit (Linux;
+    /// needs `unshare`, `ip` and `tc`)
+    #[arg(long, value_name = "RATE")]
+    link: Option<String>,
     /// The folder that results are written to
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -153,7 +161,19 @@ impl Bench<'_> {
 
     /// Runs `learn-worker bench` with these words and reads its JSON.
     fn ours(&self, words: &[&str]) -> Result<Value> {
-        let mut command = Command::new(self.workspace.binary("learn-worker"));
+        self.ours_by(Command::new(self.workspace.binary("learn-worker")), words)
+    }
+
+    /// The same where all that goes by sockets shares a link of the rate that was asked for, if any was.
+    fn ours_on_link(&self, words: &[&str]) -> Result<Value> {
+        let Some(rate) = &self.options.link else { return self.ours(words) };
+        let mut command = Command::new("unshare");
+        command.args(["--map-root-user", "--net", "sh", "-c", ON_LINK, "sh", rate]);
+        command.arg(self.workspace.binary("learn-worker"));
+        self.ours_by(command, words)
+    }
+
+    fn ours_by(&self, mut command: Command, words: &[&str]) -> Result<Value> {
         json("learn-worker bench", command.arg("bench").args(words).arg("--json"))
     }
 
@@ -174,6 +194,9 @@ impl Bench<'_> {
         );
         if self.options.device != "cpu" {
             command.push_str(&format!(" --device {}", self.options.device));
+        }
+        if let Some(rate) = self.options.link.as_ref().filter(|_| part == Part::Reduction) {
+            command.push_str(&format!(" --link {rate}"));
         }
         if part == Part::Step {
             if let Some(precision) = step::single(self.options) {

@@ -175,12 +175,23 @@ pub fn reduction(bench: &Bench<'_>) -> Result<Results> {
         &["--output-dim", "4096", "--targets", "10", "--precision", "bf16", "--repetitions", &repetitions],
     ]
     .concat();
-    let mut added = Vec::new();
+    let by_sockets = [&words[..], &["--sockets"]].concat();
+    let (mut added, mut between, mut afterwards) = (Vec::new(), Vec::new(), Vec::new());
     for round in 1..=bench.options.rounds {
-        let share = number(&bench.ours(&words)?, "reduction.added_share")?;
-        eprintln!("  round {round} of {}: {:.1} % added", bench.options.rounds, 100.0 * share);
-        added.push(share);
+        added.push(number(&bench.ours(&words)?, "reduction.added_share")?);
+        let answer = bench.ours_on_link(&by_sockets)?;
+        between.push(number(&answer, "reduction.added_share")?);
+        afterwards.push(number(&answer, "reduction.added_share_afterwards")?);
+        let [one, two, three] = [&added, &between, &afterwards].map(|shares| 100.0 * shares[shares.len() - 1]);
+        eprintln!(
+            "  round {round} of {}: {one:.1} % added; by sockets {two:.1} %, after the backward {three:.1} %",
+            bench.options.rounds
+        );
     }
+    let link = match &bench.options.link {
+        Some(rate) => format!(" over a link of {rate} for all"),
+        None => String::new(),
+    };
     Ok(Results {
         version: VERSION,
         name: "reduction".into(),
@@ -194,8 +205,14 @@ pub fn reduction(bench: &Bench<'_>) -> Result<Results> {
                 &added,
             )
             .wanted(Wanted::AtMost(0.1)),
+            Row::of(format!("the same by sockets, as between machines{link}"), Unit::Share, &between),
+            Row::of("by sockets, when the backward has ended", Unit::Share, &afterwards),
         ],
-        more: Map::from_iter([("added_share".into(), added.into())]),
+        more: Map::from_iter([
+            ("added_share".into(), added.into()),
+            ("added_share_by_sockets".into(), between.into()),
+            ("added_share_afterwards".into(), afterwards.into()),
+        ]),
     })
 }
 
