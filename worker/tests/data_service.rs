@@ -315,7 +315,13 @@ fn feed(runtime: &Runtime, location: &str, metrics: &WorkerMetrics) -> Feed {
         layout: Layout::new(&ObjectiveConfig::default(), 0),
         uniform: UniformNegatives::default(),
         prefetch_steps: 3,
-        rows: RowSettings { dim: DIM as usize, cache_bytes: 1 << 10, device_bytes: 1 << 10, items: 5 },
+        rows: RowSettings {
+            dim: DIM as usize,
+            cache_bytes: 1 << 10,
+            device_bytes: 1 << 10,
+            items: 5,
+            ..RowSettings::default()
+        },
         times: false,
     };
     let client = client(runtime, &[location.to_owned()], PATIENT);

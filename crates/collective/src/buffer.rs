@@ -44,8 +44,8 @@ pub struct Buffer<'a> {
     memory: PhantomData<&'a mut [u8]>,
 }
 
-// SAFETY: a buffer stands for an exclusive borrow of numbers, which another thread may use as well; on a GPU it is an
-// address that is only computed with.
+// SAFETY: a buffer stands for an exclusive borrow of elements whose four types are all `Send`; that it is exclusive is what
+// whoever makes one from a raw address vouches for. On a GPU the address is only computed with.
 unsafe impl Send for Buffer<'_> {}
 
 macro_rules! from_slice {

@@ -39,6 +39,9 @@ pub use tcp::connect_tcp;
 #[doc(hidden)]
 pub use tcp::fuzzing;
 
+/// Buffers that come one by one; `None` is a wait for the next one.
+pub type Buffers<'a, 'b> = dyn Iterator<Item = Option<Buffer<'b>>> + 'a;
+
 /// The operations of one rank of a group. All ranks call the same ones in the same order.
 ///
 /// # Errors
@@ -57,12 +60,15 @@ pub trait Collective: Send {
     /// Replaces `buffer` by the sum over all ranks, bit-identical on every rank. F32, F64 and I64 (wrapping).
     fn all_reduce_sum(&mut self, buffer: &mut Buffer<'_>) -> Result<(), CollectiveError>;
 
-    /// Sums one buffer after the other, as they come; every rank's come in the same order and lengths. Between two of
-    /// them this rank may have to wait for its own next one, which is no other rank's delay; so a thread may sum what
-    /// another one still computes.
-    fn all_reduce_sums(&mut self, buffers: &mut dyn Iterator<Item = Buffer<'_>>) -> Result<(), CollectiveError> {
-        for mut buffer in buffers {
-            self.all_reduce_sum(&mut buffer)?;
+    /// Sums one buffer after the other, as they come; every rank's come in the same order and lengths. So a thread may
+    /// sum what another one still computes. The time until this rank's own next one comes is in no operation's deadline;
+    /// meanwhile there shall be a `None` now and then, at which it is seen whether the collective was aborted or has broken.
+    fn all_reduce_sums(&mut self, buffers: &mut Buffers<'_, '_>) -> Result<(), CollectiveError> {
+        for buffer in buffers {
+            match buffer {
+                Some(mut buffer) => self.all_reduce_sum(&mut buffer)?,
+                None => self.aborter().check()?,
+            }
         }
         Ok(())
     }

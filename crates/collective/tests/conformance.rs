@@ -70,7 +70,7 @@ fn two_sums(rank: &mut dyn Collective, lengths: &[usize]) -> Option<(Vec<f32>, V
         let mut pieces = lengths.iter().map(|&length| {
             let (piece, others) = std::mem::take(&mut rest).split_at_mut(length);
             rest = others;
-            Buffer::f32(piece)
+            Some(Buffer::f32(piece))
         });
         rank.all_reduce_sums(&mut pieces).unwrap();
         sums.0.extend(data);

@@ -87,7 +87,7 @@ fn sums_on_a_stream_of_their_own_wait_for_what_they_add_up() {
                     stream.memcpy_htod(&vec![mine; length.max(1)], slice).unwrap();
                     let (pointer, _guard) = slice.device_ptr_mut(&stream);
                     // SAFETY: the slice holds so many floats on that GPU and outlives the sums.
-                    unsafe { Buffer::from_raw(pointer as *mut c_void, length, DType::F32, place) }
+                    Some(unsafe { Buffer::from_raw(pointer as *mut c_void, length, DType::F32, place) })
                 });
                 rank.all_reduce_sums(&mut buffers).unwrap();
             }

@@ -5,9 +5,12 @@
 //! With `Precision::Bf16` or `F16` the matrix products and the attention have that kind; layer norms, residuals and the
 //! softmax's statistics keep the kind of the input (f32). With `F32` everything has the input's kind, so f64 works too.
 
+use std::rc::Rc;
+
 use learn_domain::config::Precision;
 use learn_domain::packing::Run;
-use tch::Tensor;
+use learn_torch::Bounds;
+use tch::{Device, Kind, Tensor};
 
 use crate::products::multiplied_kind;
 
@@ -16,11 +19,22 @@ use crate::products::multiplied_kind;
 pub enum Attention<'a> {
     /// Packed sequences `[T, D]`: each position to itself and the earlier ones of its sequence.
     Causal(&'a [Run]),
+    /// The same by kernels that take all sequences at once, on a GPU.
+    Packed(&'a Rc<Packed>),
     /// Each position to itself only, so the context is its value and queries and keys do not matter.
     Alone,
     /// To the keys where the mask (bool, `[B, 1, 1, L]` or broadcastable to `[B, heads, L, L]`) is true; every query
     /// needs one.
     Masked(&'a Tensor),
+}
+
+/// Packed sequences, shortest first, as the GPU's kernels want them.
+#[derive(Debug)]
+pub struct Packed {
+    /// Tokens that are a sequence of their own.
+    alone: i64,
+    /// The sequences behind them.
+    rest: Bounds,
 }
 
 /// A dense layer's weight `[out, in]` and bias `[out]`.
@@ -97,6 +111,27 @@ impl Linear<'_> {
     }
 }
 
+impl Packed {
+    /// Of these runs, on the device; `None` where there are no such kernels for heads of this width and `kind`.
+    #[must_use]
+    pub fn new(runs: &[Run], device: Device, (kind, width): (Kind, i64)) -> Option<Self> {
+        (device.is_cuda() && learn_torch::can_pack(kind, width)).then(|| Self::on(device, runs))
+    }
+
+    fn on(device: Device, runs: &[Run]) -> Self {
+        let alone = runs.iter().take_while(|run| run.length == 1).map(|run| run.tokens()).sum::<usize>();
+        let lengths = runs.iter().filter(|run| run.length > 1);
+        let lengths = lengths.flat_map(|run| std::iter::repeat_n(run.length as i32, run.count));
+        let mut bounds = vec![0];
+        bounds.extend(lengths.scan(0, |end, length| {
+            *end += length;
+            Some(*end)
+        }));
+        let longest = runs.iter().map(|run| run.length as i64).max().unwrap_or(0);
+        Self { alone: alone as i64, rest: Bounds { bounds: Tensor::from_slice(&bounds).to_device(device), longest } }
+    }
+}
+
 impl LayerNorm<'_> {
     fn forward(&self, x: &Tensor, eps: f64) -> Tensor {
         x.layer_norm(self.weight.size(), Some(self.weight), Some(self.bias), eps, true)
@@ -119,12 +154,21 @@ pub fn layer(weights: &LayerWeights, x: &Tensor, attention: &Attention, forward:
 
 /// The heads' weighted values, side by side: `[.., D]`.
 fn context(weights: &LayerWeights, x: &Tensor, attention: &Attention, forward: &LayerForward) -> Tensor {
+    if let Attention::Packed(packed) = attention
+        && x.numel() > 0
+    {
+        let attend = |parts: (&Tensor, &Tensor, &Tensor), dropout| {
+            let attended = learn_torch::packed_attention(parts, &packed.rest, dropout);
+            attended.unwrap_or_else(|error| panic!("{error}"))
+        };
+        return packed_context(weights, x, packed, forward, attend);
+    }
     let value = weights.value.forward(x, forward.precision);
     let others = || (weights.query.forward(x, forward.precision), weights.key.forward(x, forward.precision));
     match attention {
         _ if x.numel() == 0 => value,
         // One key has weight 1. Dropping that weight would erase the item instead of thinning its context.
-        Attention::Alone => value,
+        Attention::Alone | Attention::Packed(_) => value,
         Attention::Masked(mask) => {
             let (query, key) = others();
             attend(forward, (&query, &key, &value), Some(*mask))
@@ -138,6 +182,35 @@ fn context(weights: &LayerWeights, x: &Tensor, attention: &Attention, forward: &
             });
             Tensor::cat(&attended.collect::<Vec<_>>(), 0)
         }
+    }
+}
+
+/// The context `[T, D]` of packed sequences: `attend` gives that of the longer ones, of query, key and value
+/// `[T', heads, D / heads]`. Queries, keys and values are one product.
+fn packed_context(
+    weights: &LayerWeights,
+    x: &Tensor,
+    packed: &Packed,
+    forward: &LayerForward,
+    attend: impl Fn((&Tensor, &Tensor, &Tensor), f64) -> Tensor,
+) -> Tensor {
+    let parts = [&weights.query, &weights.key, &weights.value];
+    let weight = Tensor::cat(&parts.map(|part| part.weight), 0);
+    let bias = Tensor::cat(&parts.map(|part| part.bias), 0);
+    let all = Linear { weight: &weight, bias: &bias }.forward(x, forward.precision);
+    let (tokens, width) = (x.size()[0], x.size()[1]);
+    // one key has weight 1, as where each position is alone
+    let alone = all.narrow(0, 0, packed.alone).narrow(1, 2 * width, width);
+    if packed.alone == tokens {
+        return alone.contiguous();
+    }
+    let rest = all.narrow(0, packed.alone, tokens - packed.alone).view([-1, 3, forward.heads, width / forward.heads]);
+    let [query, key, value] = [0, 1, 2].map(|part| rest.select(1, part));
+    let dropout = if forward.train { forward.dropout } else { 0.0 };
+    let attended = attend((&query, &key, &value), dropout).reshape([-1, width]);
+    match packed.alone {
+        0 => attended,
+        _ => Tensor::cat(&[alone, attended], 0),
     }
 }
 
@@ -274,6 +347,51 @@ mod tests {
                 place += length;
             }
         }
+    }
+
+    #[test]
+    fn kernels_for_all_sequences_at_once_are_given_what_the_blocks_are() {
+        let all = weights(Kind::Double);
+        let w = find(&all);
+        for runs in [&[(2, 1), (1, 2), (3, 4)][..], &[(3, 1)], &[(1, 5), (2, 7)]] {
+            let runs: Vec<Run> = runs.iter().map(|&(count, length)| Run { count, length }).collect();
+            let tokens = runs.iter().map(|run| run.tokens()).sum::<usize>() as i64;
+            let x = Tensor::randn([tokens, WIDTH], (Kind::Double, Device::Cpu)).set_requires_grad(true);
+            let packed = Packed::on(Device::Cpu, &runs);
+            // what the kernels do: causal attention between each two bounds
+            let attend = |(query, key, value): (&Tensor, &Tensor, &Tensor), _| {
+                let bounds: Vec<i64> = (&packed.rest.bounds.to_kind(Kind::Int64)).try_into().unwrap();
+                let parts = bounds.windows(2).map(|two| {
+                    let length = two[1] - two[0];
+                    assert!((2..=packed.rest.longest).contains(&length));
+                    let cut = |x: &Tensor| x.narrow(0, two[0], length).transpose(0, 1).unsqueeze(0);
+                    let causal = Tensor::scaled_dot_product_attention::<Tensor>(
+                        &cut(query),
+                        &cut(key),
+                        &cut(value),
+                        None,
+                        0.0,
+                        true,
+                        None,
+                        false,
+                    );
+                    causal.squeeze_dim(0).transpose(0, 1)
+                });
+                Tensor::cat(&parts.collect::<Vec<_>>(), 0)
+            };
+            let ours = packed_context(&w, &x, &packed, &settings(0.0), attend);
+            let blocks = context(&w, &x, &Attention::Causal(&runs), &settings(0.0));
+            assert!(gap(&ours, &blocks) < 1e-12, "{runs:?}");
+            let inputs = [&x, w.query.weight, w.key.bias, w.value.weight];
+            let tied = || inputs.iter().fold(Tensor::from(0.0_f64), |sum, input| sum + input.sum(Kind::Double) * 0.0);
+            let cotangent = Tensor::randn_like(&ours);
+            let gradients =
+                |y: &Tensor| Tensor::run_backward(&[(y * &cotangent).sum(Kind::Double) + tied()], &inputs, true, false);
+            for (ours, theirs) in gradients(&ours).iter().zip(gradients(&blocks)) {
+                assert!(gap(ours, &theirs) < 1e-10, "{runs:?}");
+            }
+        }
+        assert!(Packed::new(&[], Device::Cpu, (Kind::Float, 64)).is_none(), "there are no such kernels on the CPU");
     }
 
     #[test]

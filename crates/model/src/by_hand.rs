@@ -31,7 +31,7 @@ use dense::{Dense, Unit};
 pub(crate) use graph::GraphLayer;
 use graph::Recorded;
 use half::bf16;
-use layer::{Frame, Hidden, Keep, Kept};
+use layer::{Frame, Hidden, Keep, Kept, Pending, Product};
 use learn_domain::config::Precision;
 use learn_domain::packing::Run;
 use learn_domain::random;
@@ -92,10 +92,23 @@ enum Work {
 
 #[derive(Debug)]
 struct Encoding {
+    /// Those that the backward has not done yet.
     layers: Layers,
+    /// All of them.
+    count: u32,
+    /// The gradient behind them, when the backward has begun.
+    pending: Option<Pending>,
     route: Route,
     settings: LayerForward,
     seed: u64,
+}
+
+/// What came of a part of a stage's backward.
+enum Back {
+    /// There is more of it.
+    More(Stage),
+    /// The input and its gradient, if it learns and anything has come back to the output.
+    Done(Option<(Tensor, Tensor)>),
 }
 
 /// Of the kind of the products.
@@ -171,7 +184,7 @@ impl Tape {
         (encoding, number): (u64, u32),
     ) -> Tensor {
         let seed = random::key(&[encoding, number.into()]);
-        if !x.requires_grad() {
+        if !layer.is_recorded(parameters) {
             return layer.seeded(parameters, &x, seed);
         }
         let (output, recorded) = match self.0.checkpointing {
@@ -210,7 +223,8 @@ impl Tape {
         });
         let order = route.sampled.as_ref().and_then(|sampled| sampled.order.as_ref()).map(Tensor::shallow_clone);
         let output = self.stage(Level::Encoder, (x, hidden), records, || {
-            Work::Encoding(Box::new(Encoding { layers: saved, route, settings: *settings, seed }))
+            let settings = *settings;
+            Work::Encoding(Box::new(Encoding { layers: saved, count: layers, pending: None, route, settings, seed }))
         });
         match order {
             Some(order) => output.index_select(0, &order),
@@ -271,15 +285,20 @@ impl Tape {
                 passed(Milestone::Projection);
             }
             let mut through = Vec::new();
-            while let Some(stage) = now.pop() {
-                // what other towers of this tape still have to do with the layers, from the deepest on
-                let ahead = now.iter().filter_map(|stage| stage.work.last_layer()).max();
-                let done = |layer| {
-                    if ahead.is_none_or(|ahead| ahead < layer) {
-                        passed(Milestone::Layer(Reverse(layer)));
+            // each layer for all towers before the next one, so that its gradient is whole early
+            while let Some((place, stage)) = take_deepest(&mut now) {
+                let layer = stage.work.layer();
+                let done = match stage.backward(parameters) {
+                    Back::More(stage) => {
+                        now.insert(place, stage);
+                        None
                     }
+                    Back::Done(done) => done,
                 };
-                let Some((input, gradient)) = stage.backward(parameters, done) else { continue };
+                if let Some(layer) = layer.filter(|layer| now.iter().all(|stage| stage.work.layer() < Some(*layer))) {
+                    passed(Milestone::Layer(Reverse(layer)));
+                }
+                let Some((input, gradient)) = done else { continue };
                 // a layer's input may be the output of the one before it
                 if !give(&mut now, &input, &gradient) && !give(&mut stages, &input, &gradient) {
                     through.push((input, gradient));
@@ -291,69 +310,80 @@ impl Tape {
 }
 
 impl Stage {
-    /// The input and its gradient, if it learns and anything has come back to the output.
-    fn backward(self, parameters: &Parameters, done: impl FnMut(u32)) -> Option<(Tensor, Tensor)> {
-        let Self { input, output, given, work, .. } = self;
-        let through = output.grad();
-        let gradient = match (given, through.defined()) {
-            (Some(given), true) => given + through,
-            (Some(given), false) => given,
-            (None, true) => through,
-            (None, false) => return None,
-        };
-        let learns = input.requires_grad();
-        let gradient = tch::no_grad(|| work.backward(parameters, (&input, gradient), learns, done))?;
-        Some((input, gradient))
+    /// Of the deepest layer, or of the whole if it has none.
+    fn backward(mut self, parameters: &Parameters) -> Back {
+        if let Work::Encoding(encoding) = &mut self.work {
+            if encoding.pending.is_none() {
+                let Some(gradient) = come_back(&self.output, self.given.take()) else { return Back::Done(None) };
+                encoding.pending = Some(Pending::new(&gradient));
+            }
+            return match tch::no_grad(|| encoding.backward(parameters)) {
+                None => Back::More(self),
+                Some(gradient) => Back::Done(Some((self.input, gradient))),
+            };
+        }
+        let Some(gradient) = come_back(&self.output, self.given) else { return Back::Done(None) };
+        let (learns, input) = (self.input.requires_grad(), self.input);
+        let gradient = tch::no_grad(|| match self.work {
+            Work::Layer(_, layer) => Some(layer.backward(parameters, &input, &gradient)),
+            Work::Dense(dense) => dense.backward(parameters, &gradient, learns),
+            Work::Unit(unit) => Some(unit.backward(&gradient)),
+            Work::Encoding(_) => unreachable!("it went layer by layer"),
+        });
+        Back::Done(gradient.map(|gradient| (input, gradient)))
     }
 }
 
+/// The gradient of a stage's output, if anything has come back to it.
+fn come_back(output: &Tensor, given: Option<Tensor>) -> Option<Tensor> {
+    let through = output.grad();
+    match (given, through.defined()) {
+        (Some(given), true) => Some(given + through),
+        (Some(given), false) => Some(given),
+        (None, true) => Some(through),
+        (None, false) => None,
+    }
+}
+
+/// The stage with the deepest layer that is still to be done, the latest of several, and its place.
+fn take_deepest(stages: &mut Vec<Stage>) -> Option<(usize, Stage)> {
+    let (place, _) = stages.iter().enumerate().max_by_key(|(_, stage)| stage.work.layer())?;
+    Some((place, stages.remove(place)))
+}
+
 impl Work {
-    /// The deepest of the encoder's layers that it goes through.
-    fn last_layer(&self) -> Option<u32> {
+    /// The deepest of the encoder's layers that the backward has not done yet.
+    fn layer(&self) -> Option<u32> {
         match self {
             Self::Layer(number, _) => Some(*number),
-            Self::Encoding(encoding) => Some(encoding.last_layer()),
+            Self::Encoding(encoding) => match &encoding.layers {
+                Layers::F32(layers) | Layers::Bf16(layers) => (layers.len() as u32).checked_sub(1),
+            },
             Self::Dense(_) | Self::Unit(_) => None,
-        }
-    }
-
-    /// From the gradient of the output to that of the input, if it `learns`. Calls `done` with each layer that it has
-    /// done.
-    fn backward(
-        self,
-        parameters: &Parameters,
-        (input, gradient): (&Tensor, Tensor),
-        learns: bool,
-        mut done: impl FnMut(u32),
-    ) -> Option<Tensor> {
-        match self {
-            Self::Layer(number, layer) => {
-                let gradient = layer.backward(parameters, input, &gradient);
-                done(number);
-                Some(gradient)
-            }
-            Self::Dense(dense) => dense.backward(parameters, &gradient, learns),
-            Self::Unit(unit) => Some(unit.backward(&gradient)),
-            Self::Encoding(encoding) => {
-                let last = encoding.last_layer();
-                let Encoding { layers, route, settings, seed } = *encoding;
-                let frame = Frame { parameters, settings: &settings, route: &route, seed, last };
-                Some(match layers {
-                    Layers::F32(layers) => frame.backward::<f32>(layers, gradient, done),
-                    Layers::Bf16(layers) => frame.backward::<bf16>(layers, gradient, done),
-                })
-            }
         }
     }
 }
 
 impl Encoding {
-    /// Counted from 0.
-    fn last_layer(&self) -> u32 {
-        match &self.layers {
-            Layers::F32(layers) | Layers::Bf16(layers) => layers.len() as u32 - 1,
+    /// Of the deepest layer; the gradient of the input after the last one.
+    fn backward(&mut self, parameters: &Parameters) -> Option<Tensor> {
+        let Self { layers, count, pending, route, settings, seed } = self;
+        let frame = Frame { parameters, settings, route, seed: *seed, last: *count - 1 };
+        match layers {
+            Layers::F32(kept) => one_layer::<f32>(&frame, kept, pending),
+            Layers::Bf16(kept) => one_layer::<bf16>(&frame, kept, pending),
         }
     }
+}
+
+fn one_layer<E: Product>(frame: &Frame<'_>, kept: &mut Vec<Kept>, pending: &mut Option<Pending>) -> Option<Tensor> {
+    let (deepest, behind) = (kept.pop()?, pending.take()?);
+    let before = frame.backward::<E>(kept.len(), deepest, behind);
+    if kept.is_empty() {
+        return Some(before.whole::<E>());
+    }
+    *pending = Some(before);
+    None
 }
 
 /// Whether what is computed from this leaf gets a graph.
@@ -402,6 +432,7 @@ impl Route {
             Attention::Causal(runs) => runs,
             Attention::Alone => &[],
             Attention::Masked(_) => unreachable!("masked attention is for encoders that do not learn"),
+            Attention::Packed(_) => unreachable!("what goes by hand is on the CPU"),
         };
         let mut start = 0;
         let lengths = runs.iter().flat_map(|run| std::iter::repeat_n(run.length, run.count));

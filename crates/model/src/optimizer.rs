@@ -5,12 +5,12 @@
 //! in a step that touches it, and bias correction counts the steps of the job, not those of the row. Invariants: the
 //! arithmetic is that of `torch.optim.AdamW` (decoupled decay, bias correction, epsilon outside the root). On the CPU
 //! in f32 one pass over the memory does an update: clipping, moments, values, and the weights that the towers' products
-//! read; elsewhere it is a sequence of libtorch's operators. State that was saved and loaded continues bit by bit;
+//! read; elsewhere libtorch's fused operator does one, without those weights. State that was saved and loaded continues bit by bit;
 //! ranks that hold equal parameters and gradients stay equal.
 
 use half::bf16;
 use learn_domain::config::OptimizerConfig;
-use learn_torch::values_mut;
+use learn_torch::{AdamWTensors, FusedAdamW, values_mut};
 use tch::{Device, Kind, Tensor};
 
 use crate::ModelError;
@@ -80,7 +80,7 @@ impl AdamW {
                 [whole] => whole.shallow_clone(),
                 parts => Tensor::cat(parts, 0),
             };
-            tch::no_grad(|| self.step_by_operators(parameters, &whole, pace));
+            tch::no_grad(|| self.step_fused(parameters, &whole, pace));
         }
     }
 
@@ -128,18 +128,30 @@ impl AdamW {
         parameters.keep_working(working);
     }
 
-    fn step_by_operators(&mut self, parameters: &mut Parameters, gradient: &Tensor, pace: Pace) {
-        let (correction1, correction2) = self.corrections();
-        let mut values = parameters.flat().shallow_clone();
-        for ((_, mut part), _) in parameters.parts(&values).zip(&self.decays).filter(|(_, decays)| **decays) {
-            part *= 1.0 - pace.learning_rate * self.weight_decay;
+    fn step_fused(&mut self, parameters: &mut Parameters, gradient: &Tensor, pace: Pace) {
+        let gradient = &pace.scaled(gradient);
+        let mut start = 0;
+        let mut groups = [Vec::new(), Vec::new()];
+        // neighbours that are treated alike are one tensor
+        for alike in parameters.specs().iter().zip(&self.decays).collect::<Vec<_>>().chunk_by(|(_, a), (_, b)| a == b) {
+            let count = alike.iter().map(|(spec, _)| spec.count()).sum();
+            let part = |tensor: &Tensor| tensor.narrow(0, start, count);
+            let (values, gradient) = (part(parameters.flat()), part(gradient));
+            let (first, second) = (part(&self.first), part(&self.second));
+            groups[usize::from(*alike[0].1)].push(AdamWTensors { values, gradient, first, second });
+            start += count;
         }
-        let gradient = pace.scaled(gradient);
-        let _ = self.first.lerp_(&gradient, 1.0 - self.beta1);
-        self.second *= self.beta2;
-        let _ = self.second.addcmul_(&gradient, &(&gradient * (1.0 - self.beta2)));
-        let spread = self.second.sqrt() / correction2.sqrt() + self.epsilon;
-        values -= &self.first / spread * (pace.learning_rate / correction1);
+        for (group, weight_decay) in groups.iter().zip([0.0, self.weight_decay]) {
+            let fused = FusedAdamW {
+                learning_rate: pace.learning_rate,
+                beta1: self.beta1,
+                beta2: self.beta2,
+                weight_decay,
+                epsilon: self.epsilon,
+            };
+            let updated = fused.update(group, self.steps);
+            updated.unwrap_or_else(|error| panic!("{error}"));
+        }
     }
 
     /// Updates the touched rows of the item vectors, as a part of the step that [`AdamW::step`] has just done.
@@ -291,7 +303,10 @@ pub fn norm(flat: &[Tensor], rows: Option<&Tensor>) -> f64 {
             learn_kernels::set_runner(crate::RUNNER);
             learn_kernels::squared_norm(&parts.iter().map(learn_torch::values::<f32>).collect::<Vec<_>>())
         }
-        _ => parts.iter().map(|part| part.square().sum(Kind::Double).double_value(&[])).sum(),
+        _ => {
+            let squares = |part: &Tensor| part.norm_scalaropt_dtype(2.0, Kind::Double).square();
+            parts.iter().map(squares).reduce(|sum, part| sum + part).map_or(0.0, |sum| sum.double_value(&[]))
+        }
     };
     let rows: Option<Tensor> = rows.map(Tensor::contiguous);
     (squares(flat) + squares(rows.as_slice())).sqrt()

@@ -335,6 +335,12 @@ impl Parameters {
         random::key(&parts.collect::<Vec<_>>())
     }
 
+    /// A digest of the parts in which the gradient is summed: ranks must have the same ones.
+    #[must_use]
+    pub fn bucket_signature(&self) -> u64 {
+        random::key(&self.buckets.iter().map(|bucket| bucket.elements.end as u64).collect::<Vec<_>>())
+    }
+
     /// The parts in which the gradient is summed over the ranks, from its first number to its last.
     pub fn buckets(&self) -> &[Bucket] {
         &self.buckets
@@ -383,8 +389,7 @@ impl Parameters {
     /// lies in memory that [`Parameters::lodge_gradient`] may have lent.
     pub fn gradients_into_flat(&self) -> Tensor {
         self.collect(0..self.leaves.len());
-        self.slots.close();
-        self.gradient.shallow_clone()
+        self.close_gradient()
     }
 
     /// Moves what backward passes have collected for one of [`Parameters::buckets`], which is whole, to where
@@ -398,9 +403,10 @@ impl Parameters {
         self.gradient.narrow(0, bucket.elements.start as i64, bucket.elements.len() as i64)
     }
 
-    /// What has been taken of the gradient belongs to the past.
-    pub fn close_gradient(&self) {
+    /// The whole gradient `[P]`, whose buckets have all been collected; what is collected from here on is a new one.
+    pub fn close_gradient(&self) -> Tensor {
         self.slots.close();
+        self.gradient.shallow_clone()
     }
 
     /// Moves what libtorch has collected for these parameters into the buffer.

@@ -15,6 +15,8 @@ mod history_code;
 mod sequences;
 mod start;
 
+use std::rc::Rc;
+
 use learn_domain::config::{ItemInput, ItemTower, ModelConfig, PositionEmbedding, Precision, Residual, TimeEmbedding};
 use learn_domain::random::Draws;
 use learn_domain::time_gap;
@@ -22,7 +24,7 @@ use tch::Tensor;
 
 pub use self::sequences::Sequences;
 use crate::ModelError;
-use crate::bert::{Attention, LayerForward, Linear};
+use crate::bert::{Attention, LayerForward, Linear, Packed};
 use crate::by_hand::{self, DenseNames, GraphLayer, Tape};
 use crate::objective::cvr;
 use crate::parameters::{ParameterSpec, Parameters, Role};
@@ -423,9 +425,18 @@ impl Pch {
         if let Some(tape) = by_hand(tape, parameters, forward).filter(|_| model.layers > 0) {
             return tape.encode((parameters, model.layers), x, (attention, positions), &settings);
         }
+        let packed = match attention {
+            Attention::Causal(runs) => {
+                let kind = learn_torch::product_kind(forward.precision).unwrap_or_else(|| parameters.kind());
+                let width = self.shape.hidden() / settings.heads;
+                Packed::new(runs, parameters.device(), (kind, width)).map(Rc::new)
+            }
+            Attention::Packed(_) | Attention::Alone | Attention::Masked(_) => None,
+        };
+        let attention = packed.as_ref().map_or(*attention, Attention::Packed);
         let encoding = tape.map(|tape| (tape, tape.next_encoding()));
         let hidden = (0..model.layers).fold(x, |x, number| {
-            let layer = GraphLayer { prefix: &layer_prefix(number), attention: *attention, settings };
+            let layer = GraphLayer { prefix: &layer_prefix(number), attention, settings };
             match encoding {
                 Some((tape, seed)) => tape.layer(parameters, &layer, x, (seed, number)),
                 None => layer.run(parameters, &x),

@@ -103,7 +103,8 @@ metrics! {
     WORKER_COLLECTIVE = "learn_worker_collective_bytes_total", Kind::Counter, [],
         "Bytes that this rank's collective has sent and received.";
     WORKER_COLLECTIVE_SECONDS = "learn_worker_collective_seconds_total", Kind::Counter, [],
-        "Seconds that this rank was inside collectives, most of them waiting: the slowest rank has the fewest.";
+        "Seconds that this rank's training thread was inside collectives, most of them waiting: the slowest rank has the fewest. \
+         Sums that are hidden behind the backward do not count.";
     WORKER_GPU_MEMORY = "learn_worker_gpu_memory_bytes", Kind::Gauge, ["kind"],
         "Memory of this rank's GPU: used, by whomever, and total; absent on the CPU.";
     PROCESS_MEMORY = "learn_process_resident_memory_bytes", Kind::Gauge, [],

@@ -1,7 +1,7 @@
 //! What is unsafe or process-wide about libtorch, behind safe functions.
 //!
 //! Input: a wish for a device, a seed, tensors, files. Output: a [`tch::Device`] that works, raw views for a collective,
-//! host copies, files as memory, threads that give way. Invariants: libtorch's CUDA library is loaded at run time, at most once, and before the first question
+//! host copies, files as memory, threads that give way, operators that the binding leaves out. Invariants: libtorch's CUDA library is loaded at run time, at most once, and before the first question
 //! that libtorch answers about CUDA; nothing here links it. So a process calls [`device`] first, then [`seed`].
 
 #![allow(unsafe_code)]
@@ -12,8 +12,10 @@ mod facts;
 mod host;
 mod mapped;
 mod memory;
+mod ops;
 mod parallel;
 mod raw;
+mod rows;
 
 use std::path::PathBuf;
 
@@ -26,8 +28,10 @@ pub use facts::{Facts, describe};
 pub use host::{from_host, to_host};
 pub use mapped::MappedFile;
 pub use memory::{in_large_pages, keep_freed_memory};
+pub use ops::{AdamWTensors, Bounds, FusedAdamW, can_pack, packed_attention};
 pub use parallel::{run_tasks, task_threads};
 pub use raw::{RawTensor, Stored, Strided, buffer, bytes, over, parts_of, raw, strided, values, values_mut};
+pub use rows::HostRows;
 
 /// Something about libtorch that does not work, with the remedy.
 #[derive(Debug, thiserror::Error)]

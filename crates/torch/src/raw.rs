@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use half::bf16;
+use half::{bf16, f16};
 use learn_collective::{Buffer, CommonVector, DType, OwnVector, Place};
 use tch::{Device, Kind, Tensor};
 
@@ -19,6 +19,10 @@ impl Stored for f32 {
 
 impl Stored for f64 {
     const KIND: Kind = Kind::Double;
+}
+
+impl Stored for f16 {
+    const KIND: Kind = Kind::Half;
 }
 
 impl Stored for bf16 {

@@ -142,7 +142,7 @@ fn measure(settings: &BenchSettings, checkpoints: u32, run: &RunDir) -> Result<C
         settings,
         stepper: settings.stepper(&metrics)?,
         exchange: alone(&settings.config, metrics)?,
-        steps: settings.steps(Seat::ALONE),
+        steps: settings.steps(Seat::ALONE)?,
         done: 0,
     };
     for _ in 0..training.steps.len() {

@@ -18,7 +18,7 @@ use super::ceiling::{self, Ceiling};
 use super::crew::{Crew, Member};
 use super::memory;
 use super::statistics::Spread;
-use super::synthetic::{BenchSettings, Compared, Seat, Sums, alone, exchange, group, tokens};
+use super::synthetic::{BenchSettings, Seat, Sums, Varied, alone, exchange, group, tokens};
 use crate::error::WorkerError;
 use crate::feed::PreparedStep;
 use crate::feed::assemble::MicroBatch;
@@ -158,6 +158,8 @@ impl Memory {
 #[derive(Clone, Debug, Serialize)]
 pub struct Reduction {
     pub workers: u32,
+    /// By memory that the ranks share, or by sockets.
+    pub by: &'static str,
     /// Seconds of steps that leave the sum of the gradients out, in turns with the others.
     pub seconds_without: Vec<f64>,
     /// How much longer the median step takes with it, as a share of the step without.
@@ -205,12 +207,13 @@ impl fmt::Display for StepResult {
         if let Some(reduction) = &self.reduction {
             write!(
                 f,
-                "\nsumming the gradients of {} workers adds {:.1} % to a step",
+                "\nsumming the gradients of {} workers by {} adds {:.1} % to a step",
                 reduction.workers,
+                reduction.by,
                 100.0 * reduction.added_share
             )?;
             if let Some(afterwards) = &reduction.afterwards {
-                write!(f, ", {:.1} % after the backward", 100.0 * afterwards.added_share_afterwards)?;
+                write!(f, ", {:.1} % if it begins after the backward", 100.0 * afterwards.added_share_afterwards)?;
             }
         }
         Ok(())
@@ -246,7 +249,7 @@ pub fn bench_step(settings: &BenchSettings) -> Result<StepResult, WorkerError> {
     let metrics = WorkerMetrics::new();
     let mut stepper = settings.stepper(&metrics)?;
     let mut exchange = alone(config, metrics)?;
-    let steps = settings.steps(Seat::ALONE);
+    let steps = settings.steps(Seat::ALONE)?;
     let mut seconds = Vec::new();
     let mut loss = 0.0;
     for repetition in 0..=settings.repetitions {
@@ -274,16 +277,16 @@ fn bench_ranks(settings: &BenchSettings, crew: &Crew) -> Result<Option<StepResul
     let loaded = memory::resident("VmRSS:");
     let metrics = WorkerMetrics::new();
     let mut stepper = settings.stepper(&metrics)?;
-    let steps = settings.steps(seat);
+    let steps = settings.steps(seat)?;
     let ring = |name: &str| connect_tcp(group(seat, config), &crew.rendezvous(name));
     let mut with = exchange(ring("with")?, metrics.clone());
-    let compared = |name, sums| -> Result<_, WorkerError> {
-        Ok(exchange(Box::new(Compared { ring: ring(name)?, sums }), metrics.clone()))
+    let varied = |name, sums| -> Result<_, WorkerError> {
+        Ok(exchange(Box::new(Varied { ring: ring(name)?, sums }), metrics.clone()))
     };
-    let mut without = compared("without", Sums::LeftOut)?;
+    let mut without = varied("without", Sums::LeftOut)?;
     let mut afterwards = match config.cluster.shared_memory {
         true => None,
-        false => Some(compared("afterwards", Sums::Afterwards)?),
+        false => Some(varied("afterwards", Sums::Afterwards)?),
     };
     with.lodge(&mut stepper.parameters)?;
     let (mut seconds, mut seconds_without, mut seconds_afterwards, mut loss) =
@@ -313,6 +316,7 @@ fn bench_ranks(settings: &BenchSettings, crew: &Crew) -> Result<Option<StepResul
     let added = |seconds: &[f64]| Spread::of(seconds).median / Spread::of(&seconds_without).median - 1.0;
     result.reduction = Some(Reduction {
         workers: seat.world_size as u32,
+        by: if config.cluster.shared_memory { "shared memory" } else { "sockets" },
         added_share: added(&result.seconds),
         afterwards: afterwards
             .map(|_| Afterwards { added_share_afterwards: added(&seconds_afterwards), seconds_afterwards }),

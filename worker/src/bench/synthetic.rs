@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use half::f16;
-use learn_collective::{Aborter, Buffer, Collective, CollectiveError, Group, MemoryRendezvous, connect_tcp};
+use learn_collective::{Aborter, Buffer, Buffers, Collective, CollectiveError, Group, MemoryRendezvous, connect_tcp};
 use learn_domain::UserIndex;
 use learn_domain::config::{Config, ObjectiveKind};
 use learn_domain::plan::split_by_tokens;
@@ -16,6 +16,7 @@ use learn_domain::sampling::{SampleKey, SamplingShape, uniform_items};
 use learn_model::{AdamW, Forward, Parameters, Pch};
 use learn_proto::flight::BatchMeta;
 use learn_telemetry::WorkerMetrics;
+use learn_torch::HostRows;
 use serde::Serialize;
 use tch::{Kind, Tensor};
 
@@ -99,12 +100,14 @@ impl BenchSettings {
     }
 
     /// The batches, a rank's share of each.
-    #[must_use]
-    pub fn steps(&self, seat: Seat) -> Vec<PreparedStep> {
+    ///
+    /// # Errors
+    /// If there is too little memory for a GPU's rows.
+    pub fn steps(&self, seat: Seat) -> Result<Vec<PreparedStep>, WorkerError> {
         (0..self.batches.max(1)).map(|number| self.step(number, seat)).collect()
     }
 
-    fn step(&self, number: u32, seat: Seat) -> PreparedStep {
+    fn step(&self, number: u32, seat: Seat) -> Result<PreparedStep, WorkerError> {
         let config = &self.config;
         let sampling = config.sample_shape();
         let users = config.training.global_batch;
@@ -138,13 +141,14 @@ impl BenchSettings {
                 let values = batch.unique_items.len() * dim;
                 let rows: Vec<f16> =
                     (0..values).map(|_| f16::from_f64((2.0 * draws.unit() - 1.0) * 1.7 * scale)).collect();
-                (batch, PassRows::from(rows))
+                let rows = HostRows::new(&rows, self.device)?;
+                Ok((batch, PassRows::from(rows)))
             })
-            .collect();
+            .collect::<Result<_, WorkerError>>()?;
         let meta =
             BatchMeta { step: 1, epoch: 0, global_users: users, global_pairs: pairs.iter().sum(), part: 0, parts: 1 };
         let places = share.iter().map(|user| user.place).collect();
-        PreparedStep { meta, users: share.iter().map(|user| user.user).collect(), places, micro_batches }
+        Ok(PreparedStep { meta, users: share.iter().map(|user| user.user).collect(), places, micro_batches })
     }
 }
 
@@ -204,7 +208,7 @@ pub fn alone(config: &Config, metrics: WorkerMetrics) -> Result<Exchange, Worker
     Ok(exchange(connect_tcp(group(Seat::ALONE, config), &MemoryRendezvous::default())?, metrics))
 }
 
-/// What a collective does otherwise with sums of gradients, to be compared with one that does nothing otherwise.
+/// How a [`Varied`] collective treats sums of gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sums {
     /// Each rank keeps its own. Everything small (losses, counts) is summed.
@@ -213,8 +217,8 @@ pub enum Sums {
     Afterwards,
 }
 
-/// A collective that sums gradients otherwise.
-pub struct Compared {
+/// A collective to compare with one that sums gradients while the backward goes on.
+pub struct Varied {
     pub ring: Box<dyn Collective>,
     pub sums: Sums,
 }
@@ -222,7 +226,7 @@ pub struct Compared {
 /// Sums of fewer elements are not those of gradients.
 const SMALL: usize = 1024;
 
-impl Collective for Compared {
+impl Collective for Varied {
     fn rank(&self) -> usize {
         self.ring.rank()
     }
@@ -246,8 +250,8 @@ impl Collective for Compared {
         }
     }
 
-    fn all_reduce_sums(&mut self, buffers: &mut dyn Iterator<Item = Buffer<'_>>) -> Result<(), CollectiveError> {
-        let all: Vec<Buffer<'_>> = buffers.collect();
+    fn all_reduce_sums(&mut self, buffers: &mut Buffers<'_, '_>) -> Result<(), CollectiveError> {
+        let all: Vec<Buffer<'_>> = buffers.flatten().collect();
         all.into_iter().try_for_each(|mut buffer| self.all_reduce_sum(&mut buffer))
     }
 
@@ -300,8 +304,8 @@ mod tests {
     fn ranks_share_the_batch_that_one_would_have() {
         for lengths in [Vec::new(), vec![3, 9, 1, 40, 2]] {
             let settings = settings(lengths);
-            let whole = settings.steps(Seat::ALONE);
-            let shares: Vec<_> = (0..3).map(|rank| settings.steps(Seat { rank, world_size: 3 })).collect();
+            let whole = settings.steps(Seat::ALONE).unwrap();
+            let shares: Vec<_> = (0..3).map(|rank| settings.steps(Seat { rank, world_size: 3 }).unwrap()).collect();
             assert_eq!(whole.len(), 3);
             for (number, step) in whole.iter().enumerate() {
                 let mut users: Vec<u32> = shares.iter().flat_map(|share| share[number].users.clone()).collect();
@@ -320,7 +324,7 @@ mod tests {
         let config = settings(lengths.to_vec());
         let targets = u64::from(config.config.sampling.targets);
         let mut turn = lengths.iter().cycle();
-        for step in config.steps(Seat::ALONE) {
+        for step in config.steps(Seat::ALONE).unwrap() {
             let histories: u64 = turn.by_ref().take(13).map(|&length: &u32| u64::from(length)).sum();
             assert_eq!(tokens(&step), histories + 13 * targets);
         }

@@ -194,7 +194,7 @@ pub fn bench_wire(settings: &WireBenchSettings) -> Result<WireBenchResult, Worke
         layout: Layout::new(&config.objective, 0),
         uniform: UniformNegatives { items: *items, ..UniformNegatives::default() },
         prefetch_steps: 1,
-        rows: RowSettings { dim: *dim, cache_bytes, device_bytes: 0, items: *items },
+        rows: RowSettings { dim: *dim, cache_bytes, items: *items, ..RowSettings::default() },
         times: false,
     };
     let metrics = WorkerMetrics::new();

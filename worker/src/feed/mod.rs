@@ -41,6 +41,8 @@ const ABORT_LOOK: Duration = Duration::from_millis(50);
 pub enum FeedError {
     #[error(transparent)]
     Flight(#[from] FlightClientError),
+    #[error(transparent)]
+    Torch(#[from] learn_torch::TorchError),
     #[error("the data stream ended before the job did")]
     Ended,
     #[error("the generation was aborted while its data was waited for")]

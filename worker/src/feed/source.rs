@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 use half::f16;
 use learn_telemetry::WorkerMetrics;
+use learn_torch::HostRows;
+use tch::Device;
 
 use super::FeedError;
 use super::assemble::MicroBatch;
@@ -24,7 +26,7 @@ const AHEAD: usize = 8;
 const MOST_AHEAD: usize = 1 << 19;
 
 /// Shape and budgets of a [`RowSource`].
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct RowSettings {
     /// Values of a row; 0 = there are none.
     pub dim: usize,
@@ -34,6 +36,14 @@ pub struct RowSettings {
     pub device_bytes: u64,
     /// Items of the catalogue.
     pub items: u32,
+    /// Where the rows of passes go.
+    pub device: Device,
+}
+
+impl Default for RowSettings {
+    fn default() -> Self {
+        Self { dim: 0, cache_bytes: 0, device_bytes: 0, items: 0, device: Device::Cpu }
+    }
 }
 
 impl RowSettings {
@@ -61,10 +71,10 @@ impl RowSettings {
 }
 
 /// The rows of a forward pass.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Debug)]
 pub struct PassRows {
     /// `[F, dim]` of the unique items that are not on the device, in their order.
-    pub sent: Vec<f16>,
+    pub sent: HostRows,
     /// If the device has a cache.
     pub on_device: Option<OnDevice>,
 }
@@ -95,9 +105,9 @@ impl OnDevice {
     }
 }
 
-impl From<Vec<f16>> for PassRows {
+impl From<HostRows> for PassRows {
     /// All of them sent.
-    fn from(sent: Vec<f16>) -> Self {
+    fn from(sent: HostRows) -> Self {
         Self { sent, on_device: None }
     }
 }
@@ -174,12 +184,16 @@ impl RowSource {
     /// # Errors
     /// If they cannot be fetched.
     pub async fn pass(&mut self, items: &[u32]) -> Result<PassRows, FeedError> {
-        let Some(device) = self.device().await? else { return Ok(self.rows(items).await?.into()) };
+        let place = self.settings.device;
+        let Some(device) = self.device().await? else {
+            return Ok(HostRows::new(&self.rows(items).await?, place)?.into());
+        };
         let (on_device, missing) = OnDevice::of(device, items);
         // the host does not keep them, unless it has them already
         let taken = on_device.kept.iter().map(|&(number, _)| missing[number]).collect();
         self.metrics.device_cache_hits_total.inc_by((items.len() - missing.len()) as u64);
-        Ok(PassRows { sent: self.host_part(items, &missing, &taken).await?, on_device: Some(on_device) })
+        let sent = HostRows::new(&self.host_part(items, &missing, &taken).await?, place)?;
+        Ok(PassRows { sent, on_device: Some(on_device) })
     }
 
     /// The rows `[items, dim]` of distinct items, all on the host.
@@ -284,7 +298,7 @@ mod tests {
 
     #[test]
     fn a_budget_is_as_many_rows_as_fit_and_no_more_than_there_are() {
-        let settings = RowSettings { dim: 4, cache_bytes: 17, device_bytes: 1 << 40, items: 5 };
+        let settings = RowSettings { dim: 4, cache_bytes: 17, device_bytes: 1 << 40, items: 5, device: Device::Cpu };
         assert_eq!((settings.host_rows(), settings.device_rows()), (2, 5));
         assert!(settings.must_choose(2) && !settings.must_choose(5) && !settings.must_choose(0));
         assert_eq!(RowSettings { dim: 0, ..settings }.host_rows(), 5, "no division by zero");

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use learn_domain::Step;
 use learn_domain::config::ObjectiveKind;
+use learn_domain::random;
 use learn_domain::recovery::{Agreement, Holding, agree};
 use learn_domain::report::StepRecord;
 use serde::{Deserialize, Serialize};
@@ -132,9 +133,10 @@ impl Trainer<'_> {
     /// What every rank holds, in rank order.
     ///
     /// # Errors
-    /// [`WorkerError::Signature`] if a rank has other parameters.
+    /// [`WorkerError::Signature`] if a rank has other parameters, or would sum their gradient in other parts.
     fn tell_holdings(&self, exchange: &mut Exchange) -> Result<Vec<Holding>, WorkerError> {
-        let signature = self.stepper.parameters.signature() as i64;
+        let parameters = &self.stepper.parameters;
+        let signature = random::key(&[parameters.signature(), parameters.bucket_signature()]) as i64;
         let (state, followed_up) = (i64::from(self.has_state), i64::from(self.followed_up));
         let mut mine: [i64; SAID] = [signature, state, self.finished.0 as i64, followed_up];
         let all = exchange.gather_i64(&mut mine, &vec![SAID; exchange.world_size()])?;

@@ -6,7 +6,6 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::passes::rows_tensor;
 use crate::feed::{OnDevice, PassRows};
 
 /// A table of rows on the device.
@@ -35,7 +34,7 @@ impl DeviceRows {
     /// The rows `[U, dim]` of a pass with so many unique items, f16.
     pub fn take(&mut self, rows: &PassRows, items: usize) -> Tensor {
         let held = rows.on_device.as_ref().map_or(0, |on_device| on_device.held.iter().flatten().count());
-        let sent = rows_tensor(&rows.sent, (items - held, self.dim), self.device);
+        let sent = rows.sent.on(self.device, (items - held, self.dim));
         match &rows.on_device {
             None => sent,
             Some(on_device) => self.merge(on_device, sent),
@@ -76,6 +75,7 @@ mod tests {
 
     use half::f16;
     use learn_domain::random::Draws;
+    use learn_torch::HostRows;
     use tch::IndexOp;
 
     use super::*;
@@ -101,7 +101,7 @@ mod tests {
             let (on_device, missing) = OnDevice::of(&mut choice, items);
             let slots: BTreeSet<usize> = on_device.kept.iter().map(|&(_, slot)| slot).collect();
             assert_eq!(slots.len(), on_device.kept.len(), "a row of the table is written once");
-            let pass = PassRows { sent: of(&missing), on_device: Some(on_device) };
+            let pass = PassRows { sent: of(&missing).as_slice().into(), on_device: Some(on_device) };
             let got = rows.take(&pass, items.len());
             assert_eq!(got.size(), [items.len() as i64, DIM as i64]);
             assert_eq!(Vec::<f16>::try_from(got.reshape([-1])).unwrap(), of(items));
@@ -109,7 +109,7 @@ mod tests {
         }
         let all: usize = passes.iter().map(Vec::len).sum();
         assert!(sent < all * 9 / 10, "{sent} of {all} were sent");
-        let plain = rows.take(&of(&[4, 7]).into(), 2);
+        let plain = rows.take(&HostRows::from(&of(&[4, 7])[..]).into(), 2);
         assert_eq!(Vec::<f16>::try_from(plain.i(1)).unwrap(), of(&[7]));
     }
 }

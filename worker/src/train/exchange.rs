@@ -6,7 +6,7 @@
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use learn_collective::{Buffer, Collective, CollectiveError, CommonVector};
+use learn_collective::{Aborter, Buffer, Collective, CollectiveError, CommonVector};
 use learn_model::parameters::Bucket;
 use learn_model::{Milestone, Parameters, RowGradient};
 use learn_proto::convert::AfterStep;
@@ -33,6 +33,9 @@ pub struct Announcement {
     /// Steps of the run whose loss or gradient was not finite, as it has counted them.
     pub non_finite: i64,
 }
+
+/// While nothing comes to be summed, the collective is looked after so often.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Numbers of an [`Announcement`].
 const SAID: usize = 7;
@@ -221,9 +224,12 @@ impl Exchange {
         let mut parts: Vec<(&Bucket, Tensor)> = parameters.buckets().iter().map(view).collect();
         parts.sort_by_key(|(bucket, _)| bucket.whole_at);
         let (progress, collective) = (Arc::clone(&self.progress), &mut *self.collective);
+        let aborter = collective.aborter();
         let (result, entered) = std::thread::scope(|scope| {
             let (give, take) = mpsc::channel::<Buffer<'_>>();
-            let summing = scope.spawn(move || collective.all_reduce_sums(&mut take.into_iter()));
+            let summing = scope.spawn(move || collective.all_reduce_sums(&mut arriving(&take)));
+            // a backward that panics is not to wait for other ranks
+            let _guard = AbortOnPanic(aborter);
             let mut next = parts.iter_mut().peekable();
             let mut hand_over = |passed: Milestone| -> Result<(), WorkerError> {
                 while let Some((bucket, part)) = next.next_if(|(bucket, _)| bucket.whole_at <= passed) {
@@ -240,18 +246,16 @@ impl Exchange {
                 }
             });
             clock.enter(Phase::Reduce);
-            progress.enter_collective();
-            let entered = Instant::now();
             let handed = handed.and_then(|()| hand_over(Milestone::End));
             drop(give);
+            progress.enter_collective();
+            let entered = Instant::now();
             let summed = summing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             (handed.and(summed.map_err(WorkerError::from)), entered)
         });
-        parameters.close_gradient();
         self.left(entered);
-        result?;
-        parts.sort_by_key(|(bucket, _)| bucket.elements.start);
-        Ok(parts.into_iter().map(|(_, part)| part).collect())
+        let flat = parameters.close_gradient();
+        result.map(|()| vec![flat])
     }
 
     /// Gathers rows `[m, d]` of every rank into `[sum of counts, d]`, in rank order; `counts` are rows. A rank that is
@@ -337,6 +341,26 @@ impl Exchange {
     /// If the collective fails.
     pub fn barrier(&mut self) -> Result<(), CollectiveError> {
         self.run(|collective| collective.barrier())
+    }
+}
+
+/// What another thread hands over, until it drops its end; `None` while there is nothing for a while.
+fn arriving<'a, 'b>(take: &'a mpsc::Receiver<Buffer<'b>>) -> impl Iterator<Item = Option<Buffer<'b>>> + use<'a, 'b> {
+    std::iter::from_fn(|| match take.recv_timeout(LOOK) {
+        Ok(buffer) => Some(Some(buffer)),
+        Err(mpsc::RecvTimeoutError::Timeout) => Some(None),
+        Err(mpsc::RecvTimeoutError::Disconnected) => None,
+    })
+}
+
+/// Aborts a collective when it is dropped by a panic.
+struct AbortOnPanic(Aborter);
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.abort();
+        }
     }
 }
 

@@ -37,7 +37,7 @@ pub use passes::{rows_tensor, sequences};
 pub(crate) use save::snapshot;
 use save::{Need, Speaker, on_cpu};
 pub use step::{PhaseClock, StepEnd, StepOutcome, Stepper, Word};
-use tch::Kind;
+use tch::{Device, Kind};
 
 use crate::checkpoint::{self, Best, Writer};
 use crate::control::{FinishedStep, Member, Place, REPORT_QUEUE};
@@ -62,12 +62,13 @@ pub fn shape(config: &Config, dataset: &DatasetFacts) -> PchShape {
 }
 
 /// Shape and budgets of the content embeddings' rows.
-fn row_settings(config: &Config, dataset: &DatasetFacts) -> RowSettings {
+fn row_settings(config: &Config, dataset: &DatasetFacts, device: Device) -> RowSettings {
     RowSettings {
         dim: dataset.embedding_dim as usize,
         cache_bytes: config.cluster.row_cache.0,
         device_bytes: config.cluster.device_row_cache.0,
         items: dataset.items,
+        device,
     }
 }
 
@@ -139,7 +140,7 @@ impl<'a> Trainer<'a> {
             parameters.freeze_item_vectors(&tch::Tensor::from_slice(&unseen));
         }
         let weight = config.objective.cvr_weight;
-        let rows = row_settings(config, dataset);
+        let rows = row_settings(config, dataset, session.device);
         session.metrics.peak_flops_per_second.set(config.cluster.device_peak_tflops * 1e12);
         let stepper = Stepper {
             model,
@@ -288,7 +289,7 @@ impl<'a> Trainer<'a> {
                 count: self.config.objective.uniform_negatives,
             },
             prefetch_steps: self.config.cluster.prefetch_steps,
-            rows: row_settings(self.config, &self.session.admission.dataset),
+            rows: row_settings(self.config, &self.session.admission.dataset, self.session.device),
             times: self.config.model.reads_times(),
         };
         let handle = self.session.handle().clone();

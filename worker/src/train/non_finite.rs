@@ -167,6 +167,7 @@ fn gather_users(exchange: &mut Exchange, mine: &[u32]) -> Result<Vec<UserIndex>,
 
 #[cfg(test)]
 mod tests {
+    use learn_torch::HostRows;
     use tch::Device;
 
     use super::*;
@@ -184,7 +185,7 @@ mod tests {
         };
         let share = {
             let mut table = DeviceRows::new((0, 0), Device::Cpu);
-            Share::load(&[(batch.clone(), Vec::new().into())], &mut table, Seeds { dropout: 0, items: 0 })
+            Share::load(&[(batch.clone(), HostRows::from(&[][..]).into())], &mut table, Seeds { dropout: 0, items: 0 })
         };
         let meta =
             learn_proto::flight::BatchMeta { step: 0, epoch: 0, global_users: 2, global_pairs: 3, part: 0, parts: 1 };

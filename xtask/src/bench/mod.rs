@@ -65,7 +65,7 @@ pub struct Options {
     #[arg(long, default_value = "amazon")]
     lengths: String,
     /// Let the ranks of the part `reduction`, where they use sockets, share a link of this rate, such as 8gbit (Linux;
-    /// needs `unshare`, `ip` and `tc`)
+    /// needs `unshare`, `ip` and `tc`); has a file and a table of its own
     #[arg(long, value_name = "RATE")]
     link: Option<String>,
     /// The folder that results are written to

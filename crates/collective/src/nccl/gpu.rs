@@ -177,3 +177,39 @@ impl Staging {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs an NVIDIA GPU: cargo nextest run --release -p learn-collective --run-ignored only"]
+    fn what_is_beside_later_kernels_comes_after_earlier_ones() {
+        let gpu = Gpu::open(0).unwrap();
+        let (mut written, mut copied) = (Staging::default(), Staging::default());
+        let bytes = 1 << 30;
+        let from = written.room("test", bytes).unwrap() as sys::CUdeviceptr;
+        let to = copied.room("test", bytes).unwrap() as sys::CUdeviceptr;
+        for round in 1..=20_u8 {
+            // long enough for the copy to come first, if it does not wait
+            for value in 0..=50 * u32::from(round) % 251 {
+                // SAFETY: so many bytes of memory that lives until the end
+                unsafe { sys::cuMemsetD8Async(from, value as u8, bytes, DEFAULT) }.result().unwrap();
+            }
+            let last = (50 * u32::from(round) % 251) as u8;
+            gpu.branch("test").unwrap();
+            let side = gpu.stream(Lane::Side);
+            // SAFETY: as above, for both
+            unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, side) }.result().unwrap();
+            gpu.record("test", Lane::Side).unwrap();
+            while !gpu.reached("test").unwrap() {
+                std::hint::spin_loop();
+            }
+            let mut seen = vec![0; bytes];
+            copied.download("test", &mut seen).unwrap();
+            assert!(seen.iter().all(|&byte| byte == last), "round {round}");
+        }
+        written.free();
+        copied.free();
+    }
+}

@@ -2,7 +2,8 @@
 //!
 //! Device buffers are used where they are; host buffers (counts, metrics) pass through a small staging memory. Each
 //! operation is enqueued on the legacy default stream, which orders it with libtorch's kernels, and waited for, so that
-//! its error belongs to it. Sums of gradients while a backward goes on have a stream of their own. Unequal parts are grouped broadcasts or reduces of the parts that are not empty.
+//! its error belongs to it. Sums of gradients while a backward goes on have a stream of their own. Unequal parts are
+//! grouped broadcasts or reduces of the parts that are not empty.
 
 mod comm;
 mod gpu;
@@ -19,7 +20,7 @@ use self::gpu::{Gpu, Lane, Staging};
 use self::library::Nccl;
 use crate::call::{Call, Op};
 use crate::layout::{Layout, Parts, check_place, check_root, check_sum};
-use crate::{Aborter, Buffer, Collective, CollectiveError, DType, Group, Place, Rendezvous, group};
+use crate::{Aborter, Buffer, Buffers, Collective, CollectiveError, DType, Group, Place, Rendezvous, group};
 
 const STREAM: cudaStream_t = std::ptr::null_mut();
 const SUM: c_uint = ncclRedOp_t::ncclSum as c_uint;
@@ -311,10 +312,12 @@ impl Collective for NcclCollective {
         })
     }
 
-    fn all_reduce_sums(&mut self, buffers: &mut dyn Iterator<Item = Buffer<'_>>) -> Result<(), CollectiveError> {
-        let mut sum = |mut buffer: Buffer<'_>| match buffer.place() {
-            Place::Host => self.all_reduce_sum(&mut buffer),
-            Place::Cuda { .. } => self.start_sum(&buffer),
+    fn all_reduce_sums(&mut self, buffers: &mut Buffers<'_, '_>) -> Result<(), CollectiveError> {
+        let mut sum = |buffer: Option<Buffer<'_>>| match buffer {
+            Some(mut buffer) if buffer.place() == Place::Host => self.all_reduce_sum(&mut buffer),
+            Some(buffer) => self.start_sum(&buffer),
+            // sums that were started may wait for a lost peer
+            None => self.run(Op::AllReduce, |this, call| this.comm.settle(call, &this.aborter)),
         };
         let started = buffers.map(&mut sum).find(Result::is_err).unwrap_or(Ok(()));
         // also after an error, so that nothing is summed any more when the buffers are given back

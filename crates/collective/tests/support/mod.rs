@@ -119,7 +119,12 @@ fn reduces_as_they_come<T: Element>(rank: &mut dyn Collective, lengths: &[usize]
     std::thread::scope(|scope| {
         let (give, take) = std::sync::mpsc::sync_channel(0);
         let buffers = all.iter_mut().map(|data| T::buffer(data)).collect::<Vec<_>>();
-        scope.spawn(move || buffers.into_iter().for_each(|buffer| give.send(buffer).unwrap()));
+        scope.spawn(move || {
+            for buffer in buffers {
+                give.send(None).unwrap();
+                give.send(Some(buffer)).unwrap();
+            }
+        });
         rank.all_reduce_sums(&mut take.into_iter()).unwrap();
     });
     for (data, &length) in all.iter().zip(lengths) {

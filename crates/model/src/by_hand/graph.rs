@@ -5,11 +5,13 @@
 //! gradient is due, and not before (Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174).
 //! Invariant: dropout draws the same masks both times, because each layer of a pass has a seed of its own.
 
+use std::rc::Rc;
+
 use learn_domain::packing::Run;
 use tch::Tensor;
 
-use super::pull;
-use crate::bert::{self, Attention, LayerForward, LayerWeights};
+use super::{is_recorded, pull};
+use crate::bert::{self, Attention, LayerForward, LayerWeights, Packed};
 use crate::parameters::Parameters;
 
 /// A layer of an encoding.
@@ -33,10 +35,17 @@ pub(super) enum Recorded {
 #[derive(Debug)]
 pub(super) struct Recipe {
     prefix: String,
-    /// None if each row is alone.
-    runs: Option<Vec<Run>>,
+    rows: Rows,
     settings: LayerForward,
     seed: u64,
+}
+
+/// Which rows see which.
+#[derive(Debug)]
+enum Rows {
+    Alone,
+    Causal(Vec<Run>),
+    Packed(Rc<Packed>),
 }
 
 impl GraphLayer<'_> {
@@ -45,6 +54,11 @@ impl GraphLayer<'_> {
         let found = LayerWeights::find(self.prefix, |name| Ok::<_, std::convert::Infallible>(parameters.get(name)));
         let Ok(weights) = found;
         bert::layer(&weights, x, &self.attention, &self.settings)
+    }
+
+    /// Whether there is anything to learn on the way back through it.
+    pub(super) fn is_recorded(&self, parameters: &Parameters) -> bool {
+        is_recorded(parameters.get(&format!("{}.output.dense.weight", self.prefix)))
     }
 
     /// The same with dropout of this seed.
@@ -66,12 +80,13 @@ impl Recorded {
 
     /// The output of the layer for `x`, which is all that is kept of it.
     pub fn input(layer: &GraphLayer<'_>, parameters: &Parameters, x: &Tensor, seed: u64) -> (Tensor, Self) {
-        let runs = match layer.attention {
-            Attention::Causal(runs) => Some(runs.to_vec()),
-            Attention::Alone => None,
+        let rows = match layer.attention {
+            Attention::Alone => Rows::Alone,
+            Attention::Causal(runs) => Rows::Causal(runs.to_vec()),
+            Attention::Packed(packed) => Rows::Packed(Rc::clone(packed)),
             Attention::Masked(_) => unreachable!("masked attention is for encoders that do not learn"),
         };
-        let recipe = Recipe { prefix: layer.prefix.to_owned(), runs, settings: layer.settings, seed };
+        let recipe = Recipe { prefix: layer.prefix.to_owned(), rows, settings: layer.settings, seed };
         (tch::no_grad(|| layer.seeded(parameters, x, seed)), Self::Input(recipe))
     }
 
@@ -91,7 +106,11 @@ impl Recorded {
 impl Recipe {
     /// A leaf with the values of `x`, and the output for it.
     fn graph(self, parameters: &Parameters, x: &Tensor) -> (Tensor, Tensor) {
-        let attention = self.runs.as_ref().map_or(Attention::Alone, |runs| Attention::Causal(runs));
+        let attention = match &self.rows {
+            Rows::Alone => Attention::Alone,
+            Rows::Causal(runs) => Attention::Causal(runs),
+            Rows::Packed(packed) => Attention::Packed(packed),
+        };
         let layer = GraphLayer { prefix: &self.prefix, attention, settings: self.settings };
         let input = x.detach().set_requires_grad(true);
         let output = layer.seeded(parameters, &input, self.seed);

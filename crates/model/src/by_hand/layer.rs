@@ -99,7 +99,8 @@ struct NormTape {
 }
 
 /// A layer's gradient on its way back, in two parts: by way of the residuals, f32, and of the products, E.
-struct Pending {
+#[derive(Debug)]
+pub(super) struct Pending {
     full: Tensor,
     low: Option<Tensor>,
 }
@@ -142,6 +143,21 @@ impl Hidden {
     }
 }
 
+impl Pending {
+    /// The gradient `[R, D]` of the hidden states after all layers.
+    pub fn new(gradient: &Tensor) -> Self {
+        Self { full: gradient.contiguous(), low: None }
+    }
+
+    /// As one tensor, f32.
+    pub fn whole<E: Product>(mut self) -> Tensor {
+        if let Some(low) = &self.low {
+            learn_kernels::add(values::<E>(low), values_mut::<f32>(&mut self.full));
+        }
+        self.full
+    }
+}
+
 impl Frame<'_> {
     /// The hidden states `[R, D]` after all layers, f32, and what the backward needs if it is to be kept.
     pub fn forward<E: Product>(&self, mut hidden: Hidden, keep: Keep) -> (Tensor, Vec<Kept>) {
@@ -159,22 +175,13 @@ impl Frame<'_> {
         (hidden.full, all)
     }
 
-    /// `gradient` `[R, D]` of the hidden states after all layers to that of what the first one read, `[T, D]`. Calls `done`
-    /// with each layer that it has done.
-    pub fn backward<E: Product>(&self, all: Vec<Kept>, gradient: Tensor, mut done: impl FnMut(u32)) -> Tensor {
-        let mut pending = Pending { full: gradient.contiguous(), low: None };
-        for (layer, kept) in all.into_iter().enumerate().rev() {
-            let tape = match kept {
-                Kept::Activations(tape) => tape,
-                Kept::Input(hidden) => self.layer::<E>(layer, hidden).1,
-            };
-            pending = self.layer_backward::<E>(layer, tape, pending);
-            done(layer as u32);
-        }
-        if let Some(low) = &pending.low {
-            learn_kernels::add(values::<E>(low), values_mut::<f32>(&mut pending.full));
-        }
-        pending.full
+    /// From the gradient of this layer's output to that of its input, of what is kept of it.
+    pub fn backward<E: Product>(&self, layer: usize, kept: Kept, pending: Pending) -> Pending {
+        let tape = match kept {
+            Kept::Activations(tape) => tape,
+            Kept::Input(hidden) => self.layer::<E>(layer, hidden).1,
+        };
+        self.layer_backward::<E>(layer, tape, pending)
     }
 
     fn layer<E: Product>(&self, layer: usize, hidden: Hidden) -> (Hidden, LayerTape) {

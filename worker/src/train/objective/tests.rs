@@ -1,8 +1,9 @@
 //! Whole steps in float64 over the TCP collective, ranks as threads: however many ranks there are, loss and gradient are
 //! those of one, and the gradient is the slope of the loss.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use half::f16;
 use learn_collective::{Aborter, Group, MemoryRendezvous, connect_tcp};
@@ -12,9 +13,10 @@ use learn_domain::random::Draws;
 use learn_domain::report::DatasetFacts;
 use learn_domain::sampling::{Pairs, SampleKey};
 use learn_model::pch::ID_EMBEDDING;
-use learn_model::{AdamW, Forward, Parameters, Pch};
+use learn_model::{AdamW, Forward, Milestone, Parameters, Pch};
 use learn_proto::flight::BatchMeta;
 use learn_telemetry::WorkerMetrics;
+use learn_torch::HostRows;
 use tch::{Device, Kind, Tensor};
 
 use super::*;
@@ -127,7 +129,7 @@ fn prepared(config: &Config, exchange: &Exchange) -> PreparedStep {
         .into_iter()
         .map(|batch| {
             let rows: Vec<f16> = batch.unique_items.iter().flat_map(|&item| row(item)).collect();
-            (batch, rows.into())
+            (batch, HostRows::from(&rows[..]).into())
         })
         .collect();
     let meta = BatchMeta { step: 0, epoch: 0, global_users: USERS, global_pairs: pairs, part: 0, parts: 1 };
@@ -179,6 +181,20 @@ fn rank_step(config: &Config, values: &[f64], step: &PreparedStep, exchange: &mu
     Outcome { loss: outcome.loss, accuracy: outcome.accuracy, gradient }
 }
 
+fn group((rank, world_size): (usize, usize), shares_memory: bool) -> Group {
+    Group {
+        rank,
+        world_size,
+        generation: 1,
+        secret: b"the job's secret".to_vec(),
+        bind: "127.0.0.1".into(),
+        advertise: "127.0.0.1".into(),
+        timeout: Duration::from_secs(60),
+        shares_memory,
+        aborter: Aborter::default(),
+    }
+}
+
 /// What each rank of a world gives, each as a thread.
 fn each_rank<T: Send>(world_size: usize, shares_memory: bool, work: impl Fn(&mut Exchange) -> T + Sync) -> Vec<T> {
     let store = MemoryRendezvous::default();
@@ -187,18 +203,7 @@ fn each_rank<T: Send>(world_size: usize, shares_memory: bool, work: impl Fn(&mut
             .map(|rank| {
                 let (store, work) = (store.clone(), &work);
                 scope.spawn(move || {
-                    let group = Group {
-                        rank,
-                        world_size,
-                        generation: 1,
-                        secret: b"the job's secret".to_vec(),
-                        bind: "127.0.0.1".into(),
-                        advertise: "127.0.0.1".into(),
-                        timeout: Duration::from_secs(60),
-                        shares_memory,
-                        aborter: Aborter::default(),
-                    };
-                    let collective = connect_tcp(group, &store).unwrap();
+                    let collective = connect_tcp(group((rank, world_size), shares_memory), &store).unwrap();
                     work(&mut Exchange::new(collective, WorkerMetrics::new(), Arc::default()))
                 })
             })
@@ -388,6 +393,44 @@ fn parts_that_are_summed_while_the_backward_goes_on_are_whole() {
             assert!(largest_gap(&other, &one) < 1e-11 * largest.max(1.0));
         }
     }
+}
+
+#[test]
+fn a_rank_that_panics_in_its_backward_holds_nobody_up_and_leaves_nothing_behind() {
+    let config = wide(config(|_| ()));
+    let values = start(&config);
+    let ended = each_rank(2, false, |exchange| {
+        let mut stepper = stepper(&config, &values, Kind::Double, exchange);
+        let lost = exchange.rank() == 1;
+        let started = Instant::now();
+        // the gradient of a first step is under way when the rank is lost
+        stepper.parameters.get("mlp.0.weight").sum(Kind::Double).backward();
+        let ended = catch_unwind(AssertUnwindSafe(|| {
+            exchange.sum_gradient(&stepper.parameters, &mut stepper.clock, |passed| {
+                passed(Milestone::Projection);
+                assert!(!lost, "out of memory");
+            })
+        }));
+        let ended = match ended {
+            Ok(summed) => summed.unwrap_err().to_string(),
+            Err(panic) => (*panic.downcast::<&str>().unwrap()).to_owned(),
+        };
+        assert!(started.elapsed() < Duration::from_secs(30), "nobody waits for the deadline");
+        // each goes on by itself, as if nothing had been collected
+        let collective = connect_tcp(group((0, 1), false), &MemoryRendezvous::default()).unwrap();
+        let mut exchange = Exchange::new(collective, WorkerMetrics::new(), Arc::default());
+        exchange.lodge(&mut stepper.parameters).unwrap();
+        let step = prepared(&config, &exchange);
+        let mut fresh = self::stepper(&config, &values, Kind::Double, &mut exchange);
+        let [norm, expected] = [&mut stepper, &mut fresh].map(|stepper| {
+            let end = stepper.step(&step, &mut exchange, 0.0, Word::default()).unwrap();
+            end.finished().unwrap().gradient_norm
+        });
+        assert_eq!(norm, expected);
+        ended
+    });
+    assert!(ended[0].contains("rank 1"), "{ended:?}");
+    assert_eq!(ended[1], "out of memory");
 }
 
 #[test]

@@ -1,0 +1,94 @@
+// What libtorch has and its Rust binding has not: attention over packed sequences, AdamW in one pass, and memory of the host
+// that a GPU reads by itself.
+//
+// Tensors come and go as pointers to at::Tensor, as in torch-sys; what is returned belongs to the caller. A function returns
+// null, or the text of an error, which learn_torch_free takes. No exception leaves this file.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/_efficient_attention_forward.h>
+#include <ATen/ops/_flash_attention_forward.h>
+#include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/empty.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace {
+
+// of _efficient_attention_forward: key j is seen by queries from j on
+constexpr int64_t CAUSAL = 1;
+
+template <typename Work>
+char* guarded(Work work) {
+  try {
+    work();
+    return nullptr;
+  } catch (const std::exception& error) {
+    return strdup(error.what());
+  } catch (...) {
+    return strdup("an exception without a text");
+  }
+}
+
+std::vector<at::Tensor> tensors(const at::Tensor* const* list, size_t count) {
+  std::vector<at::Tensor> all;
+  all.reserve(count);
+  for (size_t number = 0; number < count; ++number) {
+    all.push_back(*list[number]);
+  }
+  return all;
+}
+
+}  // namespace
+
+extern "C" {
+
+void learn_torch_free(char* text) { std::free(text); }
+
+// Causal attention of each sequence on itself: query, key and value [T, heads, width], f16 or bf16; bounds [B + 1] i32.
+char* learn_flash_attention(const at::Tensor* query, const at::Tensor* key, const at::Tensor* value,
+                            const at::Tensor* bounds, int64_t longest, double dropout, at::Tensor** out) {
+  return guarded([&] {
+    auto all = at::_flash_attention_forward(*query, *key, *value, *bounds, *bounds, longest, longest, dropout,
+                                            /*is_causal=*/true, /*return_debug_mask=*/false);
+    *out = new at::Tensor(std::move(std::get<0>(all)));
+  });
+}
+
+// The same by kernels that also take f32 and older GPUs: query, key and value [1, T, heads, width].
+char* learn_efficient_attention(const at::Tensor* query, const at::Tensor* key, const at::Tensor* value,
+                                const at::Tensor* bounds, int64_t longest, double dropout, at::Tensor** out) {
+  return guarded([&] {
+    auto all = at::_efficient_attention_forward(*query, *key, *value, /*bias=*/std::nullopt, *bounds, *bounds, longest,
+                                                longest, dropout, CAUSAL, /*compute_log_sumexp=*/true);
+    *out = new at::Tensor(std::move(std::get<0>(all)));
+  });
+}
+
+// One update of `count` tensors. `step` is f32 [], the number of this update counted from 1.
+char* learn_fused_adamw(const at::Tensor* const* values, const at::Tensor* const* gradients,
+                        const at::Tensor* const* first, const at::Tensor* const* second, size_t count,
+                        const at::Tensor* step, double learning_rate, double beta1, double beta2, double weight_decay,
+                        double epsilon) {
+  return guarded([&] {
+    at::_fused_adamw_(tensors(values, count), tensors(gradients, count), tensors(first, count),
+                      tensors(second, count), /*max_exp_avg_sqs=*/{}, std::vector<at::Tensor>(count, *step),
+                      learning_rate, beta1, beta2, weight_decay, epsilon, /*amsgrad=*/false, /*maximize=*/false);
+  });
+}
+
+// [count] f16 in page-locked memory, with whatever lies there. It is used again when copies from it have ended.
+char* learn_page_locked(int64_t count, at::Tensor** out) {
+  return guarded([&] {
+    auto options = at::TensorOptions().dtype(at::kHalf).pinned_memory(true);
+    *out = new at::Tensor(at::empty({count}, options));
+  });
+}
+
+}  // extern "C"
+

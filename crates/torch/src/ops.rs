@@ -1,0 +1,236 @@
+//! Operators of libtorch that its Rust binding leaves out.
+//!
+//! Input: tensors. Output: a tensor with its graph, or tensors changed in place. The C++ that calls them is `shim/ops.cpp`;
+//! what libtorch throws comes back as an error.
+
+use std::ffi::{CStr, c_char};
+
+use tch::{Kind, Tensor};
+use torch_sys::C_tensor;
+
+use crate::TorchError;
+
+type Attention = unsafe extern "C" fn(
+    *const C_tensor,
+    *const C_tensor,
+    *const C_tensor,
+    *const C_tensor,
+    i64,
+    f64,
+    *mut *mut C_tensor,
+) -> *mut c_char;
+
+unsafe extern "C" {
+    fn learn_torch_free(text: *mut c_char);
+    fn learn_flash_attention(
+        query: *const C_tensor,
+        key: *const C_tensor,
+        value: *const C_tensor,
+        bounds: *const C_tensor,
+        longest: i64,
+        dropout: f64,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    fn learn_efficient_attention(
+        query: *const C_tensor,
+        key: *const C_tensor,
+        value: *const C_tensor,
+        bounds: *const C_tensor,
+        longest: i64,
+        dropout: f64,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    fn learn_fused_adamw(
+        values: *const *const C_tensor,
+        gradients: *const *const C_tensor,
+        first: *const *const C_tensor,
+        second: *const *const C_tensor,
+        count: usize,
+        step: *const C_tensor,
+        learning_rate: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        epsilon: f64,
+    ) -> *mut c_char;
+    fn learn_page_locked(count: i64, out: *mut *mut C_tensor) -> *mut c_char;
+}
+
+/// Sequences that lie one behind the other.
+#[derive(Debug)]
+pub struct Bounds {
+    /// `[B + 1]` i32 on the device: where each begins, and the end of the last.
+    pub bounds: Tensor,
+    /// The length of the longest.
+    pub longest: i64,
+}
+
+/// AdamW's settings for a group of tensors.
+#[derive(Clone, Copy, Debug)]
+pub struct FusedAdamW {
+    pub learning_rate: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub weight_decay: f64,
+    pub epsilon: f64,
+}
+
+/// A parameter, its gradient and its moments.
+#[derive(Debug)]
+pub struct AdamWTensors {
+    pub values: Tensor,
+    pub gradient: Tensor,
+    pub first: Tensor,
+    pub second: Tensor,
+}
+
+/// Whether [`packed_attention`] can take heads of this width in this kind.
+#[must_use]
+pub fn can_pack(kind: Kind, width: i64) -> bool {
+    matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16) && width % 8 == 0 && width <= 256
+}
+
+/// Causal attention of each sequence on itself on a GPU: query, key and value `[T, heads, width]` to `[T, heads, width]`.
+/// bf16 goes through flash attention, f16 and f32 through the memory-efficient kernels.
+///
+/// # Errors
+/// As libtorch has them: the tensors are on the CPU, of another kind or shape.
+pub fn packed_attention(
+    (query, key, value): (&Tensor, &Tensor, &Tensor),
+    sequences: &Bounds,
+    dropout: f64,
+) -> Result<Tensor, TorchError> {
+    let run = |attend: Attention, [query, key, value]: [&Tensor; 3]| {
+        let mut out = std::ptr::null_mut();
+        let tensor = |tensor: &Tensor| tensor.as_ptr();
+        let bounds = tensor(&sequences.bounds);
+        // SAFETY: all are tensors that outlive the call, which writes one tensor of its own to `out` or gives an error.
+        checked(unsafe {
+            attend(tensor(query), tensor(key), tensor(value), bounds, sequences.longest, dropout, &mut out)
+        })?;
+        // SAFETY: a tensor that nobody else owns.
+        Ok(unsafe { Tensor::from_ptr(out) })
+    };
+    if query.kind() == Kind::BFloat16 {
+        return run(learn_flash_attention, [query, key, value]);
+    }
+    let batched = [query, key, value].map(|tensor| tensor.unsqueeze(0));
+    Ok(run(learn_efficient_attention, batched.each_ref())?.squeeze_dim(0))
+}
+
+impl FusedAdamW {
+    /// The update of this number, counted from 1, in one pass.
+    ///
+    /// # Errors
+    /// As libtorch has them: tensors differ in device, kind or shape.
+    pub fn update(&self, all: &[AdamWTensors], step: u64) -> Result<(), TorchError> {
+        let Some(one) = all.first() else { return Ok(()) };
+        let step = Tensor::full([0_i64; 0], step as f64, (Kind::Float, one.values.device()));
+        let list = |of: fn(&AdamWTensors) -> &Tensor| -> Vec<*const C_tensor> {
+            all.iter().map(|tensors| of(tensors).as_ptr()).collect()
+        };
+        let (values, gradients) = (list(|of| &of.values), list(|of| &of.gradient));
+        let (first, second) = (list(|of| &of.first), list(|of| &of.second));
+        // SAFETY: four lists of as many tensors, and one more, which all outlive the call.
+        checked(unsafe {
+            learn_fused_adamw(
+                values.as_ptr(),
+                gradients.as_ptr(),
+                first.as_ptr(),
+                second.as_ptr(),
+                all.len(),
+                step.as_ptr(),
+                self.learning_rate,
+                self.beta1,
+                self.beta2,
+                self.weight_decay,
+                self.epsilon,
+            )
+        })
+    }
+}
+
+/// `[count]` f16 in memory of the host that a GPU reads by itself, beside what the host does.
+///
+/// # Errors
+/// There is no GPU, or too little memory.
+pub(crate) fn page_locked(count: usize) -> Result<Tensor, TorchError> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: writes one tensor of its own to `out`, or gives an error.
+    checked(unsafe { learn_page_locked(count as i64, &mut out) })?;
+    // SAFETY: a tensor that nobody else owns.
+    Ok(unsafe { Tensor::from_ptr(out) })
+}
+
+/// What a function of the shim gives back.
+fn checked(error: *mut c_char) -> Result<(), TorchError> {
+    if error.is_null() {
+        return Ok(());
+    }
+    // SAFETY: a text that ends with 0 and is ours; it is copied, and then freed once.
+    let text = unsafe { CStr::from_ptr(error) }.to_string_lossy().into_owned();
+    // SAFETY: as above.
+    unsafe { learn_torch_free(error) };
+    Err(TorchError::Torch(tch::TchError::Torch(text)))
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    fn sequences(lengths: &[i32], device: Device) -> Bounds {
+        let ends = lengths.iter().scan(0, |end, length| {
+            *end += length;
+            Some(*end)
+        });
+        let bounds: Vec<i32> = std::iter::once(0).chain(ends).collect();
+        let longest = lengths.iter().copied().max().unwrap_or(0).into();
+        Bounds { bounds: Tensor::from_slice(&bounds).to_device(device), longest }
+    }
+
+    #[test]
+    fn what_libtorch_throws_is_an_error() {
+        let x = Tensor::zeros([3, 2, 8], (Kind::BFloat16, Device::Cpu));
+        for kind in [Kind::BFloat16, Kind::Float] {
+            let x = x.to_kind(kind);
+            let error = packed_attention((&x, &x, &x), &sequences(&[1, 2], Device::Cpu), 0.0).unwrap_err().to_string();
+            // the operator was found, and has no kernel for the CPU
+            assert!(error.contains("attention_forward") && error.contains("CPU"), "{error}");
+        }
+    }
+
+    #[test]
+    #[ignore = "needs an NVIDIA GPU: cargo nextest run --release -p learn-torch --run-ignored only"]
+    fn packed_attention_is_that_of_each_sequence_alone() {
+        let gpu = crate::device(learn_domain::config::DeviceKind::Cuda, 0).unwrap();
+        crate::seed(1);
+        let lengths = [2, 3, 3, 40];
+        for (kind, error) in [(Kind::Float, 1e-3), (Kind::Half, 1e-2), (Kind::BFloat16, 5e-2)] {
+            let leaf = || Tensor::randn([48, 4, 64], (Kind::Float, gpu)).to_kind(kind).set_requires_grad(true);
+            let parts = [leaf(), leaf(), leaf()];
+            let [query, key, value] = parts.each_ref();
+            let packed = packed_attention((query, key, value), &sequences(&lengths, gpu), 0.0).unwrap();
+            let mut start = 0;
+            let alone = lengths.map(|length| {
+                let cut = |x: &Tensor| x.narrow(0, start, length.into()).to_kind(Kind::Double).transpose(0, 1);
+                let (query, key, value) = (cut(query), cut(key), cut(value));
+                start += i64::from(length);
+                let scores = query.matmul(&key.transpose(1, 2)) / 8.0;
+                let later = Tensor::ones_like(&scores).triu(1).to_kind(Kind::Bool);
+                scores.masked_fill(&later, f64::NEG_INFINITY).softmax(-1, Kind::Double).matmul(&value).transpose(0, 1)
+            });
+            let alone = Tensor::cat(&alone, 0);
+            let gap = |a: &Tensor, b: &Tensor| (a.to_kind(Kind::Double) - b).abs().max().double_value(&[]);
+            assert!(gap(&packed, &alone) < error, "{kind:?}");
+            let cotangent = Tensor::randn_like(&alone);
+            let gradients = |y: &Tensor| {
+                Tensor::run_backward(&[(y.to_kind(Kind::Double) * &cotangent).sum(Kind::Double)], &parts, true, false)
+            };
+            for (ours, theirs) in gradients(&packed).iter().zip(gradients(&alone)) {
+                assert!(gap(ours, &theirs.to_kind(Kind::Double)) < 10.0 * error, "{kind:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! Rows of f16 on the host, on their way to the device.
+//!
+//! Input: values. Output: a tensor on the device. For a GPU they lie in page-locked memory, from which it copies by itself:
+//! the training thread does not wait for it, and what is enqueued next is done after it.
+
+use std::ops::Deref;
+
+use half::f16;
+use tch::{Device, Kind, Tensor};
+
+use crate::{TorchError, ops, values, values_mut};
+
+/// Values of f16 in the host's memory.
+#[derive(Debug)]
+pub struct HostRows {
+    /// `[n]`.
+    values: Tensor,
+}
+
+impl HostRows {
+    /// A copy of `values` for this device.
+    ///
+    /// # Errors
+    /// There is too little memory of that kind.
+    pub fn new(values: &[f16], device: Device) -> Result<Self, TorchError> {
+        if !device.is_cuda() {
+            return Ok(values.into());
+        }
+        let mut tensor = ops::page_locked(values.len())?;
+        values_mut::<f16>(&mut tensor).copy_from_slice(values);
+        Ok(Self { values: tensor })
+    }
+
+    /// As a tensor `[rows, dim]` on the device; on the CPU the same memory.
+    pub fn on(&self, device: Device, (rows, dim): (usize, usize)) -> Tensor {
+        self.values.view([rows as i64, dim as i64]).to_device_(device, Kind::Half, true, false)
+    }
+}
+
+impl From<&[f16]> for HostRows {
+    /// In ordinary memory.
+    fn from(values: &[f16]) -> Self {
+        Self { values: Tensor::from_slice(values) }
+    }
+}
+
+impl Deref for HostRows {
+    type Target = [f16];
+
+    fn deref(&self) -> &[f16] {
+        values(&self.values)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use learn_domain::config::DeviceKind;
+
+    use super::*;
+
+    fn go_there_and_back(device: Device) {
+        for count in [0, 6] {
+            let given: Vec<f16> = (0..count).map(|number| f16::from_f32(number as f32 / 3.0)).collect();
+            let rows = HostRows::new(&given, device).unwrap();
+            assert_eq!(*rows, given);
+            let there = rows.on(device, (count / 3, 3));
+            // the memory may be given back before the copy has ended
+            drop(rows);
+            assert_eq!((there.size(), there.device()), (vec![count as i64 / 3, 3], device));
+            assert_eq!(Vec::<f16>::try_from(there.reshape([-1]).to_device(Device::Cpu)).unwrap(), given);
+        }
+    }
+
+    #[test]
+    fn rows_are_a_tensor() {
+        go_there_and_back(Device::Cpu);
+    }
+
+    #[test]
+    #[ignore = "needs an NVIDIA GPU: cargo nextest run --release -p learn-torch --run-ignored only"]
+    fn a_gpu_copies_them() {
+        go_there_and_back(crate::device(DeviceKind::Cuda, 0).unwrap());
+    }
+}
