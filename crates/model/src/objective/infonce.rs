@@ -20,7 +20,7 @@
 
 use learn_domain::config::Precision;
 use learn_domain::sampling::Pairs;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::groups::Groups;
 use super::pairs::valid;
@@ -44,7 +44,20 @@ impl Default for Tile {
     }
 }
 
+/// On a GPU so many scores are held whole: 0.5 GiB in f32, and a tile costs launches and a second product.
+const WHOLE_ON_GPU: i64 = 1 << 27;
+
 impl Tile {
+    /// For this matrix of scores on this device.
+    #[must_use]
+    pub fn on(device: Device, (rows, items): (i64, i64)) -> Self {
+        match device {
+            Device::Cpu => Self::default(),
+            _ if rows.saturating_mul(items) <= WHOLE_ON_GPU => Self { scores: WHOLE_ON_GPU },
+            _ => Self { scores: 1 << 22 },
+        }
+    }
+
     /// Items of a tile.
     fn items(self, rows: i64, items: i64) -> i64 {
         let scores = self.scores.max(1);

@@ -69,7 +69,7 @@ impl InBatch {
             pairing: self.pairing,
             logit_scale: towers.model.logit_scale(towers.parameters),
             pairs: mine.pairs,
-            tile: Tile::default(),
+            tile: Tile::on(item.device(), (mine.embeddings.user.size()[0], item.size()[0])),
             items_learn,
             precision: towers.forward.precision,
         }

@@ -314,6 +314,14 @@ fn nobody_learns_from_items_that_do_not_learn() {
 
 #[test]
 fn a_tile_is_as_long_as_there_is_need_down_to_a_square() {
+    let gpu = |rows, items| {
+        let tile = Tile::on(Device::Cuda(0), (rows, items));
+        (tile.rows(rows, items), tile.items(rows, items))
+    };
+    assert_eq!(gpu(6_500, 10_240), (6_500, 10_240), "what fits is whole");
+    let (rows, items) = gpu(40_960, 40_960);
+    assert!(rows * items <= 1 << 22, "and the rest in tiles: {rows} x {items}");
+    assert_eq!(Tile::on(Device::Cpu, (6_500, 10_240)), Tile::default());
     let tile = Tile { scores: 1 << 12 };
     let shape = |rows, items| (tile.rows(rows, items), tile.items(rows, items));
     assert_eq!(shape(60, 60), (60, 60), "all at once");
