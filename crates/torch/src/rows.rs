@@ -1,9 +1,9 @@
 //! Rows of f16 on the host, on their way to the device.
 //!
-//! Input: values. Output: a tensor on the device. For a GPU they lie in page-locked memory, from which it copies by itself:
-//! the training thread does not wait for it, and what is enqueued next is done after it.
+//! Input: values, written in place. Output: a tensor on the device. For a GPU they lie in page-locked memory, from which it
+//! copies by itself: the training thread does not wait for it, and what is enqueued next is done after it.
 
-use std::ops::Deref;
+use std::ops::{Deref, DerefMut};
 
 use half::f16;
 use tch::{Device, Kind, Tensor};
@@ -18,17 +18,16 @@ pub struct HostRows {
 }
 
 impl HostRows {
-    /// A copy of `values` for this device.
+    /// Room for so many values on their way to this device; what is in it is not known.
     ///
     /// # Errors
     /// There is too little memory of that kind.
-    pub fn new(values: &[f16], device: Device) -> Result<Self, TorchError> {
-        if !device.is_cuda() {
-            return Ok(values.into());
-        }
-        let mut tensor = ops::page_locked(values.len())?;
-        values_mut::<f16>(&mut tensor).copy_from_slice(values);
-        Ok(Self { values: tensor })
+    pub fn new(count: usize, device: Device) -> Result<Self, TorchError> {
+        let values = match device {
+            Device::Cuda(_) => ops::page_locked(count)?,
+            _ => Tensor::zeros([count as i64], (Kind::Half, Device::Cpu)),
+        };
+        Ok(Self { values })
     }
 
     /// As a tensor `[rows, dim]` on the device; on the CPU the same memory.
@@ -52,6 +51,12 @@ impl Deref for HostRows {
     }
 }
 
+impl DerefMut for HostRows {
+    fn deref_mut(&mut self) -> &mut [f16] {
+        values_mut(&mut self.values)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use learn_domain::config::DeviceKind;
@@ -61,7 +66,8 @@ mod tests {
     fn go_there_and_back(device: Device) {
         for count in [0, 6] {
             let given: Vec<f16> = (0..count).map(|number| f16::from_f32(number as f32 / 3.0)).collect();
-            let rows = HostRows::new(&given, device).unwrap();
+            let mut rows = HostRows::new(count, device).unwrap();
+            rows.copy_from_slice(&given);
             assert_eq!(*rows, given);
             let there = rows.on(device, (count / 3, 3));
             // the memory may be given back before the copy has ended

@@ -139,9 +139,8 @@ impl BenchSettings {
             .into_iter()
             .map(|batch| {
                 let values = batch.unique_items.len() * dim;
-                let rows: Vec<f16> =
-                    (0..values).map(|_| f16::from_f64((2.0 * draws.unit() - 1.0) * 1.7 * scale)).collect();
-                let rows = HostRows::new(&rows, self.device)?;
+                let mut rows = HostRows::new(values, self.device)?;
+                rows.fill_with(|| f16::from_f64((2.0 * draws.unit() - 1.0) * 1.7 * scale));
                 Ok((batch, PassRows::from(rows)))
             })
             .collect::<Result<_, WorkerError>>()?;

@@ -38,23 +38,20 @@ impl RowCache {
         wanted.iter().copied().filter(|&item| self.residents.slot(item).is_none()).collect()
     }
 
-    /// Copies the rows of `items` into one `[items, dim]` block; `fetched` has those that were missing, in the order of
+    /// Copies the rows of `items` into a block `[items, dim]`; `fetched` has those that were missing, in the order of
     /// [`RowCache::begin`].
-    #[must_use]
-    pub fn gather(&self, items: &[u32], fetched: &[f16]) -> Vec<f16> {
+    pub fn gather(&self, items: &[u32], fetched: &[f16], block: &mut [f16]) {
         let mut others = fetched.chunks_exact(self.dim);
         let row = |&item: &u32| match self.residents.slot(item) {
             Some(slot) => Some(&self.rows[slot * self.dim..][..self.dim]),
             None => others.next(),
         };
         let sources: Vec<Option<&[f16]>> = items.iter().map(row).collect();
-        let mut block = vec![f16::ZERO; items.len() * self.dim];
         block.par_chunks_exact_mut(self.dim).zip(sources).with_min_len(64).for_each(|(row, source)| {
             if let Some(source) = source {
                 row.copy_from_slice(source);
             }
         });
-        block
     }
 
     /// Keeps those rows of `items`, which were missing, that are `wanted` and worth more than what is here.
@@ -90,7 +87,9 @@ mod tests {
     fn request(cache: &mut RowCache, items: &[u32]) -> Vec<u32> {
         let missing = cache.begin(items, items);
         let fetched = rows(&missing);
-        assert_eq!(cache.gather(items, &fetched), rows(items));
+        let mut block = rows(&vec![0; items.len()]);
+        cache.gather(items, &fetched, &mut block);
+        assert_eq!(block, rows(items));
         cache.keep(&missing, &fetched, |_| true);
         missing
     }

@@ -184,16 +184,18 @@ impl RowSource {
     /// # Errors
     /// If they cannot be fetched.
     pub async fn pass(&mut self, items: &[u32]) -> Result<PassRows, FeedError> {
-        let place = self.settings.device;
-        let Some(device) = self.device().await? else {
-            return Ok(HostRows::new(&self.rows(items).await?, place)?.into());
+        let chosen = self.device().await?.map(|device| OnDevice::of(device, items));
+        let (wanted, taken) = match &chosen {
+            // the host does not keep them, unless it has them already
+            Some((on_device, missing)) => {
+                (&missing[..], on_device.kept.iter().map(|&(number, _)| missing[number]).collect())
+            }
+            None => (items, HashSet::new()),
         };
-        let (on_device, missing) = OnDevice::of(device, items);
-        // the host does not keep them, unless it has them already
-        let taken = on_device.kept.iter().map(|&(number, _)| missing[number]).collect();
-        self.metrics.device_cache_hits_total.inc_by((items.len() - missing.len()) as u64);
-        let sent = HostRows::new(&self.host_part(items, &missing, &taken).await?, place)?;
-        Ok(PassRows { sent, on_device: Some(on_device) })
+        self.metrics.device_cache_hits_total.inc_by((items.len() - wanted.len()) as u64);
+        let mut sent = HostRows::new(wanted.len() * self.settings.dim, self.settings.device)?;
+        self.host_part(items, wanted, &taken, &mut sent).await?;
+        Ok(PassRows { sent, on_device: chosen.map(|(on_device, _)| on_device) })
     }
 
     /// The rows `[items, dim]` of distinct items, all on the host.
@@ -201,7 +203,9 @@ impl RowSource {
     /// # Errors
     /// If they cannot be fetched.
     pub async fn rows(&mut self, items: &[u32]) -> Result<Vec<f16>, FeedError> {
-        self.host_part(items, items, &HashSet::new()).await
+        let mut block = vec![f16::ZERO; items.len() * self.settings.dim];
+        self.host_part(items, items, &HashSet::new(), &mut block).await?;
+        Ok(block)
     }
 
     /// Rows that pass by the caches: the catalogue, read once from end to end.
@@ -212,7 +216,9 @@ impl RowSource {
         if self.settings.dim == 0 {
             return Ok(Vec::new());
         }
-        if let Some(rows) = self.mapped(items).await? {
+        if self.client.mapped().await?.is_some() {
+            let mut rows = vec![f16::ZERO; items.len() * self.settings.dim];
+            self.mapped(items, &mut rows).await?;
             return Ok(rows);
         }
         let rows = self.exchange.fetch(items).await?;
@@ -220,19 +226,17 @@ impl RowSource {
         Ok(rows)
     }
 
-    /// The rows of those items of the next request that are `wanted` on the host, which keeps none that are `taken`.
+    /// Gives the rows of those items of the next request that are `wanted` on the host, which keeps none that are `taken`.
     async fn host_part(
         &mut self,
         request: &[u32],
         wanted: &[u32],
         taken: &HashSet<u32>,
-    ) -> Result<Vec<f16>, FeedError> {
+        block: &mut [f16],
+    ) -> Result<(), FeedError> {
         let dim = self.settings.dim;
-        if dim == 0 {
-            return Ok(Vec::new());
-        }
-        if let Some(rows) = self.mapped(wanted).await? {
-            return Ok(rows);
+        if dim == 0 || self.mapped(wanted, block).await? {
+            return Ok(());
         }
         let missing = self.host().await?.begin(request, wanted);
         self.metrics.cache_hits_total.inc_by((wanted.len() - missing.len()) as u64);
@@ -244,10 +248,10 @@ impl RowSource {
         }
         let fetched = std::mem::take(&mut self.fetched);
         let cache = self.host().await?;
-        let block = cache.gather(wanted, &fetched);
+        cache.gather(wanted, &fetched, block);
         cache.keep(&missing, &fetched, |item| !taken.contains(&item));
         self.fetched = fetched;
-        Ok(block)
+        Ok(())
     }
 
     /// The host's cache, made when it is first used.
@@ -277,12 +281,12 @@ impl RowSource {
         Ok(self.popularity.clone().unwrap_or_default())
     }
 
-    /// The rows from the dataset's own files, if this process has them.
-    async fn mapped(&self, items: &[u32]) -> Result<Option<Vec<f16>>, FeedError> {
-        let Some(embeddings) = self.client.mapped().await? else { return Ok(None) };
-        let rows = embeddings.gather(items, self.client.row_format()).map_err(FlightClientError::from)?;
-        self.metrics.received_bytes_total.with_label_values(&["mapped"]).inc_by(2 * rows.len() as u64);
-        Ok(Some(rows))
+    /// Gives the rows from the dataset's own files; whether this process has them.
+    async fn mapped(&self, items: &[u32], block: &mut [f16]) -> Result<bool, FeedError> {
+        let Some(embeddings) = self.client.mapped().await? else { return Ok(false) };
+        embeddings.gather_into(items, self.client.row_format(), block).map_err(FlightClientError::from)?;
+        self.metrics.received_bytes_total.with_label_values(&["mapped"]).inc_by(2 * block.len() as u64);
+        Ok(true)
     }
 
     /// Counts rows that were sent.

@@ -123,16 +123,24 @@ impl Embeddings {
         &self.parts[part][start..start + self.dim]
     }
 
-    /// Copies the embeddings of `items` into one block `[items, dim]`, with the values that they have after travelling in this
-    /// format.
+    /// The embeddings of `items` `[items, dim]`, with the values that they have after travelling in this format.
     ///
     /// # Errors
     /// If there is no such item, or one of its values is not finite and the format is int8.
     pub fn gather(&self, items: &[u32], format: RowFormat) -> Result<Vec<f16>, RowError> {
+        let mut block = vec![f16::ZERO; items.len() * self.dim];
+        self.gather_into(items, format, &mut block)?;
+        Ok(block)
+    }
+
+    /// As [`Embeddings::gather`], into a block of this size.
+    ///
+    /// # Errors
+    /// As [`Embeddings::gather`].
+    pub fn gather_into(&self, items: &[u32], format: RowFormat, block: &mut [f16]) -> Result<(), RowError> {
         if let Some(&item) = items.iter().find(|&&item| item as usize >= self.rows) {
             return Err(RowError::NoSuchItem { item, rows: self.rows });
         }
-        let mut block = vec![f16::ZERO; items.len() * self.dim];
         let rows = block.par_chunks_exact_mut(self.dim).zip(items).with_min_len(64);
         match format {
             RowFormat::F16 => rows.for_each(|(row, &item)| row.copy_from_slice(self.row(item as usize))),
@@ -141,7 +149,7 @@ impl Embeddings {
                 rounded.map_err(|source| RowError::NotFinite { item, source })
             })?,
         }
-        Ok(block)
+        Ok(())
     }
 
     /// All rows in item order, as long contiguous pieces (whole rows each).
