@@ -210,6 +210,9 @@ def main():
     parts = report["parts"]
     parts["doctor"] = part("doctor", [bin_ / "learn-worker", "doctor", "--json"], 120, work)
     parts["golden"] = part("golden", [bin_ / "golden", "--device", options.device, *golden], 300, work)
+    # on a GPU the attention of f32 has kernels of its own
+    parts["golden_f32"] = part(
+        "golden_f32", [bin_ / "golden", "--kind", "f32", "--device", options.device, *golden], 300, work)
     parts["encoders"] = part("encoders", [bin_ / "encoders", "--device", options.device, *encoders], 120, work)
     parts["data"] = part("data", [sys.executable, HERE / "make_data.py", work], 60, work)
     parts["prepare"] = part("prepare", [launch, "prepare", config], 120, work)

@@ -62,7 +62,8 @@ pub trait Collective: Send {
 
     /// Sums one buffer after the other, as they come; every rank's come in the same order and lengths. So a thread may
     /// sum what another one still computes. The time until this rank's own next one comes is in no operation's deadline;
-    /// meanwhile there shall be a `None` now and then, at which it is seen whether the collective was aborted or has broken.
+    /// meanwhile there shall be a `None` now and then, at which it is seen whether the collective was aborted, and by `nccl`
+    /// whether it has broken.
     fn all_reduce_sums(&mut self, buffers: &mut Buffers<'_, '_>) -> Result<(), CollectiveError> {
         for buffer in buffers {
             match buffer {

@@ -10,15 +10,19 @@ use clap::{Parser, ValueEnum};
 use learn_domain::config::DeviceKind;
 use learn_model::golden;
 use serde_json::json;
+use tch::Kind;
 
 #[derive(Parser)]
 struct Arguments {
     /// Files that make_golden.py wrote.
     #[arg(required = true)]
     files: Vec<PathBuf>,
-    /// Largest absolute error that passes.
-    #[arg(long, default_value_t = 1e-9)]
-    tolerance: f64,
+    /// Number format of the computation.
+    #[arg(long, value_enum, default_value_t = Format::F64)]
+    kind: Format,
+    /// Largest absolute error that passes [default: 1e-9, in f32 1e-3]
+    #[arg(long)]
+    tolerance: Option<f64>,
     #[arg(long, value_enum, default_value_t = Place::Cpu)]
     device: Place,
 }
@@ -29,8 +33,19 @@ enum Place {
     Cuda,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum Format {
+    F64,
+    F32,
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    let (number, tolerance) = match arguments.kind {
+        Format::F64 => (Kind::Double, 1e-9),
+        Format::F32 => (Kind::Float, 1e-3),
+    };
+    let tolerance = arguments.tolerance.unwrap_or(tolerance);
     let kind = match arguments.device {
         Place::Cpu => DeviceKind::Cpu,
         Place::Cuda => DeviceKind::Cuda,
@@ -44,9 +59,9 @@ fn main() -> ExitCode {
     };
     let mut code = ExitCode::SUCCESS;
     for path in &arguments.files {
-        match golden::check(path, device) {
+        match golden::check(path, device, number) {
             Ok(errors) => {
-                let ok = errors.values().all(|error| *error <= arguments.tolerance);
+                let ok = errors.values().all(|error| *error <= tolerance);
                 if !ok {
                     code = ExitCode::FAILURE;
                 }

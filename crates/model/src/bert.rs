@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use learn_domain::config::Precision;
 use learn_domain::packing::Run;
-use learn_torch::Bounds;
+use learn_torch::{MOST_SEQUENCES, SequenceBounds};
 use tch::{Device, Kind, Tensor};
 
 use crate::products::multiplied_kind;
@@ -34,7 +34,7 @@ pub struct Packed {
     /// Tokens that are a sequence of their own.
     alone: i64,
     /// The sequences behind them.
-    rest: Bounds,
+    rest: SequenceBounds,
 }
 
 /// A dense layer's weight `[out, in]` and bias `[out]`.
@@ -115,7 +115,8 @@ impl Packed {
     /// Of these runs, on the device; `None` where there are no such kernels for heads of this width and `kind`.
     #[must_use]
     pub fn new(runs: &[Run], device: Device, (kind, width): (Kind, i64)) -> Option<Self> {
-        (device.is_cuda() && learn_torch::can_pack(kind, width)).then(|| Self::on(device, runs))
+        let fits = runs.iter().map(|run| run.count).sum::<usize>() <= MOST_SEQUENCES;
+        (fits && learn_torch::can_pack(device, kind, width)).then(|| Self::on(device, runs))
     }
 
     fn on(device: Device, runs: &[Run]) -> Self {
@@ -128,7 +129,7 @@ impl Packed {
             Some(*end)
         }));
         let longest = runs.iter().map(|run| run.length as i64).max().unwrap_or(0);
-        Self { alone: alone as i64, rest: Bounds { bounds: Tensor::from_slice(&bounds).to_device(device), longest } }
+        Self { alone: alone as i64, rest: SequenceBounds { bounds: learn_torch::on_device(&bounds, device), longest } }
     }
 }
 
@@ -154,9 +155,10 @@ pub fn layer(weights: &LayerWeights, x: &Tensor, attention: &Attention, forward:
 
 /// The heads' weighted values, side by side: `[.., D]`.
 fn context(weights: &LayerWeights, x: &Tensor, attention: &Attention, forward: &LayerForward) -> Tensor {
-    if let Attention::Packed(packed) = attention
-        && x.numel() > 0
-    {
+    if x.numel() == 0 {
+        return weights.value.forward(x, forward.precision);
+    }
+    if let Attention::Packed(packed) = attention {
         let attend = |parts: (&Tensor, &Tensor, &Tensor), dropout| {
             let attended = learn_torch::packed_attention(parts, &packed.rest, dropout);
             attended.unwrap_or_else(|error| panic!("{error}"))

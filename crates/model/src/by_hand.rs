@@ -10,7 +10,7 @@
 //! ```
 //!
 //! The structure of a layer is that of [`crate::bert::layer`], which libtorch differentiates. It is the reference of the
-//! tests, and what runs on a GPU and in f64. What is done here and not there:
+//! tests, and what runs in f64 and, with attention by other kernels, on a GPU. What is done here and not there:
 //! - weights are held in the products' kind from one update to the next, instead of being cast for each product;
 //! - the last layer makes queries, and all that follows them, for the sampled positions only;
 //! - gradients of weights go straight into the flat buffer, the last layer's first.

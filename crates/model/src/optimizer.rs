@@ -5,8 +5,8 @@
 //! in a step that touches it, and bias correction counts the steps of the job, not those of the row. Invariants: the
 //! arithmetic is that of `torch.optim.AdamW` (decoupled decay, bias correction, epsilon outside the root). On the CPU
 //! in f32 one pass over the memory does an update: clipping, moments, values, and the weights that the towers' products
-//! read; elsewhere libtorch's fused operator does one, without those weights. State that was saved and loaded continues bit by bit;
-//! ranks that hold equal parameters and gradients stay equal.
+//! read; elsewhere libtorch's fused operator does one, without those weights. State that was saved and loaded continues bit
+//! by bit; ranks that hold equal parameters and gradients stay equal.
 
 use half::bf16;
 use learn_domain::config::OptimizerConfig;

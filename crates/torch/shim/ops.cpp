@@ -23,15 +23,22 @@ namespace {
 // of _efficient_attention_forward: key j is seen by queries from j on
 constexpr int64_t CAUSAL = 1;
 
+char no_text[] = "there is no memory for the error's text";
+
+char* copied(const char* text) {
+  char* copy = strdup(text);
+  return copy != nullptr ? copy : no_text;
+}
+
 template <typename Work>
 char* guarded(Work work) {
   try {
     work();
     return nullptr;
   } catch (const std::exception& error) {
-    return strdup(error.what());
+    return copied(error.what());
   } catch (...) {
-    return strdup("an exception without a text");
+    return copied("an exception without a text");
   }
 }
 
@@ -48,7 +55,11 @@ std::vector<at::Tensor> tensors(const at::Tensor* const* list, size_t count) {
 
 extern "C" {
 
-void learn_torch_free(char* text) { std::free(text); }
+void learn_torch_free(char* text) {
+  if (text != no_text) {
+    std::free(text);
+  }
+}
 
 // Causal attention of each sequence on itself: query, key and value [T, heads, width], f16 or bf16; bounds [B + 1] i32.
 char* learn_flash_attention(const at::Tensor* query, const at::Tensor* key, const at::Tensor* value,
@@ -79,13 +90,18 @@ char* learn_fused_adamw(const at::Tensor* const* values, const at::Tensor* const
     at::_fused_adamw_(tensors(values, count), tensors(gradients, count), tensors(first, count),
                       tensors(second, count), /*max_exp_avg_sqs=*/{}, std::vector<at::Tensor>(count, *step),
                       learning_rate, beta1, beta2, weight_decay, epsilon, /*amsgrad=*/false, /*maximize=*/false);
+    // the operator does not tell autograd, nor whoever keeps copies, that these have changed
+    for (size_t number = 0; number < count; ++number) {
+      values[number]->unsafeGetTensorImpl()->bump_version();
+    }
   });
 }
 
-// [count] f16 in page-locked memory, with whatever lies there. It is used again when copies from it have ended.
-char* learn_page_locked(int64_t count, at::Tensor** out) {
+// [count] of this c10::ScalarType in page-locked memory, with whatever lies there. It is used again when copies from it
+// have ended.
+char* learn_page_locked(int64_t count, int kind, at::Tensor** out) {
   return guarded([&] {
-    auto options = at::TensorOptions().dtype(at::kHalf).pinned_memory(true);
+    auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(kind)).pinned_memory(true);
     *out = new at::Tensor(at::empty({count}, options));
   });
 }

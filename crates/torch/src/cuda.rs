@@ -112,6 +112,21 @@ pub fn memory(ordinal: c_int) -> Option<GpuMemory> {
     (told == 0).then(|| GpuMemory { used: total.saturating_sub(free), total })
 }
 
+/// Which generation of GPUs this one is of, such as 8 for Ampere; `None` if CUDA's runtime does not say.
+pub fn generation(ordinal: c_int) -> Option<c_int> {
+    /// `cudaDevAttrComputeCapabilityMajor`.
+    const MAJOR: c_int = 75;
+    let mut major = 0;
+    // SAFETY: `cudaError_t cudaDeviceGetAttribute(int*, cudaDeviceAttr, int)` is declared like this; as in `memory`.
+    let told = unsafe {
+        let ask = Library::this()
+            .get::<unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int>(b"cudaDeviceGetAttribute\0")
+            .ok()?;
+        ask(&raw mut major, MAJOR, ordinal)
+    };
+    (told == 0).then_some(major)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

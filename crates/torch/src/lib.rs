@@ -1,8 +1,9 @@
 //! What is unsafe or process-wide about libtorch, behind safe functions.
 //!
 //! Input: a wish for a device, a seed, tensors, files. Output: a [`tch::Device`] that works, raw views for a collective,
-//! host copies, files as memory, threads that give way, operators that the binding leaves out. Invariants: libtorch's CUDA library is loaded at run time, at most once, and before the first question
-//! that libtorch answers about CUDA; nothing here links it. So a process calls [`device`] first, then [`seed`].
+//! host copies, files as memory, threads that give way, operators that the binding leaves out. Invariants: libtorch's CUDA
+//! library is loaded at run time, at most once, and before the first question that libtorch answers about CUDA; nothing here
+//! links it. So a process calls [`device`] first, then [`seed`].
 
 #![allow(unsafe_code)]
 
@@ -28,10 +29,10 @@ pub use facts::{Facts, describe};
 pub use host::{from_host, to_host};
 pub use mapped::MappedFile;
 pub use memory::{in_large_pages, keep_freed_memory};
-pub use ops::{AdamWTensors, Bounds, FusedAdamW, can_pack, packed_attention};
+pub use ops::{AdamWTensors, FusedAdamW, MOST_SEQUENCES, SequenceBounds, can_pack, packed_attention};
 pub use parallel::{run_tasks, task_threads};
 pub use raw::{RawTensor, Stored, Strided, buffer, bytes, over, parts_of, raw, strided, values, values_mut};
-pub use rows::HostRows;
+pub use rows::{HostRows, on_device};
 
 /// Something about libtorch that does not work, with the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +51,11 @@ pub enum TorchError {
     NotCarried(Kind),
     #[error("{values} values do not fill a tensor of shape {shape:?}")]
     WrongShape { values: usize, shape: Vec<i64> },
+    #[error(
+        "{bytes} bytes of page-locked memory of the host are not to be had ({reason}); lower cluster.prefetch_steps or \
+         training.global_batch"
+    )]
+    PageLocked { bytes: usize, reason: String },
     #[error(transparent)]
     Torch(#[from] tch::TchError),
 }

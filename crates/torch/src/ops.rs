@@ -3,12 +3,12 @@
 //! Input: tensors. Output: a tensor with its graph, or tensors changed in place. The C++ that calls them is `shim/ops.cpp`;
 //! what libtorch throws comes back as an error.
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, c_char, c_int};
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
-use crate::TorchError;
+use crate::{Stored, TorchError, cuda};
 
 type Attention = unsafe extern "C" fn(
     *const C_tensor,
@@ -53,12 +53,12 @@ unsafe extern "C" {
         weight_decay: f64,
         epsilon: f64,
     ) -> *mut c_char;
-    fn learn_page_locked(count: i64, out: *mut *mut C_tensor) -> *mut c_char;
+    fn learn_page_locked(count: i64, kind: c_int, out: *mut *mut C_tensor) -> *mut c_char;
 }
 
 /// Sequences that lie one behind the other.
 #[derive(Debug)]
-pub struct Bounds {
+pub struct SequenceBounds {
     /// `[B + 1]` i32 on the device: where each begins, and the end of the last.
     pub bounds: Tensor,
     /// The length of the longest.
@@ -84,11 +84,23 @@ pub struct AdamWTensors {
     pub second: Tensor,
 }
 
-/// Whether [`packed_attention`] can take heads of this width in this kind.
+/// Whether [`packed_attention`] can take heads of this width in this kind there: on a GPU, and flash attention on Ampere
+/// or newer.
 #[must_use]
-pub fn can_pack(kind: Kind, width: i64) -> bool {
-    matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16) && width % 8 == 0 && width <= 256
+pub fn can_pack(device: Device, kind: Kind, width: i64) -> bool {
+    let Device::Cuda(ordinal) = device else { return false };
+    let kernels = match kind {
+        Kind::Float | Kind::Half => true,
+        Kind::BFloat16 => cuda::generation(ordinal as c_int).is_some_and(|generation| generation >= AMPERE),
+        _ => false,
+    };
+    kernels && width % 8 == 0 && width <= 256
 }
+
+/// The first generation with flash attention.
+const AMPERE: c_int = 8;
+/// Sequences that one launch takes.
+pub const MOST_SEQUENCES: usize = 65_535;
 
 /// Causal attention of each sequence on itself on a GPU: query, key and value `[T, heads, width]` to `[T, heads, width]`.
 /// bf16 goes through flash attention, f16 and f32 through the memory-efficient kernels.
@@ -97,7 +109,7 @@ pub fn can_pack(kind: Kind, width: i64) -> bool {
 /// As libtorch has them: the tensors are on the CPU, of another kind or shape.
 pub fn packed_attention(
     (query, key, value): (&Tensor, &Tensor, &Tensor),
-    sequences: &Bounds,
+    sequences: &SequenceBounds,
     dropout: f64,
 ) -> Result<Tensor, TorchError> {
     let run = |attend: Attention, [query, key, value]: [&Tensor; 3]| {
@@ -150,14 +162,24 @@ impl FusedAdamW {
     }
 }
 
-/// `[count]` f16 in memory of the host that a GPU reads by itself, beside what the host does.
+/// `[count]` values in memory of the host that a GPU reads by itself, beside what the host does.
 ///
 /// # Errors
 /// There is no GPU, or too little memory.
-pub(crate) fn page_locked(count: usize) -> Result<Tensor, TorchError> {
+pub(crate) fn page_locked<T: Stored>(count: usize) -> Result<Tensor, TorchError> {
+    // of c10::ScalarType
+    let kind = match T::KIND {
+        Kind::Int => 3,
+        Kind::Int64 => 4,
+        Kind::Half => 5,
+        Kind::Float => 6,
+        other => return Err(TorchError::NotCarried(other)),
+    };
     let mut out = std::ptr::null_mut();
     // SAFETY: writes one tensor of its own to `out`, or gives an error.
-    checked(unsafe { learn_page_locked(count as i64, &mut out) })?;
+    let locked = checked(unsafe { learn_page_locked(count as i64, kind, &mut out) });
+    let bytes = count * size_of::<T>();
+    locked.map_err(|error| TorchError::PageLocked { bytes, reason: error.to_string() })?;
     // SAFETY: a tensor that nobody else owns.
     Ok(unsafe { Tensor::from_ptr(out) })
 }
@@ -176,18 +198,16 @@ fn checked(error: *mut c_char) -> Result<(), TorchError> {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
-
     use super::*;
 
-    fn sequences(lengths: &[i32], device: Device) -> Bounds {
+    fn sequences(lengths: &[i32], device: Device) -> SequenceBounds {
         let ends = lengths.iter().scan(0, |end, length| {
             *end += length;
             Some(*end)
         });
         let bounds: Vec<i32> = std::iter::once(0).chain(ends).collect();
         let longest = lengths.iter().copied().max().unwrap_or(0).into();
-        Bounds { bounds: Tensor::from_slice(&bounds).to_device(device), longest }
+        SequenceBounds { bounds: Tensor::from_slice(&bounds).to_device(device), longest }
     }
 
     #[test]

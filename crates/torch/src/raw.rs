@@ -29,6 +29,10 @@ impl Stored for bf16 {
     const KIND: Kind = Kind::BFloat16;
 }
 
+impl Stored for i32 {
+    const KIND: Kind = Kind::Int;
+}
+
 impl Stored for i64 {
     const KIND: Kind = Kind::Int64;
 }

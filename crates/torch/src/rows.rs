@@ -8,7 +8,7 @@ use std::ops::{Deref, DerefMut};
 use half::f16;
 use tch::{Device, Kind, Tensor};
 
-use crate::{TorchError, ops, values, values_mut};
+use crate::{Stored, TorchError, ops, values, values_mut};
 
 /// Values of f16 in the host's memory.
 #[derive(Debug)]
@@ -24,16 +24,30 @@ impl HostRows {
     /// There is too little memory of that kind.
     pub fn new(count: usize, device: Device) -> Result<Self, TorchError> {
         let values = match device {
-            Device::Cuda(_) => ops::page_locked(count)?,
-            _ => Tensor::zeros([count as i64], (Kind::Half, Device::Cpu)),
+            Device::Cuda(_) => ops::page_locked::<f16>(count)?,
+            // no operator of libtorch fills it: on a thread of its own that would make threads of its own
+            _ => Tensor::empty([count as i64], (Kind::Half, Device::Cpu)),
         };
         Ok(Self { values })
     }
 
-    /// As a tensor `[rows, dim]` on the device; on the CPU the same memory.
+    /// As a tensor `[rows, dim]` on the device; on the CPU the same memory. Nothing is to be written here any more.
     pub fn on(&self, device: Device, (rows, dim): (usize, usize)) -> Tensor {
         self.values.view([rows as i64, dim as i64]).to_device_(device, Kind::Half, true, false)
     }
+}
+
+/// Values `[n]` on the device; a GPU copies them by itself. For small arrays.
+///
+/// # Panics
+/// There is no page-locked memory for them, as libtorch's operators panic without memory.
+pub fn on_device<T: Stored + tch::kind::Element>(given: &[T], device: Device) -> Tensor {
+    if !device.is_cuda() {
+        return Tensor::from_slice(given);
+    }
+    let mut tensor = ops::page_locked::<T>(given.len()).unwrap_or_else(|error| panic!("{error}"));
+    values_mut::<T>(&mut tensor).copy_from_slice(given);
+    tensor.to_device_(device, <T as Stored>::KIND, true, false)
 }
 
 impl From<&[f16]> for HostRows {
@@ -63,15 +77,20 @@ mod tests {
 
     use super::*;
 
-    fn go_there_and_back(device: Device) {
-        for count in [0, 6] {
+    fn go_there_and_back(device: Device, most: usize) {
+        for count in [0, 6, most] {
             let given: Vec<f16> = (0..count).map(|number| f16::from_f32(number as f32 / 3.0)).collect();
             let mut rows = HostRows::new(count, device).unwrap();
             rows.copy_from_slice(&given);
             assert_eq!(*rows, given);
+            // a GPU is busy for a while, so that the copy is still to come when the memory is given back and taken again
+            let busy = Tensor::ones([4096, 4096], (Kind::Float, device));
+            let _busy = (0..50 * usize::from(device.is_cuda())).fold(busy.shallow_clone(), |x, _| x.matmul(&busy));
             let there = rows.on(device, (count / 3, 3));
-            // the memory may be given back before the copy has ended
-            drop(rows);
+            if device.is_cuda() {
+                drop(rows);
+                HostRows::new(count, device).unwrap().fill(f16::NAN);
+            }
             assert_eq!((there.size(), there.device()), (vec![count as i64 / 3, 3], device));
             assert_eq!(Vec::<f16>::try_from(there.reshape([-1]).to_device(Device::Cpu)).unwrap(), given);
         }
@@ -79,12 +98,16 @@ mod tests {
 
     #[test]
     fn rows_are_a_tensor() {
-        go_there_and_back(Device::Cpu);
+        go_there_and_back(Device::Cpu, 600);
+        let numbers = on_device(&[3_i64, 1], Device::Cpu);
+        assert_eq!(Vec::<i64>::try_from(numbers).unwrap(), [3, 1]);
     }
 
     #[test]
     #[ignore = "needs an NVIDIA GPU: cargo nextest run --release -p learn-torch --run-ignored only"]
     fn a_gpu_copies_them() {
-        go_there_and_back(crate::device(DeviceKind::Cuda, 0).unwrap());
+        let gpu = crate::device(DeviceKind::Cuda, 0).unwrap();
+        go_there_and_back(gpu, 3 << 23);
+        assert_eq!(Vec::<i64>::try_from(on_device(&[3_i64, 1], gpu).to_device(Device::Cpu)).unwrap(), [3, 1]);
     }
 }

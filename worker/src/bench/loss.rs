@@ -130,7 +130,7 @@ impl Batch {
             pairing: Pairs::AllAction,
             logit_scale: Tensor::from(20.0_f32).to_device(self.user.device()),
             pairs: self.pairs,
-            tile: Tile::default(),
+            tile: Tile::on(self.user.device(), (self.user.size()[0], self.item.size()[0])),
             items_learn: true,
             precision: Precision::F32,
         }

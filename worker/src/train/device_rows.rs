@@ -43,7 +43,7 @@ impl DeviceRows {
 
     /// Puts together what is here and what was `sent` `[F, dim]`, and keeps of that what shall stay.
     fn merge(&mut self, on_device: &OnDevice, sent: Tensor) -> Tensor {
-        let numbers = |values: &[i64]| Tensor::from_slice(values).to_device(self.device);
+        let numbers = |values: &[i64]| learn_torch::on_device(values, self.device);
         let split = |is_held: bool| -> Vec<i64> {
             let places = on_device.held.iter().enumerate().filter(|(_, slot)| slot.is_some() == is_held);
             places.map(|(place, _)| place as i64).collect()

@@ -64,7 +64,7 @@ pub struct Embeddings {
 /// Packed sequences as tensors.
 #[must_use]
 pub fn sequences(packed: &PackedSequences, device: Device) -> Sequences {
-    let on_device = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+    let on_device = |values: &[i64]| learn_torch::on_device(values, device);
     Sequences {
         items: on_device(&packed.items),
         gaps: (!packed.gaps.is_empty()).then(|| on_device(&packed.gaps)),
@@ -104,7 +104,7 @@ impl Share {
         let passes = passes.collect();
         let joined = |part: fn(&MicroBatch) -> &[i64]| {
             let all: Vec<i64> = micro_batches.iter().flat_map(|(batch, _)| part(batch)).copied().collect();
-            Tensor::from_slice(&all).to_device(device)
+            learn_torch::on_device(&all, device)
         };
         Self {
             exposures: Exposures::load(micro_batches, device),
@@ -130,11 +130,11 @@ impl Exposures {
             users += batch.row_user.len() as i64;
             items += batch.item_id.len() as i64;
         }
-        let on_device = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+        let on_device = |values: &[i64]| learn_torch::on_device(values, device);
         Self {
             user_row: on_device(&user_row),
             item_row: on_device(&item_row),
-            label: Tensor::from_slice(&label).to_device(device),
+            label: learn_torch::on_device(&label, device),
         }
     }
 

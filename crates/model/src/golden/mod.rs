@@ -79,6 +79,7 @@ struct Case {
     config: CaseConfig,
     tensors: BTreeMap<String, Tensor>,
     device: Device,
+    kind: Kind,
 }
 
 /// One side (history or targets) of the case: sequences, and what belongs to each sampled position.
@@ -92,12 +93,12 @@ struct Side {
     place: Vec<i64>,
 }
 
-/// Largest absolute error by group of tensors: `out.user`, `grad.adaptor`, `grad.summary_encoder.layer.0`, …
+/// Largest absolute error, computed in f64 or f32, by group of tensors: `out.user`, `grad.adaptor`, `grad.summary_encoder.layer.0`, …
 ///
 /// # Errors
 /// The file cannot be read or does not have the layout.
-pub fn check(path: &Path, device: Device) -> Result<BTreeMap<String, f64>, GoldenError> {
-    let case = Case::open(path, device)?;
+pub fn check(path: &Path, device: Device, kind: Kind) -> Result<BTreeMap<String, f64>, GoldenError> {
+    let case = Case::open(path, device, kind)?;
     let (model, parameters) = case.model()?;
     let (history, target) = (case.side("hist", "user_pos")?, case.side("tar", "item_pos")?);
     let forward = Forward { train: false, precision: Precision::F32 };
@@ -162,7 +163,7 @@ pub fn check(path: &Path, device: Device) -> Result<BTreeMap<String, f64>, Golde
 }
 
 impl Case {
-    fn open(path: &Path, device: Device) -> Result<Self, GoldenError> {
+    fn open(path: &Path, device: Device, kind: Kind) -> Result<Self, GoldenError> {
         let contents = safetensors::read_all(path)?;
         let layout = |problem: String| GoldenError::Layout { path: path.into(), problem };
         let text =
@@ -172,8 +173,12 @@ impl Case {
         if config.layer_norm_eps != LAYER_NORM_EPS {
             return Err(layout(format!("layer_norm_eps is {} instead of {LAYER_NORM_EPS}", config.layer_norm_eps)));
         }
-        let tensors = contents.tensors.into_iter().map(|(name, tensor)| (name, tensor.to_device(device))).collect();
-        Ok(Self { path: path.into(), config, tensors, device })
+        let there = |tensor: Tensor| match tensor.is_floating_point() {
+            true => tensor.to_kind(kind).to_device(device),
+            false => tensor.to_device(device),
+        };
+        let tensors = contents.tensors.into_iter().map(|(name, tensor)| (name, there(tensor))).collect();
+        Ok(Self { path: path.into(), config, tensors, device, kind })
     }
 
     fn model(&self) -> Result<(Pch, Parameters), GoldenError> {
@@ -209,7 +214,7 @@ impl Case {
         let given = self.tensors.iter().filter_map(|(name, tensor)| {
             name.strip_prefix("param.").map(|name| (name.to_owned(), tensor.shallow_clone()))
         });
-        let parameters = Parameters::load(model.shape(), given.collect(), Kind::Double, self.device).map_err(failed)?;
+        let parameters = Parameters::load(model.shape(), given.collect(), self.kind, self.device).map_err(failed)?;
         Ok((model, parameters))
     }
 

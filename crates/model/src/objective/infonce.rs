@@ -14,7 +14,7 @@
 //! With a correction, s = logit scale * cosine - correction of the item (logQ correction: the logarithm of the chance to
 //! meet the item as a negative).
 //!
-//! Invariants: memory is that of rows, items and a tile, never `[R, M]`; the sum of the shares (and of their item gradients) over the
+//! Invariants: memory is that of rows, items and a tile, whatever `[R, M]` is; the sum of the shares (and of their item gradients) over the
 //! ranks is the loss (the gradient) of the whole batch on one device. Every rank sees a learned logit scale in full, so
 //! its gradient here is the share of the own rows, to be summed over ranks like the rest.
 
@@ -44,11 +44,13 @@ impl Default for Tile {
     }
 }
 
-/// On a GPU so many scores are held whole: 0.5 GiB in f32, and a tile costs launches and a second product.
-const WHOLE_ON_GPU: i64 = 1 << 27;
+/// On a GPU so many scores are one tile, with what is made of them about 0.5 GiB: more tiles cost launches, and a product
+/// is made a second time for the gradient.
+const WHOLE_ON_GPU: i64 = 1 << 26;
 
 impl Tile {
-    /// For this matrix of scores on this device.
+    /// For this matrix of scores on this device: larger tiles on a GPU, but where even they are many, small ones, so that a
+    /// large batch does not need more memory than a small one.
     #[must_use]
     pub fn on(device: Device, (rows, items): (i64, i64)) -> Self {
         match device {
