@@ -61,23 +61,22 @@ void learn_torch_free(char* text) {
   }
 }
 
-// Causal attention of each sequence on itself: query, key and value [T, heads, width], f16 or bf16; bounds [B + 1] i32.
-char* learn_flash_attention(const at::Tensor* query, const at::Tensor* key, const at::Tensor* value,
-                            const at::Tensor* bounds, int64_t longest, double dropout, at::Tensor** out) {
+// Causal attention of each sequence on itself: query, key and value [T, heads, width]; bounds [B + 1] i32. bf16 by flash
+// attention; f16 and f32 by kernels that also older GPUs have.
+char* learn_packed_attention(const at::Tensor* query, const at::Tensor* key, const at::Tensor* value,
+                             const at::Tensor* bounds, int64_t longest, double dropout, at::Tensor** out) {
   return guarded([&] {
-    auto all = at::_flash_attention_forward(*query, *key, *value, *bounds, *bounds, longest, longest, dropout,
-                                            /*is_causal=*/true, /*return_debug_mask=*/false);
-    *out = new at::Tensor(std::move(std::get<0>(all)));
-  });
-}
-
-// The same by kernels that also take f32 and older GPUs: query, key and value [1, T, heads, width].
-char* learn_efficient_attention(const at::Tensor* query, const at::Tensor* key, const at::Tensor* value,
-                                const at::Tensor* bounds, int64_t longest, double dropout, at::Tensor** out) {
-  return guarded([&] {
-    auto all = at::_efficient_attention_forward(*query, *key, *value, /*bias=*/std::nullopt, *bounds, *bounds, longest,
-                                                longest, dropout, CAUSAL, /*compute_log_sumexp=*/true);
-    *out = new at::Tensor(std::move(std::get<0>(all)));
+    at::Tensor attended;
+    if (query->scalar_type() == at::kBFloat16) {
+      attended = std::get<0>(at::_flash_attention_forward(*query, *key, *value, *bounds, *bounds, longest, longest,
+                                                          dropout, /*is_causal=*/true, /*return_debug_mask=*/false));
+    } else {
+      attended = std::get<0>(at::_efficient_attention_forward(
+          query->unsqueeze(0), key->unsqueeze(0), value->unsqueeze(0), /*bias=*/std::nullopt, *bounds, *bounds, longest,
+          longest, dropout, CAUSAL, /*compute_log_sumexp=*/true));
+      attended = attended.squeeze(0);
+    }
+    *out = new at::Tensor(std::move(attended));
   });
 }
 

@@ -10,28 +10,9 @@ use torch_sys::C_tensor;
 
 use crate::{Stored, TorchError, cuda};
 
-type Attention = unsafe extern "C" fn(
-    *const C_tensor,
-    *const C_tensor,
-    *const C_tensor,
-    *const C_tensor,
-    i64,
-    f64,
-    *mut *mut C_tensor,
-) -> *mut c_char;
-
 unsafe extern "C" {
     fn learn_torch_free(text: *mut c_char);
-    fn learn_flash_attention(
-        query: *const C_tensor,
-        key: *const C_tensor,
-        value: *const C_tensor,
-        bounds: *const C_tensor,
-        longest: i64,
-        dropout: f64,
-        out: *mut *mut C_tensor,
-    ) -> *mut c_char;
-    fn learn_efficient_attention(
+    fn learn_packed_attention(
         query: *const C_tensor,
         key: *const C_tensor,
         value: *const C_tensor,
@@ -112,22 +93,21 @@ pub fn packed_attention(
     sequences: &SequenceBounds,
     dropout: f64,
 ) -> Result<Tensor, TorchError> {
-    let run = |attend: Attention, [query, key, value]: [&Tensor; 3]| {
-        let mut out = std::ptr::null_mut();
-        let tensor = |tensor: &Tensor| tensor.as_ptr();
-        let bounds = tensor(&sequences.bounds);
-        // SAFETY: all are tensors that outlive the call, which writes one tensor of its own to `out` or gives an error.
-        checked(unsafe {
-            attend(tensor(query), tensor(key), tensor(value), bounds, sequences.longest, dropout, &mut out)
-        })?;
-        // SAFETY: a tensor that nobody else owns.
-        Ok(unsafe { Tensor::from_ptr(out) })
-    };
-    if query.kind() == Kind::BFloat16 {
-        return run(learn_flash_attention, [query, key, value]);
-    }
-    let batched = [query, key, value].map(|tensor| tensor.unsqueeze(0));
-    Ok(run(learn_efficient_attention, batched.each_ref())?.squeeze_dim(0))
+    let mut out = std::ptr::null_mut();
+    // SAFETY: all are tensors that outlive the call, which writes one tensor of its own to `out` or gives an error.
+    checked(unsafe {
+        learn_packed_attention(
+            query.as_ptr(),
+            key.as_ptr(),
+            value.as_ptr(),
+            sequences.bounds.as_ptr(),
+            sequences.longest,
+            dropout,
+            &mut out,
+        )
+    })?;
+    // SAFETY: a tensor that nobody else owns.
+    Ok(unsafe { Tensor::from_ptr(out) })
 }
 
 impl FusedAdamW {
