@@ -155,28 +155,23 @@ pub fn layer(weights: &LayerWeights, x: &Tensor, attention: &Attention, forward:
 
 /// The heads' weighted values, side by side: `[.., D]`.
 fn context(weights: &LayerWeights, x: &Tensor, attention: &Attention, forward: &LayerForward) -> Tensor {
-    if x.numel() == 0 {
-        return weights.value.forward(x, forward.precision);
-    }
-    if let Attention::Packed(packed) = attention {
-        let attend = |parts: (&Tensor, &Tensor, &Tensor), dropout| {
-            let attended = learn_torch::packed_attention(parts, &packed.rest, dropout);
-            attended.unwrap_or_else(|error| panic!("{error}"))
-        };
-        return packed_context(weights, x, packed, forward, attend);
-    }
-    let value = weights.value.forward(x, forward.precision);
-    let others = || (weights.query.forward(x, forward.precision), weights.key.forward(x, forward.precision));
+    let product = |part: &Linear| part.forward(x, forward.precision);
+    let parts = || (product(&weights.query), product(&weights.key), product(&weights.value));
     match attention {
-        _ if x.numel() == 0 => value,
+        _ if x.numel() == 0 => product(&weights.value),
         // One key has weight 1. Dropping that weight would erase the item instead of thinning its context.
-        Attention::Alone | Attention::Packed(_) => value,
+        Attention::Alone => product(&weights.value),
         Attention::Masked(mask) => {
-            let (query, key) = others();
+            let (query, key, value) = parts();
             attend(forward, (&query, &key, &value), Some(*mask))
         }
+        Attention::Packed(packed) => packed_context(weights, x, packed, forward, |parts, dropout| {
+            let attended = learn_torch::packed_attention(parts, &packed.rest, dropout);
+            // as the binding's own operators do
+            attended.unwrap_or_else(|error| panic!("{error}"))
+        }),
         Attention::Causal(runs) => {
-            let (query, key) = others();
+            let (query, key, value) = parts();
             let parts = blocks(&query, runs).zip(blocks(&key, runs)).zip(blocks(&value, runs));
             let attended = parts.map(|(((query, run), (key, _)), (value, _))| match run.length {
                 1 => value.flatten(0, 1),

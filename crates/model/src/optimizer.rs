@@ -149,6 +149,7 @@ impl AdamW {
                 weight_decay,
                 epsilon: self.epsilon,
             };
+            // as the binding's own operators do
             let updated = fused.update(group, self.steps);
             updated.unwrap_or_else(|error| panic!("{error}"));
         }

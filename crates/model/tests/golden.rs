@@ -44,7 +44,7 @@ fn they_agree_roughly_in_f32() {
 }
 
 #[test]
-#[ignore = "needs an NVIDIA GPU: runs the golden cases on CUDA"]
+#[ignore = "needs an NVIDIA GPU: cargo nextest run --release -p learn-model --test golden --run-ignored only"]
 fn they_agree_on_cuda_too() {
     let gpu = learn_torch::device(DeviceKind::Cuda, 0).unwrap();
     check_all(gpu, Kind::Double, TOLERANCE);

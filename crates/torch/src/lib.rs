@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "needs an NVIDIA GPU: loads libtorch's CUDA library"]
+    #[ignore = "needs an NVIDIA GPU: cargo nextest run --release -p learn-torch --run-ignored only"]
     fn cuda_is_loaded_at_run_time() {
         let gpu = device(DeviceKind::Cuda, 0).unwrap();
         let sum = Tensor::ones([8, 8], (Kind::Float, gpu)).sum(Kind::Float);

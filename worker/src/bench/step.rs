@@ -225,6 +225,9 @@ impl fmt::Display for StepResult {
 /// # Errors
 /// If the flags make no sense, or the device or a step fails.
 pub fn run(args: &StepArgs) -> Result<Option<StepResult>, WorkerError> {
+    if args.sockets && args.workers == 1 {
+        return Err(WorkerError::Usage("--sockets is between several ranks: add --workers 4".into()));
+    }
     let mut settings = args.shape.settings()?;
     settings.config.cluster.shared_memory &= !args.sockets;
     if args.workers == 1 {
