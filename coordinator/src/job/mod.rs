@@ -7,6 +7,7 @@
 pub mod actor;
 mod attendance;
 mod books;
+mod error;
 mod figures;
 mod history;
 mod saved;
@@ -22,10 +23,11 @@ use std::time::Duration;
 use crate::sd::Present;
 pub use books::BooksError;
 use books::{Books, Entry};
+pub use error::JobError;
 pub use history::{History, LedgerFile, ResumeError, prune_ledgers};
 use learn_domain::ledger::Ledger;
 use learn_domain::membership::{
-    Departure, Directive, Effect, Event, Membership, MembershipSettings, Outcome, Refusal, State, StopCause,
+    Departure, Directive, Effect, Event, Membership, MembershipSettings, Outcome, Refusal, State,
 };
 use learn_domain::plan::Plan;
 use learn_domain::report::{DatasetFacts, Evaluation, StepRecord, Task};
@@ -37,30 +39,6 @@ pub use turn::Keeping;
 use vigil::Vigil;
 pub use worker::Heartbeat;
 use worker::Worker;
-
-/// Why a message changes nothing.
-#[derive(Debug, thiserror::Error, PartialEq)]
-pub enum JobError {
-    #[error("{0}")]
-    Refused(Refusal),
-    #[error("worker {0} does not belong to this job; it must join first")]
-    UnknownWorker(WorkerId),
-    #[error("generation {theirs} is not the one that runs (that is {ours}); ask the next heartbeat what to do")]
-    StaleGeneration { theirs: Generation, ours: Generation },
-    #[error("generation {0} has ended; ask the next heartbeat what to do")]
-    Regrouping(Generation),
-    #[error("the job is stopping: {0}")]
-    Stopping(StopCause),
-    #[error("only rank 0 may do this; worker {worker} has rank {rank}")]
-    NotRankZero { worker: WorkerId, rank: Rank },
-    #[error(
-        "the {what} of step {step} is not a finite number: training has diverged; lower optimizer.learning_rate or raise \
-         optimizer.warmup_steps, and resume from an earlier checkpoint"
-    )]
-    Diverged { what: String, step: Step },
-    #[error(transparent)]
-    Books(#[from] BooksError),
-}
 
 /// What a job is made from.
 #[derive(Debug)]
