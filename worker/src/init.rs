@@ -191,7 +191,7 @@ mod tests {
         let parameters = Parameters::init(shape, 7, Device::Cpu);
         let path = folder.join("w.safetensors");
         let tensors: Vec<_> = parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.detach())).collect();
-        safetensors::write(&path, &tensors, &BTreeMap::new()).unwrap();
+        safetensors::write(&mut fs::File::create(&path).unwrap(), &path, &tensors, &BTreeMap::new()).unwrap();
         (path, parameters)
     }
 
@@ -260,7 +260,7 @@ mod tests {
         assert!(error.contains("weights_only=True"), "{error}");
         let path = folder.path().join("w.safetensors");
         let stranger = [("x".to_owned(), Tensor::zeros([2], (Kind::Float, Device::Cpu)))];
-        safetensors::write(&path, &stranger, &BTreeMap::new()).unwrap();
+        safetensors::write(&mut fs::File::create(&path).unwrap(), &path, &stranger, &BTreeMap::new()).unwrap();
         let error = Weights::open(&path).unwrap().check(&shape(ItemInput::Content, 4), "data", true).unwrap_err();
         assert!(error.to_string().contains("nothing in"), "{error}");
     }

@@ -55,6 +55,7 @@ static USER_FIELDS: LazyLock<Fields> =
 struct TableFile {
     writer: ArrowWriter<HashingFile>,
     schema: Arc<Schema>,
+    relative: String,
     rows: u64,
 }
 
@@ -62,8 +63,9 @@ impl TableFile {
     fn create(root: &Path, relative: String, fields: &Fields) -> Result<Self, ParquetError> {
         let schema = Arc::new(Schema::new(fields.clone()));
         let properties = WriterProperties::builder().set_compression(Compression::ZSTD(Default::default())).build();
-        let writer = ArrowWriter::try_new(HashingFile::create(root, relative)?, schema.clone(), Some(properties))?;
-        Ok(Self { writer, schema, rows: 0 })
+        let writer =
+            ArrowWriter::try_new(HashingFile::create(&root.join(&relative))?, schema.clone(), Some(properties))?;
+        Ok(Self { writer, schema, relative, rows: 0 })
     }
 
     fn write(&mut self, columns: Vec<ArrayRef>) -> Result<(), ParquetError> {
@@ -73,7 +75,7 @@ impl TableFile {
     }
 
     fn finish(self) -> Result<FileEntry, ParquetError> {
-        Ok(self.writer.into_inner()?.finish(self.rows)?)
+        Ok(self.writer.into_inner()?.finish()?.entry(self.relative, self.rows))
     }
 }
 

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::DatasetError;
@@ -23,15 +24,35 @@ pub(crate) fn relative(folder: &str, name: &str) -> String {
     format!("{folder}/{name}")
 }
 
-/// SHA-256 of a file and its size, read in pieces.
-pub(crate) fn hash_file(path: &Path, mut seen: impl FnMut(u64)) -> io::Result<(String, u64)> {
+/// What a file is read and written by: little enough to be hashed and copied while it is in the processor's cache.
+const PIECE: usize = 1 << 18;
+
+/// Size and checksum of a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileDigest {
+    pub bytes: u64,
+    pub sha256: String,
+}
+
+impl FileDigest {
+    /// As the dataset lists the file.
+    pub(crate) fn entry(self, path: String, rows: u64) -> FileEntry {
+        FileEntry { path, bytes: self.bytes, sha256: self.sha256, rows }
+    }
+}
+
+/// Reads a file in pieces for its size and SHA-256, telling `seen` the bytes of each.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn hash_file(path: &Path, mut seen: impl FnMut(u64)) -> io::Result<FileDigest> {
     let mut file = File::open(path)?;
-    let mut piece = vec![0; 1 << 20];
+    let mut piece = vec![0; PIECE];
     let (mut digest, mut bytes) = (Sha256::new(), 0);
     loop {
         let read = file.read(&mut piece)?;
         if read == 0 {
-            return Ok((hex(&digest.finalize()), bytes));
+            return Ok(FileDigest { bytes, sha256: hex(&digest.finalize()) });
         }
         digest.update(&piece[..read]);
         bytes += read as u64;
@@ -46,7 +67,7 @@ pub(crate) fn verify(path: &Path, entry: &FileEntry) -> Result<(), DatasetError>
 
 /// [`verify`], telling the bytes of each piece.
 pub(crate) fn verify_with(path: &Path, entry: &FileEntry, seen: impl FnMut(u64)) -> Result<(), DatasetError> {
-    let (found, _) = hash_file(path, seen).map_err(DatasetError::io(path))?;
+    let found = hash_file(path, seen).map_err(DatasetError::io(path))?.sha256;
     if found != entry.sha256 {
         let problem = format!("its SHA-256 is {found}, dataset.json says {}", entry.sha256);
         return Err(DatasetError::damaged(path, problem));
@@ -55,31 +76,36 @@ pub(crate) fn verify_with(path: &Path, entry: &FileEntry, seen: impl FnMut(u64))
 }
 
 /// A new file that hashes what is written to it.
-pub(crate) struct HashingFile {
+pub struct HashingFile {
     file: BufWriter<File>,
     digest: Sha256,
     bytes: u64,
-    relative: String,
 }
 
 impl HashingFile {
-    /// Creates `root/relative`, whose folder exists.
-    pub(crate) fn create(root: &Path, relative: String) -> io::Result<Self> {
-        let file = BufWriter::with_capacity(1 << 18, File::create(root.join(&relative))?);
-        Ok(Self { file, digest: Sha256::new(), bytes: 0, relative })
+    /// Creates it in a folder that exists.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        let file = BufWriter::with_capacity(PIECE, File::create(path)?);
+        Ok(Self { file, digest: Sha256::new(), bytes: 0 })
     }
 
     /// Makes the file durable and describes it.
-    pub(crate) fn finish(self, rows: u64) -> io::Result<FileEntry> {
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn finish(self) -> io::Result<FileDigest> {
         let file = self.file.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.sync_all()?;
-        Ok(FileEntry { path: self.relative, bytes: self.bytes, sha256: hex(&self.digest.finalize()), rows })
+        Ok(FileDigest { bytes: self.bytes, sha256: hex(&self.digest.finalize()) })
     }
 }
 
 impl Write for HashingFile {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        let written = self.file.write(data)?;
+        let written = self.file.write(&data[..data.len().min(PIECE)])?;
         self.digest.update(&data[..written]);
         self.bytes += written as u64;
         Ok(written)

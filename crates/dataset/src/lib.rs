@@ -18,7 +18,7 @@ mod catalogue;
 mod dataset;
 pub mod embeddings;
 mod error;
-mod files;
+pub mod files;
 #[doc(hidden)]
 pub mod fuzzing;
 mod ipc;

@@ -4,11 +4,13 @@
 //! kinds, shapes and offsets are checked against the file's size before any tensor is made.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use ::safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo, View, serialize_to_file};
+use ::safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use tch::{Kind, Tensor};
 
 mod mapped;
@@ -98,29 +100,45 @@ fn shape(info: &TensorInfo) -> Vec<i64> {
     info.shape.iter().map(|&size| size as i64).collect()
 }
 
-/// Writes tensors of any device to a file; an earlier file of that name is replaced at once or not at all.
+/// Writes tensors of any device to `out`, the file `path`: a header of names, kinds, shapes and offsets, filled up to a
+/// multiple of eight bytes, and the data, the widest kinds first.
 ///
 /// # Errors
 /// The file cannot be written, a name is given twice, or a tensor has a kind that is not known here.
 pub fn write(
+    out: &mut impl Write,
     path: &Path,
     tensors: &[(String, Tensor)],
     metadata: &BTreeMap<String, String>,
 ) -> Result<(), SafetensorsError> {
-    let mut owned = BTreeMap::new();
+    let mut stored = BTreeMap::new();
     for (name, tensor) in tensors {
-        let stored = HostTensor::of(path, name, tensor)?;
-        if owned.insert(name.as_str(), stored).is_some() {
+        let tensor = HostTensor::of(path, name, tensor)?;
+        if stored.insert(name.clone(), tensor).is_some() {
             let reason = format!("two tensors are named {name}");
             return Err(SafetensorsError::Invalid { path: path.into(), reason });
         }
     }
-    let metadata: Option<HashMap<String, String>> =
-        (!metadata.is_empty()).then(|| metadata.iter().map(|(key, value)| (key.clone(), value.clone())).collect());
-    serialize_to_file(owned.iter().map(|(name, tensor)| (*name, tensor)), metadata, path).map_err(|error| match error {
-        safetensors::SafeTensorError::IoError(source) => SafetensorsError::Io { path: path.into(), source },
-        other => SafetensorsError::Invalid { path: path.into(), reason: other.to_string() },
-    })
+    let mut stored: Vec<(String, HostTensor<'_>)> = stored.into_iter().collect();
+    stored.sort_by_key(|(_, tensor)| Reverse(tensor.dtype));
+    let mut end = 0;
+    let mut info = |(name, tensor): &(String, HostTensor<'_>)| {
+        let start = end;
+        end += tensor.bytes.len();
+        let info = TensorInfo { dtype: tensor.dtype, shape: tensor.shape.clone(), data_offsets: (start, end) };
+        (name.clone(), info)
+    };
+    let invalid = |reason: String| SafetensorsError::Invalid { path: path.into(), reason };
+    let metadata = (!metadata.is_empty()).then(|| metadata.clone().into_iter().collect());
+    let header = Metadata::new(metadata, stored.iter().map(&mut info).collect());
+    let header = header.map_err(|error| invalid(error.to_string()))?;
+    let mut header = serde_json::to_vec(&header).map_err(|error| invalid(error.to_string()))?;
+    header.resize(header.len().next_multiple_of(LENGTH_BYTES), b' ');
+    let mut write =
+        |bytes: &[u8]| out.write_all(bytes).map_err(|source| SafetensorsError::Io { path: path.into(), source });
+    write(&(header.len() as u64).to_le_bytes())?;
+    write(&header)?;
+    stored.iter().try_for_each(|(_, tensor)| write(&tensor.bytes))
 }
 
 /// How zip archives (`torch.save` since 1.6) and bare pickles start.
@@ -178,21 +196,6 @@ impl<'a> HostTensor<'a> {
     }
 }
 
-impl View for &HostTensor<'_> {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.bytes)
-    }
-    fn data_len(&self) -> usize {
-        self.bytes.len()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use tch::Device;
@@ -214,7 +217,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.safetensors");
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        write(&path, &some(), &metadata).unwrap();
+        write(&mut fs::File::create(&path).unwrap(), &path, &some(), &metadata).unwrap();
         let contents = read_all(&path).unwrap();
         assert_eq!(contents.metadata, metadata);
         assert_eq!(contents.tensors.len(), some().len());
@@ -230,7 +233,7 @@ mod tests {
     fn damaged_files_and_other_kinds_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.safetensors");
-        write(&path, &some(), &BTreeMap::new()).unwrap();
+        write(&mut fs::File::create(&path).unwrap(), &path, &some(), &BTreeMap::new()).unwrap();
         let whole = fs::read(&path).unwrap();
         for cut in [0, 7, 40, whole.len() - 1] {
             fs::write(&path, &whole[..cut]).unwrap();
@@ -238,10 +241,16 @@ mod tests {
             assert!(error.contains("x.safetensors") && error.contains("copy or write it again"), "{error}");
         }
         let flags = [("flags".to_owned(), Tensor::ones([2], (Kind::Bool, Device::Cpu)))];
-        let error = write(&path, &flags, &BTreeMap::new()).unwrap_err().to_string();
+        let error =
+            write(&mut fs::File::create(&path).unwrap(), &path, &flags, &BTreeMap::new()).unwrap_err().to_string();
         assert!(error.contains("flags") && error.contains("Bool"), "{error}");
         let twice = [("t".to_owned(), Tensor::from(1.0)), ("t".to_owned(), Tensor::from(2.0))];
-        assert!(write(&path, &twice, &BTreeMap::new()).unwrap_err().to_string().contains("two tensors"));
+        assert!(
+            write(&mut fs::File::create(&path).unwrap(), &path, &twice, &BTreeMap::new())
+                .unwrap_err()
+                .to_string()
+                .contains("two tensors")
+        );
         assert!(matches!(read(&folder.path().join("none")), Err(SafetensorsError::Io { .. })));
     }
 

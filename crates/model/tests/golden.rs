@@ -61,7 +61,7 @@ fn a_wrong_value_is_seen() {
         .into_iter()
         .map(|(name, tensor)| if name == "grad.mlp.0.bias" { (name, tensor + 1e-6) } else { (name, tensor) })
         .collect();
-    learn_model::safetensors::write(&path, &wrong, &good.metadata).unwrap();
+    learn_model::safetensors::write(&mut std::fs::File::create(&path).unwrap(), &path, &wrong, &good.metadata).unwrap();
     let errors = golden::check(&path, Device::Cpu, Kind::Double).unwrap();
     assert!((errors["grad.mlp"] - 1e-6).abs() < 1e-9 && errors["grad.adaptor"] < TOLERANCE);
 }

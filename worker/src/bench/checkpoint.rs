@@ -1,10 +1,12 @@
 //! `bench checkpoint`: what a step loses while a checkpoint is written.
 //!
-//! Input: a model shape, a directory. Output: seconds of steps while the writer works (the first of them hands the state over)
-//! and of steps while it rests, in turns.
+//! Input: a model shape, a directory. Output: seconds of steps while the writer works, and of steps over the same batches
+//! while it is held between two pieces of a file, in turns; so a machine that is slower for a while is slower for both.
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -23,11 +25,14 @@ use crate::train::{Exchange, Stepper, Word, snapshot};
 
 pub const HELP: &str = "\
 The state is handed over between two steps and written by a thread of its own, which gives way
-to the steps. Steps while one is written are set against as many without, in turns.
+to the steps. Each step while it writes is set against one over the same batch while it is held.
 
 Examples:
   learn-launch bench checkpoint --threads 2
   learn-launch bench checkpoint --layers 12 --folder /scratch --json";
+
+/// How long a step waits for the writer to be held; longer, and the writer waits for the disk.
+const HOLD_WITHIN: Duration = Duration::from_millis(50);
 
 /// Flags of `bench checkpoint`.
 #[derive(Clone, Debug, Args)]
@@ -54,15 +59,19 @@ pub struct CheckpointResult {
     pub bytes: u64,
     /// Seconds that the training thread waits for the copy of the state, of each checkpoint.
     pub handing_over: Vec<f64>,
-    /// Seconds from the copy to a durable checkpoint.
+    /// Seconds of steps from the copy to a durable checkpoint, of each.
     pub writing: Vec<f64>,
-    /// Processor time that the writer takes, of each checkpoint, by the seconds from the copy to a durable one.
+    /// Processor time that the writer takes, of each checkpoint, by these seconds.
     pub writer_share: Vec<f64>,
-    /// Steps that began while one was written, the copy included in the first one.
+    /// Steps while one was written.
     pub steps_meanwhile: Vec<f64>,
+    /// Steps over the same batches while the writer was held.
     pub steps_without: Vec<f64>,
-    /// How much longer steps take while a checkpoint is written, in the mean, as a share of those without.
+    /// How much longer steps take while a checkpoint is written, in the mean, as a share of those without; the copy of the
+    /// state is part of it.
     pub lost_share: f64,
+    /// The standard error of `lost_share`, from the differences within pairs.
+    pub lost_share_error: f64,
 }
 
 impl fmt::Display for CheckpointResult {
@@ -71,14 +80,16 @@ impl fmt::Display for CheckpointResult {
         write!(
             f,
             "checkpoints of {} MiB: {:.0} ms to hand one over, {:.1} s until it is durable, in which \
-             the writer takes {:.2} % of a processor\na step of {} users takes {:.0} ms; while one is written {:.2} % longer",
+             the writer takes {:.2} % of a processor\na step of {} users takes {:.0} ms; while one is written {:.2} % longer \
+             (standard error {:.2} %)",
             self.bytes >> 20,
             1e3 * over,
             Spread::of(&self.writing).median,
             100.0 * Spread::of(&self.writer_share).median,
             self.users,
             1e3 * without,
-            100.0 * self.lost_share
+            100.0 * self.lost_share,
+            100.0 * self.lost_share_error,
         )
     }
 }
@@ -107,13 +118,15 @@ struct Training<'a> {
 }
 
 impl Training<'_> {
-    fn step(&mut self) -> Result<(), WorkerError> {
+    /// The seconds of a step over one of the batches.
+    fn step(&mut self, batch: usize) -> Result<f64, WorkerError> {
         let rate = self.settings.config.optimizer.learning_rate;
-        let step = &self.steps[self.done % self.steps.len()];
+        let step = &self.steps[batch % self.steps.len()];
+        let started = Instant::now();
         self.stepper.step(step, &mut self.exchange, rate, Word::default())?;
         learn_torch::synchronize(self.settings.device);
         self.done += 1;
-        Ok(())
+        Ok(started.elapsed().as_secs_f64())
     }
 
     fn state(&self) -> State {
@@ -136,6 +149,62 @@ impl Training<'_> {
     }
 }
 
+/// What the writer passes before each piece of a file.
+#[derive(Default)]
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct GateState {
+    closed: bool,
+    /// Whether the writer stands before it.
+    holds: bool,
+}
+
+impl Gate {
+    fn pass(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        while state.closed {
+            state.holds = true;
+            self.changed.notify_all();
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.holds = false;
+    }
+
+    fn open(&self) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).closed = false;
+        self.changed.notify_all();
+    }
+
+    /// Closes it; whether the writer stands before it soon.
+    fn close(&self) -> bool {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.closed = true;
+        let waits = |state: &mut GateState| !state.holds;
+        let waited = self.changed.wait_timeout_while(state, HOLD_WITHIN, waits);
+        waited.unwrap_or_else(PoisonError::into_inner).0.holds
+    }
+}
+
+/// A step without the writer, and the steps over the same batch beside it.
+#[derive(Default)]
+struct Pair {
+    without: f64,
+    meanwhile: Vec<f64>,
+}
+
+/// A checkpoint that is written while steps go on.
+struct Trial {
+    handing_over: f64,
+    /// Processor time of the writer.
+    processor: Duration,
+    path: PathBuf,
+    pairs: Vec<Pair>,
+}
+
 fn measure(settings: &BenchSettings, checkpoints: u32, run: &RunDir) -> Result<CheckpointResult, WorkerError> {
     let metrics = WorkerMetrics::new();
     let mut training = Training {
@@ -145,49 +214,96 @@ fn measure(settings: &BenchSettings, checkpoints: u32, run: &RunDir) -> Result<C
         steps: settings.steps(Seat::ALONE)?,
         done: 0,
     };
-    for _ in 0..training.steps.len() {
-        training.step()?;
+    for batch in 0..training.steps.len() {
+        training.step(batch)?;
     }
-    let (told, durable) = std::sync::mpsc::channel();
-    let mut writer = Writer::start(run.clone(), 1, move |written| {
-        let Written::Committed { path, duration, processor, .. } = written else { return false };
-        // nobody listens any more when a step has failed
-        let _ = told.send((path, duration, processor));
-        true
-    });
-    let (mut handing_over, mut meanwhile, mut without) = (Vec::new(), Vec::new(), Vec::new());
+    let (gate, (told, durable)) = (Arc::new(Gate::default()), channel());
+    let passed = gate.clone();
+    let mut writer = Writer::start(
+        run.clone(),
+        1,
+        move || passed.pass(),
+        move |written| {
+            let Written::Committed { path, processor, .. } = written else { return false };
+            // nobody listens any more when a step has failed
+            let _ = told.send((path, processor));
+            true
+        },
+    );
+    let mut trials = Vec::new();
     for _ in 0..checkpoints {
-        let before = meanwhile.len();
-        let mut started = Instant::now();
-        writer.save(snapshot(training.state(), &training.stepper))?;
-        handing_over.push(started.elapsed().as_secs_f64());
-        // whole rounds of the batches, so that both kinds of steps have the same ones
-        while !writer.is_idle() || !(meanwhile.len() - before).is_multiple_of(training.steps.len()) {
-            training.step()?;
-            meanwhile.push(started.elapsed().as_secs_f64());
-            started = Instant::now();
-        }
-        writer.settle()?;
-        for _ in before..meanwhile.len() {
-            let started = Instant::now();
-            training.step()?;
-            without.push(started.elapsed().as_secs_f64());
-        }
+        let trial = write_beside(&mut training, &mut writer, &gate, &durable);
+        // the writer's thread is waited for when it is dropped
+        gate.open();
+        trials.push(trial?);
     }
     drop(writer);
-    let written: Vec<(PathBuf, Duration, Duration)> = durable.into_iter().collect();
-    let newest = written.last().map(|(path, ..)| checkpoint::check(path)).transpose()?;
-    let mean = |seconds: &[f64]| seconds.iter().sum::<f64>() / seconds.len().max(1) as f64;
-    Ok(CheckpointResult {
+    let newest = trials.last().map(|trial| checkpoint::check(&trial.path)).transpose()?;
+    let bytes = newest.map_or(0, |state| state.files.values().map(|file| file.bytes).sum());
+    Ok(summarize(settings, training.stepper.parameters.count(), bytes, &trials))
+}
+
+fn write_beside(
+    training: &mut Training<'_>,
+    writer: &mut Writer,
+    gate: &Gate,
+    durable: &Receiver<(PathBuf, Duration)>,
+) -> Result<Trial, WorkerError> {
+    let mut pairs: Vec<Pair> = Vec::new();
+    let started = Instant::now();
+    writer.save(snapshot(training.state(), &training.stepper))?;
+    let handing_over = started.elapsed().as_secs_f64();
+    while !writer.is_idle() {
+        let (batch, mut pair) = (pairs.len(), Pair::default());
+        // each kind comes first in every other pair; a writer that waits for the disk is not held
+        let mut held = false;
+        if !batch.is_multiple_of(2) && gate.close() {
+            (held, pair.without) = (true, training.step(batch)?);
+        }
+        gate.open();
+        pair.meanwhile.push(training.step(batch)?);
+        while !held {
+            if gate.close() || writer.is_idle() {
+                (held, pair.without) = (true, training.step(batch)?);
+            } else {
+                gate.open();
+                pair.meanwhile.push(training.step(batch)?);
+            }
+        }
+        gate.open();
+        pairs.push(pair);
+    }
+    writer.settle()?;
+    let (path, processor) = durable.recv().map_err(|_| checkpoint::CheckpointError::WriterGone)?;
+    Ok(Trial { handing_over, processor, path, pairs })
+}
+
+fn summarize(settings: &BenchSettings, parameters: i64, bytes: u64, trials: &[Trial]) -> CheckpointResult {
+    let of = |value: fn(&Trial) -> f64| trials.iter().map(value).collect::<Vec<f64>>();
+    let writing = of(|trial| trial.pairs.iter().flat_map(|pair| &pair.meanwhile).sum());
+    let handing_over = of(|trial| trial.handing_over);
+    let pairs = || trials.iter().flat_map(|trial| &trial.pairs);
+    let differences: Vec<f64> =
+        pairs().map(|pair| pair.meanwhile.iter().map(|seconds| seconds - pair.without).sum()).collect();
+    let base: f64 = pairs().map(|pair| pair.without * pair.meanwhile.len() as f64).sum();
+    let count = differences.len() as f64;
+    let mean = differences.iter().sum::<f64>() / count;
+    let variance = differences.iter().map(|one| (one - mean).powi(2)).sum::<f64>() / (count - 1.0);
+    CheckpointResult {
         device: format!("{:?}", settings.device),
         users: settings.config.training.global_batch,
-        parameters: training.stepper.parameters.count(),
-        bytes: newest.map_or(0, |state| state.files.values().map(|file| file.bytes).sum()),
+        parameters,
+        bytes,
+        writer_share: trials
+            .iter()
+            .zip(&writing)
+            .map(|(trial, seconds)| trial.processor.as_secs_f64() / seconds)
+            .collect(),
+        lost_share: (count * mean + handing_over.iter().sum::<f64>()) / base,
+        lost_share_error: (count * variance).sqrt() / base,
+        steps_meanwhile: pairs().flat_map(|pair| pair.meanwhile.clone()).collect(),
+        steps_without: pairs().map(|pair| pair.without).collect(),
         handing_over,
-        writing: written.iter().map(|(_, duration, _)| duration.as_secs_f64()).collect(),
-        writer_share: written.iter().map(|(_, duration, processor)| processor.div_duration_f64(*duration)).collect(),
-        lost_share: mean(&meanwhile) / mean(&without) - 1.0,
-        steps_meanwhile: meanwhile,
-        steps_without: without,
-    })
+        writing,
+    }
 }

@@ -10,15 +10,15 @@ mod writer;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use learn_dataset::files::{FileDigest, HashingFile, hash_file};
 use learn_domain::report::DatasetFacts;
 use learn_domain::run_dir::{RunDir, checkpoint_step};
 use learn_domain::{Config, Step};
 use learn_model::safetensors;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use tch::Tensor;
 pub use writer::{Writer, Written};
 
@@ -47,13 +47,6 @@ pub enum CheckpointError {
 fn io(path: &Path) -> impl FnOnce(std::io::Error) -> CheckpointError {
     let path = path.to_owned();
     move |source| CheckpointError::Io { path, source }
-}
-
-/// Size and checksum of one file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileDigest {
-    pub bytes: u64,
-    pub sha256: String,
 }
 
 /// The best evaluation on valid so far.
@@ -108,14 +101,14 @@ pub struct Expected<'a> {
     pub signature: Option<&'a str>,
 }
 
-/// Writes a checkpoint into `folder` and returns its directory.
+/// Writes a checkpoint into `folder` and returns its directory; `between` is called before each piece of its files.
 ///
 /// # Errors
 /// If the disk refuses; what was half written is removed.
-pub fn write(folder: &Path, mut snapshot: Snapshot) -> Result<PathBuf, CheckpointError> {
+pub fn write(folder: &Path, mut snapshot: Snapshot, between: &dyn Fn()) -> Result<PathBuf, CheckpointError> {
     let target = RunDir::new(folder.parent().unwrap_or(folder)).checkpoint(snapshot.state.step);
     let aside = target.with_extension(format!("tmp-{}", std::process::id()));
-    let written = write_aside(&aside, &mut snapshot).and_then(|()| {
+    let written = write_aside(&aside, &mut snapshot, between).and_then(|()| {
         // a checkpoint of the same step stays whole until the new one stands in its place
         let old = target.with_extension("old");
         if target.exists() {
@@ -135,23 +128,40 @@ pub fn write(folder: &Path, mut snapshot: Snapshot) -> Result<PathBuf, Checkpoin
     written.map(|()| target)
 }
 
-fn write_aside(aside: &Path, snapshot: &mut Snapshot) -> Result<(), CheckpointError> {
+fn write_aside(aside: &Path, snapshot: &mut Snapshot, between: &dyn Fn()) -> Result<(), CheckpointError> {
     if aside.exists() {
         fs::remove_dir_all(aside).map_err(io(aside))?;
     }
     fs::create_dir_all(aside).map_err(io(aside))?;
     for (name, tensors) in [(MODEL, &snapshot.model), (OPTIMIZER, &snapshot.optimizer)] {
         let path = aside.join(name);
-        safetensors::write(&path, tensors, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))
-            .map_err(CheckpointError::Weights)?;
-        sync(&path)?;
-        snapshot.state.files.insert(name.to_owned(), digest(&path)?);
+        let mut file = InPieces { file: HashingFile::create(&path).map_err(io(&path))?, between };
+        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        safetensors::write(&mut file, &path, tensors, &metadata).map_err(CheckpointError::Weights)?;
+        snapshot.state.files.insert(name.to_owned(), file.file.finish().map_err(io(&path))?);
     }
     let path = aside.join(STATE);
     let text = serde_json::to_vec_pretty(&snapshot.state).map_err(|error| io(&path)(error.into()))?;
     File::create(&path).and_then(|mut file| file.write_all(&text)).map_err(io(&path))?;
     sync(&path)?;
     sync(aside)
+}
+
+/// A file that says before each piece that one comes.
+struct InPieces<'a> {
+    file: HashingFile,
+    between: &'a dyn Fn(),
+}
+
+impl Write for InPieces<'_> {
+    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+        (self.between)();
+        self.file.write(data)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.file.flush()
+    }
 }
 
 /// Makes a file or a directory's entries durable.
@@ -164,20 +174,7 @@ fn sync(path: &Path) -> Result<(), CheckpointError> {
 /// # Errors
 /// If it cannot be read.
 pub fn digest(path: &Path) -> Result<FileDigest, CheckpointError> {
-    let mut file = File::open(path).map_err(io(path))?;
-    let mut hasher = Sha256::new();
-    let mut block = vec![0; 1 << 20];
-    let mut bytes = 0;
-    loop {
-        let read = file.read(&mut block).map_err(io(path))?;
-        if read == 0 {
-            break;
-        }
-        hasher.update(&block[..read]);
-        bytes += read as u64;
-    }
-    let sha256 = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(FileDigest { bytes, sha256 })
+    hash_file(path, |_| ()).map_err(io(path))
 }
 
 /// Reads `state.json` and compares every file with its checksum.

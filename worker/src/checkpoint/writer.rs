@@ -44,17 +44,22 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Starts the thread; `tell` is called on it, and says whether the checkpoint counts: one of a rank that the job has gone
+    /// Starts the thread. `between` is called on it before each piece of a file. `tell` is called on it too, and says whether the checkpoint counts: one of a rank that the job has gone
     /// on without is not the best of anything, and takes no other's place.
     #[must_use]
-    pub fn start(run: RunDir, keep_last: u32, tell: impl Fn(Written<'_>) -> bool + Send + 'static) -> Self {
+    pub fn start(
+        run: RunDir,
+        keep_last: u32,
+        between: impl Fn() + Send + 'static,
+        tell: impl Fn(Written<'_>) -> bool + Send + 'static,
+    ) -> Self {
         let (snapshots, queue) = sync_channel::<Snapshot>(1);
         let (answers, results) = channel();
         let thread = std::thread::spawn(move || {
             if !learn_torch::give_way() {
                 tracing::debug!("the checkpoint writer runs at the priority of the training");
             }
-            write_all(&run, keep_last, (&queue, &answers), tell);
+            write_all(&run, keep_last, (&queue, &answers), &between, tell);
         });
         Self { snapshots: Some(snapshots), results, thread: Some(thread), open: 0, newest: Ok(()) }
     }
@@ -140,6 +145,7 @@ fn write_all(
     run: &RunDir,
     keep_last: u32,
     (queue, answers): (&Receiver<Snapshot>, &Sender<Result<(), CheckpointError>>),
+    between: &dyn Fn(),
     tell: impl Fn(Written<'_>) -> bool,
 ) {
     let folder = run.checkpoints();
@@ -147,7 +153,7 @@ fn write_all(
         let (started, processor) = (Instant::now(), learn_torch::processor_time());
         let step = snapshot.state.step;
         let best = snapshot.state.best.clone().filter(|best| best.step == step);
-        let mut written = write(&folder, snapshot);
+        let mut written = write(&folder, snapshot, between);
         if let Ok(path) = &written {
             let (duration, processor) = (started.elapsed(), learn_torch::processor_time() - processor);
             let counts = tell(Written::Committed { step, path: path.clone(), duration, processor });

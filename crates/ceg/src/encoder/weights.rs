@@ -193,7 +193,9 @@ mod tests {
     fn sharded(index: &str) -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
         for (file, name) in [("one.safetensors", "a"), ("two.safetensors", "head.b")] {
-            safetensors::write(&folder.path().join(file), &[tensor(name)], &BTreeMap::new()).unwrap();
+            let path = folder.path().join(file);
+            safetensors::write(&mut std::fs::File::create(&path).unwrap(), &path, &[tensor(name)], &BTreeMap::new())
+                .unwrap();
         }
         std::fs::write(folder.path().join(INDEX), format!(r#"{{"metadata": {{}}, "weight_map": {index}}}"#)).unwrap();
         folder

@@ -231,8 +231,8 @@ impl EmbeddingStore {
     fn entry(&self, shard: &Shard) -> Result<FileEntry, DatasetError> {
         let relative = self.relative(shard);
         let path = self.dir.join(&relative);
-        let (sha256, bytes) = files::hash_file(&path, |_| ()).map_err(DatasetError::io(&path))?;
-        Ok(FileEntry { path: relative, bytes, sha256, rows: shard.items.len() as u64 })
+        let digest = files::hash_file(&path, |_| ()).map_err(DatasetError::io(&path))?;
+        Ok(digest.entry(relative, shard.items.len() as u64))
     }
 
     /// SHA-256 over the shape and all rows in item order, whatever the shards.

@@ -157,11 +157,12 @@ impl<'a, const N: usize> SequenceWriter<'a, N> {
             }
         }
         let batch = RecordBatch::try_new(schema.clone(), columns)?;
+        let relative = self.relative();
         let (writer, batches, file_rows) = match &mut self.file {
             Some(file) => file,
             none => {
-                let relative = format!("sequences/{}-{:05}.arrow", self.name, self.entries.len());
-                none.insert((FileWriter::try_new(HashingFile::create(self.root, relative)?, &schema)?, 0, 0))
+                let file = HashingFile::create(&self.root.join(&relative))?;
+                none.insert((FileWriter::try_new(file, &schema)?, 0, 0))
             }
         };
         writer.write(&batch)?;
@@ -173,9 +174,15 @@ impl<'a, const N: usize> SequenceWriter<'a, N> {
         Ok(())
     }
 
+    /// Of the file that is being written, or is next.
+    fn relative(&self) -> String {
+        format!("sequences/{}-{:05}.arrow", self.name, self.entries.len())
+    }
+
     fn close(&mut self) -> Result<(), ArrowError> {
         if let Some((writer, _, rows)) = self.file.take() {
-            self.entries.push(writer.into_inner()?.finish(rows)?);
+            let relative = self.relative();
+            self.entries.push(writer.into_inner()?.finish()?.entry(relative, rows));
         }
         Ok(())
     }

@@ -81,8 +81,14 @@ fn saved_and_loaded_state_continues_bit_by_bit() {
     let folder = tempfile::tempdir().unwrap();
     let (model, state) = (folder.path().join("m.safetensors"), folder.path().join("o.safetensors"));
     let values: Vec<_> = parameters.iter().map(|(name, leaf)| (name.to_owned(), leaf.shallow_clone())).collect();
-    safetensors::write(&model, &values, &BTreeMap::new()).unwrap();
-    safetensors::write(&state, &optimizer.state(&parameters), &BTreeMap::new()).unwrap();
+    safetensors::write(&mut std::fs::File::create(&model).unwrap(), &model, &values, &BTreeMap::new()).unwrap();
+    safetensors::write(
+        &mut std::fs::File::create(&state).unwrap(),
+        &state,
+        &optimizer.state(&parameters),
+        &BTreeMap::new(),
+    )
+    .unwrap();
 
     let loaded = safetensors::read(&model).unwrap();
     let mut other = Parameters::load_specs(specs(), loaded, Kind::Float, Device::Cpu).unwrap();

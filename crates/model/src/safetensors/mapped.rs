@@ -58,7 +58,7 @@ mod tests {
         let path = folder.path().join("x.safetensors");
         let numbers = Tensor::arange(12, (Kind::Float, Device::Cpu)).view([3, 4]);
         let written = [("b".to_owned(), numbers.to_kind(Kind::BFloat16)), ("a".to_owned(), numbers.tr())];
-        super::super::write(&path, &written, &BTreeMap::new()).unwrap();
+        super::super::write(&mut std::fs::File::create(&path).unwrap(), &path, &written, &BTreeMap::new()).unwrap();
         let file = MappedTensors::open(&path).unwrap();
         for (name, wanted) in &written {
             let found = file.tensor(name).unwrap().unwrap();
@@ -73,7 +73,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.safetensors");
         let tensor = [("t".to_owned(), Tensor::ones([64], (Kind::Float, Device::Cpu)))];
-        super::super::write(&path, &tensor, &BTreeMap::new()).unwrap();
+        super::super::write(&mut std::fs::File::create(&path).unwrap(), &path, &tensor, &BTreeMap::new()).unwrap();
         let whole = std::fs::read(&path).unwrap();
         for cut in [0, 7, 30, whole.len() - 1] {
             std::fs::write(&path, &whole[..cut]).unwrap();
