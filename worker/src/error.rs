@@ -4,8 +4,6 @@ use learn_domain::Step;
 use learn_domain::membership::GiveUp;
 use learn_domain::report::exit;
 
-use learn_collective::CollectiveError;
-
 use crate::checkpoint::CheckpointError;
 use crate::control::ControlError;
 use crate::feed::FeedError;
@@ -87,15 +85,7 @@ impl WorkerError {
         match self {
             Self::Control(error) => matches!(error, ControlError::Ended { .. } | ControlError::Unknown { .. }),
             Self::Feed(FeedError::Aborted) => true,
-            Self::Collective(error) => matches!(
-                error,
-                CollectiveError::Aborted
-                    | CollectiveError::PeerLost { .. }
-                    | CollectiveError::Deadline { .. }
-                    | CollectiveError::Rendezvous { .. }
-                    | CollectiveError::Refused { .. }
-                    | CollectiveError::Protocol { .. }
-            ),
+            Self::Collective(error) => error.passes(),
             _ => false,
         }
     }

@@ -11,9 +11,10 @@ pub enum CollectiveError {
     #[error("{op}: waited {seconds} s for {}; it may be stuck, or the network between the workers blocks it", peer_name(.peer))]
     Deadline { op: &'static str, peer: Option<usize>, seconds: f64 },
 
-    /// The neighbour on the ring went away, because it failed or because it left after another rank had failed.
-    #[error("{op}: lost rank {peer}: {reason}")]
-    PeerLost { op: &'static str, peer: usize, reason: String },
+    /// Another rank went away, because it failed or because it left after another one had failed: the neighbour on the ring,
+    /// or one that NCCL does not name.
+    #[error("{op}: lost {}: {reason}", peer.map_or_else(|| "another rank".to_owned(), |rank| format!("rank {rank}")))]
+    PeerLost { op: &'static str, peer: Option<usize>, reason: String },
 
     #[error("{op}: rank {peer} broke the protocol: {reason}; all workers must run the same version and the same plan")]
     Protocol { op: &'static str, peer: usize, reason: String },
@@ -38,16 +39,18 @@ pub enum CollectiveError {
 }
 
 impl CollectiveError {
-    /// Whether a new generation may cure it. Otherwise the worker should stop: it would fail in the same way again.
-    pub fn rejoin_may_help(&self) -> bool {
+    /// Whether it ends a generation and not this worker: the next one may have other members, or another network. Otherwise
+    /// the worker should stop: it would fail in the same way again.
+    #[must_use]
+    pub fn passes(&self) -> bool {
         match self {
-            Self::Aborted | Self::Deadline { .. } | Self::PeerLost { .. } | Self::Rendezvous { .. } => true,
-            Self::Protocol { .. }
-            | Self::Refused { .. }
-            | Self::Listen { .. }
-            | Self::Usage { .. }
-            | Self::Unavailable { .. }
-            | Self::Device { .. } => false,
+            Self::Aborted
+            | Self::Deadline { .. }
+            | Self::PeerLost { .. }
+            | Self::Rendezvous { .. }
+            | Self::Protocol { .. }
+            | Self::Refused { .. } => true,
+            Self::Listen { .. } | Self::Usage { .. } | Self::Unavailable { .. } | Self::Device { .. } => false,
         }
     }
 }

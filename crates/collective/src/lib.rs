@@ -52,8 +52,6 @@ pub trait Collective: Send {
 
     fn world_size(&self) -> usize;
 
-    fn generation(&self) -> u64;
-
     /// Whether this rank may move data by memory that it and another one of its machine map.
     fn shares_memory(&self) -> bool;
 

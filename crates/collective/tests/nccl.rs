@@ -16,7 +16,7 @@ fn nccl(world_size: usize) -> impl Fn(usize, &Store) -> Made + Sync {
 }
 
 #[test]
-fn without_gpus_every_entrance_says_what_to_install() {
+fn there_are_gpus_with_nccl_or_every_entrance_says_what_to_install() {
     if gpu_count().is_ok() {
         return assert!(nccl_version().is_ok(), "a machine with GPUs has NCCL");
     }
@@ -33,6 +33,13 @@ fn every_operation_on_as_many_ranks_as_there_are_gpus() {
         let bits = ranks(world, nccl(world), |mut rank| rounding_bits(&mut *rank));
         assert!(bits.windows(2).all(|pair| pair[0] == pair[1]));
     }
+}
+
+/// NCCL may refuse it ("Duplicate GPU detected"); `cargo xtask gpu-check` then says so.
+#[test]
+#[ignore = "needs an NVIDIA GPU and an NCCL that takes two ranks on it: cargo nextest run --release -p learn-collective --run-ignored only"]
+fn two_ranks_on_one_gpu() {
+    ranks(2, |rank, store| connect_nccl(group(rank, 2, PATIENT), 0, store), |mut rank| conform(&mut *rank));
 }
 
 #[test]

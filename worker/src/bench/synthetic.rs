@@ -234,10 +234,6 @@ impl Collective for Varied {
         self.ring.world_size()
     }
 
-    fn generation(&self) -> u64 {
-        self.ring.generation()
-    }
-
     fn shares_memory(&self) -> bool {
         false
     }

@@ -16,6 +16,9 @@ use crate::CollectiveError;
 type Code = c_uint;
 const SUCCESS: Code = 0;
 const IN_PROGRESS: Code = 7;
+/// What NCCL answers when another rank or the network to it has failed: by the transport `ncclSystemError`,
+/// `ncclInternalError` or `ncclRemoteError`.
+const OF_OTHERS: [Code; 3] = [2, 3, 6];
 
 /// In the order in which they are tried; a copy that libtorch has already loaded is found by the first name.
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
@@ -107,7 +110,7 @@ impl Nccl {
         match code {
             SUCCESS => Ok(Progress::Done),
             IN_PROGRESS => Ok(Progress::InProgress),
-            _ => Err(CollectiveError::Device { op, reason: self.describe(code) }),
+            _ => Err(failed(op, code, self.describe(code))),
         }
     }
 
@@ -119,5 +122,26 @@ impl Nccl {
         // SAFETY: not null, and NCCL ends its texts with a zero; they are copied at once.
         let texts: Vec<_> = texts.map(|text| unsafe { CStr::from_ptr(*text) }.to_string_lossy().into_owned()).collect();
         format!("NCCL error {code}: {}", texts.join(": ").trim_end_matches([':', ' ']))
+    }
+}
+
+fn failed(op: &'static str, code: Code, reason: String) -> CollectiveError {
+    if OF_OTHERS.contains(&code) {
+        CollectiveError::PeerLost { op, peer: None, reason }
+    } else {
+        CollectiveError::Device { op, reason }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_or_the_network_have_done_ends_a_generation_and_not_this_worker() {
+        let passes = |code| failed("all_reduce", code, "x".into()).passes();
+        // ncclUnhandledCudaError, ncclSystemError, ncclInternalError, ncclInvalidArgument, ncclInvalidUsage, ncclRemoteError
+        assert_eq!([1, 2, 3, 4, 5, 6].map(passes), [false, true, true, false, false, true]);
+        assert_eq!(failed("all_reduce", 6, "x".into()).to_string(), "all_reduce: lost another rank: x");
     }
 }

@@ -284,10 +284,6 @@ impl Collective for NcclCollective {
         self.world_size
     }
 
-    fn generation(&self) -> u64 {
-        self.generation
-    }
-
     fn shares_memory(&self) -> bool {
         false
     }

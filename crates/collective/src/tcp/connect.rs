@@ -122,7 +122,7 @@ impl Dial<'_> {
                 Err(Attempt::Failed(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
                     let reason =
                         format!("nothing listens on {}: the worker is gone, or a firewall is between", self.target);
-                    return Err(CollectiveError::PeerLost { op: self.call.name, peer: self.peer, reason });
+                    return Err(CollectiveError::PeerLost { op: self.call.name, peer: Some(self.peer), reason });
                 }
                 Err(Attempt::Failed(error)) => {
                     let left = self.call.left().ok_or_else(|| self.call.deadline(Some(self.peer)))?;

@@ -39,7 +39,7 @@ impl Link {
     }
 
     fn lost(&self, call: &Call, reason: impl ToString) -> CollectiveError {
-        CollectiveError::PeerLost { op: call.name, peer: self.peer, reason: reason.to_string() }
+        CollectiveError::PeerLost { op: call.name, peer: Some(self.peer), reason: reason.to_string() }
     }
 }
 

@@ -185,10 +185,6 @@ impl Collective for Tcp {
         self.world_size
     }
 
-    fn generation(&self) -> u64 {
-        self.generation
-    }
-
     fn shares_memory(&self) -> bool {
         self.shares_memory
     }
