@@ -10,7 +10,7 @@ use std::time::Instant;
 use half::bf16;
 use learn_kernels::{
     AdamW, Attention, BiasGelu, Dropout, Level, Matrix, NormGradients, Normalize, Plus, Product, ResidualNorm,
-    RowStatistics, Saved, Sequence, State, add, cast, column_sums, gather_rows, scatter_add_rows, squared_norm,
+    RowStatistics, Saved, Sequence, State, add, column_sums, gather_rows, scatter_add_rows, squared_norm,
 };
 use rayon::prelude::*;
 
@@ -155,7 +155,6 @@ fn main() {
     let mut sum = vec![0.0; 3 * HIDDEN];
     show("column sums", tokens * HIDDEN * 6, &mut || column_sums(&qkv, &mut sum));
     show("add bf16 to f32", tokens * HIDDEN * 10, &mut || add(&dense, &mut out));
-    show("cast f32 to bf16", tokens * HIDDEN * 6, &mut || cast(&residual, &mut low));
     let rows: Vec<u32> = (0..tokens).map(|i| (i * 31 % tokens) as u32).collect();
     show("gather rows", tokens * HIDDEN * 4, &mut || gather_rows(&dense, HIDDEN, &rows, &mut low));
     show("scatter-add rows", tokens * HIDDEN * 10, &mut || scatter_add_rows(&dense, HIDDEN, &rows, &mut out));

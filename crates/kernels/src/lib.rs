@@ -31,5 +31,5 @@ pub use self::gelu::BiasGelu;
 pub use self::norm::{NormGradients, ResidualNorm, RowStatistics, Saved};
 pub use self::parallel::{Runner, set_runner};
 pub use self::product::{Matrix, Plus, Product, has_tiles};
-pub use self::rows::{Normalize, add, cast, column_sums, gather_rows, scatter_add_rows};
+pub use self::rows::{Normalize, add, column_sums, gather_rows, scatter_add_rows};
 pub use self::simd::Level;

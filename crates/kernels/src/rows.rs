@@ -1,4 +1,4 @@
-//! Rows of matrices: sums, gathering, scattering, casting, unit length.
+//! Rows of matrices: sums, gathering, scattering, unit length.
 
 use crate::element::{Element, vectors};
 use crate::parallel::{self, add_partials, check_length, rows};
@@ -126,28 +126,6 @@ fn add_into<S: Simd, E: Element, R: Element>(s: S, x: &[E], out: &mut [R]) {
             at,
         );
     });
-}
-
-/// The same numbers stored otherwise; to bf16 rounded to the nearest, ties to even.
-///
-/// # Panics
-/// The lengths differ.
-pub fn cast<A: Element, B: Element>(from: &[A], to: &mut [B]) {
-    struct Cast<'a, A, B>(&'a [A], &'a mut [B]);
-    impl<A: Element, B: Element> Kernel for Cast<'_, A, B> {
-        type Output = ();
-
-        #[inline(always)]
-        fn run<S: Simd>(self, s: S) {
-            vectors!(S, self.1.len(), |at| {
-                B::store_at::<WHOLE, _>(s, A::load_at::<WHOLE, _>(s, self.0, at), self.1, at);
-            });
-        }
-    }
-    check_length("from", from, to.len());
-    let level = Level::current();
-    let blocks = from.chunks(ELEMENTS).zip(to.chunks_mut(ELEMENTS)).map(|(from, to)| Cast(from, to)).collect();
-    parallel::map(blocks, |block| level.run(block));
 }
 
 /// Rows of unit length: y = x / max(|x|, eps).

@@ -58,10 +58,10 @@ struct Record {
     stages: RefCell<Vec<Stage>>,
 }
 
-/// Where a stage stands on the way of every tower. Graphs that several towers share lie between two levels, so that the
-/// backward goes through each of them once, level by level.
+/// Where a stage stands on the way of every tower. Graphs that several towers share lie between two of them, so that the
+/// backward goes through each of them once, stage by stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Level {
+pub(crate) enum StageOrder {
     Adaptor,
     Encoder,
     Projection,
@@ -71,7 +71,7 @@ pub(crate) enum Level {
 /// A part by hand between two graphs.
 #[derive(Debug)]
 struct Stage {
-    level: Level,
+    order: StageOrder,
     /// The end of the graph before it.
     input: Tensor,
     /// The leaf at which the graph after it begins.
@@ -191,7 +191,7 @@ impl Tape {
             true => Recorded::input(layer, parameters, &x, seed),
             false => Recorded::graph(layer, parameters, &x, seed),
         };
-        self.stage(Level::Encoder, (x, output), true, || Work::Layer(number, recorded))
+        self.stage(StageOrder::Encoder, (x, output), true, || Work::Layer(number, recorded))
     }
 
     /// Encodes `x` `[T, D]`: hidden states at `positions` `[R]` i64 of its rows, or at all of them.
@@ -222,7 +222,7 @@ impl Tape {
             }
         });
         let order = route.sampled.as_ref().and_then(|sampled| sampled.order.as_ref()).map(Tensor::shallow_clone);
-        let output = self.stage(Level::Encoder, (x, hidden), records, || {
+        let output = self.stage(StageOrder::Encoder, (x, hidden), records, || {
             let settings = *settings;
             Work::Encoding(Box::new(Encoding { layers: saved, count: layers, pending: None, route, settings, seed }))
         });
@@ -242,27 +242,27 @@ impl Tape {
     ) -> Tensor {
         let records = is_recorded(parameters.get(names.weight));
         let (output, saved) = tch::no_grad(|| Dense::forward((parameters, layers), names, &x, precision));
-        self.stage(names.level, (x, output), records, || Work::Dense(saved))
+        self.stage(names.order, (x, output), records, || Work::Dense(saved))
     }
 
     /// `x / max(|x|, shortest)` of each row of `x` `[R, d]`, f32.
     pub(crate) fn normalise(&self, x: Tensor, shortest: f64) -> Tensor {
         let records = x.requires_grad();
         let (output, saved) = tch::no_grad(|| Unit::forward(&x, shortest));
-        self.stage(Level::Normalisation, (x, output), records, || Work::Unit(saved))
+        self.stage(StageOrder::Normalisation, (x, output), records, || Work::Unit(saved))
     }
 
     /// The leaf that stands for a stage's output.
     fn stage(
         &self,
-        level: Level,
+        order: StageOrder,
         (input, output): (Tensor, Tensor),
         records: bool,
         work: impl FnOnce() -> Work,
     ) -> Tensor {
         let output = output.set_requires_grad(records);
         if records {
-            let stage = Stage { level, input, output: output.shallow_clone(), given: None, work: work() };
+            let stage = Stage { order, input, output: output.shallow_clone(), given: None, work: work() };
             self.0.stages.borrow_mut().push(stage);
         }
         output
@@ -278,10 +278,10 @@ impl Tape {
         let through: Vec<(&Tensor, &Tensor)> =
             outputs.iter().filter(|(output, gradient)| !give(&mut stages, output, gradient)).copied().collect();
         pull(&through);
-        while let Some(level) = stages.iter().map(|stage| stage.level).max() {
-            let (mut now, before) = stages.into_iter().partition(|stage: &Stage| stage.level == level);
+        while let Some(order) = stages.iter().map(|stage| stage.order).max() {
+            let (mut now, before) = stages.into_iter().partition(|stage: &Stage| stage.order == order);
             stages = before;
-            if level == Level::Encoder {
+            if order == StageOrder::Encoder {
                 passed(Milestone::Projection);
             }
             let mut through = Vec::new();

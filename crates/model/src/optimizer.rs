@@ -21,7 +21,7 @@ const SECOND: &str = "exp_avg_sq.";
 
 /// How far an update goes.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Pace {
+pub struct UpdateScale {
     pub learning_rate: f64,
     /// What the gradient is multiplied by.
     pub gradient_scale: f64,
@@ -62,38 +62,38 @@ impl AdamW {
         }
     }
 
-    /// Spares parameters the weight decay. Those whose gradient is always 0 then keep their values to the bit.
-    pub fn spare(&mut self, parameters: &Parameters, spared: impl Fn(&str) -> bool) {
+    /// Takes parameters out of the weight decay. Those whose gradient is always 0 then keep their values to the bit.
+    pub fn exclude_from_decay(&mut self, parameters: &Parameters, excluded: impl Fn(&str) -> bool) {
         for (name, decays) in parameters.names().zip(&mut self.decays) {
-            *decays &= !spared(name);
+            *decays &= !excluded(name);
         }
     }
 
     /// One update with the gradient of the whole global batch: `[P]`, in parts one behind the other.
-    pub fn step(&mut self, parameters: &mut Parameters, gradient: &[Tensor], pace: impl Into<Pace>) {
+    pub fn step(&mut self, parameters: &mut Parameters, gradient: &[Tensor], scale: impl Into<UpdateScale>) {
         self.steps += 1;
-        let pace = pace.into();
+        let scale = scale.into();
         if parameters.device() == Device::Cpu && parameters.kind() == Kind::Float {
-            self.step_in_one_pass(parameters, gradient, pace);
+            self.step_in_one_pass(parameters, gradient, scale);
         } else {
             let whole = match gradient {
                 [whole] => whole.shallow_clone(),
                 parts => Tensor::cat(parts, 0),
             };
-            tch::no_grad(|| self.step_fused(parameters, &whole, pace));
+            tch::no_grad(|| self.step_fused(parameters, &whole, scale));
         }
     }
 
-    fn step_in_one_pass(&mut self, parameters: &mut Parameters, gradient: &[Tensor], pace: Pace) {
+    fn step_in_one_pass(&mut self, parameters: &mut Parameters, gradient: &[Tensor], scale: UpdateScale) {
         learn_kernels::set_runner(crate::RUNNER);
         let kernel = learn_kernels::AdamW {
-            learning_rate: pace.learning_rate,
+            learning_rate: scale.learning_rate,
             beta1: self.beta1,
             beta2: self.beta2,
             epsilon: self.epsilon,
             weight_decay: self.weight_decay,
             step: self.steps,
-            gradient_scale: pace.gradient_scale as f32,
+            gradient_scale: scale.gradient_scale as f32,
         };
         let mut gradient = Parts::new(gradient.iter().map(learn_torch::values));
         let (first, second) = (values_mut::<f32>(&mut self.first), values_mut::<f32>(&mut self.second));
@@ -128,8 +128,8 @@ impl AdamW {
         parameters.keep_working(working);
     }
 
-    fn step_fused(&mut self, parameters: &mut Parameters, gradient: &Tensor, pace: Pace) {
-        let gradient = &pace.scaled(gradient);
+    fn step_fused(&mut self, parameters: &mut Parameters, gradient: &Tensor, scale: UpdateScale) {
+        let gradient = &scale.scaled(gradient);
         let mut start = 0;
         let mut groups = [Vec::new(), Vec::new()];
         // neighbours that are treated alike are one tensor
@@ -143,7 +143,7 @@ impl AdamW {
         }
         for (group, weight_decay) in groups.iter().zip([0.0, self.weight_decay]) {
             let fused = FusedAdamW {
-                learning_rate: pace.learning_rate,
+                learning_rate: scale.learning_rate,
                 beta1: self.beta1,
                 beta2: self.beta2,
                 weight_decay,
@@ -156,14 +156,14 @@ impl AdamW {
     }
 
     /// Updates the touched rows of the item vectors, as a part of the step that [`AdamW::step`] has just done.
-    pub fn step_rows(&mut self, parameters: &mut Parameters, gradient: &RowGradient, pace: impl Into<Pace>) {
+    pub fn step_rows(&mut self, parameters: &mut Parameters, gradient: &RowGradient, scale: impl Into<UpdateScale>) {
         let (correction1, correction2) = self.corrections();
         let (Some((first, second)), Some(table)) = (&mut self.rows, parameters.item_vectors()) else { return };
         let RowGradient { items, rows } = gradient;
-        let pace = pace.into();
-        let learning_rate = pace.learning_rate;
+        let scale = scale.into();
+        let learning_rate = scale.learning_rate;
         tch::no_grad(|| {
-            let rows = pace.scaled(rows);
+            let rows = scale.scaled(rows);
             let mut first_rows = first.index_select(0, items);
             let _ = first_rows.lerp_(&rows, 1.0 - self.beta1);
             let mut second_rows = second.index_select(0, items) * self.beta2;
@@ -244,13 +244,13 @@ impl AdamW {
     }
 }
 
-impl From<f64> for Pace {
+impl From<f64> for UpdateScale {
     fn from(learning_rate: f64) -> Self {
         Self { learning_rate, gradient_scale: 1.0 }
     }
 }
 
-impl Pace {
+impl UpdateScale {
     /// With a gradient of this length clipped to `longest` (0 = as it is).
     #[must_use]
     pub fn clipped(learning_rate: f64, norm: f64, longest: f64) -> Self {

@@ -67,7 +67,7 @@ pub struct Parameters {
     /// `[P]`, the latest gradient.
     gradient: Tensor,
     /// The memory that it lies in, if that is not libtorch's own.
-    lodging: Option<Arc<OwnVector>>,
+    gradient_memory: Option<Arc<OwnVector>>,
     /// Views into `flat`, by the order of `specs`; they collect gradients.
     leaves: Vec<Tensor>,
     /// Views into `gradient`.
@@ -198,7 +198,17 @@ impl Parameters {
         let leaves = views(&specs, &flat).zip(&specs).map(leaf).collect();
         let slots = Slots::new(views(&specs, &gradient).collect());
         let buckets = buckets::buckets(&specs, buckets::SMALL);
-        Self { specs, flat, gradient, lodging: None, leaves, slots, buckets, working: RefCell::default(), items }
+        Self {
+            specs,
+            flat,
+            gradient,
+            gradient_memory: None,
+            leaves,
+            slots,
+            buckets,
+            working: RefCell::default(),
+            items,
+        }
     }
 
     /// Of the flat buffers, sorted by name.
@@ -354,7 +364,7 @@ impl Parameters {
 
     /// Whether the gradient can lie in memory that other ranks read.
     #[must_use]
-    pub fn can_lodge(&self) -> bool {
+    pub fn can_place_gradient(&self) -> bool {
         self.device() == Device::Cpu && self.kind() == Kind::Float
     }
 
@@ -364,9 +374,9 @@ impl Parameters {
     ///
     /// # Panics
     /// The memory has another length.
-    pub fn lodge_gradient(&mut self, memory: Option<Arc<OwnVector>>) {
+    pub fn place_gradient(&mut self, memory: Option<Arc<OwnVector>>) {
         self.leaves.iter_mut().filter(|leaf| leaf.grad().defined()).for_each(Tensor::zero_grad);
-        if memory.is_none() && self.lodging.is_none() {
+        if memory.is_none() && self.gradient_memory.is_none() {
             self.slots.close();
             return;
         }
@@ -381,12 +391,12 @@ impl Parameters {
             None => zeros_like(&self.flat),
         };
         self.slots = Slots::new(views(&self.specs, &self.gradient).collect());
-        self.lodging = memory;
+        self.gradient_memory = memory;
     }
 
     /// Moves what backward passes have collected since the last call into one buffer `[P]` and returns it; 0 where a
     /// parameter took no part. What was added by hand is there already. The buffer is reused by the next call, and it
-    /// lies in memory that [`Parameters::lodge_gradient`] may have lent.
+    /// lies in memory that [`Parameters::place_gradient`] may have lent.
     pub fn gradients_into_flat(&self) -> Tensor {
         self.collect(0..self.leaves.len());
         self.close_gradient()

@@ -40,7 +40,6 @@ impl From<Device> for DeviceKind {
 pub enum Products {
     F32,
     Bf16,
-    F16,
 }
 
 impl From<Products> for Precision {
@@ -48,7 +47,6 @@ impl From<Products> for Precision {
         match products {
             Products::F32 => Self::F32,
             Products::Bf16 => Self::Bf16,
-            Products::F16 => Self::F16,
         }
     }
 }

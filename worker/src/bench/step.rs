@@ -291,7 +291,7 @@ fn bench_ranks(settings: &BenchSettings, crew: &Crew) -> Result<Option<StepResul
         true => None,
         false => Some(varied("afterwards", Sums::Afterwards)?),
     };
-    with.lodge(&mut stepper.parameters)?;
+    with.share_gradient_memory(&mut stepper.parameters)?;
     let (mut seconds, mut seconds_without, mut seconds_afterwards, mut loss) =
         (Vec::new(), Vec::new(), Vec::new(), 0.0);
     // all kinds of step see every batch once for nothing, and then in the same order

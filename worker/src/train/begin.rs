@@ -44,7 +44,7 @@ impl Trainer<'_> {
     /// Brings this rank to where the generation goes on from.
     pub(super) fn begin(&mut self, turn: &mut Turn) -> Result<(), WorkerError> {
         // of a step that was not brought to its end
-        turn.exchange.lodge(&mut self.stepper.parameters)?;
+        turn.exchange.share_gradient_memory(&mut self.stepper.parameters)?;
         drop(self.stepper.parameters.row_gradient());
         let holdings = self.tell_holdings(&mut turn.exchange)?;
         let agreement = agree(&holdings);

@@ -164,14 +164,14 @@ impl Exchange {
     ///
     /// # Errors
     /// If the collective fails.
-    pub fn lodge(&mut self, parameters: &mut Parameters) -> Result<(), WorkerError> {
+    pub fn share_gradient_memory(&mut self, parameters: &mut Parameters) -> Result<(), WorkerError> {
         let mut gradients = None;
         let lengths: Vec<usize> = parameters.buckets().iter().map(|bucket| bucket.elements.len()).collect();
         self.run(|collective| {
-            gradients = CommonVector::new(collective, parameters.can_lodge().then_some(&lengths))?;
+            gradients = CommonVector::new(collective, parameters.can_place_gradient().then_some(&lengths))?;
             Ok(())
         })?;
-        parameters.lodge_gradient(gradients.as_ref().map(|gradients| Arc::clone(gradients.own())));
+        parameters.place_gradient(gradients.as_ref().map(|gradients| Arc::clone(gradients.own())));
         self.gradients = gradients;
         Ok(())
     }
@@ -201,7 +201,10 @@ impl Exchange {
             self.check()?;
             return Ok(vec![flat]);
         };
-        assert!(flat.data_ptr() == gradients.own().start().cast(), "the gradient lies elsewhere than it was lodged");
+        assert!(
+            flat.data_ptr() == gradients.own().start().cast(),
+            "the gradient lies elsewhere than where it was placed"
+        );
         let summed = self.run(|collective| gradients.sum(collective));
         let parts = learn_torch::parts_of(&gradients);
         // this rank's share of the others' gradients, and what it reads of their shares of the sum

@@ -125,7 +125,7 @@ impl<'a> Trainer<'a> {
         let mut parameters = Parameters::init(model.shape(), config.job.seed, session.device);
         let mut optimizer = AdamW::new(&parameters, &config.optimizer);
         if config.training.freeze_towers {
-            optimizer.spare(&parameters, |name| !cvr::owns(name));
+            optimizer.exclude_from_decay(&parameters, |name| !cvr::owns(name));
         }
         let handle = session.handle();
         let patience = session.control.patience();

@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 
 use learn_domain::config::OptimizerConfig;
 use learn_domain::random;
-use learn_model::optimizer::{self, Pace};
-use learn_model::{AdamW, Forward, Parameters, Pch};
+use learn_model::optimizer::{self, UpdateScale};
+use learn_model::{AdamW, Forward, Parameters, Pch, RowGradient};
 use learn_proto::convert::AfterStep;
 use learn_telemetry::{Phase, WorkerMetrics};
-use tch::Device;
+use tch::{Device, Tensor};
 
 use super::device_rows::DeviceRows;
 use super::exchange::{Announcement, Exchange};
@@ -143,23 +143,12 @@ impl Stepper {
         };
         let share = Share::load(&prepared.micro_batches, &mut self.rows, seeds);
         self.clock.enter(Phase::Gather);
-        let announced = exchange.announce(Announcement {
-            rows: share.row_user.size()[0],
-            targets: share.item_id.size()[0],
-            tokens: share.tokens as i64,
-            encoded_rows: share.encoded_rows as i64,
-            exposures: share.exposures.count(),
-            after: word.after,
-            non_finite: word.non_finite.into(),
-        })?;
-        match announced.iter().map(|said| said.after).max() {
-            Some(AfterStep::Stop) => return Ok(StepEnd::Stopped),
-            Some(AfterStep::Regroup) => return Ok(StepEnd::Regroup),
-            Some(AfterStep::Continue) | None => {}
+        let announced = Announced(exchange.announce(announcement(&share, word))?);
+        match announced.after() {
+            AfterStep::Stop => return Ok(StepEnd::Stopped),
+            AfterStep::Regroup => return Ok(StepEnd::Regroup),
+            AfterStep::Continue => {}
         }
-        let counts = |part: fn(&Announcement) -> i64| announced.iter().map(|said| part(said) as usize).collect();
-        let (row_counts, item_counts): (Vec<usize>, Vec<usize>) =
-            (counts(|said| said.rows), counts(|said| said.targets));
 
         self.clock.enter(Phase::Forward);
         let towers = Towers {
@@ -178,11 +167,11 @@ impl Stepper {
         let mine = Contribution {
             share: &share,
             embeddings: &embeddings,
-            row_counts: &row_counts,
-            item_counts: &item_counts,
+            row_counts: &announced.counts(|said| said.rows),
+            item_counts: &announced.counts(|said| said.targets),
             seeds,
             pairs: prepared.meta.global_pairs as i64,
-            exposures: announced.iter().map(|said| said.exposures).sum(),
+            exposures: announced.0.iter().map(|said| said.exposures).sum(),
         };
         let mut loss = self.objective.loss(&mine, towers, exchange, &mut self.clock)?;
 
@@ -206,45 +195,82 @@ impl Stepper {
         let mut sums = [loss.loss.double_value(&[]), loss.correct.double_value(&[]), own_cvr];
         exchange.sum(&mut sums)?;
         let [loss, correct, cvr_loss] = sums;
-        let not_finite = |gradient_norm| {
-            let before = announced.iter().map(|said| said.non_finite).max().unwrap_or(0);
-            let suspects = non_finite::suspects(&share, &embeddings, prepared);
-            let before = u32::try_from(before).unwrap_or(u32::MAX);
-            Ok(StepEnd::NonFinite(NonFiniteStep { loss, gradient_norm, before, suspects }))
-        };
-        if !loss.is_finite() {
-            return not_finite(None);
-        }
 
         self.clock.enter(Phase::Optimizer);
-        let gradient_norm = optimizer::norm(&flat, rows.as_ref().map(|gradient| &gradient.rows));
-        if !gradient_norm.is_finite() {
-            return not_finite(Some(gradient_norm));
-        }
-        let pace = Pace::clipped(learning_rate, gradient_norm, self.optimizer_config.clip_norm);
-        self.optimizer.step(&mut self.parameters, &flat, pace);
-        if let Some(rows) = &rows {
-            self.optimizer.step_rows(&mut self.parameters, rows, pace);
-        }
+        let gradient_norm = loss.is_finite().then(|| self.update(&flat, rows.as_ref(), learning_rate));
         self.clock.stop();
-
-        let total = |part: fn(&Announcement) -> i64| announced.iter().map(part).sum::<i64>().max(0) as u64;
-        let global = GlobalRows { users: total(|said| said.rows), items: total(|said| said.targets) };
-        let (tokens, rows) = (total(|said| said.tokens), total(|said| said.encoded_rows));
+        let Some(gradient_norm) = gradient_norm.filter(|norm| norm.is_finite()) else {
+            let suspects = non_finite::suspects(&share, &embeddings, prepared);
+            return Ok(StepEnd::NonFinite(NonFiniteStep {
+                loss,
+                gradient_norm,
+                before: announced.non_finite(),
+                suspects,
+            }));
+        };
+        let global =
+            GlobalRows { users: announced.total(|said| said.rows), items: announced.total(|said| said.targets) };
+        let (tokens, encoded) = (announced.total(|said| said.tokens), announced.total(|said| said.encoded_rows));
+        let shape = self.model.shape();
+        let output_dim = shape.model.output_dim.into();
         Ok(StepEnd::Finished(StepOutcome {
             loss,
             accuracy: correct / (prepared.meta.global_pairs.max(1)) as f64,
             cvr_loss: cvr.map(|_| cvr_loss),
             gradient_norm,
             tokens,
-            padding_share: 1.0 - tokens as f64 / rows.max(1) as f64,
-            flops: measure::flops(self.model.shape(), prepared, &self.objective, global),
-            geometry: measure::geometry(
-                prepared.meta.step,
-                (&share, &embeddings),
-                &self.objective,
-                self.model.shape().model.output_dim.into(),
-            ),
+            padding_share: 1.0 - tokens as f64 / encoded.max(1) as f64,
+            flops: measure::flops(shape, prepared, &self.objective, global),
+            geometry: measure::geometry(prepared.meta.step, (&share, &embeddings), &self.objective, output_dim),
         }))
+    }
+
+    /// Clips the whole gradient and applies it; its norm before that. If this is not a finite number, nothing is applied.
+    fn update(&mut self, flat: &[Tensor], rows: Option<&RowGradient>, learning_rate: f64) -> f64 {
+        let norm = optimizer::norm(flat, rows.map(|gradient| &gradient.rows));
+        if norm.is_finite() {
+            let scale = UpdateScale::clipped(learning_rate, norm, self.optimizer_config.clip_norm);
+            self.optimizer.step(&mut self.parameters, flat, scale);
+            if let Some(rows) = rows {
+                self.optimizer.step_rows(&mut self.parameters, rows, scale);
+            }
+        }
+        norm
+    }
+}
+
+fn announcement(share: &Share, word: Word) -> Announcement {
+    Announcement {
+        rows: share.row_user.size()[0],
+        targets: share.item_id.size()[0],
+        tokens: share.tokens as i64,
+        encoded_rows: share.encoded_rows as i64,
+        exposures: share.exposures.count(),
+        after: word.after,
+        non_finite: word.non_finite.into(),
+    }
+}
+
+/// What the ranks have said before a step, in their order.
+struct Announced(Vec<Announcement>);
+
+impl Announced {
+    /// What one of them was asked to do goes for all.
+    fn after(&self) -> AfterStep {
+        self.0.iter().map(|said| said.after).max().unwrap_or(AfterStep::Continue)
+    }
+
+    fn counts(&self, part: fn(&Announcement) -> i64) -> Vec<usize> {
+        self.0.iter().map(|said| part(said) as usize).collect()
+    }
+
+    fn total(&self, part: fn(&Announcement) -> i64) -> u64 {
+        self.0.iter().map(part).sum::<i64>().max(0) as u64
+    }
+
+    /// Steps whose loss or gradient was not finite, as the one that knows of most has counted.
+    fn non_finite(&self) -> u32 {
+        let most = self.0.iter().map(|said| said.non_finite).max().unwrap_or(0);
+        u32::try_from(most).unwrap_or(u32::MAX)
     }
 }

@@ -93,9 +93,6 @@ fn blocks_of_long_slices_meet() {
         let mut out = start.clone();
         add(&x, &mut out);
         assert!(out.iter().zip(x.iter().zip(&start)).all(|(out, (x, start))| *out == start + x.to_f32()));
-        let mut cast_there = vec![bf16::ZERO; count];
-        cast(&out, &mut cast_there);
-        assert!(cast_there.iter().zip(&out).all(|(a, b)| *a == bf16::from_f32(*b)));
         check_sums::<f32>(3, ELEMENTS, 5);
         check_sums::<bf16>(2 * block_rows(1000) + 3, 1000, 6);
     });

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use tch::{Kind, Tensor};
 
-use super::Level;
+use super::StageOrder;
 use crate::parameters::Parameters;
 use crate::pch::LAYER_PREFIX;
 
@@ -17,13 +17,13 @@ use crate::pch::LAYER_PREFIX;
 pub(crate) struct DenseNames {
     pub weight: &'static str,
     pub bias: &'static str,
-    pub level: Level,
+    pub order: StageOrder,
 }
 
 impl DenseNames {
-    pub const ADAPTOR: Self = Self { weight: "adaptor.weight", bias: "adaptor.bias", level: Level::Adaptor };
+    pub const ADAPTOR: Self = Self { weight: "adaptor.weight", bias: "adaptor.bias", order: StageOrder::Adaptor };
     /// From hidden states to embeddings.
-    pub const PROJECTION: Self = Self { weight: "mlp.0.weight", bias: "mlp.0.bias", level: Level::Projection };
+    pub const PROJECTION: Self = Self { weight: "mlp.0.weight", bias: "mlp.0.bias", order: StageOrder::Projection };
 }
 
 /// Names of a layer's parameters.

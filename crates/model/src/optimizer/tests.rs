@@ -123,13 +123,13 @@ fn clipping_shortens_and_never_lengthens() {
         let (one, other) = (Tensor::from_slice(&[3.0_f32, 0.0]).to_kind(kind), Tensor::from_slice(&[-4.0_f32]));
         let length = norm(std::slice::from_ref(&one), Some(&other.to_kind(kind).view([1, 1])));
         assert_eq!(length, 5.0);
-        let scale = |longest| Pace::clipped(0.1, length, longest).gradient_scale;
+        let scale = |longest| UpdateScale::clipped(0.1, length, longest).gradient_scale;
         assert_eq!((scale(0.0), scale(6.0)), (1.0, 1.0));
         assert!((scale(1.0) - 0.2).abs() < 1e-6);
         assert_eq!(norm(&[one.zeros_like()], None), 0.0);
         assert!(norm(&[one / 0.0], None).is_nan());
     }
-    assert_eq!(Pace::clipped(0.1, 0.0, 1.0), Pace::from(0.1));
+    assert_eq!(UpdateScale::clipped(0.1, 0.0, 1.0), UpdateScale::from(0.1));
 }
 
 #[test]
@@ -138,9 +138,9 @@ fn a_scaled_gradient_is_that_of_the_scaled_values() {
         let case = Case::open(label);
         let gradient = case.flat("gradient.0").to_kind(kind);
         let (mut scaled, mut given) = (case.start(kind), case.start(kind));
-        let pace = Pace { learning_rate: 0.1, gradient_scale: 0.25 };
+        let scale = UpdateScale { learning_rate: 0.1, gradient_scale: 0.25 };
         let version = scaled.version();
-        AdamW::new(&scaled, &config()).step(&mut scaled, std::slice::from_ref(&gradient), pace);
+        AdamW::new(&scaled, &config()).step(&mut scaled, std::slice::from_ref(&gradient), scale);
         // what follows the values learns of the update; by hand the copies have followed it already
         assert_eq!(scaled.version() > version, kind == Kind::Double, "{label}");
         AdamW::new(&given, &config()).step(&mut given, &[&gradient * 0.25], 0.1);
@@ -195,12 +195,12 @@ fn rows_move_as_in_a_dense_optimizer_whenever_they_are_touched() {
 }
 
 #[test]
-fn spared_parameters_without_a_gradient_keep_their_values() {
+fn parameters_outside_the_weight_decay_without_a_gradient_keep_their_values() {
     let specs = ["cvr.0.weight", "mlp.0.weight"].map(|name| ParameterSpec::new(name, &[3], Role::Weight { std: 1.0 }));
     let mut parameters = Parameters::init_specs(specs.to_vec(), 3, Device::Cpu);
     let before = parameters.flat().copy();
     let mut optimizer = AdamW::new(&parameters, &OptimizerConfig { weight_decay: 0.5, ..OptimizerConfig::default() });
-    optimizer.spare(&parameters, |name| !crate::objective::cvr::owns(name));
+    optimizer.exclude_from_decay(&parameters, |name| !crate::objective::cvr::owns(name));
     let gradient = Tensor::from_slice(&[1.0_f32, -2.0, 3.0, 0.0, 0.0, 0.0]);
     for _ in 0..3 {
         optimizer.step(&mut parameters, std::slice::from_ref(&gradient), 0.1);

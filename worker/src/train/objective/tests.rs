@@ -154,7 +154,7 @@ fn stepper(config: &Config, values: &[f64], kind: Kind, exchange: &mut Exchange)
     };
     let model = Pch::new(shape(config, &facts())).unwrap();
     let mut parameters = load(&model, values, kind);
-    exchange.lodge(&mut parameters).unwrap();
+    exchange.share_gradient_memory(&mut parameters).unwrap();
     Stepper {
         optimizer: AdamW::new(&parameters, &config.optimizer),
         model,
@@ -419,7 +419,7 @@ fn a_rank_that_panics_in_its_backward_holds_nobody_up_and_leaves_nothing_behind(
         // each goes on by itself, as if nothing had been collected
         let collective = connect_tcp(group((0, 1), false), &MemoryRendezvous::default()).unwrap();
         let mut exchange = Exchange::new(collective, WorkerMetrics::new(), Arc::default());
-        exchange.lodge(&mut stepper.parameters).unwrap();
+        exchange.share_gradient_memory(&mut stepper.parameters).unwrap();
         let step = prepared(&config, &exchange);
         let mut fresh = self::stepper(&config, &values, Kind::Double, &mut exchange);
         let [norm, expected] = [&mut stepper, &mut fresh].map(|stepper| {
