@@ -1,7 +1,7 @@
 //! The most memory that something needs.
 //!
 //! Input: work. Output: bytes that were held at its peak beyond those before it: on the CPU what the kernel counts as
-//! resident, on a GPU what is taken from its memory, which libtorch keeps for later.
+//! resident, on a GPU what tensors hold.
 
 use std::fs;
 
@@ -10,13 +10,10 @@ use tch::Device;
 /// The result of `work`, and its extra bytes at the peak; none where the machine does not tell.
 pub fn peak<T>(device: Device, work: impl FnOnce() -> T) -> (T, Option<u64>) {
     if device != Device::Cpu {
-        let used = || {
-            learn_torch::synchronize(device);
-            learn_torch::gpu_memory(device).map(|memory| memory.used as u64)
-        };
-        let before = used();
+        let held = |reset| learn_torch::tensor_memory(device, reset).ok().flatten();
+        let before = held(true);
         let result = work();
-        return (result, before.zip(used()).map(|(before, after)| after.saturating_sub(before)));
+        return (result, before.zip(held(false)).map(|(before, after)| after.most - before.now));
     }
     // 5 makes the peak that of now
     let reset = fs::write("/proc/self/clear_refs", "5").is_ok();

@@ -18,6 +18,8 @@ use learn_domain::report::DatasetFacts;
 use learn_domain::run_dir::{RunDir, checkpoint_step};
 use learn_domain::{Config, Step};
 use learn_model::safetensors;
+use rustix::fs::{CWD, RenameFlags};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 pub use writer::{Writer, Written};
@@ -109,23 +111,35 @@ pub fn write(folder: &Path, mut snapshot: Snapshot, between: &dyn Fn()) -> Resul
     let target = RunDir::new(folder.parent().unwrap_or(folder)).checkpoint(snapshot.state.step);
     let aside = target.with_extension(format!("tmp-{}", std::process::id()));
     let written = write_aside(&aside, &mut snapshot, between).and_then(|()| {
-        // a checkpoint of the same step stays whole until the new one stands in its place
-        let old = target.with_extension("old");
-        if target.exists() {
-            fs::rename(&target, &old).map_err(io(&old))?;
-        }
-        fs::rename(&aside, &target).map_err(io(&target))?;
+        let replaces = target.exists();
+        put_in_place(&aside, &target).map_err(io(&target))?;
         sync(folder)?;
-        if old.exists() {
-            fs::remove_dir_all(&old).map_err(io(&old))?;
-        }
-        Ok(())
+        if replaces { fs::remove_dir_all(&aside).map_err(io(&aside)) } else { Ok(()) }
     });
     if written.is_err() {
         // the write error is the one to report
         let _ = fs::remove_dir_all(&aside);
     }
     written.map(|()| target)
+}
+
+/// Gives a directory its name; one that has it so far takes the other's, at the same moment where the file system can do so.
+fn put_in_place(aside: &Path, target: &Path) -> std::io::Result<()> {
+    if !target.exists() {
+        return fs::rename(aside, target);
+    }
+    match rustix::fs::renameat_with(CWD, aside, CWD, target, RenameFlags::EXCHANGE) {
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => exchange_by_names(aside, target),
+        exchanged => exchanged.map_err(Into::into),
+    }
+}
+
+/// Exchanges two directories, with a moment in which neither has the name `target`.
+fn exchange_by_names(aside: &Path, target: &Path) -> std::io::Result<()> {
+    let between = aside.with_extension(format!("tmp-{}-replaced", std::process::id()));
+    fs::rename(target, &between)?;
+    fs::rename(aside, target)?;
+    fs::rename(&between, aside)
 }
 
 fn write_aside(aside: &Path, snapshot: &mut Snapshot, between: &dyn Fn()) -> Result<(), CheckpointError> {

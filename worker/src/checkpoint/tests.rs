@@ -48,6 +48,24 @@ fn what_is_written_is_read_back() {
 }
 
 #[test]
+fn a_checkpoint_of_the_same_step_takes_the_place_of_the_one_before() {
+    let (_folder, run) = run();
+    let target = run.checkpoint(Step(7));
+    let value = |path: &Path| f64::from(Vec::<f32>::try_from(&read(path, None).unwrap().model[0].1).unwrap()[0]);
+    for new in [1.5_f32, 2.5] {
+        write(&run.checkpoints(), snapshot(7, new, None), &|| ()).unwrap();
+        assert_eq!(value(&target), f64::from(new));
+    }
+    assert_eq!(fs::read_dir(run.checkpoints()).unwrap().count(), 1, "nothing of the earlier one is left");
+    // and where the file system cannot exchange two directories
+    let aside = target.with_extension("tmp-1");
+    write_aside(&aside, &mut snapshot(7, 3.5, None), &|| ()).unwrap();
+    exchange_by_names(&aside, &target).unwrap();
+    assert_eq!((value(&target), value(&aside)), (3.5, 2.5));
+    assert_eq!(fs::read_dir(run.checkpoints()).unwrap().count(), 2);
+}
+
+#[test]
 fn damage_and_strangers_are_refused_with_their_reason() {
     let (_folder, run) = run();
     let path = write(&run.checkpoints(), snapshot(7, 1.5, None), &|| ()).unwrap();

@@ -32,7 +32,7 @@ use crate::conversions::{Conversions, Place};
 use crate::error::WorkerError;
 use crate::feed::assemble::{Seen, newest_positions};
 use crate::feed::flight::{DataClient, HeldOutUser};
-use crate::feed::{RowSettings, RowSource, item_bytes};
+use crate::feed::{RowSettings, RowSource};
 use crate::session::{Ended, Session, Turn};
 use crate::train::{Exchange, rows_tensor, sequences, shape};
 
@@ -107,8 +107,12 @@ impl Evaluator {
         let (config, dataset) = (&session.admission.config, &session.admission.dataset);
         let handle = session.handle().clone();
         // the feed has the cache; evaluation reads past it
-        let settings =
-            RowSettings { dim: dataset.embedding_dim as usize, items: dataset.items, ..RowSettings::default() };
+        let settings = RowSettings {
+            dim: dataset.embedding_dim as usize,
+            items: dataset.items,
+            streams: config.cluster.row_streams,
+            ..RowSettings::default()
+        };
         let rows = RowSource::new(&data, &settings, session.metrics.clone());
         Ok(Self {
             handle,
@@ -227,9 +231,7 @@ impl Evaluator {
             world_size: exchange.world_size() as u32,
             times: self.times,
         };
-        let users = self.handle.block_on(self.data.held_out(&ticket))?;
-        let items: usize = users.iter().map(|user| user.history.len() + user.targets.len()).sum();
-        let bytes = (item_bytes(self.times) * items) as u64;
+        let (users, bytes) = self.handle.block_on(self.data.held_out(&ticket))?;
         self.metrics.received_bytes_total.with_label_values(&["evaluation"]).inc_by(bytes);
         Ok(users)
     }

@@ -142,7 +142,7 @@ pub struct WireBenchResult {
     pub users: u64,
     /// Items of histories and targets.
     pub positions: u64,
-    /// Item indices and the like, by the number of items.
+    /// Of batches: item indices and the like.
     pub batch_bytes: u64,
     /// Rows that the cache did not hold.
     pub row_bytes: u64,
@@ -194,7 +194,13 @@ pub fn bench_wire(settings: &WireBenchSettings) -> Result<WireBenchResult, Worke
         layout: Layout::new(&config.objective, 0),
         uniform: UniformNegatives { items: *items, ..UniformNegatives::default() },
         prefetch_steps: 1,
-        rows: RowSettings { dim: *dim, cache_bytes, items: *items, ..RowSettings::default() },
+        rows: RowSettings {
+            dim: *dim,
+            cache_bytes,
+            items: *items,
+            streams: config.cluster.row_streams,
+            ..RowSettings::default()
+        },
         times: false,
     };
     let metrics = WorkerMetrics::new();

@@ -30,6 +30,9 @@ use super::answers::{FlightClientError, unexpected};
 use super::flight::{DataClient, Link};
 use super::reader::{Destination, RowsReader};
 
+/// Items of a request: their indices fit into one message.
+const MOST_ITEMS: usize = 1 << 18;
+
 const DO_EXCHANGE: &str = "/arrow.flight.protocol.FlightService/DoExchange";
 
 /// Rows by item index from the services of a job.
@@ -101,17 +104,25 @@ impl RowExchange {
         Self { client: client.clone(), open: None, schema: Arc::new(rows_request_schema()), dim }
     }
 
-    /// Writes the rows of `items`, in their order, to `into`, `[items, dim]`.
+    /// Writes the rows of `items`, in their order, to `into`, `[items, dim]`, and tells the bytes that have come for them.
     ///
     /// # Errors
     /// If the service refuses, stays away, or answers something else. Then `into` is not whole.
-    pub async fn fetch_into(&mut self, items: &[u32], into: &mut [f16]) -> Result<(), FlightClientError> {
+    pub async fn fetch_into(&mut self, items: &[u32], into: &mut [f16]) -> Result<u64, FlightClientError> {
+        let mut bytes = 0;
+        for (items, into) in items.chunks(MOST_ITEMS).zip(into.chunks_mut(MOST_ITEMS * self.dim.max(1))) {
+            bytes += self.request(items, into).await?;
+        }
+        Ok(bytes)
+    }
+
+    async fn request(&mut self, items: &[u32], into: &mut [f16]) -> Result<u64, FlightClientError> {
         let mut trying = self.client.patience().trying("rows");
         loop {
             match self.try_fetch(items, into).await {
-                Ok(()) => {
+                Ok(bytes) => {
                     trying.answered();
-                    return Ok(());
+                    return Ok(bytes);
                 }
                 Err(error) => {
                     self.open = None;
@@ -147,7 +158,7 @@ impl RowExchange {
         Ok(OpenedRows { requests, sent: 0, location, body, piece: Bytes::new(), reader })
     }
 
-    async fn try_fetch(&mut self, items: &[u32], into: &mut [f16]) -> Result<(), FlightClientError> {
+    async fn try_fetch(&mut self, items: &[u32], into: &mut [f16]) -> Result<u64, FlightClientError> {
         let column = UInt32Array::from(items.to_vec());
         let request = RecordBatch::try_new(self.schema.clone(), vec![Arc::new(column)])
             .map_err(|error| unexpected(error.to_string()))?;
@@ -163,7 +174,7 @@ impl RowExchange {
         let number = open.sent;
         open.sent += 1;
         let mut to = Destination::new(into);
-        let mut part = 0;
+        let (mut part, mut bytes) = (0, 0);
         loop {
             if open.piece.is_empty() {
                 let piece = next_piece(&mut open.body).await;
@@ -171,6 +182,7 @@ impl RowExchange {
             }
             let (taken, ended) = open.reader.read(&open.piece, &mut to)?;
             let _ = open.piece.split_to(taken);
+            bytes += taken as u64;
             let Some(ended) = ended.filter(|ended| ended.is_batch) else { continue };
             let meta: RowsMeta = serde_json::from_slice(&ended.metadata)
                 .map_err(|error| unexpected(format!("rows metadata: {error}")))?;
@@ -187,6 +199,6 @@ impl RowExchange {
             return Err(unexpected(format!("fewer rows than the {} that were asked for", items.len())));
         }
         self.open = Some(open);
-        Ok(())
+        Ok(bytes)
     }
 }

@@ -16,9 +16,9 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc as queue;
 
 use super::assemble::{MicroBatch, assemble};
-use super::flight::{DataClient, ShareStream};
+use super::flight::{DataClient, Share, ShareStream};
 use super::source::RowSource;
-use super::{FeedError, FeedSettings, PreparedStep, item_bytes};
+use super::{FeedError, FeedSettings, PreparedStep};
 
 /// Most steps that are read ahead for each that is prepared, so that the first is soon there.
 const AT_ONCE: usize = 16;
@@ -75,7 +75,7 @@ async fn lay_out(
     found: queue::Sender<Result<LaidOut, FeedError>>,
 ) {
     loop {
-        let (meta, share) = match shares.next().await {
+        let Share { meta, users: share, bytes } = match shares.next().await {
             Ok(Some(share)) => share,
             Ok(None) => return,
             Err(error) => {
@@ -85,9 +85,7 @@ async fn lay_out(
             }
         };
         let started = Instant::now();
-        let items: usize = share.iter().map(|user| user.history.len() + user.targets.len()).sum();
-        let bytes = item_bytes(settings.times) * items;
-        metrics.received_bytes_total.with_label_values(&["batches"]).inc_by(bytes as u64);
+        metrics.received_bytes_total.with_label_values(&["batches"]).inc_by(bytes);
         let further = settings.uniform.part(meta.step, settings.rank, settings.world_size);
         let micro_batches = assemble(&share, &further, settings.layout);
         let users = share.iter().map(|user| user.user).collect();

@@ -21,6 +21,7 @@ use learn_proto::auth::BearerInterceptor;
 use learn_proto::connect::Pass;
 use learn_proto::convert::Admission;
 use learn_proto::flight::{BatchMeta, POPULARITY, ROWS, RowFiles, Ticket, grpc_url, in_turn, location_directory};
+use prost::Message;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 
@@ -92,10 +93,21 @@ pub struct ShareStream {
     times: bool,
 }
 
+/// A rank's users of a step.
+#[derive(Debug)]
+pub struct Share {
+    pub meta: BatchMeta,
+    pub users: Vec<UserShare>,
+    /// That have come for it.
+    pub bytes: u64,
+}
+
 /// A running answer.
 struct Opened {
     decoder: FlightDataDecoder,
     location: Arc<str>,
+    /// That have come.
+    bytes: u64,
 }
 
 impl Known {
@@ -277,17 +289,19 @@ impl DataClient {
         let Link { location, mut client, .. } = self.link();
         let response = client.do_get(arrow_flight::Ticket { ticket: ticket.encode().into() }).await;
         let response = response.map_err(|status| self.failed(&location, &status))?;
-        Ok(Opened { decoder: decoder(response.into_inner()), location })
+        Ok(Opened { decoder: decoder(response.into_inner()), location, bytes: 0 })
     }
 
     /// The next message of an answer.
     async fn next_batch(&self, open: &mut Opened) -> Result<Option<(RecordBatch, bytes::Bytes)>, FlightClientError> {
         loop {
             match open.decoder.try_next().await {
-                Ok(Some(DecodedFlightData { inner, payload: DecodedPayload::RecordBatch(batch) })) => {
-                    return Ok(Some((batch, inner.app_metadata)));
+                Ok(Some(DecodedFlightData { inner, payload })) => {
+                    open.bytes += inner.encoded_len() as u64;
+                    if let DecodedPayload::RecordBatch(batch) = payload {
+                        return Ok(Some((batch, inner.app_metadata)));
+                    }
                 }
-                Ok(Some(_)) => {}
                 Ok(None) => return Ok(None),
                 Err(FlightError::Tonic(status)) => return Err(self.failed(&open.location, &status)),
                 Err(error) => return Err(unexpected(error.to_string())),
@@ -301,21 +315,21 @@ impl DataClient {
         ShareStream { client: self.clone(), times: asks_for_times(&ticket), ticket, open: None }
     }
 
-    /// All held-out users of a ticket.
+    /// All held-out users of a ticket, and the bytes that have come for them.
     ///
     /// # Errors
     /// If the service refuses the ticket or stays away.
-    pub async fn held_out(&self, ticket: &Ticket) -> Result<Vec<HeldOutUser>, FlightClientError> {
+    pub async fn held_out(&self, ticket: &Ticket) -> Result<(Vec<HeldOutUser>, u64), FlightClientError> {
         self.patience.answer("held-out users", || self.try_held_out(ticket)).await
     }
 
-    async fn try_held_out(&self, ticket: &Ticket) -> Result<Vec<HeldOutUser>, FlightClientError> {
+    async fn try_held_out(&self, ticket: &Ticket) -> Result<(Vec<HeldOutUser>, u64), FlightClientError> {
         let mut open = self.do_get(ticket).await?;
         let mut users = Vec::new();
         while let Some((batch, _)) = self.next_batch(&mut open).await? {
             read_held_out(&batch, asks_for_times(ticket), &mut users)?;
         }
-        Ok(users)
+        Ok((users, open.bytes))
     }
 
     /// Training interactions of each item, by item index.
@@ -335,6 +349,22 @@ impl DataClient {
         Ok(counts)
     }
 
+    /// The `further`-th client beside this one, which is the 0th: with connections of its own, it starts with the server
+    /// after that of the one before it.
+    pub(super) fn beside(&self, further: usize) -> Result<Self, FlightClientError> {
+        if further == 0 {
+            return Ok(self.clone());
+        }
+        let Known { pass, bearer, number, .. } = &*self.known;
+        let locations: Vec<String> = self.known.lock().all.iter().map(|link| link.location.to_string()).collect();
+        let links = Links { all: Vec::new(), current: 0, asked: Instant::now() };
+        let number = number + further;
+        let known = Known { pass: pass.clone(), bearer: bearer.clone(), number, links: Mutex::new(links) };
+        // those of this client are in its own turn
+        known.replace(&in_turn(locations, further))?;
+        Ok(Self { known: Arc::new(known), ..self.clone() })
+    }
+
     /// An exchange for rows of `dim` values.
     #[must_use]
     pub fn rows(&self, dim: usize) -> RowExchange {
@@ -347,14 +377,14 @@ impl ShareStream {
     ///
     /// # Errors
     /// If the service refuses, stays away, or sends something else.
-    pub async fn next(&mut self) -> Result<Option<(BatchMeta, Vec<UserShare>)>, FlightClientError> {
+    pub async fn next(&mut self) -> Result<Option<Share>, FlightClientError> {
         let mut trying = self.client.patience.trying("batches");
         loop {
             match self.try_next().await {
                 Ok(share) => {
                     trying.answered();
-                    if let (Some((meta, _)), Ticket::Batches { from_step, .. }) = (&share, &mut self.ticket) {
-                        *from_step = meta.step + 1;
+                    if let (Some(share), Ticket::Batches { from_step, .. }) = (&share, &mut self.ticket) {
+                        *from_step = share.meta.step + 1;
                     }
                     return Ok(share);
                 }
@@ -366,22 +396,22 @@ impl ShareStream {
         }
     }
 
-    async fn try_next(&mut self) -> Result<Option<(BatchMeta, Vec<UserShare>)>, FlightClientError> {
+    async fn try_next(&mut self) -> Result<Option<Share>, FlightClientError> {
         self.client.settle(&mut self.open, |open| &open.location).await;
         let open = match &mut self.open {
             Some(open) => open,
             none => none.insert(self.client.do_get(&self.ticket).await?),
         };
-        let mut share = Vec::new();
+        let mut users = Vec::new();
         loop {
             let Some((batch, metadata)) = self.client.next_batch(open).await? else {
-                return if share.is_empty() { Ok(None) } else { Err(unexpected("the stream ended within a step")) };
+                return if users.is_empty() { Ok(None) } else { Err(unexpected("the stream ended within a step")) };
             };
             let meta: BatchMeta =
                 serde_json::from_slice(&metadata).map_err(|error| unexpected(format!("batch metadata: {error}")))?;
-            read_share(&batch, self.times, &mut share)?;
+            read_share(&batch, self.times, &mut users)?;
             if meta.part + 1 >= meta.parts {
-                return Ok(Some((meta, share)));
+                return Ok(Some(Share { meta, users, bytes: std::mem::take(&mut open.bytes) }));
             }
         }
     }

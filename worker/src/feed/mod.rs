@@ -16,6 +16,7 @@ pub mod local;
 pub mod reader;
 pub mod residents;
 pub mod source;
+mod streams;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -192,10 +193,4 @@ impl Drop for Feed {
             tracing::error!("the feed thread panicked");
         }
     }
-}
-
-/// Bytes of an item index on the wire, with its time or without.
-#[must_use]
-pub fn item_bytes(times: bool) -> usize {
-    if times { 4 + 8 } else { 4 }
 }

@@ -16,9 +16,9 @@ use tch::Device;
 use super::FeedError;
 use super::assemble::MicroBatch;
 use super::cache::RowCache;
-use super::exchange::RowExchange;
 use super::flight::{DataClient, FlightClientError};
 use super::residents::Residents;
+use super::streams::RowStreams;
 
 /// Items are announced until they are so many times those that a cache holds; more would change little.
 const AHEAD: usize = 8;
@@ -36,13 +36,15 @@ pub struct RowSettings {
     pub device_bytes: u64,
     /// Items of the catalogue.
     pub items: u32,
+    /// Exchanges at once, over which rows are sent.
+    pub streams: u32,
     /// Where the rows of passes go.
     pub device: Device,
 }
 
 impl Default for RowSettings {
     fn default() -> Self {
-        Self { dim: 0, cache_bytes: 0, device_bytes: 0, items: 0, device: Device::Cpu }
+        Self { dim: 0, cache_bytes: 0, device_bytes: 0, items: 0, streams: 1, device: Device::Cpu }
     }
 }
 
@@ -120,7 +122,7 @@ pub struct RowSource {
     host: Option<RowCache>,
     device: Option<Residents>,
     popularity: Option<Arc<[u32]>>,
-    exchange: RowExchange,
+    streams: RowStreams,
     /// Rows on their way into the cache; memory that is used again.
     fetched: Vec<f16>,
     metrics: WorkerMetrics,
@@ -135,7 +137,7 @@ impl RowSource {
             host: None,
             device: None,
             popularity: None,
-            exchange: client.rows(settings.dim),
+            streams: RowStreams::new(client, settings.streams, settings.dim),
             fetched: Vec::new(),
             metrics,
         }
@@ -216,13 +218,11 @@ impl RowSource {
         if self.settings.dim == 0 {
             return Ok(Vec::new());
         }
-        if self.client.mapped().await?.is_some() {
-            let mut rows = vec![f16::ZERO; items.len() * self.settings.dim];
-            self.mapped(items, &mut rows).await?;
-            return Ok(rows);
+        let mut rows = vec![f16::ZERO; items.len() * self.settings.dim];
+        if !self.mapped(items, &mut rows).await? {
+            let bytes = self.streams.fetch_into(items, &mut rows).await?;
+            self.count_sent(bytes);
         }
-        let rows = self.exchange.fetch(items).await?;
-        self.count_sent(items.len());
         Ok(rows)
     }
 
@@ -243,8 +243,8 @@ impl RowSource {
         self.metrics.cache_misses_total.inc_by(missing.len() as u64);
         self.fetched.resize(missing.len() * dim, f16::ZERO);
         if !missing.is_empty() {
-            self.exchange.fetch_into(&missing, &mut self.fetched).await?;
-            self.count_sent(missing.len());
+            let bytes = self.streams.fetch_into(&missing, &mut self.fetched).await?;
+            self.count_sent(bytes);
         }
         let fetched = std::mem::take(&mut self.fetched);
         let cache = self.host().await?;
@@ -290,9 +290,8 @@ impl RowSource {
     }
 
     /// Counts rows that were sent.
-    fn count_sent(&self, rows: usize) {
-        let bytes = rows * self.client.row_format().row_bytes(self.settings.dim);
-        self.metrics.received_bytes_total.with_label_values(&["rows"]).inc_by(bytes as u64);
+    fn count_sent(&self, bytes: u64) {
+        self.metrics.received_bytes_total.with_label_values(&["rows"]).inc_by(bytes);
     }
 }
 
@@ -302,7 +301,8 @@ mod tests {
 
     #[test]
     fn a_budget_is_as_many_rows_as_fit_and_no_more_than_there_are() {
-        let settings = RowSettings { dim: 4, cache_bytes: 17, device_bytes: 1 << 40, items: 5, device: Device::Cpu };
+        let settings =
+            RowSettings { dim: 4, cache_bytes: 17, device_bytes: 1 << 40, items: 5, ..RowSettings::default() };
         assert_eq!((settings.host_rows(), settings.device_rows()), (2, 5));
         assert!(settings.must_choose(2) && !settings.must_choose(5) && !settings.must_choose(0));
         assert_eq!(RowSettings { dim: 0, ..settings }.host_rows(), 5, "no division by zero");

@@ -68,6 +68,7 @@ fn row_settings(config: &Config, dataset: &DatasetFacts, device: Device) -> RowS
         cache_bytes: config.cluster.row_cache.0,
         device_bytes: config.cluster.device_row_cache.0,
         items: dataset.items,
+        streams: config.cluster.row_streams,
         device,
     }
 }

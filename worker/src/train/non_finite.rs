@@ -68,7 +68,9 @@ impl Trainer<'_> {
 
     /// Whether the parameters are finite numbers, as an update with a finite gradient can leave them not to be.
     pub(super) fn finite(&self) -> bool {
-        self.stepper.parameters.iter().all(|(_, tensor)| tensor.isfinite().all().int64_value(&[]) != 0)
+        let parameters = &self.stepper.parameters;
+        let mut tensors = std::iter::once(parameters.flat()).chain(parameters.item_vectors());
+        tensors.all(|tensor| tensor.isfinite().all().int64_value(&[]) != 0)
     }
 
     /// Does what the policy says about a step that was not applied.

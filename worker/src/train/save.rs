@@ -10,7 +10,7 @@ use std::time::Duration;
 use learn_collective::CollectiveError;
 use learn_domain::event::Happening;
 use learn_model::Parameters;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::{Stepper, Trainer};
 use crate::checkpoint::{self, Snapshot, State, Writer, Written};
@@ -103,7 +103,11 @@ pub(crate) fn snapshot(state: State, stepper: &Stepper) -> Snapshot {
 
 /// Copies that the next step does not change.
 pub(super) fn on_cpu(tensors: impl IntoIterator<Item = (String, Tensor)>) -> Vec<(String, Tensor)> {
-    let copy = |(name, tensor): (String, Tensor)| (name, tensor.to_device(tch::Device::Cpu).copy());
+    let copy = |(name, tensor): (String, Tensor)| match tensor.device() {
+        Device::Cpu => (name, tensor.copy()),
+        // what comes from a GPU is a copy
+        _ => (name, tensor.to_device(Device::Cpu)),
+    };
     tensors.into_iter().map(copy).collect()
 }
 

@@ -382,6 +382,9 @@ pub struct ClusterConfig {
     /// Most steps that a worker fetches ahead. It begins with two, goes as many further as would have hidden a wait of
     /// training for data, and one back when all were ready for long.
     pub prefetch_steps: u32,
+    /// Connections over which a worker fetches content embeddings at once, each first to another data server; a request of
+    /// less than a MiB for each takes fewer. None is needed where it can open the dataset's files.
+    pub row_streams: u32,
     /// Host memory of a worker for content embeddings.
     pub row_cache: ByteSize,
     /// Memory of a worker's device for content embeddings, so that they need not be copied to it again; 0 = none. On a CPU
@@ -424,6 +427,7 @@ impl Default for ClusterConfig {
             shared_memory: true,
             stop_timeout: Span::from_secs(0),
             prefetch_steps: 8,
+            row_streams: 4,
             row_cache: ByteSize(1 << 30),
             device_row_cache: ByteSize(0),
             tls: TlsConfig::default(),
@@ -469,6 +473,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         ("cluster.workers", cluster.workers.into()),
         ("cluster.min_workers", cluster.min_workers.into()),
         ("cluster.prefetch_steps", cluster.prefetch_steps.into()),
+        ("cluster.row_streams", cluster.row_streams.into()),
     ];
     let fail = |key, problem: &str| Err(ConfigError { key, problem: problem.into() });
     for (key, value) in at_least_one {
