@@ -1,7 +1,8 @@
 """A training step as the published implementation of LEARN does it: Hugging Face's BertEncoder over histories that are padded
 to 40, the adaptor at every position, all positions projected, DistributedDataParallel, AdamW.
 
-Embeddings are handed over as f32 tensors: that the published code reads them as f64 from pickles is not counted. Without
+Embeddings are handed over as f32 tensors, on a GPU in its memory: that the published code reads them as f64 from pickles and
+copies them is not counted. Without
 `transformers` the same layers of our own are used, and the result says so.
 """
 
@@ -81,7 +82,7 @@ class Padded(nn.Module):
 class Inputs:
     """A batch as a collate function leaves it: padded at the end, positions and masks beside it."""
 
-    def __init__(self, batch, args):
+    def __init__(self, batch, args, device):
         rows = batch.rows.float()
         users, places = len(batch.lengths), iter(batch.place.split([*batch.lengths, batch.targets.numel()]))
         self.history = torch.zeros(users, args.history, args.input_dim)
@@ -96,6 +97,9 @@ class Inputs:
         self.row_user, self.item_id, self.pairs = batch.row_user, batch.item_id, batch.pairs
         self.position = torch.tensor([position for _, position in batch.sampled])
         self.tokens = batch.tokens
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
+                setattr(self, name, value.to(device))
 
 
 def train(rank, args, meeting):
@@ -109,16 +113,14 @@ def train(rank, args, meeting):
     model = DistributedDataParallel(model, device_ids=[rank] if args.device == "cuda" else None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     share = slice(rank, None, args.workers)
-    batches = [Inputs(measure.Batch(args, number, share), args) for number in range(args.batches)]
+    batches = [Inputs(measure.Batch(args, number, share), args, device) for number in range(args.batches)]
 
     def step(batch):
-        to = lambda tensor: tensor.to(device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
         with measure.autocast(args):
-            rows = model(to(batch.history), to(batch.mask))
-            row_user = to(batch.row_user)
-            user = rows[row_user, to(batch.position)]
-            loss = measure.info_nce(user, to(batch.item), row_user, to(batch.item_id), batch.pairs)
+            rows = model(batch.history, batch.mask)
+            user = rows[batch.row_user, batch.position]
+            loss = measure.info_nce(user, batch.item, batch.row_user, batch.item_id, batch.pairs)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), measure.CLIP_NORM)
         optimizer.step()

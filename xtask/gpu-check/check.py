@@ -37,13 +37,14 @@ TRAININGS = {
     "train_history_code": (["model.history_code=64", "model.residual=content", "model.centring=true",
                             "model.residual_trained=true"], 1e-4),
     "train_cvr": (["objective.cvr_weight=0.5", "objective.cvr_hidden=16"], 1e-4),
+    # some of the rows stay on the device, and others take their place
+    "train_device_cache": (["cluster.device_row_cache=2KiB", "training.micro_batch=24"], 1e-4),
 }
 # These runs are judged, exported and asked for recommendations on the device too.
 USED = ["train_time_gaps", "train_history_code", "train_ids"]
 # Our parts alone: the published layers and widths in both precisions, twelve layers, the loss, checkpoints.
 STEP = ["step", "--batch", "64", "--repetitions", "10"]
-DEEP = ["step", "--layers", "12", "--batch", "1024", "--repetitions", "10", "--precision", "bf16", "--item-tower", "content",
-        "--output-dim", "4096"]
+DEEP = ["step", "--layers", "12", "--batch", "1024", "--repetitions", "10", "--precision", "bf16", *beside.OFFICIAL]
 BENCH_RUNS = {
     "bench_f32": STEP,
     "bench_bf16": [*STEP, "--precision", "bf16"],
@@ -98,6 +99,16 @@ def json_lines(text):
             except ValueError:
                 continue
     return found
+
+
+def two_ranks(bin_, work):
+    """The collective with two ranks on one GPU, where NCCL lets two ranks share one."""
+    name = "two_ranks_on_one_gpu"
+    result = part("nccl_two_ranks", [bin_ / "nccl", "--ignored", "--exact", name, "--nocapture"], 120, work)
+    said = result.get("stdout_tail", "") + result.get("stderr_tail", "")
+    if result["rc"] != 0 and "Duplicate GPU" in said:
+        result |= {"rc": 0, "left_out": "NCCL takes no two ranks on one GPU"}
+    return result
 
 
 def gpus():
@@ -213,6 +224,12 @@ def main():
     # on a GPU the attention of f32 has kernels of its own
     parts["golden_f32"] = part(
         "golden_f32", [bin_ / "golden", "--kind", "f32", "--device", options.device, *golden], 300, work)
+    # without a GPU the tests that need none, so that a try has run these programs
+    wanted = ["--ignored", "--skip", "two_ranks"] if cuda else []
+    for program in ("nccl", "torch"):
+        parts[f"tests_{program}"] = part(f"tests_{program}", [bin_ / program, *wanted], 240, work)
+    if cuda:
+        parts["nccl_two_ranks"] = two_ranks(bin_, work)
     parts["encoders"] = part("encoders", [bin_ / "encoders", "--device", options.device, *encoders], 120, work)
     parts["data"] = part("data", [sys.executable, HERE / "make_data.py", work], 60, work)
     parts["prepare"] = part("prepare", [launch, "prepare", config], 120, work)

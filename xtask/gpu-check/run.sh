@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Checks the CUDA path: golden cases of towers and losses, encoders in three precisions, trainings with the nccl collective
-# of one rank against the CPU, what uses them, benchmarks of parts, and our step beside two PyTorch scripts.
+# Checks the CUDA path: golden cases of towers and losses, the tests of kernels and of the nccl collective (two ranks on one
+# GPU where NCCL takes them), encoders in three precisions, trainings of one rank against the CPU, what uses them, benchmarks
+# of parts, and our step beside two PyTorch scripts.
 # usage: run.sh OUT_DIR [--device cuda|cpu] [--seconds N]
 # Needs bash, gzip, python3 and PyTorch 2.11 (or LIBTORCH naming its folder); writes OUT_DIR/gpu-check.json.
 set -euo pipefail

@@ -3,6 +3,7 @@
 //! Output: a folder below [`LIMIT`] bytes with stripped, compressed binaries, golden cases and `run.sh`, for a machine with
 //! an NVIDIA GPU and PyTorch 2.11 that has neither network nor toolchain: `bash FOLDER/run.sh OUT_DIR`.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -18,6 +19,9 @@ const LIMIT: u64 = 64 << 20;
 const BINARIES: [&str; 4] = ["learn-launch", "learn-coordinator", "learn-worker", "learn-embed"];
 /// Examples that check golden cases, by package.
 const EXAMPLES: [(&str, &str); 2] = [("learn-model", "golden"), ("learn-ceg", "encoders")];
+/// Programs of tests that need a GPU: the name they get, and how cargo builds them.
+const TESTS: [(&str, &[&str]); 2] =
+    [("nccl", &["--package", "learn-collective", "--test", "nccl"]), ("torch", &["--package", "learn-torch", "--lib"])];
 /// What our step runs beside, in turns.
 const SCRIPTS: &str = "bench/pytorch";
 /// The cases of the tests: files of towers and losses, folders of encoders.
@@ -49,12 +53,15 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         process::visible(&format!("the example {example}"), workspace.cargo().args(build))?;
     }
 
+    let tests =
+        TESTS.iter().map(|(name, words)| Ok((*name, test_program(workspace, words)?))).collect::<Result<Vec<_>>>()?;
+
     let out = options.out.clone().unwrap_or_else(|| workspace.target().join("gpu-check"));
     if out.exists() {
         ensure!(out.join("run.sh").is_file(), "{} is in the way; move it or name another --out", out.display());
         fs::remove_dir_all(&out).with_context(|| format!("{}: cannot remove it", out.display()))?;
     }
-    pack(workspace, &out)?;
+    pack(workspace, &out, &tests)?;
     let bytes = size(&out)?;
     ensure!(bytes < LIMIT, "{} holds {bytes} bytes; at most {LIMIT} can be carried", out.display());
     println!("packed {} ({:.1} MiB)", workspace.shown(&out), bytes as f64 / f64::from(1 << 20));
@@ -62,7 +69,17 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn pack(workspace: &Workspace, out: &Path) -> Result<()> {
+/// Builds a program of tests and says where it lies.
+fn test_program(workspace: &Workspace, words: &[&str]) -> Result<PathBuf> {
+    let mut build = workspace.cargo();
+    build.args(["test", "--release", "--no-run", "--message-format", "json-render-diagnostics"]).args(words);
+    let messages = process::output(&format!("building the tests of {}", words[1]), &mut build)?;
+    let messages = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let program = messages.filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?))).last();
+    program.with_context(|| format!("cargo named no program of the tests of {}", words[1]))
+}
+
+fn pack(workspace: &Workspace, out: &Path, tests: &[(&str, PathBuf)]) -> Result<()> {
     let bin = out.join("bin");
     let golden = out.join("golden");
     let encoders = out.join("encoders");
@@ -71,8 +88,13 @@ fn pack(workspace: &Workspace, out: &Path) -> Result<()> {
     }
     let examples = workspace.target().join("release").join("examples");
     let examples = EXAMPLES.map(|(_, name)| examples.join(name));
+    let mut programs: Vec<(OsString, PathBuf)> =
+        tests.iter().map(|(name, binary)| ((*name).into(), binary.clone())).collect();
     for binary in BINARIES.iter().map(|name| workspace.binary(name)).chain(examples) {
-        let packed = bin.join(binary.file_name().context("a binary has a name")?);
+        programs.push((binary.file_name().context("a binary has a name")?.to_owned(), binary));
+    }
+    for (name, binary) in programs {
+        let packed = bin.join(name);
         files::copy(&binary, &packed)?;
         process::output("strip", Command::new("strip").arg(&packed))?;
         // run.sh unpacks them

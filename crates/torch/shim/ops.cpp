@@ -1,5 +1,5 @@
-// What libtorch has and its Rust binding has not: attention over packed sequences, AdamW in one pass, and memory of the host
-// that a GPU reads by itself.
+// What libtorch has and its Rust binding has not: attention over packed sequences, AdamW in one pass, memory of the host
+// that a GPU reads by itself, and what tensors take of a GPU's memory.
 //
 // Tensors come and go as pointers to at::Tensor, as in torch-sys; what is returned belongs to the caller. A function returns
 // null, or the text of an error, which learn_torch_free takes. No exception leaves this file.
@@ -9,6 +9,7 @@
 #include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/CachingDeviceAllocator.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -102,6 +103,21 @@ char* learn_page_locked(int64_t count, int kind, at::Tensor** out) {
   return guarded([&] {
     auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(kind)).pinned_memory(true);
     *out = new at::Tensor(at::empty({count}, options));
+  });
+}
+
+// The bytes of a GPU's memory that tensors hold now, and the most that they have held since the last reset.
+char* learn_gpu_tensors(int ordinal, bool reset, int64_t* now, int64_t* most) {
+  return guarded([&] {
+    auto* allocator = c10::getDeviceAllocator(c10::DeviceType::CUDA);
+    const auto device = static_cast<c10::DeviceIndex>(ordinal);
+    if (reset) {
+      allocator->resetPeakStats(device);
+    }
+    const auto stats = allocator->getDeviceStats(device);
+    const auto& bytes = stats.allocated_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)];
+    *now = bytes.current;
+    *most = bytes.peak;
   });
 }
 

@@ -112,8 +112,8 @@ pub fn memory(ordinal: c_int) -> Option<GpuMemory> {
     (told == 0).then(|| GpuMemory { used: total.saturating_sub(free), total })
 }
 
-/// Which generation of GPUs this one is of, such as 8 for Ampere; `None` if CUDA's runtime does not say.
-pub fn generation(ordinal: c_int) -> Option<c_int> {
+/// The major number of this GPU's compute capability, such as 8 for Ampere; `None` if CUDA's runtime does not say.
+pub fn compute_capability(ordinal: c_int) -> Option<c_int> {
     /// `cudaDevAttrComputeCapabilityMajor`.
     const MAJOR: c_int = 75;
     let mut major = 0;

@@ -29,7 +29,9 @@ pub use facts::{Facts, describe};
 pub use host::{from_host, to_host};
 pub use mapped::MappedFile;
 pub use memory::{in_large_pages, keep_freed_memory};
-pub use ops::{AdamWTensors, FusedAdamW, MOST_SEQUENCES, SequenceBounds, can_pack, packed_attention};
+pub use ops::{
+    AdamWTensors, FusedAdamW, MOST_SEQUENCES, SequenceBounds, TensorMemory, can_pack, packed_attention, tensor_memory,
+};
 pub use parallel::{run_tasks, task_threads};
 pub use raw::{RawTensor, Stored, Strided, buffer, bytes, over, parts_of, raw, strided, values, values_mut};
 pub use rows::{HostRows, on_device};

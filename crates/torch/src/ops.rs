@@ -35,6 +35,7 @@ unsafe extern "C" {
         epsilon: f64,
     ) -> *mut c_char;
     fn learn_page_locked(count: i64, kind: c_int, out: *mut *mut C_tensor) -> *mut c_char;
+    fn learn_gpu_tensors(ordinal: c_int, reset: bool, now: *mut i64, most: *mut i64) -> *mut c_char;
 }
 
 /// Sequences that lie one behind the other.
@@ -72,13 +73,13 @@ pub fn can_pack(device: Device, kind: Kind, width: i64) -> bool {
     let Device::Cuda(ordinal) = device else { return false };
     let kernels = match kind {
         Kind::Float | Kind::Half => true,
-        Kind::BFloat16 => cuda::generation(ordinal as c_int).is_some_and(|generation| generation >= AMPERE),
+        Kind::BFloat16 => cuda::compute_capability(ordinal as c_int).is_some_and(|major| major >= AMPERE),
         _ => false,
     };
     kernels && width % 8 == 0 && width <= 256
 }
 
-/// The first generation with flash attention.
+/// The first compute capability with flash attention.
 const AMPERE: c_int = 8;
 /// Sequences that one launch takes.
 pub const MOST_SEQUENCES: usize = 65_535;
@@ -164,6 +165,26 @@ pub(crate) fn page_locked<T: Stored>(count: usize) -> Result<Tensor, TorchError>
     Ok(unsafe { Tensor::from_ptr(out) })
 }
 
+/// Bytes of a device's memory that tensors hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorMemory {
+    pub now: u64,
+    /// The most since it was reset.
+    pub most: u64,
+}
+
+/// What tensors hold of a GPU's memory, after a reset or not; `None` on the CPU, which does not count.
+///
+/// # Errors
+/// libtorch has no GPU.
+pub fn tensor_memory(device: Device, reset: bool) -> Result<Option<TensorMemory>, TorchError> {
+    let Device::Cuda(ordinal) = device else { return Ok(None) };
+    let (mut now, mut most) = (0, 0);
+    // SAFETY: writes two numbers, or gives an error.
+    checked(unsafe { learn_gpu_tensors(ordinal as c_int, reset, &mut now, &mut most) })?;
+    Ok(Some(TensorMemory { now: now.unsigned_abs(), most: most.unsigned_abs() }))
+}
+
 /// What a function of the shim gives back.
 fn checked(error: *mut c_char) -> Result<(), TorchError> {
     if error.is_null() {
@@ -199,6 +220,25 @@ mod tests {
             // the operator was found, and has no kernel for the CPU
             assert!(error.contains("attention_forward") && error.contains("CPU"), "{error}");
         }
+    }
+
+    #[test]
+    fn the_cpu_does_not_count_what_tensors_hold() {
+        assert_eq!(tensor_memory(Device::Cpu, true).unwrap(), None);
+    }
+
+    #[test]
+    #[ignore = "needs an NVIDIA GPU: cargo nextest run --release -p learn-torch --run-ignored only"]
+    fn the_most_that_tensors_held_is_told() {
+        let gpu = crate::device(learn_domain::config::DeviceKind::Cuda, 0).unwrap();
+        let block = || Tensor::zeros([1 << 20], (Kind::Float, gpu));
+        let kept = block();
+        let before = tensor_memory(gpu, true).unwrap().unwrap();
+        assert!(before.now >= 4 << 20 && before.most == before.now, "{before:?}");
+        drop(block());
+        let after = tensor_memory(gpu, false).unwrap().unwrap();
+        assert_eq!((after.now, after.most), (before.now, before.now + (4 << 20)));
+        drop(kept);
     }
 
     #[test]

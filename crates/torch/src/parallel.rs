@@ -56,7 +56,11 @@ fn region() -> Option<ParallelRegion> {
     static REGION: OnceLock<Option<ParallelRegion>> = OnceLock::new();
     *REGION.get_or_init(|| {
         // SAFETY: the signature is as documented at its use, and the run-time stays loaded as long as libtorch does.
-        unsafe { Library::this().get::<ParallelRegion>(b"GOMP_parallel\0").ok().map(|symbol| *symbol) }
+        let found = unsafe { Library::this().get::<ParallelRegion>(b"GOMP_parallel\0").map(|symbol| *symbol) };
+        let slow = |error: &libloading::Error| {
+            tracing::warn!(%error, "this libtorch has not GCC's OpenMP, so kernels of our own run on one thread: use PyTorch's wheels");
+        };
+        found.inspect_err(slow).ok()
     })
 }
 

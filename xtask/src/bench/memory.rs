@@ -7,13 +7,13 @@ use anyhow::Result;
 use serde_json::Map;
 
 use super::results::{Results, Row, Unit, VERSION};
+use super::step::OFFICIAL;
 use super::{Bench, Part, machine::Machine, number};
 use crate::process;
 
 pub fn run(bench: &Bench<'_>) -> Result<Results> {
     let (threads, device) = (bench.threads.to_string(), bench.options.device.as_str());
-    let shape = ["step", "--device", device, "--threads", &threads, "--item-tower", "content", "--output-dim", "4096"];
-    let shape = [&shape[..], &["--targets", "10"]].concat();
+    let shape = [&["step", "--device", device, "--threads", &threads][..], &OFFICIAL].concat();
     let mebibytes = |bytes: f64| bytes / f64::from(1 << 20);
     let mut start = Vec::new();
     let mut rows = Vec::new();

@@ -199,6 +199,8 @@ impl Bench<'_> {
             command.push_str(&format!(" --link {rate}"));
         }
         if part == Part::Step {
+            let batches: Vec<String> = self.options.batch.iter().map(u32::to_string).collect();
+            command.push_str(&format!(" --batch {}", batches.join(",")));
             if let Some(precision) = step::single(self.options) {
                 command.push_str(&format!(" --precision {precision}"));
             }
