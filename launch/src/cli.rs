@@ -165,6 +165,14 @@ pub struct RunArgs {
     pub runs_dir: PathBuf,
 }
 
+/// Where the data of a run lie now.
+#[derive(Clone, Debug, Args)]
+pub struct DatasetArgs {
+    /// The run's dataset, if it was moved: any directory that holds the same data (data.dataset)
+    #[arg(long, value_name = "DIR")]
+    pub dataset: Option<PathBuf>,
+}
+
 /// The directory of all runs, for commands without [`RunArgs`] that take a run.
 #[must_use]
 pub fn runs_dir() -> PathBuf {

@@ -28,6 +28,7 @@ pub mod load;
 pub mod operator;
 pub mod output;
 pub mod process;
+pub mod relay;
 pub mod render;
 pub mod report;
 pub mod runs;

@@ -5,13 +5,12 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use learn_dataset::Dataset;
 use learn_domain::Step;
 use learn_domain::report::{JobState, Task};
 use learn_domain::run_dir::RunDir;
 use serde::Deserialize;
 
-use crate::cli::RunArgs;
+use crate::cli::{DatasetArgs, RunArgs, anchor};
 use crate::failure::Failure;
 use crate::job::{self, JobSpec, Workers};
 use crate::output::Output;
@@ -25,14 +24,16 @@ Examples:
   learn-launch resume runs/quickstart
   learn-launch resume quickstart --set training.epochs=40
   learn-launch resume quickstart --checkpoint step-0000000200
+  learn-launch resume quickstart --dataset /new/place/of/ml-100k
 
-Keys that --set may change: training.{epochs, max_steps, micro_batch, activation_checkpointing, threads, non_finite,
+Keys that --set may change: data.dataset (to another place of the same data), training.{epochs, max_steps, micro_batch, activation_checkpointing, threads, non_finite,
 non_finite_budget}, evaluation.*, checkpoint.*, cluster.*
 (the others would make it another run). More epochs also stretch the cosine schedule.
 A damaged checkpoint is refused with its reason; --checkpoint picks the one before it.";
 
 /// Keys, and sections (ending in a dot), that a resumed run may change.
-const CHANGEABLE: [&str; 10] = [
+const CHANGEABLE: [&str; 11] = [
+    "data.dataset",
     "training.epochs",
     "training.max_steps",
     "training.micro_batch",
@@ -50,6 +51,8 @@ const CHANGEABLE: [&str; 10] = [
 pub struct ResumeArgs {
     #[command(flatten)]
     run: RunArgs,
+    #[command(flatten)]
+    data: DatasetArgs,
     /// Continue from this checkpoint instead of the latest one
     #[arg(long, value_name = "NAME")]
     checkpoint: Option<String>,
@@ -92,9 +95,11 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
     runs::refuse_live(&run)?;
     refuse_queued(&run)?;
     let before = runs::config(&run)?;
-    let resolver = Resolver::new(&before).sets(&args.sets)?;
+    let resolver =
+        Resolver::new(&before).sets(&args.sets)?.flag("--dataset", "data.dataset", args.data.dataset.as_ref())?;
     refuse_unchangeable(resolver.changed())?;
-    let config = resolver.finish()?;
+    let mut config = resolver.finish()?;
+    anchor(&mut config)?;
     let unchanged =
         (config.training.epochs, config.training.max_steps) == (before.training.epochs, before.training.max_steps);
     let finished = runs::last_status(&run)?.is_some_and(|status| status.state == JobState::Finished);
@@ -106,7 +111,7 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
         ))
         .into());
     }
-    let dataset = Dataset::open(&config.data.dataset)?;
+    let dataset = runs::dataset(&run, &config)?;
     if config.model.item_input.has_content() {
         dataset.embeddings()?;
     }

@@ -122,6 +122,9 @@ fn apply(run: &RunDir, sets: &[String], allocation: &Allocation, on_gpus: bool) 
         return Ok(());
     }
     super::resume::refuse_unchangeable(differing.map(String::as_str))?;
+    if config.data.dataset != before.data.dataset {
+        runs::dataset(run, &config)?;
+    }
     bind::change(run, &config.cluster.bind)?;
     runs::write_config(&run.config(), &config)
 }
