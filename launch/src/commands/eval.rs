@@ -77,6 +77,9 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<()> {
         .flag("--workers", "cluster.workers", args.workers)?
         // whoever is left evaluates alone what the others do not
         .flag("--workers", "cluster.min_workers", Some(1))?
+        // no checkpoint is chosen here, so any cutoffs will do: these are valid with them all
+        .flag("eval", "checkpoint.keep_best", Some(false))?
+        .flag("eval", "checkpoint.metric", Some("mrr"))?
         .finish()?;
     anchor(&mut config)?;
     runs::dataset(&run, &config)?;

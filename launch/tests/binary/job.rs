@@ -298,3 +298,17 @@ fn any_id_can_be_asked_for() -> TestResult {
     assert!(err(&nobody).contains("--users"), "{}", err(&nobody));
     Ok(())
 }
+
+#[test]
+fn an_evaluation_takes_any_cutoffs_and_a_training_says_what_its_metric_needs() -> TestResult {
+    let installation = with_stopped_run()?;
+    let trained = installation.launch(&["train", "--set", "evaluation.cutoffs=[20,300]"])?;
+    assert_eq!(trained.status.code(), Some(2), "{}", err(&trained));
+    let words = "checkpoint.metric: is ndcg@10, which evaluation.cutoffs = [20, 300] does not measure; add 10";
+    assert!(err(&trained).contains(words), "{}", err(&trained));
+    // the workers of this installation go when this is there
+    std::fs::write(installation.path("runs/learn/summary.json"), "{}")?;
+    let evaluated = installation.launch(&["eval", "learn", "--set", "evaluation.cutoffs=[20]"])?;
+    assert!(evaluated.status.success(), "{}", err(&evaluated));
+    Ok(())
+}
