@@ -1,7 +1,8 @@
 //! `learn-launch resume`: continues a run exactly where a checkpoint of it is.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::{fs, io};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
@@ -78,6 +79,9 @@ pub struct Checkpoint {
     /// The coordinator has not written its ledger: it was killed before it heard of the checkpoint.
     #[serde(default)]
     pub uncommitted: bool,
+    /// This user may not read it, which says nothing of what it holds.
+    #[serde(skip)]
+    pub closed: bool,
 }
 
 impl Checkpoint {
@@ -151,7 +155,7 @@ pub(super) fn refuse_unchangeable<'a>(mut keys: impl Iterator<Item = &'a str>) -
 }
 
 /// A path as the task carries it.
-pub(crate) fn path_text(path: &std::path::Path) -> Result<String> {
+pub(crate) fn path_text(path: &Path) -> Result<String> {
     path.to_str().map(str::to_owned).with_context(|| format!("{} is not UTF-8", path.display()))
 }
 
@@ -168,7 +172,19 @@ pub(crate) fn checkpoints(run: &RunDir) -> Result<Vec<Checkpoint>> {
     let mut checkpoints: Vec<Checkpoint> =
         serde_json::from_slice(&answer.stdout).context("learn-worker checkpoints printed something else than JSON")?;
     checkpoints.sort_by_key(|checkpoint| checkpoint.step);
+    for checkpoint in checkpoints.iter_mut().filter(|checkpoint| !checkpoint.valid) {
+        checkpoint.closed = is_closed(&checkpoint.path);
+    }
     Ok(checkpoints)
+}
+
+/// Whether this user lacks the right to read a directory or one of its files.
+fn is_closed(folder: &Path) -> bool {
+    let denied = |error: io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+    match fs::read_dir(folder) {
+        Ok(entries) => entries.flatten().any(|entry| fs::File::open(entry.path()).is_err_and(denied)),
+        Err(error) => denied(error),
+    }
 }
 
 /// A training goes on only from a checkpoint whose ledger is there: a kill may come between the two.
@@ -208,6 +224,7 @@ pub(crate) fn choose<'a>(checkpoints: &'a [Checkpoint], wanted: Option<&str>, sh
     }
     let earlier = checkpoints.iter().rfind(|checkpoint| checkpoint.valid && checkpoint.step < chosen.step);
     let way = match earlier {
+        _ if chosen.closed => "let this user read it, or run this as the user who may".into(),
         Some(earlier) => format!("the one before it is whole: add `--checkpoint {}`", earlier.name()),
         None => "there is no whole one before it; start again with `learn-launch train … --force`".into(),
     };
@@ -228,7 +245,23 @@ mod tests {
             reason,
             best,
             uncommitted: false,
+            closed: false,
         }
+    }
+
+    #[test]
+    fn one_that_may_not_be_read_is_not_given_up() {
+        let closed = Checkpoint { closed: true, ..checkpoint(20, false, false) };
+        let text = choose(&[checkpoint(10, true, false), closed], None, "r").unwrap_err().to_string();
+        assert!(text.contains("let this user read it"), "{text}");
+        assert!(!text.contains("--force") && !text.contains("step-0000000010"), "nothing is lost: {text}");
+    }
+
+    #[test]
+    fn a_directory_that_can_be_read_or_is_not_there_is_not_closed() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("state.json"), "damaged").unwrap();
+        assert!(!is_closed(folder.path()) && !is_closed(&folder.path().join("none")));
     }
 
     #[test]
