@@ -10,7 +10,7 @@ use crate::commands::{
     bench, config, doctor, embed, eval, export, logs, prepare, recommend, report, resume, scale, simulate, slurm,
     slurm_job, slurm_task, status, stop, study, train,
 };
-use crate::settings::Resolver;
+use crate::settings::{Resolver, SettingsError};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -140,7 +140,7 @@ impl SettingsArgs {
     ///
     /// # Errors
     /// Anything wrong in one of them.
-    pub fn resolver(&self) -> Result<Resolver> {
+    pub fn resolver(&self) -> Result<Resolver, SettingsError> {
         let mut resolver = Resolver::new(&Config::default());
         if let Some(file) = &self.file {
             resolver = resolver.file(file)?;

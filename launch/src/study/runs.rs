@@ -13,7 +13,7 @@ use super::file::{StudyFile, Variant};
 use crate::cli::anchor;
 use crate::failure::{self, Failure};
 use crate::runs;
-use crate::settings::Resolver;
+use crate::settings::{Resolver, SettingsError};
 
 /// One training of a study.
 #[derive(Clone, Debug)]
@@ -123,6 +123,18 @@ pub fn plan(study: &StudyFile, base: &Config) -> Result<Vec<StudyRun>> {
     Ok(planned)
 }
 
+/// Checks the settings of all runs, wherever a study is about to run.
+///
+/// # Errors
+/// A variant's settings are wrong.
+pub fn check(study: &StudyFile, base: &Config) -> Result<(), SettingsError> {
+    study.variants.iter().try_for_each(|variant| settings(base, variant).map(drop))
+}
+
+fn settings(base: &Config, variant: &Variant) -> Result<Config, SettingsError> {
+    Resolver::new(base).variant(&variant.name, &variant.set)?.finish()
+}
+
 /// The directory of a study.
 #[must_use]
 pub fn root(study: &StudyFile, base: &Config) -> PathBuf {
@@ -130,7 +142,7 @@ pub fn root(study: &StudyFile, base: &Config) -> PathBuf {
 }
 
 fn resolve(study: &StudyFile, base: &Config, variant: &Variant, seed: u64) -> Result<StudyRun> {
-    let mut config = Resolver::new(base).variant(&variant.name, &variant.set)?.finish()?;
+    let mut config = settings(base, variant)?;
     // a run by its name is one of the user's, not of the study's directory
     runs::find_init(&mut config).map_err(|error| {
         Failure::Usage(format!("variant `{}`: training.init: {}", variant.name, failure::message(&error)))
