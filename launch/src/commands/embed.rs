@@ -107,7 +107,7 @@ pub fn run(args: &EmbedArgs, output: &Output) -> Result<()> {
     EmbedJob { run: &run, config: &config, output }.make_shards()?;
     commit(&run, output)?;
     std::fs::remove_dir_all(run.root()).with_context(|| format!("cannot remove {}", run.root().display()))?;
-    report(&config, start.elapsed(), output)
+    report(args, &config, start.elapsed(), output)
 }
 
 /// Prints prompts.
@@ -310,19 +310,20 @@ fn finished(name: &str, status: std::process::ExitStatus, said: &[String]) -> Re
     Err(Failure::Child { code, message }.into())
 }
 
-fn report(config: &Config, elapsed: Duration, output: &Output) -> Result<()> {
+fn report(args: &EmbedArgs, config: &Config, elapsed: Duration, output: &Output) -> Result<()> {
     let dataset = Dataset::open(&config.data.dataset)?;
     let Some(info) = &dataset.manifest().embeddings else {
         bail!("learn-embed ended well, but {} has no embeddings", config.data.dataset.display());
     };
     let items = dataset.manifest().counts.items;
     let text = format!(
-        "{}: {} items embedded in {} ({} dimensions, {})\nnext: learn-launch train",
+        "{}: {} items embedded in {} ({} dimensions, {})\nnext: {}",
         super::shown(&config.data.dataset),
         render::count(items.into()),
         render::duration(elapsed.as_secs_f64()),
         info.dim,
         info.model,
+        args.settings.command("train"),
     );
     output.result(&text, info)
 }

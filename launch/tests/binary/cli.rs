@@ -207,6 +207,8 @@ fn prepare_makes_a_dataset_once() -> TestResult {
     assert!(folder.path().join("data/dataset/dataset.json").is_file());
     let again = launch(folder.path(), &arguments[..1].iter().chain(&arguments[2..]).copied().collect::<Vec<_>>());
     assert!(again.status.success() && out(&again).contains("unchanged"), "{}{}", out(&again), err(&again));
+    let next = "next: learn-launch embed --set 'prepare.interactions.files=[\"clicks.csv\"]'\n";
+    assert!(out(&again).ends_with(next), "what is printed can be typed: {}", out(&again));
     Ok(())
 }
 

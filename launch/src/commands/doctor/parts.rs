@@ -139,7 +139,7 @@ fn encoder(config: &Config) -> Check {
 fn dataset(config: &Config) -> Check {
     let folder = &config.data.dataset;
     match Dataset::open(folder) {
-        Err(error) => Check::warning("dataset", error.to_string(), "`learn-launch prepare` makes it"),
+        Err(error) => Check::warning("dataset", error.to_string(), "`learn-launch prepare CONFIG` makes it"),
         Ok(dataset) => {
             let counts = &dataset.manifest().counts;
             let found = format!(
