@@ -21,6 +21,7 @@ pub mod cli;
 pub mod commands;
 pub mod crew;
 pub mod data_servers;
+pub mod encoder;
 pub mod failure;
 pub mod job;
 pub mod lines;

@@ -300,6 +300,25 @@ fn any_id_can_be_asked_for() -> TestResult {
 }
 
 #[test]
+fn embed_looks_for_its_encoder_before_it_starts_anything() -> TestResult {
+    let installation = Installation::new(GOOD_COORDINATOR, LOYAL_WORKER)?;
+    std::fs::create_dir(installation.path("runs"))?;
+    let cases: [(&[&str], &str); 4] = [
+        (&["--model", "nosuch"], "nosuch is not a directory; set embed.model to"),
+        (&["--model", "runs"], "runs lacks config.json, tokenizer.json, model.safetensors; set embed.model to"),
+        (&["--from", "nosuch.npy"], "nosuch.npy is not a file; set embed.from to"),
+        (&["--from", "clicks.csv"], "clicks.csv is neither .npy nor .parquet; set embed.from to"),
+    ];
+    for (flags, words) in cases {
+        let refused = installation.launch(&[&["embed"], flags].concat())?;
+        assert_eq!(refused.status.code(), Some(2), "{flags:?}: {}", err(&refused));
+        assert!(err(&refused).contains(words), "{words} is not in {}", err(&refused));
+        assert!(!err(&refused).contains("taken over") && !installation.path("data/dataset/embeddings/job").exists());
+    }
+    Ok(())
+}
+
+#[test]
 fn an_evaluation_takes_any_cutoffs_and_a_training_says_what_its_metric_needs() -> TestResult {
     let installation = with_stopped_run()?;
     let trained = installation.launch(&["train", "--set", "evaluation.cutoffs=[20,300]"])?;
