@@ -319,6 +319,21 @@ fn embed_looks_for_its_encoder_before_it_starts_anything() -> TestResult {
 }
 
 #[test]
+fn a_training_that_ends_in_its_warm_up_is_warned_of() -> TestResult {
+    let installation = Installation::new(GOOD_COORDINATOR, LOYAL_WORKER)?;
+    let train = |warm_up: &str| installation.launch(&["train", "--dry-run", "--epochs", "2", "--set", warm_up]);
+    let warned = train("optimizer.warmup_steps=100")?;
+    assert!(warned.status.success(), "{}", err(&warned));
+    assert!(
+        err(&warned).contains("warning: the training has 2 steps and optimizer.warmup_steps = 100"),
+        "{}",
+        err(&warned)
+    );
+    assert!(!err(&train("optimizer.warmup_steps=1")?).contains("warning"));
+    Ok(())
+}
+
+#[test]
 fn an_evaluation_takes_any_cutoffs_and_a_training_says_what_its_metric_needs() -> TestResult {
     let installation = with_stopped_run()?;
     let trained = installation.launch(&["train", "--set", "evaluation.cutoffs=[20,300]"])?;
