@@ -10,7 +10,7 @@ use crate::commands::{
     bench, config, doctor, embed, eval, export, logs, prepare, recommend, report, resume, scale, simulate, slurm,
     slurm_job, slurm_task, status, stop, study, train,
 };
-use crate::settings::Resolver;
+use crate::settings::{Resolver, SettingsError};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -140,15 +140,30 @@ impl SettingsArgs {
     ///
     /// # Errors
     /// Anything wrong in one of them.
-    pub fn resolver(&self) -> Result<Resolver> {
+    pub fn resolver(&self) -> Result<Resolver, SettingsError> {
         let mut resolver = Resolver::new(&Config::default());
         if let Some(file) = &self.file {
             resolver = resolver.file(file)?;
         }
         let variables =
             std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-        Ok(resolver.environment(variables)?.sets(&self.sets)?)
+        resolver.environment(variables)?.sets(&self.sets)
     }
+
+    /// A command with the same settings, as a shell takes it.
+    #[must_use]
+    pub fn command(&self, name: &str) -> String {
+        let file = self.file.iter().map(|file| quoted(&file.to_string_lossy()));
+        let sets = self.sets.iter().map(|set| format!("--set {}", quoted(set)));
+        let words: Vec<String> = [format!("learn-launch {name}")].into_iter().chain(file).chain(sets).collect();
+        words.join(" ")
+    }
+}
+
+/// A word as a shell takes it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "-_./=,:@%+".contains(c);
+    if !word.is_empty() && word.chars().all(plain) { word.into() } else { format!("'{}'", word.replace('\'', r"'\''")) }
 }
 
 /// Names the directory of all runs, as any setting of the environment does.
@@ -163,6 +178,14 @@ pub struct RunArgs {
     /// Directory of all runs
     #[arg(long, value_name = "DIR", default_value = "runs", env = RUNS_DIR)]
     pub runs_dir: PathBuf,
+}
+
+/// Where the data of a run lie now.
+#[derive(Clone, Debug, Args)]
+pub struct DatasetArgs {
+    /// The run's dataset, if it was moved: any directory that holds the same data (data.dataset)
+    #[arg(long, value_name = "DIR")]
+    pub dataset: Option<PathBuf>,
 }
 
 /// The directory of all runs, for commands without [`RunArgs`] that take a run.
@@ -201,6 +224,20 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_command_is_repeated_as_a_shell_takes_it() {
+        let command = |file: Option<&str>, sets: &[&str]| {
+            let sets = sets.iter().map(|&set| set.to_owned()).collect();
+            SettingsArgs { file: file.map(PathBuf::from), sets }.command("embed")
+        };
+        assert_eq!(command(None, &[]), "learn-launch embed");
+        assert_eq!(command(Some("configs/my-shop.toml"), &[]), "learn-launch embed configs/my-shop.toml");
+        assert_eq!(
+            command(Some("Jane's shop.toml"), &["data.dataset=d", "prepare.interactions.files=[\"a.csv\"]"]),
+            r#"learn-launch embed 'Jane'\''s shop.toml' --set data.dataset=d --set 'prepare.interactions.files=["a.csv"]'"#
+        );
     }
 
     #[test]

@@ -84,10 +84,10 @@ pub fn embedding(job: Option<&EmbeddingStatus>, freshness: Freshness, has: Optio
     let mut out = match (freshness, has) {
         (Freshness::Live, _) => "being embedded",
         (Freshness::Stale | Freshness::Queued, _) => {
-            "its embed job is at its end, or was broken off: `learn-launch embed` goes on where it was"
+            "its embed job is at its end, or was broken off: `learn-launch embed CONFIG` goes on where it was"
         }
         (Freshness::Ended, Some(_)) => "embedded",
-        (Freshness::Ended, None) => "not embedded; `learn-launch embed` does it",
+        (Freshness::Ended, None) => "not embedded; `learn-launch embed CONFIG` does it",
     }
     .to_owned();
     out.push('\n');

@@ -201,6 +201,32 @@ pub fn config(run: &RunDir) -> Result<Config> {
     Ok(config)
 }
 
+/// The dataset of a run, where `config` says that it lies.
+///
+/// # Errors
+/// It is not there, cannot be read, or holds other data than the run was trained on.
+pub fn dataset(run: &RunDir, config: &Config) -> Result<Dataset> {
+    let place = config.data.dataset.display();
+    let dataset = Dataset::open(&config.data.dataset).map_err(|error| match error {
+        DatasetError::NotADataset { .. } => Failure::Usage(format!(
+            "{place} holds no dataset; if that of the run {} was moved, say where it lies with `--dataset DIR` (data.dataset)",
+            run.root().display()
+        ))
+        .into(),
+        other => anyhow::Error::from(other),
+    })?;
+    let trained = last_status(run)?.map(|status| status.dataset);
+    let facts = dataset.facts().seen_by(&config.model);
+    if let Some(what) = trained.and_then(|trained| trained.differ_from(&facts)) {
+        return Err(Failure::Usage(format!(
+            "{place} holds other {what} than the run {} was trained on; say where those lie with `--dataset DIR` (data.dataset)",
+            run.root().display()
+        ))
+        .into());
+    }
+    Ok(dataset)
+}
+
 /// The secret of a run's job.
 ///
 /// # Errors

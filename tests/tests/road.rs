@@ -78,8 +78,21 @@ fn from_files_to_recommendations() {
     assert_eq!(titles.len(), 4);
     assert!(titles.iter().filter(|title| title.ends_with("group 3")).count() >= 2, "{titles:?}");
 
-    let unknown = site.launch(&["recommend", "runs/road", "--users", "nobody"]);
-    assert!(!unknown.status.success() && text(&unknown).contains("nobody"), "{}", text(&unknown));
+    let unknown = site.launch(&["recommend", "runs/road", "--users", "nobody", "--json"]);
+    assert_eq!(unknown.status.code(), Some(2), "{}", text(&unknown));
+    let error: Value = serde_json::from_slice(&unknown.stdout).unwrap();
+    assert!(error["error"].as_str().unwrap().starts_with("user `nobody` is not in the dataset"), "{error}");
+
+    // the data may have moved since
+    fs::rename(site.path("dataset"), site.path("moved")).unwrap();
+    let lost = site.launch(&["recommend", "runs/road", "--users", "user-003"]);
+    assert!(lost.status.code() == Some(2) && text(&lost).contains("--dataset DIR"), "{}", text(&lost));
+    let found =
+        site.launch(&["recommend", "runs/road", "--user", "user-003", "-k", "4", "--dataset", "moved", "--json"]);
+    succeeds(&found);
+    let found: Value = serde_json::from_slice(&found.stdout).unwrap();
+    assert_eq!((&found[0]["user"], found[0]["items"].as_array().unwrap().len()), (&lists[0]["user"], 4));
+    succeeds(&site.launch(&["eval", "runs/road", "--dataset", "moved", "--set", "evaluation.cutoffs=[20]"]));
 }
 
 #[test]

@@ -30,6 +30,8 @@ pub struct ExportSettings {
     pub run: PathBuf,
     pub out: PathBuf,
     pub checkpoint: Option<String>,
+    /// Where the run's data lie now; none = where its configuration says.
+    pub dataset: Option<PathBuf>,
     /// Write the CVR head's features of the pairs of this split, too.
     pub cvr_features: Option<Split>,
 }
@@ -59,7 +61,8 @@ pub fn export(settings: &ExportSettings) -> Result<Exported, WorkerError> {
     if out.exists() {
         return Err(failed(out)("it exists already; name a new directory with --out"));
     }
-    let offline = Offline::open(&RunDir::new(&settings.run), settings.checkpoint.as_deref())?;
+    let run = RunDir::new(&settings.run);
+    let offline = Offline::open(&run, settings.checkpoint.as_deref(), settings.dataset.as_deref())?;
     let aside = out.with_extension(format!("tmp-{}", std::process::id()));
     let exported = write_all(&offline, settings.cvr_features, &aside, out);
     match &exported {

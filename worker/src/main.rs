@@ -40,6 +40,9 @@ enum Command {
         /// `best`, `last` or a directory name; the best by default.
         #[arg(long)]
         checkpoint: Option<String>,
+        /// Where the run's data lie now, if not where its configuration says.
+        #[arg(long)]
+        dataset: Option<PathBuf>,
         /// Write the CVR head's features of the pairs of this split, too.
         #[arg(long, value_enum)]
         cvr_features: Option<SplitName>,
@@ -51,8 +54,8 @@ enum Command {
         /// Run directory.
         #[arg(long)]
         run: PathBuf,
-        /// User ids of the original data, separated by commas.
-        #[arg(long, value_delimiter = ',', required = true)]
+        /// The id of a user in the original data; once for each user.
+        #[arg(long = "user", value_name = "ID", required = true)]
         users: Vec<String>,
         /// Items per user.
         #[arg(short, long, default_value_t = 10)]
@@ -60,6 +63,9 @@ enum Command {
         /// `best`, `last` or a directory name; the best by default.
         #[arg(long)]
         checkpoint: Option<String>,
+        /// Where the run's data lie now, if not where its configuration says.
+        #[arg(long)]
+        dataset: Option<PathBuf>,
         /// Recommend items that the user already had, too.
         #[arg(long)]
         with_history: bool,
@@ -207,9 +213,9 @@ fn run(command: Command) -> Result<i32, WorkerError> {
                 bind: args.bind,
             });
         }
-        Command::Export { run, out, checkpoint, cvr_features, json } => {
+        Command::Export { run, out, checkpoint, dataset, cvr_features, json } => {
             let cvr_features = cvr_features.map(Split::from);
-            let exported = export(&ExportSettings { run, out, checkpoint, cvr_features })?;
+            let exported = export(&ExportSettings { run, out, checkpoint, dataset, cvr_features })?;
             if json {
                 print_json(&exported)?;
             } else {
@@ -223,8 +229,8 @@ fn run(command: Command) -> Result<i32, WorkerError> {
                 );
             }
         }
-        Command::Recommend { run, users, k, checkpoint, with_history, json } => {
-            let lists = recommend(&RecommendSettings { run, checkpoint, users, k, with_history })?;
+        Command::Recommend { run, users, k, checkpoint, dataset, with_history, json } => {
+            let lists = recommend(&RecommendSettings { run, checkpoint, dataset, users, k, with_history })?;
             if json { print_json(&lists)? } else { print!("{}", table(&lists)) }
         }
         Command::Checkpoints { run, json } => {

@@ -4,7 +4,7 @@
 //! process, no coordinator. Invariant: content embeddings have the values that they had in the run (`data.row_format`).
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use learn_dataset::{Dataset, Embeddings, HeldOut};
 use learn_domain::Config;
@@ -66,15 +66,18 @@ pub struct Histories<'a> {
 }
 
 impl Offline {
-    /// Opens a run.
+    /// Opens a run; `dataset` is where its data lie now, if not where its configuration says.
     ///
     /// # Errors
     /// If configuration, checkpoint or dataset are missing, damaged or do not belong together.
-    pub fn open(run: &RunDir, checkpoint: Option<&str>) -> Result<Self, WorkerError> {
+    pub fn open(run: &RunDir, checkpoint: Option<&str>, dataset: Option<&Path>) -> Result<Self, WorkerError> {
         let path = run.config();
         let failed = |reason: String| WorkerError::File { path: path.display().to_string(), reason };
         let text = fs::read(&path).map_err(|error| failed(format!("{error}; is this a run directory?")))?;
-        let config: Config = serde_json::from_slice(&text).map_err(|error| failed(error.to_string()))?;
+        let mut config: Config = serde_json::from_slice(&text).map_err(|error| failed(error.to_string()))?;
+        if let Some(dataset) = dataset {
+            config.data.dataset = dataset.into();
+        }
         let checkpoint = checkpoint::resolve(run, checkpoint)?;
         let dataset = Dataset::open(&config.data.dataset)?;
         if config.model.reads_times() && !dataset.has_held_out_times() {

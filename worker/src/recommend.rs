@@ -18,6 +18,8 @@ use crate::offline::{Histories, Offline};
 pub struct RecommendSettings {
     pub run: PathBuf,
     pub checkpoint: Option<String>,
+    /// Where the run's data lie now; none = where its configuration says.
+    pub dataset: Option<PathBuf>,
     pub users: Vec<String>,
     pub k: usize,
     /// Recommend items of the user's history too.
@@ -45,7 +47,8 @@ pub struct RecommendedItem {
 /// # Errors
 /// If the run cannot be read or a user is not in the dataset.
 pub fn recommend(settings: &RecommendSettings) -> Result<Vec<Recommendation>, WorkerError> {
-    let offline = Offline::open(&RunDir::new(&settings.run), settings.checkpoint.as_deref())?;
+    let run = RunDir::new(&settings.run);
+    let offline = Offline::open(&run, settings.checkpoint.as_deref(), settings.dataset.as_deref())?;
     let numbers: HashMap<String, usize> =
         offline.dataset.user_ids()?.into_iter().enumerate().map(|(number, id)| (id, number)).collect();
     let histories = Histories::new(&offline.dataset);
@@ -61,7 +64,7 @@ pub fn recommend(settings: &RecommendSettings) -> Result<Vec<Recommendation>, Wo
         sequences.push(history.ok_or_else(|| WorkerError::Usage(format!("user `{user}` has no history")))?);
     }
     if sequences.is_empty() {
-        return Err(WorkerError::Usage("name at least one user with --users".into()));
+        return Err(WorkerError::Usage("name at least one user with --user".into()));
     }
     let scores = offline.users(&sequences)?.matmul(&offline.items()?.transpose(0, 1));
     if scores.isfinite().all().int64_value(&[]) == 0 {

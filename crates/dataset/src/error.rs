@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 pub enum DatasetError {
     #[error("{}: {source}", .path.display())]
     Io { path: PathBuf, source: std::io::Error },
-    #[error("{} is not a dataset: it holds no dataset.json; make one with `learn-launch prepare`", .path.display())]
+    #[error("{} is not a dataset: it holds no dataset.json; make one with `learn-launch prepare CONFIG`", .path.display())]
     NotADataset { path: PathBuf },
     #[error(
         "{} has schema version {found}, this program reads versions 1 to {known}; prepare the dataset again, or use the \
@@ -19,9 +19,9 @@ pub enum DatasetError {
         .path.display()
     )]
     Damaged { path: PathBuf, problem: String },
-    #[error("{} has no content embeddings; run `learn-launch embed`", .path.display())]
+    #[error("{} has no content embeddings; run `learn-launch embed CONFIG`", .path.display())]
     NoEmbeddings { path: PathBuf },
-    #[error("content embeddings of {}: {problem}; run `learn-launch embed`", .path.display())]
+    #[error("content embeddings of {}: {problem}; run `learn-launch embed CONFIG`", .path.display())]
     Embeddings { path: PathBuf, problem: String },
     #[error("content embeddings of {}: {problem}", .path.display())]
     BadRows { path: PathBuf, problem: String },

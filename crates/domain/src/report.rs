@@ -65,6 +65,17 @@ impl DatasetFacts {
         }
         Self { embedding_dim: 0, embeddings_fingerprint: String::new(), ..self }
     }
+
+    /// What differs between the data of a training, these, and those of `now`; what one of them does not have tells
+    /// nothing, because it may yet be made.
+    #[must_use]
+    pub fn differ_from(&self, now: &Self) -> Option<&'static str> {
+        let differ = |a: &str, b: &str| !a.is_empty() && !b.is_empty() && a != b;
+        if differ(&self.fingerprint, &now.fingerprint) {
+            return Some("items or interactions");
+        }
+        differ(&self.embeddings_fingerprint, &now.embeddings_fingerprint).then_some("content embeddings")
+    }
 }
 
 /// Where a live coordinator listens.
@@ -371,6 +382,20 @@ pub mod exit {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn other_vectors_are_other_data_unless_one_side_has_none() {
+        let facts = |fingerprint: &str, embeddings_fingerprint: &str| DatasetFacts {
+            fingerprint: fingerprint.into(),
+            embeddings_fingerprint: embeddings_fingerprint.into(),
+            ..DatasetFacts::default()
+        };
+        assert_eq!(facts("a", "v").differ_from(&facts("a", "v")), None);
+        assert_eq!(facts("a", "v").differ_from(&facts("a", "w")), Some("content embeddings"));
+        assert_eq!(facts("a", "v").differ_from(&facts("b", "v")), Some("items or interactions"));
+        assert_eq!(facts("a", "v").differ_from(&facts("a", "")), None, "it has to be embedded again first");
+        assert_eq!(facts("a", "").differ_from(&facts("a", "v")), None, "a model that reads no content");
+    }
 
     #[test]
     fn an_estimate_has_both_ends_of_an_interval_or_none() {

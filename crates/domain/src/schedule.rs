@@ -24,9 +24,35 @@ pub fn learning_rate(config: &OptimizerConfig, finished: Step, total: u64) -> f6
     }
 }
 
+/// What to tell if a job of `total` steps ends before its warm-up does.
+#[must_use]
+pub fn endless_warm_up(config: &OptimizerConfig, total: u64) -> Option<String> {
+    let OptimizerConfig { warmup_steps, learning_rate, .. } = config;
+    (total > 0 && *warmup_steps >= total).then(|| {
+        format!(
+            "the training has {total} steps and optimizer.warmup_steps = {warmup_steps}: it ends before the learning rate \
+             has been at its peak of {learning_rate}; set optimizer.warmup_steps={} or so, or train for longer",
+            total / 10
+        )
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_warm_up_as_long_as_the_job_is_told() {
+        let config = OptimizerConfig { warmup_steps: 100, ..OptimizerConfig::default() };
+        let told = endless_warm_up(&config, 40).unwrap();
+        for words in ["40 steps", "optimizer.warmup_steps = 100", "optimizer.warmup_steps=4 or so"] {
+            assert!(told.contains(words), "{words} is not in {told}");
+        }
+        // the last step alone has the peak
+        assert!(endless_warm_up(&config, 100).is_some());
+        assert_eq!(endless_warm_up(&config, 101), None);
+        assert_eq!(endless_warm_up(&OptimizerConfig { warmup_steps: 0, ..config }, 1), None);
+    }
 
     #[test]
     fn warm_up_peak_and_floor() {

@@ -196,7 +196,7 @@ impl Pch {
         let fail = |key, problem: String| Err(ModelError::Shape { key, problem });
         let model = &shape.model;
         if shape.input_dim < 1 && model.item_input.has_content() {
-            return fail("data.dataset", "has no content embeddings; run `learn-launch embed`".into());
+            return fail("data.dataset", "has no content embeddings; run `learn-launch embed CONFIG`".into());
         }
         if model.heads == 0 || !model.hidden.is_multiple_of(model.heads) {
             return fail("model.heads", format!("{} does not divide model.hidden {}", model.heads, model.hidden));

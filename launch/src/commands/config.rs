@@ -1,19 +1,21 @@
 //! `learn-launch config`: the resolved configuration, its JSON Schema, a check of a file, the reference file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::{Args, Subcommand};
 use learn_domain::Config;
 
 use crate::cli::SettingsArgs;
+use crate::failure::{self, Failure};
 use crate::output::Output;
-use crate::settings::{Catalogue, reference_toml};
+use crate::settings::{Catalogue, SettingsError, reference_toml};
+use crate::study::{self, file::StudyFile};
 
 pub const HELP: &str = "\
 Examples:
   learn-launch config show configs/quickstart.toml --set training.epochs=3
-  learn-launch config check my.toml
+  learn-launch config check my.toml configs/studies/*.toml
   learn-launch config schema > learn.schema.json
   learn-launch config reference > everything.toml
 
@@ -35,7 +37,7 @@ enum Action {
     Show(SettingsArgs),
     /// Print the JSON Schema
     Schema,
-    /// Check files without using them
+    /// Check configurations and studies without using them
     Check {
         /// The files (TOML)
         #[arg(required = true, value_name = "FILE")]
@@ -55,17 +57,39 @@ pub fn run(args: &ConfigArgs, output: &Output) -> Result<()> {
             let schema = schemars::schema_for!(Config);
             output.result(&serde_json::to_string_pretty(&schema)?, &schema)
         }
-        Some(Action::Check { files }) => {
-            for file in files {
-                SettingsArgs { file: Some(file.clone()), sets: Vec::new() }.resolver()?.finish()?;
-                output.note(&format!("{}: ok", file.display()));
-            }
-            if output.json() { output.result("", &serde_json::json!({ "ok": true, "files": files })) } else { Ok(()) }
-        }
+        Some(Action::Check { files }) => check(files, output),
         Some(Action::Reference) => {
             let catalogue = Catalogue::of_config();
             output.result(&reference_toml(&catalogue), &Config::default())
         }
+    }
+}
+
+/// Checks every file, whatever the others are like.
+fn check(files: &[PathBuf], output: &Output) -> Result<()> {
+    let mut problems = Vec::new();
+    for file in files {
+        match check_one(file) {
+            Ok(()) => output.note(&format!("{}: ok", file.display())),
+            Err(error) => problems.push(failure::message(&error)),
+        }
+    }
+    if !problems.is_empty() {
+        return Err(Failure::Usage(problems.join("\n")).into());
+    }
+    if output.json() { output.result("", &serde_json::json!({ "ok": true, "files": files })) } else { Ok(()) }
+}
+
+/// Checks a configuration, or a study with its base and its variants.
+fn check_one(file: &Path) -> Result<()> {
+    let resolved = |file: &Path| SettingsArgs { file: Some(file.into()), sets: Vec::new() }.resolver()?.finish();
+    match resolved(file) {
+        Err(SettingsError::Study { .. }) => {
+            let study = StudyFile::read(file)?;
+            let base = resolved(&study.study.config).with_context(|| format!("{}: study.config", file.display()))?;
+            study::runs::check(&study, &base).with_context(|| file.display().to_string())
+        }
+        other => Ok(other.map(drop)?),
     }
 }
 

@@ -22,7 +22,7 @@ use crate::failure::Failure;
 use crate::output::{Output, Unit};
 use crate::process::{self, Process};
 use crate::system::{self, End};
-use crate::{crew, render, runs};
+use crate::{crew, encoder, render, runs};
 
 pub const HELP: &str = "\
 Examples:
@@ -100,6 +100,7 @@ pub fn run(args: &EmbedArgs, output: &Output) -> Result<()> {
     if let Some(count) = args.show {
         return show(&config, count);
     }
+    encoder::find(&config.embed).map_err(|error| Failure::Usage(error.to_string()))?;
     let start = Instant::now();
     system::catch_stop_signals();
     let _lock = lock(&config.data.dataset)?;
@@ -107,7 +108,7 @@ pub fn run(args: &EmbedArgs, output: &Output) -> Result<()> {
     EmbedJob { run: &run, config: &config, output }.make_shards()?;
     commit(&run, output)?;
     std::fs::remove_dir_all(run.root()).with_context(|| format!("cannot remove {}", run.root().display()))?;
-    report(&config, start.elapsed(), output)
+    report(args, &config, start.elapsed(), output)
 }
 
 /// Prints prompts.
@@ -223,14 +224,19 @@ impl EmbedJob<'_> {
                 end_all(std::slice::from_mut(&mut coordinator));
                 return refuse_stops(system::stop_requests());
             }
+            let before = lost.len();
             for (number, worker) in workers.iter_mut().enumerate() {
                 if worker.failed() && !lost.contains(&number) {
                     lost.push(number);
-                    let how = worker.ended().map_or(String::new(), process::describe);
-                    progress.line(&format!("{} ended with {how}; its range is taken over", worker.name));
                 }
             }
-            if let Some(first) = lost.first().filter(|_| lost.len() == workers.len()) {
+            let nobody_left = lost.len() == workers.len();
+            for number in lost[before..].iter().filter(|_| !nobody_left) {
+                let worker = &mut workers[*number];
+                let how = worker.ended().map_or(String::new(), process::describe);
+                progress.line(&format!("{} ended with {how}; its range is taken over", worker.name));
+            }
+            if let Some(first) = lost.first().filter(|_| nobody_left) {
                 // Nobody is left here: the first one's reason counts.
                 end_all(std::slice::from_mut(&mut coordinator));
                 progress.finish();
@@ -310,19 +316,20 @@ fn finished(name: &str, status: std::process::ExitStatus, said: &[String]) -> Re
     Err(Failure::Child { code, message }.into())
 }
 
-fn report(config: &Config, elapsed: Duration, output: &Output) -> Result<()> {
+fn report(args: &EmbedArgs, config: &Config, elapsed: Duration, output: &Output) -> Result<()> {
     let dataset = Dataset::open(&config.data.dataset)?;
     let Some(info) = &dataset.manifest().embeddings else {
         bail!("learn-embed ended well, but {} has no embeddings", config.data.dataset.display());
     };
     let items = dataset.manifest().counts.items;
     let text = format!(
-        "{}: {} items embedded in {} ({} dimensions, {})\nnext: learn-launch train",
+        "{}: {} items embedded in {} ({} dimensions, {})\nnext: {}",
         super::shown(&config.data.dataset),
         render::count(items.into()),
         render::duration(elapsed.as_secs_f64()),
         info.dim,
         info.model,
+        args.settings.command("train"),
     );
     output.result(&text, info)
 }

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 use learn_domain::report::{Split, Task};
 
-use crate::cli::RunArgs;
+use crate::cli::{DatasetArgs, RunArgs, anchor};
 use crate::job::{self, JobSpec};
 use crate::output::Output;
 use crate::settings::Resolver;
@@ -31,6 +31,8 @@ summary.json of the run is not touched; logs and status of the evaluation are in
 pub struct EvalArgs {
     #[command(flatten)]
     run: RunArgs,
+    #[command(flatten)]
+    data: DatasetArgs,
     /// Which held-out part
     #[arg(long, value_enum, default_value_t = SplitArg::Test)]
     split: SplitArg,
@@ -71,10 +73,16 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<()> {
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
     let mut config = Resolver::new(&runs::config(&run)?)
         .sets(&args.sets)?
+        .flag("--dataset", "data.dataset", args.data.dataset.as_ref())?
         .flag("--workers", "cluster.workers", args.workers)?
         // whoever is left evaluates alone what the others do not
         .flag("--workers", "cluster.min_workers", Some(1))?
+        // no checkpoint is chosen here, so any cutoffs will do: these are valid with them all
+        .flag("eval", "checkpoint.keep_best", Some(false))?
+        .flag("eval", "checkpoint.metric", Some("mrr"))?
         .finish()?;
+    anchor(&mut config)?;
+    runs::dataset(&run, &config)?;
     // Ports that are fixed for the training may be in use by it.
     (config.cluster.grpc_port, config.cluster.http_port) = (0, 0);
     let all = checkpoints(&run)?;

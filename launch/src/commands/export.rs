@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
-use crate::cli::RunArgs;
+use crate::cli::{DatasetArgs, RunArgs};
 use crate::output::Output;
 use crate::runs;
 
@@ -24,6 +24,8 @@ head's hidden layer).";
 pub struct ExportArgs {
     #[command(flatten)]
     run: RunArgs,
+    #[command(flatten)]
+    data: DatasetArgs,
     /// Directory to write to
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -40,8 +42,10 @@ pub struct ExportArgs {
 pub fn run(args: &ExportArgs, output: &Output) -> Result<()> {
     super::refuse_tasks("export")?;
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
+    let dataset = super::dataset_of(&run, &args.data)?;
     super::worker(|command| {
         command.arg("export").arg("--run").arg(run.root()).arg("--out").arg(&args.out);
+        command.arg("--dataset").arg(&dataset);
         if let Some(checkpoint) = &args.checkpoint {
             command.args(["--checkpoint", checkpoint]);
         }

@@ -21,18 +21,18 @@ pub mod stop;
 pub mod study;
 pub mod train;
 
-use std::path::Path;
-use std::process::Command as ChildCommand;
+use std::path::{Path, PathBuf};
+use std::process::{Command as ChildCommand, ExitStatus};
 
 use anyhow::{Context as _, Result};
 use learn_domain::report::exit;
 use learn_domain::run_dir::RunDir;
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, DatasetArgs};
 use crate::failure::{self, Failure};
 use crate::output::Output;
 use crate::slurm::Variables;
-use crate::{process, system};
+use crate::{process, relay, runs, system};
 
 /// Runs one command and returns its exit code.
 pub fn run(cli: Cli) -> i32 {
@@ -81,13 +81,21 @@ pub fn run(cli: Cli) -> i32 {
     }
 }
 
-/// Runs `learn-worker` to its end with this process's own input and output.
+/// Runs `learn-worker` to its end with this process's own input and output; its error becomes this command's.
 fn worker(arguments: impl FnOnce(&mut ChildCommand)) -> Result<()> {
-    program("learn-worker", arguments)
+    let name = "learn-worker";
+    let mut command = beside(name, arguments)?;
+    let (status, error) = relay::run(&mut command).with_context(|| format!("cannot start {name}"))?;
+    ended(name, status, error)
 }
 
 /// Runs a program beside this one to its end with this process's own input and output.
 fn program(name: &'static str, arguments: impl FnOnce(&mut ChildCommand)) -> Result<()> {
+    let status = beside(name, arguments)?.status().with_context(|| format!("cannot start {name}"))?;
+    ended(name, status, None)
+}
+
+fn beside(name: &'static str, arguments: impl FnOnce(&mut ChildCommand)) -> Result<ChildCommand> {
     let mut command = ChildCommand::new(process::sibling(name)?);
     arguments(&mut command);
     if std::env::var_os("LEARN_LOG").is_none() && std::env::var_os("RUST_LOG").is_none() {
@@ -95,17 +103,30 @@ fn program(name: &'static str, arguments: impl FnOnce(&mut ChildCommand)) -> Res
     }
     process::logs_alike(&mut command);
     system::end_with_parent(&mut command);
-    let status = command.status().with_context(|| format!("cannot start {name}"))?;
+    Ok(command)
+}
+
+/// What a program's end means for this command; `error` is what it has said last, unless that stands above.
+fn ended(name: &str, status: ExitStatus, error: Option<String>) -> Result<()> {
     if status.success() {
         return Ok(());
     }
-    let message = format!("{name}: {}; its message stands above", process::describe(status));
+    let message = error.unwrap_or_else(|| format!("{name}: {}; its message stands above", process::describe(status)));
     Err(Failure::Child { code: status.code().unwrap_or(exit::FAILED), message }.into())
 }
 
 /// A process that does all the work itself must not be one of several tasks of a Slurm step.
 fn refuse_tasks(command: &str) -> Result<()> {
     Variables::of_process().refuse_tasks(command).map_err(|error| Failure::Usage(error.to_string()).into())
+}
+
+/// Where the data of a run lie, which were compared with those that it was trained on.
+fn dataset_of(run: &RunDir, args: &DatasetArgs) -> Result<PathBuf> {
+    let mut config = runs::config(run)?;
+    if let Some(dataset) = &args.dataset {
+        config.data.dataset = std::path::absolute(dataset)?;
+    }
+    runs::dataset(run, &config).map(|dataset| dataset.dir().to_owned())
 }
 
 fn shown(path: &Path) -> String {

@@ -63,7 +63,8 @@ pub fn run(args: &PrepareArgs, output: &Output) -> Result<()> {
         PrepareError::Setting { .. } => Failure::Usage(error.to_string()).into(),
         other => anyhow::Error::from(other),
     })?;
-    output.result(&text(&report, &out), &report)
+    let next = args.settings.command("embed");
+    output.result(&format!("{}next: {next}", text(&report, &out)), &report)
 }
 
 /// The dataset is called like its directory.
@@ -132,7 +133,7 @@ fn text(report: &PrepareReport, out: &Path) -> String {
     for left in &report.leftovers {
         text += &format!("  a killed run left {}; it can be removed\n", left.display());
     }
-    text + "next: learn-launch embed"
+    text
 }
 
 /// The progress of `prepare`, which comes from several threads.

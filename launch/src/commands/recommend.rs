@@ -3,23 +3,29 @@
 use anyhow::Result;
 use clap::Args;
 
-use crate::cli::RunArgs;
+use crate::cli::{DatasetArgs, RunArgs};
 use crate::output::Output;
 use crate::runs;
 
 pub const HELP: &str = "\
 Examples:
   learn-launch recommend runs/quickstart --users 196,186 -k 10
-  learn-launch recommend quickstart --users 196 --json";
+  learn-launch recommend quickstart --users 196 --json
+  learn-launch recommend shop --user 'Doe, Jane' --user 'Roe, Richard'";
 
 /// Arguments of `recommend`.
 #[derive(Debug, Args)]
 pub struct RecommendArgs {
     #[command(flatten)]
     run: RunArgs,
-    /// Ids of users as they stand in the interactions, separated by commas
-    #[arg(long, value_name = "ID,ID,…", required = true)]
-    users: String,
+    #[command(flatten)]
+    data: DatasetArgs,
+    /// Ids of users as they stand in the interactions, separated by commas; spaces around them do not count
+    #[arg(long, value_name = "ID,ID,…", required_unless_present = "user")]
+    users: Option<String>,
+    /// One user more, by exactly this id, which may have commas and spaces (repeatable)
+    #[arg(long, value_name = "ID")]
+    user: Vec<String>,
     /// Items per user
     #[arg(short, value_name = "K", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     k: u32,
@@ -31,13 +37,21 @@ pub struct RecommendArgs {
     with_history: bool,
 }
 
+impl RecommendArgs {
+    fn users(&self) -> impl Iterator<Item = &str> {
+        let listed = self.users.iter().flat_map(|users| users.split(',').map(str::trim));
+        listed.chain(self.user.iter().map(String::as_str))
+    }
+}
+
 /// # Errors
 /// There is no such run, checkpoint or user.
 pub fn run(args: &RecommendArgs, output: &Output) -> Result<()> {
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
+    let dataset = super::dataset_of(&run, &args.data)?;
     super::worker(|command| {
-        command.arg("recommend").arg("--run").arg(run.root());
-        command.args(["--users", &args.users, "-k", &args.k.to_string()]);
+        command.arg("recommend").arg("--run").arg(run.root()).arg("--dataset").arg(&dataset);
+        command.args(args.users().map(|id| format!("--user={id}"))).args(["-k", &args.k.to_string()]);
         if let Some(checkpoint) = &args.checkpoint {
             command.args(["--checkpoint", checkpoint]);
         }

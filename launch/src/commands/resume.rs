@@ -1,17 +1,17 @@
 //! `learn-launch resume`: continues a run exactly where a checkpoint of it is.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::{fs, io};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use learn_dataset::Dataset;
 use learn_domain::Step;
 use learn_domain::report::{JobState, Task};
 use learn_domain::run_dir::RunDir;
 use serde::Deserialize;
 
-use crate::cli::RunArgs;
+use crate::cli::{DatasetArgs, RunArgs, anchor};
 use crate::failure::Failure;
 use crate::job::{self, JobSpec, Workers};
 use crate::output::Output;
@@ -25,14 +25,16 @@ Examples:
   learn-launch resume runs/quickstart
   learn-launch resume quickstart --set training.epochs=40
   learn-launch resume quickstart --checkpoint step-0000000200
+  learn-launch resume quickstart --dataset /new/place/of/ml-100k
 
-Keys that --set may change: training.{epochs, max_steps, micro_batch, activation_checkpointing, threads, non_finite,
+Keys that --set may change: data.dataset (to another place of the same data), training.{epochs, max_steps, micro_batch, activation_checkpointing, threads, non_finite,
 non_finite_budget}, evaluation.*, checkpoint.*, cluster.*
 (the others would make it another run). More epochs also stretch the cosine schedule.
 A damaged checkpoint is refused with its reason; --checkpoint picks the one before it.";
 
 /// Keys, and sections (ending in a dot), that a resumed run may change.
-const CHANGEABLE: [&str; 10] = [
+const CHANGEABLE: [&str; 11] = [
+    "data.dataset",
     "training.epochs",
     "training.max_steps",
     "training.micro_batch",
@@ -50,6 +52,8 @@ const CHANGEABLE: [&str; 10] = [
 pub struct ResumeArgs {
     #[command(flatten)]
     run: RunArgs,
+    #[command(flatten)]
+    data: DatasetArgs,
     /// Continue from this checkpoint instead of the latest one
     #[arg(long, value_name = "NAME")]
     checkpoint: Option<String>,
@@ -75,6 +79,9 @@ pub struct Checkpoint {
     /// The coordinator has not written its ledger: it was killed before it heard of the checkpoint.
     #[serde(default)]
     pub uncommitted: bool,
+    /// This user may not read it, which says nothing of what it holds.
+    #[serde(skip)]
+    pub closed: bool,
 }
 
 impl Checkpoint {
@@ -92,9 +99,11 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
     runs::refuse_live(&run)?;
     refuse_queued(&run)?;
     let before = runs::config(&run)?;
-    let resolver = Resolver::new(&before).sets(&args.sets)?;
+    let resolver =
+        Resolver::new(&before).sets(&args.sets)?.flag("--dataset", "data.dataset", args.data.dataset.as_ref())?;
     refuse_unchangeable(resolver.changed())?;
-    let config = resolver.finish()?;
+    let mut config = resolver.finish()?;
+    anchor(&mut config)?;
     let unchanged =
         (config.training.epochs, config.training.max_steps) == (before.training.epochs, before.training.max_steps);
     let finished = runs::last_status(&run)?.is_some_and(|status| status.state == JobState::Finished);
@@ -106,7 +115,7 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
         ))
         .into());
     }
-    let dataset = Dataset::open(&config.data.dataset)?;
+    let dataset = runs::dataset(&run, &config)?;
     if config.model.item_input.has_content() {
         dataset.embeddings()?;
     }
@@ -146,7 +155,7 @@ pub(super) fn refuse_unchangeable<'a>(mut keys: impl Iterator<Item = &'a str>) -
 }
 
 /// A path as the task carries it.
-pub(crate) fn path_text(path: &std::path::Path) -> Result<String> {
+pub(crate) fn path_text(path: &Path) -> Result<String> {
     path.to_str().map(str::to_owned).with_context(|| format!("{} is not UTF-8", path.display()))
 }
 
@@ -163,7 +172,19 @@ pub(crate) fn checkpoints(run: &RunDir) -> Result<Vec<Checkpoint>> {
     let mut checkpoints: Vec<Checkpoint> =
         serde_json::from_slice(&answer.stdout).context("learn-worker checkpoints printed something else than JSON")?;
     checkpoints.sort_by_key(|checkpoint| checkpoint.step);
+    for checkpoint in checkpoints.iter_mut().filter(|checkpoint| !checkpoint.valid) {
+        checkpoint.closed = is_closed(&checkpoint.path);
+    }
     Ok(checkpoints)
+}
+
+/// Whether this user lacks the right to read a directory or one of its files.
+fn is_closed(folder: &Path) -> bool {
+    let denied = |error: io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+    match fs::read_dir(folder) {
+        Ok(entries) => entries.flatten().any(|entry| fs::File::open(entry.path()).is_err_and(denied)),
+        Err(error) => denied(error),
+    }
 }
 
 /// A training goes on only from a checkpoint whose ledger is there: a kill may come between the two.
@@ -203,6 +224,7 @@ pub(crate) fn choose<'a>(checkpoints: &'a [Checkpoint], wanted: Option<&str>, sh
     }
     let earlier = checkpoints.iter().rfind(|checkpoint| checkpoint.valid && checkpoint.step < chosen.step);
     let way = match earlier {
+        _ if chosen.closed => "let this user read it, or run this as the user who may".into(),
         Some(earlier) => format!("the one before it is whole: add `--checkpoint {}`", earlier.name()),
         None => "there is no whole one before it; start again with `learn-launch train … --force`".into(),
     };
@@ -223,7 +245,23 @@ mod tests {
             reason,
             best,
             uncommitted: false,
+            closed: false,
         }
+    }
+
+    #[test]
+    fn one_that_may_not_be_read_is_not_given_up() {
+        let closed = Checkpoint { closed: true, ..checkpoint(20, false, false) };
+        let text = choose(&[checkpoint(10, true, false), closed], None, "r").unwrap_err().to_string();
+        assert!(text.contains("let this user read it"), "{text}");
+        assert!(!text.contains("--force") && !text.contains("step-0000000010"), "nothing is lost: {text}");
+    }
+
+    #[test]
+    fn a_directory_that_can_be_read_or_is_not_there_is_not_closed() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("state.json"), "damaged").unwrap();
+        assert!(!is_closed(folder.path()) && !is_closed(&folder.path().join("none")));
     }
 
     #[test]

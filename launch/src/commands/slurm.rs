@@ -135,6 +135,9 @@ fn resubmit(args: &SlurmArgs, request: Request, named: &Path, output: &Output) -
     };
     let mut config = resolver.flag(WORKERS, "cluster.workers", Some(request.workers()))?.finish()?;
     anchor(&mut config)?;
+    if config.data.dataset != before.data.dataset {
+        runs::dataset(&run, &config)?;
+    }
     tls::check(&config.cluster.tls)?;
     let text = write(&request, &run, &config)?;
     if args.dry_run {

@@ -63,7 +63,7 @@ pub fn run(args: &SlurmJobArgs, output: &Output) -> Result<()> {
         apply(&run, &args.sets, &allocation, on_gpus)?;
         run
     } else {
-        of_config(args, &allocation, on_gpus)?
+        of_config(args, &allocation, on_gpus, output)?
     };
     let budget = Budget { restarts: args.max_restarts, fruitless: args.max_fruitless };
     let targets = args.prometheus_targets.as_deref();
@@ -76,7 +76,7 @@ fn asks_for_gpus(option: &str) -> bool {
 }
 
 /// The run of a configuration: made at the first start.
-fn of_config(args: &SlurmJobArgs, allocation: &Allocation, on_gpus: bool) -> Result<RunDir> {
+fn of_config(args: &SlurmJobArgs, allocation: &Allocation, on_gpus: bool, output: &Output) -> Result<RunDir> {
     let settings = SettingsArgs { file: Some(args.subject.clone()), sets: args.sets.clone() };
     let mut config = settings.resolver()?.flag(TASKS, "cluster.workers", Some(allocation.tasks))?.finish()?;
     runs::find_init(&mut config)?;
@@ -97,6 +97,7 @@ fn of_config(args: &SlurmJobArgs, allocation: &Allocation, on_gpus: bool) -> Res
     }
     config.cluster.device = device(config.cluster.device, on_gpus);
     super::train::check_ready(&config)?;
+    super::train::warn_of_warm_up(&config, output)?;
     runs::create(&root, &config)
 }
 
@@ -122,6 +123,9 @@ fn apply(run: &RunDir, sets: &[String], allocation: &Allocation, on_gpus: bool) 
         return Ok(());
     }
     super::resume::refuse_unchangeable(differing.map(String::as_str))?;
+    if config.data.dataset != before.data.dataset {
+        runs::dataset(run, &config)?;
+    }
     bind::change(run, &config.cluster.bind)?;
     runs::write_config(&run.config(), &config)
 }

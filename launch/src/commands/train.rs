@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::Args;
 use learn_dataset::Dataset;
-use learn_domain::Config;
 use learn_domain::config::ItemTower;
+use learn_domain::plan::{Plan, PlanKey};
 use learn_domain::report::{Summary, Task};
 use learn_domain::run_dir::RunDir;
+use learn_domain::{Config, schedule};
 
 use crate::cli::{SettingsArgs, anchor};
 use crate::crew;
@@ -80,6 +81,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     runs::find_init(&mut config)?;
     anchor(&mut config)?;
     check_ready(&config)?;
+    warn_of_warm_up(&config, output)?;
     let root = config.job.runs_dir.join(&config.job.name);
     if args.dry_run {
         return describe(&root, &config, output);
@@ -129,6 +131,22 @@ pub(super) fn check_ready(config: &Config) -> Result<()> {
         super::worker(|command| {
             command.args(["check-init", "--config-json", &json]);
         })?;
+    }
+    Ok(())
+}
+
+/// Says so if the training ends before its warm-up does.
+pub(super) fn warn_of_warm_up(config: &Config, output: &Output) -> Result<()> {
+    let facts = Dataset::open(&config.data.dataset)?.facts();
+    let plan = Plan::new(PlanKey {
+        fingerprint: facts.fingerprint,
+        seed: config.job.seed,
+        users: facts.train_users,
+        global_batch: config.training.global_batch,
+    })?;
+    let total = config.training.total_steps(plan.steps_per_epoch());
+    if let Some(warning) = schedule::endless_warm_up(&config.optimizer, total) {
+        output.note(&format!("warning: {warning}"));
     }
     Ok(())
 }

@@ -129,7 +129,7 @@ fn an_embed_job_shows_its_ranges_and_processes() {
     let wanted = "being embedded\nitems       1,200 of 5,000\nranges      3 of 12\nprocess 3   here pid 42: range 4, heard 0.2s ago\n\
                   embeddings  384 dimensions, minilm\n";
     assert_eq!(text, wanted);
-    assert_eq!(embedding(None, Freshness::Ended, None), "not embedded; `learn-launch embed` does it\n");
+    assert_eq!(embedding(None, Freshness::Ended, None), "not embedded; `learn-launch embed CONFIG` does it\n");
 }
 
 #[test]

@@ -54,6 +54,8 @@ pub enum SettingsError {
     Unreadable { path: PathBuf, source: std::io::Error },
     #[error("{} is not valid TOML: {problem}", .path.display())]
     Syntax { path: PathBuf, problem: String },
+    #[error("{place} is a study, not a configuration; `learn-launch study {place}` trains its variants", place = .path.display())]
+    Study { path: PathBuf },
     #[error("{origin}: unknown key `{key}`; {hint}")]
     Unknown { origin: Origin, key: String, hint: String },
     #[error("{origin}: {key}: {problem}")]
@@ -84,12 +86,15 @@ impl Resolver {
     /// Reads a TOML file.
     ///
     /// # Errors
-    /// It cannot be read, is not TOML, or has an unknown key or a value of the wrong type.
+    /// It cannot be read, is not TOML, is a study, or has an unknown key or a value of the wrong type.
     pub fn file(mut self, path: &Path) -> Result<Self, SettingsError> {
         let text =
             std::fs::read_to_string(path).map_err(|source| SettingsError::Unreadable { path: path.into(), source })?;
         let syntax = |error: toml::de::Error| SettingsError::Syntax { path: path.into(), problem: error.to_string() };
         let values: toml::Table = toml::from_str(&text).map_err(syntax)?;
+        if values.get("study").is_some_and(toml::Value::is_table) {
+            return Err(SettingsError::Study { path: path.into() });
+        }
         let places = toml::de::DeTable::parse(&text).map_err(syntax)?;
         let mut lines = BTreeMap::new();
         text::lines_of_keys(places.get_ref(), &text, "", &mut lines);

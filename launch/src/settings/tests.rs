@@ -52,6 +52,15 @@ fn a_later_layer_wins() {
 }
 
 #[test]
+fn a_study_is_named_as_one() {
+    let file = file("[study]\nname = \"towers\"\nconfig = \"base.toml\"\n");
+    let text = resolver().file(file.path()).unwrap_err().to_string();
+    assert!(text.contains("is a study") && text.contains("learn-launch study "), "{text}");
+    let text = resolver().file(self::file("study = 1\n").path()).unwrap_err().to_string();
+    assert!(text.contains("unknown key `study`"), "{text}");
+}
+
+#[test]
 fn values_are_typed_by_their_key() {
     let config = sets(&[
         "training.epochs=3",

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
-use learn_dataset::Dataset;
 use learn_domain::config::DeviceKind;
 use learn_domain::report::{JobState, JobStatus, Task, exit};
 use learn_domain::run_dir::RunDir;
@@ -247,7 +246,7 @@ fn configure(run: &RunDir, allocation: &Allocation, output: &Output) -> Result<C
         let tasks = allocation.tasks;
         Failure::Usage(format!("{}: {}, and this allocation has {tasks} tasks", error.key, error.problem))
     })?;
-    let dataset = Dataset::open(&config.data.dataset)?;
+    let dataset = runs::dataset(run, &config)?;
     if config.model.item_input.has_content() {
         dataset.embeddings()?;
     }

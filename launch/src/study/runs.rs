@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use learn_dataset::Dataset;
 use learn_domain::Config;
-use learn_domain::report::{DatasetFacts, JobState};
+use learn_domain::report::JobState;
 use learn_domain::run_dir::RunDir;
 use serde::Serialize;
 
@@ -13,7 +13,7 @@ use super::file::{StudyFile, Variant};
 use crate::cli::anchor;
 use crate::failure::{self, Failure};
 use crate::runs;
-use crate::settings::Resolver;
+use crate::settings::{Resolver, SettingsError};
 
 /// One training of a study.
 #[derive(Clone, Debug)]
@@ -103,18 +103,8 @@ fn foreign(dir: &RunDir, config: &Config) -> Result<Option<String>> {
     let Some(status) = runs::last_status(dir)? else { return Ok(None) };
     // whatever is wrong with a dataset, the command that makes or reads it says best
     let Ok(dataset) = Dataset::open(&config.data.dataset) else { return Ok(None) };
-    let other = other_data(&status.dataset, &dataset.facts().seen_by(&config.model));
+    let other = status.dataset.differ_from(&dataset.facts().seen_by(&config.model));
     Ok(other.map(|what| format!("other {what} than {} has now", config.data.dataset.display())))
-}
-
-/// What differs between the data of a training and those of now; what one of them does not have tells nothing, because it
-/// may yet be made.
-fn other_data(trained: &DatasetFacts, now: &DatasetFacts) -> Option<&'static str> {
-    let differ = |a: &str, b: &str| !a.is_empty() && !b.is_empty() && a != b;
-    if differ(&trained.fingerprint, &now.fingerprint) {
-        return Some("items or interactions");
-    }
-    differ(&trained.embeddings_fingerprint, &now.embeddings_fingerprint).then_some("content embeddings")
 }
 
 /// All runs of a study, in the order of variants and seeds; `base` gives the settings that the variants change.
@@ -133,6 +123,18 @@ pub fn plan(study: &StudyFile, base: &Config) -> Result<Vec<StudyRun>> {
     Ok(planned)
 }
 
+/// Checks the settings of all runs, wherever a study is about to run.
+///
+/// # Errors
+/// A variant's settings are wrong.
+pub fn check(study: &StudyFile, base: &Config) -> Result<(), SettingsError> {
+    study.variants.iter().try_for_each(|variant| settings(base, variant).map(drop))
+}
+
+fn settings(base: &Config, variant: &Variant) -> Result<Config, SettingsError> {
+    Resolver::new(base).variant(&variant.name, &variant.set)?.finish()
+}
+
 /// The directory of a study.
 #[must_use]
 pub fn root(study: &StudyFile, base: &Config) -> PathBuf {
@@ -140,7 +142,7 @@ pub fn root(study: &StudyFile, base: &Config) -> PathBuf {
 }
 
 fn resolve(study: &StudyFile, base: &Config, variant: &Variant, seed: u64) -> Result<StudyRun> {
-    let mut config = Resolver::new(base).variant(&variant.name, &variant.set)?.finish()?;
+    let mut config = settings(base, variant)?;
     // a run by its name is one of the user's, not of the study's directory
     runs::find_init(&mut config).map_err(|error| {
         Failure::Usage(format!("variant `{}`: training.init: {}", variant.name, failure::message(&error)))
@@ -206,20 +208,6 @@ mod tests {
         assert_eq!(left(found(true, true, false, true)), Left::Resume);
         assert_eq!(left(found(true, true, false, false)), Left::TrainAnew);
         assert_eq!(left(found(true, false, true, true)), Left::Foreign);
-    }
-
-    #[test]
-    fn other_vectors_are_other_data_unless_one_side_has_none() {
-        let facts = |fingerprint: &str, embeddings_fingerprint: &str| DatasetFacts {
-            fingerprint: fingerprint.into(),
-            embeddings_fingerprint: embeddings_fingerprint.into(),
-            ..DatasetFacts::default()
-        };
-        assert_eq!(other_data(&facts("a", "v"), &facts("a", "v")), None);
-        assert_eq!(other_data(&facts("a", "v"), &facts("a", "w")), Some("content embeddings"));
-        assert_eq!(other_data(&facts("a", "v"), &facts("b", "v")), Some("items or interactions"));
-        assert_eq!(other_data(&facts("a", "v"), &facts("a", "")), None, "it has to be embedded again first");
-        assert_eq!(other_data(&facts("a", ""), &facts("a", "v")), None, "a model that reads no content");
     }
 
     fn study() -> StudyFile {

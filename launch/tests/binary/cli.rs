@@ -122,6 +122,48 @@ fn a_wrong_line_of_a_file_is_named() -> TestResult {
 }
 
 #[test]
+fn every_file_is_checked_and_studies_as_what_they_are() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text);
+    write("good.toml", "[training]\nepochs = 2\n")?;
+    write("typo.toml", "[training]\nepoch = 2\n")?;
+    write("third.toml", "[model]\nheads = 7\n")?;
+    let study = |config: &str, key: &str| {
+        format!(
+            "study = {{ name = \"s\", config = \"{config}\" }}\ntable = [{{ name = \"t\", title = \"T\" }}]\n\
+             variant = [{{ name = \"v\", set.model.{key} = 3 }}]\n"
+        )
+    };
+    write("study.toml", &study("good.toml", "layers"))?;
+    write("wrong-variant.toml", &study("good.toml", "layer"))?;
+    write("wrong-base.toml", &study("typo.toml", "layers"))?;
+
+    let good = launch(folder.path(), &["config", "check", "good.toml", "study.toml"]);
+    assert!(good.status.success() && err(&good).contains("study.toml: ok"), "{}", err(&good));
+    let files = ["typo.toml", "good.toml", "third.toml", "wrong-variant.toml", "wrong-base.toml", "none.toml"];
+    let bad = launch(folder.path(), &[&["config", "check", "--json"], &files[..]].concat());
+    assert_eq!(bad.status.code(), Some(2));
+    let error: Value = serde_json::from_slice(&bad.stdout)?;
+    let problems: Vec<_> = error["error"].as_str().ok_or("no error")?.lines().collect();
+    assert_eq!(problems.len(), 5, "{problems:?}");
+    for (problem, words) in problems.iter().zip([
+        "typo.toml:2: unknown key `training.epoch`",
+        "third.toml:2: model.heads: must divide",
+        "wrong-variant.toml: variant `v`: unknown key `model.layer`",
+        "wrong-base.toml: study.config: typo.toml:2: unknown key",
+        "none.toml",
+    ]) {
+        assert!(problem.contains(words), "{words} is not in {problem}");
+    }
+    assert!(err(&bad).contains("good.toml: ok"), "{}", err(&bad));
+
+    let train = launch(folder.path(), &["train", "study.toml"]);
+    assert_eq!(train.status.code(), Some(2));
+    assert!(err(&train).contains("`learn-launch study study.toml`"), "{}", err(&train));
+    Ok(())
+}
+
+#[test]
 fn doctor_reports_each_thing_with_its_remedy() -> TestResult {
     let folder = tempfile::tempdir()?;
     let output = launch(folder.path(), &["doctor", "--json", "--set", "cluster.device=cpu"]);
@@ -165,6 +207,8 @@ fn prepare_makes_a_dataset_once() -> TestResult {
     assert!(folder.path().join("data/dataset/dataset.json").is_file());
     let again = launch(folder.path(), &arguments[..1].iter().chain(&arguments[2..]).copied().collect::<Vec<_>>());
     assert!(again.status.success() && out(&again).contains("unchanged"), "{}{}", out(&again), err(&again));
+    let next = "next: learn-launch embed --set 'prepare.interactions.files=[\"clicks.csv\"]'\n";
+    assert!(out(&again).ends_with(next), "what is printed can be typed: {}", out(&again));
     Ok(())
 }
 

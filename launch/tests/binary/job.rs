@@ -211,3 +211,138 @@ fn a_run_is_resumed_from_its_latest_checkpoint() -> TestResult {
     assert_eq!(config["training"]["epochs"], 11);
     Ok(())
 }
+
+/// Plays what `resume`, `export` and `recommend` ask of the worker binary besides what a loyal worker does.
+fn offline_worker() -> String {
+    let checkpoints = r#"[{"step":7,"path":"/c/step-0000000007","valid":true,"reason":null,"best":true}]"#;
+    let words = r#"for word in "$@"; do echo "[$word]"; done"#;
+    let error = "2026-01-02T03:04:05Z ERROR user \\`nobody\\` is not in the dataset";
+    let offline = format!(
+        "case \"$*\" in *nobody*) echo loading >&2; echo \"{error}\" >&2; exit 2;; export*|recommend*) {words}; exit 0;; esac"
+    );
+    format!("{offline}\n{}", worker_with(checkpoints))
+}
+
+/// An installation with a run that was stopped at step 7.
+fn with_stopped_run() -> TestResult<Installation> {
+    let first = "case \"$4\" in *null*) serve; checkpoint=7; status stopped; exit 3;; esac";
+    let installation = Installation::new(&format!("{first}\n{GOOD_COORDINATOR}"), &offline_worker())?;
+    let stopped = installation.launch(&["train"])?;
+    assert_eq!(stopped.status.code(), Some(3), "{}", err(&stopped));
+    Ok(installation)
+}
+
+#[test]
+fn a_run_finds_its_data_where_they_were_moved() -> TestResult {
+    let installation = with_stopped_run()?;
+    std::fs::rename(installation.path("data/dataset"), installation.path("moved"))?;
+    let commands: [&[&str]; 4] = [
+        &["export", "learn", "--out", "o"],
+        &["recommend", "learn", "--users", "u1"],
+        &["eval", "learn"],
+        &["resume", "learn", "--set", "training.epochs=12"],
+    ];
+    for command in commands {
+        let refused = installation.launch(command)?;
+        assert_eq!(refused.status.code(), Some(2), "{command:?}: {}", err(&refused));
+        assert!(
+            err(&refused).contains("holds no dataset") && err(&refused).contains("--dataset DIR"),
+            "{}",
+            err(&refused)
+        );
+    }
+    let place = format!("[--dataset]\n[{}]", installation.path("moved").display());
+    let exported = installation.launch(&["export", "learn", "--out", "o", "--dataset", "moved"])?;
+    assert!(exported.status.success() && out(&exported).contains(&place), "{}{}", out(&exported), err(&exported));
+
+    let resumed = installation.launch(&["resume", "learn", "--dataset", "moved"])?;
+    assert!(resumed.status.success(), "{}", err(&resumed));
+    let recommended = installation.launch(&["recommend", "learn", "--users", "u1"])?;
+    assert!(out(&recommended).contains(&place), "a resumed run knows its place: {}", out(&recommended));
+
+    // what lies there must be what the run was trained on
+    let file = installation.path("runs/learn/status.json");
+    let trained =
+        installation.read("runs/learn/status.json")?.replace(r#""fingerprint":"""#, r#""fingerprint":"other""#);
+    std::fs::write(&file, trained)?;
+    for command in commands {
+        let refused = installation.launch(command)?;
+        assert_eq!(refused.status.code(), Some(2), "{command:?}: {}", err(&refused));
+        assert!(err(&refused).contains("other items or interactions"), "{command:?}: {}", err(&refused));
+    }
+    Ok(())
+}
+
+#[test]
+fn the_error_of_a_worker_is_the_error_of_the_command() -> TestResult {
+    let installation = with_stopped_run()?;
+    let refused = installation.launch(&["recommend", "learn", "--users", "nobody", "--json"])?;
+    assert_eq!(refused.status.code(), Some(2));
+    let error: Value = serde_json::from_slice(&refused.stdout)?;
+    assert_eq!(error["error"], "user `nobody` is not in the dataset");
+    assert_eq!(err(&refused), "loading\nlearn-launch: user `nobody` is not in the dataset\n", "it is said once");
+    Ok(())
+}
+
+#[test]
+fn any_id_can_be_asked_for() -> TestResult {
+    let installation = with_stopped_run()?;
+    let asked =
+        installation.launch(&["recommend", "learn", "--users", "alice, bob", "--user", "山田,太郎", "--user", " x"])?;
+    assert!(asked.status.success(), "{}", err(&asked));
+    let words = out(&asked);
+    let users: Vec<_> = words.lines().filter(|word| word.starts_with("[--user")).collect();
+    assert_eq!(users, ["[--user=alice]", "[--user=bob]", "[--user=山田,太郎]", "[--user= x]"]);
+    let nobody = installation.launch(&["recommend", "learn"])?;
+    assert_eq!(nobody.status.code(), Some(2));
+    assert!(err(&nobody).contains("--users"), "{}", err(&nobody));
+    Ok(())
+}
+
+#[test]
+fn embed_looks_for_its_encoder_before_it_starts_anything() -> TestResult {
+    let installation = Installation::new(GOOD_COORDINATOR, LOYAL_WORKER)?;
+    std::fs::create_dir(installation.path("runs"))?;
+    let cases: [(&[&str], &str); 4] = [
+        (&["--model", "nosuch"], "nosuch is not a directory; set embed.model to"),
+        (&["--model", "runs"], "runs lacks config.json, tokenizer.json, model.safetensors; set embed.model to"),
+        (&["--from", "nosuch.npy"], "nosuch.npy is not a file; set embed.from to"),
+        (&["--from", "clicks.csv"], "clicks.csv is neither .npy nor .parquet; set embed.from to"),
+    ];
+    for (flags, words) in cases {
+        let refused = installation.launch(&[&["embed"], flags].concat())?;
+        assert_eq!(refused.status.code(), Some(2), "{flags:?}: {}", err(&refused));
+        assert!(err(&refused).contains(words), "{words} is not in {}", err(&refused));
+        assert!(!err(&refused).contains("taken over") && !installation.path("data/dataset/embeddings/job").exists());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_training_that_ends_in_its_warm_up_is_warned_of() -> TestResult {
+    let installation = Installation::new(GOOD_COORDINATOR, LOYAL_WORKER)?;
+    let train = |warm_up: &str| installation.launch(&["train", "--dry-run", "--epochs", "2", "--set", warm_up]);
+    let warned = train("optimizer.warmup_steps=100")?;
+    assert!(warned.status.success(), "{}", err(&warned));
+    assert!(
+        err(&warned).contains("warning: the training has 2 steps and optimizer.warmup_steps = 100"),
+        "{}",
+        err(&warned)
+    );
+    assert!(!err(&train("optimizer.warmup_steps=1")?).contains("warning"));
+    Ok(())
+}
+
+#[test]
+fn an_evaluation_takes_any_cutoffs_and_a_training_says_what_its_metric_needs() -> TestResult {
+    let installation = with_stopped_run()?;
+    let trained = installation.launch(&["train", "--set", "evaluation.cutoffs=[20,300]"])?;
+    assert_eq!(trained.status.code(), Some(2), "{}", err(&trained));
+    let words = "checkpoint.metric: is ndcg@10, which evaluation.cutoffs = [20, 300] does not measure; add 10";
+    assert!(err(&trained).contains(words), "{}", err(&trained));
+    // the workers of this installation go when this is there
+    std::fs::write(installation.path("runs/learn/summary.json"), "{}")?;
+    let evaluated = installation.launch(&["eval", "learn", "--set", "evaluation.cutoffs=[20]"])?;
+    assert!(evaluated.status.success(), "{}", err(&evaluated));
+    Ok(())
+}

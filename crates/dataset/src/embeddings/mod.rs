@@ -57,7 +57,7 @@ pub enum RowError {
     NoSuchItem { item: u32, rows: usize },
     #[error(
         "the content embedding of item {item} cannot be written as int8: {source}; restore the dataset from a copy, or run \
-         `learn-launch embed`, which makes damaged ones again"
+         `learn-launch embed CONFIG`, which makes damaged ones again"
     )]
     NotFinite { item: u32, source: int8::NotFinite },
 }

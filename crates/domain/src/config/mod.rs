@@ -156,6 +156,23 @@ mod tests {
     }
 
     #[test]
+    fn a_metric_that_is_not_measured_is_named_with_the_ways_out() {
+        let problem = |metric: &str, cutoffs: &[u32]| {
+            let mut config = Config::default();
+            (config.checkpoint.metric, config.evaluation.cutoffs) = (metric.into(), cutoffs.to_vec());
+            config.validate().unwrap_err().problem
+        };
+        let text = problem("ndcg@10", &[20, 300]);
+        for words in ["ndcg@10", "evaluation.cutoffs = [20, 300]", "add 10", "checkpoint.metric=ndcg@300"] {
+            assert!(text.contains(words), "{words} is not in {text}");
+        }
+        for unknown in ["loss", "ndcg", "ndcg@ten", "map@10"] {
+            let text = problem(unknown, &[10]);
+            assert!(text.contains(&format!("is {unknown}, but must be mrr")), "{text}");
+        }
+    }
+
+    #[test]
     fn nonsense_is_named() {
         let refused = |change: fn(&mut Config)| {
             let mut config = Config::default();
@@ -198,6 +215,7 @@ mod tests {
         assert_eq!(refused(|c| c.cluster.min_workers = c.cluster.workers + 1), "cluster.min_workers");
         assert_eq!(refused(|c| c.checkpoint.metric = "loss".into()), "checkpoint.metric");
         assert_eq!(refused(|c| c.checkpoint.metric = "cvr.auc".into()), "checkpoint.metric");
+        assert_eq!(refused(|c| c.evaluation.cutoffs = vec![20]), "checkpoint.metric");
         assert_eq!(refused(|c| c.objective.cvr_weight = -1.0), "objective.cvr_weight");
         let coded = |c: &mut Config| (c.model.history_code, c.objective.cvr_weight) = (64, 1.0);
         assert_eq!(refused(coded), "model.history_code");

@@ -454,6 +454,21 @@ impl Config {
     }
 }
 
+/// Why evaluations with these cutoffs do not tell a metric, and what to do.
+fn not_measured(metric: &str, cutoffs: &[u32]) -> String {
+    let of_ranking = metric.split_once('@').filter(|(kind, _)| ["recall", "ndcg", "hr"].contains(kind));
+    match of_ranking.and_then(|(kind, cutoff)| Some((kind, cutoff.parse::<u32>().ok()?, cutoffs.last()?))) {
+        Some((kind, cutoff, last)) => format!(
+            "is {metric}, which evaluation.cutoffs = {cutoffs:?} does not measure; add {cutoff} to them, or set \
+             checkpoint.metric={kind}@{last}"
+        ),
+        None => format!(
+            "is {metric}, but must be mrr, auc, or recall@K, ndcg@K or hr@K with K among evaluation.cutoffs, or, with a CVR \
+             head, cvr.auc, cvr.uauc or cvr.wuauc"
+        ),
+    }
+}
+
 pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     let Config { model, objective, sampling, optimizer, training, evaluation, checkpoint, cluster, .. } = config;
     let at_least_one = [
@@ -574,11 +589,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         return fail("checkpoint.metric", "is one of the CVR head, so set objective.cvr_weight above 0");
     }
     if !of_head && !Metrics::new(&evaluation.cutoffs).names().contains(&checkpoint.metric) {
-        return fail(
-            "checkpoint.metric",
-            "must be mrr, auc, or recall@K, ndcg@K or hr@K with K among evaluation.cutoffs, or, with a CVR head, cvr.auc, \
-             cvr.uauc or cvr.wuauc",
-        );
+        return fail("checkpoint.metric", &not_measured(&checkpoint.metric, &evaluation.cutoffs));
     }
     if training.freeze_towers {
         if objective.cvr_head().is_none() {

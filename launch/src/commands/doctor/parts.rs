@@ -8,7 +8,7 @@ use learn_domain::config::DeviceKind;
 use serde::Deserialize;
 
 use super::Check;
-use crate::{process, render, system};
+use crate::{encoder, process, render, system};
 
 /// How to get libtorch.
 const GET_LIBTORCH: &str = "`cargo xtask setup` gets libtorch 2.11 (in an unpacked archive: `install`); or export LIBTORCH=/path/to/libtorch and \
@@ -112,34 +112,25 @@ fn facts_checks(facts: &WorkerFacts, config: &Config) -> Vec<Check> {
     checks
 }
 
+/// An encoder that is not there keeps nobody from preparing a dataset, nor from training on one that is embedded.
 fn encoder(config: &Config) -> Check {
-    if let Some(from) = &config.embed.from {
-        return if from.is_file() {
-            Check::ok("encoder", format!("vectors from {}", from.display()))
-        } else {
-            Check::warning(
-                "encoder",
-                format!("{} is not there", from.display()),
-                "set embed.from to the file of vectors",
-            )
-        };
+    let unusable = match encoder::find(&config.embed) {
+        Ok(found) => return Check::ok("encoder", found),
+        Err(unusable) => unusable,
+    };
+    let dataset = Dataset::open(&config.data.dataset);
+    let waits = dataset.is_ok_and(|dataset| dataset.manifest().embeddings.is_none());
+    if waits && config.model.item_input.has_content() {
+        Check::missing("encoder", unusable.found, unusable.remedy)
+    } else {
+        Check::warning("encoder", unusable.found, unusable.remedy)
     }
-    let folder = &config.embed.model;
-    let absent: Vec<_> = ["config.json", "tokenizer.json", "model.safetensors"]
-        .into_iter()
-        .filter(|name| !folder.join(name).is_file())
-        .collect();
-    if absent.is_empty() {
-        return Check::ok("encoder", folder.display().to_string());
-    }
-    let found = format!("{} lacks {}", folder.display(), absent.join(", "));
-    Check::warning("encoder", found, "set embed.model to a Hugging Face directory, or embed.from to a file of vectors")
 }
 
 fn dataset(config: &Config) -> Check {
     let folder = &config.data.dataset;
     match Dataset::open(folder) {
-        Err(error) => Check::warning("dataset", error.to_string(), "`learn-launch prepare` makes it"),
+        Err(error) => Check::warning("dataset", error.to_string(), "`learn-launch prepare CONFIG` makes it"),
         Ok(dataset) => {
             let counts = &dataset.manifest().counts;
             let found = format!(
