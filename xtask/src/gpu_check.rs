@@ -75,7 +75,7 @@ fn test_program(workspace: &Workspace, words: &[&str]) -> Result<PathBuf> {
     build.args(["test", "--release", "--no-run", "--message-format", "json-render-diagnostics"]).args(words);
     let messages = process::output(&format!("building the tests of {}", words[1]), &mut build)?;
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let program = messages.filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?))).last();
+    let program = messages.filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?))).next_back();
     program.with_context(|| format!("cargo named no program of the tests of {}", words[1]))
 }
 
