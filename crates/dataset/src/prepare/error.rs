@@ -34,6 +34,11 @@ pub enum PrepareError {
         "time {time} of user {user} is too large to be kept with the fractions that other times have; use one unit"
     )]
     TimeRange { user: String, time: i64 },
+    #[error(
+        "{dates} has a date or a timestamp as its time, {numbers} a plain number; the times of one dataset are all of \
+         the one kind or all of the other: convert those of one file"
+    )]
+    TwoClocks { dates: String, numbers: String },
     #[error("there are more than {limit} {what}, which this version of the dataset cannot number")]
     TooMany { what: &'static str, limit: u64 },
     #[error(
@@ -90,7 +95,7 @@ pub enum DefectKind {
     Unparsable,
     /// No user or no item.
     MissingId,
-    /// No time, or one that is no finite number.
+    /// No time, or one that is neither a finite number nor a date.
     BadTime,
     /// No label, or one that says neither yes nor no.
     BadLabel,
@@ -105,7 +110,9 @@ impl DefectKind {
         match self {
             Self::Unparsable => "correct the row, or set the right format",
             Self::MissingId => "fill it in",
-            Self::BadTime => "a time is a finite number",
+            Self::BadTime => {
+                "a time is a finite number, or a date or time of ISO 8601 such as 2020-11-10 or 2020-11-10T06:53:17Z"
+            }
             Self::BadLabel => {
                 "a label is true, false, 1 or 0, or any finite number with prepare.interactions.label_at_least"
             }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use arrow_array::{ArrayRef, BooleanArray, Float64Array, Int64Array};
+use arrow_array::{ArrayRef, BooleanArray, Float64Array, Int64Array, TimestampSecondArray};
 use learn_dataset::DefectKind;
 use learn_domain::config::SplitPolicy;
 
@@ -75,7 +75,7 @@ fn a_column_of_the_wrong_type_is_named() {
         parquet(&path, columns);
         fixture.config.interactions.files.push(path);
     });
-    says(&message, &["column timestamp is Boolean", "a number or a timestamp"]);
+    says(&message, &["column timestamp is Boolean", "a number, a date or a timestamp"]);
 }
 
 #[test]
@@ -84,7 +84,7 @@ fn bad_rows_are_named_by_file_and_line() {
     says(&with("1,2"), &["a.csv, line 3", "2 cells, the header has 3", "--skip-bad-rows"]);
     says(&with("1,2,nan"), &["a.csv, line 3", "its time is nan"]);
     says(&with("1,2,"), &["a.csv, line 3", "it has no time"]);
-    says(&with("1,2,2018-01-01"), &["a.csv, line 3", "its time is 2018-01-01", "finite number"]);
+    says(&with("1,2,yesterday"), &["a.csv, line 3", "its time is yesterday", "finite number", "2020-11-10T06:53:17Z"]);
     says(&with(",2,3"), &["a.csv, line 3", "no user id"]);
     says(&with("1,,3"), &["a.csv, line 3", "no item id"]);
     let bytes = [HEAD.as_bytes(), b"1,\xff,3\n"].concat();
@@ -109,6 +109,45 @@ fn bad_rows_are_named_by_file_and_line() {
         fixture.config.interactions.files.push(path);
     });
     says(&table, &["a.parquet, row 2", "its time is NaN"]);
+}
+
+#[test]
+fn dates_and_numbers_are_no_times_of_one_dataset() {
+    let stamped = |fixture: &mut Fixture, name: &str| {
+        let path = fixture.path(name);
+        let columns: Vec<(&str, ArrayRef)> = vec![
+            ("user_id", text_column(["a", "b"])),
+            ("item_id", text_column(["a", "b"])),
+            ("timestamp", Arc::new(TimestampSecondArray::from(vec![None, Some(1)]))),
+        ];
+        parquet(&path, columns);
+        fixture.config.interactions.files.push(path);
+    };
+    let numbers_first = refused(|fixture| {
+        fixture.config.skip_bad_rows = true;
+        fixture.interactions("a.csv", csv_of_grid());
+        stamped(fixture, "b.parquet");
+    });
+    let dates_first = refused(|fixture| {
+        fixture.config.skip_bad_rows = true;
+        stamped(fixture, "b.parquet");
+        fixture.interactions("a.csv", csv_of_grid());
+    });
+    assert_eq!(numbers_first, dates_first);
+    says(&numbers_first, &["b.parquet, row 2 has a date", "a.csv, line 2 a plain number", "convert those of one file"]);
+    let one_file = refused(|fixture| fixture.interactions("a.csv", csv_of_grid() + "u1,i1,2020-11-10\n"));
+    says(&one_file, &["a.csv, line 27 has a date", "a.csv, line 2 a plain number"]);
+    let far = refused(|fixture| {
+        let path = fixture.path("a.parquet");
+        let columns: Vec<(&str, ArrayRef)> = vec![
+            ("user_id", text_column(["a"])),
+            ("item_id", text_column(["a"])),
+            ("timestamp", Arc::new(TimestampSecondArray::from(vec![i64::MAX]))),
+        ];
+        parquet(&path, columns);
+        fixture.config.interactions.files.push(path);
+    });
+    says(&far, &["a.parquet, row 1", "its time is 9223372036854775807 seconds since 1970"]);
 }
 
 #[test]
