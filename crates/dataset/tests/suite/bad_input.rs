@@ -112,6 +112,25 @@ fn bad_rows_are_named_by_file_and_line() {
 }
 
 #[test]
+fn lines_are_counted_as_an_editor_does() {
+    let refused_at = |text: &str| refused(|fixture| fixture.interactions("a.csv", text));
+    for end in ["\n", "\r\n"] {
+        let lines = |rows: &[&str]| [&[HEAD.trim_end()], rows].concat().join(end);
+        says(&refused_at(&lines(&["1,2,x"])), &["a.csv, line 2:"]);
+        says(&refused_at(&lines(&["1,2,3", "1,2,3", "1,2,x", ""])), &["a.csv, line 4:"]);
+        says(&refused_at(&lines(&["1,2,3", "", "", "1,2", "1,2,3"])), &["a.csv, line 5: it has 2 cells"]);
+        // a row of several lines is where it begins
+        let several = format!("1,\"a{end}b\",3");
+        says(&refused_at(&lines(&[&several, "1,2,x"])), &["a.csv, line 4:"]);
+        says(&refused_at(&lines(&[&several, "", &several.replace('3', "x"), "1,2,3"])), &["a.csv, line 5:"]);
+        says(&refused_at(&lines(&["1,2,3", "1,\"2,3", ""])), &["a.csv, line 3: it has 2 cells"]);
+        let many = vec!["1,2,3"; 20_000].join(end);
+        says(&refused_at(&lines(&[&many, "1,2,x"])), &["a.csv, line 20002:"]);
+    }
+    says(&refused_at(&format!("{HEAD}1,2,3\r\n1,2,3\n1,2,x\r\n")), &["a.csv, line 4:"]);
+}
+
+#[test]
 fn dates_and_numbers_are_no_times_of_one_dataset() {
     let stamped = |fixture: &mut Fixture, name: &str| {
         let path = fixture.path(name);
