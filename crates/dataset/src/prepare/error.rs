@@ -28,8 +28,14 @@ pub enum PrepareError {
         .path.display(), .kind.remedy()
     )]
     BadRow { path: PathBuf, row: Row, kind: DefectKind, problem: String },
-    #[error("nothing to train on: {problem}. {}", Steps(.steps))]
-    Empty { problem: String, steps: Vec<FilterStep> },
+    #[error("nothing to train on: {problem}. {rows} rows of interactions were read{}. {}", LeftOut(.skipped), Steps(.steps))]
+    Empty {
+        problem: String,
+        /// Rows of the interactions files.
+        rows: u64,
+        skipped: Vec<Skipped>,
+        steps: Vec<FilterStep>,
+    },
     #[error(
         "time {time} of user {user} is too large to be kept with the fractions that other times have; use one unit"
     )]
@@ -138,6 +144,17 @@ pub struct FilterStep {
     pub interactions: u64,
     pub users: u64,
     pub items: u64,
+}
+
+/// Continues "… rows of interactions were read".
+struct LeftOut<'a>(&'a [Skipped]);
+
+impl fmt::Display for LeftOut<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0
+            .iter()
+            .try_for_each(|Skipped { count, first, .. }| write!(f, "; {count} rows were left out, the first {first}"))
+    }
 }
 
 struct Steps<'a>(&'a [FilterStep]);

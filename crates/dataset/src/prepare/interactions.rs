@@ -22,6 +22,8 @@ pub(crate) struct Gathered {
     /// The usable interactions.
     pub(crate) spilled: Vec<Spilled>,
     pub(crate) time_scale: i64,
+    /// Rows of the files, usable or not.
+    pub(crate) rows: u64,
 }
 
 /// Reads all interactions files in order into partitions under `spill`.
@@ -32,13 +34,14 @@ pub(crate) fn read(
     bad: &mut BadRows,
     progress: &dyn Progress,
 ) -> Result<Gathered, PrepareError> {
-    progress.stage("read interactions", Some(super::total_bytes(&config.files)?));
+    progress.stage("read interactions", Some(super::check::total_bytes(&config.files)?));
     let mut sink = Sink {
         users: Interner::new("users"),
         catalogue,
         writer: SpillWriter::create(spill)?,
         fractions: false,
         clock: None,
+        rows: 0,
         labels: LabelRule { at_least: config.label_at_least },
     };
     for path in &config.files {
@@ -51,7 +54,7 @@ pub(crate) fn read(
         })?;
     }
     let time_scale = if sink.fractions { SCALE } else { 1 };
-    Ok(Gathered { users: sink.users, spilled: sink.writer.finish()?, time_scale })
+    Ok(Gathered { users: sink.users, spilled: sink.writer.finish()?, time_scale, rows: sink.rows })
 }
 
 struct Sink<'a> {
@@ -62,6 +65,8 @@ struct Sink<'a> {
     fractions: bool,
     /// What the first usable row counts time in, and where it is.
     clock: Option<(Clock, String)>,
+    /// Rows so far, usable or not.
+    rows: u64,
     labels: LabelRule,
 }
 
@@ -69,6 +74,7 @@ impl Sink<'_> {
     /// Spills the usable rows of a chunk and returns the others.
     fn take(&mut self, chunk: Chunk, path: &Path) -> Result<Vec<Defect>, PrepareError> {
         let Chunk { columns, len, rows, mut defects, .. } = chunk;
+        self.rows += (len + defects.len()) as u64;
         let column = |index: usize| columns.get(index).and_then(Option::as_ref);
         let (Some(users), Some(items), Some(times)) = (column(0), column(1), column(2)) else { return Ok(defects) };
         let labels = column(3);

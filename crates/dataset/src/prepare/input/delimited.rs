@@ -30,6 +30,10 @@ impl DelimitedTable {
         let delimiter = if tabs { b'\t' } else { b',' };
         let mut reader = ReaderBuilder::new().delimiter(delimiter).quoting(!recbole).from_reader(source);
         let header = reader.headers().map_err(|error| PrepareError::unreadable(path, error))?;
+        if header.is_empty() {
+            let problem = "it is empty, without even a header line; leave it out of the configuration, or get it again";
+            return Err(PrepareError::unreadable(path, problem));
+        }
         // A RecBole header cell is `name:type`.
         let name = |cell: &str| cell.rsplit_once(':').map_or(cell, |(name, _)| name).to_owned();
         let names: Vec<String> = header.iter().map(|cell| if recbole { name(cell) } else { cell.into() }).collect();

@@ -12,6 +12,8 @@ use arrow_cast::{CastOptions, cast_with_options};
 use arrow_schema::{ArrowError, DataType, TimeUnit};
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use parquet::basic::Compression;
+use parquet::file::metadata::ParquetMetaData;
 
 use super::{Cells, Chunk, Kind, Rows, Table, Want, resolve_columns};
 use crate::prepare::error::PrepareError;
@@ -44,6 +46,11 @@ impl ParquetTable {
             }
         }
         let mask = ProjectionMask::roots(builder.parquet_schema(), found.iter().flatten().copied());
+        if let Some(codec) = unread_codec(builder.metadata(), &mask) {
+            let problem =
+                format!("its columns are compressed with {codec}, which is not read; write it with zstd or snappy");
+            return Err(PrepareError::unreadable(path, problem));
+        }
         let rows = u64::try_from(builder.metadata().file_metadata().num_rows()).unwrap_or(0);
         let reader = builder.with_projection(mask).with_batch_size(CHUNK_ROWS).build().map_err(unreadable)?;
         let columns =
@@ -68,6 +75,16 @@ impl Table for ParquetTable {
         let bytes = (share * self.bytes as f64) as u64;
         Ok(Some(Chunk { columns, len: batch.num_rows(), rows, defects: Vec::new(), bytes }))
     }
+}
+
+/// A compression of the wanted columns that this program is built without.
+fn unread_codec(metadata: &ParquetMetaData, wanted: &ProjectionMask) -> Option<&'static str> {
+    let columns = metadata.row_groups().iter().flat_map(|group| group.columns().iter().enumerate());
+    columns.filter(|(leaf, _)| wanted.leaf_included(*leaf)).find_map(|(_, column)| match column.compression() {
+        Compression::BROTLI(_) => Some("brotli"),
+        Compression::LZO => Some("lzo"),
+        _ => None,
+    })
 }
 
 fn check_type(path: &Path, want: &Want, field: &arrow_schema::Field) -> Result<(), PrepareError> {
