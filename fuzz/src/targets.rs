@@ -115,7 +115,7 @@ pub const TARGETS: &[Target] = &[
         reads: "CSV, TSV and RecBole files, gzip too",
         run: delimited,
         seeds: seeds::delimited,
-        words: &["\"", ",", "\t", "\r\n", "user_id", "item_id", "timestamp", "\u{feff}"],
+        words: &["\"", ",", "\t", "\r\n", "user_id", "item_id", "timestamp", "\u{feff}", "2020-11-10T06:53:17.5+09:00"],
     },
     Target {
         name: "json-lines",

@@ -36,8 +36,8 @@ pub use error::DatasetError;
 pub use manifest::{Counts, EmbeddingInfo, FileEntry, FilterInfo, LabelInfo, Manifest, SplitInfo, VERSION};
 pub use message::MessageCheck;
 pub use prepare::{
-    DefectKind, FilterStep, Layout, Preparation, PrepareError, PrepareOptions, PrepareReport, Skipped, prepare,
-    prepare_with,
+    DefectKind, FilterStep, InputFile, Layout, Preparation, PrepareError, PrepareOptions, PrepareReport, Skipped,
+    check, prepare, prepare_with,
 };
 pub use progress::Progress;
 pub use sequences::{HeldOut, Sequences};

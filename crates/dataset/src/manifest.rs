@@ -26,7 +26,8 @@ pub struct Manifest {
     /// SHA-256 over the logical content; the same for the same content in any input format and file layout.
     pub fingerprint: String,
     pub counts: Counts,
-    /// Stored times are input times multiplied by this: 1, or 1,000,000 when some input time has a fraction.
+    /// Stored times are input times multiplied by this: 1, or 1,000,000 when some input time has a fraction. Input times
+    /// that are dates or timestamps are microseconds since 1970.
     pub time_scale: i64,
     pub split: SplitInfo,
     pub filters: FilterInfo,

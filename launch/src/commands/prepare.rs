@@ -5,8 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::Result;
 use clap::Args;
-use learn_dataset::{Preparation, PrepareError, PrepareOptions, PrepareReport, prepare_with};
-use learn_domain::Config;
+use learn_dataset::{InputFile, Preparation, PrepareError, PrepareOptions, PrepareReport, check, prepare_with};
 
 use crate::cli::SettingsArgs;
 use crate::failure::Failure;
@@ -33,10 +32,11 @@ pub struct PrepareArgs {
     /// Replace the dataset that is there
     #[arg(long)]
     replace: bool,
-    /// Only check the configuration and say what would be done
+    /// Only check the configuration and that the files are there, and say what would be done
     #[arg(long)]
     dry_run: bool,
 }
+
 /// # Errors
 /// The configuration is wrong, the input cannot be used, or writing fails; nothing half-written stays.
 pub fn run(args: &PrepareArgs, output: &Output) -> Result<()> {
@@ -51,7 +51,8 @@ pub fn run(args: &PrepareArgs, output: &Output) -> Result<()> {
     }
     let out = config.data.dataset.clone();
     if args.dry_run {
-        return describe(&config, &out, output);
+        let files = check(&config.prepare).map_err(failure)?;
+        return output.result(&plan(&files, &out), &config.prepare);
     }
     let name = dataset_name(&out);
     let bar = Bar(Mutex::new(output.progress(Unit::Count)));
@@ -59,12 +60,16 @@ pub fn run(args: &PrepareArgs, output: &Output) -> Result<()> {
     let preparation = Preparation { config: &config.prepare, name: &name, out: &out, options };
     let report = prepare_with(&preparation, &bar);
     bar.lock().finish();
-    let report = report.map_err(|error| match error {
-        PrepareError::Setting { .. } => Failure::Usage(error.to_string()).into(),
-        other => anyhow::Error::from(other),
-    })?;
+    let report = report.map_err(failure)?;
     let next = args.settings.command("embed");
     output.result(&format!("{}next: {next}", text(&report, &out)), &report)
+}
+
+fn failure(error: PrepareError) -> anyhow::Error {
+    match error {
+        PrepareError::Setting { .. } => Failure::Usage(error.to_string()).into(),
+        other => other.into(),
+    }
 }
 
 /// The dataset is called like its directory.
@@ -73,17 +78,13 @@ fn dataset_name(out: &Path) -> String {
     absolute.file_name().map_or_else(|| "dataset".into(), |name| name.to_string_lossy().into_owned())
 }
 
-fn describe(config: &Config, out: &Path, output: &Output) -> Result<()> {
-    let files = config.prepare.interactions.files.iter().chain(&config.prepare.items.files);
+/// What would be done.
+fn plan(files: &[InputFile], out: &Path) -> String {
     let mut text = format!("would prepare {} from:\n", out.display());
     for file in files {
-        let size = match file.metadata() {
-            Ok(facts) => render::bytes(facts.len()),
-            Err(error) => error.to_string(),
-        };
-        text += &format!("  {} ({size})\n", file.display());
+        text += &format!("  {} ({})\n", file.path.display(), render::bytes(file.bytes));
     }
-    output.result(&text, &config.prepare)
+    text
 }
 
 fn text(report: &PrepareReport, out: &Path) -> String {

@@ -258,5 +258,11 @@ fn a_dry_run_changes_nothing() -> TestResult {
         launch(folder.path(), &["prepare", "--dry-run", "--set", "prepare.interactions.files=[\"clicks.csv\"]"]);
     assert!(output.status.success() && out(&output).contains("would prepare data/dataset"), "{}", err(&output));
     assert!(!folder.path().join("data").exists());
+    for (name, why) in [("none.csv", "no such file"), ("*.csv", "patterns are not taken"), (".", "it is a folder")] {
+        let files = format!("prepare.interactions.files=[\"clicks.csv\", \"{name}\"]");
+        let refused = launch(folder.path(), &["prepare", "--dry-run", "--set", &files]);
+        assert_eq!(refused.status.code(), Some(1), "{name}: {}", out(&refused));
+        assert!(err(&refused).contains(name) && err(&refused).contains(why), "{}", err(&refused));
+    }
     Ok(())
 }

@@ -28,12 +28,23 @@ pub enum PrepareError {
         .path.display(), .kind.remedy()
     )]
     BadRow { path: PathBuf, row: Row, kind: DefectKind, problem: String },
-    #[error("nothing to train on: {problem}. {}", Steps(.steps))]
-    Empty { problem: String, steps: Vec<FilterStep> },
+    #[error("nothing to train on: {problem}. {rows} rows of interactions were read{}. {}", LeftOut(.skipped), Steps(.steps))]
+    Empty {
+        problem: String,
+        /// Rows of the interactions files.
+        rows: u64,
+        skipped: Vec<Skipped>,
+        steps: Vec<FilterStep>,
+    },
     #[error(
         "time {time} of user {user} is too large to be kept with the fractions that other times have; use one unit"
     )]
     TimeRange { user: String, time: i64 },
+    #[error(
+        "{dates} has a date or a timestamp as its time, {numbers} a plain number; the times of one dataset are all of \
+         the one kind or all of the other: convert those of one file"
+    )]
+    TwoClocks { dates: String, numbers: String },
     #[error("there are more than {limit} {what}, which this version of the dataset cannot number")]
     TooMany { what: &'static str, limit: u64 },
     #[error(
@@ -90,7 +101,7 @@ pub enum DefectKind {
     Unparsable,
     /// No user or no item.
     MissingId,
-    /// No time, or one that is no finite number.
+    /// No time, or one that is neither a finite number nor a date.
     BadTime,
     /// No label, or one that says neither yes nor no.
     BadLabel,
@@ -105,7 +116,9 @@ impl DefectKind {
         match self {
             Self::Unparsable => "correct the row, or set the right format",
             Self::MissingId => "fill it in",
-            Self::BadTime => "a time is a finite number",
+            Self::BadTime => {
+                "a time is a finite number, or a date or time of ISO 8601 such as 2020-11-10 or 2020-11-10T06:53:17Z"
+            }
             Self::BadLabel => {
                 "a label is true, false, 1 or 0, or any finite number with prepare.interactions.label_at_least"
             }
@@ -131,6 +144,17 @@ pub struct FilterStep {
     pub interactions: u64,
     pub users: u64,
     pub items: u64,
+}
+
+/// Continues "… rows of interactions were read".
+struct LeftOut<'a>(&'a [Skipped]);
+
+impl fmt::Display for LeftOut<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0
+            .iter()
+            .try_for_each(|Skipped { count, first, .. }| write!(f, "; {count} rows were left out, the first {first}"))
+    }
 }
 
 struct Steps<'a>(&'a [FilterStep]);

@@ -4,16 +4,15 @@
 
 use std::path::Path;
 
-use arrow_array::Array;
 use learn_domain::config::InteractionsConfig;
 
-use super::error::{BadRows, Defect, DefectKind, PrepareError};
+use super::error::{BadRows, Defect, DefectKind, PrepareError, Row};
 use super::input::{self, Cells, Chunk, Role};
 use super::interner::{Interner, NONE};
 use super::items::Catalogue;
 use super::label::LabelRule;
 use super::spill::{SpillWriter, Spilled, unsorted};
-use super::time::{SCALE, Time};
+use super::time::{Clock, SCALE, Stamp};
 use crate::progress::Progress;
 
 /// What was read.
@@ -23,6 +22,8 @@ pub(crate) struct Gathered {
     /// The usable interactions.
     pub(crate) spilled: Vec<Spilled>,
     pub(crate) time_scale: i64,
+    /// Rows of the files, usable or not.
+    pub(crate) rows: u64,
 }
 
 /// Reads all interactions files in order into partitions under `spill`.
@@ -33,25 +34,27 @@ pub(crate) fn read(
     bad: &mut BadRows,
     progress: &dyn Progress,
 ) -> Result<Gathered, PrepareError> {
-    progress.stage("read interactions", Some(super::total_bytes(&config.files)?));
+    progress.stage("read interactions", Some(super::check::total_bytes(&config.files)?));
     let mut sink = Sink {
         users: Interner::new("users"),
         catalogue,
         writer: SpillWriter::create(spill)?,
         fractions: false,
+        clock: None,
+        rows: 0,
         labels: LabelRule { at_least: config.label_at_least },
     };
     for path in &config.files {
         input::stream(path, Role::Interactions(config), |chunk| {
             let bytes = chunk.bytes;
-            let defects = sink.take(chunk)?;
+            let defects = sink.take(chunk, path)?;
             bad.take(path, defects)?;
             progress.advance(bytes);
             Ok(())
         })?;
     }
     let time_scale = if sink.fractions { SCALE } else { 1 };
-    Ok(Gathered { users: sink.users, spilled: sink.writer.finish()?, time_scale })
+    Ok(Gathered { users: sink.users, spilled: sink.writer.finish()?, time_scale, rows: sink.rows })
 }
 
 struct Sink<'a> {
@@ -60,13 +63,18 @@ struct Sink<'a> {
     writer: SpillWriter,
     /// Some time has a fraction.
     fractions: bool,
+    /// What the first usable row counts time in, and where it is.
+    clock: Option<(Clock, String)>,
+    /// Rows so far, usable or not.
+    rows: u64,
     labels: LabelRule,
 }
 
 impl Sink<'_> {
     /// Spills the usable rows of a chunk and returns the others.
-    fn take(&mut self, chunk: Chunk) -> Result<Vec<Defect>, PrepareError> {
+    fn take(&mut self, chunk: Chunk, path: &Path) -> Result<Vec<Defect>, PrepareError> {
         let Chunk { columns, len, rows, mut defects, .. } = chunk;
+        self.rows += (len + defects.len()) as u64;
         let column = |index: usize| columns.get(index).and_then(Option::as_ref);
         let (Some(users), Some(items), Some(times)) = (column(0), column(1), column(2)) else { return Ok(defects) };
         let labels = column(3);
@@ -91,48 +99,66 @@ impl Sink<'_> {
         for position in 0..len {
             let ((user, top), item, time) = (user_numbers[position], item_numbers[position], stamps[position]);
             match (time, conversions[position]) {
-                (Some(time), Some(converted)) if user != NONE && item != NONE => {
+                (Some(Stamp { time, clock }), Some(converted)) if user != NONE && item != NONE => {
+                    self.keep_to(clock, || place(path, rows.at(position)))?;
                     self.fractions |= time.scaled;
                     self.writer.push_to(top.into(), unsorted((user, item), time, converted))?;
                 }
                 _ => {
                     let label = labels.filter(|_| conversions[position].is_none()).map(|cells| cells.text(position));
                     let (user, item) = (users.text(position), items.text(position));
-                    let (kind, problem) = describe((user, item), times.text(position), label);
+                    let bad_time = time.is_none().then(|| times.text(position));
+                    let (kind, problem) = describe((user, item), bad_time, label);
                     defects.push(Defect { row: rows.at(position), kind, problem });
                 }
             }
         }
         Ok(defects)
     }
+
+    /// Numbers and dates have no common unit: the whole input has those of its first row.
+    fn keep_to(&mut self, clock: Clock, place: impl Fn() -> String) -> Result<(), PrepareError> {
+        let (first, at) = self.clock.get_or_insert_with(|| (clock, place()));
+        if *first == clock {
+            return Ok(());
+        }
+        let (dates, numbers) = match clock {
+            Clock::Numbers => (at.clone(), place()),
+            Clock::Calendar => (place(), at.clone()),
+        };
+        Err(PrepareError::TwoClocks { dates, numbers })
+    }
 }
 
-/// Why an interaction cannot be used, given its cells, and that of the label if it is a bad one; the item is unknown
-/// where nothing else is wrong.
+fn place(path: &Path, row: Row) -> String {
+    format!("{}, {row}", path.display())
+}
+
+/// Why an interaction cannot be used, given its ids, and the cells of time and label if they are bad ones; the item is
+/// unknown where nothing else is wrong.
 fn describe(
     (user, item): (Option<String>, Option<String>),
-    time: Option<String>,
+    bad_time: Option<Option<String>>,
     bad_label: Option<Option<String>>,
 ) -> (DefectKind, String) {
-    match (user, item, time, bad_label) {
+    match (user, item, bad_time, bad_label) {
         (None, ..) => (DefectKind::MissingId, "it has no user id".into()),
         (_, None, ..) => (DefectKind::MissingId, "it has no item id".into()),
-        (_, _, None, _) => (DefectKind::BadTime, "it has no time".into()),
-        (_, _, Some(time), _) if Time::parse(&time).is_none() => (DefectKind::BadTime, format!("its time is {time}")),
+        (_, _, Some(None), _) => (DefectKind::BadTime, "it has no time".into()),
+        (_, _, Some(Some(time)), _) => (DefectKind::BadTime, format!("its time is {time}")),
         (.., Some(None)) => (DefectKind::BadLabel, "it has no label".into()),
         (.., Some(Some(label))) => (DefectKind::BadLabel, format!("its label is {label}")),
         (_, Some(item), ..) => (DefectKind::UnknownItem, format!("no items file has the item \"{item}\"")),
     }
 }
 
-fn stamps(times: &Cells) -> Vec<Option<Time>> {
+fn stamps(times: &Cells) -> Vec<Option<Stamp>> {
     match times {
-        Cells::Int(cells) => (0..cells.len()).map(|i| cells.is_valid(i).then(|| Time::whole(cells.value(i)))).collect(),
-        Cells::Real(cells) => {
-            (0..cells.len()).map(|i| if cells.is_valid(i) { Time::real(cells.value(i)) } else { None }).collect()
+        Cells::Int(cells) => cells.iter().map(|cell| cell.map(Stamp::whole)).collect(),
+        Cells::Real(cells) => cells.iter().map(|cell| cell.and_then(Stamp::real)).collect(),
+        Cells::Since1970(cells, tick) => {
+            cells.iter().map(|cell| cell.and_then(|count| Stamp::since_1970(count, *tick))).collect()
         }
-        Cells::Text(cells) => {
-            (0..cells.len()).map(|i| if cells.is_valid(i) { Time::parse(cells.value(i)) } else { None }).collect()
-        }
+        Cells::Text(cells) => cells.iter().map(|cell| cell.and_then(Stamp::parse)).collect(),
     }
 }

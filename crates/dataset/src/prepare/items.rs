@@ -59,7 +59,7 @@ pub(crate) fn read(
     if !catalogue.closed {
         return Ok(catalogue);
     }
-    progress.stage("read items", Some(super::total_bytes(&config.files)?));
+    progress.stage("read items", Some(super::check::total_bytes(&config.files)?));
     for path in &config.files {
         input::stream(path, Role::Items(config), |mut chunk| {
             let mut defects = std::mem::take(&mut chunk.defects);

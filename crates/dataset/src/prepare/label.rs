@@ -37,6 +37,7 @@ impl LabelRule {
         match cells {
             Cells::Int(cells) => cells.iter().map(|cell| cell.and_then(|value| self.number(value as f64))).collect(),
             Cells::Real(cells) => cells.iter().map(|cell| cell.and_then(|value| self.number(value))).collect(),
+            Cells::Since1970(cells, _) => vec![None; cells.len()],
             Cells::Text(cells) => cells.iter().map(|cell| cell.and_then(|text| self.parse(text))).collect(),
         }
     }

@@ -6,6 +6,7 @@
 //! content alone (item index = order of ids, user number = order of (stable hash, id)); nothing half-written is ever
 //! under the output's name.
 
+mod check;
 mod error;
 mod input;
 mod interactions;
@@ -24,6 +25,7 @@ mod time;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+pub use check::{InputFile, check};
 use error::BadRows;
 pub use error::{DefectKind, FilterStep, PrepareError, Skipped};
 pub(crate) use input::drain;
@@ -31,7 +33,7 @@ use interner::{LIMIT, NONE};
 use items::Catalogue;
 use learn_domain::config::{PrepareConfig, SplitPolicy};
 pub use output::Layout;
-use output::{Output, Written};
+use output::Output;
 use partition::Lengths;
 use publish::WorkDir;
 use serde::{Deserialize, Serialize};
@@ -39,7 +41,7 @@ use split::Rule;
 use store::{Measured, Store};
 
 use crate::catalogue::Item;
-use crate::manifest::{FilterInfo, Manifest, SplitInfo, VERSION};
+use crate::manifest::{Counts, FilterInfo, Manifest, SplitInfo, VERSION};
 use crate::progress::Progress;
 
 /// How `prepare` writes, besides its configuration.
@@ -105,7 +107,8 @@ pub fn prepare_with(preparation: &Preparation, progress: &dyn Progress) -> Resul
     let mut bad = BadRows::new(config.skip_bad_rows);
     let mut catalogue = items::read(&config.items, &mut bad, progress)?;
     let gathered = interactions::read(&config.interactions, &mut catalogue, &work.spill(), &mut bad, progress)?;
-    let time_scale = gathered.time_scale;
+    let (time_scale, rows) = (gathered.time_scale, gathered.rows);
+    let skipped = bad.report();
     let mut steps = vec![FilterStep {
         name: "read".into(),
         interactions: gathered.spilled.iter().map(|part| part.count).sum(),
@@ -114,6 +117,15 @@ pub fn prepare_with(preparation: &Preparation, progress: &dyn Progress) -> Resul
     }];
     let mut store = Store::build(gathered, catalogue.ids.len(), options.layout.partition_rows, progress)?;
     let filtered = filter(&mut store, config, &mut steps, progress)?;
+    let empty = |problem: &str, steps: &[FilterStep]| PrepareError::Empty {
+        problem: problem.into(),
+        rows,
+        skipped: skipped.clone(),
+        steps: steps.to_vec(),
+    };
+    if filtered.left.interactions() == 0 {
+        return Err(empty(nothing_left(rows, steps[0].interactions), &steps));
+    }
     let rule = match config.split {
         SplitPolicy::LeaveOneOut => Rule::LeaveOneOut,
         SplitPolicy::ByTime => {
@@ -134,7 +146,9 @@ pub fn prepare_with(preparation: &Preparation, progress: &dyn Progress) -> Resul
         layout: options.layout,
     }
     .write(progress)?;
-    refuse_empty(&written, &steps)?;
+    if let Some(problem) = missing_split(&written.counts) {
+        return Err(empty(problem, &steps));
+    }
     let leftovers = work.leftovers.clone();
     let manifest = Manifest {
         version: VERSION,
@@ -161,7 +175,6 @@ pub fn prepare_with(preparation: &Preparation, progress: &dyn Progress) -> Resul
     };
     let (manifest, kept) = work.publish(manifest, options.replace)?;
     let [valid_without_history, test_without_history] = written.without_history;
-    let skipped = bad.report();
     let seconds = start.elapsed().as_secs_f64();
     Ok(PrepareReport {
         manifest,
@@ -204,10 +217,6 @@ fn filter(
         max => format!("min_length {}, max_length {max}", config.min_length),
     };
     let left = measure(store, name);
-    if left.interactions() == 0 {
-        let problem = "no user is left; check the files, or lower prepare.k_core or prepare.min_length".into();
-        return Err(PrepareError::Empty { problem, steps: std::mem::take(steps) });
-    }
     Ok(Filtered { seen, left })
 }
 
@@ -238,41 +247,24 @@ fn index_items(
     Ok((order.into_iter().map(|number| catalogue.item(number)).collect(), index))
 }
 
-/// A dataset without one of the splits cannot be trained on, or not be judged.
-fn refuse_empty(written: &Written, steps: &[FilterStep]) -> Result<(), PrepareError> {
-    let counts = &written.counts;
-    let problem = if counts.train_users == 0 {
-        "no user has two training items; train on longer sequences, or hold out less"
+/// Why no interaction is left, and what to do, given the rows of the interactions files and those that could be used.
+fn nothing_left(rows: u64, usable: u64) -> &'static str {
+    match (rows, usable) {
+        (0, _) => "the files of prepare.interactions.files have no rows; name those that do",
+        (_, 0) => "no row can be used; mend the rows, or name other columns in prepare.interactions",
+        _ => "no user is left; check the files, or lower prepare.k_core or prepare.min_length",
+    }
+}
+
+/// What a dataset lacks that cannot be trained on, or not be judged.
+fn missing_split(counts: &Counts) -> Option<&'static str> {
+    if counts.train_users == 0 {
+        Some("no user has two training items; train on longer sequences, or hold out less")
     } else if counts.valid_users == 0 {
-        "no user with a history has valid items; raise prepare.valid_share, or check that the times differ"
+        Some("no user with a history has valid items; raise prepare.valid_share, or check that the times differ")
     } else if counts.test_users == 0 {
-        "no user with a history has test items; raise prepare.test_share, or check that the times differ"
+        Some("no user with a history has test items; raise prepare.test_share, or check that the times differ")
     } else {
-        return Ok(());
-    };
-    Err(PrepareError::Empty { problem: problem.into(), steps: steps.to_vec() })
-}
-
-/// The settings that reading a configuration does not check, or that another caller may have missed.
-fn check(config: &PrepareConfig) -> Result<(), PrepareError> {
-    let fail = |key, problem: &str| Err(PrepareError::Setting { key, problem: problem.into() });
-    if config.interactions.files.is_empty() {
-        return fail("prepare.interactions.files", "names no file; give at least one");
+        None
     }
-    if config.split == SplitPolicy::LeaveOneOut && config.min_length < 3 {
-        return fail("prepare.min_length", "leave-one-out needs at least 3");
-    }
-    if config.max_length != 0 && config.max_length < config.min_length {
-        return fail("prepare.max_length", "is below prepare.min_length; raise it or set 0 for no limit");
-    }
-    let share = |share: f64| share > 0.0 && share < 0.5;
-    if config.split == SplitPolicy::ByTime && !(share(config.valid_share) && share(config.test_share)) {
-        return fail("prepare.valid_share", "and prepare.test_share must lie between 0 and 0.5");
-    }
-    Ok(())
-}
-
-/// The size of all files, for progress; the first missing one is an error.
-fn total_bytes(files: &[PathBuf]) -> Result<u64, PrepareError> {
-    files.iter().map(|path| std::fs::metadata(path).map(|file| file.len()).map_err(PrepareError::io(path))).sum()
 }

@@ -59,7 +59,7 @@ impl Store {
         partition_rows: u64,
         progress: &dyn Progress,
     ) -> Result<Self, PrepareError> {
-        let Gathered { users, spilled, time_scale } = gathered;
+        let Gathered { users, spilled, time_scale, .. } = gathered;
         progress.stage("sort", Some(spilled.iter().map(|part| part.count).sum()));
         let spilled = spill::divide(spilled, partition_rows, &users)?;
         let ranking = Ranking::new(&users);

@@ -1,12 +1,17 @@
 //! Every bad input stops with the file, the row or key, and what to do; or is counted.
 
+use std::fs::{File, OpenOptions};
+use std::path::Path;
 use std::sync::Arc;
 
-use arrow_array::{ArrayRef, BooleanArray, Float64Array, Int64Array};
+use arrow_array::{ArrayRef, BooleanArray, Float64Array, Int64Array, TimestampSecondArray};
 use learn_dataset::DefectKind;
 use learn_domain::config::SplitPolicy;
+use parquet::basic::{BrotliLevel, Compression};
+use parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaDataWriter};
+use parquet::file::reader::{FileReader, SerializedFileReader};
 
-use crate::builders::{Fixture, csv, grid, gzip, json_lines, parquet, text_column};
+use crate::builders::{Fixture, csv, grid, gzip, json_lines, parquet, parquet_rows, text_column};
 
 fn refused(change: impl FnOnce(&mut Fixture)) -> String {
     let mut fixture = Fixture::new();
@@ -75,7 +80,7 @@ fn a_column_of_the_wrong_type_is_named() {
         parquet(&path, columns);
         fixture.config.interactions.files.push(path);
     });
-    says(&message, &["column timestamp is Boolean", "a number or a timestamp"]);
+    says(&message, &["column timestamp is Boolean", "a number, a date or a timestamp"]);
 }
 
 #[test]
@@ -84,7 +89,7 @@ fn bad_rows_are_named_by_file_and_line() {
     says(&with("1,2"), &["a.csv, line 3", "2 cells, the header has 3", "--skip-bad-rows"]);
     says(&with("1,2,nan"), &["a.csv, line 3", "its time is nan"]);
     says(&with("1,2,"), &["a.csv, line 3", "it has no time"]);
-    says(&with("1,2,2018-01-01"), &["a.csv, line 3", "its time is 2018-01-01", "finite number"]);
+    says(&with("1,2,yesterday"), &["a.csv, line 3", "its time is yesterday", "finite number", "2020-11-10T06:53:17Z"]);
     says(&with(",2,3"), &["a.csv, line 3", "no user id"]);
     says(&with("1,,3"), &["a.csv, line 3", "no item id"]);
     let bytes = [HEAD.as_bytes(), b"1,\xff,3\n"].concat();
@@ -109,6 +114,64 @@ fn bad_rows_are_named_by_file_and_line() {
         fixture.config.interactions.files.push(path);
     });
     says(&table, &["a.parquet, row 2", "its time is NaN"]);
+}
+
+#[test]
+fn lines_are_counted_as_an_editor_does() {
+    let refused_at = |text: &str| refused(|fixture| fixture.interactions("a.csv", text));
+    for end in ["\n", "\r\n"] {
+        let lines = |rows: &[&str]| [&[HEAD.trim_end()], rows].concat().join(end);
+        says(&refused_at(&lines(&["1,2,x"])), &["a.csv, line 2:"]);
+        says(&refused_at(&lines(&["1,2,3", "1,2,3", "1,2,x", ""])), &["a.csv, line 4:"]);
+        says(&refused_at(&lines(&["1,2,3", "", "", "1,2", "1,2,3"])), &["a.csv, line 5: it has 2 cells"]);
+        // a row of several lines is where it begins
+        let several = format!("1,\"a{end}b\",3");
+        says(&refused_at(&lines(&[&several, "1,2,x"])), &["a.csv, line 4:"]);
+        says(&refused_at(&lines(&[&several, "", &several.replace('3', "x"), "1,2,3"])), &["a.csv, line 5:"]);
+        says(&refused_at(&lines(&["1,2,3", "1,\"2,3", ""])), &["a.csv, line 3: it has 2 cells"]);
+        let many = vec!["1,2,3"; 20_000].join(end);
+        says(&refused_at(&lines(&[&many, "1,2,x"])), &["a.csv, line 20002:"]);
+    }
+    says(&refused_at(&format!("{HEAD}1,2,3\r\n1,2,3\n1,2,x\r\n")), &["a.csv, line 4:"]);
+}
+
+#[test]
+fn dates_and_numbers_are_no_times_of_one_dataset() {
+    let stamped = |fixture: &mut Fixture, name: &str| {
+        let path = fixture.path(name);
+        let columns: Vec<(&str, ArrayRef)> = vec![
+            ("user_id", text_column(["a", "b"])),
+            ("item_id", text_column(["a", "b"])),
+            ("timestamp", Arc::new(TimestampSecondArray::from(vec![None, Some(1)]))),
+        ];
+        parquet(&path, columns);
+        fixture.config.interactions.files.push(path);
+    };
+    let numbers_first = refused(|fixture| {
+        fixture.config.skip_bad_rows = true;
+        fixture.interactions("a.csv", csv_of_grid());
+        stamped(fixture, "b.parquet");
+    });
+    let dates_first = refused(|fixture| {
+        fixture.config.skip_bad_rows = true;
+        stamped(fixture, "b.parquet");
+        fixture.interactions("a.csv", csv_of_grid());
+    });
+    assert_eq!(numbers_first, dates_first);
+    says(&numbers_first, &["b.parquet, row 2 has a date", "a.csv, line 2 a plain number", "convert those of one file"]);
+    let one_file = refused(|fixture| fixture.interactions("a.csv", csv_of_grid() + "u1,i1,2020-11-10\n"));
+    says(&one_file, &["a.csv, line 27 has a date", "a.csv, line 2 a plain number"]);
+    let far = refused(|fixture| {
+        let path = fixture.path("a.parquet");
+        let columns: Vec<(&str, ArrayRef)> = vec![
+            ("user_id", text_column(["a"])),
+            ("item_id", text_column(["a"])),
+            ("timestamp", Arc::new(TimestampSecondArray::from(vec![i64::MAX]))),
+        ];
+        parquet(&path, columns);
+        fixture.config.interactions.files.push(path);
+    });
+    says(&far, &["a.parquet, row 1", "its time is 9223372036854775807 seconds since 1970"]);
 }
 
 #[test]
@@ -157,7 +220,33 @@ fn skip_bad_rows_counts_each_kind_and_keeps_the_rest() {
 #[test]
 fn files_that_are_not_what_they_look_like_are_named() {
     let missing = refused(|fixture| fixture.config.interactions.files.push(fixture.path("none.csv")));
-    says(&missing, &["none.csv", "No such file"]);
+    says(&missing, &["none.csv: no such file", "prepare.interactions.files"]);
+    let items = refused(|fixture| {
+        fixture.interactions("a.csv", csv_of_grid());
+        fixture.config.items.files.push(fixture.path("items-?.csv"));
+    });
+    says(&items, &["items-?.csv", "patterns are not taken", "prepare.items.files"]);
+    let folder = refused(|fixture| {
+        let path = fixture.path("spark.parquet");
+        std::fs::create_dir(&path).unwrap();
+        for name in ["_SUCCESS", ".part-0.parquet.crc", "part-1.parquet", "part-0.parquet", "part-2.parquet"] {
+            std::fs::write(path.join(name), "").unwrap();
+        }
+        fixture.config.interactions.files.push(path);
+    });
+    says(
+        &folder,
+        &["spark.parquet: it is a folder", "[\"spark.parquet/part-0.parquet\", \"spark.parquet/part-1.parquet\", …]"],
+    );
+    let empty = refused(|fixture| fixture.interactions("a.csv", ""));
+    says(&empty, &["a.csv: it is empty", "header line"]);
+    let brotli = refused(|fixture| {
+        let path = fixture.path("a.parquet");
+        parquet_rows(&path, &grid(5, 5, 4));
+        say_brotli(&path);
+        fixture.config.interactions.files.push(path);
+    });
+    says(&brotli, &["a.parquet: its columns are compressed with brotli", "write it with zstd"]);
     let none = refused(|_| ());
     says(&none, &["prepare.interactions.files"]);
     let name = refused(|fixture| fixture.interactions("a.dat", "x"));
@@ -176,6 +265,22 @@ fn files_that_are_not_what_they_look_like_are_named() {
     says(&table, &["a.parquet", "get the file again"]);
 }
 
+/// Rewrites the footer of a Parquet file, to say that its columns are compressed with Brotli.
+fn say_brotli(path: &Path) {
+    let reader = SerializedFileReader::new(File::open(path).unwrap()).unwrap();
+    let metadata = reader.metadata().clone();
+    let groups = metadata.row_groups().iter().map(|group| {
+        let column = |column: &ColumnChunkMetaData| {
+            let builder = column.clone().into_builder();
+            builder.set_compression(Compression::BROTLI(BrotliLevel::default())).build().unwrap()
+        };
+        group.clone().into_builder().set_column_metadata(group.columns().iter().map(column).collect()).build().unwrap()
+    });
+    let metadata = metadata.clone().into_builder().set_row_groups(groups.collect()).build();
+    let mut file = OpenOptions::new().append(true).open(path).unwrap();
+    ParquetMetaDataWriter::new(&mut file, &metadata).finish().unwrap();
+}
+
 #[test]
 fn an_empty_result_says_what_was_left_after_each_filter() {
     let message = refused(|fixture| {
@@ -183,8 +288,18 @@ fn an_empty_result_says_what_was_left_after_each_filter() {
         fixture.config.k_core = 50;
     });
     says(&message, &["no user is left", "read: 25 interactions of 5 users", "k_core 50: 0 interactions", "min_length"]);
-    let message = refused(|fixture| fixture.interactions("a.csv", HEAD));
-    says(&message, &["no user is left", "read: 0 interactions"]);
+    for (name, contents) in [("a.csv", HEAD), ("a.jsonl", "")] {
+        let message = refused(|fixture| fixture.interactions(name, contents));
+        says(&message, &["prepare.interactions.files have no rows", "0 rows of interactions were read"]);
+        assert!(!message.contains("k_core"), "{message}");
+    }
+    let message = refused(|fixture| {
+        fixture.interactions("a.csv", format!("{HEAD}1,2,x\n1,2,y\n,2,3\n"));
+        fixture.config.skip_bad_rows = true;
+    });
+    says(&message, &["no row can be used", "3 rows of interactions were read", "1 rows were left out", "no user id"]);
+    says(&message, &["2 rows were left out, the first a.csv, line 2: its time is x"]);
+    assert!(!message.contains("k_core"), "{message}");
     let message = refused(|fixture| fixture.interactions("a.csv", csv(&grid(5, 3, 4))));
     says(&message, &["no user has two training items"]);
     let message = refused(|fixture| {

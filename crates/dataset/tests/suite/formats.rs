@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use arrow_array::types::Int32Type;
 use arrow_array::{
-    ArrayRef, DictionaryArray, Float64Array, Int32Array, Int64Array, LargeStringArray, TimestampMillisecondArray,
+    ArrayRef, Date32Array, Date64Array, DictionaryArray, Float64Array, Int32Array, Int64Array, LargeStringArray,
+    TimestampMicrosecondArray, TimestampMillisecondArray, TimestampNanosecondArray, TimestampSecondArray,
 };
+use learn_domain::config::SplitPolicy;
 
 use crate::builders::{Fixture, Row, csv, grid, gzip, json_lines, parquet, parquet_rows, row, text_column};
 
@@ -93,7 +95,6 @@ fn parquet_columns_may_have_any_fitting_type() {
         Arc::new(Int64Array::from_iter_values(times())),
         Arc::new(Int32Array::from_iter_values(times().map(|time| time as i32))),
         Arc::new(Float64Array::from_iter_values(times().map(|time| time as f64))),
-        Arc::new(TimestampMillisecondArray::from_iter_values(times())),
         text_column(times().map(|time| time.to_string())),
     ];
     let cases = ids.iter().map(|id| (id, &stamps[0])).chain(stamps.iter().map(|stamp| (&ids[0], stamp)));
@@ -106,6 +107,97 @@ fn parquet_columns_may_have_any_fitting_type() {
             fixture.config.interactions.files.push(path);
         });
         assert_eq!(found, expected, "{} and {}", id.data_type(), stamp.data_type());
+    }
+}
+
+const DAY: i64 = 86_400;
+
+/// Parquet columns of the same moments, days since 1970, in every unit.
+fn calendar(days: &[i64]) -> Vec<ArrayRef> {
+    let times = |ticks: i64| days.iter().map(move |day| day * DAY * ticks);
+    let zoned = TimestampMillisecondArray::from_iter_values(times(1000)).with_timezone("Asia/Tokyo");
+    let repeated = Int32Array::from_iter_values(0..days.len() as i32);
+    vec![
+        Arc::new(TimestampSecondArray::from_iter_values(times(1))),
+        Arc::new(TimestampMillisecondArray::from_iter_values(times(1000))),
+        Arc::new(TimestampMicrosecondArray::from_iter_values(times(1_000_000))),
+        Arc::new(TimestampNanosecondArray::from_iter_values(times(1_000_000_000))),
+        Arc::new(Date32Array::from_iter_values(days.iter().map(|&day| day as i32))),
+        Arc::new(Date64Array::from_iter_values(times(1000))),
+        Arc::new(zoned),
+        Arc::new(DictionaryArray::new(
+            repeated,
+            Arc::new(TimestampSecondArray::from_iter_values(times(1))) as ArrayRef,
+        )),
+    ]
+}
+
+/// A day of 2023 or 2024 for each of `rows`, by its number.
+fn on_days(rows: Vec<Row>) -> Vec<Row> {
+    rows.into_iter().map(|(user, item, time)| (user, item, 19_358 + 61 * time)).collect()
+}
+
+fn parquet_of(fixture: &mut Fixture, name: &str, rows: &[Row], times: ArrayRef) {
+    let path = fixture.path(name);
+    let ids = |index: usize| text_column(rows.iter().map(|row| [&row.0, &row.1][index]));
+    parquet(&path, vec![("user_id", ids(0)), ("item_id", ids(1)), ("timestamp", times)]);
+    fixture.config.interactions.files.push(path);
+}
+
+fn iso(day: i64, form: &str) -> String {
+    chrono::DateTime::from_timestamp(day * DAY, 0).unwrap().format(form).to_string()
+}
+
+#[test]
+fn dates_and_timestamps_are_one_unit_in_every_file() {
+    let rows = on_days(numbered(30));
+    let days: Vec<i64> = rows.iter().map(|row| row.2).collect();
+    let micros: Vec<Row> = rows.iter().map(|(user, item, day)| row(user, item, day * DAY * 1_000_000)).collect();
+    for split in [SplitPolicy::LeaveOneOut, SplitPolicy::ByTime] {
+        let made = |prepare: &dyn Fn(&mut Fixture)| {
+            fingerprint(|fixture| {
+                fixture.config.split = split;
+                prepare(fixture);
+            })
+        };
+        let expected = made(&|fixture| fixture.interactions("a.csv", csv(&micros)));
+        let (early, late): (Vec<Row>, Vec<Row>) = rows.iter().cloned().partition(|row| row.2 < 19_500);
+        let days_of = |rows: &[Row]| rows.iter().map(|row| row.2).collect::<Vec<_>>();
+        for (at, times) in calendar(&days).into_iter().enumerate() {
+            let kind = times.data_type().clone();
+            assert_eq!(made(&|fixture| parquet_of(fixture, "a.parquet", &rows, times.clone())), expected, "{kind}");
+            // the later part first, in another unit: order comes from the times alone
+            let cut = made(&|fixture| {
+                parquet_of(fixture, "late.parquet", &late, calendar(&days_of(&late))[at].clone());
+                parquet_of(fixture, "early.parquet", &early, calendar(&days_of(&early))[(at + 1) % 8].clone());
+            });
+            assert_eq!(cut, expected, "{kind} and the next");
+            let twice = made(&|fixture| {
+                parquet_of(fixture, "a.parquet", &rows, times.clone());
+                parquet_of(fixture, "again.parquet", &rows, calendar(&days)[(at + 3) % 8].clone());
+            });
+            assert_eq!(twice, expected, "{kind}: a copy in another unit is a repeat");
+        }
+        for form in ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M:%S%.3f+00:00"] {
+            let dated = |rows: &[Row], mark: char| {
+                let line = |(user, item, day): &Row| format!("{user}{mark}{item}{mark}{}\n", iso(*day, form));
+                let head = format!("user_id{mark}item_id{mark}timestamp\n");
+                std::iter::once(head).chain(rows.iter().map(line)).collect::<String>()
+            };
+            let json = |(user, item, day): &Row| {
+                let line = serde_json::json!({"user_id": user, "item_id": item, "timestamp": iso(*day, form)});
+                format!("{line}\n")
+            };
+            let cut = made(&|fixture| {
+                fixture.interactions("a.csv", dated(&rows[..40], ','));
+                fixture.interactions("a.inter", dated(&rows[40..80], '\t').replace("timestamp", "timestamp:token"));
+                fixture.interactions("a.jsonl", rows[80..120].iter().map(json).collect::<String>());
+                let texts = text_column(rows[120..150].iter().map(|row| iso(row.2, form)));
+                parquet_of(fixture, "text.parquet", &rows[120..150], texts);
+                parquet_of(fixture, "a.parquet", &rows[150..], calendar(&days_of(&rows[150..]))[0].clone());
+            });
+            assert_eq!(cut, expected, "{form}");
+        }
     }
 }
 

@@ -39,7 +39,9 @@ pub struct InteractionsConfig {
     pub user: Option<String>,
     /// Column with the item's id; default `item_id`.
     pub item: Option<String>,
-    /// Column with the time, an integer or a real number of any unit; default `timestamp`.
+    /// Column with the time; default `timestamp`. Either numbers, integer or real, of any unit that all files share; or
+    /// dates and timestamps: those of Parquet, or text of ISO 8601 (`2020-11-10`, `2020-11-10T06:53:17+09:00`; UTC if it
+    /// has no offset), kept in microseconds since 1970 whatever a file counts in. Both in one dataset are refused.
     pub timestamp: Option<String>,
     /// Column that says whether the interaction converted (a click that became an order, a view to the end): true or
     /// false, 1 or 0, or a number with `label_at_least`. Every row joins the user's sequence, converted or not. Not set

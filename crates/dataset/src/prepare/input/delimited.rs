@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
 use arrow_array::builder::StringBuilder;
 use csv::{ByteRecord, ErrorKind, Reader, ReaderBuilder};
@@ -15,8 +15,6 @@ use crate::prepare::error::{Defect, DefectKind, PrepareError, Row};
 pub(super) struct DelimitedTable {
     path: PathBuf,
     reader: Reader<Rowwise>,
-    /// Bytes of the row that is being read.
-    row: Arc<AtomicU64>,
     consumed: Arc<AtomicU64>,
     reported: u64,
     wants: Vec<Want>,
@@ -29,15 +27,18 @@ impl DelimitedTable {
         let recbole = format == FileFormat::Recbole;
         let tabs = recbole || layout::extension(path) == "tsv";
         let (source, consumed) = Source::open(path)?.split();
-        let row = source.row();
         let delimiter = if tabs { b'\t' } else { b',' };
         let mut reader = ReaderBuilder::new().delimiter(delimiter).quoting(!recbole).from_reader(source);
         let header = reader.headers().map_err(|error| PrepareError::unreadable(path, error))?;
+        if header.is_empty() {
+            let problem = "it is empty, without even a header line; leave it out of the configuration, or get it again";
+            return Err(PrepareError::unreadable(path, problem));
+        }
         // A RecBole header cell is `name:type`.
         let name = |cell: &str| cell.rsplit_once(':').map_or(cell, |(name, _)| name).to_owned();
         let names: Vec<String> = header.iter().map(|cell| if recbole { name(cell) } else { cell.into() }).collect();
         let columns = resolve_columns(path, &wants, &names)?;
-        Ok(Self { path: path.to_path_buf(), reader, row, consumed, reported: 0, wants, columns })
+        Ok(Self { path: path.to_path_buf(), reader, consumed, reported: 0, wants, columns })
     }
 }
 
@@ -49,20 +50,22 @@ impl Table for DelimitedTable {
         let mut cells: Vec<Option<&str>> = Vec::with_capacity(self.wants.len());
         while lines.len() + defects.len() < TEXT_ROWS {
             let unparsable = |line, problem| Defect { row: Row::Line(line), kind: DefectKind::Unparsable, problem };
-            self.row.store(0, Ordering::Relaxed);
-            match self.reader.read_byte_record(&mut record) {
+            self.reader.get_mut().begin_row();
+            let read = self.reader.read_byte_record(&mut record);
+            // csv's own count is of the line where the row before ended, which is another one after \r\n and empty lines
+            let within = record.as_slice().iter().filter(|&&byte| byte == b'\n').count();
+            let line = self.reader.get_ref().line() - within as u64;
+            match read {
                 Ok(false) => break,
                 Ok(true) => {}
                 Err(error) => match error.kind() {
-                    ErrorKind::UnequalLengths { pos, expected_len, len } => {
-                        let line = pos.as_ref().map_or(0, csv::Position::line);
+                    ErrorKind::UnequalLengths { expected_len, len, .. } => {
                         defects.push(unparsable(line, format!("it has {len} cells, the header has {expected_len}")));
                         continue;
                     }
                     _ => return Err(csv_error(&self.path, error)),
                 },
             }
-            let line = record.position().map_or(0, csv::Position::line);
             cells.clear();
             for (want, column) in self.wants.iter().zip(&self.columns) {
                 let Some(cell) = column.and_then(|column| record.get(column)) else {

@@ -18,6 +18,7 @@ pub(crate) use layout::Role;
 use learn_domain::config::FileFormat;
 
 use super::error::{Defect, PrepareError, Row};
+use super::time::{Stamp, Tick};
 
 /// What the values of a column are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +45,8 @@ pub(crate) struct Want {
 pub(crate) enum Cells {
     Int(Int64Array),
     Real(Float64Array),
+    /// Dates and timestamps.
+    Since1970(Int64Array, Tick),
     Text(StringArray),
 }
 
@@ -53,6 +56,9 @@ impl Cells {
         match self {
             Self::Int(cells) => cells.is_valid(row).then(|| cells.value(row).to_string()),
             Self::Real(cells) => cells.is_valid(row).then(|| cells.value(row).to_string()),
+            Self::Since1970(cells, tick) => {
+                cells.is_valid(row).then(|| format!("{} {tick} since 1970", cells.value(row)))
+            }
             Self::Text(cells) => cells.is_valid(row).then(|| cells.value(row).to_owned()),
         }
     }
@@ -147,7 +153,7 @@ pub(crate) fn drain(path: &Path, config: &learn_domain::config::PrepareConfig) {
             for position in 0..chunk.len {
                 chunk.rows.at(position);
                 for cells in chunk.columns.iter().flatten() {
-                    cells.text(position);
+                    cells.text(position).as_deref().and_then(Stamp::parse);
                 }
             }
         }

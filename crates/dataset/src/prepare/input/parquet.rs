@@ -9,12 +9,15 @@ use arrow_array::types::{Float64Type, Int64Type};
 use arrow_array::{Array, ArrayRef, Int64Array, StringArray};
 use arrow_cast::display::{ArrayFormatter, FormatOptions};
 use arrow_cast::{CastOptions, cast_with_options};
-use arrow_schema::{ArrowError, DataType};
+use arrow_schema::{ArrowError, DataType, TimeUnit};
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use parquet::basic::Compression;
+use parquet::file::metadata::ParquetMetaData;
 
 use super::{Cells, Chunk, Kind, Rows, Table, Want, resolve_columns};
 use crate::prepare::error::PrepareError;
+use crate::prepare::time::Tick;
 
 const CHUNK_ROWS: usize = 1 << 16;
 
@@ -43,6 +46,11 @@ impl ParquetTable {
             }
         }
         let mask = ProjectionMask::roots(builder.parquet_schema(), found.iter().flatten().copied());
+        if let Some(codec) = unread_codec(builder.metadata(), &mask) {
+            let problem =
+                format!("its columns are compressed with {codec}, which is not read; write it with zstd or snappy");
+            return Err(PrepareError::unreadable(path, problem));
+        }
         let rows = u64::try_from(builder.metadata().file_metadata().num_rows()).unwrap_or(0);
         let reader = builder.with_projection(mask).with_batch_size(CHUNK_ROWS).build().map_err(unreadable)?;
         let columns =
@@ -69,6 +77,16 @@ impl Table for ParquetTable {
     }
 }
 
+/// A compression of the wanted columns that this program is built without.
+fn unread_codec(metadata: &ParquetMetaData, wanted: &ProjectionMask) -> Option<&'static str> {
+    let columns = metadata.row_groups().iter().flat_map(|group| group.columns().iter().enumerate());
+    columns.filter(|(leaf, _)| wanted.leaf_included(*leaf)).find_map(|(_, column)| match column.compression() {
+        Compression::BROTLI(_) => Some("brotli"),
+        Compression::LZO => Some("lzo"),
+        _ => None,
+    })
+}
+
 fn check_type(path: &Path, want: &Want, field: &arrow_schema::Field) -> Result<(), PrepareError> {
     let values = match field.data_type() {
         DataType::Dictionary(_, values) => values,
@@ -78,8 +96,8 @@ fn check_type(path: &Path, want: &Want, field: &arrow_schema::Field) -> Result<(
     let (fits, remedy) = match want.kind {
         Kind::Id => (text || values.is_integer(), "an id is an integer or text"),
         Kind::Time => {
-            let time = matches!(values, DataType::Timestamp(..) | DataType::Date32 | DataType::Date64);
-            (text || values.is_integer() || values.is_floating() || time, "a time is a number or a timestamp")
+            let number = values.is_integer() || values.is_floating();
+            (text || number || tick(values).is_some(), "a time is a number, a date or a timestamp")
         }
         Kind::Label => {
             let truth = *values == DataType::Boolean;
@@ -98,6 +116,21 @@ fn check_type(path: &Path, want: &Want, field: &arrow_schema::Field) -> Result<(
     })
 }
 
+/// What a column of dates or timestamps counts; a timestamp's zone says how it is shown, not what it counts.
+fn tick(values: &DataType) -> Option<Tick> {
+    match values {
+        DataType::Date32 => Some(Tick::Days),
+        DataType::Date64 => Some(Tick::Milliseconds),
+        DataType::Timestamp(unit, _) => Some(match unit {
+            TimeUnit::Second => Tick::Seconds,
+            TimeUnit::Millisecond => Tick::Milliseconds,
+            TimeUnit::Microsecond => Tick::Microseconds,
+            TimeUnit::Nanosecond => Tick::Nanoseconds,
+        }),
+        _ => None,
+    }
+}
+
 fn cells(values: &ArrayRef, kind: Kind) -> Result<Cells, ArrowError> {
     let options = CastOptions { safe: false, format_options: FormatOptions::default() };
     let plain = match values.data_type() {
@@ -105,6 +138,9 @@ fn cells(values: &ArrayRef, kind: Kind) -> Result<Cells, ArrowError> {
         _ => values.clone(),
     };
     let to = |data_type| cast_with_options(&plain, &data_type, &options);
+    if let (Kind::Time, Some(tick)) = (kind, tick(plain.data_type())) {
+        return Ok(Cells::Since1970(to(DataType::Int64)?.as_primitive::<Int64Type>().clone(), tick));
+    }
     let cells = match (kind, plain.data_type()) {
         (Kind::Id | Kind::Time | Kind::Label, DataType::UInt64) => Cells::Text(to(DataType::Utf8)?.as_string().clone()),
         (Kind::Id, kind) if kind.is_integer() => Cells::Text(decimals(to(DataType::Int64)?.as_primitive())),

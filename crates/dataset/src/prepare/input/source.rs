@@ -63,7 +63,7 @@ impl Source {
 
     /// The reader, which ends with an error in a row that is longer than any row is; and what counts its bytes.
     pub(super) fn split(self) -> (Rowwise, Arc<AtomicU64>) {
-        (Rowwise { reader: self.reader, row: Arc::default() }, self.consumed)
+        (Rowwise { reader: self.reader, row: 0, line: 0, at_start: true }, self.consumed)
     }
 
     /// Reads one line into `line`, without its end; false at the end of the file.
@@ -81,23 +81,42 @@ impl Source {
 }
 
 /// A reader of rows whose ends only the one who reads knows: a quote that is never closed would make the whole file one.
+/// Each read ends with a line at the latest, so that the line where a row ended is known.
 pub(super) struct Rowwise {
     reader: Box<dyn BufRead + Send>,
-    /// Decompressed bytes since the last row began, about.
-    row: Arc<AtomicU64>,
+    /// Decompressed bytes since the last row began.
+    row: u64,
+    /// The line, from 1, that the last read was of.
+    line: u64,
+    /// The next read begins a line.
+    at_start: bool,
 }
 
 impl Rowwise {
-    /// To be set to 0 at each row.
-    pub(super) fn row(&self) -> Arc<AtomicU64> {
-        Arc::clone(&self.row)
+    /// To be called at each row.
+    pub(super) fn begin_row(&mut self) {
+        self.row = 0;
+    }
+
+    /// The line in which the row that was read last ended.
+    pub(super) fn line(&self) -> u64 {
+        self.line
     }
 }
 
 impl Read for Rowwise {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.reader.read(buffer)?;
-        if self.row.fetch_add(read as u64, Ordering::Relaxed) > MAX_LINE {
+        let ready = self.reader.fill_buf()?;
+        let most = ready.len().min(buffer.len());
+        let end = ready[..most].iter().position(|&byte| byte == b'\n').map(|at| at + 1);
+        let read = end.unwrap_or(most);
+        buffer[..read].copy_from_slice(&ready[..read]);
+        self.reader.consume(read);
+        // the end of the file counts as an empty line: a quote may be open there
+        self.line += u64::from(self.at_start);
+        self.at_start = end.is_some();
+        self.row += read as u64;
+        if self.row > MAX_LINE {
             return Err(io::Error::other("a row is longer than 64 MiB; is a quote never closed?"));
         }
         Ok(read)
