@@ -104,13 +104,17 @@ fn a_lost_worker_has_its_own_exit_code_and_the_way_on() -> TestResult {
 fn start(installation: &Installation) -> TestResult<(Child, Vec<u32>)> {
     let mut command = installation.command(&["train"]);
     let job = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let workers = until(|| {
+    Ok((job, workers(installation)?))
+}
+
+/// The two workers of a job that has just been started.
+fn workers(installation: &Installation) -> TestResult<Vec<u32>> {
+    until(|| {
         let entries = std::fs::read_dir(installation.path(".")).ok()?.flatten();
         let names = entries.filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".pid")?.parse().ok());
         let pids: Vec<u32> = names.collect();
         (pids.len() == 2 && pids.iter().all(|pid| runs(*pid, "sleep"))).then_some(pids)
-    })?;
-    Ok((job, workers))
+    })
 }
 
 fn coordinator_pid(installation: &Installation) -> TestResult<u32> {
@@ -135,6 +139,77 @@ fn a_signal_stops_the_job_gracefully() -> TestResult {
         text.contains("stopped at step 7 (asked by its operator)") && text.contains("continues from step 7"),
         "{text}"
     );
+    Ok(())
+}
+
+#[test]
+fn ctrl_c_stops_the_job_gracefully_though_it_has_ended_the_tee_behind_it() -> TestResult {
+    let installation = Installation::new(STOPPABLE_COORDINATOR, PATIENT_WORKER)?;
+    let (reader, writer) = std::io::pipe()?;
+    drop(reader);
+    let mut job = installation.command(&["train"]).stdout(writer.try_clone()?).stderr(writer).spawn()?;
+    workers(&installation)?;
+    end(job.id(), End::Gracefully);
+    assert_eq!(job.wait()?.code(), Some(3));
+    let status: Value = serde_json::from_str(&installation.read("runs/learn/status.json")?)?;
+    assert_eq!((&status["state"], &status["last_checkpoint"]), (&"stopped".into(), &7.into()));
+    Ok(())
+}
+
+#[test]
+fn a_closed_terminal_stops_the_job_gracefully() -> TestResult {
+    let installation = Installation::new(STOPPABLE_COORDINATOR, PATIENT_WORKER)?;
+    // a shell on a terminal of util-linux' `script`, which passes SIGHUP on to its jobs as an interactive one does
+    let session = "trap 'kill -HUP $job' HUP; bin/learn-launch train & job=$!; wait $job; wait $job; echo $? > part; mv part code";
+    let mut terminal = std::process::Command::new("script");
+    terminal
+        .args(["--quiet", "--command", session, "/dev/null"])
+        .current_dir(installation.path("."))
+        .env("SHELL", "/bin/sh");
+    let mut terminal = terminal.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
+    workers(&installation)?;
+    terminal.kill()?;
+    terminal.wait()?;
+    assert_eq!(until(|| installation.read("code").ok())?.trim(), "3");
+    Ok(())
+}
+
+#[test]
+fn nohup_shields_from_a_closed_terminal_and_from_nothing_else() -> TestResult {
+    let installation = Installation::new(STOPPABLE_COORDINATOR, PATIENT_WORKER)?;
+    let mut command = std::process::Command::new("nohup");
+    command.arg(installation.path("bin/learn-launch")).arg("train").current_dir(installation.path("."));
+    let job = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    workers(&installation)?;
+    assert!(std::process::Command::new("kill").args(["-HUP", &job.id().to_string()]).status()?.success());
+    // had the first signal counted, this one would kill
+    end(job.id(), End::Gracefully);
+    let output = job.wait_with_output()?;
+    assert_eq!(output.status.code(), Some(3), "{}", err(&output));
+    Ok(())
+}
+
+#[test]
+fn a_finished_job_ends_well_though_nobody_reads_its_table() -> TestResult {
+    let installation = Installation::new(GOOD_COORDINATOR, LOYAL_WORKER)?;
+    let (reader, writer) = std::io::pipe()?;
+    drop(reader);
+    let job = installation.command(&["train"]).stdout(writer.try_clone()?).stderr(writer).status()?;
+    assert_eq!(job.code(), Some(0));
+    Ok(())
+}
+
+#[test]
+fn logs_end_quietly_when_nobody_reads_any_more() -> TestResult {
+    let installation = Installation::new(GOOD_COORDINATOR, LOYAL_WORKER)?;
+    assert!(installation.launch(&["train"])?.status.success());
+    for arguments in [vec!["logs", "learn"], vec!["logs", "learn", "--follow"], vec!["status", "learn", "--watch"]] {
+        let (reader, writer) = std::io::pipe()?;
+        drop(reader);
+        let output =
+            installation.command(&arguments).stdout(writer).stderr(Stdio::piped()).spawn()?.wait_with_output()?;
+        assert_eq!((output.status.code(), err(&output).as_str()), (Some(0), ""), "{arguments:?}");
+    }
     Ok(())
 }
 
