@@ -214,8 +214,21 @@ pub fn raise_open_file_limit(files: u64) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::sync::{Mutex, MutexGuard, PoisonError};
+
     use super::*;
+
+    /// For a test that counts signals, which all tests of a process share: nobody else does meanwhile, and nothing was counted.
+    pub(crate) fn count_alone() -> MutexGuard<'static, ()> {
+        static ALONE: Mutex<()> = Mutex::new(());
+        // one that has failed has counted all the same
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        catch_stop_signals();
+        STOP_REQUESTS.store(0, Ordering::Relaxed);
+        NOTICE.store(0, Ordering::Relaxed);
+        alone
+    }
 
     #[test]
     fn facts_about_this_machine_make_sense() {
@@ -226,7 +239,7 @@ mod tests {
 
     #[test]
     fn a_stop_request_is_counted_instead_of_obeyed() {
-        catch_stop_signals();
+        let _alone = count_alone();
         let notice = || {
             // SAFETY: raise takes a plain integer; the handler is set.
             unsafe { libc::raise(libc::SIGUSR1) };
