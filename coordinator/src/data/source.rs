@@ -87,11 +87,7 @@ impl Source {
             global_batch: config.training.global_batch,
         };
         let plan = Plan::new(key)?;
-        let all_epochs = u64::from(config.training.epochs) * plan.steps_per_epoch();
-        let total_steps = match config.training.max_steps {
-            0 => all_epochs,
-            limit => all_epochs.min(limit),
-        };
+        let total_steps = config.training.total_steps(plan.steps_per_epoch());
         let provenance = Provenance {
             dataset: facts.name.clone(),
             fingerprint: facts.fingerprint.clone(),

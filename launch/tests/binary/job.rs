@@ -275,8 +275,16 @@ fn a_run_is_resumed_from_its_latest_checkpoint() -> TestResult {
     let stopped = installation.launch(&["train"])?;
     assert_eq!(stopped.status.code(), Some(3), "{}", err(&stopped));
 
-    let refused = installation.launch(&["resume", "learn", "--set", "model.layers=3"])?;
-    assert_eq!(refused.status.code(), Some(2), "{}", err(&refused));
+    let before = installation.read("runs/learn/config.json")?;
+    for (setting, words) in
+        [("model.layers=3", "model.layers cannot change"), ("training.max_steps=6", "at step 7, in epoch 1")]
+    {
+        let refused = installation.launch(&["resume", "learn", "--set", setting])?;
+        assert_eq!(refused.status.code(), Some(2), "{}", err(&refused));
+        assert!(err(&refused).contains(words), "{}", err(&refused));
+    }
+    assert_eq!(installation.read("runs/learn/config.json")?, before);
+    assert!(!installation.path("runs/learn/config.next.json").exists());
     let resumed = installation.launch(&["resume", "learn", "--set", "training.epochs=11"])?;
     assert!(resumed.status.success(), "{}", err(&resumed));
     assert!(err(&resumed).contains("resuming from step 7"), "{}", err(&resumed));
