@@ -84,9 +84,12 @@ pub fn exit_code(outcome: &Outcome) -> i32 {
     match outcome {
         Outcome::Finished => exit::OK,
         Outcome::Stopped(StopCause::Operator) => exit::STOPPED,
-        Outcome::Stopped(StopCause::Lost(_) | StopCause::Failed { .. } | StopCause::JoinDeadline { .. }) => {
-            exit::WORKER_LOST
-        }
+        Outcome::Stopped(
+            StopCause::Lost(_)
+            | StopCause::Failed { .. }
+            | StopCause::JoinDeadline { .. }
+            | StopCause::NeverJoined { .. },
+        ) => exit::WORKER_LOST,
         Outcome::Stopped(StopCause::NoProgress { .. }) => exit::NO_PROGRESS,
         Outcome::Stopped(StopCause::GaveUp { why: GiveUp::Diverged, .. }) => exit::DIVERGED,
         Outcome::Stopped(StopCause::GaveUp { why: GiveUp::Unsaved, .. }) => exit::UNSAVED,

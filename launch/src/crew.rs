@@ -222,6 +222,13 @@ pub struct Guilt {
 }
 
 impl Guilt {
+    /// Why a job could not begin.
+    #[must_use]
+    pub fn before_all_had_joined(&self) -> String {
+        let said = process::last_words(&self.said).map(|said| format!(": {said}")).unwrap_or_default();
+        format!("{} ended with {} before all workers had joined{said}", self.name, self.how)
+    }
+
     /// Of a process of this machine.
     pub fn of(process: &mut Process) -> Self {
         let how = process.ended().map_or("did not end".into(), process::describe);

@@ -403,6 +403,11 @@ impl Job {
         self.take(now, Event::OperatorStop)
     }
 
+    /// A worker has ended before all had joined, says who starts them.
+    pub fn never_joined(&mut self, now: Duration, message: String) -> Vec<Effect> {
+        self.take(now, Event::NeverJoined(message))
+    }
+
     /// So many workers are wanted from now on, but no more than there are users in a step.
     pub fn scale(&mut self, now: Duration, workers: u32) -> Vec<Effect> {
         let most = self.settings.config.training.global_batch;
