@@ -468,7 +468,7 @@ impl<'a> LocalJob<'a> {
             (Task::Train { .. }, Some(step)) => format!("`learn-launch resume {shown}` continues from step {step}"),
             (Task::Train { resume_from: Some(_) }, None) => format!("`learn-launch resume {shown}` continues it"),
             (Task::Train { resume_from: None }, None) => {
-                "there is no checkpoint yet: mend the cause and start again with `--force`".into()
+                "there is no checkpoint yet; the same command with `--force` starts again".into()
             }
         }
     }

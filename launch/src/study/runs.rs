@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use learn_dataset::Dataset;
 use learn_domain::Config;
-use learn_domain::report::{DatasetFacts, JobState};
+use learn_domain::report::JobState;
 use learn_domain::run_dir::RunDir;
 use serde::Serialize;
 
@@ -103,18 +103,8 @@ fn foreign(dir: &RunDir, config: &Config) -> Result<Option<String>> {
     let Some(status) = runs::last_status(dir)? else { return Ok(None) };
     // whatever is wrong with a dataset, the command that makes or reads it says best
     let Ok(dataset) = Dataset::open(&config.data.dataset) else { return Ok(None) };
-    let other = other_data(&status.dataset, &dataset.facts().seen_by(&config.model));
+    let other = runs::other_data(&status.dataset, &dataset.facts().seen_by(&config.model));
     Ok(other.map(|what| format!("other {what} than {} has now", config.data.dataset.display())))
-}
-
-/// What differs between the data of a training and those of now; what one of them does not have tells nothing, because it
-/// may yet be made.
-fn other_data(trained: &DatasetFacts, now: &DatasetFacts) -> Option<&'static str> {
-    let differ = |a: &str, b: &str| !a.is_empty() && !b.is_empty() && a != b;
-    if differ(&trained.fingerprint, &now.fingerprint) {
-        return Some("items or interactions");
-    }
-    differ(&trained.embeddings_fingerprint, &now.embeddings_fingerprint).then_some("content embeddings")
 }
 
 /// All runs of a study, in the order of variants and seeds; `base` gives the settings that the variants change.
@@ -195,6 +185,8 @@ pub fn write_configs(runs: &[StudyRun]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use learn_domain::report::DatasetFacts;
+
     use super::super::datasets;
     use super::*;
 
@@ -215,11 +207,11 @@ mod tests {
             embeddings_fingerprint: embeddings_fingerprint.into(),
             ..DatasetFacts::default()
         };
-        assert_eq!(other_data(&facts("a", "v"), &facts("a", "v")), None);
-        assert_eq!(other_data(&facts("a", "v"), &facts("a", "w")), Some("content embeddings"));
-        assert_eq!(other_data(&facts("a", "v"), &facts("b", "v")), Some("items or interactions"));
-        assert_eq!(other_data(&facts("a", "v"), &facts("a", "")), None, "it has to be embedded again first");
-        assert_eq!(other_data(&facts("a", ""), &facts("a", "v")), None, "a model that reads no content");
+        assert_eq!(runs::other_data(&facts("a", "v"), &facts("a", "v")), None);
+        assert_eq!(runs::other_data(&facts("a", "v"), &facts("a", "w")), Some("content embeddings"));
+        assert_eq!(runs::other_data(&facts("a", "v"), &facts("b", "v")), Some("items or interactions"));
+        assert_eq!(runs::other_data(&facts("a", "v"), &facts("a", "")), None, "it has to be embedded again first");
+        assert_eq!(runs::other_data(&facts("a", ""), &facts("a", "v")), None, "a model that reads no content");
     }
 
     fn study() -> StudyFile {
