@@ -386,6 +386,10 @@ impl Job {
             let plan = &self.settings.plan;
             self.books.leave(rank, |step| planned(plan, step));
         }
+        // its last heartbeat may be older than its last steps
+        if in_peace && let Some(last) = &self.last_step {
+            worker.step = worker.step.max(last.step);
+        }
         worker.phase = match departure {
             Departure::Done => "done".into(),
             Departure::Stopped => "stopped".into(),
