@@ -63,9 +63,8 @@ impl CoordinatorError {
     #[must_use]
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::Settings(_)
-            | Self::Source(data::SourceError::ContentTower { .. })
-            | Self::Replica(ReplicaError::Address { .. }) => exit::USAGE,
+            Self::Source(data::SourceError::Unsuitable(unsuitable)) if unsuitable.is_usage() => exit::USAGE,
+            Self::Settings(_) | Self::Replica(ReplicaError::Address { .. }) => exit::USAGE,
             Self::Source(_)
             | Self::Resume(_)
             | Self::Files(_)

@@ -1,6 +1,6 @@
 //! `learn-launch resume`: continues a run exactly where a checkpoint of it is.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
@@ -8,7 +8,7 @@ use clap::Args;
 use learn_dataset::Dataset;
 use learn_domain::Step;
 use learn_domain::config::TrainingConfig;
-use learn_domain::report::{JobState, Task};
+use learn_domain::report::{DatasetFacts, JobState, Task};
 use learn_domain::run_dir::RunDir;
 use serde::Deserialize;
 
@@ -20,6 +20,8 @@ use crate::settings::Resolver;
 use crate::slurm::bind;
 use crate::slurm::queue::refuse_queued;
 use crate::{process, runs, system, tls};
+
+use super::doctor;
 
 pub const HELP: &str = "\
 Examples:
@@ -109,9 +111,11 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
         .into());
     }
     let dataset = Dataset::open(&config.data.dataset)?;
-    if config.model.item_input.has_content() {
-        dataset.embeddings()?;
+    super::train::suits(&dataset, &config)?;
+    if let Some(status) = &last {
+        refuse_other_data(&status.dataset, &dataset.facts().seen_by(&config.model), &config.data.dataset)?;
     }
+    doctor::refuse_lacks(&config, !args.no_workers)?;
     let checkpoints = with_ledgers(&run, checkpoints(&run)?);
     let checkpoint = choose(&checkpoints, args.checkpoint.as_deref(), &shown)?;
     if let Some(status) = &last {
@@ -150,6 +154,17 @@ pub(super) fn refuse_unchangeable<'a>(mut keys: impl Iterator<Item = &'a str>) -
     }
 }
 
+/// A run goes on with the data that it was trained on.
+fn refuse_other_data(trained: &DatasetFacts, now: &DatasetFacts, dataset: &Path) -> Result<()> {
+    let Some(what) = runs::other_data(trained, now) else { return Ok(()) };
+    Err(Failure::Usage(format!(
+        "{} has other {what} now than the run was trained on: make it what it was, with the settings that the run's config.json \
+         has of it, or start a new run with `learn-launch train`",
+        dataset.display()
+    ))
+    .into())
+}
+
 /// A training that has come to step `done` cannot end before it.
 pub(super) fn refuse_less_than_done(training: &TrainingConfig, done: Step, steps_per_epoch: u64) -> Result<()> {
     let total = training.total_steps(steps_per_epoch);
@@ -170,7 +185,7 @@ pub(super) fn refuse_less_than_done(training: &TrainingConfig, done: Step, steps
 }
 
 /// A path as the task carries it.
-pub(crate) fn path_text(path: &std::path::Path) -> Result<String> {
+pub(crate) fn path_text(path: &Path) -> Result<String> {
     path.to_str().map(str::to_owned).with_context(|| format!("{} is not UTF-8", path.display()))
 }
 
@@ -287,6 +302,20 @@ mod tests {
         let text = choose(&[checkpoint(10, true, false)], Some("step-7"), "r").unwrap_err().to_string();
         assert!(text.contains("no checkpoint `step-7`; it has step-0000000010"), "{text}");
         assert!(choose(&[], None, "r").unwrap_err().to_string().contains("has no checkpoint; start again"));
+    }
+
+    #[test]
+    fn other_data_is_refused_and_named() {
+        let facts = |data: &str, vectors: &str| DatasetFacts {
+            fingerprint: data.into(),
+            embeddings_fingerprint: vectors.into(),
+            ..DatasetFacts::default()
+        };
+        let check = |now: DatasetFacts| refuse_other_data(&facts("a", "v"), &now, Path::new("data/shop"));
+        check(facts("a", "v")).unwrap();
+        let text = check(facts("a", "w")).unwrap_err().to_string();
+        assert!(text.contains("data/shop has other content embeddings now"), "{text}");
+        assert!(check(facts("b", "v")).unwrap_err().to_string().contains("other items or interactions"));
     }
 
     #[test]

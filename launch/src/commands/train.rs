@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::Args;
-use learn_dataset::Dataset;
+use learn_dataset::{Dataset, Unsuitable};
 use learn_domain::Config;
-use learn_domain::config::ItemTower;
+use learn_domain::config::SplitPolicy;
 use learn_domain::report::{Summary, Task};
 use learn_domain::run_dir::RunDir;
 
@@ -16,6 +16,8 @@ use crate::failure::Failure;
 use crate::job::{self, JobSpec, Workers};
 use crate::output::Output;
 use crate::{process, render, runs};
+
+use super::doctor;
 
 pub const HELP: &str = "\
 Examples:
@@ -80,6 +82,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     runs::find_init(&mut config)?;
     anchor(&mut config)?;
     check_ready(&config)?;
+    doctor::refuse_lacks(&config, !args.no_workers)?;
     let root = config.job.runs_dir.join(&config.job.name);
     if args.dry_run {
         return describe(&root, &config, output);
@@ -111,16 +114,8 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
 /// Everything that can be known to fail before a run directory is made.
 pub(super) fn check_ready(config: &Config) -> Result<()> {
     let dataset = Dataset::open(&config.data.dataset)?;
-    if config.model.item_input.has_content() {
-        let (dim, output_dim) = (dataset.embeddings()?.dim(), config.model.output_dim as usize);
-        if config.model.item_tower == ItemTower::Content && dim != output_dim {
-            return Err(Failure::Usage(format!(
-                "model.output_dim is {output_dim}, but the item tower `content` needs the dimension of the content \
-                 embeddings: set model.output_dim={dim}"
-            ))
-            .into());
-        }
-    }
+    suits(&dataset, config)?;
+    refuse_metric(&config.checkpoint.metric, dataset.manifest().split.policy)?;
     for binary in ["learn-coordinator", "learn-worker"] {
         process::sibling(binary)?;
     }
@@ -129,6 +124,28 @@ pub(super) fn check_ready(config: &Config) -> Result<()> {
         super::worker(|command| {
             command.args(["check-init", "--config-json", &json]);
         })?;
+    }
+    Ok(())
+}
+
+/// # Errors
+/// Dataset and configuration do not go together.
+pub(super) fn suits(dataset: &Dataset, config: &Config) -> Result<()> {
+    dataset.suits(config).map_err(|unsuitable| match unsuitable {
+        Unsuitable::Dataset(error) => error.into(),
+        unsuitable if unsuitable.is_usage() => Failure::Usage(unsuitable.to_string()).into(),
+        unsuitable => unsuitable.into(),
+    })
+}
+
+/// An AUC within users needs one with held-out exposures of both kinds, and leave-one-out holds one exposure out for each.
+fn refuse_metric(metric: &str, split: SplitPolicy) -> Result<()> {
+    if split == SplitPolicy::LeaveOneOut && ["cvr.uauc", "cvr.wuauc"].contains(&metric) {
+        return Err(Failure::Usage(format!(
+            "checkpoint.metric is {metric}, which compares exposures of one user, but the dataset's split is leave-one-out, with \
+             one held-out exposure for each: set checkpoint.metric=cvr.auc, or prepare it again with prepare.split=by-time"
+        ))
+        .into());
     }
     Ok(())
 }
@@ -163,4 +180,21 @@ pub fn report(run: &RunDir, output: &Output) -> Result<()> {
         super::shown(&run.logs()),
     );
     output.result(&text, &summary)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_metric_that_cannot_come_is_refused() {
+        for metric in ["cvr.uauc", "cvr.wuauc"] {
+            let text = refuse_metric(metric, SplitPolicy::LeaveOneOut).unwrap_err().to_string();
+            assert!(text.contains(metric) && text.contains("checkpoint.metric=cvr.auc"), "{text}");
+            refuse_metric(metric, SplitPolicy::ByTime).unwrap();
+        }
+        for metric in ["cvr.auc", "ndcg@10"] {
+            refuse_metric(metric, SplitPolicy::LeaveOneOut).unwrap();
+        }
+    }
 }

@@ -67,10 +67,44 @@ while true; do sleep 0.05; done"#;
     let output = job.wait_with_output()?;
     assert_eq!(output.status.code(), Some(4), "{}", err(&output));
     let text = err(&output);
-    for words in ["worker process 1 ended with exit code 1", "worker-1.log", "| libtorch is not there", "--force"] {
+    let cause =
+        "the job failed: worker process 1 ended with exit code 1 before all workers had joined: libtorch is not there";
+    for words in [cause, "worker-1.log", "| libtorch is not there", "--force"] {
         assert!(text.contains(words), "{words} is not in {text}");
     }
+    assert!(!text.contains("asked"), "nobody has stopped it: {text}");
     assert!(start.elapsed().as_secs() < 60, "it does not wait for the join timeout");
+    Ok(())
+}
+
+#[test]
+fn a_dry_run_finds_what_would_fail_at_once() -> TestResult {
+    // a machine without CUDA
+    let facts = serde_json::json!({
+        "version": env!("CARGO_PKG_VERSION"), "nccl": null, "nccl_reason": "not found",
+        "libtorch": { "libtorch_version": "2.11.0", "libtorch_folder": "/t", "cuda_available": false,
+            "cuda_reason": "no driver", "devices": 0, "threads": 2, "cpu_capability": "AVX2" }
+    });
+    let installation = Installation::new("exit 1", &format!("[ $1 = doctor ] && echo '{facts}'"))?;
+    let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let port = format!("cluster.http_port={}", taken.local_addr()?.port());
+    let weight = ["--set", "objective.cvr_weight=1"];
+    for (arguments, words) in [
+        (["--device", "cuda"], "CUDA: no driver; mend that, or set cluster.device=cpu"),
+        (["--set", &port], "cluster.http_port=0"),
+        (weight, "objective.cvr_weight is 1, but the dataset has no conversion labels"),
+    ] {
+        for dry in [&["--dry-run"][..], &[]] {
+            let output = installation.launch(&[&["train"], &arguments[..], dry].concat())?;
+            assert!(!output.status.success() && err(&output).contains(words), "{arguments:?}: {}", err(&output));
+            assert!(!installation.path("runs").exists(), "{arguments:?}: nothing is made before everything is ready");
+        }
+    }
+    // workers come from a machine that has GPUs
+    let elsewhere = installation.launch(&["train", "--device", "cuda", "--no-workers", "--dry-run"])?;
+    assert!(elsewhere.status.success(), "{}", err(&elsewhere));
+    let doctor = installation.launch(&[&["doctor"], &weight[..]].concat())?;
+    assert!(out(&doctor).contains("no conversion labels") && doctor.status.code() == Some(1), "{}", out(&doctor));
     Ok(())
 }
 

@@ -29,7 +29,7 @@ status() {
   cause=null; if [ -n "$2" ]; then cause="\"$2\""; fi
   cat > "$run/status.json" <<END
 {"name":"n","task":{"kind":"train","resume_from":null},"state":"$1","cause":$cause,"generation":1,"world_size":2,
- "dataset":{"name":"d","fingerprint":"f","users":1,"train_users":1,"valid_users":1,"test_users":1,"items":1,
+ "dataset":{"name":"d","fingerprint":"","users":1,"train_users":1,"valid_users":1,"test_users":1,"items":1,
  "interactions":1,"embedding_dim":4},"steps_per_epoch":10,"total_steps":20,
  "last_step":{"step":7,"epoch":0,"generation":1,"loss":1.5,"accuracy":0.5,"learning_rate":0.1,"gradient_norm":1,
  "users":8,"tokens":9,"padding_share":0,"seconds":0.5},"last_checkpoint":${checkpoint:-null},"best":null,
