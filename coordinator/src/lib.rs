@@ -63,9 +63,8 @@ impl CoordinatorError {
     #[must_use]
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::Settings(_)
-            | Self::Source(data::SourceError::ContentTower { .. })
-            | Self::Replica(ReplicaError::Address { .. }) => exit::USAGE,
+            Self::Source(data::SourceError::Unsuitable(unsuitable)) if unsuitable.is_usage() => exit::USAGE,
+            Self::Settings(_) | Self::Replica(ReplicaError::Address { .. }) => exit::USAGE,
             Self::Source(_)
             | Self::Resume(_)
             | Self::Files(_)
@@ -84,9 +83,12 @@ pub fn exit_code(outcome: &Outcome) -> i32 {
     match outcome {
         Outcome::Finished => exit::OK,
         Outcome::Stopped(StopCause::Operator) => exit::STOPPED,
-        Outcome::Stopped(StopCause::Lost(_) | StopCause::Failed { .. } | StopCause::JoinDeadline { .. }) => {
-            exit::WORKER_LOST
-        }
+        Outcome::Stopped(
+            StopCause::Lost(_)
+            | StopCause::Failed { .. }
+            | StopCause::JoinDeadline { .. }
+            | StopCause::NeverJoined { .. },
+        ) => exit::WORKER_LOST,
         Outcome::Stopped(StopCause::NoProgress { .. }) => exit::NO_PROGRESS,
         Outcome::Stopped(StopCause::GaveUp { why: GiveUp::Diverged, .. }) => exit::DIVERGED,
         Outcome::Stopped(StopCause::GaveUp { why: GiveUp::Unsaved, .. }) => exit::UNSAVED,

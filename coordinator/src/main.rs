@@ -14,6 +14,7 @@ use learn_domain::report;
 use learn_domain::report::{CoordinatorAddress, Task};
 use learn_domain::run_dir::RunDir;
 use learn_proto::connect::Pass;
+use learn_telemetry::stdio;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Serves one LEARN job: control and data (gRPC), metrics and status (HTTP); or an embed job: leases and status.
@@ -260,7 +261,7 @@ fn main() {
     exit(match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("learn-coordinator: {error}");
+            stdio::say(format_args!("learn-coordinator: {error}"));
             error.downcast_ref::<CoordinatorError>().map_or(report::exit::FAILED, CoordinatorError::exit_code)
         }
     });
@@ -288,7 +289,9 @@ async fn serve(arguments: Arguments) -> anyhow::Result<i32> {
                 Bench::Wire(wire) => (wire.dataset(), wire.client(), wire.json),
             };
             tokio::select! {
-                printed = bench::measure(&dataset, &client, json) => print!("{}", printed?),
+                printed = bench::measure(&dataset, &client, json) => {
+                    stdio::print(&printed?)?;
+                }
                 () = shutdown => return Ok(report::exit::STOPPED),
             }
             return Ok(report::exit::OK);
@@ -306,7 +309,7 @@ async fn serve(arguments: Arguments) -> anyhow::Result<i32> {
             Ended::Finished => report::exit::OK,
             Ended::Stopped => report::exit::STOPPED,
             Ended::Failed(cause) => {
-                eprintln!("learn-coordinator: {cause}");
+                stdio::say(format_args!("learn-coordinator: {cause}"));
                 report::exit::FAILED
             }
         });
@@ -319,7 +322,7 @@ async fn serve(arguments: Arguments) -> anyhow::Result<i32> {
 /// Says why a job was stopped; the exit code.
 fn said(outcome: &Outcome) -> i32 {
     if let Outcome::Stopped(cause) = outcome {
-        eprintln!("learn-coordinator: {cause}");
+        stdio::say(format_args!("learn-coordinator: {cause}"));
     }
     exit_code(outcome)
 }

@@ -32,9 +32,14 @@ fn workers(request: ScaleRequest) -> Result<u32, Status> {
 
 #[tonic::async_trait]
 impl Operator for OperatorService {
-    async fn stop(&self, _request: Request<StopRequest>) -> Result<Response<StopResponse>, Status> {
+    async fn stop(&self, request: Request<StopRequest>) -> Result<Response<StopResponse>, Status> {
         timed(&self.metrics, "stop", async {
-            self.job.ask(|reply| Command::Stop(Asked::ByCall, reply)).await?;
+            let StopRequest { never_joined } = request.into_inner();
+            let command = |reply| match never_joined.is_empty() {
+                true => Command::Stop(Asked::ByCall, reply),
+                false => Command::NeverJoined(never_joined, reply),
+            };
+            self.job.ask(command).await?;
             Ok(StopResponse {})
         })
         .await

@@ -419,7 +419,7 @@ async fn what_does_not_go_together_is_refused_before_anything_starts() {
     let mut ground = Ground::new(1);
     ground.config.model.item_tower = learn_domain::config::ItemTower::Content;
     let error = ground.refusal(train()).await;
-    assert!(error.to_string().contains("model.output_dim = 8") && error.exit_code() == 2, "{error}");
+    assert!(error.to_string().contains("model.output_dim=8") && error.exit_code() == 2, "{error}");
     ground.config.model.output_dim = 8;
     let running = ground.start(train()).await;
     let locked = ground.refusal(train()).await;

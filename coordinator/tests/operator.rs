@@ -34,7 +34,7 @@ async fn a_training_is_scaled_within_its_bounds_and_stopped_after_its_step() {
     assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
 
     for _again in 0..2 {
-        operator.stop(StopRequest {}).await.unwrap();
+        operator.stop(StopRequest::default()).await.unwrap();
     }
     for worker in workers {
         let order = heartbeat(&mut control, worker).await;
@@ -42,8 +42,26 @@ async fn a_training_is_scaled_within_its_bounds_and_stopped_after_its_step() {
         leave(&mut control, worker, Departure::Stopped).await;
     }
     assert_eq!(running.end().await, Outcome::Stopped(StopCause::Operator));
-    let gone = operator.stop(StopRequest {}).await.unwrap_err();
+    let gone = operator.stop(StopRequest::default()).await.unwrap_err();
     assert_eq!(gone.code(), Code::Unavailable, "{gone}");
+}
+
+#[tokio::test]
+async fn a_training_that_cannot_begin_has_failed_with_the_reason() {
+    let ground = Ground::new(2);
+    let running = ground.start(train()).await;
+    let (mut control, mut operator) = (running.control(), running.operator());
+    let waiting = enter(&mut control, "a").await;
+    let message = "worker process 1 ended with exit code 1: no GPU";
+    operator.stop(StopRequest { never_joined: message.into() }).await.unwrap();
+    let order = heartbeat(&mut control, waiting).await;
+    assert!(matches!(&order, Order::Stop { cause } if cause == message), "{order:?}");
+    let outcome = running.end().await;
+    assert_eq!(outcome, Outcome::Stopped(StopCause::NeverJoined { message: message.into() }));
+    assert_eq!(learn_coordinator::exit_code(&outcome), learn_domain::report::exit::WORKER_LOST);
+    let status = std::fs::read(ground.settings(train()).run_dir.status()).unwrap();
+    let status: serde_json::Value = serde_json::from_slice(&status).unwrap();
+    assert_eq!((&status["state"], &status["cause"]), (&"failed".into(), &message.into()));
 }
 
 #[tokio::test]
@@ -57,6 +75,6 @@ async fn an_embed_job_is_stopped_and_not_scaled() {
     let refused = operator.scale(ScaleRequest { workers: 2 }).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
     assert!(refused.message().contains("learn-embed"), "{refused}");
-    operator.stop(StopRequest {}).await.unwrap();
+    operator.stop(StopRequest::default()).await.unwrap();
     assert_eq!(job.await.unwrap().unwrap(), Ended::Stopped);
 }

@@ -180,7 +180,7 @@ async fn who_has_asked_for_the_end_is_known_to_the_coordinator_that_takes_over()
     let ground = Ground::new(1);
     let running = ground.start(train()).await;
     let worker = enter(&mut running.control(), "a").await;
-    running.operator().stop(StopRequest {}).await.unwrap();
+    running.operator().stop(StopRequest::default()).await.unwrap();
     running.kill(&ground).await;
     let running = Running::start(Coordinator::take_over(ground.run_dir().root()).await.unwrap());
     leave(&mut running.control(), worker, Departure::Stopped).await;

@@ -115,12 +115,15 @@ enum Action {
 /// What brings the processes to what the job wants.
 fn decide(fates: &BTreeMap<u32, Fate>, view: &View, rules: Rules) -> Vec<(u32, Action)> {
     let wanted = view.wanted as usize;
-    let goes_on = rules.replaces && view.steps_left && matches!(view.state, JobState::Running | JobState::Regrouping);
+    let trains = rules.replaces && view.steps_left && matches!(view.state, JobState::Running | JobState::Regrouping);
     let gathers = view.state == JobState::Gathering;
     let mut actions = Vec::new();
-    let mut restarts_left = rules.restarts_left;
     let mut fates = fates.clone();
     let mut alive = fates.values().filter(|fate| fate.life == Life::Alive).count();
+    let failed = fates.values().filter(|fate| fate.life == Life::Failed && fate.counts()).count();
+    // with the last member the job ends, and another process would come in vain
+    let goes_on = trains && (alive > 0 || failed < view.members as usize);
+    let mut restarts_left = rules.restarts_left;
     for (&number, fate) in fates.iter_mut().filter(|(_, fate)| fate.life == Life::Failed && !fate.seen) {
         if goes_on && restarts_left > 0 && alive < wanted {
             if fate.young {
@@ -132,7 +135,7 @@ fn decide(fates: &BTreeMap<u32, Fate>, view: &View, rules: Rules) -> Vec<(u32, A
             actions.push((number, Action::Replace));
         } else {
             (fate.seen, fate.missed) = (true, alive < wanted);
-            actions.push((number, Action::Note { missed: fate.missed, tell: goes_on }));
+            actions.push((number, Action::Note { missed: fate.missed, tell: trains }));
         }
     }
     // one that failed before all had joined ends the job
@@ -163,6 +166,8 @@ pub struct View {
     pub state: JobState,
     /// Workers that the job wants to have.
     pub wanted: u32,
+    /// Workers of the present generation.
+    pub members: u32,
     /// There is something to train still.
     pub steps_left: bool,
 }
@@ -171,7 +176,8 @@ impl View {
     /// Of a job that nobody could ask yet.
     #[must_use]
     pub fn at_start(config: &Config) -> Self {
-        Self { state: JobState::Gathering, wanted: config.cluster.workers, steps_left: true }
+        let workers = config.cluster.workers;
+        Self { state: JobState::Gathering, wanted: workers, members: workers, steps_left: true }
     }
 }
 
@@ -179,7 +185,8 @@ impl From<&JobStatus> for View {
     fn from(status: &JobStatus) -> Self {
         let finished = status.last_step.as_ref().map_or(0, |record| record.step.0);
         let steps_left = finished < status.total_steps;
-        Self { state: status.state.clone(), wanted: status.wanted_workers, steps_left }
+        let (wanted, members) = (status.wanted_workers, status.world_size);
+        Self { state: status.state.clone(), wanted, members, steps_left }
     }
 }
 
@@ -222,6 +229,13 @@ pub struct Guilt {
 }
 
 impl Guilt {
+    /// Why a job could not begin.
+    #[must_use]
+    pub fn before_all_had_joined(&self) -> String {
+        let said = process::last_words(&self.said).map(|said| format!(": {said}")).unwrap_or_default();
+        format!("{} ended with {} before all workers had joined{said}", self.name, self.how)
+    }
+
     /// Of a process of this machine.
     pub fn of(process: &mut Process) -> Self {
         let how = process.ended().map_or("did not end".into(), process::describe);
@@ -310,7 +324,9 @@ impl Team for Crew<'_> {
                     if view.state == JobState::Gathering {
                         changes.lost.get_or_insert(number);
                     } else if tell {
-                        changes.lines.push(format!("{name} ended with {how}; the others go on without it"));
+                        let left = self.hands.values_mut().any(|hand| hand.process.ended().is_none());
+                        let then = if left { "the others go on without it" } else { "no worker is left here" };
+                        changes.lines.push(format!("{name} ended with {how}; {then}"));
                     }
                 }
             }
@@ -355,7 +371,7 @@ mod tests {
 
     fn decided(fates: &[Fate], wanted: u32, state: JobState, rules: Rules) -> Vec<(u32, Action)> {
         let fates = (0..).zip(fates.iter().copied()).collect();
-        decide(&fates, &View { state, wanted, steps_left: true }, rules)
+        decide(&fates, &View { state, wanted, members: 3, steps_left: true }, rules)
     }
 
     fn running(fates: &[Fate], wanted: u32) -> Vec<(u32, Action)> {
@@ -376,6 +392,20 @@ mod tests {
         assert_eq!(decided(&[ALIVE, noted], 3, JobState::Running, none), [(2, Action::Hire)]);
         let one = Rules { restarts_left: 1, ..RULES };
         assert_eq!(decided(&[FAILED, FAILED], 2, JobState::Running, one), [(0, Action::Replace), missed]);
+    }
+
+    #[test]
+    fn the_last_member_is_not_replaced() {
+        let missed = |number| (number, Action::Note { missed: true, tell: true });
+        let of_members = |fates: &[Fate], members| {
+            let fates = (0..).zip(fates.iter().copied()).collect();
+            decide(&fates, &View { state: JobState::Running, wanted: 2, members, steps_left: true }, RULES)
+        };
+        assert_eq!(of_members(&[FAILED], 1), [missed(0)]);
+        assert_eq!(of_members(&[Fate { seen: true, missed: true, ..FAILED }], 1), [], "nor another one hired");
+        assert_eq!(of_members(&[FAILED, FAILED], 2), [missed(0), missed(1)]);
+        assert_eq!(of_members(&[FAILED, FAILED], 3), [(0, Action::Replace), (1, Action::Replace)], "one is elsewhere");
+        assert_eq!(of_members(&[FAILED, ALIVE], 1), [(0, Action::Replace)], "one that joins");
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::api::Api;
 use crate::crew::{Crew, Guilt, Team, View};
 use crate::data_servers::DataServers;
 use crate::failure::Failure;
+use crate::operator;
 use crate::output::{Output, Progress, Unit};
 use crate::process::{self, Process};
 use crate::slurm::JobStep;
@@ -101,6 +102,7 @@ pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
             output.note(&format!("status page: {}", runs::page(spec.run, &address, output.terminal())));
         }
         let api = Api::new(spec.run, &address);
+        job.address = Some(address.clone());
         job.data_servers = Some(DataServers::start(spec.run, spec.config, &address)?);
         job.wait_for_data_servers(&api)?;
         // one that is asked to stop already needs nobody
@@ -120,6 +122,12 @@ pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
     job.conclude()
 }
 
+/// The worker that failed before all had joined.
+struct NeverJoined {
+    number: u32,
+    reason: String,
+}
+
 struct LocalJob<'a> {
     spec: JobSpec<'a>,
     output: &'a Output,
@@ -135,8 +143,9 @@ struct LocalJob<'a> {
     stops: usize,
     /// This side has killed the job.
     killed: bool,
-    /// The worker that failed before all had joined.
-    lost: Option<u32>,
+    /// None until the coordinator serves.
+    address: Option<CoordinatorAddress>,
+    lost: Option<NeverJoined>,
     /// When the last worker was found to have ended before the coordinator.
     deserted: Option<Instant>,
     /// The job when it was last looked at.
@@ -174,6 +183,7 @@ impl<'a> LocalJob<'a> {
             // a request that came before there was a coordinator is passed on to it
             stops: 0,
             killed: false,
+            address: None,
             lost: None,
             deserted: None,
             view: View::at_start(spec.config),
@@ -254,8 +264,11 @@ impl<'a> LocalJob<'a> {
         command.arg("--run-dir").arg(run.root()).arg("--take-over");
         self.coordinator = Process::start("coordinator", &mut command, &run.coordinator_log())?;
         // it may not have heard of what the one before was asked for
-        if self.wait_for_coordinator().is_some() && (self.stops > 0 || self.lost.is_some()) {
-            self.coordinator.ask_to_end(End::Gracefully);
+        if self.wait_for_coordinator().is_some() {
+            match self.stops {
+                0 => self.tell_who_never_joined(),
+                _ => self.coordinator.ask_to_end(End::Gracefully),
+            }
         }
         Ok(true)
     }
@@ -330,11 +343,23 @@ impl<'a> LocalJob<'a> {
         for line in &changes.lines {
             self.progress.line(line);
         }
-        self.lost = changes.lost;
-        if self.lost.is_some() {
-            self.coordinator.ask_to_end(End::Gracefully);
+        if let Some(number) = changes.lost {
+            let reason = crew.guilt(Some(number)).map(|guilt| guilt.before_all_had_joined());
+            let reason =
+                reason.unwrap_or_else(|| format!("worker process {number} ended before all workers had joined"));
+            self.lost = Some(NeverJoined { number, reason });
+            self.tell_who_never_joined();
         }
         Ok(())
+    }
+
+    /// Ends a job that cannot begin. Should the coordinator not take the reason, it ends as if it were stopped.
+    fn tell_who_never_joined(&mut self) {
+        let (Some(lost), Some(address)) = (&self.lost, &self.address) else { return };
+        if let Err(error) = operator::never_joined(self.spec.run, address, &lost.reason) {
+            tracing::debug!("{error}");
+            self.coordinator.ask_to_end(End::Gracefully);
+        }
     }
 
     /// The coordinator learns by itself that nobody is left; when it does not act in time, this side ends the job.
@@ -377,7 +402,8 @@ impl<'a> LocalJob<'a> {
         };
         let shown = self.spec.run.root().display();
         let step = status.as_ref().and_then(|status| status.last_step.as_ref()).map_or(0, |step| step.step.0);
-        let cause = status.as_ref().and_then(|status| status.cause.clone());
+        let lost = self.lost.as_ref().map(|lost| lost.reason.clone());
+        let cause = lost.or_else(|| status.as_ref().and_then(|status| status.cause.clone()));
         if self.stops > 1 {
             let message = format!("{shown}: killed at step {step}; {}", self.way_on(status.as_ref()));
             return Err(Failure::Child { code: exit::FAILED, message }.into());
@@ -422,14 +448,13 @@ impl<'a> LocalJob<'a> {
 
     /// The cause, the guilty process, the end of its log, the way on.
     fn explain(&mut self, cause: Option<String>, status: Option<&JobStatus>) -> String {
-        let lost = self.lost;
+        let lost = self.lost.as_ref().map(|lost| lost.number);
         let guilt = self.crew.as_mut().and_then(|crew| crew.guilt(lost));
         let Guilt { name, how, log, said } = guilt.unwrap_or_else(|| Guilt::of(&mut self.coordinator));
-        let mut message = format!(
-            "the job failed: {}\n{name} ended with {how}; the end of {}:\n",
-            cause.unwrap_or_else(|| format!("{name} ended early")),
-            log.display(),
-        );
+        // that of one that has never joined says so itself
+        let ended = if lost.is_some() { String::new() } else { format!("{name} ended with {how}; ") };
+        let cause = cause.unwrap_or_else(|| format!("{name} ended early"));
+        let mut message = format!("the job failed: {cause}\n{ended}the end of {}:\n", log.display());
         for line in said {
             message += &format!("  | {line}\n");
         }
@@ -443,7 +468,7 @@ impl<'a> LocalJob<'a> {
             (Task::Train { .. }, Some(step)) => format!("`learn-launch resume {shown}` continues from step {step}"),
             (Task::Train { resume_from: Some(_) }, None) => format!("`learn-launch resume {shown}` continues it"),
             (Task::Train { resume_from: None }, None) => {
-                "there is no checkpoint yet: mend the cause and start again with `--force`".into()
+                "there is no checkpoint yet; the same command with `--force` starts again".into()
             }
         }
     }

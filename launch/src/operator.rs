@@ -61,7 +61,16 @@ type Client = OperatorClient<InterceptedService<Channel, BearerInterceptor>>;
 /// # Errors
 /// No answer, or a refusal.
 pub fn stop(run: &RunDir, address: &CoordinatorAddress) -> Result<(), OperatorError> {
-    call(run, address, DEADLINE, async |client| client.stop(StopRequest {}).await).map(|_| ())
+    call(run, address, DEADLINE, async |client| client.stop(StopRequest::default()).await).map(|_| ())
+}
+
+/// Ends a training that cannot begin, for a reason that is kept: a worker has ended before all had joined.
+///
+/// # Errors
+/// No answer, or a refusal.
+pub fn never_joined(run: &RunDir, address: &CoordinatorAddress, reason: &str) -> Result<(), OperatorError> {
+    let request = StopRequest { never_joined: reason.to_owned() };
+    call(run, address, DEADLINE, async |client| client.stop(request).await).map(|_| ())
 }
 
 /// Asks for so many workers; gives how many are wanted now.
@@ -168,7 +177,7 @@ mod tests {
         let run = run(&folder, TlsMode::Off);
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = at("http", listener.local_addr().unwrap().port());
-        let ask = async |client: &mut Client| client.stop(StopRequest {}).await;
+        let ask = async |client: &mut Client| client.stop(StopRequest::default()).await;
         let silent = call(&run, &address, Duration::from_millis(200), ask).unwrap_err();
         assert!(matches!(silent, OperatorError::Silent { .. }), "{silent}");
         drop(listener);

@@ -1,11 +1,13 @@
 //! Where words go: results to stdout, progress and messages to stderr.
 //!
-//! Progress bars are drawn only on a terminal; elsewhere long work is reported in plain lines.
+//! Progress bars are drawn only on a terminal; elsewhere long work is reported in plain lines. Invariant: who does not read
+//! them any more ends no command ([`stdio`]).
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::IsTerminal as _;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use learn_telemetry::stdio;
 use serde::Serialize;
 
 /// Pause between two plain progress lines.
@@ -44,22 +46,17 @@ impl Output {
     /// A message for people.
     pub fn note(&self, text: &str) {
         if !self.quiet {
-            eprintln!("{text}");
+            stdio::say(text);
         }
     }
 
-    /// The result: `text` for people, or `value` as JSON.
+    /// The result: `text` for people, or `value` as JSON. That nobody reads it is no error.
     ///
     /// # Errors
-    /// Stdout is closed.
+    /// Stdout cannot be written.
     pub fn result(&self, text: &str, value: &impl Serialize) -> anyhow::Result<()> {
-        let mut out = std::io::stdout().lock();
-        if self.json {
-            serde_json::to_writer_pretty(&mut out, value)?;
-            writeln!(out)?;
-        } else {
-            writeln!(out, "{}", text.trim_end())?;
-        }
+        let text = if self.json { serde_json::to_string_pretty(value)? } else { text.trim_end().to_owned() };
+        stdio::print(&format!("{text}\n"))?;
         Ok(())
     }
 
@@ -128,14 +125,14 @@ impl Progress {
             self.said = Some(Instant::now());
             let of = self.bar.length().map(|total| format!("/{total}")).unwrap_or_default();
             let line = format!("{}: {}{of} {}", self.bar.prefix(), self.bar.position(), self.bar.message());
-            eprintln!("{}", line.trim_end());
+            stdio::say(line.trim_end());
         }
     }
 
     /// A line above the bar.
     pub fn line(&self, text: &str) {
         if self.plain {
-            eprintln!("{text}");
+            stdio::say(text);
         } else {
             self.bar.println(text);
         }

@@ -158,6 +158,24 @@ pub fn describe(status: ExitStatus) -> String {
     }
 }
 
+/// The reason in the end of a log: the message of its last error without time and level, or else its last line.
+#[must_use]
+pub fn last_words(said: &[String]) -> Option<String> {
+    let last = said.iter().rev().find(|line| !line.trim().is_empty())?;
+    Some(said.iter().rev().find_map(|line| error_of(line)).unwrap_or_else(|| last.trim().to_owned()))
+}
+
+/// The message of a line that is an error, as [`learn_telemetry::log`] writes them.
+fn error_of(line: &str) -> Option<String> {
+    if let Ok(event) = serde_json::from_str::<serde_json::Value>(line) {
+        let message = event["fields"]["message"].as_str()?;
+        return (event["level"] == "ERROR").then(|| message.to_owned());
+    }
+    let (time, message) = line.split_once(" ERROR ")?;
+    let is_time = time.starts_with(|first: char| first.is_ascii_digit()) && !time.contains(' ');
+    is_time.then(|| message.trim().to_owned())
+}
+
 /// The last `count` lines of a log from byte `from` on; empty if there is none.
 fn tail(log: &Path, from: u64, count: usize) -> Vec<String> {
     let read = || -> io::Result<Vec<String>> {
@@ -270,6 +288,22 @@ mod tests {
         assert_eq!(said("echo out of memory; exit 1"), ["out of memory"]);
         assert_eq!(said("exit 1"), Vec::<String>::new());
         assert_eq!(said("echo disk full; exit 1"), ["disk full"]);
+    }
+
+    #[test]
+    fn the_reason_is_the_last_error_in_either_format_or_the_last_line() {
+        let words = |lines: &[&str]| last_words(&lines.iter().map(|&line| line.to_owned()).collect::<Vec<_>>());
+        let (text, json) = (
+            "2026-11-30T01:00:00.5Z ERROR no CUDA device: no driver",
+            r#"{"role":"worker","level":"ERROR","fields":{"message":"no CUDA device: no driver"}}"#,
+        );
+        for error in [text, json] {
+            let said = words(&["2026-11-30T01:00:00Z  INFO started role=\"worker\"", error, "{}", " "]);
+            assert_eq!(said.as_deref(), Some("no CUDA device: no driver"));
+        }
+        let loader = "learn-worker: error while loading shared libraries: libtorch.so";
+        assert_eq!(words(&["an ERROR of another kind", loader, ""]).as_deref(), Some(loader));
+        assert_eq!(words(&["", "  "]), None);
     }
 
     #[test]

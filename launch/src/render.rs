@@ -5,6 +5,7 @@ mod quality;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use learn_domain::ledger::EpochCount;
 use learn_domain::report::{EmbeddingStatus, EmbeddingWorker, Evaluation, JobStatus, StepRecord};
 pub use quality::{evaluated, summary};
 
@@ -215,14 +216,8 @@ pub fn status(status: &JobStatus, freshness: Freshness) -> String {
     if let Some(best) = &status.best {
         row("best", evaluation(best));
     }
-    for epoch in &status.ledger.epochs {
-        let verdict = match epoch {
-            epoch if epoch.exact() => "exact".into(),
-            epoch if epoch.repeated == 0 && epoch.unknown == 0 => "open".into(),
-            epoch => format!("{} repeated, {} unknown", epoch.repeated, epoch.unknown),
-        };
-        let seen = format!("{} of {} users seen: {verdict}", count(epoch.seen.into()), count(epoch.users.into()));
-        row("ledger", format!("epoch {}: {seen}", epoch.epoch + 1));
+    for line in ledger(&status.ledger.epochs) {
+        row("ledger", line);
     }
     row("generation", format!("{} with {} workers", status.generation, status.world_size));
     for worker in &status.workers {
@@ -240,6 +235,26 @@ pub fn status(status: &JobStatus, freshness: Freshness) -> String {
     }
     row("running for", duration(status.seconds));
     out
+}
+
+/// All exact epochs in one line, and one for each of the others: hours of training must not push the ranks off the screen.
+fn ledger(epochs: &[EpochCount]) -> Vec<String> {
+    let (exact, others): (Vec<_>, Vec<_>) = epochs.iter().partition(|epoch| epoch.exact());
+    let exact = match (exact.len() as u64, others.is_empty()) {
+        (0, _) => None,
+        (1, _) => Some("1 epoch, exact".to_owned()),
+        (number, true) => Some(format!("{} epochs, all exact", count(number))),
+        (number, false) => Some(format!("{} epochs, exact", count(number))),
+    };
+    let other = |epoch: &EpochCount| {
+        let verdict = match (epoch.repeated, epoch.unknown) {
+            (0, 0) => "open".to_owned(),
+            (repeated, unknown) => format!("{repeated} repeated, {unknown} unknown"),
+        };
+        let (seen, users) = (count(epoch.seen.into()), count(epoch.users.into()));
+        format!("epoch {}: {seen} of {users} users seen: {verdict}", epoch.epoch + 1)
+    };
+    exact.into_iter().chain(others.into_iter().map(other)).collect()
 }
 
 /// How many workers, for a progress line.

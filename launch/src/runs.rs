@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, anyhow};
 use learn_dataset::{Dataset, DatasetError};
 use learn_domain::Config;
 use learn_domain::report::{CoordinatorAddress, JobStatus};
-use learn_domain::run_dir::RunDir;
+use learn_domain::run_dir::{RunDir, checkpoint_step};
 use serde::de::DeserializeOwned;
 
 use crate::api::Api;
@@ -45,11 +45,19 @@ pub fn create(root: &Path, config: &Config) -> Result<RunDir> {
         if error.kind() != io::ErrorKind::AlreadyExists {
             return Err(error).with_context(|| format!("cannot make {}", root.display()));
         }
+        let run = RunDir::new(root);
+        refuse_live(&run)?;
         let shown = root.display();
-        return Err(Failure::Usage(format!(
-            "the run {shown} exists already. Continue it with `learn-launch resume {shown}`, give the new one another \
-             name with `--set job.name=NAME`, or move the old one aside with `--force`"
-        ))
+        return Err(Failure::Usage(match has_checkpoint(&run) {
+            true => format!(
+                "the run {shown} exists already. Continue it with `learn-launch resume {shown}`, give the new one another \
+                 name with `--set job.name=NAME`, or move the old one aside with `--force`"
+            ),
+            false => format!(
+                "the run {shown} exists already and has no checkpoint that could be resumed: add `--force`, which moves it \
+                 aside, or give the new one another name with `--set job.name=NAME`"
+            ),
+        })
         .into());
     }
     let run = RunDir::new(root);
@@ -61,6 +69,12 @@ pub fn create(root: &Path, config: &Config) -> Result<RunDir> {
     write_secret(&run.token())?;
     tls::provide(&run, &config.cluster.tls)?;
     Ok(run)
+}
+
+/// Whether a run has come to a checkpoint, be it a damaged one.
+fn has_checkpoint(run: &RunDir) -> bool {
+    let entries = fs::read_dir(run.checkpoints()).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok()).any(|name| checkpoint_step(&name).is_some())
 }
 
 /// Makes the token of a run of an older version, which has none.
@@ -319,6 +333,8 @@ pub fn refuse_live(run: &RunDir) -> Result<()> {
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
+    use learn_domain::Step;
+
     use super::*;
 
     #[test]
@@ -379,10 +395,16 @@ mod tests {
         let root = folder.path().join("one");
         let run = create(&root, &Config::default()).unwrap();
         let secret = fs::read_to_string(run.secret()).unwrap();
+        let text = create(&root, &Config::default()).unwrap_err().to_string();
+        assert!(text.contains("`--force`") && !text.contains("learn-launch resume"), "{text}");
+        fs::create_dir(run.checkpoint(Step(7))).unwrap();
         let error = create(&root, &Config::default()).unwrap_err();
         assert_eq!(crate::failure::exit_code(&error), 2);
         let text = error.to_string();
-        assert!(text.contains("resume") && text.contains("--set job.name=") && text.contains("--force"), "{text}");
+        assert!(
+            text.contains("learn-launch resume") && text.contains("--set job.name=") && text.contains("--force"),
+            "{text}"
+        );
         let aside = move_aside(&root).unwrap().unwrap();
         assert_eq!(fs::read_to_string(RunDir::new(aside).secret()).unwrap(), secret);
         assert!(move_aside(&root).unwrap().is_none());

@@ -33,7 +33,8 @@ extern "C" fn count_stop_request(_signal: libc::c_int) {
 }
 
 /// From now on SIGINT, SIGTERM and SIGHUP are counted instead of ending this process, and SIGUSR1, by which a scheduler
-/// gives notice before it ends a job, asks once: what follows it is the first request, not a second one.
+/// gives notice before it ends a job, asks once: what follows it is the first request, not a second one. SIGHUP stays ignored
+/// where it is: `nohup` asks for that.
 pub fn catch_stop_signals() {
     let handler = |signal| if signal == libc::SIGUSR1 { take_notice } else { count_stop_request };
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGUSR1] {
@@ -42,7 +43,11 @@ pub fn catch_stop_signals() {
             let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
             action.sa_sigaction = handler(signal) as extern "C" fn(libc::c_int) as usize;
             action.sa_flags = libc::SA_RESTART;
-            libc::sigaction(signal, &raw const action, std::ptr::null_mut());
+            let mut before: libc::sigaction = MaybeUninit::zeroed().assume_init();
+            libc::sigaction(signal, &raw const action, &raw mut before);
+            if signal == libc::SIGHUP && before.sa_sigaction == libc::SIG_IGN {
+                libc::sigaction(signal, &raw const before, std::ptr::null_mut());
+            }
         }
     }
 }
@@ -209,8 +214,21 @@ pub fn raise_open_file_limit(files: u64) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::sync::{Mutex, MutexGuard, PoisonError};
+
     use super::*;
+
+    /// For a test that counts signals, which all tests of a process share: nobody else does meanwhile, and nothing was counted.
+    pub(crate) fn count_alone() -> MutexGuard<'static, ()> {
+        static ALONE: Mutex<()> = Mutex::new(());
+        // one that has failed has counted all the same
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        catch_stop_signals();
+        STOP_REQUESTS.store(0, Ordering::Relaxed);
+        NOTICE.store(0, Ordering::Relaxed);
+        alone
+    }
 
     #[test]
     fn facts_about_this_machine_make_sense() {
@@ -221,7 +239,7 @@ mod tests {
 
     #[test]
     fn a_stop_request_is_counted_instead_of_obeyed() {
-        catch_stop_signals();
+        let _alone = count_alone();
         let notice = || {
             // SAFETY: raise takes a plain integer; the handler is set.
             unsafe { libc::raise(libc::SIGUSR1) };

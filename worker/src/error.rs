@@ -62,6 +62,8 @@ pub enum WorkerError {
     Memory(String),
     #[error("{0}; this is a defect of the program or of the installation")]
     Panic(String),
+    #[error("stdout cannot be written: {0}")]
+    Stdout(std::io::Error),
     #[error("{path}: {reason}")]
     File { path: String, reason: String },
     #[error("{0}")]

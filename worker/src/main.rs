@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use learn_domain::config::Config;
 use learn_domain::report::{Split, exit};
 use learn_domain::run_dir::RunDir;
+use learn_telemetry::stdio;
 use learn_worker::bench::arguments::Device;
 use learn_worker::error::WorkerError;
 use learn_worker::export::{ExportSettings, export};
@@ -219,41 +220,42 @@ fn run(command: Command) -> Result<i32, WorkerError> {
             if json {
                 print_json(&exported)?;
             } else {
-                println!(
-                    "exported {} items and {} users of dimension {} (step {}) to {}",
+                print(&format!(
+                    "exported {} items and {} users of dimension {} (step {}) to {}\n",
                     exported.items,
                     exported.users,
                     exported.dim,
                     exported.step,
                     exported.out.display()
-                );
+                ))?;
             }
         }
         Command::Recommend { run, users, k, checkpoint, dataset, with_history, json } => {
             let lists = recommend(&RecommendSettings { run, checkpoint, dataset, users, k, with_history })?;
-            if json { print_json(&lists)? } else { print!("{}", table(&lists)) }
+            if json { print_json(&lists)? } else { print(&table(&lists))? }
         }
         Command::Checkpoints { run, json } => {
             let listed = checkpoint::list(&RunDir::new(run))?;
             if json {
                 print_json(&listed)?;
             } else {
-                for one in &listed {
+                let line = |one: &checkpoint::Listed| {
                     let mark = if one.best { "best" } else { "" };
-                    println!("{:<60} {mark:<5} {}", one.path.display(), one.reason.as_deref().unwrap_or("valid"));
-                }
+                    format!("{:<60} {mark:<5} {}\n", one.path.display(), one.reason.as_deref().unwrap_or("valid"))
+                };
+                print(&listed.iter().map(line).collect::<String>())?;
             }
         }
         Command::CheckInit { config_json } => {
             let config: Config =
                 serde_json::from_str(&config_json).map_err(|error| WorkerError::Usage(error.to_string()))?;
             if let Some((origin, used)) = init::check(&config)? {
-                eprintln!("starts with {}: {used}", origin.path.display());
+                stdio::say(format_args!("starts with {}: {used}", origin.path.display()));
             }
         }
         Command::Doctor { json } => {
             let facts = doctor::facts();
-            if json { print_json(&facts)? } else { println!("{facts:#?}") }
+            if json { print_json(&facts)? } else { print(&format!("{facts:#?}\n"))? }
         }
         Command::Bench { part } => part.run()?,
         Command::BenchFlight(args) => {
@@ -262,14 +264,14 @@ fn run(command: Command) -> Result<i32, WorkerError> {
             let BenchFlightArgs { location, secret_file, items, dim, streams, rows, json, .. } = args;
             let settings = FlightBenchSettings { location, secret_file, items, dim, streams, rows, span };
             let result = bench_flight(&settings)?;
-            if json { print_json(&result)? } else { println!("{result:#?}") }
+            if json { print_json(&result)? } else { print(&format!("{result:#?}\n"))? }
         }
         Command::BenchWire(args) => {
             let BenchWireArgs { location, secret_file, config_json, items, dim, warm, steps, json } = args;
             let config = serde_json::from_str(&config_json).map_err(|error| WorkerError::Usage(error.to_string()))?;
             let settings = WireBenchSettings { location, secret_file, config, items, dim, warm, steps };
             let result = bench_wire(&settings)?;
-            if json { print_json(&result)? } else { println!("{result:#?}") }
+            if json { print_json(&result)? } else { print(&format!("{result:#?}\n"))? }
         }
     }
     Ok(exit::OK)
@@ -277,6 +279,10 @@ fn run(command: Command) -> Result<i32, WorkerError> {
 
 fn print_json(value: &impl serde::Serialize) -> Result<(), WorkerError> {
     let text = serde_json::to_string_pretty(value).map_err(|error| WorkerError::Usage(error.to_string()))?;
-    println!("{text}");
-    Ok(())
+    print(&format!("{text}\n"))
+}
+
+/// That nobody reads it any more is no error.
+fn print(text: &str) -> Result<(), WorkerError> {
+    stdio::print(text).map(drop).map_err(WorkerError::Stdout)
 }

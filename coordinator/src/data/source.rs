@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use arrow_schema::Schema;
-use learn_dataset::{Dataset, DatasetError, Embeddings};
-use learn_domain::config::{ItemTower, RowFormat};
+use learn_dataset::{Dataset, DatasetError, Embeddings, Unsuitable};
+use learn_domain::config::RowFormat;
 use learn_domain::plan::{Plan, PlanError, PlanKey, Position};
 use learn_domain::report::DatasetFacts;
 use learn_domain::sampling::{Sample, SampleKey, SampleSize, SamplingShape, sample, sample_size};
@@ -19,23 +19,8 @@ pub enum SourceError {
     Dataset(#[from] DatasetError),
     #[error(transparent)]
     Plan(#[from] PlanError),
-    #[error(
-        "model.item_tower = \"content\" needs model.output_dim = {dim}, the dimension of the dataset's content embeddings; \
-         it is {output_dim}"
-    )]
-    ContentTower { output_dim: u32, dim: usize },
-    #[error(
-        "objective.cvr_weight is {weight}, but the dataset has no conversion labels; name their column with \
-         prepare.interactions.label and prepare it again, or set the weight to 0"
-    )]
-    NoLabels { weight: f64 },
-    #[error(
-        "model.time_embedding = \"gap\" needs times, but the dataset is of version 1, whose held-out rows have none; \
-         prepare it again with `--replace`, then embed it, or set model.time_embedding to \"none\""
-    )]
-    NoTimes,
-    #[error("the dataset has {users} training users but its sequences have {rows} rows; prepare it again")]
-    Users { users: u32, rows: usize },
+    #[error(transparent)]
+    Unsuitable(#[from] Unsuitable),
 }
 
 /// A dataset as one job sees it.
@@ -60,26 +45,13 @@ impl Source {
     /// # Errors
     /// If they do not, for example because the dataset has no content embeddings yet.
     pub fn new(dataset: Dataset, config: &Config) -> Result<Self, SourceError> {
+        dataset.suits(config)?;
         let facts = dataset.facts().seen_by(&config.model);
         let row_files = row_files(&dataset);
         let embeddings =
             if config.model.item_input.has_content() { Some(Arc::new(dataset.embeddings()?)) } else { None };
         let dim = embeddings.as_ref().map_or(0, |embeddings| embeddings.dim());
-        let output_dim = config.model.output_dim;
-        if config.model.item_tower == ItemTower::Content && output_dim as usize != dim {
-            return Err(SourceError::ContentTower { output_dim, dim });
-        }
-        let weight = config.objective.cvr_weight;
-        if weight > 0.0 && !dataset.has_labels() {
-            return Err(SourceError::NoLabels { weight });
-        }
-        if config.model.reads_times() && !dataset.has_held_out_times() {
-            return Err(SourceError::NoTimes);
-        }
-        let (users, rows) = (facts.train_users, dataset.train().len());
-        if users as usize != rows {
-            return Err(SourceError::Users { users, rows });
-        }
+        let users = facts.train_users;
         let key = PlanKey {
             fingerprint: facts.fingerprint.clone(),
             seed: config.job.seed,
@@ -87,11 +59,7 @@ impl Source {
             global_batch: config.training.global_batch,
         };
         let plan = Plan::new(key)?;
-        let all_epochs = u64::from(config.training.epochs) * plan.steps_per_epoch();
-        let total_steps = match config.training.max_steps {
-            0 => all_epochs,
-            limit => all_epochs.min(limit),
-        };
+        let total_steps = config.training.total_steps(plan.steps_per_epoch());
         let provenance = Provenance {
             dataset: facts.name.clone(),
             fingerprint: facts.fingerprint.clone(),

@@ -88,6 +88,8 @@ pub enum Command {
     Event(WorkerId, Generation, Happening, Reply<Result<(), JobError>>),
     Leave(WorkerId, Departure, Reply<Result<(), JobError>>),
     Stop(Asked, Reply<()>),
+    /// A worker has ended before all had joined, and why.
+    NeverJoined(String, Reply<()>),
     /// The answer is the number of workers that are wanted now.
     Scale(u32, Reply<u32>),
     Status(Reply<JobStatus>),
@@ -451,6 +453,11 @@ impl JobOwner {
             Command::Stop(asked, reply) => {
                 tracing::info!(how = ?asked, "the job is asked to stop");
                 self.apply(|job, now| job.stop(now, asked))?;
+                self.turn.answer(reply, ());
+            }
+            Command::NeverJoined(message, reply) => {
+                tracing::warn!("{message}");
+                self.apply(|job, now| job.never_joined(now, message))?;
                 self.turn.answer(reply, ());
             }
             Command::Scale(workers, reply) => {

@@ -386,6 +386,10 @@ impl Job {
             let plan = &self.settings.plan;
             self.books.leave(rank, |step| planned(plan, step));
         }
+        // its last heartbeat may be older than its last steps
+        if in_peace && let Some(last) = &self.last_step {
+            worker.step = worker.step.max(last.step);
+        }
         worker.phase = match departure {
             Departure::Done => "done".into(),
             Departure::Stopped => "stopped".into(),
@@ -401,6 +405,11 @@ impl Job {
             self.unsaved.job = true;
         }
         self.take(now, Event::OperatorStop)
+    }
+
+    /// A worker has ended before all had joined, says who starts them.
+    pub fn never_joined(&mut self, now: Duration, message: String) -> Vec<Effect> {
+        self.take(now, Event::NeverJoined(message))
     }
 
     /// So many workers are wanted from now on, but no more than there are users in a step.

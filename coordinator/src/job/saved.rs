@@ -106,7 +106,7 @@ impl Changed {
             | Event::Leave(worker, _) => Some(*worker),
             // whether one was seen is not kept
             Event::Heartbeat(_) | Event::Join(_) | Event::Progress(_) | Event::Tick => None,
-            Event::Scale(_) | Event::OperatorStop => None,
+            Event::Scale(_) | Event::OperatorStop | Event::NeverJoined(_) => None,
         };
         let admitted = |effect: &Effect| match effect {
             Effect::Admitted(worker) => Some(*worker),

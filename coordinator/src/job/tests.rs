@@ -285,6 +285,18 @@ fn the_status_follows_the_membership() {
 }
 
 #[test]
+fn one_that_leaves_in_peace_has_done_the_last_step_whatever_its_last_heartbeat_said() {
+    for (departure, step) in [(Departure::Done, Step(2)), (Departure::Crashed("broken".into()), Step(0))] {
+        let mut job = running(1);
+        for step in 1..=2 {
+            job.report(SECOND, report(0, step, 0..4)).unwrap();
+        }
+        job.leave(SECOND * 2, WorkerId(0), departure).unwrap();
+        assert_eq!(job.status(SECOND * 2).workers[0].step, step);
+    }
+}
+
+#[test]
 fn an_operators_call_is_told_from_a_signal_whichever_comes_first() {
     for asked in [[Asked::BySignal, Asked::ByCall], [Asked::ByCall, Asked::BySignal]] {
         let mut job = running(1);

@@ -41,7 +41,7 @@ impl World {
                 assert!(lost && message.contains("cannot go on from step"), "{message}");
             }
             Outcome::Stopped(StopCause::JoinDeadline { .. }) => {}
-            Outcome::Stopped(cause @ StopCause::GaveUp { .. }) => panic!("{cause}"),
+            Outcome::Stopped(cause @ (StopCause::GaveUp { .. } | StopCause::NeverJoined { .. })) => panic!("{cause}"),
         }
     }
 }

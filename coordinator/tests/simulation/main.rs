@@ -64,6 +64,7 @@ fn label(outcome: &Outcome) -> &'static str {
         Outcome::Stopped(StopCause::Operator) => "operator",
         Outcome::Stopped(StopCause::Lost(_)) => "lost",
         Outcome::Stopped(StopCause::JoinDeadline { .. }) => "join deadline",
+        Outcome::Stopped(StopCause::NeverJoined { .. }) => "never joined",
         Outcome::Stopped(StopCause::NoProgress { .. }) => "no progress",
         Outcome::Stopped(StopCause::Failed { .. }) => "failed",
         Outcome::Stopped(StopCause::GaveUp { .. }) => "gave up",

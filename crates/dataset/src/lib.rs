@@ -28,6 +28,7 @@ mod message;
 mod prepare;
 mod progress;
 mod sequences;
+mod suitable;
 
 pub use catalogue::Item;
 pub use dataset::Dataset;
@@ -41,3 +42,4 @@ pub use prepare::{
 };
 pub use progress::Progress;
 pub use sequences::{HeldOut, Sequences};
+pub use suitable::Unsuitable;

@@ -5,6 +5,7 @@
 //! - [`WorkerMetrics`], [`CoordinatorMetrics`], [`DataMetrics`], [`EmbeddingMetrics`]: typed handles; a metric that is not in [`names`] cannot be made.
 //! - [`Exposition`] and [`serve`]: the Prometheus text format over HTTP.
 //! - [`mod@host`]: the name of this machine, and how others reach it.
+//! - [`stdio`]: messages and results for whoever has started a process.
 //! - [`server`]: the HTTP server of every process, with its limits.
 //!
 //! Input: numbers from the trainer's own progress. Output: log lines on stderr, `/metrics` and `/healthz`.
@@ -21,6 +22,7 @@ pub mod names;
 pub mod place;
 mod process;
 pub mod server;
+pub mod stdio;
 mod worker;
 
 pub use age::Age;

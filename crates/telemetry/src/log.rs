@@ -37,6 +37,8 @@ pub fn init_at(role: &'static str, json: bool, default_filter: &str) {
     JSON.store(json, Ordering::Relaxed);
     let builder = tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        // it would be told of on stderr, where it has just failed, by a macro that panics then
+        .log_internal_errors(false)
         .with_env_filter(filter(default_filter))
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
     let started = if json {

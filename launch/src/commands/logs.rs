@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::File;
-use std::io::{self, BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{self, BufRead as _, BufReader, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result};
 use clap::Args;
 use learn_domain::report::JobStatus;
 use learn_domain::run_dir::RunDir;
+use learn_telemetry::stdio;
 
 use crate::api::Api;
 use crate::cli::RunArgs;
@@ -83,7 +84,9 @@ pub fn run(args: &LogsArgs, output: &Output) -> Result<()> {
         logs.insert(name_of(&path), Log::open(path, Some(args.lines))?);
     }
     for (name, log) in &mut logs {
-        screen.print(name, log.lines()?)?;
+        if !screen.print(name, log.lines()?)? {
+            return Ok(());
+        }
     }
     if !args.follow {
         return Ok(());
@@ -95,7 +98,9 @@ pub fn run(args: &LogsArgs, output: &Output) -> Result<()> {
         for (name, log) in &mut logs {
             let lines = log.lines()?;
             silent &= lines.is_empty();
-            screen.print(name, lines)?;
+            if !screen.print(name, lines)? {
+                return Ok(());
+            }
         }
         if over && silent {
             return Ok(());
@@ -115,7 +120,8 @@ pub fn run(args: &LogsArgs, output: &Output) -> Result<()> {
 /// Follows the files of `chosen` from now on: a rank may have gone over to another process, and a new process has another file.
 fn turn_to(chosen: Vec<PathBuf>, logs: &mut BTreeMap<String, Log>, args: &LogsArgs, screen: &mut Screen) -> Result<()> {
     for (name, log) in logs.iter_mut() {
-        screen.print(name, log.lines()?)?;
+        // the loop that asks for more finds out whether anybody reads
+        let _reads = screen.print(name, log.lines()?)?;
     }
     let names: Vec<String> = chosen.iter().map(|path| name_of(path)).collect();
     logs.retain(|name, _| names.contains(name));
@@ -338,23 +344,21 @@ struct Screen {
 }
 
 impl Screen {
-    fn print(&mut self, name: &str, lines: Vec<String>) -> Result<()> {
-        let mut out = io::stdout().lock();
-        for line in lines {
-            if self.json {
-                writeln!(out, "{}", serde_json::json!({ "log": name, "line": line }))?;
-            } else if self.named {
-                writeln!(out, "{name:<11} | {line}")?;
-            } else {
-                writeln!(out, "{line}")?;
-            }
-        }
-        Ok(out.flush()?)
+    /// `false` if nobody reads any more.
+    fn print(&self, name: &str, lines: Vec<String>) -> Result<bool> {
+        let whole = |line: String| match (self.json, self.named) {
+            (true, _) => format!("{}\n", serde_json::json!({ "log": name, "line": line })),
+            (false, true) => format!("{name:<11} | {line}\n"),
+            (false, false) => format!("{line}\n"),
+        };
+        Ok(stdio::print(&lines.into_iter().map(whole).collect::<String>())?)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use proptest::prelude::*;
 
     use super::*;

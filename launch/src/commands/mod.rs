@@ -27,6 +27,7 @@ use std::process::{Command as ChildCommand, ExitStatus};
 use anyhow::{Context as _, Result};
 use learn_domain::report::exit;
 use learn_domain::run_dir::RunDir;
+use learn_telemetry::stdio;
 
 use crate::cli::{Cli, Command, DatasetArgs};
 use crate::failure::{self, Failure};
@@ -70,10 +71,10 @@ pub fn run(cli: Cli) -> i32 {
         Err(error) => {
             let code = failure::exit_code(&error);
             let message = failure::message(&error);
-            eprintln!("learn-launch: {message}");
+            stdio::say(format_args!("learn-launch: {message}"));
             let reported = matches!(error.downcast_ref(), Some(Failure::Reported { .. }));
             if output.json() && !reported {
-                // With stdout closed too there is nobody left to tell.
+                // Where stdout cannot be written there is nobody left to tell.
                 let _nobody = output.result("", &serde_json::json!({ "error": message, "exit_code": code }));
             }
             code

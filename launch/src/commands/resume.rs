@@ -7,6 +7,7 @@ use std::{fs, io};
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use learn_domain::Step;
+use learn_domain::config::TrainingConfig;
 use learn_domain::report::{JobState, Task};
 use learn_domain::run_dir::RunDir;
 use serde::Deserialize;
@@ -19,6 +20,8 @@ use crate::settings::Resolver;
 use crate::slurm::bind;
 use crate::slurm::queue::refuse_queued;
 use crate::{process, runs, system, tls};
+
+use super::doctor;
 
 pub const HELP: &str = "\
 Examples:
@@ -106,7 +109,8 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
     anchor(&mut config)?;
     let unchanged =
         (config.training.epochs, config.training.max_steps) == (before.training.epochs, before.training.max_steps);
-    let finished = runs::last_status(&run)?.is_some_and(|status| status.state == JobState::Finished);
+    let last = runs::last_status(&run)?;
+    let finished = last.as_ref().is_some_and(|status| status.state == JobState::Finished);
     if finished && unchanged && args.checkpoint.is_none() {
         return Err(Failure::Usage(format!(
             "{shown} has finished its {} epochs; `--set training.epochs=N` trains on, `--checkpoint NAME` repeats the \
@@ -116,11 +120,13 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
         .into());
     }
     let dataset = runs::dataset(&run, &config)?;
-    if config.model.item_input.has_content() {
-        dataset.embeddings()?;
-    }
+    super::train::suits(&dataset, &config)?;
+    doctor::refuse_lacks(&config, !args.no_workers)?;
     let checkpoints = with_ledgers(&run, checkpoints(&run)?);
     let checkpoint = choose(&checkpoints, args.checkpoint.as_deref(), &shown)?;
+    if let Some(status) = &last {
+        refuse_less_than_done(&config.training, checkpoint.step, status.steps_per_epoch)?;
+    }
     let text = format!("{shown}: resuming from step {}", checkpoint.step);
     if args.dry_run {
         return output
@@ -152,6 +158,25 @@ pub(super) fn refuse_unchangeable<'a>(mut keys: impl Iterator<Item = &'a str>) -
         ))
         .into()),
     }
+}
+
+/// A training that has come to step `done` cannot end before it.
+pub(super) fn refuse_less_than_done(training: &TrainingConfig, done: Step, steps_per_epoch: u64) -> Result<()> {
+    let total = training.total_steps(steps_per_epoch);
+    // a status from before the dataset was looked at knows no steps
+    if steps_per_epoch == 0 || total >= done.0 {
+        return Ok(());
+    }
+    let epochs = done.0.div_ceil(steps_per_epoch);
+    let (key, least) = match u64::from(training.epochs) * steps_per_epoch < done.0 {
+        true => ("training.epochs", epochs),
+        false => ("training.max_steps", done.0),
+    };
+    Err(Failure::Usage(format!(
+        "the checkpoint is at step {done}, in epoch {epochs}, and a training of {total} steps would end before it: set {key} to \
+         {least} or more, or name an earlier checkpoint with `--checkpoint NAME`"
+    ))
+    .into())
 }
 
 /// A path as the task carries it.
@@ -301,6 +326,25 @@ mod tests {
         let text = choose(&[checkpoint(10, true, false)], Some("step-7"), "r").unwrap_err().to_string();
         assert!(text.contains("no checkpoint `step-7`; it has step-0000000010"), "{text}");
         assert!(choose(&[], None, "r").unwrap_err().to_string().contains("has no checkpoint; start again"));
+    }
+
+    #[test]
+    fn less_than_is_done_is_no_goal() {
+        let check = |epochs, max_steps, done| {
+            let training = TrainingConfig { epochs, max_steps, ..TrainingConfig::default() };
+            refuse_less_than_done(&training, Step(done), 4).map_err(|error| error.to_string())
+        };
+        // what is exactly done can be ended and tested
+        for (epochs, max_steps, done) in [(5, 0, 20), (6, 0, 20), (9, 20, 20), (2, 0, 8)] {
+            check(epochs, max_steps, done).unwrap();
+        }
+        let text = check(2, 0, 20).unwrap_err();
+        assert!(text.contains("at step 20, in epoch 5") && text.contains("training.epochs to 5 or more"), "{text}");
+        assert!(check(5, 0, 21).unwrap_err().contains("training.epochs to 6 or more"));
+        let text = check(9, 19, 20).unwrap_err();
+        assert!(text.contains("of 19 steps") && text.contains("training.max_steps to 20 or more"), "{text}");
+        let before_the_plan = TrainingConfig { epochs: 1, ..TrainingConfig::default() };
+        refuse_less_than_done(&before_the_plan, Step(7), 0).unwrap();
     }
 
     #[test]

@@ -116,7 +116,8 @@ fn resubmit(args: &SlurmArgs, request: Request, named: &Path, output: &Output) -
     let shown = super::shown_run(&run);
     runs::refuse_live(&run)?;
     refuse_queued(&run)?;
-    if runs::last_status(&run)?.is_some_and(|status| status.state == JobState::Finished) {
+    let last = runs::last_status(&run)?;
+    if last.as_ref().is_some_and(|status| status.state == JobState::Finished) {
         let message = format!("{shown} has finished; `learn-launch resume {shown} --set training.epochs=N` trains on");
         return Err(Failure::Usage(message).into());
     }
@@ -139,6 +140,9 @@ fn resubmit(args: &SlurmArgs, request: Request, named: &Path, output: &Output) -
         runs::dataset(&run, &config)?;
     }
     tls::check(&config.cluster.tls)?;
+    if let Some((status, step)) = last.as_ref().and_then(|status| Some((status, status.last_checkpoint?))) {
+        super::resume::refuse_less_than_done(&config.training, step, status.steps_per_epoch)?;
+    }
     let text = write(&request, &run, &config)?;
     if args.dry_run {
         return output.result(&text, &serde_json::json!({ "script": text, "run": run.root() }));

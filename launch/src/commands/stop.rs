@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use clap::Args;
+use learn_domain::Step;
+use learn_domain::report::{JobState, JobStatus, Task, exit};
 use learn_domain::run_dir::RunDir;
 
 use crate::cli::RunArgs;
@@ -22,7 +24,9 @@ Examples:
   learn-launch stop data/ml-100k            (the embed job of a dataset)
 
 The job finishes its step, writes a checkpoint and ends; `learn-launch resume` continues it exactly. A job that waits in
-Slurm's queue is taken out of it; `learn-launch slurm --resubmit` continues it. An embed job ends at once and keeps its finished ranges; `learn-launch embed` goes on behind them.";
+Slurm's queue is taken out of it; `learn-launch slurm --resubmit` continues it. An embed job ends at once and keeps its finished ranges; `learn-launch embed` goes on behind them.
+
+Exit code 0: it was stopped and lost no step, or had finished; 1: it has failed, or its last steps are in no checkpoint.";
 
 /// Pause between two looks at a job that is about to end.
 const POLL: Duration = Duration::from_millis(200);
@@ -44,11 +48,12 @@ pub struct StopArgs {
 }
 
 /// # Errors
-/// The run is not running, its coordinator refuses, or it does not end in time.
+/// The run is not running, its coordinator refuses, or it does not end in time, or not as it was asked to.
 pub fn run(args: &StopArgs, output: &Output) -> Result<()> {
     match runs::find_named(&args.run.run, &args.run.runs_dir)? {
         Named::Run(run) => {
             let shown = super::shown_run(&run);
+            let before = runs::last_status(&run)?;
             if !end(args, &run, (&shown, "stopping after the current step"), output)? {
                 return Ok(());
             }
@@ -63,7 +68,12 @@ pub fn run(args: &StopArgs, output: &Output) -> Result<()> {
                 );
             }
             let step = status.last_step.as_ref().map_or(0, |step| step.step.0);
-            output.result(&format!("{shown}: {} at step {step}", status.state.name()), &status)
+            output.result(&format!("{shown}: {} at step {step}", status.state.name()), &status)?;
+            // of a job that only waited in a queue the status is that of an earlier start
+            match lost(&status).filter(|_| before.is_none_or(|before| before != status)) {
+                None => Ok(()),
+                Some(why) => Err(Failure::Reported { code: exit::FAILED, message: format!("{shown}: {why}") }.into()),
+            }
         }
         Named::Dataset(dataset) => {
             let shown = super::shown(dataset.dir());
@@ -73,6 +83,24 @@ pub fn run(args: &StopArgs, output: &Output) -> Result<()> {
             }
             let text = format!("{shown}: its embed job has ended; `learn-launch embed` goes on where it was");
             output.result(&text, &serde_json::json!({ "state": "stopped" }))
+        }
+    }
+}
+
+/// Why a job that has ended did not end as it was asked to: with all that was done in a checkpoint, or at its end.
+fn lost(status: &JobStatus) -> Option<String> {
+    let kept = status.last_checkpoint.unwrap_or_default();
+    let done = status.last_step.as_ref().map_or(Step(0), |step| step.step);
+    match (&status.state, &status.task) {
+        (JobState::Finished, _) | (JobState::Stopped, Task::Evaluate { .. }) => None,
+        (JobState::Stopped, Task::Train { .. }) if kept >= done => None,
+        (JobState::Stopped, Task::Train { .. }) => Some(match kept {
+            Step(0) => format!("it has no checkpoint, so its {done} steps are lost"),
+            kept => format!("its last checkpoint is of step {kept}; what came after it is lost"),
+        }),
+        _ => {
+            let cause = status.cause.as_deref().unwrap_or("its coordinator has not said why");
+            Some(format!("it was not stopped, it has failed: {cause}"))
         }
     }
 }
@@ -161,4 +189,29 @@ fn end_in_queue(args: &StopArgs, run: &RunDir, queue: &Queue, shown: &str, outpu
         std::thread::sleep(queue::ASK);
     }
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use learn_domain::report::StepRecord;
+
+    use super::*;
+
+    #[test]
+    fn only_what_loses_no_step_was_stopped_well() {
+        let of = |state, done, kept: Option<u64>| {
+            let mut status = crate::watch::tests::scene().current.unwrap().status;
+            status.state = state;
+            status.last_step = (done > 0).then(|| StepRecord { step: Step(done), ..StepRecord::default() });
+            status.last_checkpoint = kept.map(Step);
+            status.cause = Some("worker 0 died".into());
+            lost(&status)
+        };
+        assert_eq!(of(JobState::Finished, 14, None), None);
+        assert_eq!(of(JobState::Stopped, 14, Some(14)), None);
+        assert_eq!(of(JobState::Stopped, 0, None), None, "it had not begun");
+        assert!(of(JobState::Stopped, 14, Some(10)).unwrap().contains("of step 10"));
+        assert!(of(JobState::Stopped, 14, None).unwrap().contains("its 14 steps are lost"));
+        assert!(of(JobState::Failed, 14, Some(14)).unwrap().ends_with("failed: worker 0 died"));
+    }
 }

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::Args;
-use learn_dataset::Dataset;
-use learn_domain::config::ItemTower;
+use learn_dataset::{Dataset, Unsuitable};
+use learn_domain::config::SplitPolicy;
 use learn_domain::plan::{Plan, PlanKey};
 use learn_domain::report::{Summary, Task};
 use learn_domain::run_dir::RunDir;
@@ -17,6 +17,8 @@ use crate::failure::Failure;
 use crate::job::{self, JobSpec, Workers};
 use crate::output::Output;
 use crate::{process, render, runs};
+
+use super::doctor;
 
 pub const HELP: &str = "\
 Examples:
@@ -81,6 +83,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     runs::find_init(&mut config)?;
     anchor(&mut config)?;
     check_ready(&config)?;
+    doctor::refuse_lacks(&config, !args.no_workers)?;
     warn_of_warm_up(&config, output)?;
     let root = config.job.runs_dir.join(&config.job.name);
     if args.dry_run {
@@ -113,16 +116,8 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
 /// Everything that can be known to fail before a run directory is made.
 pub(super) fn check_ready(config: &Config) -> Result<()> {
     let dataset = Dataset::open(&config.data.dataset)?;
-    if config.model.item_input.has_content() {
-        let (dim, output_dim) = (dataset.embeddings()?.dim(), config.model.output_dim as usize);
-        if config.model.item_tower == ItemTower::Content && dim != output_dim {
-            return Err(Failure::Usage(format!(
-                "model.output_dim is {output_dim}, but the item tower `content` needs the dimension of the content \
-                 embeddings: set model.output_dim={dim}"
-            ))
-            .into());
-        }
-    }
+    suits(&dataset, config)?;
+    refuse_metric(&config.checkpoint.metric, dataset.manifest().split.policy)?;
     for binary in ["learn-coordinator", "learn-worker"] {
         process::sibling(binary)?;
     }
@@ -147,6 +142,28 @@ pub(super) fn warn_of_warm_up(config: &Config, output: &Output) -> Result<()> {
     let total = config.training.total_steps(plan.steps_per_epoch());
     if let Some(warning) = schedule::endless_warm_up(&config.optimizer, total) {
         output.note(&format!("warning: {warning}"));
+    }
+    Ok(())
+}
+
+/// # Errors
+/// Dataset and configuration do not go together.
+pub(super) fn suits(dataset: &Dataset, config: &Config) -> Result<()> {
+    dataset.suits(config).map_err(|unsuitable| match unsuitable {
+        Unsuitable::Dataset(error) => error.into(),
+        unsuitable if unsuitable.is_usage() => Failure::Usage(unsuitable.to_string()).into(),
+        unsuitable => unsuitable.into(),
+    })
+}
+
+/// An AUC within users needs one with held-out exposures of both kinds, and leave-one-out holds one exposure out for each.
+fn refuse_metric(metric: &str, split: SplitPolicy) -> Result<()> {
+    if split == SplitPolicy::LeaveOneOut && ["cvr.uauc", "cvr.wuauc"].contains(&metric) {
+        return Err(Failure::Usage(format!(
+            "checkpoint.metric is {metric}, which compares exposures of one user, but the dataset's split is leave-one-out, with \
+             one held-out exposure for each: set checkpoint.metric=cvr.auc, or prepare it again with prepare.split=by-time"
+        ))
+        .into());
     }
     Ok(())
 }
@@ -181,4 +198,21 @@ pub fn report(run: &RunDir, output: &Output) -> Result<()> {
         super::shown(&run.logs()),
     );
     output.result(&text, &summary)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_metric_that_cannot_come_is_refused() {
+        for metric in ["cvr.uauc", "cvr.wuauc"] {
+            let text = refuse_metric(metric, SplitPolicy::LeaveOneOut).unwrap_err().to_string();
+            assert!(text.contains(metric) && text.contains("checkpoint.metric=cvr.auc"), "{text}");
+            refuse_metric(metric, SplitPolicy::ByTime).unwrap();
+        }
+        for metric in ["cvr.auc", "ndcg@10"] {
+            refuse_metric(metric, SplitPolicy::LeaveOneOut).unwrap();
+        }
+    }
 }

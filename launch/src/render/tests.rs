@@ -83,7 +83,7 @@ fn a_live_job_shows_its_progress_ledger_and_workers() {
         "ml-100k: 943 users, 1,682 items",
         "30 of 2,000 (100 epochs)",
         "epoch 2 loss 3.2500 accuracy 0.125 512 users/s",
-        "epoch 1: 943 of 943 users seen: exact",
+        "ledger      1 epoch, exact\n",
         "epoch 2: 512 of 943 users seen: open",
         "2 with 2 workers",
         "rank 1 here pid 42 cpu: step 30 backward, heard 0.2s ago",
@@ -92,6 +92,21 @@ fn a_live_job_shows_its_progress_ledger_and_workers() {
     ] {
         assert!(text.contains(part), "{part} is not in:\n{text}");
     }
+}
+
+#[test]
+fn exact_epochs_take_one_line_and_each_of_the_others_its_own() {
+    let mut job = job();
+    let epoch = |epoch| EpochCount { epoch, users: 943, seen: 943, repeated: 0, unknown: 0 };
+    job.ledger.epochs = (0..100).map(epoch).collect();
+    let lines = |job: &JobStatus| {
+        let text = status(job, Freshness::Live);
+        text.lines().filter_map(|line| line.trim().strip_prefix("ledger      ")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(lines(&job), ["100 epochs, all exact"]);
+    (job.ledger.epochs[41].repeated, job.ledger.epochs[99].seen) = (2, 10);
+    let others = ["epoch 42: 943 of 943 users seen: 2 repeated, 0 unknown", "epoch 100: 10 of 943 users seen: open"];
+    assert_eq!(lines(&job), ["98 epochs, exact", others[0], others[1]]);
 }
 
 #[test]

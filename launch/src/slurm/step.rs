@@ -174,7 +174,7 @@ mod tests {
     }
 
     fn view(state: JobState) -> View {
-        View { state, wanted: 4, steps_left: true }
+        View { state, wanted: 4, members: 4, steps_left: true }
     }
 
     #[test]

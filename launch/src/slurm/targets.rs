@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use learn_domain::report::CoordinatorAddress;
 use learn_domain::run_dir::RunDir;
+use learn_telemetry::stdio;
 use ureq::Agent;
 
 use crate::runs;
@@ -46,11 +47,11 @@ impl Keeper {
             while stopped.recv_timeout(if there { ASK } else { ASK_FIRST }) == Err(RecvTimeoutError::Timeout) {
                 match keep(&run, &file) {
                     Ok(kept) => there = kept,
-                    Err(error) => eprintln!("learn-launch: {error:#}"),
+                    Err(error) => stdio::say(format_args!("learn-launch: {error:#}")),
                 }
             }
             if let Err(error) = remove(&file) {
-                eprintln!("learn-launch: {error:#}");
+                stdio::say(format_args!("learn-launch: {error:#}"));
             }
         });
         Ok(Self { stop: Some(stop), thread: Some(thread) })

@@ -13,6 +13,7 @@ use learn_domain::config::DeviceKind;
 use learn_domain::ids::Rank;
 use learn_domain::report::{CoordinatorAddress, JobState, Task, exit};
 use learn_domain::run_dir::RunDir;
+use learn_telemetry::stdio;
 
 use super::step::GivenUp;
 use super::{TaskPlace, Variables, address};
@@ -76,7 +77,7 @@ fn leave(spec: &TaskSpec<'_>, place: &TaskPlace, how: String, said: Vec<String>)
     let log = spec.run.worker_log(Rank(place.number));
     let note = GivenUp { node: place.node.clone(), number: place.number, how, log, said };
     if let Err(error) = note.leave(spec.run) {
-        eprintln!("learn-launch: {error:#}");
+        stdio::say(format_args!("learn-launch: {error:#}"));
     }
 }
 
@@ -160,10 +161,10 @@ impl<'a> Hand<'a> {
                     std::thread::sleep(SHORT_LIFE.saturating_sub(started.elapsed()));
                 }
                 restarts += 1;
-                eprintln!(
+                stdio::say(format_args!(
                     "worker process {} on {} ended with {how}; another takes its place ({restarts} of {most} restarts)",
                     self.place.number, self.place.node
-                );
+                ));
                 process = self.start()?;
                 continue;
             }

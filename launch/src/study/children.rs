@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn a_request_is_passed_on_once_and_a_second_one_kills() {
-        system::catch_stop_signals();
+        let _alone = system::tests::count_alone();
         let ask = || {
             let before = system::stop_requests();
             system::end(std::process::id(), End::Gracefully);

@@ -197,6 +197,7 @@ pub fn write_configs(runs: &[StudyRun]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+
     use super::super::datasets;
     use super::*;
 

@@ -16,12 +16,12 @@ mod told;
 mod view;
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
 use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use learn_domain::run_dir::RunDir;
+use learn_telemetry::stdio;
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use scene::Watcher;
@@ -38,7 +38,7 @@ const NAP: Duration = Duration::from_millis(50);
 /// Shows a run until its job has ended, or somebody has seen enough; in lines if `plain`, or where no screen is possible.
 ///
 /// # Errors
-/// Its files cannot be read, or the output is closed.
+/// Its files cannot be read, or the output cannot be written.
 pub fn run(run: RunDir, plain: bool, output: &Output) -> Result<()> {
     system::catch_stop_signals();
     let watcher = Watcher::new(run);
@@ -72,19 +72,14 @@ pub fn picture(run: RunDir, columns: u16, rows: u16) -> Result<String> {
     Ok(picture::svg(terminal.backend().buffer()))
 }
 
-/// Says what has changed, until the job has ended.
+/// Says what has changed, until the job has ended or nobody reads it any more.
 fn tell(mut watcher: Watcher, json: bool) -> Result<()> {
     let mut told = Told::default();
     loop {
         let scene = watcher.look()?;
         let lines = if json { told.json(&scene).into_iter().collect() } else { told.lines(&scene) };
-        let mut out = std::io::stdout().lock();
-        for line in lines {
-            writeln!(out, "{line}")?;
-        }
-        out.flush()?;
-        drop(out);
-        if scene.over() || rest() {
+        let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+        if !stdio::print(&text)? || scene.over() || rest() {
             return Ok(());
         }
     }

@@ -1,7 +1,7 @@
 //! The command line as a user sees it: the built binary, its words and its exit codes.
 
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use crate::support::{TestResult, err, out, write_interactions};
 use serde_json::Value;
@@ -107,6 +107,26 @@ fn what_config_prints_is_what_config_reads() -> TestResult {
     let schema: Value = serde_json::from_slice(&launch(folder.path(), &["config", "schema"]).stdout)?;
     assert_eq!(schema["title"], "Config");
     assert_eq!(schema["$defs"]["TrainingConfig"]["properties"]["epochs"]["default"], 10);
+    Ok(())
+}
+
+#[test]
+fn who_stops_reading_ends_a_command_quietly() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    for (arguments, code) in [
+        (vec!["config", "reference"], 0),
+        (vec!["config", "show", "--json"], 0),
+        (vec!["--help"], 0),
+        (vec!["status", "absent", "--json"], 2),
+    ] {
+        let (reader, writer) = std::io::pipe()?;
+        drop(reader);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_learn-launch"));
+        command.current_dir(folder.path()).args(&arguments).stdout(writer).stderr(Stdio::piped());
+        let output = command.spawn()?.wait_with_output()?;
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", err(&output));
+        assert!(!err(&output).contains("Broken pipe"), "{arguments:?}: {}", err(&output));
+    }
     Ok(())
 }
 

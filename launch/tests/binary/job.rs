@@ -67,10 +67,44 @@ while true; do sleep 0.05; done"#;
     let output = job.wait_with_output()?;
     assert_eq!(output.status.code(), Some(4), "{}", err(&output));
     let text = err(&output);
-    for words in ["worker process 1 ended with exit code 1", "worker-1.log", "| libtorch is not there", "--force"] {
+    let cause =
+        "the job failed: worker process 1 ended with exit code 1 before all workers had joined: libtorch is not there";
+    for words in [cause, "worker-1.log", "| libtorch is not there", "--force"] {
         assert!(text.contains(words), "{words} is not in {text}");
     }
+    assert!(!text.contains("asked"), "nobody has stopped it: {text}");
     assert!(start.elapsed().as_secs() < 60, "it does not wait for the join timeout");
+    Ok(())
+}
+
+#[test]
+fn a_dry_run_finds_what_would_fail_at_once() -> TestResult {
+    // a machine without CUDA
+    let facts = serde_json::json!({
+        "version": env!("CARGO_PKG_VERSION"), "nccl": null, "nccl_reason": "not found",
+        "libtorch": { "libtorch_version": "2.11.0", "libtorch_folder": "/t", "cuda_available": false,
+            "cuda_reason": "no driver", "devices": 0, "threads": 2, "cpu_capability": "AVX2" }
+    });
+    let installation = Installation::new("exit 1", &format!("[ $1 = doctor ] && echo '{facts}'"))?;
+    let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let port = format!("cluster.http_port={}", taken.local_addr()?.port());
+    let weight = ["--set", "objective.cvr_weight=1"];
+    for (arguments, words) in [
+        (["--device", "cuda"], "CUDA: no driver; mend that, or set cluster.device=cpu"),
+        (["--set", &port], "cluster.http_port=0"),
+        (weight, "objective.cvr_weight is 1, but the dataset has no conversion labels"),
+    ] {
+        for dry in [&["--dry-run"][..], &[]] {
+            let output = installation.launch(&[&["train"], &arguments[..], dry].concat())?;
+            assert!(!output.status.success() && err(&output).contains(words), "{arguments:?}: {}", err(&output));
+            assert!(!installation.path("runs").exists(), "{arguments:?}: nothing is made before everything is ready");
+        }
+    }
+    // workers come from a machine that has GPUs
+    let elsewhere = installation.launch(&["train", "--device", "cuda", "--no-workers", "--dry-run"])?;
+    assert!(elsewhere.status.success(), "{}", err(&elsewhere));
+    let doctor = installation.launch(&[&["doctor"], &weight[..]].concat())?;
+    assert!(out(&doctor).contains("no conversion labels") && doctor.status.code() == Some(1), "{}", out(&doctor));
     Ok(())
 }
 
@@ -104,13 +138,17 @@ fn a_lost_worker_has_its_own_exit_code_and_the_way_on() -> TestResult {
 fn start(installation: &Installation) -> TestResult<(Child, Vec<u32>)> {
     let mut command = installation.command(&["train"]);
     let job = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let workers = until(|| {
+    Ok((job, workers(installation)?))
+}
+
+/// The two workers of a job that has just been started.
+fn workers(installation: &Installation) -> TestResult<Vec<u32>> {
+    until(|| {
         let entries = std::fs::read_dir(installation.path(".")).ok()?.flatten();
         let names = entries.filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".pid")?.parse().ok());
         let pids: Vec<u32> = names.collect();
         (pids.len() == 2 && pids.iter().all(|pid| runs(*pid, "sleep"))).then_some(pids)
-    })?;
-    Ok((job, workers))
+    })
 }
 
 fn coordinator_pid(installation: &Installation) -> TestResult<u32> {
@@ -135,6 +173,77 @@ fn a_signal_stops_the_job_gracefully() -> TestResult {
         text.contains("stopped at step 7 (asked by its operator)") && text.contains("continues from step 7"),
         "{text}"
     );
+    Ok(())
+}
+
+#[test]
+fn ctrl_c_stops_the_job_gracefully_though_it_has_ended_the_tee_behind_it() -> TestResult {
+    let installation = Installation::new(STOPPABLE_COORDINATOR, PATIENT_WORKER)?;
+    let (reader, writer) = std::io::pipe()?;
+    drop(reader);
+    let mut job = installation.command(&["train"]).stdout(writer.try_clone()?).stderr(writer).spawn()?;
+    workers(&installation)?;
+    end(job.id(), End::Gracefully);
+    assert_eq!(job.wait()?.code(), Some(3));
+    let status: Value = serde_json::from_str(&installation.read("runs/learn/status.json")?)?;
+    assert_eq!((&status["state"], &status["last_checkpoint"]), (&"stopped".into(), &7.into()));
+    Ok(())
+}
+
+#[test]
+fn a_closed_terminal_stops_the_job_gracefully() -> TestResult {
+    let installation = Installation::new(STOPPABLE_COORDINATOR, PATIENT_WORKER)?;
+    // a shell on a terminal of util-linux' `script`, which passes SIGHUP on to its jobs as an interactive one does
+    let session = "trap 'kill -HUP $job' HUP; bin/learn-launch train & job=$!; wait $job; wait $job; echo $? > part; mv part code";
+    let mut terminal = std::process::Command::new("script");
+    terminal
+        .args(["--quiet", "--command", session, "/dev/null"])
+        .current_dir(installation.path("."))
+        .env("SHELL", "/bin/sh");
+    let mut terminal = terminal.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
+    workers(&installation)?;
+    terminal.kill()?;
+    terminal.wait()?;
+    assert_eq!(until(|| installation.read("code").ok())?.trim(), "3");
+    Ok(())
+}
+
+#[test]
+fn nohup_shields_from_a_closed_terminal_and_from_nothing_else() -> TestResult {
+    let installation = Installation::new(STOPPABLE_COORDINATOR, PATIENT_WORKER)?;
+    let mut command = std::process::Command::new("nohup");
+    command.arg(installation.path("bin/learn-launch")).arg("train").current_dir(installation.path("."));
+    let job = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    workers(&installation)?;
+    assert!(std::process::Command::new("kill").args(["-HUP", &job.id().to_string()]).status()?.success());
+    // had the first signal counted, this one would kill
+    end(job.id(), End::Gracefully);
+    let output = job.wait_with_output()?;
+    assert_eq!(output.status.code(), Some(3), "{}", err(&output));
+    Ok(())
+}
+
+#[test]
+fn a_finished_job_ends_well_though_nobody_reads_its_table() -> TestResult {
+    let installation = Installation::new(GOOD_COORDINATOR, LOYAL_WORKER)?;
+    let (reader, writer) = std::io::pipe()?;
+    drop(reader);
+    let job = installation.command(&["train"]).stdout(writer.try_clone()?).stderr(writer).status()?;
+    assert_eq!(job.code(), Some(0));
+    Ok(())
+}
+
+#[test]
+fn logs_end_quietly_when_nobody_reads_any_more() -> TestResult {
+    let installation = Installation::new(GOOD_COORDINATOR, LOYAL_WORKER)?;
+    assert!(installation.launch(&["train"])?.status.success());
+    for arguments in [vec!["logs", "learn"], vec!["logs", "learn", "--follow"], vec!["status", "learn", "--watch"]] {
+        let (reader, writer) = std::io::pipe()?;
+        drop(reader);
+        let output =
+            installation.command(&arguments).stdout(writer).stderr(Stdio::piped()).spawn()?.wait_with_output()?;
+        assert_eq!((output.status.code(), err(&output).as_str()), (Some(0), ""), "{arguments:?}");
+    }
     Ok(())
 }
 
@@ -200,8 +309,16 @@ fn a_run_is_resumed_from_its_latest_checkpoint() -> TestResult {
     let stopped = installation.launch(&["train"])?;
     assert_eq!(stopped.status.code(), Some(3), "{}", err(&stopped));
 
-    let refused = installation.launch(&["resume", "learn", "--set", "model.layers=3"])?;
-    assert_eq!(refused.status.code(), Some(2), "{}", err(&refused));
+    let before = installation.read("runs/learn/config.json")?;
+    for (setting, words) in
+        [("model.layers=3", "model.layers cannot change"), ("training.max_steps=6", "at step 7, in epoch 1")]
+    {
+        let refused = installation.launch(&["resume", "learn", "--set", setting])?;
+        assert_eq!(refused.status.code(), Some(2), "{}", err(&refused));
+        assert!(err(&refused).contains(words), "{}", err(&refused));
+    }
+    assert_eq!(installation.read("runs/learn/config.json")?, before);
+    assert!(!installation.path("runs/learn/config.next.json").exists());
     let resumed = installation.launch(&["resume", "learn", "--set", "training.epochs=11"])?;
     assert!(resumed.status.success(), "{}", err(&resumed));
     assert!(err(&resumed).contains("resuming from step 7"), "{}", err(&resumed));

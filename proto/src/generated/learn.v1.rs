@@ -2156,8 +2156,13 @@ pub mod embedding_server {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct StopRequest {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StopRequest {
+    /// Not empty: no operator wishes it, a worker could not be started or has ended before all had joined, for this reason. The
+    /// job has failed then.
+    #[prost(string, tag = "1")]
+    pub never_joined: ::prost::alloc::string::String,
+}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StopResponse {}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

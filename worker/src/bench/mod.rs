@@ -23,6 +23,7 @@ pub mod synthetic;
 use std::fmt::Display;
 
 use clap::Subcommand;
+use learn_telemetry::stdio;
 use serde::Serialize;
 
 use crate::error::WorkerError;
@@ -66,11 +67,9 @@ impl Part {
 }
 
 fn print(json: bool, result: &(impl Serialize + Display)) -> Result<(), WorkerError> {
-    if json {
-        let text = serde_json::to_string_pretty(result).map_err(|error| WorkerError::Usage(error.to_string()))?;
-        println!("{text}");
-    } else {
-        println!("{result}");
-    }
-    Ok(())
+    let text = match json {
+        true => serde_json::to_string_pretty(result).map_err(|error| WorkerError::Usage(error.to_string()))?,
+        false => result.to_string(),
+    };
+    stdio::print(&format!("{text}\n")).map(drop).map_err(WorkerError::Stdout)
 }

@@ -3,7 +3,6 @@
 //! Input: the resolved configuration (`data.dataset`, `embed.*`), or the coordinator of an embed job, which has it. Output: finished shards in the dataset directory, or
 //! with `--commit` the dataset's new embeddings; progress on stdout (`--progress-json`) or as a bar; log on stderr.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -17,6 +16,7 @@ use learn_dataset::Dataset;
 use learn_domain::Config;
 use learn_domain::prompt::PromptTemplate;
 use learn_domain::report::exit;
+use learn_telemetry::stdio;
 
 /// Embeds the items of a dataset with a frozen encoder, or takes over vectors made elsewhere.
 #[derive(Parser)]
@@ -58,8 +58,8 @@ fn main() -> ExitCode {
         Ok(()) => return ExitCode::SUCCESS,
         Err(failure) => failure,
     };
-    // The messages hold their causes. Nothing is left to do if stderr is closed.
-    let _ = writeln!(std::io::stderr(), "learn-embed: {error}");
+    // The messages hold their causes.
+    stdio::say(format_args!("learn-embed: {error}"));
     ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))
 }
 
@@ -109,9 +109,10 @@ fn run(arguments: &Arguments, config: &Config, member: Option<Member>) -> anyhow
 fn show(config: &Config, count: usize) -> anyhow::Result<()> {
     let template = PromptTemplate::new(&config.embed.prompt).map_err(|problem| anyhow!("embed.prompt: {problem}"))?;
     let items = Dataset::open(&config.data.dataset)?.items()?;
-    let mut out = std::io::stdout().lock();
     for item in items.iter().take(count) {
-        writeln!(out, "{}\t{}", item.id, prompt(&template, item))?;
+        if !stdio::print(&format!("{}\t{}\n", item.id, prompt(&template, item)))? {
+            break;
+        }
     }
     Ok(())
 }

@@ -33,7 +33,8 @@ impl Membership {
             }
             Event::Leave(worker, departure) => self.leave(now, worker, departure),
             Event::Scale(workers) => self.scale(now, workers),
-            Event::OperatorStop => self.operator_stop(now),
+            Event::OperatorStop => self.end_or_stop(now, StopCause::Operator),
+            Event::NeverJoined(message) => self.end_or_stop(now, StopCause::NeverJoined { message }),
             Event::Tick => self.deadlines(now),
         }
     }
@@ -354,10 +355,11 @@ impl Membership {
         self.form_if_complete(now)
     }
 
-    fn operator_stop(&mut self, now: Duration) -> Vec<Effect> {
+    /// At once before there is anything to save, else gracefully.
+    fn end_or_stop(&mut self, now: Duration, cause: StopCause) -> Vec<Effect> {
         match &self.state {
-            State::Gathering { .. } => self.end(Outcome::Stopped(StopCause::Operator)),
-            State::Running { .. } | State::Regrouping { .. } => self.ask_to_stop(now, StopCause::Operator),
+            State::Gathering { .. } => self.end(Outcome::Stopped(cause)),
+            State::Running { .. } | State::Regrouping { .. } => self.ask_to_stop(now, cause),
             State::Stopping { .. } | State::Ended(_) => Vec::new(),
         }
     }

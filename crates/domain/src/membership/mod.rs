@@ -94,6 +94,8 @@ pub enum Event {
     /// So many workers are wanted from now on.
     Scale(u32),
     OperatorStop,
+    /// Who starts the workers has one that ended before all had joined, and says why.
+    NeverJoined(String),
     Tick,
 }
 
@@ -235,6 +237,10 @@ pub enum StopCause {
         wanted: u32,
         seconds: u64,
     },
+    /// A worker has ended before all had joined.
+    NeverJoined {
+        message: String,
+    },
     NoProgress {
         recoveries: u32,
         last: String,
@@ -260,7 +266,7 @@ impl fmt::Display for StopCause {
                 f,
                 "{recoveries} recoveries without a finished step (cluster.max_recoveries); the last one because {last}"
             ),
-            Self::GaveUp { message, .. } => f.write_str(message),
+            Self::NeverJoined { message } | Self::GaveUp { message, .. } => f.write_str(message),
         }
     }
 }

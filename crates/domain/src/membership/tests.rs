@@ -304,6 +304,21 @@ fn what_befalls_the_others_when_one_is_done_takes_nothing_away() {
 }
 
 #[test]
+fn a_job_that_cannot_gather_ends_with_the_reason() {
+    let message = || "worker process 1 ended with exit code 1".to_owned();
+    let cause = StopCause::NeverJoined { message: message() };
+    let mut membership = Membership::new(SETTINGS);
+    join(&mut membership, 0, "a");
+    let ended = membership.step(at(1), Event::NeverJoined(message()));
+    assert_eq!(ended, [Effect::Ended(Outcome::Stopped(cause.clone()))]);
+    assert_eq!(cause.to_string(), message());
+    // all have joined in the meantime, by whatever way: nothing is thrown away
+    let mut membership = running();
+    assert_eq!(membership.step(at(2), Event::NeverJoined(message())), [Effect::Stop(cause)]);
+    assert!(matches!(membership.directive(WorkerId(1)), Directive::Run { call: Call::Stop(_), .. }));
+}
+
+#[test]
 fn an_operator_stop_is_graceful_even_through_a_loss() {
     let mut membership = running();
     assert_eq!(membership.step(at(2), Event::OperatorStop), [Effect::Stop(StopCause::Operator)]);
@@ -405,6 +420,7 @@ fn event() -> impl Strategy<Value = (u64, Event)> {
         2 => (1_u32..6).prop_map(Event::Scale),
         2 => (0_u64..5).prop_map(|generation| Event::Progress(Generation(generation))),
         1 => Just(Event::OperatorStop),
+        1 => Just(Event::NeverJoined("no GPU".into())),
         3 => Just(Event::Tick),
     ];
     (0_u64..5, event)

@@ -117,7 +117,7 @@ fn open_files(limit: u64) -> Check {
     }
 }
 
-fn ports(config: &Config) -> Check {
+pub(super) fn ports(config: &Config) -> Check {
     let cluster = &config.cluster;
     for (key, port) in [("cluster.grpc_port", cluster.grpc_port), ("cluster.http_port", cluster.http_port)] {
         if let Err(error) = TcpListener::bind((cluster.bind.as_str(), port)) {

@@ -3,9 +3,10 @@
 mod machine;
 mod parts;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
 use learn_domain::Config;
+use learn_domain::config::DeviceKind;
 use learn_domain::report::exit;
 use serde::Serialize;
 
@@ -76,6 +77,22 @@ pub fn run(args: &DoctorArgs, output: &Output) -> Result<()> {
     // The report itself is the JSON result; a second document would spoil it.
     let message = format!("missing: {}", missing.join(", "));
     Err(Failure::Reported { code: exit::FAILED, message }.into())
+}
+
+/// What a job on this machine would fail for at once; `workers`: they run here, too.
+///
+/// # Errors
+/// Something is missing.
+pub(super) fn refuse_lacks(config: &Config, workers: bool) -> Result<()> {
+    let mut checks = vec![machine::ports(config)];
+    // it takes libtorch a second to say; without this wish there is always the CPU
+    if workers && config.cluster.device == DeviceKind::Cuda {
+        checks.extend(parts::devices(config));
+    }
+    match checks.into_iter().find(|check| check.verdict == Verdict::Missing) {
+        None => Ok(()),
+        Some(Check { name, found, remedy, .. }) => bail!("{name}: {found}; {}", remedy.unwrap_or_default()),
+    }
 }
 
 fn examine(config: &Config) -> Vec<Check> {

@@ -2,7 +2,7 @@
 
 use std::process::{Command, Stdio};
 
-use learn_dataset::Dataset;
+use learn_dataset::{Dataset, Unsuitable};
 use learn_domain::Config;
 use learn_domain::config::DeviceKind;
 use serde::Deserialize;
@@ -36,13 +36,18 @@ struct Libtorch {
 
 pub(super) fn checks(config: &Config) -> Vec<Check> {
     let mut checks = vec![binaries()];
-    match worker_facts() {
-        Ok(facts) => checks.extend(facts_checks(&facts, config)),
-        Err(problem) => checks.push(Check::missing("libtorch", problem, GET_LIBTORCH)),
-    }
+    checks.extend(devices(config));
     checks.push(encoder(config));
     checks.push(dataset(config));
     checks
+}
+
+/// What libtorch is and finds, as a worker says.
+pub(super) fn devices(config: &Config) -> Vec<Check> {
+    match worker_facts() {
+        Ok(facts) => facts_checks(&facts, config),
+        Err(problem) => vec![Check::missing("libtorch", problem, GET_LIBTORCH)],
+    }
 }
 
 fn binaries() -> Check {
@@ -139,9 +144,13 @@ fn dataset(config: &Config) -> Check {
                 render::count(counts.users),
                 render::count(counts.items.into())
             );
-            match dataset.embeddings() {
-                Ok(embeddings) => Check::ok("dataset", format!("{found}, {} dimensions", embeddings.dim())),
-                Err(error) => Check::warning("dataset", found, error.to_string()),
+            match (dataset.suits(config), dataset.embeddings()) {
+                // what only its later embeddings will tell
+                (Err(Unsuitable::Dataset(error)), _) | (Ok(()), Err(error)) => {
+                    Check::warning("dataset", found, error.to_string())
+                }
+                (Err(unsuitable), _) => Check::missing("dataset", found, unsuitable.to_string()),
+                (Ok(()), Ok(embeddings)) => Check::ok("dataset", format!("{found}, {} dimensions", embeddings.dim())),
             }
         }
     }
