@@ -197,7 +197,6 @@ pub fn write_configs(runs: &[StudyRun]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-
     use super::super::datasets;
     use super::*;
 
