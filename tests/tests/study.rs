@@ -107,7 +107,7 @@ fn a_failed_variant_stops_no_other_and_a_stopped_study_goes_on() {
     assert_eq!(numbers, (1..=600).collect::<Vec<_>>(), "it went on where it was");
     let table = fs::read_to_string(site.run_dir("long").join("tables/long.md")).unwrap();
     assert!(table.contains("| wrong | failed | failed | failed | 0 of 1 |"), "{table}");
-    assert!(table.contains("failed: model.output_dim is 8"), "{table}");
+    assert!(table.contains("model.output_dim is 8: set model.output_dim=16"), "{table}");
     assert!(table.lines().any(|line| line.starts_with("| long | 0.")), "{table}");
 }
 
