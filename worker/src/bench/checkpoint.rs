@@ -72,6 +72,8 @@ pub struct CheckpointResult {
     pub lost_share: f64,
     /// The standard error of `lost_share`, from the differences within pairs.
     pub lost_share_error: f64,
+    /// The same in the middle half of the pairs: without those in which one step fell into a slow moment of the machine.
+    pub lost_share_middle: f64,
 }
 
 impl fmt::Display for CheckpointResult {
@@ -81,7 +83,7 @@ impl fmt::Display for CheckpointResult {
             f,
             "checkpoints of {} MiB: {:.0} ms to hand one over, {:.1} s until it is durable, in which \
              the writer takes {:.2} % of a processor\na step of {} users takes {:.0} ms; while one is written {:.2} % longer \
-             (standard error {:.2} %)",
+             (standard error {:.2} %), in the middle half of {} pairs {:.2} %",
             self.bytes >> 20,
             1e3 * over,
             Spread::of(&self.writing).median,
@@ -90,6 +92,8 @@ impl fmt::Display for CheckpointResult {
             1e3 * without,
             100.0 * self.lost_share,
             100.0 * self.lost_share_error,
+            self.steps_without.len(),
+            100.0 * self.lost_share_middle,
         )
     }
 }
@@ -286,6 +290,11 @@ fn summarize(settings: &BenchSettings, parameters: i64, bytes: u64, trials: &[Tr
     let differences: Vec<f64> =
         pairs().map(|pair| pair.meanwhile.iter().map(|seconds| seconds - pair.without).sum()).collect();
     let base: f64 = pairs().map(|pair| pair.without * pair.meanwhile.len() as f64).sum();
+    let longer = pairs().map(|pair| {
+        let meanwhile = pair.meanwhile.iter().sum::<f64>() / pair.meanwhile.len() as f64;
+        (meanwhile / pair.without).ln()
+    });
+    let copying = handing_over.iter().sum::<f64>() / base;
     let count = differences.len() as f64;
     let mean = differences.iter().sum::<f64>() / count;
     let variance = differences.iter().map(|one| (one - mean).powi(2)).sum::<f64>() / (count - 1.0);
@@ -299,11 +308,52 @@ fn summarize(settings: &BenchSettings, parameters: i64, bytes: u64, trials: &[Tr
             .zip(&writing)
             .map(|(trial, seconds)| trial.processor.as_secs_f64() / seconds)
             .collect(),
-        lost_share: (count * mean + handing_over.iter().sum::<f64>()) / base,
+        lost_share: count * mean / base + copying,
         lost_share_error: (count * variance).sqrt() / base,
+        lost_share_middle: middle_half(longer.collect()).exp_m1() + copying,
         steps_meanwhile: pairs().flat_map(|pair| pair.meanwhile.clone()).collect(),
         steps_without: pairs().map(|pair| pair.without).collect(),
         handing_over,
         writing,
+    }
+}
+
+/// The mean of the values between the quartiles; NaN if there are none.
+fn middle_half(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let outside = values.len() / 4;
+    let inside = &values[outside..values.len() - outside];
+    inside.iter().sum::<f64>() / inside.len() as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_middle_half_knows_nothing_of_what_is_far_out() {
+        assert_eq!(middle_half(vec![900.0, 2.0, 1.0, 4.0, -70.0, 3.0, 80.0, -8.0]), 2.5);
+        assert_eq!(middle_half(vec![1.0, 5.0]), 3.0);
+        assert!(middle_half(Vec::new()).is_nan());
+    }
+
+    #[test]
+    fn a_held_writer_stands_before_the_gate_until_it_is_opened() {
+        let gate = Arc::new(Gate::default());
+        assert!(!gate.close(), "nobody is there");
+        let (passed, passes) = channel();
+        let writer = std::thread::spawn({
+            let gate = gate.clone();
+            move || {
+                gate.pass();
+                passed.send(()).unwrap();
+            }
+        });
+        while !gate.close() {}
+        assert!(passes.try_recv().is_err());
+        gate.open();
+        passes.recv().unwrap();
+        writer.join().unwrap();
+        assert!(!gate.close(), "it has gone on");
     }
 }
