@@ -41,10 +41,12 @@ pub(crate) fn read(
         writer: SpillWriter::create(spill)?,
         fractions: false,
         clock: None,
+        agrees: false,
         rows: 0,
         labels: LabelRule { at_least: config.label_at_least },
     };
     for path in &config.files {
+        sink.agrees = false;
         input::stream(path, Role::Interactions(config), |chunk| {
             let bytes = chunk.bytes;
             let defects = sink.take(chunk, path)?;
@@ -65,6 +67,8 @@ struct Sink<'a> {
     fractions: bool,
     /// What the first usable row counts time in, and where it is.
     clock: Option<(Clock, String)>,
+    /// A row of the file that is read counts time in this too.
+    agrees: bool,
     /// Rows so far, usable or not.
     rows: u64,
     labels: LabelRule,
@@ -100,7 +104,12 @@ impl Sink<'_> {
             let ((user, top), item, time) = (user_numbers[position], item_numbers[position], stamps[position]);
             match (time, conversions[position]) {
                 (Some(Stamp { time, clock }), Some(converted)) if user != NONE && item != NONE => {
-                    self.keep_to(clock, || place(path, rows.at(position)))?;
+                    if let Err(other) = self.keep_to(clock, || place(path, rows.at(position)))? {
+                        let time = times.text(position).unwrap_or_default();
+                        let problem = format!("its time is {time}, and {other}");
+                        defects.push(Defect { row: rows.at(position), kind: DefectKind::BadTime, problem });
+                        continue;
+                    }
                     self.fractions |= time.scaled;
                     self.writer.push_to(top.into(), unsorted((user, item), time, converted))?;
                 }
@@ -116,11 +125,19 @@ impl Sink<'_> {
         Ok(defects)
     }
 
-    /// Numbers and dates have no common unit: the whole input has those of its first row.
-    fn keep_to(&mut self, clock: Clock, place: impl Fn() -> String) -> Result<(), PrepareError> {
+    /// Numbers and dates have no common unit: the whole input has those of its first row. A row that has the others is a bad
+    /// one, and what the first has is said, if its file has rows that agree; a file without any ends the preparation.
+    fn keep_to(&mut self, clock: Clock, place: impl Fn() -> String) -> Result<Result<(), String>, PrepareError> {
         let (first, at) = self.clock.get_or_insert_with(|| (clock, place()));
         if *first == clock {
-            return Ok(());
+            self.agrees = true;
+            return Ok(Ok(()));
+        }
+        if self.agrees {
+            return Ok(Err(match first {
+                Clock::Numbers => format!("{at} has a plain number"),
+                Clock::Calendar => format!("{at} has a date or a timestamp"),
+            }));
         }
         let (dates, numbers) = match clock {
             Clock::Numbers => (at.clone(), place()),

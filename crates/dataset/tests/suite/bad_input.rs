@@ -159,8 +159,17 @@ fn dates_and_numbers_are_no_times_of_one_dataset() {
     });
     assert_eq!(numbers_first, dates_first);
     says(&numbers_first, &["b.parquet, row 2 has a date", "a.csv, line 2 a plain number", "convert those of one file"]);
-    let one_file = refused(|fixture| fixture.interactions("a.csv", csv_of_grid() + "u1,i1,2020-11-10\n"));
-    says(&one_file, &["a.csv, line 27 has a date", "a.csv, line 2 a plain number"]);
+    // among others in one file it is a bad row as any other
+    let stray = || csv_of_grid() + "u1,i1,2020-11-10\n";
+    let one_file = refused(|fixture| fixture.interactions("a.csv", stray()));
+    says(&one_file, &["a.csv, line 27: its time is 2020-11-10", "a.csv, line 2 has a plain number", "--skip-bad-rows"]);
+    let skipping = |text: String| {
+        let mut fixture = Fixture::new();
+        fixture.config.skip_bad_rows = true;
+        fixture.interactions("a.csv", text);
+        fixture.prepare().1.facts().fingerprint
+    };
+    assert_eq!(skipping(stray()), skipping(csv_of_grid()));
     let far = refused(|fixture| {
         let path = fixture.path("a.parquet");
         let columns: Vec<(&str, ArrayRef)> = vec![
