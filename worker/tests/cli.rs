@@ -66,7 +66,8 @@ fn checkpoints_are_written_while_steps_are_measured() {
     let place = folder.path().to_str().unwrap();
     let result = measured(&[&["checkpoint", "--checkpoints", "2", "--folder", place], &SHAPE, &BATCH]);
     assert_eq!(result["writing"].as_array().unwrap().len(), 2);
-    assert_eq!(result["steps_meanwhile"].as_array().unwrap().len(), result["steps_without"].as_array().unwrap().len());
+    let steps = |name: &str| result[name].as_array().unwrap().len();
+    assert!(steps("steps_without") >= 2 && steps("steps_meanwhile") >= steps("steps_without"), "{result}");
     assert!(result["bytes"].as_u64().unwrap() > 12 * result["parameters"].as_u64().unwrap(), "{result}");
     assert!(std::fs::read_dir(folder.path()).unwrap().next().is_none(), "what was written is removed");
 }

@@ -112,6 +112,9 @@ pub fn run(args: &CheckpointArgs) -> Result<CheckpointResult, WorkerError> {
     result
 }
 
+/// Pairs of steps that say anything.
+const FEWEST_PAIRS: usize = 2;
+
 /// A training that only steps.
 struct Training<'a> {
     settings: &'a BenchSettings,
@@ -242,6 +245,12 @@ fn measure(settings: &BenchSettings, checkpoints: u32, run: &RunDir) -> Result<C
         trials.push(trial?);
     }
     drop(writer);
+    let pairs: usize = trials.iter().map(|trial| trial.pairs.len()).sum();
+    if pairs < FEWEST_PAIRS {
+        let text =
+            format!("{pairs} steps began while checkpoints were written, too few to compare: take more --checkpoints");
+        return Err(WorkerError::Usage(text));
+    }
     let newest = trials.last().map(|trial| checkpoint::check(&trial.path)).transpose()?;
     let bytes = newest.map_or(0, |state| state.files.values().map(|file| file.bytes).sum());
     Ok(summarize(settings, training.stepper.parameters.count(), bytes, &trials))
@@ -257,7 +266,8 @@ fn write_beside(
     let started = Instant::now();
     writer.save(snapshot(training.state(), &training.stepper))?;
     let handing_over = started.elapsed().as_secs_f64();
-    while !writer.is_idle() {
+    // the first step after the copy counts, however soon the rest was written
+    while pairs.is_empty() || !writer.is_idle() {
         let (batch, mut pair) = (pairs.len(), Pair::default());
         // each kind comes first in every other pair; a writer that waits for the disk is not held
         let mut held = false;

@@ -114,7 +114,11 @@ pub fn write(folder: &Path, mut snapshot: Snapshot, between: &dyn Fn()) -> Resul
         let replaces = target.exists();
         put_in_place(&aside, &target).map_err(io(&target))?;
         sync(folder)?;
-        if replaces { fs::remove_dir_all(&aside).map_err(io(&aside)) } else { Ok(()) }
+        if replaces && let Err(error) = fs::remove_dir_all(&aside) {
+            // the new one stands; whoever prunes tries again
+            tracing::warn!(%error, "the checkpoint that was replaced could not be removed");
+        }
+        Ok(())
     });
     if written.is_err() {
         // the write error is the one to report
@@ -134,11 +138,11 @@ fn put_in_place(aside: &Path, target: &Path) -> std::io::Result<()> {
     }
 }
 
-/// Exchanges two directories, with a moment in which neither has the name `target`.
+/// Exchanges two directories, with a moment in which neither has the name `target`; if it fails, `target` is what it was.
 fn exchange_by_names(aside: &Path, target: &Path) -> std::io::Result<()> {
     let between = aside.with_extension(format!("tmp-{}-replaced", std::process::id()));
     fs::rename(target, &between)?;
-    fs::rename(aside, target)?;
+    fs::rename(aside, target).or_else(|error| fs::rename(&between, target).and(Err(error)))?;
     fs::rename(&between, aside)
 }
 

@@ -17,7 +17,8 @@ type Code = c_uint;
 const SUCCESS: Code = 0;
 const IN_PROGRESS: Code = 7;
 /// What NCCL answers when another rank or the network to it has failed: by the transport `ncclSystemError`,
-/// `ncclInternalError` or `ncclRemoteError`.
+/// `ncclInternalError` or `ncclRemoteError`. The first two also have causes on this machine, such as a full `/dev/shm`; the
+/// recoveries that come of those without a finished step are counted.
 const OF_OTHERS: [Code; 3] = [2, 3, 6];
 
 /// In the order in which they are tried; a copy that libtorch has already loaded is found by the first name.
@@ -127,6 +128,8 @@ impl Nccl {
 
 fn failed(op: &'static str, code: Code, reason: String) -> CollectiveError {
     if OF_OTHERS.contains(&code) {
+        let reason =
+            format!("{reason}; if no other rank has failed, look at this machine's network interfaces and /dev/shm");
         CollectiveError::PeerLost { op, peer: None, reason }
     } else {
         CollectiveError::Device { op, reason }
@@ -142,6 +145,7 @@ mod tests {
         let passes = |code| failed("all_reduce", code, "x".into()).passes();
         // ncclUnhandledCudaError, ncclSystemError, ncclInternalError, ncclInvalidArgument, ncclInvalidUsage, ncclRemoteError
         assert_eq!([1, 2, 3, 4, 5, 6].map(passes), [false, true, true, false, false, true]);
-        assert_eq!(failed("all_reduce", 6, "x".into()).to_string(), "all_reduce: lost another rank: x");
+        let text = failed("all_reduce", 6, "x".into()).to_string();
+        assert!(text.starts_with("all_reduce: lost another rank: x; if no other rank has failed, look at"), "{text}");
     }
 }
