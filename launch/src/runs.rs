@@ -223,7 +223,7 @@ pub fn dataset(run: &RunDir, config: &Config) -> Result<Dataset> {
     let place = config.data.dataset.display();
     let dataset = Dataset::open(&config.data.dataset).map_err(|error| match error {
         DatasetError::NotADataset { .. } => Failure::Usage(format!(
-            "{place} holds no dataset; if that of the run {} was moved, say where it lies with `--dataset DIR` (data.dataset)",
+            "{place} holds no dataset; if that of the run {} was moved, say where it lies with `--dataset DIR`, or `--set data.dataset=DIR` on Slurm",
             run.root().display()
         ))
         .into(),
@@ -233,7 +233,7 @@ pub fn dataset(run: &RunDir, config: &Config) -> Result<Dataset> {
     let facts = dataset.facts().seen_by(&config.model);
     if let Some(what) = trained.and_then(|trained| trained.differ_from(&facts)) {
         return Err(Failure::Usage(format!(
-            "{place} holds other {what} than the run {} was trained on; say where those lie with `--dataset DIR` (data.dataset)",
+            "{place} holds other {what} than the run {} was trained on; say where those lie with `--dataset DIR`, or `--set data.dataset=DIR` on Slurm",
             run.root().display()
         ))
         .into());

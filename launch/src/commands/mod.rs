@@ -112,7 +112,13 @@ fn ended(name: &str, status: ExitStatus, error: Option<String>) -> Result<()> {
     if status.success() {
         return Ok(());
     }
-    let message = error.unwrap_or_else(|| format!("{name}: {}; its message stands above", process::describe(status)));
+    let end = format!("{name}: {}", process::describe(status));
+    let message = match error {
+        // what it has said last need not be what has ended it
+        Some(error) if status.code().is_none() => format!("{end}; before that: {error}"),
+        Some(error) => error,
+        None => format!("{end}; its message stands above"),
+    };
     Err(Failure::Child { code: status.code().unwrap_or(exit::FAILED), message }.into())
 }
 

@@ -53,7 +53,7 @@ pub fn run(args: &StopArgs, output: &Output) -> Result<()> {
     match runs::find_named(&args.run.run, &args.run.runs_dir)? {
         Named::Run(run) => {
             let shown = super::shown_run(&run);
-            let before = runs::last_status(&run)?;
+            let (before, lives) = (runs::last_status(&run)?, runs::live(&run).is_some());
             if !end(args, &run, (&shown, "stopping after the current step"), output)? {
                 return Ok(());
             }
@@ -70,7 +70,7 @@ pub fn run(args: &StopArgs, output: &Output) -> Result<()> {
             let step = status.last_step.as_ref().map_or(0, |step| step.step.0);
             output.result(&format!("{shown}: {} at step {step}", status.state.name()), &status)?;
             // of a job that only waited in a queue the status is that of an earlier start
-            match lost(&status).filter(|_| before.is_none_or(|before| before != status)) {
+            match lost(&status).filter(|_| lives || before.is_none_or(|before| before != status)) {
                 None => Ok(()),
                 Some(why) => Err(Failure::Reported { code: exit::FAILED, message: format!("{shown}: {why}") }.into()),
             }

@@ -1,7 +1,7 @@
 //! Rows over several exchanges at once.
 //!
 //! Input: item indices. Output: their rows, in order. Each exchange has a connection of its own, which starts with another
-//! data server: one connection is a core's work at either end.
+//! data server: one connection is a core's work at the server. Here their bytes are received at once, and copied in turn.
 
 use futures::future::try_join_all;
 use half::f16;

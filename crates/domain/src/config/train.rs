@@ -427,7 +427,7 @@ impl Default for ClusterConfig {
             shared_memory: true,
             stop_timeout: Span::from_secs(0),
             prefetch_steps: 8,
-            row_streams: 4,
+            row_streams: 2,
             row_cache: ByteSize(1 << 30),
             device_row_cache: ByteSize(0),
             tls: TlsConfig::default(),
