@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::train::DeviceKind;
+use super::cluster::DeviceKind;
 use super::units::Span;
 use super::{ConfigError, RefineConfig};
 use crate::prompt::PromptTemplate;

@@ -3,6 +3,7 @@
 //! Precedence (applied by `learn-launch`): defaults < TOML file < environment < `--set` and flags. Unknown keys are
 //! refused. The resolved copy is saved with each run and each checkpoint. Every option has a default that runs.
 
+mod cluster;
 mod embed;
 mod model;
 mod non_finite;
@@ -15,6 +16,7 @@ mod units;
 
 use std::path::PathBuf;
 
+pub use cluster::{ClusterConfig, DeviceKind};
 pub use embed::{EmbedConfig, EndpointConfig, Precision, PromptConfig, Sentence};
 pub use model::{AdaptorInit, ItemInput, ItemTower, PositionEmbedding, Residual, TimeEmbedding};
 pub use non_finite::NonFinite;
@@ -25,8 +27,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 pub use tls::{TlsConfig, TlsMode};
 pub use train::{
-    CheckpointConfig, ClusterConfig, DeviceKind, EvaluationConfig, ModelConfig, OptimizerConfig, SamplingConfig,
-    ScheduleKind, SegmentsConfig, TrainingConfig,
+    CheckpointConfig, EvaluationConfig, ModelConfig, OptimizerConfig, SamplingConfig, ScheduleKind, SegmentsConfig,
+    TrainingConfig,
 };
 pub use units::{ByteSize, Span, UnitError};
 
