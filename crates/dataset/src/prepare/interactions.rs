@@ -104,7 +104,7 @@ impl Sink<'_> {
             let ((user, top), item, time) = (user_numbers[position], item_numbers[position], stamps[position]);
             match (time, conversions[position]) {
                 (Some(Stamp { time, clock }), Some(converted)) if user != NONE && item != NONE => {
-                    if let Err(other) = self.keep_to(clock, || place(path, rows.at(position)))? {
+                    if let Some(other) = self.keep_to(clock, || place(path, rows.at(position)))? {
                         let time = times.text(position).unwrap_or_default();
                         let problem = format!("its time is {time}, and {other}");
                         defects.push(Defect { row: rows.at(position), kind: DefectKind::BadTime, problem });
@@ -127,14 +127,14 @@ impl Sink<'_> {
 
     /// Numbers and dates have no common unit: the whole input has those of its first row. A row that has the others is a bad
     /// one, and what the first has is said, if its file has rows that agree; a file without any ends the preparation.
-    fn keep_to(&mut self, clock: Clock, place: impl Fn() -> String) -> Result<Result<(), String>, PrepareError> {
+    fn keep_to(&mut self, clock: Clock, place: impl Fn() -> String) -> Result<Option<String>, PrepareError> {
         let (first, at) = self.clock.get_or_insert_with(|| (clock, place()));
         if *first == clock {
             self.agrees = true;
-            return Ok(Ok(()));
+            return Ok(None);
         }
         if self.agrees {
-            return Ok(Err(match first {
+            return Ok(Some(match first {
                 Clock::Numbers => format!("{at} has a plain number"),
                 Clock::Calendar => format!("{at} has a date or a timestamp"),
             }));
