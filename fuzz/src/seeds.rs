@@ -215,7 +215,7 @@ pub fn checkpoint() -> Vec<Vec<u8>> {
         "signature": "shape", "optimizer_step": 7, "best": {"step": 7, "metric": "mrr", "value": 0.5}, "init": null,
         "non_finite": 0, "config": config,
         "files": {
-            "model.safetensors": {"bytes": 4, "sha256": "00"},
+            "model.safetensors": {"bytes": 4, "xxh3_128": "00"},
             "optimizer.safetensors": {"bytes": 4, "sha256": "00"},
         },
     });

@@ -108,7 +108,7 @@ pub const TARGETS: &[Target] = &[
         reads: "state.json of a checkpoint",
         run: checkpoint,
         seeds: seeds::checkpoint,
-        words: &["version", "step", "files", "bytes", "sha256", "-1", "1e999"],
+        words: &["version", "step", "files", "bytes", "xxh3_128", "sha256", "-1", "1e999"],
     },
     Target {
         name: "delimited",

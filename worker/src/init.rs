@@ -9,6 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use learn_dataset::Dataset;
+use learn_dataset::files::{Sha256, hash_file};
 use learn_domain::Config;
 use learn_domain::run_dir::RunDir;
 use learn_model::objective::cvr;
@@ -63,9 +64,13 @@ impl Weights {
             (path.to_owned(), None)
         };
         let tensors = safetensors::read(&file).map_err(|error| WorkerError::Usage(error.to_string()))?;
-        let sha256 = checkpoint::digest(&file)?.sha256;
+        let hashed = hash_file::<Sha256>(&file, |_| ()).map_err(|error| failed(&file, error.to_string()))?;
         let file = fs::canonicalize(&file).map_err(|error| failed(&file, error.to_string()))?;
-        Ok(Self { origin: Origin { path: file, sha256 }, tensors, dataset: state.map(|state| state.fingerprint) })
+        Ok(Self {
+            origin: Origin { path: file, sha256: hashed.checksum },
+            tensors,
+            dataset: state.map(|state| state.fingerprint),
+        })
     }
 
     /// What a model of this shape on this dataset would make of them, without making it.

@@ -4,8 +4,8 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
+use sha2::Digest;
+pub use sha2::Sha256;
 
 use crate::error::DatasetError;
 use crate::manifest::FileEntry;
@@ -27,34 +27,52 @@ pub(crate) fn relative(folder: &str, name: &str) -> String {
 /// What a file is read and written by: little enough to be hashed and copied while it is in the processor's cache.
 const PIECE: usize = 1 << 18;
 
-/// Size and checksum of a file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileDigest {
-    pub bytes: u64,
-    pub sha256: String,
+/// A checksum of bytes that come in pieces.
+pub trait Checksum: Default {
+    fn update(&mut self, piece: &[u8]);
+
+    /// In lower-case hexadecimal.
+    fn finish(self) -> String;
 }
 
-impl FileDigest {
-    /// As the dataset lists the file.
-    pub(crate) fn entry(self, path: String, rows: u64) -> FileEntry {
-        FileEntry { path, bytes: self.bytes, sha256: self.sha256, rows }
+impl Checksum for Sha256 {
+    fn update(&mut self, piece: &[u8]) {
+        Digest::update(self, piece);
+    }
+
+    fn finish(self) -> String {
+        hex(&self.finalize())
     }
 }
 
-/// Reads a file in pieces for its size and SHA-256, telling `seen` the bytes of each.
+/// Size and checksum of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileDigest {
+    pub bytes: u64,
+    pub checksum: String,
+}
+
+impl FileDigest {
+    /// As the dataset lists the file; the checksum is SHA-256.
+    pub(crate) fn entry(self, path: String, rows: u64) -> FileEntry {
+        FileEntry { path, bytes: self.bytes, sha256: self.checksum, rows }
+    }
+}
+
+/// Reads a file in pieces for its size and checksum, telling `seen` the bytes of each.
 ///
 /// # Errors
 /// If it cannot be read.
-pub fn hash_file(path: &Path, mut seen: impl FnMut(u64)) -> io::Result<FileDigest> {
+pub fn hash_file<C: Checksum>(path: &Path, mut seen: impl FnMut(u64)) -> io::Result<FileDigest> {
     let mut file = File::open(path)?;
     let mut piece = vec![0; PIECE];
-    let (mut digest, mut bytes) = (Sha256::new(), 0);
+    let (mut checksum, mut bytes) = (C::default(), 0);
     loop {
         let read = file.read(&mut piece)?;
         if read == 0 {
-            return Ok(FileDigest { bytes, sha256: hex(&digest.finalize()) });
+            return Ok(FileDigest { bytes, checksum: checksum.finish() });
         }
-        digest.update(&piece[..read]);
+        checksum.update(&piece[..read]);
         bytes += read as u64;
         seen(read as u64);
     }
@@ -67,7 +85,7 @@ pub(crate) fn verify(path: &Path, entry: &FileEntry) -> Result<(), DatasetError>
 
 /// [`verify`], telling the bytes of each piece.
 pub(crate) fn verify_with(path: &Path, entry: &FileEntry, seen: impl FnMut(u64)) -> Result<(), DatasetError> {
-    let found = hash_file(path, seen).map_err(DatasetError::io(path))?.sha256;
+    let found = hash_file::<Sha256>(path, seen).map_err(DatasetError::io(path))?.checksum;
     if found != entry.sha256 {
         let problem = format!("its SHA-256 is {found}, dataset.json says {}", entry.sha256);
         return Err(DatasetError::damaged(path, problem));
@@ -76,20 +94,20 @@ pub(crate) fn verify_with(path: &Path, entry: &FileEntry, seen: impl FnMut(u64))
 }
 
 /// A new file that hashes what is written to it.
-pub struct HashingFile {
+pub struct HashingFile<C> {
     file: BufWriter<File>,
-    digest: Sha256,
+    checksum: C,
     bytes: u64,
 }
 
-impl HashingFile {
+impl<C: Checksum> HashingFile<C> {
     /// Creates it in a folder that exists.
     ///
     /// # Errors
     /// If the disk refuses.
     pub fn create(path: &Path) -> io::Result<Self> {
         let file = BufWriter::with_capacity(PIECE, File::create(path)?);
-        Ok(Self { file, digest: Sha256::new(), bytes: 0 })
+        Ok(Self { file, checksum: C::default(), bytes: 0 })
     }
 
     /// Makes the file durable and describes it.
@@ -99,14 +117,14 @@ impl HashingFile {
     pub fn finish(self) -> io::Result<FileDigest> {
         let file = self.file.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.sync_all()?;
-        Ok(FileDigest { bytes: self.bytes, sha256: hex(&self.digest.finalize()) })
+        Ok(FileDigest { bytes: self.bytes, checksum: self.checksum.finish() })
     }
 }
 
-impl Write for HashingFile {
+impl<C: Checksum> Write for HashingFile<C> {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         let written = self.file.write(&data[..data.len().min(PIECE)])?;
-        self.digest.update(&data[..written]);
+        self.checksum.update(&data[..written]);
         self.bytes += written as u64;
         Ok(written)
     }

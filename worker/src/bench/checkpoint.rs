@@ -166,19 +166,28 @@ struct Gate {
 #[derive(Default)]
 struct GateState {
     closed: bool,
-    /// Whether the writer stands before it.
+    /// Whether the writer stands before it, or rests there while it is open.
     holds: bool,
 }
 
 impl Gate {
-    fn pass(&self) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        while state.closed {
+    /// Rests, and goes on once the gate is open.
+    fn pass(&self, rest: Duration) {
+        let (started, mut state) = (Instant::now(), self.state.lock().unwrap_or_else(PoisonError::into_inner));
+        loop {
+            let left = rest.saturating_sub(started.elapsed());
+            if left.is_zero() && !state.closed {
+                state.holds = false;
+                return;
+            }
             state.holds = true;
             self.changed.notify_all();
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = if state.closed {
+                self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+            } else {
+                self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+            };
         }
-        state.holds = false;
     }
 
     fn open(&self) {
@@ -229,7 +238,7 @@ fn measure(settings: &BenchSettings, checkpoints: u32, run: &RunDir) -> Result<C
     let mut writer = Writer::start(
         run.clone(),
         1,
-        move || passed.pass(),
+        move |rest| passed.pass(rest),
         move |written| {
             let Written::Committed { path, processor, .. } = written else { return false };
             // nobody listens any more when a step has failed
@@ -355,7 +364,7 @@ mod tests {
         let writer = std::thread::spawn({
             let gate = gate.clone();
             move || {
-                gate.pass();
+                gate.pass(Duration::ZERO);
                 passed.send(()).unwrap();
             }
         });

@@ -1,11 +1,12 @@
 //! Checkpoints: the whole state of a training job after a step, on disk.
 //!
 //! Input: a [`Snapshot`]. Output: a directory `step-NNNNNNNNNN` with `model.safetensors` (published LEARN parameter
-//! names), `optimizer.safetensors` and `state.json` (version, counters, configuration, size and SHA-256 of the other
+//! names), `optimizer.safetensors` and `state.json` (version, counters, configuration, size and checksum of the other
 //! files). Invariants: a directory of that name is whole (it is written aside, synced and renamed); a killed write never
 //! touches an earlier checkpoint; nothing that is read is trusted before its checksum agrees.
 
 mod keep;
+mod sum;
 mod writer;
 
 use std::collections::BTreeMap;
@@ -13,7 +14,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use learn_dataset::files::{FileDigest, HashingFile, hash_file};
+use learn_dataset::files::HashingFile;
 use learn_domain::report::DatasetFacts;
 use learn_domain::run_dir::{RunDir, checkpoint_step};
 use learn_domain::{Config, Step};
@@ -21,6 +22,8 @@ use learn_model::safetensors;
 use rustix::fs::{CWD, RenameFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+pub use sum::FileSum;
+use sum::Xxh3;
 use tch::Tensor;
 pub use writer::{Writer, Written};
 
@@ -83,7 +86,7 @@ pub struct State {
     #[serde(default)]
     pub non_finite: u32,
     pub config: Config,
-    pub files: BTreeMap<String, FileDigest>,
+    pub files: BTreeMap<String, FileSum>,
 }
 
 /// Everything a checkpoint holds; tensors on the CPU.
@@ -107,7 +110,7 @@ pub struct Expected<'a> {
 ///
 /// # Errors
 /// If the disk refuses; what was half written is removed.
-pub fn write(folder: &Path, mut snapshot: Snapshot, between: &dyn Fn()) -> Result<PathBuf, CheckpointError> {
+pub fn write(folder: &Path, mut snapshot: Snapshot, between: &mut dyn FnMut()) -> Result<PathBuf, CheckpointError> {
     let target = RunDir::new(folder.parent().unwrap_or(folder)).checkpoint(snapshot.state.step);
     let aside = target.with_extension(format!("tmp-{}", std::process::id()));
     let written = write_aside(&aside, &mut snapshot, between).and_then(|()| {
@@ -146,7 +149,7 @@ fn exchange_by_names(aside: &Path, target: &Path) -> std::io::Result<()> {
     fs::rename(&between, aside)
 }
 
-fn write_aside(aside: &Path, snapshot: &mut Snapshot, between: &dyn Fn()) -> Result<(), CheckpointError> {
+fn write_aside(aside: &Path, snapshot: &mut Snapshot, between: &mut dyn FnMut()) -> Result<(), CheckpointError> {
     if aside.exists() {
         fs::remove_dir_all(aside).map_err(io(aside))?;
     }
@@ -156,7 +159,7 @@ fn write_aside(aside: &Path, snapshot: &mut Snapshot, between: &dyn Fn()) -> Res
         let mut file = InPieces { file: HashingFile::create(&path).map_err(io(&path))?, between };
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
         safetensors::write(&mut file, &path, tensors, &metadata).map_err(CheckpointError::Weights)?;
-        snapshot.state.files.insert(name.to_owned(), file.file.finish().map_err(io(&path))?);
+        snapshot.state.files.insert(name.to_owned(), FileSum::of(file.file).map_err(io(&path))?);
     }
     let path = aside.join(STATE);
     let text = serde_json::to_vec_pretty(&snapshot.state).map_err(|error| io(&path)(error.into()))?;
@@ -167,8 +170,8 @@ fn write_aside(aside: &Path, snapshot: &mut Snapshot, between: &dyn Fn()) -> Res
 
 /// A file that says before each piece that one comes.
 struct InPieces<'a> {
-    file: HashingFile,
-    between: &'a dyn Fn(),
+    file: HashingFile<Xxh3>,
+    between: &'a mut dyn FnMut(),
 }
 
 impl Write for InPieces<'_> {
@@ -187,14 +190,6 @@ fn sync(path: &Path) -> Result<(), CheckpointError> {
     File::open(path).and_then(|file| file.sync_all()).map_err(io(path))
 }
 
-/// Size and checksum of a file.
-///
-/// # Errors
-/// If it cannot be read.
-pub fn digest(path: &Path) -> Result<FileDigest, CheckpointError> {
-    hash_file(path, |_| ()).map_err(io(path))
-}
-
 /// Reads `state.json` and compares every file with its checksum.
 ///
 /// # Errors
@@ -209,12 +204,9 @@ pub fn check(path: &Path) -> Result<State, CheckpointError> {
     }
     for name in [MODEL, OPTIMIZER] {
         let wanted = state.files.get(name).ok_or_else(|| refuse(format!("{STATE} does not list {name}")))?;
-        let found = digest(&path.join(name)).map_err(|error| refuse(error.to_string()))?;
-        if found != *wanted {
-            return Err(refuse(format!(
-                "{name} is damaged ({} bytes, SHA-256 {}; {STATE} says {} bytes, {})",
-                found.bytes, found.sha256, wanted.bytes, wanted.sha256
-            )));
+        let file = path.join(name);
+        if let Some(difference) = wanted.mismatch(&file).map_err(|error| refuse(io(&file)(error).to_string()))? {
+            return Err(refuse(format!("{name} is damaged ({difference}, as {STATE} says)")));
         }
     }
     Ok(state)
