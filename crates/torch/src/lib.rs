@@ -24,7 +24,7 @@ pub use learn_collective::OwnVector;
 use learn_domain::config::{DeviceKind, Precision};
 use tch::{Cuda, Device, Kind};
 
-pub use background::{give_way, processor_time, queued_time};
+pub use background::{give_way, processor_time};
 pub use facts::{Facts, describe};
 pub use host::{from_host, to_host};
 pub use mapped::MappedFile;

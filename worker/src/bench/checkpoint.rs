@@ -166,28 +166,19 @@ struct Gate {
 #[derive(Default)]
 struct GateState {
     closed: bool,
-    /// Whether the writer stands before it, or rests there while it is open.
+    /// Whether the writer stands before it.
     holds: bool,
 }
 
 impl Gate {
-    /// Rests, and goes on once the gate is open.
-    fn pass(&self, rest: Duration) {
-        let (started, mut state) = (Instant::now(), self.state.lock().unwrap_or_else(PoisonError::into_inner));
-        loop {
-            let left = rest.saturating_sub(started.elapsed());
-            if left.is_zero() && !state.closed {
-                state.holds = false;
-                return;
-            }
+    fn pass(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        while state.closed {
             state.holds = true;
             self.changed.notify_all();
-            state = if state.closed {
-                self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
-            } else {
-                self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
-            };
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+        state.holds = false;
     }
 
     fn open(&self) {
@@ -238,7 +229,7 @@ fn measure(settings: &BenchSettings, checkpoints: u32, run: &RunDir) -> Result<C
     let mut writer = Writer::start(
         run.clone(),
         1,
-        move |rest| passed.pass(rest),
+        move || passed.pass(),
         move |written| {
             let Written::Committed { path, processor, .. } = written else { return false };
             // nobody listens any more when a step has failed
@@ -364,7 +355,7 @@ mod tests {
         let writer = std::thread::spawn({
             let gate = gate.clone();
             move || {
-                gate.pass(Duration::ZERO);
+                gate.pass();
                 passed.send(()).unwrap();
             }
         });

@@ -110,7 +110,7 @@ pub struct Expected<'a> {
 ///
 /// # Errors
 /// If the disk refuses; what was half written is removed.
-pub fn write(folder: &Path, mut snapshot: Snapshot, between: &mut dyn FnMut()) -> Result<PathBuf, CheckpointError> {
+pub fn write(folder: &Path, mut snapshot: Snapshot, between: &dyn Fn()) -> Result<PathBuf, CheckpointError> {
     let target = RunDir::new(folder.parent().unwrap_or(folder)).checkpoint(snapshot.state.step);
     let aside = target.with_extension(format!("tmp-{}", std::process::id()));
     let written = write_aside(&aside, &mut snapshot, between).and_then(|()| {
@@ -149,7 +149,7 @@ fn exchange_by_names(aside: &Path, target: &Path) -> std::io::Result<()> {
     fs::rename(&between, aside)
 }
 
-fn write_aside(aside: &Path, snapshot: &mut Snapshot, between: &mut dyn FnMut()) -> Result<(), CheckpointError> {
+fn write_aside(aside: &Path, snapshot: &mut Snapshot, between: &dyn Fn()) -> Result<(), CheckpointError> {
     if aside.exists() {
         fs::remove_dir_all(aside).map_err(io(aside))?;
     }
@@ -171,7 +171,7 @@ fn write_aside(aside: &Path, snapshot: &mut Snapshot, between: &mut dyn FnMut())
 /// A file that says before each piece that one comes.
 struct InPieces<'a> {
     file: HashingFile<Xxh3>,
-    between: &'a mut dyn FnMut(),
+    between: &'a dyn Fn(),
 }
 
 impl Write for InPieces<'_> {

@@ -39,7 +39,7 @@ fn dataset() -> DatasetFacts {
 #[test]
 fn what_is_written_is_read_back() {
     let (_folder, run) = run();
-    let path = write(&run.checkpoints(), snapshot(7, 1.5, None), &mut || ()).unwrap();
+    let path = write(&run.checkpoints(), snapshot(7, 1.5, None), &|| ()).unwrap();
     assert_eq!(path, run.checkpoint(Step(7)));
     let back = read(&path, Some(&Expected { dataset: &dataset(), signature: Some("shape") })).unwrap();
     assert_eq!((back.state.step, back.state.files.len()), (Step(7), 2));
@@ -53,13 +53,13 @@ fn a_checkpoint_of_the_same_step_takes_the_place_of_the_one_before() {
     let target = run.checkpoint(Step(7));
     let value = |path: &Path| f64::from(Vec::<f32>::try_from(&read(path, None).unwrap().model[0].1).unwrap()[0]);
     for new in [1.5_f32, 2.5] {
-        write(&run.checkpoints(), snapshot(7, new, None), &mut || ()).unwrap();
+        write(&run.checkpoints(), snapshot(7, new, None), &|| ()).unwrap();
         assert_eq!(value(&target), f64::from(new));
     }
     assert_eq!(fs::read_dir(run.checkpoints()).unwrap().count(), 1, "nothing of the earlier one is left");
     // and where the file system cannot exchange two directories
     let aside = target.with_extension("tmp-1");
-    write_aside(&aside, &mut snapshot(7, 3.5, None), &mut || ()).unwrap();
+    write_aside(&aside, &mut snapshot(7, 3.5, None), &|| ()).unwrap();
     exchange_by_names(&aside, &target).unwrap();
     assert_eq!((value(&target), value(&aside)), (3.5, 2.5));
     assert!(exchange_by_names(&aside.with_extension("none"), &target).is_err());
@@ -70,7 +70,7 @@ fn a_checkpoint_of_the_same_step_takes_the_place_of_the_one_before() {
 #[test]
 fn damage_and_strangers_are_refused_with_their_reason() {
     let (_folder, run) = run();
-    let path = write(&run.checkpoints(), snapshot(7, 1.5, None), &mut || ()).unwrap();
+    let path = write(&run.checkpoints(), snapshot(7, 1.5, None), &|| ()).unwrap();
     let reason = |dataset: &DatasetFacts, signature| {
         read(&path, Some(&Expected { dataset, signature: Some(signature) })).unwrap_err().to_string()
     };
@@ -101,14 +101,14 @@ fn damage_and_strangers_are_refused_with_their_reason() {
 #[test]
 fn a_killed_write_is_never_taken_for_a_checkpoint() {
     let (_folder, run) = run();
-    write(&run.checkpoints(), snapshot(1, 1.0, None), &mut || ()).unwrap();
+    write(&run.checkpoints(), snapshot(1, 1.0, None), &|| ()).unwrap();
     // what a kill leaves: the directory aside, without or with all its files
     fs::create_dir(run.checkpoints().join("step-0000000002.tmp-99")).unwrap();
     fs::write(run.checkpoints().join("step-0000000002.tmp-99").join(MODEL), "half").unwrap();
     assert_eq!(list(&run).unwrap().iter().map(|one| one.step).collect::<Vec<_>>(), [Step(1)]);
     assert_eq!(resolve(&run, Some("last")).unwrap(), run.checkpoint(Step(1)));
     // and whoever writes the next checkpoints clears away
-    let mut writer = Writer::start(run.clone(), 1, std::thread::sleep, |_| true);
+    let mut writer = Writer::start(run.clone(), 1, || (), |_| true);
     writer.save(snapshot(3, 1.0, None)).unwrap();
     writer.settle().unwrap();
     drop(writer);
@@ -124,10 +124,15 @@ fn a_killed_write_is_never_taken_for_a_checkpoint() {
 fn the_writer_commits_in_order_and_keeps_the_latest_and_the_best() {
     let (_folder, run) = run();
     let (told, commits) = channel();
-    let mut writer = Writer::start(run.clone(), 2, std::thread::sleep, move |written| match written {
-        Written::Committed { step, .. } => told.send(step).is_ok(),
-        Written::Failed { step, error } => panic!("{step}: {error}"),
-    });
+    let mut writer = Writer::start(
+        run.clone(),
+        2,
+        || (),
+        move |written| match written {
+            Written::Committed { step, .. } => told.send(step).is_ok(),
+            Written::Failed { step, error } => panic!("{step}: {error}"),
+        },
+    );
     for step in 1..=5 {
         writer.save(snapshot(step, step as f32, (step >= 2).then_some(2))).unwrap();
     }
@@ -146,14 +151,14 @@ fn the_writer_commits_in_order_and_keeps_the_latest_and_the_best() {
 fn a_resume_from_an_earlier_checkpoint_leaves_the_later_ones_behind() {
     let (_folder, run) = run();
     for step in 1..=3 {
-        write(&run.checkpoints(), snapshot(step, step as f32, Some(3)), &mut || ()).unwrap();
+        write(&run.checkpoints(), snapshot(step, step as f32, Some(3)), &|| ()).unwrap();
     }
     write_best(&run, snapshot(3, 0.0, Some(3)).state.best.as_ref()).unwrap();
     supersede_later(&run, &snapshot(1, 1.0, Some(1)).state).unwrap();
     assert_eq!(list(&run).unwrap().iter().map(|one| (one.step, one.best)).collect::<Vec<_>>(), [(Step(1), true)]);
     assert!(run.checkpoints().join("superseded").join("step-0000000003").join(MODEL).exists());
     // what is written now is not surplus beside them
-    let mut writer = Writer::start(run.clone(), 1, std::thread::sleep, |_| true);
+    let mut writer = Writer::start(run.clone(), 1, || (), |_| true);
     writer.save(snapshot(2, 2.0, None)).unwrap();
     writer.settle().unwrap();
     assert_eq!(resolve(&run, Some("last")).unwrap(), run.checkpoint(Step(2)));
@@ -166,13 +171,18 @@ fn a_write_that_fails_is_told_harms_nothing_and_the_next_one_is_tried() {
     let (_folder, run) = run();
     let best = run.checkpoint(Step(1));
     let (told, results) = channel();
-    let mut writer = Writer::start(run.clone(), 1, std::thread::sleep, move |written| {
-        told.send(match written {
-            Written::Committed { step, .. } => (step, None),
-            Written::Failed { step, error } => (step, Some(error.to_string())),
-        })
-        .is_ok()
-    });
+    let mut writer = Writer::start(
+        run.clone(),
+        1,
+        || (),
+        move |written| {
+            told.send(match written {
+                Written::Committed { step, .. } => (step, None),
+                Written::Failed { step, error } => (step, Some(error.to_string())),
+            })
+            .is_ok()
+        },
+    );
     writer.save(snapshot(1, 1.0, Some(1))).unwrap();
     writer.settle().unwrap();
     // a file stands where the directory aside would go
@@ -203,7 +213,7 @@ fn a_write_that_fails_is_told_harms_nothing_and_the_next_one_is_tried() {
 fn a_writer_is_ready_while_one_snapshot_may_wait() {
     let (_folder, run) = run();
     let (go, gate) = channel::<()>();
-    let mut writer = Writer::start(run, 3, std::thread::sleep, move |_| gate.recv().is_ok());
+    let mut writer = Writer::start(run, 3, || (), move |_| gate.recv().is_ok());
     let soon = Duration::from_millis(20);
     for step in [1, 2] {
         assert!(writer.ready(Duration::ZERO), "one is written, one may wait");

@@ -44,16 +44,14 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Starts the thread. `rest` is called on it before each piece of a file, with the time to keep away from the
-    /// processors: as long as the thread has just waited for one. So where the training wants them all it takes half of even
-    /// the little that it would be given, and where one is free it does not rest. `tell` is called on it too, and says
-    /// whether the checkpoint counts: one of a rank that the job has gone on without is not the best of anything, and takes
-    /// no other's place.
+    /// Starts the thread. `between` is called on it before each piece of a file. `tell` is called on it too, and says
+    /// whether the checkpoint counts: one of a rank that the job has gone on without is not the best of anything, and
+    /// takes no other's place.
     #[must_use]
     pub fn start(
         run: RunDir,
         keep_last: u32,
-        rest: impl Fn(Duration) + Send + 'static,
+        between: impl Fn() + Send + 'static,
         tell: impl Fn(Written<'_>) -> bool + Send + 'static,
     ) -> Self {
         let (snapshots, queue) = sync_channel::<Snapshot>(1);
@@ -62,13 +60,7 @@ impl Writer {
             if !learn_torch::give_way() {
                 tracing::debug!("the checkpoint writer runs at the priority of the training");
             }
-            let mut queued = learn_torch::queued_time();
-            let mut between = || {
-                let now = learn_torch::queued_time();
-                rest(now.saturating_sub(queued));
-                queued = now;
-            };
-            write_all(&run, keep_last, (&queue, &answers), &mut between, tell);
+            write_all(&run, keep_last, (&queue, &answers), &between, tell);
         });
         Self { snapshots: Some(snapshots), results, thread: Some(thread), open: 0, newest: Ok(()) }
     }
@@ -154,7 +146,7 @@ fn write_all(
     run: &RunDir,
     keep_last: u32,
     (queue, answers): (&Receiver<Snapshot>, &Sender<Result<(), CheckpointError>>),
-    between: &mut dyn FnMut(),
+    between: &dyn Fn(),
     tell: impl Fn(Written<'_>) -> bool,
 ) {
     let folder = run.checkpoints();

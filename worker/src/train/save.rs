@@ -154,27 +154,32 @@ impl Speaker {
 pub(super) fn start_writer(session: &Session, speaker: Speaker) -> Writer {
     let (metrics, config) = (session.metrics.clone(), &session.admission.config);
     let patience = config.cluster.stop_within();
-    Writer::start(session.run_dir(), config.checkpoint.keep_last, std::thread::sleep, move |written| match written {
-        Written::Committed { step, path, duration, .. } => {
-            metrics.checkpoint_seconds.observe(duration.as_secs_f64());
-            let path = path.display().to_string();
-            match speaker.say(patience, |member| member.commit_checkpoint(step, path.clone())) {
-                Ok(()) => true,
-                Err(error) => {
-                    tracing::warn!(%error, %step, "the coordinator was not told of a checkpoint");
-                    // away, it has not said that others have gone on
-                    matches!(error, ControlError::Away { .. })
+    Writer::start(
+        session.run_dir(),
+        config.checkpoint.keep_last,
+        || (),
+        move |written| match written {
+            Written::Committed { step, path, duration, .. } => {
+                metrics.checkpoint_seconds.observe(duration.as_secs_f64());
+                let path = path.display().to_string();
+                match speaker.say(patience, |member| member.commit_checkpoint(step, path.clone())) {
+                    Ok(()) => true,
+                    Err(error) => {
+                        tracing::warn!(%error, %step, "the coordinator was not told of a checkpoint");
+                        // away, it has not said that others have gone on
+                        matches!(error, ControlError::Away { .. })
+                    }
                 }
             }
-        }
-        Written::Failed { step, error } => {
-            let reason = error.to_string();
-            tracing::error!(%step, reason, "a checkpoint could not be written; training goes on");
-            let happening = Happening::CheckpointFailed { step, reason };
-            if let Err(error) = speaker.say(patience, |member| member.report_event(&happening)) {
-                tracing::warn!(%error, %step, "the coordinator was not told of a failed checkpoint");
+            Written::Failed { step, error } => {
+                let reason = error.to_string();
+                tracing::error!(%step, reason, "a checkpoint could not be written; training goes on");
+                let happening = Happening::CheckpointFailed { step, reason };
+                if let Err(error) = speaker.say(patience, |member| member.report_event(&happening)) {
+                    tracing::warn!(%error, %step, "the coordinator was not told of a failed checkpoint");
+                }
+                false
             }
-            false
-        }
-    })
+        },
+    )
 }
