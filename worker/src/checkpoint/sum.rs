@@ -1,7 +1,7 @@
 //! Size and checksum of a checkpoint's file.
 //!
-//! XXH3 with 128 bits: it takes a tenth of the processor time of SHA-256, which training would miss, and is to find damage,
-//! not forgery.
+//! XXH3 with 128 bits: it is far quicker than SHA-256, whose processor time training would miss, and is to find damage, not
+//! forgery.
 
 use std::io;
 use std::path::Path;
