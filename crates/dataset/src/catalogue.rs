@@ -14,7 +14,7 @@ use parquet::file::properties::WriterProperties;
 use serde::{Deserialize, Serialize};
 
 use crate::error::DatasetError;
-use crate::files::{self, HashingFile, Sha256};
+use crate::files::{self, HashingFile};
 use crate::manifest::FileEntry;
 
 /// An item: its id and the fields of the prompt that are known.
@@ -53,7 +53,7 @@ static USER_FIELDS: LazyLock<Fields> =
 
 /// A Parquet file being written in row groups.
 struct TableFile {
-    writer: ArrowWriter<HashingFile<Sha256>>,
+    writer: ArrowWriter<HashingFile>,
     schema: Arc<Schema>,
     relative: String,
     rows: u64,

@@ -93,38 +93,32 @@ pub(crate) fn verify_with(path: &Path, entry: &FileEntry, seen: impl FnMut(u64))
     Ok(())
 }
 
-/// A new file that hashes what is written to it.
-pub struct HashingFile<C> {
+/// A new file that hashes what is written to it, by SHA-256.
+pub(crate) struct HashingFile {
     file: BufWriter<File>,
-    checksum: C,
+    checksum: Sha256,
     bytes: u64,
 }
 
-impl<C: Checksum> HashingFile<C> {
+impl HashingFile {
     /// Creates it in a folder that exists.
-    ///
-    /// # Errors
-    /// If the disk refuses.
-    pub fn create(path: &Path) -> io::Result<Self> {
+    pub(crate) fn create(path: &Path) -> io::Result<Self> {
         let file = BufWriter::with_capacity(PIECE, File::create(path)?);
-        Ok(Self { file, checksum: C::default(), bytes: 0 })
+        Ok(Self { file, checksum: Sha256::default(), bytes: 0 })
     }
 
     /// Makes the file durable and describes it.
-    ///
-    /// # Errors
-    /// If the disk refuses.
-    pub fn finish(self) -> io::Result<FileDigest> {
+    pub(crate) fn finish(self) -> io::Result<FileDigest> {
         let file = self.file.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.sync_all()?;
-        Ok(FileDigest { bytes: self.bytes, checksum: self.checksum.finish() })
+        Ok(FileDigest { bytes: self.bytes, checksum: Checksum::finish(self.checksum) })
     }
 }
 
-impl<C: Checksum> Write for HashingFile<C> {
+impl Write for HashingFile {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         let written = self.file.write(&data[..data.len().min(PIECE)])?;
-        self.checksum.update(&data[..written]);
+        Checksum::update(&mut self.checksum, &data[..written]);
         self.bytes += written as u64;
         Ok(written)
     }

@@ -18,7 +18,7 @@ use serde::Serialize;
 use super::arguments::ShapeArgs;
 use super::statistics::Spread;
 use super::synthetic::{BenchSettings, Seat, alone};
-use crate::checkpoint::{self, State, Writer, Written};
+use crate::checkpoint::{self, Pace, State, Writer, Written};
 use crate::error::WorkerError;
 use crate::feed::PreparedStep;
 use crate::train::{Exchange, Stepper, Word, snapshot};
@@ -31,8 +31,8 @@ Examples:
   learn-launch bench checkpoint --threads 2
   learn-launch bench checkpoint --layers 12 --folder /scratch --json";
 
-/// How long a step waits for the writer to be held; longer, and the writer waits for the disk.
-const HOLD_WITHIN: Duration = Duration::from_millis(50);
+/// How long a step waits for the writer, which rests between pieces, to be held; longer, and the writer waits for the disk.
+const HOLD_WITHIN: Duration = Duration::from_millis(250);
 
 /// Flags of `bench checkpoint`.
 #[derive(Clone, Debug, Args)]
@@ -229,6 +229,7 @@ fn measure(settings: &BenchSettings, checkpoints: u32, run: &RunDir) -> Result<C
     let mut writer = Writer::start(
         run.clone(),
         1,
+        Pace::beside(settings.device),
         move || passed.pass(),
         move |written| {
             let Written::Committed { path, processor, .. } = written else { return false };

@@ -5,7 +5,9 @@
 //! files). Invariants: a directory of that name is whole (it is written aside, synced and renamed); a killed write never
 //! touches an earlier checkpoint; nothing that is read is trusted before its checksum agrees.
 
+mod file;
 mod keep;
+mod pace;
 mod sum;
 mod writer;
 
@@ -14,16 +16,16 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use learn_dataset::files::HashingFile;
+use file::NewFile;
 use learn_domain::report::DatasetFacts;
 use learn_domain::run_dir::{RunDir, checkpoint_step};
 use learn_domain::{Config, Step};
 use learn_model::safetensors;
+pub use pace::Pace;
 use rustix::fs::{CWD, RenameFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 pub use sum::FileSum;
-use sum::Xxh3;
 use tch::Tensor;
 pub use writer::{Writer, Written};
 
@@ -156,33 +158,16 @@ fn write_aside(aside: &Path, snapshot: &mut Snapshot, between: &dyn Fn()) -> Res
     fs::create_dir_all(aside).map_err(io(aside))?;
     for (name, tensors) in [(MODEL, &snapshot.model), (OPTIMIZER, &snapshot.optimizer)] {
         let path = aside.join(name);
-        let mut file = InPieces { file: HashingFile::create(&path).map_err(io(&path))?, between };
+        let mut file = NewFile::create(&path, between).map_err(io(&path))?;
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
         safetensors::write(&mut file, &path, tensors, &metadata).map_err(CheckpointError::Weights)?;
-        snapshot.state.files.insert(name.to_owned(), FileSum::of(file.file).map_err(io(&path))?);
+        snapshot.state.files.insert(name.to_owned(), file.finish().map_err(io(&path))?);
     }
     let path = aside.join(STATE);
     let text = serde_json::to_vec_pretty(&snapshot.state).map_err(|error| io(&path)(error.into()))?;
     File::create(&path).and_then(|mut file| file.write_all(&text)).map_err(io(&path))?;
     sync(&path)?;
     sync(aside)
-}
-
-/// A file that says before each piece that one comes.
-struct InPieces<'a> {
-    file: HashingFile<Xxh3>,
-    between: &'a dyn Fn(),
-}
-
-impl Write for InPieces<'_> {
-    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
-        (self.between)();
-        self.file.write(data)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        self.file.flush()
-    }
 }
 
 /// Makes a file or a directory's entries durable.

@@ -6,7 +6,7 @@
 use std::io;
 use std::path::Path;
 
-use learn_dataset::files::{Checksum, FileDigest, HashingFile, Sha256, hash_file};
+use learn_dataset::files::{Checksum, Sha256, hash_file};
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_128;
 
@@ -29,12 +29,8 @@ enum Sum {
 
 impl FileSum {
     /// Of a new file.
-    ///
-    /// # Errors
-    /// If the disk refuses to make it durable.
-    pub(super) fn of(written: HashingFile<Xxh3>) -> io::Result<Self> {
-        let FileDigest { bytes, checksum } = written.finish()?;
-        Ok(Self { bytes, sum: Sum::Xxh3(checksum) })
+    pub(super) fn of(bytes: u64, sum: Xxh3) -> Self {
+        Self { bytes, sum: Sum::Xxh3(sum.finish()) }
     }
 
     /// What the file at `path` has instead, if it differs.

@@ -108,7 +108,7 @@ fn a_killed_write_is_never_taken_for_a_checkpoint() {
     assert_eq!(list(&run).unwrap().iter().map(|one| one.step).collect::<Vec<_>>(), [Step(1)]);
     assert_eq!(resolve(&run, Some("last")).unwrap(), run.checkpoint(Step(1)));
     // and whoever writes the next checkpoints clears away
-    let mut writer = Writer::start(run.clone(), 1, || (), |_| true);
+    let mut writer = Writer::start(run.clone(), 1, Pace::Full, || (), |_| true);
     writer.save(snapshot(3, 1.0, None)).unwrap();
     writer.settle().unwrap();
     drop(writer);
@@ -127,6 +127,7 @@ fn the_writer_commits_in_order_and_keeps_the_latest_and_the_best() {
     let mut writer = Writer::start(
         run.clone(),
         2,
+        Pace::Full,
         || (),
         move |written| match written {
             Written::Committed { step, .. } => told.send(step).is_ok(),
@@ -158,7 +159,7 @@ fn a_resume_from_an_earlier_checkpoint_leaves_the_later_ones_behind() {
     assert_eq!(list(&run).unwrap().iter().map(|one| (one.step, one.best)).collect::<Vec<_>>(), [(Step(1), true)]);
     assert!(run.checkpoints().join("superseded").join("step-0000000003").join(MODEL).exists());
     // what is written now is not surplus beside them
-    let mut writer = Writer::start(run.clone(), 1, || (), |_| true);
+    let mut writer = Writer::start(run.clone(), 1, Pace::Full, || (), |_| true);
     writer.save(snapshot(2, 2.0, None)).unwrap();
     writer.settle().unwrap();
     assert_eq!(resolve(&run, Some("last")).unwrap(), run.checkpoint(Step(2)));
@@ -174,6 +175,7 @@ fn a_write_that_fails_is_told_harms_nothing_and_the_next_one_is_tried() {
     let mut writer = Writer::start(
         run.clone(),
         1,
+        Pace::Full,
         || (),
         move |written| {
             told.send(match written {
@@ -213,7 +215,7 @@ fn a_write_that_fails_is_told_harms_nothing_and_the_next_one_is_tried() {
 fn a_writer_is_ready_while_one_snapshot_may_wait() {
     let (_folder, run) = run();
     let (go, gate) = channel::<()>();
-    let mut writer = Writer::start(run, 3, || (), move |_| gate.recv().is_ok());
+    let mut writer = Writer::start(run, 3, Pace::Full, || (), move |_| gate.recv().is_ok());
     let soon = Duration::from_millis(20);
     for step in [1, 2] {
         assert!(writer.ready(Duration::ZERO), "one is written, one may wait");

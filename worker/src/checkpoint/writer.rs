@@ -2,11 +2,14 @@
 //!
 //! Input: snapshots. Output: directories on disk, the `best` file, and a call of `tell` for each. One snapshot may wait
 //! while another is written; a third holds the training thread back, so one that may be left out is not handed over when
-//! the place stays taken. The thread gives way to those that train, which on a CPU need every core. A snapshot that cannot
-//! be written (disk full, read-only) ends nothing: the earlier checkpoints stay, and the next one is tried.
+//! the place stays taken. The thread gives way to those that train, which on a CPU need every core, and rests between pieces
+//! as its [`Pace`] says. A snapshot that cannot be written (disk full, read-only) ends nothing: the earlier checkpoints stay,
+//! and the next one is tried.
 
+use std::cell::Cell;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -14,6 +17,7 @@ use std::time::{Duration, Instant};
 use learn_domain::Step;
 use learn_domain::run_dir::RunDir;
 
+use super::pace::{Demand, Pace};
 use super::{CheckpointError, Snapshot, checkpoint_step, io, keep, read_best, steps, write, write_best};
 
 /// What became of a snapshot.
@@ -36,6 +40,7 @@ pub enum Written<'a> {
 pub struct Writer {
     snapshots: Option<SyncSender<Snapshot>>,
     results: Receiver<Result<(), CheckpointError>>,
+    demand: Arc<Demand>,
     thread: Option<JoinHandle<()>>,
     /// Snapshots whose result is not known yet.
     open: usize,
@@ -51,18 +56,21 @@ impl Writer {
     pub fn start(
         run: RunDir,
         keep_last: u32,
+        pace: Pace,
         between: impl Fn() + Send + 'static,
         tell: impl Fn(Written<'_>) -> bool + Send + 'static,
     ) -> Self {
         let (snapshots, queue) = sync_channel::<Snapshot>(1);
         let (answers, results) = channel();
+        let demand = Arc::new(Demand::default());
+        let seen = demand.clone();
         let thread = std::thread::spawn(move || {
             if !learn_torch::give_way() {
                 tracing::debug!("the checkpoint writer runs at the priority of the training");
             }
-            write_all(&run, keep_last, (&queue, &answers), &between, tell);
+            write_all(&run, keep_last, (&queue, &answers), (pace, &seen, &between), tell);
         });
-        Self { snapshots: Some(snapshots), results, thread: Some(thread), open: 0, newest: Ok(()) }
+        Self { snapshots: Some(snapshots), results, demand, thread: Some(thread), open: 0, newest: Ok(()) }
     }
 
     /// Waits up to `limit` for the place where a snapshot may wait; whether it is free.
@@ -92,6 +100,8 @@ impl Writer {
     /// # Errors
     /// If the thread has ended.
     pub fn save(&mut self, snapshot: Snapshot) -> Result<(), CheckpointError> {
+        self.demand.training_waits(false);
+        self.demand.snapshot_waits();
         let sent = self.snapshots.as_ref().is_some_and(|queue| queue.send(snapshot).is_ok());
         self.open += usize::from(sent);
         if sent { Ok(()) } else { Err(CheckpointError::WriterGone) }
@@ -102,16 +112,19 @@ impl Writer {
     /// # Errors
     /// Why the newest snapshot could not be written, said once.
     pub fn settle(&mut self) -> Result<(), CheckpointError> {
+        self.demand.training_waits(true);
         while self.open > 0 {
             let result = self.results.recv().map_err(|_| CheckpointError::WriterGone)?;
             self.take(result);
         }
+        self.demand.training_waits(false);
         std::mem::replace(&mut self.newest, Ok(()))
     }
 
-    /// As [`Writer::settle`]; `None` if `limit` was not enough.
+    /// As [`Writer::settle`]; `None` if `limit` was not enough, and then it is still waited for.
     pub fn settle_within(&mut self, limit: Duration) -> Option<Result<(), CheckpointError>> {
         let started = Instant::now();
+        self.demand.training_waits(true);
         while self.open > 0 {
             match self.results.recv_timeout(limit.saturating_sub(started.elapsed())) {
                 Ok(result) => self.take(result),
@@ -146,15 +159,24 @@ fn write_all(
     run: &RunDir,
     keep_last: u32,
     (queue, answers): (&Receiver<Snapshot>, &Sender<Result<(), CheckpointError>>),
-    between: &dyn Fn(),
+    (pace, demand, between): (Pace, &Demand, &dyn Fn()),
     tell: impl Fn(Written<'_>) -> bool,
 ) {
     let folder = run.checkpoints();
+    let now = || (Instant::now(), learn_torch::processor_time());
     for snapshot in queue {
-        let (started, processor) = (Instant::now(), learn_torch::processor_time());
+        demand.snapshot_is_taken();
+        let (started, processor) = now();
+        let piece = Cell::new((started, processor));
+        let between = || {
+            let (began, processor) = piece.get();
+            demand.rest(pace.rest(learn_torch::processor_time() - processor, began.elapsed()));
+            between();
+            piece.set(now());
+        };
         let step = snapshot.state.step;
         let best = snapshot.state.best.clone().filter(|best| best.step == step);
-        let mut written = write(&folder, snapshot, between);
+        let mut written = write(&folder, snapshot, &between);
         if let Ok(path) = &written {
             let (duration, processor) = (started.elapsed(), learn_torch::processor_time() - processor);
             let counts = tell(Written::Committed { step, path: path.clone(), duration, processor });

@@ -13,7 +13,7 @@ use learn_model::Parameters;
 use tch::{Device, Tensor};
 
 use super::{Stepper, Trainer};
-use crate::checkpoint::{self, Snapshot, State, Writer, Written};
+use crate::checkpoint::{self, Pace, Snapshot, State, Writer, Written};
 use crate::control::{ControlError, Member};
 use crate::error::WorkerError;
 use crate::session::{Session, Turn};
@@ -157,6 +157,7 @@ pub(super) fn start_writer(session: &Session, speaker: Speaker) -> Writer {
     Writer::start(
         session.run_dir(),
         config.checkpoint.keep_last,
+        Pace::beside(session.device),
         || (),
         move |written| match written {
             Written::Committed { step, path, duration, .. } => {

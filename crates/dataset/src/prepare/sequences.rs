@@ -16,7 +16,7 @@ use arrow_schema::{ArrowError, Field, Fields};
 use super::error::PrepareError;
 use super::output::Layout;
 use super::partition::History;
-use crate::files::{HashingFile, Sha256};
+use crate::files::HashingFile;
 use crate::ipc;
 use crate::manifest::FileEntry;
 
@@ -82,7 +82,7 @@ pub(super) struct SequenceWriter<'a, const N: usize> {
     name: &'static str,
     fields: Fields,
     layout: Layout,
-    file: Option<(FileWriter<HashingFile<Sha256>>, usize, u64)>,
+    file: Option<(FileWriter<HashingFile>, usize, u64)>,
     entries: Vec<FileEntry>,
     /// Rows that wait to be written as a batch.
     rows: Rows<N>,
