@@ -25,7 +25,8 @@ use crate::train::{Exchange, Stepper, Word, snapshot};
 
 pub const HELP: &str = "\
 The state is handed over between two steps and written by a thread of its own, which gives way
-to the steps. Each step while it writes is set against one over the same batch while it is held.
+to the steps and, on a CPU, rests between the pieces of a file. Each step while it writes is set
+against one over the same batch while it is held.
 
 Examples:
   learn-launch bench checkpoint --threads 2
@@ -59,7 +60,7 @@ pub struct CheckpointResult {
     pub bytes: u64,
     /// Seconds that the training thread waits for the copy of the state, of each checkpoint.
     pub handing_over: Vec<f64>,
-    /// Seconds of steps from the copy to a durable checkpoint, of each.
+    /// Seconds from the copy to a durable checkpoint, of each, without the steps for which the writer was held.
     pub writing: Vec<f64>,
     /// Processor time that the writer takes, of each checkpoint, by these seconds.
     pub writer_share: Vec<f64>,
@@ -206,6 +207,8 @@ struct Pair {
 /// A checkpoint that is written while steps go on.
 struct Trial {
     handing_over: f64,
+    /// No step ran, until the writer was held.
+    waiting: Duration,
     /// Processor time of the writer.
     processor: Duration,
     path: PathBuf,
@@ -263,7 +266,13 @@ fn write_beside(
     gate: &Gate,
     durable: &Receiver<(PathBuf, Duration)>,
 ) -> Result<Trial, WorkerError> {
-    let mut pairs: Vec<Pair> = Vec::new();
+    let (mut pairs, mut waiting) = (Vec::<Pair>::new(), Duration::ZERO);
+    let mut close = || {
+        let started = Instant::now();
+        let held = gate.close();
+        waiting += started.elapsed();
+        held
+    };
     let started = Instant::now();
     writer.save(snapshot(training.state(), &training.stepper))?;
     let handing_over = started.elapsed().as_secs_f64();
@@ -272,13 +281,13 @@ fn write_beside(
         let (batch, mut pair) = (pairs.len(), Pair::default());
         // each kind comes first in every other pair; a writer that waits for the disk is not held
         let mut held = false;
-        if !batch.is_multiple_of(2) && gate.close() {
+        if !batch.is_multiple_of(2) && close() {
             (held, pair.without) = (true, training.step(batch)?);
         }
         gate.open();
         pair.meanwhile.push(training.step(batch)?);
         while !held {
-            if gate.close() || writer.is_idle() {
+            if close() || writer.is_idle() {
                 (held, pair.without) = (true, training.step(batch)?);
             } else {
                 gate.open();
@@ -290,12 +299,15 @@ fn write_beside(
     }
     writer.settle()?;
     let (path, processor) = durable.recv().map_err(|_| checkpoint::CheckpointError::WriterGone)?;
-    Ok(Trial { handing_over, processor, path, pairs })
+    Ok(Trial { handing_over, waiting, processor, path, pairs })
 }
 
 fn summarize(settings: &BenchSettings, parameters: i64, bytes: u64, trials: &[Trial]) -> CheckpointResult {
     let of = |value: fn(&Trial) -> f64| trials.iter().map(value).collect::<Vec<f64>>();
-    let writing = of(|trial| trial.pairs.iter().flat_map(|pair| &pair.meanwhile).sum());
+    let writing = of(|trial| {
+        let steps = trial.pairs.iter().flat_map(|pair| &pair.meanwhile);
+        steps.sum::<f64>() + trial.waiting.as_secs_f64()
+    });
     let handing_over = of(|trial| trial.handing_over);
     let pairs = || trials.iter().flat_map(|trial| &trial.pairs);
     let differences: Vec<f64> =

@@ -1,25 +1,25 @@
 //! A new file of a checkpoint.
 //!
-//! Input: bytes in order. Output: a durable file, its size and checksum. Where the file system agrees it is written past
-//! the kernel's page cache (`O_DIRECT`): nobody reads it soon, a copy into the cache is most of the processor time of a
-//! write, and there it would take the place of rows that training reads again.
+//! Input: bytes in order. Output: a durable file, its size and checksum. One that is to spare the processors is written past
+//! the kernel's page cache (`O_DIRECT`) where the file system agrees: a copy into the cache is most of the processor time of
+//! a write, and there it would take the place of rows that training reads again. It is one piece after another, so a network
+//! file system is quicker with the cache.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use learn_dataset::files::Checksum;
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use rustix::io::Errno;
+use rustix::fs::OFlags;
 
 use super::FileSum;
 use super::sum::Xxh3;
 
-/// What the disk is given at once.
+/// What is written at once.
 const PIECE: usize = 1 << 20;
 
-/// Where memory, place and length of a piece must begin for a write past the page cache, on any usual disk.
+/// A write past the page cache begins at a multiple of this in memory and in the file, and has a multiple of it as its length.
 const ALIGNMENT: usize = 4096;
 
 /// What is hashed and copied at once, while it is in the processor's cache.
@@ -28,70 +28,69 @@ const PART: usize = 1 << 16;
 const _: () = assert!(PIECE.is_multiple_of(ALIGNMENT));
 
 pub(super) struct NewFile<'a> {
+    path: PathBuf,
     file: File,
-    /// Past the page cache.
+    /// Whether `file` is open for writes past the page cache.
     direct: bool,
-    /// A piece, from `start` on.
+    /// The next piece lies at `start`, the first aligned place.
     memory: Vec<u8>,
     start: usize,
-    /// Bytes of the piece that are there.
+    /// Bytes of the next piece so far.
     filled: usize,
-    /// Bytes of the pieces before it.
+    /// Bytes of the file so far, without it.
     written: u64,
     sum: Xxh3,
-    between: &'a dyn Fn(),
+    before_piece: &'a dyn Fn(),
 }
 
 impl<'a> NewFile<'a> {
-    /// Creates it; `between` is called before each piece that is written.
-    pub(super) fn create(path: &Path, between: &'a dyn Fn()) -> io::Result<Self> {
+    /// Creates it, for writes past the page cache if these are wished and the file system knows them.
+    pub(super) fn create(path: &Path, direct: bool, before_piece: &'a dyn Fn()) -> io::Result<Self> {
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(true);
-        let direct = options.clone().custom_flags(OFlags::DIRECT.bits().cast_signed()).open(path);
-        let (file, direct) = match direct {
-            Err(error) if refuses_direct(&error) => (options.open(path)?, false),
-            opened => (opened?, true),
+        let past_cache = direct.then(|| options.clone().custom_flags(OFlags::DIRECT.bits().cast_signed()).open(path));
+        let (file, direct) = match past_cache {
+            Some(Ok(file)) => (file, true),
+            // a path that cannot be opened at all says so again
+            _ => (options.open(path)?, false),
         };
         let memory = vec![0; PIECE + ALIGNMENT];
         let start = memory.as_ptr().align_offset(ALIGNMENT);
-        Ok(Self { file, direct, memory, start, filled: 0, written: 0, sum: Xxh3::default(), between })
+        let (sum, path) = (Xxh3::default(), path.to_owned());
+        Ok(Self { path, file, direct, memory, start, filled: 0, written: 0, sum, before_piece })
     }
 
     /// Makes the file durable and describes it.
     pub(super) fn finish(mut self) -> io::Result<FileSum> {
         if self.filled > 0 {
-            self.put()?;
+            self.write_piece()?;
         }
+        // the last piece may have been filled up
+        self.file.set_len(self.written)?;
         self.file.sync_all()?;
         Ok(FileSum::of(self.written, self.sum))
     }
 
-    /// Writes the piece, which only at the file's end may be a part of one.
-    fn put(&mut self) -> io::Result<()> {
-        (self.between)();
-        let filled = std::mem::take(&mut self.filled);
-        let end = self.written + filled as u64;
+    /// Writes what is there of the next piece; only the last one may be shorter than [`PIECE`].
+    fn write_piece(&mut self) -> io::Result<()> {
+        (self.before_piece)();
         if self.direct {
-            let whole = filled.next_multiple_of(ALIGNMENT);
-            match self.file.write_all_at(&self.memory[self.start..self.start + whole], self.written) {
-                Err(error) if refuses_direct(&error) => self.use_page_cache()?,
-                put => {
-                    put?;
-                    if whole > filled {
-                        self.file.set_len(end)?;
-                    }
-                }
+            let whole = self.start + self.filled.next_multiple_of(ALIGNMENT);
+            if self.file.write_all_at(&self.memory[self.start..whole], self.written).is_err() {
+                // what is wrong with the disk itself is told by the write below
+                self.use_page_cache()?;
             }
         }
         if !self.direct {
-            self.file.write_all_at(&self.memory[self.start..self.start + filled], self.written)?;
+            self.file.write_all_at(&self.memory[self.start..self.start + self.filled], self.written)?;
         }
-        self.written = end;
+        self.written += std::mem::take(&mut self.filled) as u64;
         Ok(())
     }
 
+    /// Opens it anew: not every file system lets an open file change its way.
     fn use_page_cache(&mut self) -> io::Result<()> {
-        fcntl_setfl(&self.file, fcntl_getfl(&self.file)? - OFlags::DIRECT)?;
+        self.file = OpenOptions::new().write(true).open(&self.path)?;
         self.direct = false;
         Ok(())
     }
@@ -105,7 +104,7 @@ impl Write for NewFile<'_> {
         self.sum.update(part);
         self.filled += part.len();
         if self.filled == PIECE {
-            self.put()?;
+            self.write_piece()?;
         }
         Ok(part.len())
     }
@@ -116,11 +115,6 @@ impl Write for NewFile<'_> {
     }
 }
 
-/// Whether the file system cannot, or cannot with this alignment, write past the page cache.
-fn refuses_direct(error: &io::Error) -> bool {
-    [Errno::INVAL, Errno::OPNOTSUPP].map(|errno| Some(errno.raw_os_error())).contains(&error.raw_os_error())
-}
-
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
@@ -128,41 +122,57 @@ mod tests {
 
     use super::*;
 
-    /// Writes `data` in parts of `part` bytes, past the page cache or through it.
-    fn write(path: &Path, data: &[u8], part: usize, cached: bool) -> (FileSum, usize) {
-        let pieces = Cell::new(0);
-        let between = || pieces.set(pieces.get() + 1);
-        let mut file = NewFile::create(path, &between).unwrap();
-        if cached {
-            file.use_page_cache().unwrap();
-        }
-        for part in data.chunks(part) {
-            file.write_all(part).unwrap();
-        }
-        (file.finish().unwrap(), pieces.get())
-    }
-
     #[test]
     fn what_is_written_is_there_whatever_its_length_and_way() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
         let data: Vec<u8> = (0..2 * PIECE + 5000).map(|n| ((n * n) >> 7) as u8).collect();
         for length in [0, 1, ALIGNMENT, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, data.len()] {
-            for (part, cached) in [(data.len(), false), (999, false), (PIECE, true)] {
-                let (sum, pieces) = write(&path, &data[..length], part, cached);
-                assert!(fs::read(&path).unwrap() == data[..length], "{length} bytes in parts of {part}");
+            // the file system may refuse any piece: from which byte on it does
+            for (direct, refused, part) in [
+                (true, None, length),
+                (true, None, 999),
+                (false, None, PART),
+                (true, Some(0), 999),
+                (true, Some(PIECE), PIECE),
+            ] {
+                let pieces = Cell::new(0);
+                let before_piece = || pieces.set(pieces.get() + 1);
+                let mut file = NewFile::create(&path, direct, &before_piece).unwrap();
+                assert!(direct || !file.direct);
+                let (first, rest) = data[..length].split_at(refused.unwrap_or(length).min(length));
+                first.chunks(part.max(1)).for_each(|part| file.write_all(part).unwrap());
+                if refused.is_some() {
+                    file.use_page_cache().unwrap();
+                }
+                rest.chunks(part.max(1)).for_each(|part| file.write_all(part).unwrap());
+                let sum = file.finish().unwrap();
+                assert!(fs::read(&path).unwrap() == data[..length], "{length} bytes, {direct}, {refused:?}, {part}");
                 assert_eq!((sum.bytes, sum.mismatch(&path).unwrap()), (length as u64, None));
-                assert_eq!(pieces, length.div_ceil(PIECE));
+                assert_eq!(pieces.get(), length.div_ceil(PIECE));
             }
         }
     }
 
     #[test]
-    fn a_disk_that_refuses_a_piece_is_told() {
-        // as a full disk, which no write to it passes
-        let between = || ();
-        let mut file = NewFile::create(Path::new("/dev/full"), &between).unwrap();
-        let error = file.write_all(&vec![0; PIECE]).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    fn bytes_of_an_attempt_that_failed_are_cut_off() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let mut file = NewFile::create(&path, true, &|| ()).unwrap();
+        file.write_all(b"learn").unwrap();
+        // what a write of the filled-up piece has left before it was refused
+        fs::write(&path, [1; 3000]).unwrap();
+        file.use_page_cache().unwrap();
+        file.finish().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"learn");
+    }
+
+    #[test]
+    fn a_disk_that_is_full_is_told() {
+        for direct in [true, false] {
+            let mut file = NewFile::create(Path::new("/dev/full"), direct, &|| ()).unwrap();
+            let error = file.write_all(&vec![0; PIECE]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        }
     }
 }

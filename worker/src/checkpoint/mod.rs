@@ -21,7 +21,7 @@ use learn_domain::report::DatasetFacts;
 use learn_domain::run_dir::{RunDir, checkpoint_step};
 use learn_domain::{Config, Step};
 use learn_model::safetensors;
-pub use pace::Pace;
+pub use pace::{Pace, Rests};
 use rustix::fs::{CWD, RenameFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -31,8 +31,8 @@ pub use writer::{Writer, Written};
 
 use crate::init::Origin;
 
-/// Version of the directory's layout.
-pub const VERSION: u32 = 1;
+/// Version of the directory's layout. Version 1 is read too: its files are checked by SHA-256 or, as here, by XXH3.
+pub const VERSION: u32 = 2;
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -91,6 +91,12 @@ pub struct State {
     pub files: BTreeMap<String, FileSum>,
 }
 
+/// What `state.json` has in any version.
+#[derive(Deserialize)]
+struct Versioned {
+    version: u32,
+}
+
 /// Everything a checkpoint holds; tensors on the CPU.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -108,14 +114,20 @@ pub struct Expected<'a> {
     pub signature: Option<&'a str>,
 }
 
-/// Writes a checkpoint into `folder` and returns its directory; `between` is called before each piece of its files.
+/// Writes a checkpoint into `folder` and returns its directory; `before_piece` is called before each
+/// piece of its files.
 ///
 /// # Errors
 /// If the disk refuses; what was half written is removed.
-pub fn write(folder: &Path, mut snapshot: Snapshot, between: &dyn Fn()) -> Result<PathBuf, CheckpointError> {
+pub fn write(
+    folder: &Path,
+    mut snapshot: Snapshot,
+    pace: Pace,
+    before_piece: &dyn Fn(),
+) -> Result<PathBuf, CheckpointError> {
     let target = RunDir::new(folder.parent().unwrap_or(folder)).checkpoint(snapshot.state.step);
     let aside = target.with_extension(format!("tmp-{}", std::process::id()));
-    let written = write_aside(&aside, &mut snapshot, between).and_then(|()| {
+    let written = write_aside(&aside, &mut snapshot, pace, before_piece).and_then(|()| {
         let replaces = target.exists();
         put_in_place(&aside, &target).map_err(io(&target))?;
         sync(folder)?;
@@ -151,14 +163,20 @@ fn exchange_by_names(aside: &Path, target: &Path) -> std::io::Result<()> {
     fs::rename(&between, aside)
 }
 
-fn write_aside(aside: &Path, snapshot: &mut Snapshot, between: &dyn Fn()) -> Result<(), CheckpointError> {
+fn write_aside(
+    aside: &Path,
+    snapshot: &mut Snapshot,
+    pace: Pace,
+    before_piece: &dyn Fn(),
+) -> Result<(), CheckpointError> {
     if aside.exists() {
         fs::remove_dir_all(aside).map_err(io(aside))?;
     }
     fs::create_dir_all(aside).map_err(io(aside))?;
+    let direct = matches!(pace, Pace::Sparing(_));
     for (name, tensors) in [(MODEL, &snapshot.model), (OPTIMIZER, &snapshot.optimizer)] {
         let path = aside.join(name);
-        let mut file = NewFile::create(&path, between).map_err(io(&path))?;
+        let mut file = NewFile::create(&path, direct, before_piece).map_err(io(&path))?;
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
         safetensors::write(&mut file, &path, tensors, &metadata).map_err(CheckpointError::Weights)?;
         snapshot.state.files.insert(name.to_owned(), file.finish().map_err(io(&path))?);
@@ -182,11 +200,13 @@ fn sync(path: &Path) -> Result<(), CheckpointError> {
 pub fn check(path: &Path) -> Result<State, CheckpointError> {
     let refuse = |reason: String| CheckpointError::Refused { path: path.to_owned(), reason };
     let text = fs::read(path.join(STATE)).map_err(|error| refuse(format!("{STATE} cannot be read ({error})")))?;
-    let state: State =
-        serde_json::from_slice(&text).map_err(|error| refuse(format!("{STATE} is not understood ({error})")))?;
-    if state.version != VERSION {
-        return Err(refuse(format!("it has layout version {}, this program reads {VERSION}", state.version)));
+    let strange = |error: serde_json::Error| refuse(format!("{STATE} is not understood ({error})"));
+    // a later version may have other fields
+    let Versioned { version } = serde_json::from_slice(&text).map_err(strange)?;
+    if !(1..=VERSION).contains(&version) {
+        return Err(refuse(format!("it has layout version {version}, this program reads 1 to {VERSION}")));
     }
+    let state: State = serde_json::from_slice(&text).map_err(strange)?;
     for name in [MODEL, OPTIMIZER] {
         let wanted = state.files.get(name).ok_or_else(|| refuse(format!("{STATE} does not list {name}")))?;
         let file = path.join(name);

@@ -1,36 +1,44 @@
-//! How fast a checkpoint is written beside a training.
+//! How a checkpoint is written beside a training.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tch::Device;
 
-/// What the writer may take of the time of a training that needs every processor: it rests between pieces so that it takes
-/// no more than this part of one processor.
-const SHARE: f64 = 0.005;
-
-/// Whether the writer rests between pieces.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What a write may cost the training.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Pace {
-    /// While nobody waits for it.
-    Resting,
-    /// Never: as fast as the disk is.
-    Full,
+    /// As little as possible of the processors, which the training needs: past the page cache, with rests between the pieces.
+    Sparing(Rests),
+    /// Whatever makes it durable soon.
+    Plain,
+}
+
+/// The rests of a write that nobody waits for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rests {
+    /// What the write takes of one processor.
+    pub share: f64,
+    /// No more rests once it has lasted so long: until it is durable, what it saves can be lost.
+    pub at_most: Duration,
 }
 
 impl Pace {
     /// Beside a training on this device.
     #[must_use]
     pub fn beside(device: Device) -> Self {
-        if device.is_cuda() { Self::Full } else { Self::Resting }
-    }
-
-    /// The rest after a piece that took `processor` of the time `elapsed`.
-    pub(super) fn rest(self, processor: Duration, elapsed: Duration) -> Duration {
-        match self {
-            Self::Resting => processor.div_f64(SHARE).saturating_sub(elapsed),
-            Self::Full => Duration::ZERO,
+        match device {
+            Device::Cpu => Self::Sparing(Rests { share: 0.005, at_most: Duration::from_secs(30) }),
+            _ => Self::Plain,
         }
+    }
+}
+
+impl Rests {
+    /// The rest after a piece that took `processor` of the time `piece`, when the write had lasted `before` it.
+    pub(super) fn after(self, processor: Duration, piece: Duration, before: Duration) -> Duration {
+        let wanted = processor.div_f64(self.share).saturating_sub(piece);
+        wanted.min(self.at_most.saturating_sub(before + piece))
     }
 }
 
@@ -81,18 +89,22 @@ impl Demand {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::sync::mpsc::channel;
+    use std::time::Instant;
 
     use super::*;
 
-    const MOMENT: Duration = Duration::from_millis(1);
-    const ETERNITY: Duration = Duration::from_secs(1 << 30);
+    const MOMENT: Duration = Duration::from_millis(20);
+    const LONG: Duration = Duration::from_secs(60);
 
     #[test]
     fn a_rest_makes_up_for_what_the_piece_took() {
-        assert_eq!(Pace::Resting.rest(MOMENT, MOMENT), 199 * MOMENT);
-        assert_eq!(Pace::Resting.rest(MOMENT, 150 * MOMENT), 50 * MOMENT, "the disk took its time");
-        assert_eq!(Pace::Resting.rest(MOMENT, 300 * MOMENT), Duration::ZERO);
-        assert_eq!(Pace::Full.rest(MOMENT, MOMENT), Duration::ZERO);
+        let rests = Rests { share: 0.005, at_most: 1000 * MOMENT };
+        assert_eq!(rests.after(MOMENT, MOMENT, Duration::ZERO), 199 * MOMENT);
+        assert_eq!(rests.after(MOMENT, 150 * MOMENT, 400 * MOMENT), 50 * MOMENT, "the disk took its time");
+        assert_eq!(rests.after(MOMENT, 300 * MOMENT, 400 * MOMENT), Duration::ZERO);
+        assert_eq!(rests.after(MOMENT, MOMENT, 899 * MOMENT), 100 * MOMENT, "what is left for rests");
+        assert_eq!(rests.after(MOMENT, MOMENT, 1001 * MOMENT), Duration::ZERO);
     }
 
     #[test]
@@ -103,14 +115,22 @@ mod tests {
             false => demand.snapshot_is_taken(),
         }];
         for waits in waits {
-            let resting = std::thread::spawn({
+            let (rested, end) = channel();
+            std::thread::spawn({
                 let demand = demand.clone();
-                move || demand.rest(ETERNITY)
+                move || {
+                    demand.rest(10 * LONG);
+                    rested.send(())
+                }
             });
+            assert!(end.recv_timeout(MOMENT).is_err(), "nobody waits yet");
             waits(&demand, true);
-            resting.join().unwrap();
-            demand.rest(ETERNITY);
+            end.recv_timeout(LONG).expect("the rest ends when somebody waits");
+            demand.rest(10 * LONG);
             waits(&demand, false);
+            let started = Instant::now();
+            demand.rest(MOMENT);
+            assert!(started.elapsed() >= MOMENT, "nobody waits any more");
         }
     }
 }

@@ -39,7 +39,7 @@ fn dataset() -> DatasetFacts {
 #[test]
 fn what_is_written_is_read_back() {
     let (_folder, run) = run();
-    let path = write(&run.checkpoints(), snapshot(7, 1.5, None), &|| ()).unwrap();
+    let path = write(&run.checkpoints(), snapshot(7, 1.5, None), Pace::Plain, &|| ()).unwrap();
     assert_eq!(path, run.checkpoint(Step(7)));
     let back = read(&path, Some(&Expected { dataset: &dataset(), signature: Some("shape") })).unwrap();
     assert_eq!((back.state.step, back.state.files.len()), (Step(7), 2));
@@ -53,13 +53,13 @@ fn a_checkpoint_of_the_same_step_takes_the_place_of_the_one_before() {
     let target = run.checkpoint(Step(7));
     let value = |path: &Path| f64::from(Vec::<f32>::try_from(&read(path, None).unwrap().model[0].1).unwrap()[0]);
     for new in [1.5_f32, 2.5] {
-        write(&run.checkpoints(), snapshot(7, new, None), &|| ()).unwrap();
+        write(&run.checkpoints(), snapshot(7, new, None), Pace::Plain, &|| ()).unwrap();
         assert_eq!(value(&target), f64::from(new));
     }
     assert_eq!(fs::read_dir(run.checkpoints()).unwrap().count(), 1, "nothing of the earlier one is left");
     // and where the file system cannot exchange two directories
     let aside = target.with_extension("tmp-1");
-    write_aside(&aside, &mut snapshot(7, 3.5, None), &|| ()).unwrap();
+    write_aside(&aside, &mut snapshot(7, 3.5, None), Pace::Plain, &|| ()).unwrap();
     exchange_by_names(&aside, &target).unwrap();
     assert_eq!((value(&target), value(&aside)), (3.5, 2.5));
     assert!(exchange_by_names(&aside.with_extension("none"), &target).is_err());
@@ -70,7 +70,7 @@ fn a_checkpoint_of_the_same_step_takes_the_place_of_the_one_before() {
 #[test]
 fn damage_and_strangers_are_refused_with_their_reason() {
     let (_folder, run) = run();
-    let path = write(&run.checkpoints(), snapshot(7, 1.5, None), &|| ()).unwrap();
+    let path = write(&run.checkpoints(), snapshot(7, 1.5, None), Pace::Plain, &|| ()).unwrap();
     let reason = |dataset: &DatasetFacts, signature| {
         read(&path, Some(&Expected { dataset, signature: Some(signature) })).unwrap_err().to_string()
     };
@@ -101,14 +101,14 @@ fn damage_and_strangers_are_refused_with_their_reason() {
 #[test]
 fn a_killed_write_is_never_taken_for_a_checkpoint() {
     let (_folder, run) = run();
-    write(&run.checkpoints(), snapshot(1, 1.0, None), &|| ()).unwrap();
+    write(&run.checkpoints(), snapshot(1, 1.0, None), Pace::Plain, &|| ()).unwrap();
     // what a kill leaves: the directory aside, without or with all its files
     fs::create_dir(run.checkpoints().join("step-0000000002.tmp-99")).unwrap();
     fs::write(run.checkpoints().join("step-0000000002.tmp-99").join(MODEL), "half").unwrap();
     assert_eq!(list(&run).unwrap().iter().map(|one| one.step).collect::<Vec<_>>(), [Step(1)]);
     assert_eq!(resolve(&run, Some("last")).unwrap(), run.checkpoint(Step(1)));
     // and whoever writes the next checkpoints clears away
-    let mut writer = Writer::start(run.clone(), 1, Pace::Full, || (), |_| true);
+    let mut writer = Writer::start(run.clone(), 1, Pace::Plain, || (), |_| true);
     writer.save(snapshot(3, 1.0, None)).unwrap();
     writer.settle().unwrap();
     drop(writer);
@@ -127,7 +127,7 @@ fn the_writer_commits_in_order_and_keeps_the_latest_and_the_best() {
     let mut writer = Writer::start(
         run.clone(),
         2,
-        Pace::Full,
+        Pace::Plain,
         || (),
         move |written| match written {
             Written::Committed { step, .. } => told.send(step).is_ok(),
@@ -152,14 +152,14 @@ fn the_writer_commits_in_order_and_keeps_the_latest_and_the_best() {
 fn a_resume_from_an_earlier_checkpoint_leaves_the_later_ones_behind() {
     let (_folder, run) = run();
     for step in 1..=3 {
-        write(&run.checkpoints(), snapshot(step, step as f32, Some(3)), &|| ()).unwrap();
+        write(&run.checkpoints(), snapshot(step, step as f32, Some(3)), Pace::Plain, &|| ()).unwrap();
     }
     write_best(&run, snapshot(3, 0.0, Some(3)).state.best.as_ref()).unwrap();
     supersede_later(&run, &snapshot(1, 1.0, Some(1)).state).unwrap();
     assert_eq!(list(&run).unwrap().iter().map(|one| (one.step, one.best)).collect::<Vec<_>>(), [(Step(1), true)]);
     assert!(run.checkpoints().join("superseded").join("step-0000000003").join(MODEL).exists());
     // what is written now is not surplus beside them
-    let mut writer = Writer::start(run.clone(), 1, Pace::Full, || (), |_| true);
+    let mut writer = Writer::start(run.clone(), 1, Pace::Plain, || (), |_| true);
     writer.save(snapshot(2, 2.0, None)).unwrap();
     writer.settle().unwrap();
     assert_eq!(resolve(&run, Some("last")).unwrap(), run.checkpoint(Step(2)));
@@ -175,7 +175,7 @@ fn a_write_that_fails_is_told_harms_nothing_and_the_next_one_is_tried() {
     let mut writer = Writer::start(
         run.clone(),
         1,
-        Pace::Full,
+        Pace::Plain,
         || (),
         move |written| {
             told.send(match written {
@@ -215,7 +215,7 @@ fn a_write_that_fails_is_told_harms_nothing_and_the_next_one_is_tried() {
 fn a_writer_is_ready_while_one_snapshot_may_wait() {
     let (_folder, run) = run();
     let (go, gate) = channel::<()>();
-    let mut writer = Writer::start(run, 3, Pace::Full, || (), move |_| gate.recv().is_ok());
+    let mut writer = Writer::start(run, 3, Pace::Plain, || (), move |_| gate.recv().is_ok());
     let soon = Duration::from_millis(20);
     for step in [1, 2] {
         assert!(writer.ready(Duration::ZERO), "one is written, one may wait");
@@ -230,11 +230,58 @@ fn a_writer_is_ready_while_one_snapshot_may_wait() {
 }
 
 #[test]
-fn a_state_of_an_older_version_is_read() {
-    let mut state = serde_json::to_value(snapshot(1, 1.0, None).state).unwrap();
+fn nobody_waits_for_a_writer_that_rests() {
+    let (_folder, run) = run();
+    // each rest lasts until it is cut short
+    let hour = Duration::from_secs(3600);
+    let pace = Pace::Sparing(Rests { share: 1e-9, at_most: hour });
+    let (told, commits) = channel();
+    let mut writer = Writer::start(
+        run,
+        1,
+        pace,
+        || (),
+        move |written| match written {
+            Written::Committed { step, .. } => told.send(step.0).is_ok(),
+            Written::Failed { step, error } => panic!("{step}: {error}"),
+        },
+    );
+    let (moment, limit) = (Duration::from_millis(50), Duration::from_secs(60));
+    writer.save(snapshot(1, 1.0, None)).unwrap();
+    assert!(commits.recv_timeout(moment).is_err(), "it rests");
+    writer.save(snapshot(2, 1.0, None)).unwrap();
+    assert_eq!(commits.recv_timeout(limit), Ok(1), "the next one waits");
+    assert!(commits.recv_timeout(moment).is_err(), "none waits any more");
+    assert!(writer.settle_within(Duration::ZERO).is_none());
+    assert_eq!(commits.recv_timeout(limit), Ok(2), "the training has waited");
+    writer.settle().unwrap();
+    writer.save(snapshot(3, 1.0, Some(3))).unwrap();
+    assert_eq!(commits.recv_timeout(limit), Ok(3), "the best is not put off");
+    writer.save(snapshot(4, 1.0, None)).unwrap();
+    assert!(commits.recv_timeout(moment).is_err(), "it rests again");
+    assert!(matches!(writer.settle_within(limit), Some(Ok(()))), "the training waits");
+    writer.save(snapshot(5, 1.0, None)).unwrap();
+    drop(writer);
+    assert_eq!(commits.iter().collect::<Vec<_>>(), [4, 5]);
+}
+
+#[test]
+fn a_state_of_version_1_is_read_and_one_of_a_later_version_refused_by_its_number() {
+    let (_folder, run) = run();
+    let path = write(&run.checkpoints(), snapshot(1, 1.0, None), Pace::Plain, &|| ()).unwrap();
+    let mut state: serde_json::Value = serde_json::from_slice(&fs::read(path.join(STATE)).unwrap()).unwrap();
     let fields = state.as_object_mut().unwrap();
+    fields["version"] = 1.into();
     fields.remove("non_finite").unwrap();
     fields.remove("init").unwrap();
-    let state: State = serde_json::from_value(state).unwrap();
-    assert_eq!((state.non_finite, state.init), (0, None));
+    for name in [MODEL, OPTIMIZER] {
+        let hashed = learn_dataset::files::hash_file::<learn_dataset::files::Sha256>(&path.join(name), |_| ()).unwrap();
+        fields["files"][name] = serde_json::json!({"bytes": hashed.bytes, "sha256": hashed.checksum});
+    }
+    fs::write(path.join(STATE), state.to_string()).unwrap();
+    let read = check(&path).unwrap();
+    assert_eq!((read.version, read.non_finite, read.init), (1, 0, None));
+    fs::write(path.join(STATE), r#"{"version": 3, "files": []}"#).unwrap();
+    let refused = check(&path).unwrap_err().to_string();
+    assert!(refused.contains("layout version 3, this program reads 1 to 2"), "{refused}");
 }

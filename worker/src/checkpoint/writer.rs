@@ -49,7 +49,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Starts the thread. `between` is called on it before each piece of a file. `tell` is called on it too, and says
+    /// Starts the thread. `before_piece` is called on it before each piece of a file. `tell` is called on it too, and says
     /// whether the checkpoint counts: one of a rank that the job has gone on without is not the best of anything, and
     /// takes no other's place.
     #[must_use]
@@ -57,7 +57,7 @@ impl Writer {
         run: RunDir,
         keep_last: u32,
         pace: Pace,
-        between: impl Fn() + Send + 'static,
+        before_piece: impl Fn() + Send + 'static,
         tell: impl Fn(Written<'_>) -> bool + Send + 'static,
     ) -> Self {
         let (snapshots, queue) = sync_channel::<Snapshot>(1);
@@ -68,7 +68,7 @@ impl Writer {
             if !learn_torch::give_way() {
                 tracing::debug!("the checkpoint writer runs at the priority of the training");
             }
-            write_all(&run, keep_last, (&queue, &answers), (pace, &seen, &between), tell);
+            write_all(&run, keep_last, (&queue, &answers), (pace, &seen, &before_piece), tell);
         });
         Self { snapshots: Some(snapshots), results, demand, thread: Some(thread), open: 0, newest: Ok(()) }
     }
@@ -159,7 +159,7 @@ fn write_all(
     run: &RunDir,
     keep_last: u32,
     (queue, answers): (&Receiver<Snapshot>, &Sender<Result<(), CheckpointError>>),
-    (pace, demand, between): (Pace, &Demand, &dyn Fn()),
+    (pace, demand, before_piece): (Pace, &Demand, &dyn Fn()),
     tell: impl Fn(Written<'_>) -> bool,
 ) {
     let folder = run.checkpoints();
@@ -167,18 +167,27 @@ fn write_all(
     for snapshot in queue {
         demand.snapshot_is_taken();
         let (started, processor) = now();
-        let piece = Cell::new((started, processor));
-        let between = || {
-            let (began, processor) = piece.get();
-            demand.rest(pace.rest(learn_torch::processor_time() - processor, began.elapsed()));
-            between();
-            piece.set(now());
-        };
         let step = snapshot.state.step;
         let best = snapshot.state.best.clone().filter(|best| best.step == step);
-        let mut written = write(&folder, snapshot, &between);
+        // the best cannot be made again when the workers are lost
+        let rests = match pace {
+            Pace::Sparing(rests) if best.is_none() => Some(rests),
+            _ => None,
+        };
+        let (since, lasted) = (Cell::new((started, processor)), Cell::new(Duration::ZERO));
+        let before_piece = || {
+            if let Some(rests) = rests {
+                let (began, processor) = since.get();
+                let taken = learn_torch::processor_time().saturating_sub(processor);
+                demand.rest(rests.after(taken, began.elapsed(), lasted.get()));
+                lasted.set(lasted.get() + began.elapsed());
+            }
+            before_piece();
+            since.set(now());
+        };
+        let mut written = write(&folder, snapshot, pace, &before_piece);
         if let Ok(path) = &written {
-            let (duration, processor) = (started.elapsed(), learn_torch::processor_time() - processor);
+            let (duration, processor) = (started.elapsed(), learn_torch::processor_time().saturating_sub(processor));
             let counts = tell(Written::Committed { step, path: path.clone(), duration, processor });
             if counts {
                 if let Err(error) = best.map_or(Ok(()), |best| write_best(run, Some(&best))) {
