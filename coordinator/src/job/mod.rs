@@ -93,6 +93,8 @@ pub struct Job {
     answers_until: Duration,
     unsaved: Unsaved,
     vigil: Vigil,
+    /// That an epoch is not exact has been noted.
+    fault_told: bool,
 }
 
 /// Deadlines and size of the membership that a configuration asks for.
@@ -119,9 +121,11 @@ impl Job {
         let ledger = history
             .ledger
             .unwrap_or_else(|| Ledger::new(settings.dataset.train_users, settings.plan.steps_per_epoch()));
+        let books = Books::new(history.step, ledger);
         Self {
             membership: Membership::new(membership_settings(&settings.config)),
-            books: Books::new(history.step, ledger),
+            fault_told: books.fault().is_some(),
+            books,
             workers: BTreeMap::new(),
             trained_users: history.steps.iter().map(|record| u64::from(record.users)).sum(),
             step_seconds,

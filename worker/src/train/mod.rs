@@ -116,12 +116,7 @@ impl<'a> Trainer<'a> {
     pub fn prepare(session: &'a Session, resume_from: Option<&'a str>) -> Result<Self, WorkerError> {
         let admission = &session.admission;
         let (config, dataset) = (&admission.config, &admission.dataset);
-        let plan = Plan::new(PlanKey {
-            fingerprint: dataset.fingerprint.clone(),
-            seed: config.job.seed,
-            users: dataset.train_users,
-            global_batch: config.training.global_batch,
-        })?;
+        let plan = Plan::new(PlanKey::of(config, dataset))?;
         let model = Pch::new(shape(config, dataset))?;
         let mut parameters = Parameters::init(model.shape(), config.job.seed, session.device);
         let mut optimizer = AdamW::new(&parameters, &config.optimizer);
