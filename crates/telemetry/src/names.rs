@@ -119,7 +119,9 @@ metrics! {
     JOB_WORKERS = "learn_job_workers", Kind::Gauge, [],
         "Workers of the current generation.";
     JOB_STEPS = "learn_job_steps_total", Kind::Counter, [],
-        "Finished steps over the global batch, those before a resume included.";
+        "Steps over the global batch that were finished since the coordinator's start.";
+    JOB_FINISHED = "learn_job_finished_steps", Kind::Gauge, [],
+        "Finished steps of the job, those before a resume included.";
     JOB_PLANNED = "learn_job_planned_steps", Kind::Gauge, [],
         "Steps of the whole job.";
     JOB_STEP_AGE = "learn_job_step_age_seconds", Kind::Gauge, [],
