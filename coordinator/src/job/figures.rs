@@ -92,7 +92,7 @@ pub(super) fn membership(metrics: &CoordinatorMetrics, job: &Job) {
     metrics.workers.set(job.present_count() as i64);
 }
 
-/// Each rank's own work by the median of all; it changes with every step.
+/// Each rank's own work, divided by the median of all; it changes with every step.
 pub(super) fn work(metrics: &CoordinatorMetrics, job: &Job) {
     for (rank, ratio) in job.work_ratios() {
         metrics.work_ratio.with_label_values(&[&rank.to_string()]).set(ratio);

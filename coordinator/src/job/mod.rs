@@ -1,4 +1,5 @@
-//! The state of one job, without clock, network or disk.
+//! The state of one job. `Job` has no clock, network or disk: what it needs of them comes in, and goes out, as values. The
+//! clock is in `actor` and `turn`, the disk in `turn`, `saved` and `history`, all beneath.
 //!
 //! Input: what workers and the operator say, and the time since the coordinator started. Output: directives, records to
 //! journal, ledgers to store, the status and the summary. Around the membership and the books it adds what a person

@@ -79,7 +79,7 @@ impl Job {
         notices
     }
 
-    /// Each rank's own work by the median of all, as far as there is enough to say so.
+    /// Each rank's own work, divided by the median of all, as far as there is enough to say so.
     pub fn work_ratios(&self) -> impl Iterator<Item = (Rank, f64)> {
         let ranks = (0..self.membership.world_size()).map(Rank);
         ranks.filter_map(|rank| Some((rank, self.vigil.work_ratio(rank)?)))

@@ -117,7 +117,7 @@ metrics! {
     JOB_GENERATION = "learn_job_generation", Kind::Gauge, [],
         "Number of the current membership.";
     JOB_WORKERS = "learn_job_workers", Kind::Gauge, [],
-        "Workers of the current generation.";
+        "Workers that have joined and have neither left nor been lost.";
     JOB_STEPS = "learn_job_steps_total", Kind::Counter, [],
         "Steps over the global batch that were finished since the coordinator's start.";
     JOB_FINISHED = "learn_job_finished_steps", Kind::Gauge, [],
@@ -143,7 +143,7 @@ metrics! {
     JOB_STALLS = "learn_job_stalls_total", Kind::Counter, ["cause"],
         "Times that no step was finished within the progress deadline, by the cause of whom the others waited for.";
     JOB_WORK_RATIO = "learn_job_work_ratio", Kind::Gauge, ["of_rank"],
-        "A rank's own work in a step, smoothed, by the median of all ranks: above 1.5 it lags.";
+        "A rank's own work in a step, smoothed, divided by the median of all ranks: above 1.5 it lags.";
     JOB_RECOVERY_SECONDS = "learn_job_recovery_seconds", Kind::Histogram(RECOVERY_BUCKETS), [],
         "From the end of a generation by a loss or a broken collective to the next finished step.";
     JOB_CHECKPOINTS = "learn_job_checkpoints_total", Kind::Counter, [],
@@ -165,7 +165,7 @@ metrics! {
     FLIGHT_ROWS = "learn_flight_served_rows_total", Kind::Counter, [],
         "Rows that the data service has sent.";
     FLIGHT_BYTES = "learn_flight_served_bytes_total", Kind::Counter, ["kind"],
-        "Bytes that the data service has sent, by what they are: batches, rows or evaluation.";
+        "Bytes that the data service has sent, by what they are: batches, rows, evaluation, items or popularity.";
 
     EMBED_PLANNED = "learn_embed_planned_rows", Kind::Gauge, [],
         "Items of an embed job; 0 until its first process knows.";
