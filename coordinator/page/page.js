@@ -27,7 +27,7 @@ const STATES = {
   failed: ["failed", "bad"],
 };
 const SEVERITY = {
-  worker_lost: "bad", stalled: "bad", non_finite: "bad", checkpoint_failed: "bad",
+  worker_lost: "bad", stalled: "bad", non_finite: "bad", checkpoint_failed: "bad", ledger_inexact: "bad",
   newcomer_lost: "warn", regrouping: "warn", lagging: "warn", checkpoint_skipped: "warn", taken_over: "warn",
   formed: "good", keeps_up: "good",
 };

@@ -156,6 +156,7 @@ async fn the_api_shows_what_the_run_has_done() {
         ("steps?points=many", "points"),
         ("workers?order=name", "unknown variant `name`"),
         ("events?since=3", "unknown field `since`"),
+        ("ledger?epoch=0", "/api/v1/ledger has no parameters"),
     ] {
         let (code, body) = running.http(&format!("GET /api/v1/{wrong}"), &bearer).await;
         assert!(code == 400 && body.contains(named), "{wrong}: {code} {body}");

@@ -42,7 +42,7 @@ fn check(arguments: &[&Path]) -> Output {
 #[test]
 #[ignore = "needs packages for Python: `cargo xtask test` brings them"]
 fn kubernetes_objects_are_as_their_schemas_want_them() {
-    let names = ["common.yaml", "jobset.yaml", "jobs.yaml"];
+    let names = ["common.yaml", "prepare.yaml", "jobset.yaml", "jobs.yaml"];
     let files = names.map(|name| examples().join(name));
     succeeds(&check(&files.each_ref().map(PathBuf::as_path)));
     // and the schemas do say no

@@ -31,7 +31,8 @@ use learn_proto::flight::{
     rows_schema,
 };
 use learn_telemetry::WorkerMetrics;
-use learn_worker::feed::assemble::Layout;
+use learn_worker::feed::assemble::{Layout, MicroBatch};
+use learn_worker::feed::cache::CachePlace;
 use learn_worker::feed::flight::{DataClient, FlightClientError, Share};
 use learn_worker::feed::{Feed, FeedError, FeedSettings, RowSettings, RowSource, UniformNegatives};
 use learn_worker::retry::Patience;
@@ -347,6 +348,7 @@ fn feed(runtime: &Runtime, location: &str, metrics: &WorkerMetrics) -> Feed {
             items: 5,
             ..RowSettings::default()
         },
+        cache: CachePlace::default(),
         times: false,
     };
     let client = client(runtime, &[location.to_owned()], PATIENT);
@@ -441,6 +443,32 @@ fn rows_are_mapped_if_the_files_are_the_services_and_sent_if_they_are_not() {
     let other = [row(1), row(4)].concat();
     assert_ne!(other, here);
     assert_eq!(take(Fake { files, honest: false, ..Fake::default() }), (other, 0, true));
+}
+
+#[test]
+fn the_next_generation_goes_on_with_the_rows_of_the_one_before() {
+    let runtime = runtime();
+    let service = Service::start(Fake::default(), "127.0.0.1:0");
+    let client = client(&runtime, &[service.location()], PATIENT);
+    let (place, metrics) = (CachePlace::default(), WorkerMetrics::new());
+    // of two rows
+    let settings = RowSettings { dim: DIM as usize, cache_bytes: 8, items: 5, ..RowSettings::default() };
+    let rows = |announced: &[&[u32]], items: &[u32]| {
+        let mut source = RowSource::new(&client, &settings, metrics.clone()).with_cache_at(place.clone());
+        runtime.block_on(async {
+            let passes = announced.iter().map(|items| MicroBatch { unique_items: items.to_vec(), ..MicroBatch::default() });
+            source.announce_all(&passes.collect::<Vec<_>>()).await.unwrap();
+            source.rows(items).await.unwrap()
+        })
+    };
+    let misses = || metrics.cache_misses_total.get();
+    assert_eq!(rows(&[&[1, 4], &[2], &[4]], &[1, 4]), [row(1), row(4)].concat());
+    assert_eq!(misses(), 2);
+    // what the one before had announced is forgotten
+    assert_eq!(rows(&[&[4, 1], &[0]], &[4, 1]), [row(4), row(1)].concat());
+    assert_eq!(misses(), 2);
+    assert_eq!(rows(&[], &[0, 4, 1]), [row(0), row(4), row(1)].concat());
+    assert_eq!(misses(), 3);
 }
 
 #[test]

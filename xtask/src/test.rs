@@ -1,4 +1,4 @@
-//! `cargo xtask test`: format, lint, every test; ends with one line that counts what passed and failed.
+//! `cargo xtask test`: format, lint, the tests; ends with one line that counts what passed and failed.
 //!
 //! A stage that fails does not hide the ones after it; what could not be run is named as not run, never as passed.
 

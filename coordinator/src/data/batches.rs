@@ -1,8 +1,9 @@
 //! A rank's share of a range of training steps, as a stream.
 //!
-//! Input: the source, a rank and its world, a range of steps. Output: messages of at most 2 MiB, in order. Two stages: the
-//! *outline* of a step finds the size of every user's sample, splits the batch by tokens and cuts this rank's share
-//! into parts; a *part* draws its samples and encodes them. Invariant: both are pure functions of the ticket.
+//! Input: the source, a rank and its world, a range of steps. Output: messages of at most 2 MiB, or of one sample that is
+//! larger, in order. Two stages: the *outline* of a step finds the size of every user's sample, splits the batch by tokens
+//! and cuts this rank's share into parts; a *part* draws its samples and encodes them. Invariant: both are pure functions
+//! of the ticket.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -31,7 +31,7 @@ impl<T: ArrowPrimitiveType> Default for Lists<T> {
 impl<T: ArrowPrimitiveType> Lists<T> {
     pub fn push(&mut self, values: impl IntoIterator<Item = T::Native>) {
         self.values.extend(values);
-        // cannot wrap: a message holds 2 MiB
+        // cannot wrap: a message holds 2 MiB, or the items of a single user
         self.offsets.push(self.values.len() as i32);
     }
 

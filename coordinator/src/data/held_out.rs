@@ -1,6 +1,7 @@
 //! A rank's rows of a held-out split, the catalogue and its popularity: streams without a plan.
 //!
-//! Output: messages of at most 2 MiB, numbered from 0; a stream without rows is one empty message.
+//! Output: messages of at most 2 MiB, or of one row that is larger, numbered from 0; a stream without rows is one empty
+//! message.
 
 use std::sync::Arc;
 
@@ -17,7 +18,7 @@ use super::batches::Place;
 use super::encode::{Column, HEADROOM_BYTES, Lists, batch, batch_message};
 use super::{Source, off_thread};
 
-/// Rows `from, from + stride, …` below `end`, as many as fit into one message.
+/// Rows `from, from + stride, …` below `end`, as many as fit into one message, and at least one.
 #[derive(Clone, Copy, Debug)]
 struct Cursor {
     from: usize,

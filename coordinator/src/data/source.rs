@@ -51,20 +51,13 @@ impl Source {
         let embeddings =
             if config.model.item_input.has_content() { Some(Arc::new(dataset.embeddings()?)) } else { None };
         let dim = embeddings.as_ref().map_or(0, |embeddings| embeddings.dim());
-        let users = facts.train_users;
-        let key = PlanKey {
-            fingerprint: facts.fingerprint.clone(),
-            seed: config.job.seed,
-            users,
-            global_batch: config.training.global_batch,
-        };
-        let plan = Plan::new(key)?;
+        let plan = Plan::new(PlanKey::of(config, &facts))?;
         let total_steps = config.training.total_steps(plan.steps_per_epoch());
         let provenance = Provenance {
             dataset: facts.name.clone(),
             fingerprint: facts.fingerprint.clone(),
             seed: config.job.seed,
-            users,
+            users: facts.train_users,
             global_batch: config.training.global_batch,
             steps_per_epoch: plan.steps_per_epoch(),
             total_steps,

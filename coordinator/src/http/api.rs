@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, State};
+use axum::extract::{Query, Request, State};
 use axum::http::StatusCode;
+use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
@@ -28,12 +29,21 @@ pub fn routes() -> Router<Shared> {
     Router::new()
         .route("/api/v1/job", get(job))
         .route("/api/v1/overview", get(overview))
-        .route("/api/v1/workers", get(workers))
-        .route("/api/v1/steps", get(steps))
         .route("/api/v1/evaluations", get(evaluations))
-        .route("/api/v1/events", get(events))
         .route("/api/v1/ledger", get(ledger))
         .route("/api/v1/config", get(config))
+        .route_layer(from_fn(without_parameters))
+        .route("/api/v1/workers", get(workers))
+        .route("/api/v1/steps", get(steps))
+        .route("/api/v1/events", get(events))
+}
+
+/// For resources that have none.
+async fn without_parameters(request: Request, next: Next) -> Response {
+    match request.uri().query().filter(|query| !query.is_empty()) {
+        Some(query) => wrong(format!("{} has no parameters, so `{query}` is not understood", request.uri().path())),
+        None => next.run(request).await,
+    }
 }
 
 /// Answers a question with wrong parameters.

@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use learn_domain::ledger::{Ledger, LedgerSummary};
+use learn_domain::ledger::{EpochCount, Ledger, LedgerSummary};
 use learn_domain::{Rank, Step, UserIndex};
 use serde::{Deserialize, Serialize};
 
@@ -235,6 +235,12 @@ impl Books {
     #[must_use]
     pub fn complete(&self) -> Step {
         Step(self.committed_step.0 + self.since.len() as u64)
+    }
+
+    /// As [`Ledger::fault`].
+    #[must_use]
+    pub fn fault(&self) -> Option<EpochCount> {
+        self.current.fault()
     }
 
     #[must_use]

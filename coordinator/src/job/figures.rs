@@ -29,7 +29,6 @@ pub(super) fn begin(metrics: &CoordinatorMetrics, job: &Job) {
     metrics.restarts_total.inc_by(job.restarts().into());
     metrics.planned_steps.set(job.settings.total_steps as i64);
     if let Some(last) = &job.last_step {
-        metrics.steps_total.inc_by(last.step.0);
         last_step(metrics, last);
     }
     if let Some(step) = job.last_checkpoint {
@@ -41,6 +40,7 @@ pub(super) fn begin(metrics: &CoordinatorMetrics, job: &Job) {
 }
 
 fn last_step(metrics: &CoordinatorMetrics, record: &StepRecord) {
+    metrics.finished_steps.set(record.step.0 as i64);
     metrics.loss.set(record.loss);
     metrics.epoch.set(i64::from(record.epoch));
 }
@@ -79,6 +79,7 @@ pub(super) fn happening(metrics: &CoordinatorMetrics, happening: &Happening) {
         | Happening::WorkerDismissed { .. }
         | Happening::Lagging { .. }
         | Happening::KeepsUp { .. }
+        | Happening::LedgerInexact { .. }
         | Happening::Restarted { .. }
         | Happening::TakenOver => {}
     }
@@ -91,7 +92,7 @@ pub(super) fn membership(metrics: &CoordinatorMetrics, job: &Job) {
     metrics.workers.set(job.present_count() as i64);
 }
 
-/// Each rank's own work by the median of all; it changes with every step.
+/// Each rank's own work, divided by the median of all; it changes with every step.
 pub(super) fn work(metrics: &CoordinatorMetrics, job: &Job) {
     for (rank, ratio) in job.work_ratios() {
         metrics.work_ratio.with_label_values(&[&rank.to_string()]).set(ratio);
@@ -123,7 +124,8 @@ mod tests {
         happening(&metrics, &Happening::CheckpointSkipped { step: Step(3) });
         let text = metrics.exposition.render();
         for line in [
-            "learn_job_steps_total 3",
+            "learn_job_steps_total 1",
+            "learn_job_finished_steps 3",
             "learn_job_planned_steps 4",
             "learn_job_loss_nats 2.5",
             "learn_job_last_checkpoint_steps 2",

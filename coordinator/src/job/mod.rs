@@ -1,4 +1,5 @@
-//! The state of one job, without clock, network or disk.
+//! The state of one job. `Job` has no clock, network or disk: what it needs of them comes in, and goes out, as values. The
+//! clock is in `actor` and `turn`, the disk in `turn`, `saved` and `history`, all beneath.
 //!
 //! Input: what workers and the operator say, and the time since the coordinator started. Output: directives, records to
 //! journal, ledgers to store, the status and the summary. Around the membership and the books it adds what a person
@@ -93,6 +94,8 @@ pub struct Job {
     answers_until: Duration,
     unsaved: Unsaved,
     vigil: Vigil,
+    /// That an epoch is not exact has been noted.
+    fault_told: bool,
 }
 
 /// Deadlines and size of the membership that a configuration asks for.
@@ -119,9 +122,11 @@ impl Job {
         let ledger = history
             .ledger
             .unwrap_or_else(|| Ledger::new(settings.dataset.train_users, settings.plan.steps_per_epoch()));
+        let books = Books::new(history.step, ledger);
         Self {
             membership: Membership::new(membership_settings(&settings.config)),
-            books: Books::new(history.step, ledger),
+            fault_told: books.fault().is_some(),
+            books,
             workers: BTreeMap::new(),
             trained_users: history.steps.iter().map(|record| u64::from(record.users)).sum(),
             step_seconds,

@@ -218,6 +218,7 @@ impl Job {
         membership.set_members(members);
         membership.restart_clock(now);
         let mut job = Self {
+            fault_told: books.fault().is_some(),
             settings,
             membership,
             books,

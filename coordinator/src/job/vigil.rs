@@ -70,10 +70,16 @@ impl Vigil {
 impl Job {
     /// What is to be noted since the last call.
     pub fn take_notices(&mut self) -> Vec<Happening> {
-        std::mem::take(&mut self.vigil.notices)
+        let mut notices = std::mem::take(&mut self.vigil.notices);
+        let fault = self.books.fault();
+        if fault.is_some() && !self.fault_told {
+            notices.extend(fault.map(|count| Happening::LedgerInexact { count }));
+        }
+        self.fault_told = fault.is_some();
+        notices
     }
 
-    /// Each rank's own work by the median of all, as far as there is enough to say so.
+    /// Each rank's own work, divided by the median of all, as far as there is enough to say so.
     pub fn work_ratios(&self) -> impl Iterator<Item = (Rank, f64)> {
         let ranks = (0..self.membership.world_size()).map(Rank);
         ranks.filter_map(|rank| Some((rank, self.vigil.work_ratio(rank)?)))

@@ -254,7 +254,6 @@ impl Leases {
     }
 }
 
-/// An error and what caused it, in one line.
 /// Unique for this start of the process.
 fn incarnation() -> String {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();

@@ -17,7 +17,7 @@
 mod abort;
 mod buffer;
 mod call;
-mod common;
+mod common_vector;
 mod error;
 mod group;
 mod layout;
@@ -30,7 +30,7 @@ mod tcp;
 
 pub use abort::Aborter;
 pub use buffer::{Buffer, DType, Place};
-pub use common::{CommonVector, OwnVector};
+pub use common_vector::{CommonVector, OwnVector};
 pub use error::CollectiveError;
 pub use group::{Group, Rendezvous};
 pub use memory::MemoryRendezvous;

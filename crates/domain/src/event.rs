@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::NonFinite;
 use crate::ids::{Generation, Rank, Step, UserIndex, WorkerId};
+use crate::ledger::EpochCount;
 use crate::membership::LossCause;
 use crate::progress::{Cause, Stall};
 
@@ -63,6 +64,8 @@ pub enum Happening {
     Lagging { rank: Rank, ratio: f64, cause: Cause },
     /// It does no longer.
     KeepsUp { rank: Rank, ratio: f64 },
+    /// An epoch has not used every user exactly once. It is a fault of the program; the job goes on.
+    LedgerInexact { count: EpochCount },
     /// A worker is not needed any more.
     WorkerDismissed { worker: WorkerId },
     /// A coordinator has taken the job over from one that was killed.
@@ -98,6 +101,11 @@ impl fmt::Display for Happening {
                 write!(f, "rank {rank} lags: its own work takes {ratio:.2} times the median (cause: {cause})")
             }
             Self::KeepsUp { rank, ratio } => write!(f, "rank {rank} keeps up again ({ratio:.2} times the median)"),
+            Self::LedgerInexact { count: EpochCount { epoch, users, seen, repeated, unknown } } => write!(
+                f,
+                "epoch {epoch} does not use every user once: {seen} of {users} so far, {repeated} repeated, {unknown} \
+                 unknown; please report it"
+            ),
             Self::WorkerDismissed { worker } => write!(f, "worker {worker} is not needed any more"),
             Self::Restarted { restarts } => write!(f, "the scheduler has started the job again (restart {restarts})"),
             Self::TakenOver => f.write_str("the coordinator was lost, and another has taken the job over"),
@@ -137,6 +145,7 @@ mod tests {
             },
             Happening::Lagging { rank: Rank(1), ratio: 1.75, cause: Cause::Device },
             Happening::KeepsUp { rank: Rank(1), ratio: 1.0 },
+            Happening::LedgerInexact { count: EpochCount { epoch: 1, users: 9, seen: 8, repeated: 1, unknown: 0 } },
         ];
         for happening in events {
             let event = JobEvent { time: 1.5, generation: Generation(2), happening };

@@ -50,7 +50,7 @@ struct OpenEpoch {
 /// The ledger as reports show it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LedgerSummary {
-    /// Every closed epoch used every user exactly once, and no open epoch repeats one.
+    /// Each epoch came once and in its turn, every closed one used every user exactly once, and no open one repeats one.
     pub exact: bool,
     /// Counts of each epoch so far, the open one last.
     pub epochs: Vec<EpochCount>,
@@ -96,13 +96,20 @@ impl Ledger {
         }
     }
 
+    /// The first epoch that is not exact, or cannot become so any more: a closed one that missed a user, one that repeated
+    /// a user or came to one that is not there, or one that was not the next.
+    #[must_use]
+    pub fn fault(&self) -> Option<EpochCount> {
+        let closed = self.finished.iter().map(|count| (count, count.exact()));
+        let open = self.current.as_ref().map(|open| (&open.count, open.count.repeated == 0 && open.count.unknown == 0));
+        let mut epochs = (0..).zip(closed.chain(open));
+        epochs.find(|(next, (count, exact))| count.epoch != *next || !exact).map(|(_, (count, _))| *count)
+    }
+
     #[must_use]
     pub fn summary(&self) -> LedgerSummary {
-        let mut epochs = self.finished.clone();
-        let open = self.current.as_ref().map(|open| open.count);
-        epochs.extend(open);
-        let open_clean = open.is_none_or(|count| count.repeated == 0 && count.unknown == 0);
-        LedgerSummary { exact: self.finished.iter().all(EpochCount::exact) && open_clean, epochs }
+        let open = self.current.iter().map(|open| open.count);
+        LedgerSummary { exact: self.fault().is_none(), epochs: self.finished.iter().copied().chain(open).collect() }
     }
 }
 
@@ -141,5 +148,17 @@ mod tests {
         let mut stranger = Ledger::new(10, 2);
         stranger.record(0, &users(10..11));
         assert_eq!((stranger.summary().exact, stranger.summary().epochs[0].unknown), (false, 1));
+        assert_eq!(stranger.fault(), Some(stranger.summary().epochs[0]));
+    }
+
+    #[test]
+    fn an_epoch_that_comes_again_or_is_left_out_shows() {
+        for (epochs, wrong) in [([0, 1, 2], None), ([0, 0, 1], Some(0)), ([0, 2, 3], Some(2)), ([1, 2, 3], Some(1))] {
+            let mut ledger = Ledger::new(10, 1);
+            epochs.iter().for_each(|epoch| ledger.record(*epoch, &users(0..10)));
+            assert!(ledger.summary().epochs.iter().all(EpochCount::exact));
+            assert_eq!(ledger.fault().map(|count| count.epoch), wrong);
+            assert_eq!(ledger.summary().exact, wrong.is_none());
+        }
     }
 }

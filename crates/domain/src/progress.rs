@@ -194,7 +194,7 @@ pub struct Work {
 pub struct Change {
     pub rank: Rank,
     pub lags: bool,
-    /// Its work by the median of all ranks.
+    /// Its work, divided by the median of all ranks.
     pub ratio: f64,
     /// Its share that grew: data or compute.
     pub waits_for_data: bool,
@@ -231,7 +231,7 @@ impl Lag {
         Some(Change { rank, lags: now, ratio, waits_for_data })
     }
 
-    /// A rank's work by the median of all ranks; none while there is too little to say so.
+    /// A rank's work, divided by the median of all ranks; none while there is too little to say so.
     #[must_use]
     pub fn ratio(&self, rank: Rank) -> Option<f64> {
         let total = |work: &Work| work.data_seconds + work.compute_seconds;

@@ -2,7 +2,7 @@
 //!
 //! Input: the sentences of `embed.prompt`, then the fields of one item. Output: one text. Pure. Invariants: a sentence is
 //! taken only if every field that it names is there, so that no text has a hole; of a list of alternatives the first
-//! that can be taken is, or none; fields are put in as they are, without escaping. The default is the published prompt.
+//! that can be taken is, or none; fields are put in as they are, without escaping.
 
 use std::collections::BTreeSet;
 

@@ -203,7 +203,7 @@ pub struct WorkerStatus {
     /// Since it entered the phase, or the collective in it that it waits in; 0 in files of older versions.
     #[serde(default)]
     pub seconds_in_phase: f64,
-    /// Its own work in a step by the median of all ranks; none while there is too little to say so.
+    /// Its own work in a step, divided by the median of all ranks; none while there is too little to say so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub work_ratio: Option<f64>,
     /// It is no part of the job any more: its phase says how it went.

@@ -170,7 +170,7 @@ impl RunDir {
         self.checkpoints().join(format!("step-{:010}", step.0))
     }
 
-    /// The name of the best checkpoint so far, one line.
+    /// The best checkpoint so far, JSON: its step, and by which metric and value.
     #[must_use]
     pub fn best(&self) -> PathBuf {
         self.checkpoints().join("best")

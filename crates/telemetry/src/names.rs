@@ -79,7 +79,7 @@ metrics! {
     WORKER_PEAK_FLOPS = "learn_worker_peak_flops_per_second", Kind::Gauge, [],
         "What this rank's device can do, as cluster.device_peak_tflops says; 0 = not known.";
     WORKER_PHASE = "learn_worker_phase_seconds", Kind::Histogram(PHASE_BUCKETS), ["phase"],
-        "Seconds that a step spent in each phase.";
+        "Seconds that a step spent in each phase; a GPU's work counts in the phase that waits for it.";
     WORKER_PREFETCHED = "learn_worker_prefetched_steps", Kind::Gauge, [],
         "Steps that are prepared and wait for the training thread.";
     WORKER_PREFETCH_DEPTH = "learn_worker_prefetch_depth_steps", Kind::Gauge, [],
@@ -117,9 +117,11 @@ metrics! {
     JOB_GENERATION = "learn_job_generation", Kind::Gauge, [],
         "Number of the current membership.";
     JOB_WORKERS = "learn_job_workers", Kind::Gauge, [],
-        "Workers of the current generation.";
+        "Workers that have joined and have neither left nor been lost.";
     JOB_STEPS = "learn_job_steps_total", Kind::Counter, [],
-        "Finished steps over the global batch, those before a resume included.";
+        "Steps over the global batch that were finished since the coordinator's start.";
+    JOB_FINISHED = "learn_job_finished_steps", Kind::Gauge, [],
+        "Finished steps of the job, those before a resume included.";
     JOB_PLANNED = "learn_job_planned_steps", Kind::Gauge, [],
         "Steps of the whole job.";
     JOB_STEP_AGE = "learn_job_step_age_seconds", Kind::Gauge, [],
@@ -141,7 +143,7 @@ metrics! {
     JOB_STALLS = "learn_job_stalls_total", Kind::Counter, ["cause"],
         "Times that no step was finished within the progress deadline, by the cause of whom the others waited for.";
     JOB_WORK_RATIO = "learn_job_work_ratio", Kind::Gauge, ["of_rank"],
-        "A rank's own work in a step, smoothed, by the median of all ranks: above 1.5 it lags.";
+        "A rank's own work in a step, smoothed, divided by the median of all ranks: above 1.5 it lags.";
     JOB_RECOVERY_SECONDS = "learn_job_recovery_seconds", Kind::Histogram(RECOVERY_BUCKETS), [],
         "From the end of a generation by a loss or a broken collective to the next finished step.";
     JOB_CHECKPOINTS = "learn_job_checkpoints_total", Kind::Counter, [],
@@ -163,7 +165,7 @@ metrics! {
     FLIGHT_ROWS = "learn_flight_served_rows_total", Kind::Counter, [],
         "Rows that the data service has sent.";
     FLIGHT_BYTES = "learn_flight_served_bytes_total", Kind::Counter, ["kind"],
-        "Bytes that the data service has sent, by what they are: batches, rows or evaluation.";
+        "Bytes that the data service has sent, by what they are: batches, rows, evaluation, items or popularity.";
 
     EMBED_PLANNED = "learn_embed_planned_rows", Kind::Gauge, [],
         "Items of an embed job; 0 until its first process knows.";

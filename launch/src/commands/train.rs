@@ -133,12 +133,7 @@ pub(super) fn check_ready(config: &Config) -> Result<()> {
 /// Says so if the training ends before its warm-up does.
 pub(super) fn warn_of_warm_up(config: &Config, output: &Output) -> Result<()> {
     let facts = Dataset::open(&config.data.dataset)?.facts();
-    let plan = Plan::new(PlanKey {
-        fingerprint: facts.fingerprint,
-        seed: config.job.seed,
-        users: facts.train_users,
-        global_batch: config.training.global_batch,
-    })?;
+    let plan = Plan::new(PlanKey::of(config, &facts))?;
     let total = config.training.total_steps(plan.steps_per_epoch());
     if let Some(warning) = schedule::endless_warm_up(&config.optimizer, total) {
         output.note(&format!("warning: {warning}"));

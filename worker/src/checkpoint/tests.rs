@@ -88,6 +88,11 @@ fn damage_and_strangers_are_refused_with_their_reason() {
     assert!(reason(&same, "shape").contains("model.safetensors is damaged"));
     fs::write(&model, &bytes[..last]).unwrap();
     assert!(reason(&same, "shape").contains("is damaged"));
+    let elsewhere = run.checkpoint(Step(8));
+    fs::rename(&path, &elsewhere).unwrap();
+    let renamed = check(&elsewhere).unwrap_err().to_string();
+    assert!(renamed.contains("state.json is of step 7"), "{renamed}");
+    fs::rename(&elsewhere, &path).unwrap();
     fs::remove_file(&model).unwrap();
     assert!(reason(&same, "shape").contains("model.safetensors"));
     fs::write(path.join(STATE), "{").unwrap();

@@ -20,6 +20,7 @@ use tokio::task::JoinSet;
 
 use super::answers::{FlightClientError, unexpected};
 use super::assemble::Layout;
+use super::cache::CachePlace;
 use super::flight::DataClient;
 use super::{Feed, FeedError, FeedSettings, RowSettings, UniformNegatives};
 use crate::error::WorkerError;
@@ -201,6 +202,7 @@ pub fn bench_wire(settings: &WireBenchSettings) -> Result<WireBenchResult, Worke
             streams: config.cluster.row_streams,
             ..RowSettings::default()
         },
+        cache: CachePlace::default(),
         times: false,
     };
     let metrics = WorkerMetrics::new();

@@ -4,7 +4,8 @@
 //! when it is not here; who stays is [`Residents`]' choice. Invariants: at most `capacity` rows; memory is taken as it
 //! fills.
 
-use std::sync::Arc;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use half::f16;
 use rayon::prelude::*;
@@ -23,6 +24,11 @@ impl RowCache {
     #[must_use]
     pub fn new(dim: usize, capacity: usize, popularity: Arc<[u32]>) -> Self {
         Self { dim, residents: Residents::new(capacity, popularity), rows: Vec::new() }
+    }
+
+    /// As [`Residents::forget_announced`].
+    pub fn forget_announced(&mut self) {
+        self.residents.forget_announced();
     }
 
     /// Announces the request after those that are announced already.
@@ -64,6 +70,30 @@ impl RowCache {
                 None => self.rows.extend_from_slice(row),
             }
         }
+    }
+}
+
+/// Where a cache stays between two that use it one after the other, such as the feeds of two generations.
+#[derive(Clone, Default)]
+pub struct CachePlace(Arc<Mutex<Option<RowCache>>>);
+
+impl CachePlace {
+    /// The cache that was left here last, if nobody has it.
+    #[must_use]
+    pub fn take(&self) -> Option<RowCache> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Leaves a cache here for the next one; what was announced was so for the last one alone.
+    pub fn leave(&self, mut cache: RowCache) {
+        cache.forget_announced();
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(cache);
+    }
+}
+
+impl fmt::Debug for CachePlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("CachePlace")
     }
 }
 

@@ -58,7 +58,7 @@ pub(super) async fn fetch_steps(
         std::future::pending::<Infallible>().await
     };
     let steps_ahead = settings.prefetch_steps as usize;
-    let source = RowSource::new(&client, &settings.rows, metrics.clone());
+    let source = RowSource::new(&client, &settings.rows, metrics.clone()).with_cache_at(settings.cache.clone());
     tokio::select! {
         // in this order, so that what has come is there when the rows' turn comes
         biased;

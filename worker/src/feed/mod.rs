@@ -24,6 +24,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use assemble::{Layout, MicroBatch};
+use cache::CachePlace;
 use depth::{Depth, Taken};
 use flight::{DataClient, FlightClientError};
 use learn_domain::plan::contiguous_part;
@@ -75,6 +76,8 @@ pub struct FeedSettings {
     /// Most steps that may be ready, or on their way.
     pub prefetch_steps: u32,
     pub rows: RowSettings,
+    /// Of the host's rows, from one feed to the next.
+    pub cache: CachePlace,
     /// The model reads when interactions were.
     pub times: bool,
 }

@@ -74,6 +74,13 @@ impl Residents {
         self.begun += 1;
     }
 
+    /// Takes back what was announced and has not begun: other requests will come.
+    pub fn forget_announced(&mut self) {
+        self.awaited.clear();
+        self.announced = self.begun;
+        self.by_worth = self.slots.keys().map(|&item| (self.worth(item), item)).collect();
+    }
+
     /// Where the row of an item is.
     #[must_use]
     pub fn slot(&self, item: u32) -> Option<usize> {
@@ -149,6 +156,23 @@ mod tests {
         assert!(request(&mut residents, &[2]).is_empty());
         assert_eq!(request(&mut residents, &[0, 1]), [0, 1], "not announced");
         assert_eq!(held(&residents), [0, 1]);
+    }
+
+    #[test]
+    fn what_was_announced_in_vain_is_worth_its_occurrences_again() {
+        let mut residents = Residents::new(2, Arc::from([9, 8, 1, 1]));
+        for items in [&[2, 3][..], &[0, 1], &[3], &[2]] {
+            residents.announce(items);
+        }
+        assert_eq!(request(&mut residents, &[2, 3]), [2, 3]);
+        residents.forget_announced();
+        assert_eq!(request(&mut residents, &[2, 3]), [0_u32; 0], "they are still here");
+        assert_eq!(request(&mut residents, &[0, 1]), [0, 1]);
+        assert_eq!(held(&residents), [0, 1], "and make room");
+        residents.announce(&[2]);
+        residents.announce(&[3]);
+        assert_eq!(request(&mut residents, &[2]), [2], "the first of the new ones");
+        assert_eq!(request(&mut residents, &[3]), [3]);
     }
 
     /// Misses of the best that a cache can do, by trying: the sum over all requests, if it may keep any rows.

@@ -15,7 +15,7 @@ use tch::Device;
 
 use super::FeedError;
 use super::assemble::MicroBatch;
-use super::cache::RowCache;
+use super::cache::{CachePlace, RowCache};
 use super::flight::{DataClient, FlightClientError};
 use super::residents::Residents;
 use super::streams::RowStreams;
@@ -120,6 +120,8 @@ pub struct RowSource {
     settings: RowSettings,
     /// None until the first rows are asked for.
     host: Option<RowCache>,
+    /// Where the host's cache comes from, and is left.
+    place: CachePlace,
     device: Option<Residents>,
     popularity: Option<Arc<[u32]>>,
     streams: RowStreams,
@@ -135,12 +137,20 @@ impl RowSource {
             client: client.clone(),
             settings: *settings,
             host: None,
+            place: CachePlace::default(),
             device: None,
             popularity: None,
             streams: RowStreams::new(client, settings.streams, settings.dim),
             fetched: Vec::new(),
             metrics,
         }
+    }
+
+    /// Goes on with the host's cache that one of the same dataset and settings has left at this place, and leaves it there.
+    #[must_use]
+    pub fn with_cache_at(mut self, place: CachePlace) -> Self {
+        self.place = place;
+        self
     }
 
     /// How many items are worth announcing: enough for the caches to choose by.
@@ -254,9 +264,10 @@ impl RowSource {
         Ok(())
     }
 
-    /// The host's cache, made when it is first used.
+    /// The host's cache, found or made when it is first used.
     async fn host(&mut self) -> Result<&mut RowCache, FeedError> {
         let (dim, rows) = (self.settings.dim, self.settings.host_rows());
+        self.host = self.host.take().or_else(|| self.place.take());
         let popularity = if self.host.is_none() { self.popularity(rows).await? } else { Arc::default() };
         Ok(self.host.get_or_insert_with(|| RowCache::new(dim, rows, popularity)))
     }
@@ -292,6 +303,14 @@ impl RowSource {
     /// Counts rows that were sent.
     fn count_sent(&self, bytes: u64) {
         self.metrics.received_bytes_total.with_label_values(&["rows"]).inc_by(bytes);
+    }
+}
+
+impl Drop for RowSource {
+    fn drop(&mut self) {
+        if let Some(cache) = self.host.take() {
+            self.place.leave(cache);
+        }
     }
 }
 

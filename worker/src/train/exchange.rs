@@ -276,6 +276,7 @@ impl Exchange {
         let mut all = Tensor::empty([rows as i64, width], (mine.kind(), mine.device()));
         let mut send = mine.contiguous();
         let elements = elements(counts, width);
+        finish_own_work(&send);
         let (mut sent, mut received) = (learn_torch::buffer(&mut send)?, learn_torch::buffer(&mut all)?);
         self.run(|collective| collective.all_gather(&elements, &mut sent, &mut received))?;
         Ok(all)
@@ -294,6 +295,7 @@ impl Exchange {
         let mut mine = Tensor::empty([counts[self.rank()] as i64, width], (all.kind(), all.device()));
         let mut send = all.contiguous();
         let elements = elements(counts, width);
+        finish_own_work(&send);
         let (mut sent, mut received) = (learn_torch::buffer(&mut send)?, learn_torch::buffer(&mut mine)?);
         self.run(|collective| collective.reduce_scatter_sum(&elements, &mut sent, &mut received))?;
         Ok(mine)
@@ -365,6 +367,12 @@ impl Drop for AbortOnPanic {
             self.0.abort();
         }
     }
+}
+
+/// Waits for what the tensor's device has yet to do, so that a collective is entered when the rank is there: whoever looks
+/// from outside tells by this a GPU that hangs or lags from one that waits for the others.
+fn finish_own_work(tensor: &Tensor) {
+    learn_torch::synchronize(tensor.device());
 }
 
 fn elements(rows: &[usize], width: i64) -> Vec<usize> {

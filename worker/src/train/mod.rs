@@ -44,6 +44,7 @@ use crate::control::{FinishedStep, Member, Place, REPORT_QUEUE};
 use crate::error::WorkerError;
 use crate::evaluate::{Catalogue, Evaluator, Request};
 use crate::feed::assemble::Layout;
+use crate::feed::cache::CachePlace;
 use crate::feed::flight::DataClient;
 use crate::feed::{Feed, FeedSettings, RowSettings, UniformNegatives};
 use crate::init::Origin;
@@ -80,6 +81,8 @@ pub struct Trainer<'a> {
     stepper: Stepper,
     evaluator: Evaluator,
     data: DataClient,
+    /// Of the host's rows, from one generation to the next.
+    cache: CachePlace,
     /// Training interactions of each item, if the objective corrects for them.
     popularity: Option<Vec<u32>>,
     /// On rank 0 only.
@@ -116,12 +119,7 @@ impl<'a> Trainer<'a> {
     pub fn prepare(session: &'a Session, resume_from: Option<&'a str>) -> Result<Self, WorkerError> {
         let admission = &session.admission;
         let (config, dataset) = (&admission.config, &admission.dataset);
-        let plan = Plan::new(PlanKey {
-            fingerprint: dataset.fingerprint.clone(),
-            seed: config.job.seed,
-            users: dataset.train_users,
-            global_batch: config.training.global_batch,
-        })?;
+        let plan = Plan::new(PlanKey::of(config, dataset))?;
         let model = Pch::new(shape(config, dataset))?;
         let mut parameters = Parameters::init(model.shape(), config.job.seed, session.device);
         let mut optimizer = AdamW::new(&parameters, &config.optimizer);
@@ -165,6 +163,7 @@ impl<'a> Trainer<'a> {
             stepper,
             evaluator,
             data,
+            cache: CachePlace::default(),
             popularity: popularity.filter(|_| config.objective.logq_correction),
             writer: None,
             speaker: Speaker::default(),
@@ -291,6 +290,7 @@ impl<'a> Trainer<'a> {
             },
             prefetch_steps: self.config.cluster.prefetch_steps,
             rows: row_settings(self.config, &self.session.admission.dataset, self.session.device),
+            cache: self.cache.clone(),
             times: self.config.model.reads_times(),
         };
         let handle = self.session.handle().clone();

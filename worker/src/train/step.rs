@@ -96,7 +96,8 @@ impl StepEnd {
     }
 }
 
-/// Measures the phases of steps on the host; on a GPU a phase ends when its work is enqueued.
+/// Measures the phases of steps on the host. On a GPU a phase ends when its work is enqueued, and the work counts in the
+/// phase that waits for it: forward in `gather`, backward in `reduce`.
 pub struct PhaseClock {
     metrics: WorkerMetrics,
     progress: Arc<Progress>,

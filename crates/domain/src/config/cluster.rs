@@ -26,7 +26,8 @@ pub struct ClusterConfig {
     pub workers: u32,
     /// The job goes on with so many when others are lost, and waits for more (`join_timeout`) with fewer.
     pub min_workers: u32,
-    /// Worker processes that `learn-launch` starts in place of lost ones, over the whole job.
+    /// Worker processes that `learn-launch` starts in place of lost ones, over the whole job; under Slurm each task has so
+    /// many of its own at each start of the job. The data servers of `data_replicas` have so many together, besides.
     pub max_restarts: u32,
     /// Recoveries in a row without a finished step between them, after which the job is given up (exit code 7).
     pub max_recoveries: u32,
@@ -67,11 +68,11 @@ pub struct ClusterConfig {
     /// who have not left. A worker that was told to leave a broken generation has as long, and is lost after it. "0s" = as
     /// long as `collective_timeout` and `heartbeat_timeout` together.
     pub stop_timeout: Span,
-    /// Most steps that a worker fetches ahead. It begins with two, goes as many further as would have hidden a wait of
-    /// training for data, and one back when all were ready for long.
+    /// Most steps that a worker fetches ahead. Starts at 2. After training has waited for data it grows by as many steps as
+    /// would have hidden the wait; after a long time without waiting it shrinks by one.
     pub prefetch_steps: u32,
-    /// Connections over which a worker fetches content embeddings at once, each first to another data server; a request of
-    /// less than a MiB for each takes fewer. None is needed where it can open the dataset's files.
+    /// Connections over which a worker fetches content embeddings at once. Each starts at a different data server. Requests
+    /// below 1 MiB per connection use fewer. Unused if the worker maps the dataset's files.
     pub row_streams: u32,
     /// Host memory of a worker for content embeddings.
     pub row_cache: ByteSize,

@@ -40,7 +40,8 @@ impl Sentence {
     }
 }
 
-/// The text of an item: what the language model reads. The default is the published prompt.
+/// The text of an item: what the language model reads. The default is the published prompt, with two shorter wordings of
+/// our own for an item that has a category without a brand, or a brand without a category.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct PromptConfig {
@@ -57,6 +58,7 @@ impl Default for PromptConfig {
         let one = |text: &str| Sentence::One(text.into());
         let category_and_brand = [
             r#"This item belongs to "{category}" and brand is "{brand}"."#,
+            // these two are not published
             r#"This item belongs to "{category}"."#,
             r#"The brand is "{brand}"."#,
         ];

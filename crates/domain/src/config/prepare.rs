@@ -11,9 +11,11 @@ use super::ConfigError;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum FileFormat {
-    /// From the file's name: `.parquet`, `.csv`, `.tsv`, `.jsonl`/`.json`/`.ndjson`, `.inter`/`.item`; `.gz` may follow.
+    /// The default: by the file's name, `.parquet`, `.csv`, `.tsv`, `.jsonl`/`.json`/`.ndjson`, `.inter`/`.item`; `.gz` may
+    /// follow.
     #[default]
     Auto,
+    /// Apache Parquet.
     Parquet,
     /// Comma-separated with a header line; `.tsv` is read with tabs.
     Csv,

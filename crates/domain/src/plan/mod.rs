@@ -11,8 +11,10 @@ pub use balance::{contiguous_part, split_by_tokens};
 use permutation::Permutation;
 use serde::{Deserialize, Serialize};
 
+use crate::config::Config;
 use crate::ids::{Step, UserIndex};
 use crate::random;
+use crate::report::DatasetFacts;
 
 /// What the order of a job depends on, and nothing else.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +26,19 @@ pub struct PlanKey {
     pub users: u32,
     /// Users of one step, over all ranks.
     pub global_batch: u32,
+}
+
+impl PlanKey {
+    /// Of the job that trains as `config` says on this dataset, which the model's items are to have been applied to.
+    #[must_use]
+    pub fn of(config: &Config, facts: &DatasetFacts) -> Self {
+        Self {
+            fingerprint: facts.fingerprint.clone(),
+            seed: config.job.seed,
+            users: facts.train_users,
+            global_batch: config.training.global_batch,
+        }
+    }
 }
 
 /// The order of a whole job.

@@ -34,7 +34,7 @@ pub struct RankRow {
     pub step_time: String,
     /// Its own work in a step, without waiting for others.
     pub own_time: String,
-    /// Its own work by the median of all, and the cause if it lags.
+    /// Its own work, divided by the median of all, and the cause if it lags.
     pub lag: String,
     pub memory: String,
     pub heard: String,
