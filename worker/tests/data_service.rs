@@ -456,7 +456,8 @@ fn the_next_generation_goes_on_with_the_rows_of_the_one_before() {
     let rows = |announced: &[&[u32]], items: &[u32]| {
         let mut source = RowSource::new(&client, &settings, metrics.clone()).with_cache_at(place.clone());
         runtime.block_on(async {
-            let passes = announced.iter().map(|items| MicroBatch { unique_items: items.to_vec(), ..MicroBatch::default() });
+            let passes =
+                announced.iter().map(|items| MicroBatch { unique_items: items.to_vec(), ..MicroBatch::default() });
             source.announce_all(&passes.collect::<Vec<_>>()).await.unwrap();
             source.rows(items).await.unwrap()
         })

@@ -209,7 +209,10 @@ pub fn check(path: &Path) -> Result<State, CheckpointError> {
     let state: State = serde_json::from_slice(&text).map_err(strange)?;
     let named = path.file_name().and_then(|name| checkpoint_step(name.to_str()?));
     if named.is_some_and(|named| named != state.step) {
-        return Err(refuse(format!("{STATE} is of step {}; give the directory the name of its step again", state.step)));
+        return Err(refuse(format!(
+            "{STATE} is of step {}; give the directory the name of its step again",
+            state.step
+        )));
     }
     for name in [MODEL, OPTIMIZER] {
         let wanted = state.files.get(name).ok_or_else(|| refuse(format!("{STATE} does not list {name}")))?;
