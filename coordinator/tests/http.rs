@@ -156,7 +156,11 @@ async fn the_api_shows_what_the_run_has_done() {
         ("steps?points=many", "points"),
         ("workers?order=name", "unknown variant `name`"),
         ("events?since=3", "unknown field `since`"),
-        ("ledger?epoch=0", "/api/v1/ledger has no parameters"),
+        ("ledger?epoch=0", "/api/v1/ledger has no parameters, so `epoch=0`"),
+        ("overview?show=1", "/api/v1/overview has no parameters"),
+        ("job?a=1", "/api/v1/job has no parameters"),
+        ("config?a=1", "/api/v1/config has no parameters"),
+        ("evaluations?split=test", "/api/v1/evaluations has no parameters"),
     ] {
         let (code, body) = running.http(&format!("GET /api/v1/{wrong}"), &bearer).await;
         assert!(code == 400 && body.contains(named), "{wrong}: {code} {body}");

@@ -5,7 +5,7 @@ mod quality;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use learn_domain::ledger::EpochCount;
+use learn_domain::ledger::{EpochCount, LedgerSummary};
 use learn_domain::report::{EmbeddingStatus, EmbeddingWorker, Evaluation, JobStatus, StepRecord};
 pub use quality::{evaluated, summary};
 
@@ -216,7 +216,7 @@ pub fn status(status: &JobStatus, freshness: Freshness) -> String {
     if let Some(best) = &status.best {
         row("best", evaluation(best));
     }
-    for line in ledger(&status.ledger.epochs) {
+    for line in ledger(&status.ledger) {
         row("ledger", line);
     }
     row("generation", format!("{} with {} workers", status.generation, status.world_size));
@@ -238,8 +238,10 @@ pub fn status(status: &JobStatus, freshness: Freshness) -> String {
 }
 
 /// All exact epochs in one line, and one for each of the others: hours of training must not push the ranks off the screen.
-fn ledger(epochs: &[EpochCount]) -> Vec<String> {
-    let (exact, others): (Vec<_>, Vec<_>) = epochs.iter().partition(|epoch| epoch.exact());
+fn ledger(ledger: &LedgerSummary) -> Vec<String> {
+    let newest = ledger.epochs.last();
+    let (exact, others): (Vec<_>, Vec<_>) = ledger.epochs.iter().partition(|epoch| epoch.exact());
+    let out_of_turn = (!ledger.exact && others.is_empty()).then(|| "an epoch came again, or was left out".to_owned());
     let exact = match (exact.len() as u64, others.is_empty()) {
         (0, _) => None,
         (1, _) => Some("1 epoch, exact".to_owned()),
@@ -248,13 +250,14 @@ fn ledger(epochs: &[EpochCount]) -> Vec<String> {
     };
     let other = |epoch: &EpochCount| {
         let verdict = match (epoch.repeated, epoch.unknown) {
-            (0, 0) => "open".to_owned(),
+            (0, 0) if Some(epoch) == newest => "open".to_owned(),
+            (0, 0) => "the others were left out".to_owned(),
             (repeated, unknown) => format!("{repeated} repeated, {unknown} unknown"),
         };
         let (seen, users) = (count(epoch.seen.into()), count(epoch.users.into()));
         format!("epoch {}: {seen} of {users} users seen: {verdict}", epoch.epoch + 1)
     };
-    exact.into_iter().chain(others.into_iter().map(other)).collect()
+    exact.into_iter().chain(out_of_turn).chain(others.into_iter().map(other)).collect()
 }
 
 /// How many workers, for a progress line.

@@ -23,6 +23,9 @@ pub const MAX_TICKET_BYTES: usize = 4 << 10;
 /// Messages are split so that their Arrow buffers stay below this; gRPC clients refuse 4 MiB by default.
 pub const MAX_MESSAGE_BYTES: usize = 2 << 20;
 
+/// A row that is larger goes alone, in a message of at most so much: that of a user with millions of interactions.
+pub const MAX_ROW_BYTES: usize = 64 << 20;
+
 /// A ticket or command that cannot be answered.
 #[derive(Debug, thiserror::Error)]
 pub enum TicketError {

@@ -31,7 +31,7 @@ use learn_proto::flight::{
     rows_schema,
 };
 use learn_telemetry::WorkerMetrics;
-use learn_worker::feed::assemble::{Layout, MicroBatch};
+use learn_worker::feed::assemble::Layout;
 use learn_worker::feed::cache::CachePlace;
 use learn_worker::feed::flight::{DataClient, FlightClientError, Share};
 use learn_worker::feed::{Feed, FeedError, FeedSettings, RowSettings, RowSource, UniformNegatives};
@@ -55,18 +55,21 @@ struct Fake {
     files: Option<PathBuf>,
     /// Sends its rows, too.
     honest: bool,
+    /// Items in front of each history.
+    earlier: usize,
 }
 
-fn batch(step: u64) -> RecordBatch {
+fn batch(step: u64, earlier: usize) -> RecordBatch {
     let list = |values: &[u32]| {
         let element = element(arrow_schema::DataType::UInt32);
         let mut lists = ListBuilder::new(UInt32Builder::new()).with_field(element);
         lists.append_value(values.iter().copied().map(Some));
         Arc::new(lists.finish())
     };
+    let history = [vec![4; earlier], vec![1, 2]].concat();
     let number = |value: u32| Arc::new(UInt32Array::from(vec![value]));
     let columns: Vec<arrow_array::ArrayRef> =
-        vec![number(step as u32), number(0), list(&[1, 2]), list(&[3]), list(&[1]), list(&[0])];
+        vec![number(step as u32), number(0), list(&history), list(&[3]), list(&[1]), list(&[0])];
     RecordBatch::try_new(Arc::new(batches_schema(Extras::default())), columns).unwrap()
 }
 
@@ -151,14 +154,14 @@ impl FlightService for Fake {
             return Err(Status::invalid_argument("only batches"));
         };
         self.tickets.lock().unwrap().push(from_step);
-        let break_at = self.break_at;
+        let (break_at, earlier) = (self.break_at, self.earlier);
         let steps = stream::iter(from_step..).then(move |step| async move {
             // a step has two parts, and a break comes between them
             let mut all = Vec::new();
             for part in 0..2 {
                 let meta = BatchMeta { step, epoch: 0, global_users: 2, global_pairs: 2, part, parts: 2 };
                 let first = step == from_step && part == 0;
-                let messages = messages(batch(step), serde_json::to_vec(&meta).unwrap(), first).await;
+                let messages = messages(batch(step, earlier), serde_json::to_vec(&meta).unwrap(), first).await;
                 all.extend(messages.into_iter().map(Ok));
                 if break_at == Some(step) {
                     all.extend(away());
@@ -273,6 +276,15 @@ fn batches(from_step: u64) -> Ticket {
 }
 
 #[test]
+fn a_history_that_is_larger_than_a_message_is_taken() {
+    let runtime = runtime();
+    let service = Service::start(Fake { earlier: 2 << 20, ..Fake::default() }, "127.0.0.1:0");
+    let mut shares = client(&runtime, &[service.location()], PATIENT).shares(batches(0));
+    let share = runtime.block_on(shares.next()).unwrap().unwrap();
+    assert_eq!(share.users.iter().map(|user| user.history.len()).collect::<Vec<_>>(), [(2 << 20) + 2; 2]);
+}
+
+#[test]
 fn steps_follow_each_other_through_breaks_and_the_death_of_the_service() {
     let runtime = runtime();
     let first = Fake { break_at: Some(6), ..Fake::default() };
@@ -334,6 +346,15 @@ fn a_large_request_is_divided_between_connections_and_messages() {
 
 /// The feed of a job whose caches hold every row.
 fn feed(runtime: &Runtime, location: &str, metrics: &WorkerMetrics) -> Feed {
+    feed_with(runtime, location, metrics, (1 << 10, CachePlace::default()))
+}
+
+fn feed_with(
+    runtime: &Runtime,
+    location: &str,
+    metrics: &WorkerMetrics,
+    (device_bytes, cache): (u64, CachePlace),
+) -> Feed {
     let settings = FeedSettings {
         rank: 0,
         world_size: 1,
@@ -341,14 +362,8 @@ fn feed(runtime: &Runtime, location: &str, metrics: &WorkerMetrics) -> Feed {
         layout: Layout::new(&ObjectiveConfig::default(), 0),
         uniform: UniformNegatives::default(),
         prefetch_steps: 3,
-        rows: RowSettings {
-            dim: DIM as usize,
-            cache_bytes: 1 << 10,
-            device_bytes: 1 << 10,
-            items: 5,
-            ..RowSettings::default()
-        },
-        cache: CachePlace::default(),
+        rows: RowSettings { dim: DIM as usize, cache_bytes: 1 << 10, device_bytes, items: 5, ..RowSettings::default() },
+        cache,
         times: false,
     };
     let client = client(runtime, &[location.to_owned()], PATIENT);
@@ -447,29 +462,19 @@ fn rows_are_mapped_if_the_files_are_the_services_and_sent_if_they_are_not() {
 
 #[test]
 fn the_next_generation_goes_on_with_the_rows_of_the_one_before() {
-    let runtime = runtime();
+    let (runtime, metrics) = (runtime(), WorkerMetrics::new());
     let service = Service::start(Fake::default(), "127.0.0.1:0");
-    let client = client(&runtime, &[service.location()], PATIENT);
-    let (place, metrics) = (CachePlace::default(), WorkerMetrics::new());
-    // of two rows
-    let settings = RowSettings { dim: DIM as usize, cache_bytes: 8, items: 5, ..RowSettings::default() };
-    let rows = |announced: &[&[u32]], items: &[u32]| {
-        let mut source = RowSource::new(&client, &settings, metrics.clone()).with_cache_at(place.clone());
-        runtime.block_on(async {
-            let passes =
-                announced.iter().map(|items| MicroBatch { unique_items: items.to_vec(), ..MicroBatch::default() });
-            source.announce_all(&passes.collect::<Vec<_>>()).await.unwrap();
-            source.rows(items).await.unwrap()
-        })
-    };
-    let misses = || metrics.cache_misses_total.get();
-    assert_eq!(rows(&[&[1, 4], &[2], &[4]], &[1, 4]), [row(1), row(4)].concat());
-    assert_eq!(misses(), 2);
-    // what the one before had announced is forgotten
-    assert_eq!(rows(&[&[4, 1], &[0]], &[4, 1]), [row(4), row(1)].concat());
-    assert_eq!(misses(), 2);
-    assert_eq!(rows(&[], &[0, 4, 1]), [row(0), row(4), row(1)].concat());
-    assert_eq!(misses(), 3);
+    let place = CachePlace::default();
+    let mut misses = Vec::new();
+    for place in [place.clone(), place, CachePlace::default()] {
+        let mut feed = feed_with(&runtime, &service.location(), &metrics, (0, place));
+        for _ in 0..3 {
+            feed.next_step(|| false).unwrap();
+        }
+        drop(feed);
+        misses.push(metrics.cache_misses_total.get());
+    }
+    assert_eq!(misses, [3, 3, 6], "three items are all that steps need");
 }
 
 #[test]

@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use learn_domain::ledger::{EpochCount, Ledger, LedgerSummary};
+use learn_domain::ledger::{Fault, Ledger, LedgerSummary};
 use learn_domain::{Rank, Step, UserIndex};
 use serde::{Deserialize, Serialize};
 
@@ -237,10 +237,9 @@ impl Books {
         Step(self.committed_step.0 + self.since.len() as u64)
     }
 
-    /// As [`Ledger::fault`].
-    #[must_use]
-    pub fn fault(&self) -> Option<EpochCount> {
-        self.current.fault()
+    /// As [`Ledger::faults`].
+    pub fn faults(&self) -> impl Iterator<Item = Fault> {
+        self.current.faults()
     }
 
     #[must_use]

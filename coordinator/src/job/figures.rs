@@ -79,7 +79,7 @@ pub(super) fn happening(metrics: &CoordinatorMetrics, happening: &Happening) {
         | Happening::WorkerDismissed { .. }
         | Happening::Lagging { .. }
         | Happening::KeepsUp { .. }
-        | Happening::LedgerInexact { .. }
+        | Happening::LedgerInexact(..)
         | Happening::Restarted { .. }
         | Happening::TakenOver => {}
     }

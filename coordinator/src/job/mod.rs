@@ -94,8 +94,8 @@ pub struct Job {
     answers_until: Duration,
     unsaved: Unsaved,
     vigil: Vigil,
-    /// That an epoch is not exact has been noted.
-    fault_told: bool,
+    /// Faults of the ledger that have been noted.
+    faults_told: usize,
 }
 
 /// Deadlines and size of the membership that a configuration asks for.
@@ -125,7 +125,7 @@ impl Job {
         let books = Books::new(history.step, ledger);
         Self {
             membership: Membership::new(membership_settings(&settings.config)),
-            fault_told: books.fault().is_some(),
+            faults_told: books.faults().count(),
             books,
             workers: BTreeMap::new(),
             trained_users: history.steps.iter().map(|record| u64::from(record.users)).sum(),

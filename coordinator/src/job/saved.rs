@@ -218,7 +218,7 @@ impl Job {
         membership.set_members(members);
         membership.restart_clock(now);
         let mut job = Self {
-            fault_told: books.fault().is_some(),
+            faults_told: books.faults().count(),
             settings,
             membership,
             books,

@@ -2,6 +2,8 @@ use std::collections::BTreeMap;
 
 use learn_domain::Incarnation;
 use learn_domain::config::Span;
+use learn_domain::event::Happening;
+use learn_domain::ledger::Fault;
 use learn_domain::membership::{LossCause, RegroupCause, StopCause};
 use learn_domain::plan::PlanKey;
 use learn_domain::progress::Work;
@@ -359,6 +361,24 @@ fn the_summary_shows_the_tested_weights() {
     assert_eq!((summary.valid["ndcg@10"], summary.test["ndcg@10"]), (0.4, 0.35));
     assert!((summary.samples_per_second - 8.0).abs() < 1e-9, "16 users in 2 s");
     assert!((summary.seconds - 10.0).abs() < 1e-9);
+}
+
+#[test]
+fn a_ledger_that_is_not_exact_is_noted_once() {
+    let mut job = running(1);
+    job.report(SECOND, report(0, 1, 0..4)).unwrap();
+    assert_eq!(job.take_notices(), []);
+    // users of the first step again, and so none of the others
+    job.report(SECOND, report(0, 2, 0..4)).unwrap();
+    let count = job.status(SECOND).ledger.epochs[0];
+    assert_eq!((count.seen, count.repeated), (4, 4));
+    assert_eq!(job.take_notices(), [Happening::LedgerInexact(Fault::NotOnce { count })]);
+    assert_eq!(job.take_notices(), []);
+    let mut ledger = Ledger::new(8, 2);
+    (0..2).for_each(|_| ledger.record(0, &(0..4).map(UserIndex).collect::<Vec<_>>()));
+    let steps = vec![StepRecord { step: Step(2), users: 4, ..StepRecord::default() }];
+    let history = History { step: Step(2), ledger: Some(ledger), steps, evaluations: Vec::new() };
+    assert_eq!(Job::new(JobSettings { history, ..settings(1) }).take_notices(), [], "the run has it in its events");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Watching a job's progress: whom it stands still for, and who lags.
+//! Watching a job's progress: whom it stands still for, who lags, and whether its ledger stays exact.
 //!
 //! Input: finished steps, each rank's own work, heartbeats. Output: what is to be noted, and the loss of a rank that holds
 //! the others up for twice the deadline. `learn_domain::progress` has the rules.
@@ -71,11 +71,9 @@ impl Job {
     /// What is to be noted since the last call.
     pub fn take_notices(&mut self) -> Vec<Happening> {
         let mut notices = std::mem::take(&mut self.vigil.notices);
-        let fault = self.books.fault();
-        if fault.is_some() && !self.fault_told {
-            notices.extend(fault.map(|count| Happening::LedgerInexact { count }));
-        }
-        self.fault_told = fault.is_some();
+        let known = notices.len();
+        notices.extend(self.books.faults().skip(self.faults_told).map(Happening::LedgerInexact));
+        self.faults_told += notices.len() - known;
         notices
     }
 

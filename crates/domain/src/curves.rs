@@ -29,7 +29,7 @@ const fn plain(name: &'static str, value: fn(&StepRecord) -> Option<f64>) -> Ser
     Series { name, value, weight: |_| 1.0 }
 }
 
-/// Weighed by time: the mean of several steps is what they did by the time that they took.
+/// Weighed by time: the mean of several steps is what they did, divided by the time that they took.
 const fn rate(name: &'static str, value: fn(&StepRecord) -> Option<f64>) -> Series {
     Series { name, value, weight: |record| record.seconds }
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::NonFinite;
 use crate::ids::{Generation, Rank, Step, UserIndex, WorkerId};
-use crate::ledger::EpochCount;
+use crate::ledger::Fault;
 use crate::membership::LossCause;
 use crate::progress::{Cause, Stall};
 
@@ -64,8 +64,8 @@ pub enum Happening {
     Lagging { rank: Rank, ratio: f64, cause: Cause },
     /// It does no longer.
     KeepsUp { rank: Rank, ratio: f64 },
-    /// An epoch has not used every user exactly once. It is a fault of the program; the job goes on.
-    LedgerInexact { count: EpochCount },
+    /// An epoch has not used every user exactly once. The program is to blame; the job goes on.
+    LedgerInexact(Fault),
     /// A worker is not needed any more.
     WorkerDismissed { worker: WorkerId },
     /// A coordinator has taken the job over from one that was killed.
@@ -101,11 +101,12 @@ impl fmt::Display for Happening {
                 write!(f, "rank {rank} lags: its own work takes {ratio:.2} times the median (cause: {cause})")
             }
             Self::KeepsUp { rank, ratio } => write!(f, "rank {rank} keeps up again ({ratio:.2} times the median)"),
-            Self::LedgerInexact { count: EpochCount { epoch, users, seen, repeated, unknown } } => write!(
-                f,
-                "epoch {epoch} does not use every user once: {seen} of {users} so far, {repeated} repeated, {unknown} \
-                 unknown; please report it"
-            ),
+            Self::LedgerInexact(fault) => {
+                write!(
+                    f,
+                    "not every user is used once in each epoch: {fault}. Please report it, with the run's events.jsonl"
+                )
+            }
             Self::WorkerDismissed { worker } => write!(f, "worker {worker} is not needed any more"),
             Self::Restarted { restarts } => write!(f, "the scheduler has started the job again (restart {restarts})"),
             Self::TakenOver => f.write_str("the coordinator was lost, and another has taken the job over"),
@@ -116,6 +117,7 @@ impl fmt::Display for Happening {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ledger::EpochCount;
 
     #[test]
     fn a_line_is_read_back() {
@@ -145,7 +147,10 @@ mod tests {
             },
             Happening::Lagging { rank: Rank(1), ratio: 1.75, cause: Cause::Device },
             Happening::KeepsUp { rank: Rank(1), ratio: 1.0 },
-            Happening::LedgerInexact { count: EpochCount { epoch: 1, users: 9, seen: 8, repeated: 1, unknown: 0 } },
+            Happening::LedgerInexact(Fault::OutOfTurn { epoch: 2 }),
+            Happening::LedgerInexact(Fault::NotOnce {
+                count: EpochCount { epoch: 1, users: 9, seen: 8, repeated: 1, unknown: 0 },
+            }),
         ];
         for happening in events {
             let event = JobEvent { time: 1.5, generation: Generation(2), happening };

@@ -4,6 +4,8 @@
 //! closed after its last step, whether or not another follows. The ledger
 //! trusts the reports and nothing else: it never asks the plan, so a wrong plan or a wrong split shows here.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::ids::UserIndex;
@@ -27,6 +29,32 @@ impl EpochCount {
     #[must_use]
     pub fn exact(&self) -> bool {
         self.seen == self.users && self.repeated == 0 && self.unknown == 0
+    }
+}
+
+/// What is wrong in a ledger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "fault", rename_all = "snake_case")]
+pub enum Fault {
+    /// An epoch came again, or after one that was left out.
+    OutOfTurn { epoch: u32 },
+    /// It is over and has missed users, or it has repeated some or had some that are not there.
+    NotOnce {
+        #[serde(flatten)]
+        count: EpochCount,
+    },
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OutOfTurn { epoch } => write!(f, "epoch {} came when it was not its turn", epoch + 1),
+            Self::NotOnce { count: EpochCount { epoch, users, seen, repeated, unknown } } => write!(
+                f,
+                "epoch {} has used {seen} of {users} users, {repeated} times one again, {unknown} times one that is not there",
+                epoch + 1
+            ),
+        }
     }
 }
 
@@ -96,20 +124,24 @@ impl Ledger {
         }
     }
 
-    /// The first epoch that is not exact, or cannot become so any more: a closed one that missed a user, one that repeated
-    /// a user or came to one that is not there, or one that was not the next.
-    #[must_use]
-    pub fn fault(&self) -> Option<EpochCount> {
-        let closed = self.finished.iter().map(|count| (count, count.exact()));
-        let open = self.current.as_ref().map(|open| (&open.count, open.count.repeated == 0 && open.count.unknown == 0));
-        let mut epochs = (0..).zip(closed.chain(open));
-        epochs.find(|(next, (count, exact))| count.epoch != *next || !exact).map(|(_, (count, _))| *count)
+    /// What is wrong, in the order of the epochs.
+    pub fn faults(&self) -> impl Iterator<Item = Fault> {
+        let closed = self.finished.iter().map(|count| (*count, count.exact()));
+        let open =
+            self.current.as_ref().map(|OpenEpoch { count, .. }| (*count, count.repeated == 0 && count.unknown == 0));
+        (0..).zip(closed.chain(open)).filter_map(|(turn, (count, once))| {
+            let out_of_turn = (count.epoch != turn).then_some(Fault::OutOfTurn { epoch: count.epoch });
+            out_of_turn.or_else(|| (!once).then_some(Fault::NotOnce { count }))
+        })
     }
 
     #[must_use]
     pub fn summary(&self) -> LedgerSummary {
         let open = self.current.iter().map(|open| open.count);
-        LedgerSummary { exact: self.fault().is_none(), epochs: self.finished.iter().copied().chain(open).collect() }
+        LedgerSummary {
+            exact: self.faults().next().is_none(),
+            epochs: self.finished.iter().copied().chain(open).collect(),
+        }
     }
 }
 
@@ -148,17 +180,18 @@ mod tests {
         let mut stranger = Ledger::new(10, 2);
         stranger.record(0, &users(10..11));
         assert_eq!((stranger.summary().exact, stranger.summary().epochs[0].unknown), (false, 1));
-        assert_eq!(stranger.fault(), Some(stranger.summary().epochs[0]));
+        assert_eq!(stranger.faults().collect::<Vec<_>>(), [Fault::NotOnce { count: stranger.summary().epochs[0] }]);
     }
 
     #[test]
     fn an_epoch_that_comes_again_or_is_left_out_shows() {
-        for (epochs, wrong) in [([0, 1, 2], None), ([0, 0, 1], Some(0)), ([0, 2, 3], Some(2)), ([1, 2, 3], Some(1))] {
+        for (epochs, wrong) in [([0, 1, 2], &[][..]), ([0, 0, 2], &[0]), ([0, 2, 3], &[2, 3]), ([1, 1, 2], &[1])] {
             let mut ledger = Ledger::new(10, 1);
             epochs.iter().for_each(|epoch| ledger.record(*epoch, &users(0..10)));
             assert!(ledger.summary().epochs.iter().all(EpochCount::exact));
-            assert_eq!(ledger.fault().map(|count| count.epoch), wrong);
-            assert_eq!(ledger.summary().exact, wrong.is_none());
+            let expected: Vec<Fault> = wrong.iter().map(|&epoch| Fault::OutOfTurn { epoch }).collect();
+            assert_eq!(ledger.faults().collect::<Vec<_>>(), expected);
+            assert_eq!(ledger.summary().exact, wrong.is_empty());
         }
     }
 }

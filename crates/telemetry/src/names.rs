@@ -79,7 +79,7 @@ metrics! {
     WORKER_PEAK_FLOPS = "learn_worker_peak_flops_per_second", Kind::Gauge, [],
         "What this rank's device can do, as cluster.device_peak_tflops says; 0 = not known.";
     WORKER_PHASE = "learn_worker_phase_seconds", Kind::Histogram(PHASE_BUCKETS), ["phase"],
-        "Seconds that a step spent in each phase; a GPU's work counts in the phase that waits for it.";
+        "Seconds that a step spent in each phase; a GPU's work counts in the next phase that waits for it.";
     WORKER_PREFETCHED = "learn_worker_prefetched_steps", Kind::Gauge, [],
         "Steps that are prepared and wait for the training thread.";
     WORKER_PREFETCH_DEPTH = "learn_worker_prefetch_depth_steps", Kind::Gauge, [],

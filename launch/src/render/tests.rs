@@ -107,6 +107,10 @@ fn exact_epochs_take_one_line_and_each_of_the_others_its_own() {
     (job.ledger.epochs[41].repeated, job.ledger.epochs[99].seen) = (2, 10);
     let others = ["epoch 42: 943 of 943 users seen: 2 repeated, 0 unknown", "epoch 100: 10 of 943 users seen: open"];
     assert_eq!(lines(&job), ["98 epochs, exact", others[0], others[1]]);
+    job.ledger.epochs[98].seen = 11;
+    assert_eq!(lines(&job)[2], "epoch 99: 11 of 943 users seen: the others were left out");
+    job.ledger = LedgerSummary { exact: false, epochs: vec![epoch(0), epoch(0)] };
+    assert_eq!(lines(&job), ["2 epochs, all exact", "an epoch came again, or was left out"]);
 }
 
 #[test]

@@ -62,7 +62,7 @@ pub struct CheckpointResult {
     pub handing_over: Vec<f64>,
     /// Seconds from the copy to a durable checkpoint, of each, without the steps for which the writer was held.
     pub writing: Vec<f64>,
-    /// Processor time that the writer takes, of each checkpoint, by these seconds.
+    /// Processor time that the writer takes, of each checkpoint, divided by these seconds.
     pub writer_share: Vec<f64>,
     /// Steps while one was written.
     pub steps_meanwhile: Vec<f64>,

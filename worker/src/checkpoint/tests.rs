@@ -257,7 +257,7 @@ fn nobody_waits_for_a_writer_that_rests() {
     writer.save(snapshot(2, 1.0, None)).unwrap();
     assert_eq!(commits.recv_timeout(limit), Ok(1), "the next one waits");
     assert!(commits.recv_timeout(moment).is_err(), "none waits any more");
-    assert!(writer.settle_within(Duration::ZERO).is_none());
+    assert!(!matches!(writer.settle_within(Duration::ZERO), Some(Err(_))), "whether it was soon enough or not");
     assert_eq!(commits.recv_timeout(limit), Ok(2), "the training has waited");
     writer.settle().unwrap();
     writer.save(snapshot(3, 1.0, Some(3))).unwrap();
@@ -270,8 +270,18 @@ fn nobody_waits_for_a_writer_that_rests() {
     assert_eq!(commits.iter().collect::<Vec<_>>(), [4, 5]);
 }
 
+/// Written by a program that knew no other version.
 #[test]
-fn a_state_of_version_1_is_read_and_one_of_a_later_version_refused_by_its_number() {
+fn a_stored_checkpoint_of_version_1_is_read() {
+    let stored = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/checkpoint-v1/step-0000000390");
+    let Snapshot { state, model, optimizer } = read(&stored, None).unwrap();
+    assert_eq!((state.version, state.step, state.best.unwrap().step), (1, Step(390), Step(360)));
+    assert_eq!(2 * model.len(), optimizer.len());
+    assert_eq!(model[0].0, "adaptor.bias");
+}
+
+#[test]
+fn version_1_may_have_either_checksum_and_a_later_version_is_refused_by_its_number() {
     let (_folder, run) = run();
     let path = write(&run.checkpoints(), snapshot(1, 1.0, None), Pace::Plain, &|| ()).unwrap();
     let mut state: serde_json::Value = serde_json::from_slice(&fs::read(path.join(STATE)).unwrap()).unwrap();
@@ -279,10 +289,6 @@ fn a_state_of_version_1_is_read_and_one_of_a_later_version_refused_by_its_number
     fields["version"] = 1.into();
     fields.remove("non_finite").unwrap();
     fields.remove("init").unwrap();
-    for name in [MODEL, OPTIMIZER] {
-        let hashed = learn_dataset::files::hash_file::<learn_dataset::files::Sha256>(&path.join(name), |_| ()).unwrap();
-        fields["files"][name] = serde_json::json!({"bytes": hashed.bytes, "sha256": hashed.checksum});
-    }
     fs::write(path.join(STATE), state.to_string()).unwrap();
     let read = check(&path).unwrap();
     assert_eq!((read.version, read.non_finite, read.init), (1, 0, None));

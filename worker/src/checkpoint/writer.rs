@@ -169,7 +169,7 @@ fn write_all(
         let (started, processor) = now();
         let step = snapshot.state.step;
         let best = snapshot.state.best.clone().filter(|best| best.step == step);
-        // the best cannot be made again when the workers are lost
+        // a run whose best is lost ends with another one; other steps are trained again
         let rests = match pace {
             Pace::Sparing(rests) if best.is_none() => Some(rests),
             _ => None,

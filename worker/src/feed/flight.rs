@@ -20,7 +20,9 @@ use learn_domain::report::DatasetFacts;
 use learn_proto::auth::BearerInterceptor;
 use learn_proto::connect::Pass;
 use learn_proto::convert::Admission;
-use learn_proto::flight::{BatchMeta, POPULARITY, ROWS, RowFiles, Ticket, grpc_url, in_turn, location_directory};
+use learn_proto::flight::{
+    BatchMeta, MAX_ROW_BYTES, POPULARITY, ROWS, RowFiles, Ticket, grpc_url, in_turn, location_directory,
+};
 use prost::Message;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
@@ -125,7 +127,8 @@ impl Known {
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
         let channel = InterceptedService::new(endpoint.connect_lazy(), self.bearer.clone());
-        Ok(Link { location: location.into(), client: FlightServiceClient::new(channel.clone()), channel })
+        let client = FlightServiceClient::new(channel.clone()).max_decoding_message_size(MAX_ROW_BYTES);
+        Ok(Link { location: location.into(), client, channel })
     }
 
     /// Replaces the locations if they have changed, and starts with the first again.

@@ -76,9 +76,11 @@ impl Residents {
 
     /// Takes back what was announced and has not begun: other requests will come.
     pub fn forget_announced(&mut self) {
-        self.awaited.clear();
         self.announced = self.begun;
-        self.by_worth = self.slots.keys().map(|&item| (self.worth(item), item)).collect();
+        for (item, requests) in std::mem::take(&mut self.awaited) {
+            let Some(&next) = requests.front() else { continue };
+            self.revalue(item, Worth::Awaited(Reverse(next)));
+        }
     }
 
     /// Where the row of an item is.

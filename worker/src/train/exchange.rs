@@ -369,8 +369,8 @@ impl Drop for AbortOnPanic {
     }
 }
 
-/// Waits for what the tensor's device has yet to do, so that a collective is entered when the rank is there: whoever looks
-/// from outside tells by this a GPU that hangs or lags from one that waits for the others.
+/// Waits for what the tensor's device has yet to do, so that the gather is entered when the rank is there: whoever looks from
+/// outside tells by this a GPU that hangs or lags in the forward from one that waits for the others.
 fn finish_own_work(tensor: &Tensor) {
     learn_torch::synchronize(tensor.device());
 }

@@ -97,7 +97,7 @@ impl StepEnd {
 }
 
 /// Measures the phases of steps on the host. On a GPU a phase ends when its work is enqueued, and the work counts in the
-/// phase that waits for it: forward in `gather`, backward in `reduce`.
+/// next phase that waits for the GPU, which are `gather` and `reduce`.
 pub struct PhaseClock {
     metrics: WorkerMetrics,
     progress: Arc<Progress>,

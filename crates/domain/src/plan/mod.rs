@@ -29,7 +29,7 @@ pub struct PlanKey {
 }
 
 impl PlanKey {
-    /// Of the job that trains as `config` says on this dataset, which the model's items are to have been applied to.
+    /// Of the job that trains as `config` says on this dataset.
     #[must_use]
     pub fn of(config: &Config, facts: &DatasetFacts) -> Self {
         Self {

@@ -254,7 +254,7 @@ fn event_row(event: &JobEvent, now: f64) -> EventRow {
         | Happening::CheckpointFailed { .. }
         | Happening::WorkerLost { .. }
         | Happening::NewcomerLost { .. }
-        | Happening::LedgerInexact { .. }
+        | Happening::LedgerInexact(..)
         | Happening::Stalled { .. } => Tone::Bad,
         Happening::Lagging { .. }
         | Happening::CheckpointSkipped { .. }
