@@ -114,7 +114,7 @@ fn bad_rows_are_named_by_file_and_line() {
         json(&format!("{{\"user_id\": [\"{long}\"], \"item_id\": 2, \"timestamp\": 1}}")),
         with(&format!("1,2,{long}")),
     ] {
-        assert!(message.len() < 400 && message.contains("xxx…xxx"), "{message}");
+        assert!(message.len() < 400 && message.contains("xxx…"), "{message}");
     }
     says(&json("[1]"), &["a.jsonl, line 3", "one JSON object a line"]);
     says(&json("{\"user_id\": 1, \"item_id\": 2}"), &["a.jsonl, line 3", "it has no time"]);
