@@ -10,6 +10,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use learn_telemetry::stdio;
 use serde::Serialize;
 
+use crate::render;
+
 /// Pause between two plain progress lines.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -67,16 +69,9 @@ impl Output {
         if self.quiet || !self.terminal {
             bar.set_draw_target(ProgressDrawTarget::hidden());
         }
-        let counts = match unit {
-            Unit::Bytes => "{bytes}/{total_bytes} {bytes_per_sec}",
-            Unit::Count => "{human_pos}/{human_len}",
-        };
-        let template = format!("{{prefix:16}} {{wide_bar}} {counts} {{eta}} {{msg}}");
-        // The template is one of two constants; should it be refused, the plain style stays.
-        if let Ok(style) = ProgressStyle::with_template(&template) {
-            bar.set_style(style);
-        }
-        Progress { bar, plain: !self.terminal && !self.quiet, said: None }
+        let mut progress = Progress { bar, unit, plain: !self.terminal && !self.quiet, said: None };
+        progress.count_in(unit);
+        progress
     }
 }
 
@@ -91,11 +86,26 @@ pub enum Unit {
 #[derive(Debug)]
 pub struct Progress {
     bar: ProgressBar,
+    unit: Unit,
     plain: bool,
     said: Option<Instant>,
 }
 
 impl Progress {
+    /// What is counted from now on.
+    pub fn count_in(&mut self, unit: Unit) {
+        self.unit = unit;
+        let counts = match unit {
+            Unit::Bytes => "{bytes}/{total_bytes} {bytes_per_sec}",
+            Unit::Count => "{human_pos}/{human_len}",
+        };
+        let template = format!("{{prefix:16}} {{wide_bar}} {counts} {{eta}} {{msg}}");
+        // The template is one of two constants; should it be refused, the plain style stays.
+        if let Ok(style) = ProgressStyle::with_template(&template) {
+            self.bar.set_style(style);
+        }
+    }
+
     /// Starts (again) under a name, with a total if it is known.
     pub fn stage(&mut self, name: &str, total: Option<u64>) {
         self.bar.reset();
@@ -123,8 +133,12 @@ impl Progress {
         let due = last || self.said.is_none_or(|at| at.elapsed() >= PLAIN_INTERVAL);
         if self.plain && due {
             self.said = Some(Instant::now());
-            let of = self.bar.length().map(|total| format!("/{total}")).unwrap_or_default();
-            let line = format!("{}: {}{of} {}", self.bar.prefix(), self.bar.position(), self.bar.message());
+            let shown = |amount: u64| match self.unit {
+                Unit::Bytes => render::bytes(amount),
+                Unit::Count => amount.to_string(),
+            };
+            let of = self.bar.length().map(|total| format!("/{}", shown(total))).unwrap_or_default();
+            let line = format!("{}: {}{of} {}", self.bar.prefix(), shown(self.bar.position()), self.bar.message());
             stdio::say(line.trim_end());
         }
     }

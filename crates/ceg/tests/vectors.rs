@@ -97,8 +97,10 @@ fn rows_with_ids_find_their_items() {
     let items = items(&["0", "10", "2"]);
     let rows = [ROWS[2], [7.0, 7.0, 7.0], ROWS[0], ROWS[1]];
     npy(&folder.path("v.npy"), &rows);
-    std::fs::write(folder.path("v.ids"), "2\nunknown\n0\n10\n").unwrap();
-    assert_eq!(take(&folder.path("v.npy"), &items).unwrap(), UNIT);
+    for mark in ["", "\u{feff}"] {
+        std::fs::write(folder.path("v.ids"), format!("{mark}2\nunknown\n0\n10\n")).unwrap();
+        assert_eq!(take(&folder.path("v.npy"), &items).unwrap(), UNIT);
+    }
 
     let slices: Vec<&[f32]> = rows.iter().map(|row| &row[..]).collect();
     let text: ArrayRef = Arc::new(StringArray::from(vec!["2", "unknown", "0", "10"]));

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use arrow_array::{ArrayRef, Int64Array, RecordBatch};
-use learn_dataset::{Progress, prepare};
+use learn_dataset::{Progress, Unit, prepare};
 use learn_domain::config::PrepareConfig;
 use parquet::arrow::ArrowWriter;
 
@@ -74,7 +74,7 @@ fn generate(path: &Path, count: u64) -> Result<(), Failure> {
 struct Stages(Mutex<Vec<(String, Instant)>>);
 
 impl Progress for Stages {
-    fn stage(&self, name: &str, _total: Option<u64>) {
+    fn stage(&self, name: &str, _total: Option<u64>, _unit: Unit) {
         if let Ok(mut stages) = self.0.lock() {
             stages.push((name.to_owned(), Instant::now()));
         }

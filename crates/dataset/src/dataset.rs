@@ -10,7 +10,7 @@ use crate::embeddings::Embeddings;
 use crate::error::DatasetError;
 use crate::files;
 use crate::manifest::{EmbeddingInfo, FileEntry, Manifest};
-use crate::progress::Progress;
+use crate::progress::{Progress, Unit};
 use crate::sequences::{Columns, HeldOut, Sequences};
 
 /// A dataset: the sequences are memory-mapped, items and user ids are read when asked for.
@@ -70,7 +70,7 @@ impl Dataset {
     pub fn verify_with(&self, progress: &dyn Progress) -> Result<(), DatasetError> {
         let embeddings = self.manifest.embeddings.iter().flat_map(|info| info.all_files());
         let entries: Vec<&FileEntry> = self.manifest.files.iter().chain(embeddings).collect();
-        progress.stage("verify", Some(entries.iter().map(|entry| entry.bytes).sum()));
+        progress.stage("verify", Some(entries.iter().map(|entry| entry.bytes).sum()), Unit::Bytes);
         entries.par_iter().try_for_each(|entry| {
             check_size(&self.dir, entry)?;
             files::verify_with(&self.dir.join(&entry.path), entry, |bytes| progress.advance(bytes))

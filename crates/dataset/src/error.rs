@@ -2,6 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::embeddings::FOLDER;
+use crate::manifest;
+
 /// A dataset directory that cannot be used as it is.
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetError {
@@ -19,6 +22,11 @@ pub enum DatasetError {
         .path.display()
     )]
     Damaged { path: PathBuf, problem: String },
+    #[error(
+        "{} is damaged: {problem}; restore it from a copy, or run `learn-launch embed CONFIG`, which makes the damaged \
+         content embeddings again and keeps the others", .path.display()
+    )]
+    DamagedEmbeddings { path: PathBuf, problem: String },
     #[error("{} has no content embeddings; run `learn-launch embed CONFIG`", .path.display())]
     NoEmbeddings { path: PathBuf },
     #[error("content embeddings of {}: {problem}; run `learn-launch embed CONFIG`", .path.display())]
@@ -32,7 +40,14 @@ impl DatasetError {
         move |source| Self::Io { path: path.to_path_buf(), source }
     }
 
+    /// A damaged file; what mends it depends on who makes it.
     pub(crate) fn damaged(path: &Path, problem: impl ToString) -> Self {
-        Self::Damaged { path: path.to_path_buf(), problem: problem.to_string() }
+        let (path, problem) = (path.to_path_buf(), problem.to_string());
+        // only these lie in a folder of this name: all that lies in a dataset's own is dataset.json
+        let folder = path.parent().and_then(Path::file_name);
+        match folder.is_some_and(|folder| folder == FOLDER) && !path.ends_with(manifest::FILE) {
+            true => Self::DamagedEmbeddings { path, problem },
+            false => Self::Damaged { path, problem },
+        }
     }
 }

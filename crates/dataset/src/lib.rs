@@ -40,6 +40,6 @@ pub use prepare::{
     DefectKind, FilterStep, InputFile, Layout, Preparation, PrepareError, PrepareOptions, PrepareReport, Skipped,
     check, prepare, prepare_with,
 };
-pub use progress::Progress;
+pub use progress::{Progress, Unit};
 pub use sequences::{HeldOut, Sequences};
 pub use suitable::Unsuitable;

@@ -1,16 +1,20 @@
 //! `learn-launch prepare`: from the files people have to a dataset directory.
 
 use std::path::Path;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::Args;
 use learn_dataset::{InputFile, Preparation, PrepareError, PrepareOptions, PrepareReport, check, prepare_with};
+use learn_domain::report::exit;
+use learn_telemetry::stdio;
 
 use crate::cli::SettingsArgs;
 use crate::failure::Failure;
 use crate::output::{Output, Progress, Unit};
-use crate::render;
+use crate::{render, system};
 
 pub const HELP: &str = "\
 Examples:
@@ -19,7 +23,11 @@ Examples:
   learn-launch prepare my.toml --skip-bad-rows --replace
 
 Reads Parquet, CSV, JSON Lines, RecBole atomic files and Amazon Reviews 2018/2023. Bad input is an error that names
-the file, the row or the key; --skip-bad-rows counts and reports it instead.";
+the file, the row or the key; --skip-bad-rows counts and reports it instead. The same dataset is kept with its content
+embeddings; with --replace another one takes its place, and they have to be made again.";
+
+/// Pause between two looks at the requests to stop.
+const POLL: Duration = Duration::from_millis(100);
 
 /// Arguments of `prepare`.
 #[derive(Debug, Args)]
@@ -29,7 +37,7 @@ pub struct PrepareArgs {
     /// Count and report rows that cannot be used instead of stopping at the first
     #[arg(long)]
     skip_bad_rows: bool,
-    /// Replace the dataset that is there
+    /// Replace the dataset that is there; its content embeddings go with it
     #[arg(long)]
     replace: bool,
     /// Only check the configuration and that the files are there, and say what would be done
@@ -38,7 +46,7 @@ pub struct PrepareArgs {
 }
 
 /// # Errors
-/// The configuration is wrong, the input cannot be used, or writing fails; nothing half-written stays.
+/// The configuration is wrong, the input cannot be used, writing fails, or somebody asks to stop; nothing half-written stays.
 pub fn run(args: &PrepareArgs, output: &Output) -> Result<()> {
     super::refuse_tasks("prepare")?;
     let skip = args.skip_bad_rows.then_some(true);
@@ -58,16 +66,37 @@ pub fn run(args: &PrepareArgs, output: &Output) -> Result<()> {
     let bar = Bar(Mutex::new(output.progress(Unit::Count)));
     let options = PrepareOptions { replace: args.replace, ..PrepareOptions::default() };
     let preparation = Preparation { config: &config.prepare, name: &name, out: &out, options };
-    let report = prepare_with(&preparation, &bar);
+    system::catch_stop_signals();
+    let report = killable(&out, || prepare_with(&preparation, &bar));
     bar.lock().finish();
     let report = report.map_err(failure)?;
     let next = args.settings.command("embed");
     output.result(&format!("{}next: {next}", text(&report, &out)), &report)
 }
 
+/// Does what ends itself at the first request to stop; a second one does not wait for that.
+fn killable<T>(out: &Path, work: impl FnOnce() -> T) -> T {
+    let (working, ended) = mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            while ended.recv_timeout(POLL) == Err(RecvTimeoutError::Timeout) {
+                if system::stop_requests() > 1 {
+                    let left = format!("{}.tmp-{}", out.display(), std::process::id());
+                    stdio::say(format_args!("learn-launch: prepare was killed; {left} can be removed if it is there"));
+                    std::process::exit(exit::FAILED);
+                }
+            }
+        });
+        // dropped however the work ends
+        let _working = working;
+        work()
+    })
+}
+
 fn failure(error: PrepareError) -> anyhow::Error {
     match error {
-        PrepareError::Setting { .. } => Failure::Usage(error.to_string()).into(),
+        PrepareError::Stopped => Failure::Stopped(error.to_string()).into(),
+        other if other.is_usage() => Failure::Usage(other.to_string()).into(),
         other => other.into(),
     }
 }
@@ -131,6 +160,9 @@ fn text(report: &PrepareReport, out: &Path) -> String {
                 &format!("  {} users have no history before {split} and are left out of it\n", render::count(without));
         }
     }
+    for warning in &report.warnings {
+        text += &format!("  warning: {warning}\n");
+    }
     for left in &report.leftovers {
         text += &format!("  a killed run left {}; it can be removed\n", left.display());
     }
@@ -147,11 +179,20 @@ impl Bar {
 }
 
 impl learn_dataset::Progress for Bar {
-    fn stage(&self, name: &str, total: Option<u64>) {
-        self.lock().stage(name, total);
+    fn stage(&self, name: &str, total: Option<u64>, unit: learn_dataset::Unit) {
+        let mut bar = self.lock();
+        bar.count_in(match unit {
+            learn_dataset::Unit::Bytes => Unit::Bytes,
+            learn_dataset::Unit::Rows => Unit::Count,
+        });
+        bar.stage(name, total);
     }
 
     fn advance(&self, amount: u64) {
         self.lock().advance(amount);
+    }
+
+    fn stopped(&self) -> bool {
+        system::stop_requests() > 0
     }
 }

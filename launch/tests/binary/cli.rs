@@ -1,7 +1,9 @@
 //! The command line as a user sees it: the built binary, its words and its exit codes.
 
+use std::fs::File;
+use std::io::Write as _;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use crate::support::{TestResult, err, out, write_interactions};
 use serde_json::Value;
@@ -236,12 +238,12 @@ fn prepare_names_what_is_wrong_with_the_input() -> TestResult {
     assert_eq!(none.status.code(), Some(2));
     assert!(err(&none).contains("prepare.interactions.files"), "{}", err(&none));
     let absent = prepare(&[]);
-    assert_eq!(absent.status.code(), Some(1));
+    assert_eq!(absent.status.code(), Some(2));
     assert!(err(&absent).contains("clicks.csv"), "{}", err(&absent));
 
     std::fs::write(&path, "who,item_id,timestamp\nu,i,1\n")?;
     let column = prepare(&[]);
-    assert_eq!(column.status.code(), Some(1));
+    assert_eq!(column.status.code(), Some(2));
     assert!(err(&column).contains("user_id") && err(&column).contains("who"), "{}", err(&column));
 
     write_interactions(&path)?;
@@ -273,8 +275,55 @@ fn a_dry_run_changes_nothing() -> TestResult {
     for (name, why) in [("none.csv", "no such file"), ("*.csv", "patterns are not taken"), (".", "it is a folder")] {
         let files = format!("prepare.interactions.files=[\"clicks.csv\", \"{name}\"]");
         let refused = launch(folder.path(), &["prepare", "--dry-run", "--set", &files]);
-        assert_eq!(refused.status.code(), Some(1), "{name}: {}", out(&refused));
+        assert_eq!(refused.status.code(), Some(2), "{name}: {}", out(&refused));
         assert!(err(&refused).contains(name) && err(&refused).contains(why), "{}", err(&refused));
     }
+    Ok(())
+}
+
+/// A `prepare` that has begun to read what `clicks.csv`, a pipe, will give.
+fn start_preparing(folder: &Path) -> Result<(Child, File), Box<dyn std::error::Error>> {
+    let pipe = folder.join("clicks.csv");
+    assert!(Command::new("mkfifo").arg(&pipe).status()?.success());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_learn-launch"));
+    command.current_dir(folder).args(["prepare", "--set", "prepare.interactions.files=[\"clicks.csv\"]"]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    // waits for the one who reads
+    Ok((child, File::options().write(true).open(&pipe)?))
+}
+
+fn ask_to_end(child: &Child) -> TestResult {
+    assert!(Command::new("kill").arg(child.id().to_string()).status()?.success());
+    Ok(())
+}
+
+#[test]
+fn a_stopped_prepare_leaves_nothing() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let (child, mut clicks) = start_preparing(folder.path())?;
+    ask_to_end(&child)?;
+    clicks.write_all(b"user_id,item_id,timestamp\nu,i,1\n")?;
+    drop(clicks);
+    let output = child.wait_with_output()?;
+    assert_eq!(output.status.code(), Some(3), "{}", err(&output));
+    assert!(err(&output).contains("prepare was stopped"), "{}", err(&output));
+    assert_eq!(std::fs::read_dir(folder.path().join("data"))?.count(), 0, "nothing half-written stays");
+    Ok(())
+}
+
+#[test]
+fn a_prepare_that_hangs_is_killed_by_a_second_request() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let (mut child, clicks) = start_preparing(folder.path())?;
+    // requests that come too close to each other are one
+    while child.try_wait()?.is_none() {
+        ask_to_end(&child)?;
+        std::thread::yield_now();
+    }
+    let output = child.wait_with_output()?;
+    drop(clicks);
+    assert_eq!(output.status.code(), Some(1), "{}", err(&output));
+    let left = err(&output).split_whitespace().find(|word| word.contains(".tmp-")).unwrap_or_default().to_owned();
+    assert!(folder.path().join(left).is_dir(), "{}", err(&output));
     Ok(())
 }

@@ -196,6 +196,7 @@ fn digest(hasher: &mut blake3::Hasher, path: &Path) -> Result<(), VectorError> {
 /// The `.npy` row of each item, by the ids beside the file, and how many rows belong to no item.
 fn rows_by_ids(path: &Path, rows: usize, items: &[Item]) -> Result<(Vec<usize>, usize), VectorError> {
     let text = std::fs::read_to_string(path).map_err(|source| VectorError::Read { path: path.into(), source })?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let lines = text.lines().count();
     if lines != rows {
         return Err(VectorError::Invalid {

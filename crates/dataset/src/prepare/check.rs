@@ -51,13 +51,13 @@ fn input_file(path: &Path, key: &str) -> Result<InputFile, PrepareError> {
         Err(error) if error.kind() == ErrorKind::NotFound => {
             let pattern = path.to_string_lossy().contains(['*', '?', '[']);
             let why = if pattern { "patterns are not taken: name each file" } else { "name the files that are there" };
-            return Err(PrepareError::unreadable(path, format!("no such file; {why} in {key}")));
+            return Err(PrepareError::input(path, format!("no such file; {why} in {key}")));
         }
         Err(error) => return Err(PrepareError::io(path)(error)),
     };
     if facts.is_dir() {
         let problem = format!("it is a folder; name each file in it in {key}{}", examples(path));
-        return Err(PrepareError::unreadable(path, problem));
+        return Err(PrepareError::input(path, problem));
     }
     Ok(InputFile { path: path.to_path_buf(), bytes: facts.len() })
 }

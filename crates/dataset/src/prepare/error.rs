@@ -1,7 +1,9 @@
 //! What stops `prepare`, and what it skips and counts instead when it may.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -17,9 +19,10 @@ pub enum PrepareError {
     Setting { key: &'static str, problem: String },
     #[error("{}: {problem}", .path.display())]
     Unreadable { path: PathBuf, problem: String },
-    #[error(
-        "{} has no column {wanted}; it has: {}. Name the right one with {key}", .path.display(), .columns.join(", ")
-    )]
+    /// A file or folder that the configuration names.
+    #[error("{}: {problem}", .path.display())]
+    Input { path: PathBuf, problem: String },
+    #[error("{} has no column {wanted}; it has: {}. Name the right one with {key}", .path.display(), Names(.columns))]
     MissingColumn { path: PathBuf, wanted: String, key: &'static str, columns: Vec<String> },
     #[error("{}: column {column} is {found}; {remedy}", .path.display())]
     ColumnType { path: PathBuf, column: String, found: String, remedy: &'static str },
@@ -52,17 +55,41 @@ pub enum PrepareError {
     )]
     NotOurs { path: PathBuf },
     #[error(
-        "{} holds another dataset (fingerprint {found}, the new one has {new}); pass --replace to put the new one in \
-         its place, or name another directory with data.dataset", .path.display()
+        "{} holds another dataset ({difference}); pass --replace to put the new one in its place, whose content embeddings \
+         go with it, or name another directory with data.dataset", .path.display()
     )]
-    Taken { path: PathBuf, found: String, new: String },
+    Taken { path: PathBuf, difference: String },
     #[error("writing {}: {problem}", .path.display())]
     Write { path: PathBuf, problem: String },
+    #[error("{error}. Killed runs left {}, which can be removed", Paths(.leftovers))]
+    WriteBeside { error: Box<PrepareError>, leftovers: Vec<PathBuf> },
+    #[error("prepare was stopped; what it had written is removed, and the next one begins anew")]
+    Stopped,
     #[error(transparent)]
     Dataset(#[from] DatasetError),
 }
 
 impl PrepareError {
+    /// Another configuration would do.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::Setting { .. } | Self::Input { .. } | Self::MissingColumn { .. })
+    }
+
+    /// Names what could be removed where writing has failed.
+    pub(crate) fn beside(self, leftovers: &[PathBuf]) -> Self {
+        let full = |source: &io::Error| matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
+        let writing = match &self {
+            Self::Io { source, .. } => full(source),
+            Self::Write { .. } => true,
+            _ => false,
+        };
+        match writing && !leftovers.is_empty() {
+            true => Self::WriteBeside { error: Box::new(self), leftovers: leftovers.to_vec() },
+            false => self,
+        }
+    }
+
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
         move |source| Self::Io { path: path.to_path_buf(), source }
     }
@@ -71,8 +98,43 @@ impl PrepareError {
         Self::Unreadable { path: path.to_path_buf(), problem: problem.to_string() }
     }
 
+    pub(crate) fn input(path: &Path, problem: String) -> Self {
+        Self::Input { path: path.to_path_buf(), problem }
+    }
+
     pub(crate) fn write<E: ToString>(path: &Path) -> impl FnOnce(E) -> Self + '_ {
         move |problem| Self::Write { path: path.to_path_buf(), problem: problem.to_string() }
+    }
+}
+
+/// Most characters of a cell that a message shows.
+const SHOWN: usize = 80;
+
+/// A cell, or what says one, as a message shows it: of a long one the middle is left out.
+pub(crate) fn shown(text: &str) -> Cow<'_, str> {
+    const START: usize = 48;
+    let mut places = text.char_indices().map(|(place, _)| place);
+    let Some(start) = places.nth(START) else { return text.into() };
+    let end = text.char_indices().rev().nth(SHOWN - START - 1).map_or(0, |(place, _)| place);
+    if end <= start { text.into() } else { format!("{}…{}", &text[..start], &text[end..]).into() }
+}
+
+/// Names of columns, quoted.
+struct Names<'a>(&'a [String]);
+
+impl fmt::Display for Names<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<String> = self.0.iter().map(|name| format!("{:?}", shown(name))).collect();
+        f.write_str(&names.join(", "))
+    }
+}
+
+struct Paths<'a>(&'a [PathBuf]);
+
+impl fmt::Display for Paths<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let paths: Vec<String> = self.0.iter().map(|path| path.display().to_string()).collect();
+        f.write_str(&paths.join(", "))
     }
 }
 
@@ -206,5 +268,34 @@ impl BadRows {
 
     pub(crate) fn report(self) -> Vec<Skipped> {
         self.kinds.into_iter().map(|(kind, (count, first))| Skipped { kind, count, first }).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_cell_is_shown_by_its_ends() {
+        for whole in [String::new(), "ä".repeat(SHOWN)] {
+            assert_eq!(shown(&whole), whole);
+        }
+        let long = format!("{}{}z", "ä".repeat(48), "b".repeat(5000));
+        let cut = shown(&long);
+        assert_eq!(cut.chars().count(), SHOWN + 1, "{cut}");
+        assert!(cut.starts_with(&"ä".repeat(48)) && cut.ends_with("bz") && cut.contains('…'), "{cut}");
+    }
+
+    #[test]
+    fn leftovers_are_named_where_writing_fails() {
+        let full = || PrepareError::io(Path::new("out"))(ErrorKind::StorageFull.into());
+        let leftovers = [PathBuf::from("out.tmp-7"), "out.tmp-8".into()];
+        for error in [full(), PrepareError::write(Path::new("out"))("no space left on device")] {
+            let message = error.beside(&leftovers).to_string();
+            assert!(message.contains("Killed runs left out.tmp-7, out.tmp-8"), "{message}");
+        }
+        assert!(matches!(full().beside(&[]), PrepareError::Io { .. }));
+        let unreadable = PrepareError::io(Path::new("a.csv"))(ErrorKind::PermissionDenied.into());
+        assert!(matches!(unreadable.beside(&leftovers), PrepareError::Io { .. }));
     }
 }

@@ -6,14 +6,15 @@ use std::path::Path;
 
 use learn_domain::config::InteractionsConfig;
 
-use super::error::{BadRows, Defect, DefectKind, PrepareError, Row};
+use super::error::{BadRows, Defect, DefectKind, PrepareError, Row, shown};
 use super::input::{self, Cells, Chunk, Role};
 use super::interner::{Interner, NONE};
 use super::items::Catalogue;
 use super::label::LabelRule;
+use super::span::Spans;
 use super::spill::{SpillWriter, Spilled, unsorted};
 use super::time::{Clock, SCALE, Stamp};
-use crate::progress::Progress;
+use crate::progress::{Progress, Unit};
 
 /// What was read.
 #[derive(Debug)]
@@ -22,6 +23,8 @@ pub(crate) struct Gathered {
     /// The usable interactions.
     pub(crate) spilled: Vec<Spilled>,
     pub(crate) time_scale: i64,
+    /// The times of each file.
+    pub(crate) spans: Spans,
     /// Rows of the files, usable or not.
     pub(crate) rows: u64,
 }
@@ -34,7 +37,7 @@ pub(crate) fn read(
     bad: &mut BadRows,
     progress: &dyn Progress,
 ) -> Result<Gathered, PrepareError> {
-    progress.stage("read interactions", Some(super::check::total_bytes(&config.files)?));
+    progress.stage("read interactions", Some(super::check::total_bytes(&config.files)?), Unit::Bytes);
     let mut sink = Sink {
         users: Interner::new("users"),
         catalogue,
@@ -42,12 +45,15 @@ pub(crate) fn read(
         fractions: false,
         clock: None,
         agrees: false,
+        spans: Spans::default(),
         rows: 0,
         labels: LabelRule { at_least: config.label_at_least },
     };
     for path in &config.files {
         sink.agrees = false;
+        sink.spans.begin(path);
         input::stream(path, Role::Interactions(config), |chunk| {
+            super::refuse_stop(progress)?;
             let bytes = chunk.bytes;
             let defects = sink.take(chunk, path)?;
             bad.take(path, defects)?;
@@ -56,7 +62,8 @@ pub(crate) fn read(
         })?;
     }
     let time_scale = if sink.fractions { SCALE } else { 1 };
-    Ok(Gathered { users: sink.users, spilled: sink.writer.finish()?, time_scale, rows: sink.rows })
+    let Sink { users, writer, rows, spans, .. } = sink;
+    Ok(Gathered { users, spilled: writer.finish()?, time_scale, rows, spans })
 }
 
 struct Sink<'a> {
@@ -69,6 +76,7 @@ struct Sink<'a> {
     clock: Option<(Clock, String)>,
     /// A row of the file that is read counts time in this too.
     agrees: bool,
+    spans: Spans,
     /// Rows so far, usable or not.
     rows: u64,
     labels: LabelRule,
@@ -106,11 +114,12 @@ impl Sink<'_> {
                 (Some(Stamp { time, clock }), Some(converted)) if user != NONE && item != NONE => {
                     if let Some(other) = self.keep_to(clock, || place(path, rows.at(position)))? {
                         let time = times.text(position).unwrap_or_default();
-                        let problem = format!("its time is {time}, and {other}");
+                        let problem = format!("its time is {}, and {other}", shown(&time));
                         defects.push(Defect { row: rows.at(position), kind: DefectKind::BadTime, problem });
                         continue;
                     }
                     self.fractions |= time.scaled;
+                    self.spans.add(time);
                     self.writer.push_to(top.into(), unsorted((user, item), time, converted))?;
                 }
                 _ => {
@@ -162,10 +171,10 @@ fn describe(
         (None, ..) => (DefectKind::MissingId, "it has no user id".into()),
         (_, None, ..) => (DefectKind::MissingId, "it has no item id".into()),
         (_, _, Some(None), _) => (DefectKind::BadTime, "it has no time".into()),
-        (_, _, Some(Some(time)), _) => (DefectKind::BadTime, format!("its time is {time}")),
+        (_, _, Some(Some(time)), _) => (DefectKind::BadTime, format!("its time is {}", shown(&time))),
         (.., Some(None)) => (DefectKind::BadLabel, "it has no label".into()),
-        (.., Some(Some(label))) => (DefectKind::BadLabel, format!("its label is {label}")),
-        (_, Some(item), ..) => (DefectKind::UnknownItem, format!("no items file has the item \"{item}\"")),
+        (.., Some(Some(label))) => (DefectKind::BadLabel, format!("its label is {}", shown(&label))),
+        (_, Some(item), ..) => (DefectKind::UnknownItem, format!("no items file has the item \"{}\"", shown(&item))),
     }
 }
 

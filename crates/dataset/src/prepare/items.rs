@@ -2,11 +2,11 @@
 
 use learn_domain::config::ItemsConfig;
 
-use super::error::{BadRows, Defect, DefectKind, PrepareError};
+use super::error::{BadRows, Defect, DefectKind, PrepareError, shown};
 use super::input::{self, Cells, Chunk, Role};
 use super::interner::Interner;
 use crate::catalogue::Item;
-use crate::progress::Progress;
+use crate::progress::{Progress, Unit};
 
 /// The items that interactions may name.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ impl Catalogue {
                 continue;
             };
             if !self.ids.intern(&id)?.1 {
-                let problem = format!("item \"{id}\" was there before");
+                let problem = format!("item \"{}\" was there before", shown(&id));
                 defects.push(Defect { row, kind: DefectKind::DuplicateItem, problem });
                 continue;
             }
@@ -59,9 +59,10 @@ pub(crate) fn read(
     if !catalogue.closed {
         return Ok(catalogue);
     }
-    progress.stage("read items", Some(super::check::total_bytes(&config.files)?));
+    progress.stage("read items", Some(super::check::total_bytes(&config.files)?), Unit::Bytes);
     for path in &config.files {
         input::stream(path, Role::Items(config), |mut chunk| {
+            super::refuse_stop(progress)?;
             let mut defects = std::mem::take(&mut chunk.defects);
             catalogue.take(&chunk, &mut defects)?;
             bad.take(path, defects)?;

@@ -17,6 +17,7 @@ mod output;
 mod partition;
 mod publish;
 mod sequences;
+mod span;
 mod spill;
 mod split;
 mod store;
@@ -72,6 +73,8 @@ pub struct PrepareReport {
     pub steps: Vec<FilterStep>,
     /// Rows that `skip_bad_rows` left out.
     pub skipped: Vec<Skipped>,
+    /// What looks wrong with the input.
+    pub warnings: Vec<String>,
     /// By-time: users left out of valid since they have no interaction before it.
     pub valid_without_history: u64,
     /// The same for test.
@@ -85,7 +88,7 @@ pub struct PrepareReport {
 ///
 /// # Errors
 /// Bad settings, unreadable files, the first bad row (unless `skip_bad_rows`), nothing left after the filters, another
-/// dataset at `out`, or a failing disk. `out` is then as it was.
+/// dataset at `out`, a failing disk, or a stop. `out` is then as it was.
 pub fn prepare(
     config: &PrepareConfig,
     name: &str,
@@ -100,15 +103,22 @@ pub fn prepare(
 /// # Errors
 /// As [`prepare`].
 pub fn prepare_with(preparation: &Preparation, progress: &dyn Progress) -> Result<PrepareReport, PrepareError> {
-    let start = Instant::now();
-    let Preparation { config, name, out, options } = *preparation;
+    let Preparation { config, out, options, .. } = *preparation;
     check(config)?;
-    let work = WorkDir::create(out, options.replace)?;
+    let work = WorkDir::create(out, options.replace, config)?;
+    let leftovers = work.leftovers.clone();
+    write(preparation, work, progress).map_err(|error| error.beside(&leftovers))
+}
+
+/// Makes the dataset in `work`, and puts it in its place.
+fn write(preparation: &Preparation, work: WorkDir, progress: &dyn Progress) -> Result<PrepareReport, PrepareError> {
+    let start = Instant::now();
+    let Preparation { config, name, options, .. } = *preparation;
     let mut bad = BadRows::new(config.skip_bad_rows);
     let mut catalogue = items::read(&config.items, &mut bad, progress)?;
     let gathered = interactions::read(&config.interactions, &mut catalogue, &work.spill(), &mut bad, progress)?;
     let (time_scale, rows) = (gathered.time_scale, gathered.rows);
-    let skipped = bad.report();
+    let (skipped, warnings) = (bad.report(), gathered.spans.warnings());
     let mut steps = vec![FilterStep {
         name: "read".into(),
         interactions: gathered.spilled.iter().map(|part| part.count).sum(),
@@ -173,6 +183,7 @@ pub fn prepare_with(preparation: &Preparation, progress: &dyn Progress) -> Resul
         files: written.files,
         embeddings: None,
     };
+    refuse_stop(progress)?;
     let (manifest, kept) = work.publish(manifest, options.replace)?;
     let [valid_without_history, test_without_history] = written.without_history;
     let seconds = start.elapsed().as_secs_f64();
@@ -181,11 +192,18 @@ pub fn prepare_with(preparation: &Preparation, progress: &dyn Progress) -> Resul
         kept,
         steps,
         skipped,
+        warnings,
         valid_without_history,
         test_without_history,
         leftovers,
         seconds,
     })
+}
+
+/// # Errors
+/// The caller wants `prepare` to end.
+fn refuse_stop(progress: &dyn Progress) -> Result<(), PrepareError> {
+    if progress.stopped() { Err(PrepareError::Stopped) } else { Ok(()) }
 }
 
 /// What the filters left.

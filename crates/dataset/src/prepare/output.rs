@@ -17,7 +17,7 @@ use super::store::Store;
 use crate::catalogue::{Item, UserWriter, write_items};
 use crate::files::hex;
 use crate::manifest::{Counts, FileEntry, LabelInfo};
-use crate::progress::Progress;
+use crate::progress::{Progress, Unit};
 use crate::sequences::{Columns, held_out_fields, train_fields};
 
 /// How rows are grouped while working and into batches and files; neither content nor fingerprint depends on it.
@@ -96,7 +96,7 @@ struct Divided {
 impl Output<'_> {
     /// Writes items, users and sequences.
     pub(crate) fn write(&self, progress: &dyn Progress) -> Result<Written, PrepareError> {
-        progress.stage("write", Some(self.users_left.iter().sum()));
+        progress.stage("write", Some(self.users_left.iter().sum()), Unit::Rows);
         let failed = |error| PrepareError::write(self.root)(error);
         let mut files = write_items(self.root, self.items.iter(), self.layout.file_rows).map_err(failed)?;
         let columns = Columns { held_out_times: true, labels: self.labels.is_some() };
@@ -120,6 +120,7 @@ impl Output<'_> {
         let work: Vec<(&Partition, u64)> = self.store.partitions.iter().zip(starts).collect();
         let mut divided: Vec<Divided> = Vec::new();
         for window in work.chunks(rayon::current_num_threads()) {
+            super::refuse_stop(progress)?;
             let divide = || window.par_iter().map(|&(partition, start)| self.divide(partition, start)).collect();
             let (written, next): (_, Result<Vec<Divided>, PrepareError>) =
                 rayon::join(|| sink.take(&divided, progress), divide);

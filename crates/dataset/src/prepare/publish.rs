@@ -8,12 +8,14 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use learn_domain::config::PrepareConfig;
+
 use super::error::PrepareError;
 use super::output::FOLDERS;
 use crate::dataset::Dataset;
 use crate::error::DatasetError;
 use crate::files;
-use crate::manifest::Manifest;
+use crate::manifest::{FilterInfo, Manifest};
 
 /// The temporary directory of one run; removed when dropped.
 #[derive(Debug)]
@@ -26,15 +28,16 @@ pub(crate) struct WorkDir {
 
 impl WorkDir {
     /// Makes the directory beside `out`, and checks that `out` may be written.
-    pub(crate) fn create(out: &Path, replace: bool) -> Result<Self, PrepareError> {
+    pub(crate) fn create(out: &Path, replace: bool, config: &PrepareConfig) -> Result<Self, PrepareError> {
         let name = out.file_name().ok_or_else(|| PrepareError::Setting {
             key: "data.dataset",
             problem: format!("{} does not end in the name of a directory", out.display()),
         })?;
         if occupied(out)? {
-            match Manifest::read(out) {
+            match Dataset::open(out) {
                 Err(DatasetError::NotADataset { .. }) => return Err(PrepareError::NotOurs { path: out.to_path_buf() }),
                 Err(error) if !replace => return Err(error.into()),
+                Ok(found) if !replace => refuse_other(out, found.manifest(), config)?,
                 _ => {}
             }
         }
@@ -106,12 +109,10 @@ impl WorkDir {
     /// The manifest of the dataset that is there, which must be whole and the same.
     fn compare(&self, new: &Manifest) -> Result<Manifest, PrepareError> {
         let found = Dataset::open(&self.out)?;
-        if found.manifest().fingerprint != new.fingerprint {
-            return Err(PrepareError::Taken {
-                path: self.out.clone(),
-                found: found.manifest().fingerprint.clone(),
-                new: new.fingerprint.clone(),
-            });
+        let (old, new) = (&found.manifest().fingerprint, &new.fingerprint);
+        if old != new {
+            let difference = format!("fingerprint {old}, the new one has {new}");
+            return Err(PrepareError::Taken { path: self.out.clone(), difference });
         }
         found.verify()?;
         Ok(found.manifest().clone())
@@ -124,6 +125,29 @@ impl Drop for WorkDir {
             tracing::warn!(path = %self.root.display(), %error, "a temporary directory stays behind; remove it");
         }
     }
+}
+
+/// Before anything is read: refuses what cannot become the dataset that is there, and warns of what may not.
+fn refuse_other(out: &Path, found: &Manifest, config: &PrepareConfig) -> Result<(), PrepareError> {
+    let taken = |difference: &str| Err(PrepareError::Taken { path: out.to_path_buf(), difference: difference.into() });
+    if found.split.policy != config.split {
+        return taken("it is split by another prepare.split");
+    }
+    match (found.labels.is_some(), config.interactions.label.is_some()) {
+        (true, false) => return taken("it has conversion labels, and prepare.interactions.label is not set"),
+        (false, true) => return taken("it has no conversion labels, and prepare.interactions.label is set"),
+        _ => {}
+    }
+    let FilterInfo { k_core, min_length, max_length, keep_unseen_items } = found.filters;
+    let made_with = (k_core, min_length, max_length, keep_unseen_items);
+    if made_with != (config.k_core, config.min_length, config.max_length, config.keep_unseen_items) {
+        tracing::warn!(
+            path = %out.display(),
+            "the dataset that is there was made with other filters; unless what is left is the same, this one will be \
+             refused at the end: pass --replace, or name another directory with data.dataset"
+        );
+    }
+    Ok(())
 }
 
 fn parent(out: &Path) -> &Path {
@@ -143,12 +167,25 @@ fn occupied(out: &Path) -> Result<bool, PrepareError> {
     }
 }
 
+/// The process that made a temporary directory, whose name ends in `PID` or `PID-ATTEMPT`.
+fn maker(ending: &str) -> Option<u32> {
+    ending.split_once('-').map_or(ending, |(pid, _)| pid).parse().ok()
+}
+
+/// Whether another process of this id runs on this machine. What has this one's own id was left by an earlier one: in
+/// containers they are the same.
+fn works(pid: u32) -> bool {
+    pid != std::process::id() && Path::new("/proc").join(pid.to_string()).exists()
+}
+
+/// The temporary directories that nobody works in.
 fn siblings(parent: &Path, prefix: &OsString) -> io::Result<Vec<PathBuf>> {
     let prefix = prefix.to_string_lossy();
     let mut found = Vec::new();
     for entry in fs::read_dir(parent)? {
         let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(&*prefix) {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.strip_prefix(&*prefix).and_then(maker).is_some_and(|pid| !works(pid)) {
             found.push(entry.path());
         }
     }

@@ -17,7 +17,7 @@ use super::error::PrepareError;
 use super::partition::History;
 use super::store::Store;
 use crate::manifest::ByTime;
-use crate::progress::Progress;
+use crate::progress::{Progress, Unit};
 
 /// Buckets of one pass of the search for a threshold; four passes narrow 64 bits to one value.
 const BUCKETS: u128 = 1 << 16;
@@ -83,12 +83,13 @@ pub(crate) fn by_time(
 fn time_at(store: &Store, mut place: u64, progress: &dyn Progress) -> Result<i64, PrepareError> {
     let (mut low, mut high) = (i128::from(i64::MIN), i128::from(i64::MAX));
     while low < high {
-        progress.stage("find the split times", Some(store.records()));
+        progress.stage("find the split times", Some(store.records()), Unit::Rows);
         let width = (high - low + 1).unsigned_abs().div_ceil(BUCKETS) as i128;
         let counts = store
             .partitions
             .par_iter()
             .try_fold(Vec::new, |mut counts, partition| {
+                super::refuse_stop(progress)?;
                 counts.resize(BUCKETS as usize, 0_u64);
                 let mut seen = 0;
                 store.for_each_user(partition, |_, history| {

@@ -15,7 +15,7 @@ use super::interactions::Gathered;
 use super::interner::Interner;
 use super::partition::{History, Lengths, Partition, Ranking, Sorting};
 use super::spill;
-use crate::progress::Progress;
+use crate::progress::{Progress, Unit};
 
 /// What is left.
 #[derive(Clone, Debug)]
@@ -60,12 +60,13 @@ impl Store {
         progress: &dyn Progress,
     ) -> Result<Self, PrepareError> {
         let Gathered { users, spilled, time_scale, .. } = gathered;
-        progress.stage("sort", Some(spilled.iter().map(|part| part.count).sum()));
+        progress.stage("sort", Some(spilled.iter().map(|part| part.count).sum()), Unit::Rows);
         let spilled = spill::divide(spilled, partition_rows, &users)?;
         let ranking = Ranking::new(&users);
         let item_counts: Vec<AtomicU64> = std::iter::repeat_with(|| AtomicU64::new(0)).take(items).collect();
         let sorting = Sorting { users: &users, ranking: &ranking, time_scale, items: &item_counts };
         let sort = |spilled: spill::Spilled| {
+            super::refuse_stop(progress)?;
             let count = spilled.count;
             let partition = Partition::sort(spilled, &sorting)?;
             progress.advance(count);
@@ -109,9 +110,10 @@ impl Store {
 
     /// One pass of [`Partition::filter`] over all partitions.
     fn filter(&mut self, stage: &str, lengths: Lengths, progress: &dyn Progress) -> Result<(), PrepareError> {
-        progress.stage(stage, Some(self.records()));
+        progress.stage(stage, Some(self.records()), Unit::Rows);
         let (item_alive, item_counts) = (&self.item_alive, &self.item_counts);
         self.partitions.par_iter_mut().try_for_each(|partition| {
+            super::refuse_stop(progress)?;
             partition.filter(lengths, item_alive, item_counts)?;
             progress.advance(partition.count);
             Ok(())

@@ -30,7 +30,14 @@ const HEAD: &str = "user_id,item_id,timestamp\n";
 #[test]
 fn a_missing_column_names_those_that_are_there() {
     let csv = refused(|fixture| fixture.interactions("a.csv", "user_id,item_id,ts\n1,2,3\n"));
-    says(&csv, &["a.csv has no column timestamp", "user_id, item_id, ts", "prepare.interactions.timestamp"]);
+    says(
+        &csv,
+        &[
+            "a.csv has no column timestamp",
+            "it has: \"user_id\", \"item_id\", \"ts\".",
+            "prepare.interactions.timestamp",
+        ],
+    );
     let json = refused(|fixture| fixture.interactions("a.jsonl", "{\"user_id\": 1, \"item\": 2, \"timestamp\": 3}\n"));
     says(&json, &["a.jsonl has no column item_id", "item", "prepare.interactions.item"]);
     let table = refused(|fixture| {
@@ -38,13 +45,13 @@ fn a_missing_column_names_those_that_are_there() {
         parquet(&path, vec![("user_id", text_column(["a"])), ("item_id", text_column(["a"]))]);
         fixture.config.interactions.files.push(path);
     });
-    says(&table, &["a.parquet has no column timestamp", "user_id, item_id"]);
+    says(&table, &["a.parquet has no column timestamp", "\"user_id\", \"item_id\""]);
     let named = refused(|fixture| {
         fixture.interactions("a.csv", csv_of_grid());
         fixture.items("i.csv", "item_id,name\ni0,x\n");
         fixture.config.items.title = Some("label".into());
     });
-    says(&named, &["i.csv has no column label", "item_id, name", "prepare.items.title"]);
+    says(&named, &["i.csv has no column label", "\"item_id\", \"name\"", "prepare.items.title"]);
     let named = refused(|fixture| {
         fixture.interactions("a.csv", csv_of_grid());
         fixture.items("i.jsonl", "{\"item_id\": \"i0\"}\n{\"item_id\": \"i1\"}\n");
@@ -98,7 +105,17 @@ fn bad_rows_are_named_by_file_and_line() {
         let good = json_lines(&grid(1, 1, 1));
         refused(|fixture| fixture.interactions("a.jsonl", format!("{good}\n{line}\n")))
     };
-    says(&json("{\"user_id\": 1"), &["a.jsonl, line 3", "EOF"]);
+    let cut = json("{\"user_id\": 1");
+    says(&cut, &["a.jsonl, line 3: EOF while parsing an object in column 13;"]);
+    assert_eq!(cut.matches("line").count(), 1, "{cut}");
+    let long = "x".repeat(1000);
+    for message in [
+        json(&format!("\"{long}\"")),
+        json(&format!("{{\"user_id\": [\"{long}\"], \"item_id\": 2, \"timestamp\": 1}}")),
+        with(&format!("1,2,{long}")),
+    ] {
+        assert!(message.len() < 400 && message.contains("xxx…"), "{message}");
+    }
     says(&json("[1]"), &["a.jsonl, line 3", "one JSON object a line"]);
     says(&json("{\"user_id\": 1, \"item_id\": 2}"), &["a.jsonl, line 3", "it has no time"]);
     says(&json("{\"user_id\": [1], \"item_id\": 2, \"timestamp\": 1}"), &["a.jsonl, line 3", "user_id is [1]"]);
@@ -128,7 +145,7 @@ fn lines_are_counted_as_an_editor_does() {
         let several = format!("1,\"a{end}b\",3");
         says(&refused_at(&lines(&[&several, "1,2,x"])), &["a.csv, line 4:"]);
         says(&refused_at(&lines(&[&several, "", &several.replace('3', "x"), "1,2,3"])), &["a.csv, line 5:"]);
-        says(&refused_at(&lines(&["1,2,3", "1,\"2,3", ""])), &["a.csv, line 3: it has 2 cells"]);
+        says(&refused_at(&lines(&["1,2,3", "1,\"2,3", ""])), &["a.csv, line 3: a quote is opened"]);
         let many = vec!["1,2,3"; 20_000].join(end);
         says(&refused_at(&lines(&[&many, "1,2,x"])), &["a.csv, line 20002:"]);
     }
@@ -360,4 +377,90 @@ fn a_quote_that_is_never_closed_does_not_take_the_whole_file_into_memory() {
         fixture.interactions("a.csv", open);
     });
     says(&message, &["a.csv", "longer than 64 MiB", "quote"]);
+}
+
+#[test]
+fn a_quote_that_is_never_closed_is_where_it_is_opened() {
+    let unclosed = |text: &str| refused(|fixture| fixture.interactions("a.csv", text));
+    let good = csv_of_grid();
+    for end in ["", "\n", "\r\n", "\n\n"] {
+        // as many cells as the header has
+        says(&unclosed(&format!("{good}u1,i1,\"4{end}")), &["a.csv, line 27: a quote is opened", "--skip-bad-rows"]);
+        says(&unclosed(&format!("{good}u1,\"i1,4\nu1,i2,5{end}")), &["a.csv, line 27: a quote is opened"]);
+        // in the second line of a row whose first quote is closed
+        let second = format!("{good}u1,\"a\nb\",\"4\nu1,i2,5\nu1,i3,6{end}");
+        says(&unclosed(&second), &["a.csv, line 28: a quote is opened"]);
+        says(
+            &unclosed(&format!("user_id,\"item_id,timestamp\nu1,i1,4{end}")),
+            &["a.csv: in the header, line 1, a quote"],
+        );
+        let mut closed = Fixture::new();
+        closed.interactions("a.csv", format!("{good}\"u1\",\"i1\",\"4\"{end}"));
+        assert_eq!(closed.prepare().0.steps[0].interactions, 26);
+    }
+    let mut fixture = Fixture::new();
+    fixture.config.skip_bad_rows = true;
+    fixture.interactions("a.csv", format!("{good}u1,i1,\"4\nu1,i2,5\nu1,i3,6\n"));
+    let skipped = fixture.prepare().0.skipped;
+    assert_eq!((skipped.len(), skipped[0].count), (1, 1));
+    says(&skipped[0].first, &["line 27", "all 3 lines to the end of the file"]);
+}
+
+#[test]
+fn another_delimiter_is_named() {
+    let divided = |name: &str, by: &str| refused(|fixture| fixture.interactions(name, csv_of_grid().replace(',', by)));
+    says(&divided("a.csv", ";"), &["a.csv: its header line is divided by semicolons", "read with commas", ".tsv"]);
+    says(&divided("a.csv", "|"), &["divided by vertical bars", "write it with commas"]);
+    says(&divided("a.csv", "\t"), &["divided by tabs", "a name that ends in .tsv"]);
+    says(&divided("a.tsv", ","), &["divided by commas", "read with tabs", "a name that ends in .csv"]);
+    says(&divided("a.inter", ","), &["divided by commas", "set its format to csv"]);
+    let one = refused(|fixture| fixture.interactions("a.csv", "user\n1\n"));
+    says(&one, &["has no column user_id; it has: \"user\""]);
+}
+
+#[test]
+fn compression_that_is_not_read_is_named() {
+    for (ending, name) in [("zst", "Zstandard"), ("bz2", "bzip2"), ("zip", "ZIP"), ("xz", "xz")] {
+        let message = refused(|fixture| fixture.interactions(&format!("a.csv.{ending}"), "x"));
+        says(&message, &[&format!("a.csv.{ending}: it is compressed with {name}"), "only gzip is read", ".gz"]);
+    }
+    let message = refused(|fixture| fixture.interactions("a.csv", b"\x28\xb5\x2f\xfd\x00"));
+    says(&message, &["a.csv: it is compressed with Zstandard"]);
+}
+
+#[test]
+fn units_that_differ_and_times_that_do_not_are_warnings() {
+    let seconds: Vec<_> = grid(5, 5, 4).into_iter().map(|(user, item, at)| (user, item, 1_600_000_000 + at)).collect();
+    let later = |(user, item, at): &(String, String, i64)| (user.clone(), item.clone(), (at + 9) * 1000);
+    let mut fixture = Fixture::new();
+    fixture.interactions("a.csv", csv(&seconds));
+    assert_eq!(fixture.prepare().0.warnings, Vec::<String>::new());
+    fixture.options.replace = true;
+    fixture.interactions("b.csv", csv(&seconds.iter().map(later).collect::<Vec<_>>()));
+    let warnings = fixture.prepare().0.warnings;
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    says(&warnings[0], &["a.csv", "b.csv", "seconds and milliseconds"]);
+    let same: Vec<_> = grid(5, 5, 11).into_iter().map(|(user, item, _)| (user, item, 7)).collect();
+    says(&Fixture::with_rows(&same).prepare().0.warnings[0], &["all 25 interactions have the same time, 7"]);
+}
+
+#[test]
+fn what_cannot_become_the_dataset_that_is_there_is_refused_before_anything_is_read() {
+    let mut fixture = Fixture::with_rows(&grid(30, 6, 12));
+    fixture.prepare();
+    // reading this would be another error
+    fixture.write("interactions.csv", "nothing that can be read");
+    let refused = |fixture: &Fixture| fixture.try_prepare().unwrap_err().to_string();
+    says(&refused(&fixture), &["has no column"]);
+    fixture.config.interactions.label = Some("bought".into());
+    says(&refused(&fixture), &["holds another dataset", "no conversion labels", "--replace", "embeddings go with it"]);
+    fixture.config.interactions.label = None;
+    fixture.config.split = SplitPolicy::ByTime;
+    says(&refused(&fixture), &["holds another dataset", "prepare.split"]);
+    fixture.config.split = SplitPolicy::LeaveOneOut;
+    let users = fixture.out().join("users/part-00000.parquet");
+    std::fs::write(users, "cut").unwrap();
+    says(&refused(&fixture), &["users/part-00000.parquet is damaged"]);
+    fixture.options.replace = true;
+    says(&refused(&fixture), &["has no column"]);
 }

@@ -83,11 +83,23 @@ fn every_missing_or_cut_file_is_named() {
             if damaged.is_some() || !path.ends_with("dataset.json") {
                 assert!(error.contains(path.file_name().unwrap().to_str().unwrap()), "{error}");
             }
-            assert!(error.contains("prepare"), "the remedy is missing: {error}");
+            let remedy = if path.parent().unwrap().ends_with("embeddings") { "learn-launch embed" } else { "prepare" };
+            assert!(error.contains(remedy), "the remedy is missing: {error}");
+            assert_eq!(error.contains("--replace"), remedy == "prepare" && error.contains("is damaged"), "{error}");
             fs::write(&path, &whole).unwrap();
         }
     }
     read_all(&fixture.out()).unwrap();
+}
+
+#[test]
+fn a_folder_that_is_called_like_that_of_the_embeddings_changes_no_remedy() {
+    let (fixture, _) = embedded();
+    let dir = fixture.path("embeddings");
+    fs::rename(fixture.out(), &dir).unwrap();
+    fs::write(dir.join("dataset.json"), "{}").unwrap();
+    let error = Dataset::open(&dir).unwrap_err().to_string();
+    assert!(error.contains("prepare the dataset again"), "{error}");
 }
 
 #[test]
@@ -156,16 +168,26 @@ fn foreign_and_future_manifests_are_refused() {
     assert!(matches!(none, DatasetError::NotADataset { .. }) && none.to_string().contains("learn-launch prepare"));
 }
 
+/// No process has this id: Linux gives none above 4,194,304.
+const NOBODY: u32 = 4_194_305;
+
 #[test]
 fn what_a_killed_run_leaves_is_no_dataset_and_is_reported() {
     let fixture = Fixture::with_rows(&grid(8, 5, 6));
-    let leftover = fixture.path("out.tmp-1");
+    let leftover = fixture.path(&format!("out.tmp-{NOBODY}"));
+    let other_name = fixture.path("out.tmp-notes");
+    for running in
+        [std::os::unix::process::parent_id().to_string(), format!("{}-1", std::os::unix::process::parent_id())]
+    {
+        fs::create_dir(fixture.path(&format!("out.tmp-{running}"))).unwrap();
+    }
+    fs::create_dir(&other_name).unwrap();
     fs::create_dir_all(leftover.join("dataset/sequences")).unwrap();
     fs::write(leftover.join("dataset/sequences/train-00000.arrow"), "half").unwrap();
     assert!(matches!(Dataset::open(&leftover), Err(DatasetError::NotADataset { .. })));
     assert!(matches!(Dataset::open(&leftover.join("dataset")), Err(DatasetError::NotADataset { .. })));
     let (report, _) = fixture.prepare();
-    assert_eq!(report.leftovers, [leftover]);
+    assert_eq!(report.leftovers, [leftover], "and not what a running process works in, or what is somebody else's");
 }
 
 #[test]

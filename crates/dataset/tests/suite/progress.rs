@@ -1,23 +1,31 @@
 //! Every long part says where it stands.
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use learn_dataset::{Preparation, Progress, prepare_with};
+use learn_dataset::{Preparation, PrepareError, Progress, Unit, prepare_with};
 use learn_domain::config::SplitPolicy;
 
-use crate::builders::{Fixture, csv, grid, gzip, parquet_rows};
+use crate::builders::{Fixture, csv, grid, gzip, parquet_rows, temporary};
 
-/// Stages with their totals and what was done of them.
+/// The stages.
 #[derive(Default)]
-struct Recorder(Mutex<Vec<(String, Option<u64>, u64)>>);
+struct Recorder(Mutex<Vec<Stage>>);
+
+struct Stage {
+    name: String,
+    total: Option<u64>,
+    unit: Unit,
+    done: u64,
+}
 
 impl Progress for Recorder {
-    fn stage(&self, name: &str, total: Option<u64>) {
-        self.0.lock().unwrap().push((name.into(), total, 0));
+    fn stage(&self, name: &str, total: Option<u64>, unit: Unit) {
+        self.0.lock().unwrap().push(Stage { name: name.into(), total, unit, done: 0 });
     }
 
     fn advance(&self, amount: u64) {
-        self.0.lock().unwrap().last_mut().unwrap().2 += amount;
+        self.0.lock().unwrap().last_mut().unwrap().done += amount;
     }
 }
 
@@ -39,12 +47,49 @@ fn every_stage_ends_at_its_total() {
     prepare_with(&preparation, &recorder).unwrap();
     learn_dataset::Dataset::open(&out).unwrap().verify_with(&recorder).unwrap();
     let stages = recorder.0.into_inner().unwrap();
-    for (name, total, done) in &stages {
+    for Stage { name, total, unit, done } in &stages {
+        let bytes = name.starts_with("read") || name == "verify";
+        assert_eq!(*unit, if bytes { Unit::Bytes } else { Unit::Rows }, "{name}");
         assert!(total.is_none_or(|total| total == *done), "{name}: {done} of {total:?}");
     }
-    let names: Vec<&str> = stages.iter().map(|stage| stage.0.as_str()).collect();
+    let names: Vec<&str> = stages.iter().map(|stage| stage.name.as_str()).collect();
     for name in ["read items", "read interactions", "sort", "k-core, pass 1", "find the split times", "write", "verify"]
     {
         assert!(names.contains(&name), "{name} is missing in {names:?}");
+    }
+}
+
+/// Asks to stop in a stage.
+struct Stopper {
+    at: &'static str,
+    here: AtomicBool,
+}
+
+impl Progress for Stopper {
+    fn stage(&self, name: &str, _total: Option<u64>, _unit: Unit) {
+        self.here.fetch_or(name == self.at, Ordering::Relaxed);
+    }
+
+    fn advance(&self, _amount: u64) {}
+
+    fn stopped(&self) -> bool {
+        self.here.load(Ordering::Relaxed)
+    }
+}
+
+#[test]
+fn a_stop_ends_every_stage_and_leaves_nothing() {
+    let mut fixture = Fixture::with_rows(&grid(300, 8, 40));
+    fixture.items("i.csv", (0..40).fold("item_id\n".to_owned(), |all, item| all + &format!("i{item}\n")));
+    fixture.config.k_core = 2;
+    fixture.config.split = SplitPolicy::ByTime;
+    let out = fixture.out();
+    let stages =
+        ["read items", "read interactions", "sort", "k-core, pass 1", "check lengths", "find the split times", "write"];
+    for at in stages {
+        let preparation = Preparation { config: &fixture.config, name: "x", out: &out, options: fixture.options };
+        let ended = prepare_with(&preparation, &Stopper { at, here: AtomicBool::new(false) });
+        assert!(matches!(ended, Err(PrepareError::Stopped)), "{at}: {ended:?}");
+        assert!(!out.exists() && temporary(fixture.dir.path()).is_empty(), "{at}");
     }
 }

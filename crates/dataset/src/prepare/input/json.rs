@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::source::Source;
 use super::{Cells, Chunk, Kind, Rows, TEXT_ROWS, Table, Want, layout, missing_column};
-use crate::prepare::error::{Defect, DefectKind, PrepareError, Row};
+use crate::prepare::error::{Defect, DefectKind, PrepareError, Row, shown};
 
 pub(super) struct JsonTable {
     path: PathBuf,
@@ -38,8 +38,8 @@ impl JsonTable {
     /// The wanted cells of a line, or what is wrong with it.
     fn cells(&mut self, line: &[u8]) -> Result<Vec<Option<String>>, String> {
         let mut deserializer = serde_json::Deserializer::from_slice(line);
-        let values = Wanted(&self.wants).deserialize(&mut deserializer).map_err(|error| error.to_string())?;
-        deserializer.end().map_err(|error| error.to_string())?;
+        let values = Wanted(&self.wants).deserialize(&mut deserializer).map_err(|error| problem(&error))?;
+        deserializer.end().map_err(|error| problem(&error))?;
         for (seen, value) in self.seen.iter_mut().zip(&values) {
             *seen |= value.is_some();
         }
@@ -86,15 +86,25 @@ impl Table for JsonTable {
     }
 }
 
+/// What is wrong with a line, whose own number is not the one that the parser counts.
+fn problem(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let place = format!(" at line {} column {}", error.line(), error.column());
+    text.strip_suffix(&place)
+        .map_or_else(|| shown(&text).into_owned(), |problem| format!("{} in column {}", shown(problem), error.column()))
+}
+
 /// A value as the text of a cell; `None` where it says nothing.
 fn cell(value: Value, want: &Want) -> Result<Option<String>, String> {
     let text = match (want.kind, value) {
         (_, Value::Null) => return Ok(None),
         (Kind::Id, Value::String(text)) => text,
         (Kind::Id, Value::Number(number)) if number.is_i64() || number.is_u64() => number.to_string(),
-        (Kind::Id, other) => return Err(format!("{} is {other}, not a string or an integer", want.names[0])),
+        (Kind::Id, other) => {
+            return Err(format!("{} is {}, not a string or an integer", want.names[0], shown(&other.to_string())));
+        }
         (Kind::Time | Kind::Label, value @ (Value::Array(_) | Value::Object(_))) => {
-            return Err(format!("{} is {value}, not a number", want.names[0]));
+            return Err(format!("{} is {}, not a number", want.names[0], shown(&value.to_string())));
         }
         (_, value) => flat(&value).trim().to_owned(),
     };

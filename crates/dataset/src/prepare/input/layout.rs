@@ -5,7 +5,7 @@ use std::path::Path;
 use learn_domain::config::{FileFormat, InteractionsConfig, ItemsConfig};
 use serde_json::{Map, Value};
 
-use super::source::Source;
+use super::source::{OTHERS, Source, compressed};
 use super::{Kind, Want};
 use crate::prepare::error::PrepareError;
 
@@ -35,7 +35,11 @@ pub(super) fn resolve(path: &Path, role: Role) -> Result<FileFormat, PrepareErro
     if format != FileFormat::Auto {
         return Ok(format);
     }
-    match extension(path).as_str() {
+    let extension = extension(path);
+    if let Some((name, ..)) = OTHERS.iter().find(|(_, ending, _)| *ending == extension) {
+        return Err(compressed(path, name));
+    }
+    match extension.as_str() {
         "parquet" | "pq" => Ok(FileFormat::Parquet),
         "csv" | "tsv" => Ok(FileFormat::Csv),
         "inter" | "item" => Ok(FileFormat::Recbole),

@@ -14,6 +14,20 @@ const PIECE: usize = 1 << 18;
 /// A line longer than this is no row.
 const MAX_LINE: u64 = 1 << 26;
 
+/// Kinds of compression that are not read: their name, the ending of files, and what these begin with.
+pub(super) const OTHERS: [(&str, &str, &[u8]); 4] = [
+    ("Zstandard", "zst", &[0x28, 0xb5, 0x2f, 0xfd]),
+    ("bzip2", "bz2", b"BZh91AY&SY"),
+    ("ZIP", "zip", b"PK\x03\x04"),
+    ("xz", "xz", &[0xfd, b'7', b'z', b'X', b'Z', 0]),
+];
+
+pub(super) fn compressed(path: &Path, how: &str) -> PrepareError {
+    let problem =
+        format!("it is compressed with {how}, and only gzip is read; decompress it, or compress it with gzip (.gz)");
+    PrepareError::unreadable(path, problem)
+}
+
 /// A text file, decompressed, without byte-order mark.
 pub(super) struct Source {
     pub(super) reader: Box<dyn BufRead + Send>,
@@ -35,13 +49,16 @@ impl Read for Counting {
 }
 
 impl Source {
-    /// Opens a file; gzip is recognised by its first bytes.
+    /// Opens a file; compression is recognised by its first bytes.
     pub(super) fn open(path: &Path) -> Result<Self, PrepareError> {
         let consumed = Arc::new(AtomicU64::new(0));
         let file = File::open(path).map_err(PrepareError::io(path))?;
         let mut raw = BufReader::with_capacity(PIECE, Counting { file, consumed: consumed.clone() });
         let start = raw.fill_buf().map_err(PrepareError::io(path))?;
         let gzip = start.starts_with(&[0x1f, 0x8b]);
+        if let Some((name, ..)) = OTHERS.iter().find(|(.., magic)| start.starts_with(magic)) {
+            return Err(compressed(path, name));
+        }
         if !gzip && path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gz")) {
             return Err(PrepareError::unreadable(
                 path,
@@ -63,7 +80,7 @@ impl Source {
 
     /// The reader, which ends with an error in a row that is longer than any row is; and what counts its bytes.
     pub(super) fn split(self) -> (Rowwise, Arc<AtomicU64>) {
-        (Rowwise { reader: self.reader, row: 0, line: 0, at_start: true }, self.consumed)
+        (Rowwise { reader: self.reader, row: 0, line: 0, at_start: true, ended: false }, self.consumed)
     }
 
     /// Reads one line into `line`, without its end; false at the end of the file.
@@ -81,7 +98,8 @@ impl Source {
 }
 
 /// A reader of rows whose ends only the one who reads knows: a quote that is never closed would make the whole file one.
-/// Each read ends with a line at the latest, so that the line where a row ended is known.
+/// Each read ends with a line at the latest, so that the line where a row ended is known; so does the last line of the file,
+/// which makes a quote that is open the only reason to read past it.
 pub(super) struct Rowwise {
     reader: Box<dyn BufRead + Send>,
     /// Decompressed bytes since the last row began.
@@ -90,6 +108,8 @@ pub(super) struct Rowwise {
     line: u64,
     /// The next read begins a line.
     at_start: bool,
+    /// The reader has asked for more than there is.
+    ended: bool,
 }
 
 impl Rowwise {
@@ -102,11 +122,22 @@ impl Rowwise {
     pub(super) fn line(&self) -> u64 {
         self.line
     }
+
+    /// The file has ended; in the midst of a row if one was read.
+    pub(super) fn ended(&self) -> bool {
+        self.ended
+    }
 }
 
 impl Read for Rowwise {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let ready = self.reader.fill_buf()?;
+        if ready.is_empty() && !self.at_start && !buffer.is_empty() {
+            self.at_start = true;
+            buffer[0] = b'\n';
+            return Ok(1);
+        }
+        self.ended |= ready.is_empty();
         let most = ready.len().min(buffer.len());
         let end = ready[..most].iter().position(|&byte| byte == b'\n').map(|at| at + 1);
         let read = end.unwrap_or(most);
