@@ -114,6 +114,12 @@ impl Progress {
         self.say(false);
     }
 
+    /// What is done, where nobody counts how much of it.
+    pub fn doing(&mut self, message: String) {
+        self.bar.set_message(message);
+        self.say(false);
+    }
+
     pub fn advance(&mut self, amount: u64) {
         self.bar.inc(amount);
         self.say(false);
@@ -123,8 +129,12 @@ impl Progress {
         let due = last || self.said.is_none_or(|at| at.elapsed() >= PLAIN_INTERVAL);
         if self.plain && due {
             self.said = Some(Instant::now());
-            let of = self.bar.length().map(|total| format!("/{total}")).unwrap_or_default();
-            let line = format!("{}: {}{of} {}", self.bar.prefix(), self.bar.position(), self.bar.message());
+            let counted = match (self.bar.length(), self.bar.position()) {
+                (None, 0) => String::new(),
+                (None, position) => format!("{position} "),
+                (Some(total), position) => format!("{position}/{total} "),
+            };
+            let line = format!("{}: {counted}{}", self.bar.prefix(), self.bar.message());
             stdio::say(line.trim_end());
         }
     }
