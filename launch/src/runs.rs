@@ -18,7 +18,7 @@ use crate::api::Api;
 use crate::failure::Failure;
 use crate::slurm::bind;
 use crate::slurm::queue::refuse_queued;
-use crate::{process, system, tls};
+use crate::{cli, process, system, tls};
 
 /// Bytes of a job's secret, and of its token.
 const SECRET_BYTES: usize = 32;
@@ -145,7 +145,7 @@ pub fn move_aside(root: &Path) -> Result<Option<PathBuf>> {
 /// There is none; the message lists the runs that there are.
 pub fn find(run: &Path, runs_dir: &Path) -> Result<RunDir> {
     for root in [run.to_owned(), runs_dir.join(run)] {
-        let candidate = RunDir::new(std::path::absolute(&root)?);
+        let candidate = RunDir::new(cli::absolute("RUN", &root)?);
         if candidate.config().is_file() {
             return Ok(candidate);
         }
@@ -198,6 +198,7 @@ pub fn find_named(name: &Path, runs_dir: &Path) -> Result<Named> {
 /// It is neither.
 pub fn find_init(config: &mut Config) -> Result<()> {
     if let Some(init) = config.training.init.as_mut().filter(|init| !init.exists()) {
+        cli::absolute("training.init", init)?;
         *init = find(init, &config.job.runs_dir)?.root().to_owned();
     }
     Ok(())
@@ -221,6 +222,7 @@ pub fn config(run: &RunDir) -> Result<Config> {
 /// It is not there, cannot be read, or holds other data than the run was trained on.
 pub fn dataset(run: &RunDir, config: &Config) -> Result<Dataset> {
     let place = config.data.dataset.display();
+    refuse_file(&config.data.dataset)?;
     let dataset = Dataset::open(&config.data.dataset).map_err(|error| match error {
         DatasetError::NotADataset { .. } => Failure::Usage(format!(
             "{place} holds no dataset; if that of the run {} was moved, say where it lies with `--dataset DIR`, or `--set data.dataset=DIR` on Slurm",
@@ -239,6 +241,19 @@ pub fn dataset(run: &RunDir, config: &Config) -> Result<Dataset> {
         .into());
     }
     Ok(dataset)
+}
+
+/// # Errors
+/// A file stands where a dataset is wanted.
+pub fn refuse_file(dataset: &Path) -> Result<()> {
+    if !dataset.is_file() {
+        return Ok(());
+    }
+    Err(Failure::Usage(format!(
+        "data.dataset: {} is a file, and a dataset is a directory that `learn-launch prepare` makes from files",
+        dataset.display()
+    ))
+    .into())
 }
 
 /// The secret of a run's job.
@@ -359,6 +374,19 @@ mod tests {
         fs::remove_file(run.token()).unwrap();
         ensure_token(&run).unwrap();
         assert_ne!(super::token(&run).unwrap(), token);
+    }
+
+    #[test]
+    fn an_empty_run_and_a_file_in_place_of_a_dataset_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = find(Path::new(""), folder.path()).unwrap_err().to_string();
+        assert!(text.starts_with("RUN is an empty path"), "{text}");
+        let file = folder.path().join("clicks.csv");
+        fs::write(&file, "user,item\n").unwrap();
+        let error = refuse_file(&file).unwrap_err();
+        assert!(error.to_string().contains("clicks.csv is a file") && error.to_string().contains("prepare"), "{error}");
+        assert_eq!(crate::failure::exit_code(&error), learn_domain::report::exit::USAGE);
+        refuse_file(folder.path()).unwrap();
     }
 
     #[test]
