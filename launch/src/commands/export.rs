@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
-use crate::cli::{DatasetArgs, RunArgs};
+use crate::cli::{self, DatasetArgs, RunArgs};
 use crate::output::Output;
-use crate::runs;
+use crate::{runs, system};
 
 pub const HELP: &str = "\
 Examples:
@@ -17,7 +17,7 @@ Examples:
 
 Writes user and item embeddings (Parquet and .npy) and the weights (safetensors, names of the published checkpoint). --cvr-features
 adds, for a ranking model, a row per held-out pair: user, item, label, user_embedding, item_embedding, middle (the CVR
-head's hidden layer).";
+head's hidden layer). An export that is stopped leaves nothing behind.";
 
 /// Arguments of `export`.
 #[derive(Debug, Args)]
@@ -41,8 +41,11 @@ pub struct ExportArgs {
 /// There is no such run or checkpoint, or writing fails.
 pub fn run(args: &ExportArgs, output: &Output) -> Result<()> {
     super::refuse_tasks("export")?;
+    cli::absolute("--out", &args.out)?;
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
     let dataset = super::dataset_of(&run, &args.data)?;
+    // what the worker has begun to write goes before it ends
+    system::catch_stop_signals();
     super::worker(|command| {
         command.arg("export").arg("--run").arg(run.root()).arg("--out").arg(&args.out);
         command.arg("--dataset").arg(&dataset);
