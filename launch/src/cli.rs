@@ -195,21 +195,17 @@ pub fn runs_dir() -> PathBuf {
     std::env::var_os(RUNS_DIR).map_or_else(|| "runs".into(), PathBuf::from)
 }
 
-/// A path from the root; `name` is the key or the argument that has it.
-///
-/// # Errors
-/// The path is empty (a variable of a shell that is not set, for example), or there is no current directory.
-pub fn absolute(name: &str, path: &Path) -> Result<PathBuf> {
+fn absolute(key: &str, path: &Path) -> Result<PathBuf> {
     if path.as_os_str().is_empty() {
-        return Err(Failure::Usage(format!("{name} is an empty path; was it a variable that is not set?")).into());
+        return Err(Failure::Usage(format!("{key} is an empty path; was it a variable that is not set?")).into());
     }
-    std::path::absolute(path).with_context(|| format!("{name}: {}", path.display()))
+    std::path::absolute(path).with_context(|| format!("{key}: {}", path.display()))
 }
 
 /// Makes all paths of a configuration absolute, so that the run can be continued from any directory.
 ///
 /// # Errors
-/// As [`absolute`].
+/// A path is empty, or there is no current directory.
 pub fn anchor(config: &mut Config) -> Result<()> {
     let Config { job, data, prepare, embed, training, cluster, .. } = config;
     let tls = &mut cluster.tls;

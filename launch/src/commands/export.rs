@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
-use crate::cli::{self, DatasetArgs, RunArgs};
+use crate::cli::{DatasetArgs, RunArgs};
 use crate::output::Output;
 use crate::{runs, system};
 
@@ -41,7 +41,6 @@ pub struct ExportArgs {
 /// There is no such run or checkpoint, or writing fails.
 pub fn run(args: &ExportArgs, output: &Output) -> Result<()> {
     super::refuse_tasks("export")?;
-    cli::absolute("--out", &args.out)?;
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
     let dataset = super::dataset_of(&run, &args.data)?;
     // what the worker has begun to write goes before it ends

@@ -30,7 +30,7 @@ use learn_domain::report::exit;
 use learn_domain::run_dir::RunDir;
 use learn_telemetry::stdio;
 
-use crate::cli::{self, Cli, Command, DatasetArgs};
+use crate::cli::{Cli, Command, DatasetArgs};
 use crate::failure::{self, Failure};
 use crate::output::Output;
 use crate::slurm::Variables;
@@ -158,7 +158,7 @@ fn refuse_tasks(command: &str) -> Result<()> {
 fn dataset_of(run: &RunDir, args: &DatasetArgs) -> Result<PathBuf> {
     let mut config = runs::config(run)?;
     if let Some(dataset) = &args.dataset {
-        config.data.dataset = cli::absolute("--dataset", dataset)?;
+        config.data.dataset = std::path::absolute(dataset)?;
     }
     runs::dataset(run, &config).map(|dataset| dataset.dir().to_owned())
 }

@@ -49,8 +49,7 @@ fn wrong_usage_ends_with_2_and_names_the_way() -> TestResult {
         (vec!["resume", "absent"], "absent is not a run directory"),
         (vec!["recommend", "absent", "--users", "1", "-k", "0"], "0 is not in 1.."),
         (vec!["recommend", "absent", "--users", "1,"], "--users 1,: there is a comma"),
-        (vec!["status", ""], "RUN is an empty path"),
-        (vec!["export", "absent", "--out", ""], "--out is an empty path"),
+        (vec!["status", ""], "a value is required for '<RUN>'"),
         (vec!["train", "--set", "data.dataset="], "data.dataset is an empty path"),
         (vec!["train", "--set", "data.dataset=/etc/passwd"], "/etc/passwd is a file, and a dataset is a directory"),
     ] {
