@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 use learn_domain::Config;
 
@@ -10,6 +10,7 @@ use crate::commands::{
     bench, config, doctor, embed, eval, export, logs, prepare, recommend, report, resume, scale, simulate, slurm,
     slurm_job, slurm_task, status, stop, study, train,
 };
+use crate::failure::Failure;
 use crate::settings::{Resolver, SettingsError};
 
 const EXIT_CODES: &str = "\
@@ -17,9 +18,9 @@ Exit codes:
   0  done
   1  something failed; the message says what
   2  wrong flags or configuration
-  3  stopped by the operator; a checkpoint was written, `resume` continues
+  3  stopped by the operator; a training has written a checkpoint, from which `resume` continues
   4  workers were lost, too many to go on; `resume` continues from the last checkpoint
-  5  a loss, gradient or score was not a finite number
+  5  a loss, gradient, embedding or score was not a finite number
   6  the last checkpoint could not be written; an earlier one may be there
   7  workers were lost again and again without a finished step between
   8  its scheduler ended the job early: `slurm --resubmit` goes on from the last checkpoint
@@ -48,7 +49,7 @@ pub struct Global {
     /// Print the result on stdout as JSON, errors included
     #[arg(long, global = true)]
     pub json: bool,
-    /// No progress and no messages on stderr
+    /// No progress and no messages on stderr, but errors
     #[arg(short, long, global = true)]
     pub quiet: bool,
     /// Say more: -v for details, -vv for everything
@@ -194,25 +195,37 @@ pub fn runs_dir() -> PathBuf {
     std::env::var_os(RUNS_DIR).map_or_else(|| "runs".into(), PathBuf::from)
 }
 
+fn absolute(key: &str, path: &Path) -> Result<PathBuf> {
+    if path.as_os_str().is_empty() {
+        return Err(Failure::Usage(format!("{key} is an empty path; was it a variable that is not set?")).into());
+    }
+    std::path::absolute(path).with_context(|| format!("{key}: {}", path.display()))
+}
+
 /// Makes all paths of a configuration absolute, so that the run can be continued from any directory.
 ///
 /// # Errors
-/// There is no current directory.
+/// A path is empty, or there is no current directory.
 pub fn anchor(config: &mut Config) -> Result<()> {
-    let absolute = |path: &mut PathBuf| -> Result<()> {
-        *path = std::path::absolute(Path::new(path))?;
-        Ok(())
-    };
-    absolute(&mut config.job.runs_dir)?;
-    absolute(&mut config.data.dataset)?;
-    absolute(&mut config.embed.model)?;
-    let tls = &mut config.cluster.tls;
-    let optional = [&mut config.embed.from, &mut config.training.init, &mut tls.ca, &mut tls.certificate, &mut tls.key];
-    for path in optional.into_iter().flatten() {
-        absolute(path)?;
+    let Config { job, data, prepare, embed, training, cluster, .. } = config;
+    let tls = &mut cluster.tls;
+    let single = [
+        ("job.runs_dir", Some(&mut job.runs_dir)),
+        ("data.dataset", Some(&mut data.dataset)),
+        ("embed.model", Some(&mut embed.model)),
+        ("embed.from", embed.from.as_mut()),
+        ("training.init", training.init.as_mut()),
+        ("cluster.tls.ca", tls.ca.as_mut()),
+        ("cluster.tls.certificate", tls.certificate.as_mut()),
+        ("cluster.tls.key", tls.key.as_mut()),
+    ];
+    let single = single.into_iter().filter_map(|(key, path)| Some((key, path?)));
+    let interactions = prepare.interactions.files.iter_mut().map(|path| ("prepare.interactions.files", path));
+    let items = prepare.items.files.iter_mut().map(|path| ("prepare.items.files", path));
+    for (key, path) in single.chain(interactions).chain(items) {
+        *path = absolute(key, path)?;
     }
-    let inputs = [&mut config.prepare.interactions.files, &mut config.prepare.items.files];
-    inputs.into_iter().flatten().try_for_each(absolute)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -238,6 +251,21 @@ mod tests {
             command(Some("Jane's shop.toml"), &["data.dataset=d", "prepare.interactions.files=[\"a.csv\"]"]),
             r#"learn-launch embed 'Jane'\''s shop.toml' --set data.dataset=d --set 'prepare.interactions.files=["a.csv"]'"#
         );
+    }
+
+    #[test]
+    fn an_empty_path_is_named() {
+        let refused = |change: fn(&mut Config)| {
+            let mut config = Config::default();
+            change(&mut config);
+            let error = anchor(&mut config).unwrap_err();
+            assert_eq!(crate::failure::exit_code(&error), learn_domain::report::exit::USAGE);
+            error.to_string()
+        };
+        assert!(refused(|c| c.data.dataset = PathBuf::new()).starts_with("data.dataset is an empty path"));
+        assert!(refused(|c| c.cluster.tls.key = Some(PathBuf::new())).starts_with("cluster.tls.key"));
+        let files = |c: &mut Config| c.prepare.items.files = vec!["a.csv".into(), PathBuf::new()];
+        assert!(refused(files).starts_with("prepare.items.files"));
     }
 
     #[test]

@@ -304,12 +304,13 @@ impl<'a> LocalJob<'a> {
             self.progress.line(&render::evaluation(evaluation));
         }
         self.evaluations = self.evaluations.max(status.evaluations.len());
-        match (self.spec.task, &status.last_step) {
+        let doing = render::doing(status);
+        match self.spec.task {
             // An evaluation has no steps of its own.
-            (Task::Evaluate { .. }, _) => {}
-            (Task::Train { .. }, Some(step)) => self.progress.at(step.step.0, status.total_steps, render::step(step)),
-            (Task::Train { .. }, None) => {
-                self.progress.at(0, status.total_steps, status.state.name().to_owned());
+            Task::Evaluate { .. } => self.progress.doing(format!("{doing} ({})", render::duration(status.seconds))),
+            Task::Train { .. } => {
+                let done = status.last_step.as_ref().map_or(0, |step| step.step.0);
+                self.progress.at(done, status.total_steps, doing);
             }
         }
     }
@@ -320,7 +321,10 @@ impl<'a> LocalJob<'a> {
             return;
         }
         if self.stops == 0 && requests == 1 {
-            self.progress.line("stopping after the current step, with a checkpoint; once more to kill");
+            self.progress.line(match self.spec.task {
+                Task::Train { .. } => "stopping after the current step, with a checkpoint; once more to kill",
+                Task::Evaluate { .. } => "stopping the evaluation; once more to kill",
+            });
             self.coordinator.ask_to_end(End::Gracefully);
         } else {
             self.progress.line("killing all processes of the job");
@@ -402,22 +406,23 @@ impl<'a> LocalJob<'a> {
         };
         let shown = self.spec.run.root().display();
         let step = status.as_ref().and_then(|status| status.last_step.as_ref()).map_or(0, |step| step.step.0);
+        let at = at_step(self.spec.task, step);
         let lost = self.lost.as_ref().map(|lost| lost.reason.clone());
         let cause = lost.or_else(|| status.as_ref().and_then(|status| status.cause.clone()));
         if self.stops > 1 {
-            let message = format!("{shown}: killed at step {step}; {}", self.way_on(status.as_ref()));
+            let message = format!("{shown}: killed{at}; {}", self.way_back(status.as_ref()));
             return Err(Failure::Child { code: exit::FAILED, message }.into());
         }
         match (ended.code(), &self.lost, status) {
             (Some(exit::OK), _, Some(status)) => Ok(status),
             // it was asked to end before it could hear it: nothing was trained
             (None, None, status) if self.stops == 1 && self.crew.is_none() => {
-                let message = format!("{shown}: stopped before it began; {}", self.way_on(status.as_ref()));
+                let message = format!("{shown}: stopped before it began; {}", self.way_back(status.as_ref()));
                 Err(Failure::Stopped(message).into())
             }
             (Some(exit::STOPPED), None, status) => {
                 let cause = cause.map(|cause| format!(" ({cause})")).unwrap_or_default();
-                let message = format!("{shown}: stopped at step {step}{cause}; {}", self.way_on(status.as_ref()));
+                let message = format!("{shown}: stopped{at}{cause}; {}", self.way_back(status.as_ref()));
                 Err(Failure::Stopped(message).into())
             }
             (Some(exit::DIVERGED), _, status) => {
@@ -461,6 +466,14 @@ impl<'a> LocalJob<'a> {
         message + &self.way_on(status)
     }
 
+    /// From a stop that was asked for.
+    fn way_back(&self, status: Option<&JobStatus>) -> String {
+        match self.spec.task {
+            Task::Evaluate { .. } => "the same command evaluates from the start".into(),
+            Task::Train { .. } => self.way_on(status),
+        }
+    }
+
     fn way_on(&self, status: Option<&JobStatus>) -> String {
         let shown = self.spec.run.root().display();
         match (self.spec.task, status.and_then(|status| status.last_checkpoint)) {
@@ -471,5 +484,13 @@ impl<'a> LocalJob<'a> {
                 "there is no checkpoint yet; the same command with `--force` starts again".into()
             }
         }
+    }
+}
+
+/// Where a job was; an evaluation has no steps.
+fn at_step(task: &Task, step: u64) -> String {
+    match task {
+        Task::Train { .. } => format!(" at step {step}"),
+        Task::Evaluate { .. } => String::new(),
     }
 }

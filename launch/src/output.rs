@@ -124,6 +124,12 @@ impl Progress {
         self.say(false);
     }
 
+    /// What is done, where nobody counts how much of it.
+    pub fn doing(&mut self, message: String) {
+        self.bar.set_message(message);
+        self.say(false);
+    }
+
     pub fn advance(&mut self, amount: u64) {
         self.bar.inc(amount);
         self.say(false);
@@ -137,8 +143,12 @@ impl Progress {
                 Unit::Bytes => render::bytes(amount),
                 Unit::Count => amount.to_string(),
             };
-            let of = self.bar.length().map(|total| format!("/{}", shown(total))).unwrap_or_default();
-            let line = format!("{}: {}{of} {}", self.bar.prefix(), shown(self.bar.position()), self.bar.message());
+            let counted = match (self.bar.length(), self.bar.position()) {
+                (None, 0) => String::new(),
+                (None, position) => format!("{} ", shown(position)),
+                (Some(total), position) => format!("{}/{} ", shown(position), shown(total)),
+            };
+            let line = format!("{}: {counted}{}", self.bar.prefix(), self.bar.message());
             stdio::say(line.trim_end());
         }
     }

@@ -1,32 +1,38 @@
 //! A program that works for a command, whose last error becomes the command's own.
 //!
 //! Input: a command whose stderr is log lines in either format, and whatever else it says there. Output: its words on this
-//! process's stderr as they come, but for the error that it ended with, which the caller says. Stdout is passed through.
+//! process's stderr as they come, but for the error that it ended with, which the caller says. Stdout is passed through, and
+//! requests to stop are passed on.
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{self, BufRead as _, BufReader, Read, Write as _};
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use serde_json::Value;
+
+use crate::system::{self, End};
+
+/// Pause between two looks for a request to stop.
+const POLL: Duration = Duration::from_millis(50);
 
 /// Runs `command` to its end; gives how it ended and the last error that it logged, if it failed.
 ///
 /// # Errors
 /// It cannot be started.
-pub fn run(command: &mut Command) -> std::io::Result<(ExitStatus, Option<String>)> {
+pub fn run(command: &mut Command) -> io::Result<(ExitStatus, Option<String>)> {
+    let requests = system::stop_requests();
     let mut child = command.stderr(Stdio::piped()).spawn()?;
-    // the line of an error, and what it says
-    let mut held: Option<(Vec<u8>, String)> = None;
-    if let Some(said) = child.stderr.take() {
-        let mut said = BufReader::new(said);
-        let mut line = Vec::new();
-        while said.read_until(b'\n', &mut line)? > 0 {
-            let pass_on = match error_of(&String::from_utf8_lossy(&line)) {
-                Some(error) => held.replace((std::mem::take(&mut line), error)).map(|(before, _)| before),
-                None => Some(std::mem::take(&mut line)),
-            };
-            pass_on.iter().for_each(|line| tell(line));
-        }
-    }
+    let (pid, over) = (child.id(), AtomicBool::new(false));
+    let said = child.stderr.take();
+    let held = thread::scope(|scope| {
+        let stops = scope.spawn(|| pass_on_stops(pid, requests, &over));
+        let held = said.map_or(Ok(None), listen);
+        over.store(true, Ordering::Relaxed);
+        stops.thread().unpark();
+        held
+    })?;
     let status = child.wait()?;
     match held {
         Some((line, _)) if status.success() => {
@@ -37,9 +43,37 @@ pub fn run(command: &mut Command) -> std::io::Result<(ExitStatus, Option<String>
     }
 }
 
+/// Tells what a program says until it says no more; gives the line of its last error, and what it says.
+fn listen(said: impl Read) -> io::Result<Option<(Vec<u8>, String)>> {
+    let mut held: Option<(Vec<u8>, String)> = None;
+    let mut said = BufReader::new(said);
+    let mut line = Vec::new();
+    while said.read_until(b'\n', &mut line)? > 0 {
+        let pass_on = match error_of(&String::from_utf8_lossy(&line)) {
+            Some(error) => held.replace((std::mem::take(&mut line), error)).map(|(before, _)| before),
+            None => Some(std::mem::take(&mut line)),
+        };
+        pass_on.iter().for_each(|line| tell(line));
+    }
+    Ok(held)
+}
+
+/// Until it is `over`, a request to stop this process, where those are caught, asks `pid` to end; the next one kills it.
+fn pass_on_stops(pid: u32, before: usize, over: &AtomicBool) {
+    let mut passed = before;
+    while !over.load(Ordering::Relaxed) {
+        let requests = system::stop_requests();
+        if requests > passed {
+            system::end(pid, if passed == before { End::Gracefully } else { End::AtOnce });
+            passed = requests;
+        }
+        thread::park_timeout(POLL);
+    }
+}
+
 /// If nobody reads stderr, there is nobody to tell that.
 fn tell(line: &[u8]) {
-    let _nobody = std::io::stderr().write_all(line);
+    let _nobody = io::stderr().write_all(line);
 }
 
 /// What a log line says, if it is an error, in either format of [`learn_telemetry::log`].
@@ -72,6 +106,14 @@ mod tests {
         ] {
             assert_eq!(error(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn a_request_to_stop_is_passed_on() {
+        system::catch_stop_signals();
+        // the program itself has this process asked, and ends in peace only by what it hears
+        let script = "trap 'exit 3' TERM; kill -TERM $PPID; while :; do sleep 0.05; done";
+        assert_eq!(run(Command::new("sh").args(["-c", script])).unwrap().0.code(), Some(3));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use learn_domain::ledger::{EpochCount, LedgerSummary};
-use learn_domain::report::{EmbeddingStatus, EmbeddingWorker, Evaluation, JobStatus, StepRecord};
+use learn_domain::report::{EmbeddingStatus, EmbeddingWorker, Evaluation, JobState, JobStatus, StepRecord};
 pub use quality::{evaluated, summary};
 
 type Metrics = BTreeMap<String, f64>;
@@ -120,6 +120,18 @@ pub fn step(step: &StepRecord) -> String {
         step.accuracy,
         users_per_second(step)
     )
+}
+
+/// What a job does: the words beside its progress bar.
+#[must_use]
+pub fn doing(status: &JobStatus) -> String {
+    let evaluates = status.workers.iter().any(|worker| !worker.left && worker.phase == "evaluation");
+    match (&status.last_step, evaluates && status.state == JobState::Running) {
+        (None, false) => status.state.name().to_owned(),
+        (None, true) => "evaluating".to_owned(),
+        (Some(last), false) => step(last),
+        (Some(last), true) => format!("evaluating; {}", step(last)),
+    }
 }
 
 /// One line for one evaluation; AUC and HR wait for the table.

@@ -221,6 +221,7 @@ pub fn config(run: &RunDir) -> Result<Config> {
 /// It is not there, cannot be read, or holds other data than the run was trained on.
 pub fn dataset(run: &RunDir, config: &Config) -> Result<Dataset> {
     let place = config.data.dataset.display();
+    refuse_file(&config.data.dataset)?;
     let dataset = Dataset::open(&config.data.dataset).map_err(|error| match error {
         DatasetError::NotADataset { .. } => Failure::Usage(format!(
             "{place} holds no dataset; if that of the run {} was moved, say where it lies with `--dataset DIR`, or `--set data.dataset=DIR` on Slurm",
@@ -239,6 +240,19 @@ pub fn dataset(run: &RunDir, config: &Config) -> Result<Dataset> {
         .into());
     }
     Ok(dataset)
+}
+
+/// # Errors
+/// A file stands where a dataset is wanted.
+pub fn refuse_file(dataset: &Path) -> Result<()> {
+    if !dataset.is_file() {
+        return Ok(());
+    }
+    Err(Failure::Usage(format!(
+        "data.dataset: {} is a file, and a dataset is a directory that `learn-launch prepare` makes from files",
+        dataset.display()
+    ))
+    .into())
 }
 
 /// The secret of a run's job.
@@ -359,6 +373,17 @@ mod tests {
         fs::remove_file(run.token()).unwrap();
         ensure_token(&run).unwrap();
         assert_ne!(super::token(&run).unwrap(), token);
+    }
+
+    #[test]
+    fn a_file_in_place_of_a_dataset_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("clicks.csv");
+        fs::write(&file, "user,item\n").unwrap();
+        let error = refuse_file(&file).unwrap_err();
+        assert!(error.to_string().contains("clicks.csv is a file") && error.to_string().contains("prepare"), "{error}");
+        assert_eq!(crate::failure::exit_code(&error), learn_domain::report::exit::USAGE);
+        refuse_file(folder.path()).unwrap();
     }
 
     #[test]

@@ -17,7 +17,7 @@ use parquet::arrow::ArrowWriter;
 use tch::Tensor;
 
 use crate::error::WorkerError;
-use crate::offline::{History, Offline};
+use crate::offline::{History, Offline, refuse_non_finite};
 
 /// Version of the schema.
 const VERSION: u32 = 1;
@@ -26,18 +26,32 @@ pub const FILE: &str = "cvr-features.parquet";
 /// Users whose pairs are in memory at once.
 const USER_BLOCK: usize = 256;
 
+/// Width of the CVR head's hidden layer of a run that has what [`write`] writes.
+///
+/// # Errors
+/// If the run has no CVR head, or the dataset no labels.
+pub fn width(offline: &Offline) -> Result<i64, WorkerError> {
+    match offline.cvr_hidden() {
+        None => Err(WorkerError::Usage(
+            "the run has no CVR head, so there are no features of it; train with objective.cvr_weight above 0".into(),
+        )),
+        Some(_) if !offline.dataset.has_labels() => Err(no_labels()),
+        Some(width) => Ok(width),
+    }
+}
+
+fn no_labels() -> WorkerError {
+    WorkerError::Usage("the dataset has no labels; name their column with prepare.interactions.label".into())
+}
+
 /// Writes the pairs of a split into `folder` and returns their number; `items` `[N, d]` are the item embeddings.
 ///
 /// # Errors
-/// If the run has no CVR head, the dataset no labels, or the disk refuses.
+/// If the run has no CVR head, the dataset no labels, a value is not finite, or the disk refuses.
 pub fn write(offline: &Offline, items: &Tensor, split: Split, folder: &Path) -> Result<usize, WorkerError> {
     let path = folder.join(FILE);
     let failed = |reason: String| WorkerError::File { path: path.display().to_string(), reason };
-    let Some(width) = offline.cvr_hidden() else {
-        return Err(WorkerError::Usage(
-            "the run has no CVR head, so there are no features of it; train with objective.cvr_weight above 0".into(),
-        ));
-    };
+    let width = width(offline)?;
     let rows = offline.dataset.held_out(split);
     let dim = items.size()[1];
     let schema = schema(offline, split, (dim, width));
@@ -52,11 +66,7 @@ pub fn write(offline: &Offline, items: &Tensor, split: Split, folder: &Path) -> 
         let users = offline.users(&histories)?;
         let mut pairs: Vec<(i64, usize, u32, u8)> = Vec::new();
         for (at, row) in (0..).zip(block) {
-            let Some((_, labels)) = rows.labels(row) else {
-                return Err(failed(
-                    "the dataset has no labels; name their column with prepare.interactions.label".into(),
-                ));
-            };
+            let (_, labels) = rows.labels(row).ok_or_else(no_labels)?;
             let user = rows.user(row) as usize;
             pairs.extend(rows.targets(row).iter().zip(labels).map(|(&item, &label)| (at, user, item, label)));
         }
@@ -105,6 +115,7 @@ fn schema(offline: &Offline, split: Split, (dim, width): (i64, i64)) -> Arc<Sche
 
 /// A column of the rows of a tensor `[K, W]`.
 fn vectors(rows: &Tensor) -> Result<ArrayRef, WorkerError> {
+    refuse_non_finite(rows)?;
     let values: Vec<f32> = Vec::try_from(rows.contiguous().view([-1]))?;
     let list =
         FixedSizeListArray::try_new(element(), rows.size()[1] as i32, Arc::new(Float32Array::from(values)), None);

@@ -54,6 +54,11 @@ pub enum WorkerError {
     #[error("the model's scores are not finite, so nothing can be ranked; the training has diverged")]
     NonFiniteScores,
     #[error(
+        "the model's embeddings are not finite, so they are of no use; the training has diverged: take an earlier checkpoint \
+         with --checkpoint"
+    )]
+    NonFiniteEmbeddings,
+    #[error(
         "the ranks do not start with the same parameters; are all workers of the same version, and do they read the same \
          run directory?"
     )]
@@ -75,7 +80,7 @@ impl WorkerError {
     #[must_use]
     pub fn gives_up(&self) -> Option<GiveUp> {
         match self {
-            Self::NonFiniteStep { .. } | Self::NonFiniteScores => Some(GiveUp::Diverged),
+            Self::NonFiniteStep { .. } | Self::NonFiniteScores | Self::NonFiniteEmbeddings => Some(GiveUp::Diverged),
             Self::Unsaved(_) => Some(GiveUp::Unsaved),
             _ => None,
         }
@@ -104,7 +109,7 @@ impl WorkerError {
         match self.gives_up() {
             Some(GiveUp::Diverged) => exit::DIVERGED,
             Some(GiveUp::Unsaved) => exit::UNSAVED,
-            None if matches!(self, Self::Usage(_)) => exit::USAGE,
+            None if matches!(self, Self::Usage(_) | Self::Checkpoint(CheckpointError::Unknown { .. })) => exit::USAGE,
             None => exit::FAILED,
         }
     }

@@ -7,22 +7,26 @@
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use arrow_array::{ArrayRef, FixedSizeListArray, Float32Array, RecordBatch, StringArray};
 use arrow_schema::{DataType, Field, Schema};
 use learn_domain::config::RowFormat;
-use learn_domain::report::Split;
+use learn_domain::report::{Split, exit};
 use learn_domain::run_dir::RunDir;
 use parquet::arrow::ArrowWriter;
 use tch::Tensor;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cvr_features;
 use crate::error::WorkerError;
-use crate::offline::{Histories, History, Offline};
+use crate::offline::{Histories, History, Offline, refuse_non_finite};
+use crate::panic;
 
 /// Users whose embeddings are in memory at once, besides the output.
 const USER_BLOCK: usize = 4096;
+/// Tries to remove what was written of an export that is stopped.
+const REMOVALS: usize = 10;
 
 /// What to export where.
 #[derive(Clone, Debug)]
@@ -55,22 +59,62 @@ pub struct Exported {
 /// Exports a run's model.
 ///
 /// # Errors
-/// If the run cannot be read, the output exists already or cannot be written.
+/// If the run cannot be read, its embeddings are not finite, the output exists already or cannot be written.
 pub fn export(settings: &ExportSettings) -> Result<Exported, WorkerError> {
     let out = &settings.out;
     if out.exists() {
         return Err(failed(out)("it exists already; name a new directory with --out"));
     }
-    let run = RunDir::new(&settings.run);
-    let offline = Offline::open(&run, settings.checkpoint.as_deref(), settings.dataset.as_deref())?;
     let aside = out.with_extension(format!("tmp-{}", std::process::id()));
-    let exported = write_all(&offline, settings.cvr_features, &aside, out);
+    let ending = Arc::new(Mutex::new(()));
+    end_without(&aside, out, &ending)?;
+    let write = || {
+        let run = RunDir::new(&settings.run);
+        let offline = Offline::open(&run, settings.checkpoint.as_deref(), settings.dataset.as_deref())?;
+        if settings.cvr_features.is_some() {
+            cvr_features::width(&offline)?;
+        }
+        write_all(&offline, settings.cvr_features, &aside, out)
+    };
+    let exported = panic::caught(write, || "export");
+    // a process that was asked to stop waits here for its end
+    let _ends = ending.lock();
     match &exported {
         Ok(_) => fs::rename(&aside, out).map_err(|error| failed(out)(error))?,
         // the write error is the one to report
         Err(_) => drop(fs::remove_dir_all(&aside)),
     }
     exported
+}
+
+/// From now on SIGINT and SIGTERM end this process, and what is written aside goes. Whoever holds `ending` decides how it ends.
+fn end_without(aside: &Path, out: &Path, ending: &Arc<Mutex<()>>) -> Result<(), WorkerError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(WorkerError::Runtime)?;
+    let signals = {
+        let _entered = runtime.enter();
+        signal(SignalKind::interrupt()).and_then(|interrupt| Ok((interrupt, signal(SignalKind::terminate())?)))
+    };
+    let (mut interrupt, mut terminate) = signals.map_err(WorkerError::Runtime)?;
+    let (aside, out, ending) = (aside.to_owned(), out.to_owned(), Arc::clone(ending));
+    // it lives as long as the process
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+        });
+        let _ends = ending.lock();
+        if out.exists() {
+            return;
+        }
+        // a file may be made while the others are removed
+        let gone = (0..REMOVALS).any(|_| fs::remove_dir_all(&aside).is_ok() || !aside.exists());
+        let left = if gone { String::new() } else { format!("; {} could not be removed", aside.display()) };
+        tracing::error!("the export was stopped, and {} was not written{left}", out.display());
+        std::process::exit(exit::STOPPED);
+    });
+    Ok(())
 }
 
 fn write_all(
@@ -151,6 +195,7 @@ impl Table {
 
     /// Appends `ids` with their embeddings `[ids, d]`.
     fn append(&mut self, ids: &[String], embeddings: &Tensor) -> Result<(), WorkerError> {
+        refuse_non_finite(embeddings)?;
         let values: Vec<f32> = Vec::try_from(embeddings.contiguous().view([-1]))?;
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         self.npy.write_all(&bytes).map_err(|error| failed(&self.name)(error))?;
@@ -193,7 +238,49 @@ fn npy_header(rows: usize, dim: usize) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Command, Stdio};
+
     use super::*;
+
+    #[test]
+    fn vectors_that_are_not_finite_are_no_export() {
+        let folder = tempfile::tempdir().unwrap();
+        let ids = ["a".to_owned(), "b".to_owned()];
+        for (value, code) in [(1.0_f32, None), (f32::NAN, Some(5)), (f32::INFINITY, Some(5))] {
+            let mut table = Table::create(folder.path(), "items", 2).unwrap();
+            let rows = Tensor::from_slice(&[0.5, 1.0, value, 2.0]).view([2, 2]);
+            let error = table.append(&ids, &rows).err();
+            assert_eq!(error.map(|error| error.exit_code()), code, "{value}");
+        }
+    }
+
+    const ASIDE: &str = "LEARN_TEST_ASIDE";
+
+    /// Starts itself again as the process that is stopped.
+    #[test]
+    fn an_export_that_is_stopped_leaves_nothing_behind() {
+        if let Some(aside) = std::env::var_os(ASIDE).map(PathBuf::from) {
+            end_without(&aside, &aside.with_extension("out"), &Arc::default()).unwrap();
+            fs::create_dir(&aside).unwrap();
+            fs::write(aside.join("items.npy"), "half").unwrap();
+            println!("\nready");
+            std::thread::sleep(std::time::Duration::from_secs(600));
+        }
+        for signal in ["INT", "TERM"] {
+            let folder = tempfile::tempdir().unwrap();
+            let aside = folder.path().join("aside");
+            let mut command = Command::new(std::env::current_exe().unwrap());
+            command.args(["--exact", "export::tests::an_export_that_is_stopped_leaves_nothing_behind", "--nocapture"]);
+            let mut child = command.env(ASIDE, &aside).stdout(Stdio::piped()).spawn().unwrap();
+            let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+            assert!(lines.any(|line| line.unwrap() == "ready") && aside.exists());
+            let kill = Command::new("kill").args(["-s", signal, &child.id().to_string()]).status();
+            assert!(kill.unwrap().success());
+            assert_eq!(child.wait().unwrap().code(), Some(exit::STOPPED));
+            assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        }
+    }
 
     #[test]
     fn the_npy_header_has_one_size() {

@@ -216,7 +216,8 @@ fn run(command: Command) -> Result<i32, WorkerError> {
         }
         Command::Export { run, out, checkpoint, dataset, cvr_features, json } => {
             let cvr_features = cvr_features.map(Split::from);
-            let exported = export(&ExportSettings { run, out, checkpoint, dataset, cvr_features })?;
+            let settings = ExportSettings { run, out, checkpoint, dataset, cvr_features };
+            let exported = export(&settings)?;
             if json {
                 print_json(&exported)?;
             } else {
@@ -231,7 +232,8 @@ fn run(command: Command) -> Result<i32, WorkerError> {
             }
         }
         Command::Recommend { run, users, k, checkpoint, dataset, with_history, json } => {
-            let lists = recommend(&RecommendSettings { run, checkpoint, dataset, users, k, with_history })?;
+            let settings = RecommendSettings { run, checkpoint, dataset, users, k, with_history };
+            let lists = recommend(&settings)?;
             if json { print_json(&lists)? } else { print(&table(&lists))? }
         }
         Command::Checkpoints { run, json } => {

@@ -59,6 +59,12 @@ impl History {
     }
 }
 
+/// # Errors
+/// If a value of the embeddings is not a finite number.
+pub fn refuse_non_finite(embeddings: &Tensor) -> Result<(), WorkerError> {
+    if embeddings.isfinite().all().int64_value(&[]) == 1 { Ok(()) } else { Err(WorkerError::NonFiniteEmbeddings) }
+}
+
 /// The newest sequence of each user that has one, by global user number.
 pub struct Histories<'a> {
     dataset: &'a Dataset,

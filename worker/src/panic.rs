@@ -50,6 +50,10 @@ fn advice(message: &str, phase: &str) -> Option<String> {
              comparisons by content"
         }
         "checkpoint" => "a checkpoint is copied to host memory first: lower cluster.row_cache",
+        "export" => "run it where more memory is free; with CUDA_VISIBLE_DEVICES=N it takes another GPU",
+        "recommend" => {
+            "ask for fewer users at once, or run it where more memory is free; with CUDA_VISIBLE_DEVICES=N it takes another GPU"
+        }
         _ => {
             "lower training.micro_batch (the gradient stays the same; half of a worker's share of the global batch is a \
              start), with the full softmax objective.catalogue_batch too, and cluster.device_row_cache, set \
@@ -87,6 +91,10 @@ mod tests {
         assert_eq!(text.split("; ").next(), Some(&*format!("GPU memory ran out in the phase backward ({facts})")));
         assert!(text.contains("training.micro_batch") && !text.contains("Torch("), "{text}");
         assert!(advice(CUDA, "evaluation").unwrap().contains("evaluation.batch_users"));
+        for (phase, advised) in [("export", "where more memory is free"), ("recommend", "fewer users")] {
+            let text = advice(CUDA, phase).unwrap();
+            assert!(text.contains(advised) && !text.contains("training."), "there is no training to change: {text}");
+        }
         let text = advice(HOST, "forward").unwrap();
         assert!(
             text.starts_with("host memory ran out in the phase forward (you tried to allocate 400000000000 bytes);")

@@ -12,6 +12,7 @@ use tch::Tensor;
 
 use crate::error::WorkerError;
 use crate::offline::{Histories, Offline};
+use crate::panic;
 
 /// What is asked for.
 #[derive(Clone, Debug)]
@@ -45,8 +46,12 @@ pub struct RecommendedItem {
 /// Recommends items.
 ///
 /// # Errors
-/// If the run cannot be read or a user is not in the dataset.
+/// If the run cannot be read, a user is not in the dataset, or memory runs out.
 pub fn recommend(settings: &RecommendSettings) -> Result<Vec<Recommendation>, WorkerError> {
+    panic::caught(|| lists(settings), || "recommend")
+}
+
+fn lists(settings: &RecommendSettings) -> Result<Vec<Recommendation>, WorkerError> {
     let run = RunDir::new(&settings.run);
     let offline = Offline::open(&run, settings.checkpoint.as_deref(), settings.dataset.as_deref())?;
     let numbers: HashMap<String, usize> =

@@ -362,11 +362,12 @@ pub mod exit {
     pub const FAILED: i32 = 1;
     /// Wrong flags or configuration.
     pub const USAGE: i32 = 2;
-    /// Stopped by the operator (SIGTERM, SIGINT, `learn-launch stop`); a checkpoint was written, `resume` continues.
+    /// Stopped by the operator (SIGTERM, SIGINT, `learn-launch stop`); a training has written a checkpoint, from which `resume`
+    /// continues.
     pub const STOPPED: i32 = 3;
     /// Workers were lost and the job could not go on without them; `resume` continues from the last checkpoint.
     pub const WORKER_LOST: i32 = 4;
-    /// Loss or gradient was not a finite number, and `training.non_finite` says stop.
+    /// Loss or gradient was not a finite number, and `training.non_finite` says stop; or embeddings or scores were not.
     pub const DIVERGED: i32 = 5;
     /// The job went on to its end, or to a stop, but its last checkpoint could not be written.
     pub const UNSAVED: i32 = 6;

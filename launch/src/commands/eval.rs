@@ -13,8 +13,9 @@ use crate::cli::{DatasetArgs, RunArgs, anchor};
 use crate::job::{self, JobSpec};
 use crate::output::Output;
 use crate::settings::Resolver;
-use crate::{render, runs};
+use crate::{crew, render, runs};
 
+use super::doctor;
 use super::resume::{checkpoints, choose, path_text};
 
 pub const HELP: &str = "\
@@ -83,6 +84,7 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<()> {
         .finish()?;
     anchor(&mut config)?;
     runs::dataset(&run, &config)?;
+    doctor::refuse_crowd(config.cluster.workers, crew::cores())?;
     // Ports that are fixed for the training may be in use by it.
     (config.cluster.grpc_port, config.cluster.http_port) = (0, 0);
     let all = checkpoints(&run)?;
@@ -98,6 +100,13 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<()> {
     let own = runs::create(&root, &config)?;
     let task = Task::Evaluate { checkpoint: path_text(&checkpoint.path)?, split };
     let config_file = own.config();
+    output.note(&format!(
+        "{}: evaluating step {} on the {split} split with {}; logs in {}",
+        super::shown_run(&run),
+        checkpoint.step,
+        render::workers(config.cluster.workers as usize),
+        super::shown(&own.logs())
+    ));
     let spec = JobSpec::local(&own, &config_file, &config, &task);
     let status = job::run(&spec, output)?;
     let evaluation = status.evaluations.last().context("the job ended without an evaluation")?;

@@ -7,7 +7,7 @@ use clap::Args;
 
 use crate::cli::{DatasetArgs, RunArgs};
 use crate::output::Output;
-use crate::runs;
+use crate::{runs, system};
 
 pub const HELP: &str = "\
 Examples:
@@ -17,7 +17,7 @@ Examples:
 
 Writes user and item embeddings (Parquet and .npy) and the weights (safetensors, names of the published checkpoint). --cvr-features
 adds, for a ranking model, a row per held-out pair: user, item, label, user_embedding, item_embedding, middle (the CVR
-head's hidden layer).";
+head's hidden layer). An export that is stopped leaves nothing behind.";
 
 /// Arguments of `export`.
 #[derive(Debug, Args)]
@@ -43,6 +43,8 @@ pub fn run(args: &ExportArgs, output: &Output) -> Result<()> {
     super::refuse_tasks("export")?;
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
     let dataset = super::dataset_of(&run, &args.data)?;
+    // what the worker has begun to write goes before it ends
+    system::catch_stop_signals();
     super::worker(|command| {
         command.arg("export").arg("--run").arg(run.root()).arg("--out").arg(&args.out);
         command.arg("--dataset").arg(&dataset);

@@ -28,7 +28,8 @@ Examples:
   learn-launch logs shop --slurm                         what the batch script and srun said
 
 Of several logs each line begins with whose it is. --follow ends when the job has ended, or with Ctrl-C; it goes on through
-a requeue by Slurm. The files are those of the run's logs/ folder.";
+a requeue by Slurm. With --json each line is a JSON object on a line of its own, with `log` (whose it is) and `line`. The files are
+those of the run's logs/ folder.";
 
 /// Pause between two looks at the files.
 const POLL: Duration = Duration::from_millis(200);

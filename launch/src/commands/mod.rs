@@ -21,6 +21,7 @@ pub mod stop;
 pub mod study;
 pub mod train;
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command as ChildCommand, ExitStatus};
 
@@ -74,12 +75,38 @@ pub fn run(cli: Cli) -> i32 {
             stdio::say(format_args!("learn-launch: {message}"));
             let reported = matches!(error.downcast_ref(), Some(Failure::Reported { .. }));
             if output.json() && !reported {
-                // Where stdout cannot be written there is nobody left to tell.
-                let _nobody = output.result("", &serde_json::json!({ "error": message, "exit_code": code }));
+                print_error(&output, &message, code);
             }
             code
         }
     }
+}
+
+/// Says why `arguments` are no command line, as JSON too if they ask for it, or prints the help or the version that they ask
+/// for; returns the exit code.
+pub fn refuse(error: &clap::Error, arguments: impl Iterator<Item = OsString>) -> i32 {
+    // if nobody reads it, there is nobody to tell that
+    let _nobody = error.print();
+    let code = error.exit_code();
+    if code != exit::OK && asks_for_json(arguments) {
+        print_error(&Output::new(true, false), &refusal(error), code);
+    }
+    code
+}
+
+/// What clap says, without the word that it begins with.
+fn refusal(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    text.strip_prefix("error: ").unwrap_or(&text).trim().to_owned()
+}
+
+fn asks_for_json(arguments: impl Iterator<Item = OsString>) -> bool {
+    arguments.take_while(|argument| argument != "--").any(|argument| argument == "--json")
+}
+
+fn print_error(output: &Output, message: &str, code: i32) {
+    // Where stdout cannot be written there is nobody left to tell.
+    let _nobody = output.result("", &serde_json::json!({ "error": message, "exit_code": code }));
 }
 
 /// Runs `learn-worker` to its end with this process's own input and output; its error becomes this command's.
@@ -143,4 +170,25 @@ fn shown(path: &Path) -> String {
 
 fn shown_run(run: &RunDir) -> String {
     shown(run.root())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+
+    #[test]
+    fn a_wrong_command_line_is_told_as_json_if_it_asks_for_that() {
+        let words = |words: &[&str]| words.iter().map(OsString::from).collect::<Vec<_>>().into_iter();
+        assert!(asks_for_json(words(&["status", "r", "--jsn", "--json"])));
+        assert!(!asks_for_json(words(&["status", "r", "--log-json", "--", "--json"])));
+        let error = Cli::try_parse_from(["learn-launch", "status", "r", "--wach", "--json"]).unwrap_err();
+        let text = refusal(&error);
+        assert!(text.starts_with("unexpected argument '--wach'") && !text.contains('\u{1b}'), "{text}");
+        assert_eq!(error.exit_code(), exit::USAGE);
+        for asked in ["--help", "--version"] {
+            assert_eq!(Cli::try_parse_from(["learn-launch", asked]).unwrap_err().exit_code(), exit::OK);
+        }
+    }
 }

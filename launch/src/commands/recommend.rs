@@ -4,6 +4,7 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::cli::{DatasetArgs, RunArgs};
+use crate::failure::Failure;
 use crate::output::Output;
 use crate::runs;
 
@@ -42,11 +43,25 @@ impl RecommendArgs {
         let listed = self.users.iter().flat_map(|users| users.split(',').map(str::trim));
         listed.chain(self.user.iter().map(String::as_str))
     }
+
+    fn refuse_empty(&self) -> Result<()> {
+        if self.users().all(|id| !id.is_empty()) {
+            return Ok(());
+        }
+        let message = match &self.users {
+            Some(users) if users.contains(',') && users.split(',').any(|id| id.trim().is_empty()) => {
+                format!("--users {users}: there is a comma without an id before or after it; take it out")
+            }
+            _ => "an id of a user is empty; name one with --users or --user".to_owned(),
+        };
+        Err(Failure::Usage(message).into())
+    }
 }
 
 /// # Errors
 /// There is no such run, checkpoint or user.
 pub fn run(args: &RecommendArgs, output: &Output) -> Result<()> {
+    args.refuse_empty()?;
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
     let dataset = super::dataset_of(&run, &args.data)?;
     super::worker(|command| {
@@ -62,4 +77,34 @@ pub fn run(args: &RecommendArgs, output: &Output) -> Result<()> {
             command.arg("--json");
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Only {
+        #[command(flatten)]
+        args: RecommendArgs,
+    }
+
+    #[test]
+    fn an_id_that_is_empty_is_refused() {
+        let check = |words: &[&str]| Only::parse_from([&["recommend", "r"], words].concat()).args.refuse_empty();
+        for fine in [&["--users", "196"][..], &["--users", "196, 186"], &["--user", "a,"]] {
+            check(fine).unwrap();
+        }
+        for (wrong, said) in [
+            (&["--users", "196,"][..], "--users 196,: there is a comma"),
+            (&["--users", ",196"], "a comma"),
+            (&["--users", ""], "id of a user is empty"),
+            (&["--users", "196,186", "--user", ""], "id of a user is empty"),
+        ] {
+            let text = check(wrong).unwrap_err().to_string();
+            assert!(text.contains(said), "{text}");
+        }
+    }
 }

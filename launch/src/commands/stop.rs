@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use clap::Args;
 use learn_domain::Step;
-use learn_domain::report::{JobState, JobStatus, Task, exit};
+use learn_domain::report::{CoordinatorAddress, JobState, JobStatus, Task, exit};
 use learn_domain::run_dir::RunDir;
 
 use crate::cli::RunArgs;
@@ -139,11 +139,17 @@ fn end(args: &StopArgs, run: &RunDir, (shown, stopping): (&str, &str), output: &
     while missed == 0 || missed < GONE && !has_ended(run) {
         missed = if runs::live(run).is_some() { 0 } else { missed + 1 };
         if start.elapsed() >= Duration::from_secs(args.timeout) {
-            bail!("{shown} still runs after {} s; `kill {}` ends its coordinator", args.timeout, address.pid);
+            bail!("{shown} still runs after {} s; {} ends its coordinator", args.timeout, kill(&address));
         }
         std::thread::sleep(POLL);
     }
     Ok(true)
+}
+
+/// What kills a coordinator, and where.
+fn kill(address: &CoordinatorAddress) -> String {
+    let host = if address.host.is_empty() { "this machine" } else { &address.host };
+    format!("`kill {}` on {host}", address.pid)
 }
 
 /// The last status of a run says that nothing more will happen.
@@ -196,6 +202,12 @@ mod tests {
     use learn_domain::report::StepRecord;
 
     use super::*;
+
+    #[test]
+    fn a_process_is_killed_where_it_is() {
+        let at = |host: &str| kill(&CoordinatorAddress { pid: 7, host: host.into(), ..CoordinatorAddress::default() });
+        assert_eq!((at("node1"), at("")), ("`kill 7` on node1".into(), "`kill 7` on this machine".into()));
+    }
 
     #[test]
     fn only_what_loses_no_step_was_stopped_well() {

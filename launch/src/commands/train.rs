@@ -115,6 +115,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
 
 /// Everything that can be known to fail before a run directory is made.
 pub(super) fn check_ready(config: &Config) -> Result<()> {
+    runs::refuse_file(&config.data.dataset)?;
     let dataset = Dataset::open(&config.data.dataset)?;
     suits(&dataset, config)?;
     refuse_metric(&config.checkpoint.metric, dataset.manifest().split.policy)?;
@@ -173,7 +174,9 @@ fn describe(root: &Path, config: &Config, output: &Output) -> Result<()> {
         super::shown(&config.data.dataset),
         if root.exists() { "the run exists: train would refuse without --force" } else { "nothing is in the way" },
     );
-    output.result(&text, config)
+    let mut json = serde_json::to_value(config)?;
+    json["run"] = serde_json::json!({ "directory": root.to_string_lossy(), "exists": root.exists() });
+    output.result(&text, &json)
 }
 
 /// Shows the summary of a finished job and where everything lies.
@@ -192,7 +195,11 @@ pub fn report(run: &RunDir, output: &Output) -> Result<()> {
         super::shown(&best),
         super::shown(&run.logs()),
     );
-    output.result(&text, &summary)
+    let mut json = serde_json::to_value(&summary)?;
+    for (name, path) in [("run", run.root().to_owned()), ("best_checkpoint", best), ("logs", run.logs())] {
+        json[name] = path.to_string_lossy().into();
+    }
+    output.result(&text, &json)
 }
 
 #[cfg(test)]

@@ -76,6 +76,20 @@ fn numbers_read_well() {
 }
 
 #[test]
+fn what_a_job_does_names_its_evaluation() {
+    let mut now = job();
+    assert_eq!(doing(&now), step(now.last_step.as_ref().unwrap()));
+    now.workers[0].phase = "evaluation".into();
+    assert!(doing(&now).starts_with("evaluating; epoch 2 loss"), "{}", doing(&now));
+    now.last_step = None;
+    assert_eq!(doing(&now), "evaluating");
+    now.workers[0].left = true;
+    assert_eq!(doing(&now), "running");
+    now.state = JobState::Gathering;
+    assert_eq!(doing(&now), "gathering");
+}
+
+#[test]
 fn a_live_job_shows_its_progress_ledger_and_workers() {
     let text = status(&job(), Freshness::Live);
     for part in [

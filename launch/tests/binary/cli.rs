@@ -50,6 +50,10 @@ fn wrong_usage_ends_with_2_and_names_the_way() -> TestResult {
         (vec!["status", "absent"], "absent is not a run directory; there are no runs in runs"),
         (vec!["resume", "absent"], "absent is not a run directory"),
         (vec!["recommend", "absent", "--users", "1", "-k", "0"], "0 is not in 1.."),
+        (vec!["recommend", "absent", "--users", "1,"], "--users 1,: there is a comma"),
+        (vec!["status", ""], "a value is required for '<RUN>'"),
+        (vec!["train", "--set", "data.dataset="], "data.dataset is an empty path"),
+        (vec!["train", "--set", "data.dataset=/etc/passwd"], "/etc/passwd is a file, and a dataset is a directory"),
     ] {
         let output = launch(folder.path(), &arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}: {}", err(&output));
@@ -66,6 +70,18 @@ fn json_errors_are_json() -> TestResult {
     let error: Value = serde_json::from_slice(&output.stdout)?;
     assert_eq!(error["exit_code"], 2);
     assert!(error["error"].as_str().is_some_and(|text| text.contains("absent")), "{error}");
+
+    let output = launch(folder.path(), &["status", "absent", "--wach", "--json"]);
+    assert_eq!(output.status.code(), Some(2), "{}", err(&output));
+    let error: Value = serde_json::from_slice(&output.stdout)?;
+    assert_eq!(error["exit_code"], 2);
+    assert!(error["error"].as_str().is_some_and(|text| text.starts_with("unexpected argument '--wach'")), "{error}");
+    assert!(err(&output).starts_with("error: unexpected argument '--wach'"), "{}", err(&output));
+    for (asked, words) in [("--help", "Usage: learn-launch"), ("--version", env!("CARGO_PKG_VERSION"))] {
+        let output = launch(folder.path(), &[asked, "--json"]);
+        assert!(output.status.success() && out(&output).contains(words), "{}", out(&output));
+        assert!(!out(&output).contains("exit_code"), "{}", out(&output));
+    }
     Ok(())
 }
 

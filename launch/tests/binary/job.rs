@@ -100,6 +100,14 @@ fn a_dry_run_finds_what_would_fail_at_once() -> TestResult {
             assert!(!installation.path("runs").exists(), "{arguments:?}: nothing is made before everything is ready");
         }
     }
+    let crowd = ["train", "--workers", "100000", "--dry-run"];
+    let refused = installation.launch(&crowd)?;
+    assert_eq!(refused.status.code(), Some(2), "{}", err(&refused));
+    assert!(err(&refused).contains("cluster.workers: 100000 workers are too many"), "{}", err(&refused));
+    assert!(installation.launch(&[&crowd[..], &["--no-workers"]].concat())?.status.success());
+    let dry = installation.launch(&["train", "--dry-run", "--json"])?;
+    let dry: Value = serde_json::from_slice(&dry.stdout)?;
+    assert_eq!((&dry["run"]["exists"], &dry["job"]["name"]), (&false.into(), &"learn".into()));
     // workers come from a machine that has GPUs
     let elsewhere = installation.launch(&["train", "--device", "cuda", "--no-workers", "--dry-run"])?;
     assert!(elsewhere.status.success(), "{}", err(&elsewhere));
@@ -154,6 +162,33 @@ fn workers(installation: &Installation) -> TestResult<Vec<u32>> {
 fn coordinator_pid(installation: &Installation) -> TestResult<u32> {
     let address: Value = serde_json::from_str(&installation.read("runs/learn/coordinator.json")?)?;
     Ok(address["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).ok_or("no pid")?)
+}
+
+#[test]
+fn a_stopped_evaluation_speaks_of_no_steps() -> TestResult {
+    let run = "case \"$4\" in *evaluate*) ;; *) serve; checkpoint=7; status stopped; exit 3;; esac";
+    let worker = worker_with(r#"[{"step":7,"path":"/c/step-0000000007","valid":true,"reason":null,"best":true}]"#)
+        .replace(LOYAL_WORKER, PATIENT_WORKER);
+    let installation = Installation::new(&format!("{run}\n{STOPPABLE_COORDINATOR}"), &worker)?;
+    assert_eq!(installation.launch(&["train"])?.status.code(), Some(3));
+    for pid_file in std::fs::read_dir(installation.path("."))?.flatten().map(|entry| entry.path()) {
+        if pid_file.extension().is_some_and(|extension| extension == "pid") {
+            std::fs::remove_file(pid_file)?;
+        }
+    }
+    let job = installation.command(&["eval", "learn"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    workers(&installation)?;
+    end(job.id(), End::Gracefully);
+    let output = job.wait_with_output()?;
+    assert_eq!(output.status.code(), Some(3), "{}", err(&output));
+    let text = err(&output);
+    for words in
+        ["evaluating step 7 on the test split with 2 workers", "stopping the evaluation;", "the same command evaluates"]
+    {
+        assert!(text.contains(words), "{words} is not in {text}");
+    }
+    assert!(!text.contains("stopped at step") && !text.contains("current step"), "{text}");
+    Ok(())
 }
 
 #[test]

@@ -47,6 +47,11 @@ pub enum CheckpointError {
     Refused { path: PathBuf, reason: String },
     #[error(transparent)]
     Weights(learn_model::safetensors::SafetensorsError),
+    /// The name of a checkpoint that is not there.
+    #[error("{run} has no checkpoint `{name}`; it has {there}")]
+    Unknown { run: String, name: String, there: String },
+    #[error("{} cannot be used: {source}; {way}", path.display())]
+    Unusable { path: PathBuf, source: Box<Self>, way: String },
     #[error("the checkpoint writer ended early")]
     WriterGone,
 }
@@ -344,30 +349,41 @@ pub fn read_best(run: &RunDir) -> Option<Best> {
     serde_json::from_slice(&fs::read(run.best()).ok()?).ok()
 }
 
-/// The checkpoint that `name` means: a directory name, `best`, `last`, or none = the best, else the last valid one.
+/// The checkpoint that `name` means: a directory name, `best`, `last`, or none = the best, else the last. A damaged one is
+/// refused with the name of the whole one before it.
 ///
 /// # Errors
-/// If there is no such checkpoint.
+/// If there is no such checkpoint, or it is damaged.
 pub fn resolve(run: &RunDir, name: Option<&str>) -> Result<PathBuf, CheckpointError> {
-    let refuse = |reason: &str| CheckpointError::Refused { path: run.checkpoints(), reason: reason.into() };
-    let last = || -> Result<PathBuf, CheckpointError> {
-        let valid = list(run)?.into_iter().rfind(|one| one.valid);
-        valid.map(|one| one.path).ok_or_else(|| refuse("there is no valid checkpoint in this run"))
+    let mut steps = steps(&run.checkpoints())?;
+    steps.sort();
+    let best = || read_best(run).map(|best| best.step).filter(|step| steps.contains(step));
+    let last = steps.last().copied();
+    let chosen = match name {
+        None => best().or(last),
+        Some("last") => last,
+        Some("best") => best(),
+        Some(name) => checkpoint_step(name).filter(|step| steps.contains(step)),
     };
-    let best = || read_best(run).map(|best| run.checkpoint(best.step)).filter(|path| path.exists());
-    match name {
-        Some("last") => last(),
-        Some("best") => best().ok_or_else(|| refuse("the run has no best checkpoint yet")),
-        None => best().map_or_else(last, Ok),
-        Some(name) => {
-            let step = checkpoint_step(name).ok_or_else(|| {
-                refuse(&format!("`{name}` is no checkpoint name; use best, last or a name like step-0000000100"))
-            })?;
-            Some(run.checkpoint(step))
-                .filter(|path| path.exists())
-                .ok_or_else(|| refuse(&format!("there is no {name}")))
-        }
-    }
+    let Some(chosen) = chosen else {
+        let there: Vec<String> = steps.iter().map(|step| name_of(&run.checkpoint(*step))).collect();
+        let there = if there.is_empty() { "none".to_owned() } else { there.join(", ") };
+        let name = name.unwrap_or("last").to_owned();
+        return Err(CheckpointError::Unknown { run: run.root().display().to_string(), name, there });
+    };
+    let path = run.checkpoint(chosen);
+    let Err(error) = check(&path) else { return Ok(path) };
+    let earlier = steps.iter().rev().map(|step| (step, run.checkpoint(*step)));
+    let earlier = earlier.filter(|(step, _)| **step < chosen).find(|(_, path)| check(path).is_ok());
+    let way = match earlier {
+        Some((_, path)) => format!("the one before it is whole: add `--checkpoint {}`", name_of(&path)),
+        None => "there is no whole one before it".to_owned(),
+    };
+    Err(CheckpointError::Unusable { path, source: Box::new(error), way })
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 #[cfg(test)]

@@ -100,7 +100,18 @@ fn damage_and_strangers_are_refused_with_their_reason() {
 
     let listed = list(&run).unwrap();
     assert_eq!((listed.len(), listed[0].valid), (1, false));
-    assert!(resolve(&run, None).unwrap_err().to_string().contains("no valid checkpoint"));
+    let refused = resolve(&run, None).unwrap_err().to_string();
+    assert!(
+        refused.contains("step-0000000007 cannot be used") && refused.contains("no whole one before it"),
+        "{refused}"
+    );
+    write(&run.checkpoints(), snapshot(5, 1.0, None), Pace::Plain, &|| ()).unwrap();
+    write(&run.checkpoints(), snapshot(8, 1.0, None), Pace::Plain, &|| ()).unwrap();
+    assert_eq!(resolve(&run, Some("last")).unwrap(), run.checkpoint(Step(8)));
+    fs::remove_file(run.checkpoint(Step(8)).join(MODEL)).unwrap();
+    let refused = resolve(&run, Some("last")).unwrap_err().to_string();
+    assert!(refused.contains("step-0000000008 cannot be used"), "it is not passed over: {refused}");
+    assert!(refused.contains("add `--checkpoint step-0000000005`"), "{refused}");
 }
 
 #[test]
@@ -150,7 +161,12 @@ fn the_writer_commits_in_order_and_keeps_the_latest_and_the_best() {
     assert_eq!(kept, [(2, true), (4, false), (5, false)]);
     assert_eq!(resolve(&run, None).unwrap(), run.checkpoint(Step(2)), "the best by default");
     assert_eq!(resolve(&run, Some("step-0000000004")).unwrap(), run.checkpoint(Step(4)));
-    assert!(resolve(&run, Some("step-4")).is_err() && resolve(&run, Some("step-0000000003")).is_err());
+    for name in ["step-4", "step-0000000003"] {
+        let error = resolve(&run, Some(name)).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains(&format!("no checkpoint `{name}`; it has step-0000000002, step-0000000004")), "{text}");
+        assert_eq!(crate::error::WorkerError::from(error).exit_code(), learn_domain::report::exit::USAGE);
+    }
 }
 
 #[test]

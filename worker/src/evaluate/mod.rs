@@ -78,6 +78,7 @@ pub struct Evaluator {
 /// # Errors
 /// If the checkpoint does not fit the dataset, or the job breaks.
 pub fn run(session: &Session, turn: &mut Turn, checkpoint: &str, split: Split) -> Result<Ended, WorkerError> {
+    session.progress.enter("evaluation");
     let admission = &session.admission;
     let handle = session.handle();
     let patience = session.control.patience();

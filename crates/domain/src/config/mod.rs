@@ -214,6 +214,9 @@ mod tests {
         assert_eq!(refused(|c| c.evaluation.segments.head_items = 0.0), "evaluation.segments.head_items");
         assert_eq!(refused(|c| c.evaluation.segments.active_users = 5), "evaluation.segments.active_users");
         assert_eq!(refused(|c| c.cluster.workers = 0), "cluster.workers");
+        assert_eq!(refused(|c| c.cluster.heartbeat_interval = Span::from_secs(0)), "cluster.heartbeat_interval");
+        assert_eq!(refused(|c| c.cluster.collective_timeout = Span::from_secs(0)), "cluster.collective_timeout");
+        assert_eq!(refused(|c| c.cluster.join_timeout = Span::from_secs(0)), "cluster.join_timeout");
         assert_eq!(refused(|c| c.cluster.min_workers = c.cluster.workers + 1), "cluster.min_workers");
         assert_eq!(refused(|c| c.checkpoint.metric = "loss".into()), "checkpoint.metric");
         assert_eq!(refused(|c| c.checkpoint.metric = "cvr.auc".into()), "checkpoint.metric");

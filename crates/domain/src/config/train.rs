@@ -483,6 +483,15 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         }
     }
     cluster.tls.validate()?;
+    for (key, span) in [
+        ("cluster.heartbeat_interval", cluster.heartbeat_interval),
+        ("cluster.collective_timeout", cluster.collective_timeout),
+        ("cluster.join_timeout", cluster.join_timeout),
+    ] {
+        if span.0.is_zero() {
+            return fail(key, "must be longer than nothing");
+        }
+    }
     if cluster.min_workers > cluster.workers {
         return fail("cluster.min_workers", "must be at most cluster.workers");
     }

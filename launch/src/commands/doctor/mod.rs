@@ -11,6 +11,7 @@ use learn_domain::report::exit;
 use serde::Serialize;
 
 use crate::cli::SettingsArgs;
+use crate::crew;
 use crate::failure::Failure;
 use crate::output::Output;
 
@@ -27,6 +28,11 @@ pub struct DoctorArgs {
     #[command(flatten)]
     settings: SettingsArgs,
 }
+
+/// Most workers that are started here for each core.
+const WORKERS_PER_CORE: usize = 16;
+/// So many are started on any machine.
+const SMALL_CROWD: usize = 64;
 
 /// How a thing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -84,6 +90,9 @@ pub fn run(args: &DoctorArgs, output: &Output) -> Result<()> {
 /// # Errors
 /// Something is missing.
 pub(super) fn refuse_lacks(config: &Config, workers: bool) -> Result<()> {
+    if workers {
+        refuse_crowd(config.cluster.workers, crew::cores())?;
+    }
     let mut checks = vec![machine::ports(config)];
     // it takes libtorch a second to say; without this wish there is always the CPU
     if workers && config.cluster.device == DeviceKind::Cuda {
@@ -93,6 +102,20 @@ pub(super) fn refuse_lacks(config: &Config, workers: bool) -> Result<()> {
         None => Ok(()),
         Some(Check { name, found, remedy, .. }) => bail!("{name}: {found}; {}", remedy.unwrap_or_default()),
     }
+}
+
+/// # Errors
+/// So many workers would only bring this machine down.
+pub(super) fn refuse_crowd(workers: u32, cores: usize) -> Result<()> {
+    let most = (WORKERS_PER_CORE * cores).max(SMALL_CROWD);
+    if workers as usize <= most {
+        return Ok(());
+    }
+    Err(Failure::Usage(format!(
+        "cluster.workers: {workers} workers are too many for the {cores} cores of this machine, which takes {most} at most; lower \
+         it, or start the workers elsewhere: `--no-workers` starts the coordinator alone"
+    ))
+    .into())
 }
 
 fn examine(config: &Config) -> Vec<Check> {
@@ -120,6 +143,18 @@ fn render(checks: &[Check]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_machine_is_flooded_with_workers() {
+        for (workers, cores) in [(1, 1), (64, 1), (64, 2), (128, 8)] {
+            refuse_crowd(workers, cores).unwrap();
+        }
+        for (workers, cores) in [(65, 1), (129, 8), (100_000, 64)] {
+            let text = refuse_crowd(workers, cores).unwrap_err().to_string();
+            assert!(text.starts_with(&format!("cluster.workers: {workers} workers")), "{text}");
+            assert!(text.contains(&format!("{cores} cores")) && text.contains("`--no-workers`"), "{text}");
+        }
+    }
 
     #[test]
     fn each_trouble_shows_its_remedy_below() {
