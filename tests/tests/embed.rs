@@ -105,6 +105,32 @@ fn a_stop_while_the_shards_become_embeddings_leaves_the_dataset_as_it_was() {
 }
 
 #[test]
+fn the_result_tells_of_rows_taken_by_position_and_a_dry_run_starts_nothing() {
+    let site = Site::without_content(SMALL);
+    let json = |arguments: &[&str]| -> Value {
+        let output = site.launch(&[&["embed", "job.toml", "--json"], arguments].concat());
+        succeeds(&output);
+        serde_json::from_slice(&output.stdout).expect("it prints one JSON document")
+    };
+    let items = u64::try_from(SMALL.items).unwrap();
+    let before = json(&["--dry-run"]);
+    assert_eq!((before["items_left"].as_u64(), &before["source"]), (Some(items), &"file".into()), "{before}");
+    assert!(embeddings(&site).is_null());
+    let shown = json(&["--show", "2"]);
+    assert_eq!(shown.as_array().unwrap().len(), 2, "{shown}");
+    let crowd = site.launch(&["embed", "job.toml", "--processes", "100000"]);
+    assert_eq!(crowd.status.code(), Some(2));
+    assert!(text(&crowd).contains("embed.processes = 100000 is more than"), "{}", text(&crowd));
+
+    let done = json(&[]);
+    assert_eq!((&done["dim"], &done["remarks"]["rows_by_position"]), (&SMALL.dim.into(), &true.into()), "{done}");
+    assert_eq!(json(&["--dry-run"])["items_left"], 0);
+    let again = site.launch(&["embed", "job.toml"]);
+    succeeds(&again);
+    assert!(text(&again).contains("note: no ids: row i of the file is taken"), "{}", text(&again));
+}
+
+#[test]
 fn prepare_and_embed_are_measured_on_the_files_of_a_configuration_and_nothing_stays() {
     let site = Site::raw(SMALL);
     let before = fs::read_dir(site.path(".")).unwrap().count();

@@ -43,7 +43,7 @@ impl Case {
         let text =
             std::fs::read(&self.texts).map_err(|source| EncoderError::Read { path: self.texts.clone(), source })?;
         let texts: Vec<String> = serde_json::from_slice(&text).map_err(|error| invalid(&self.texts, &error))?;
-        let rows = encoder.encode(&texts, &mut |_| ())?;
+        let rows = encoder.encode(&texts, &mut |_| ())?.rows;
         let expected = self.rows()?;
         if rows.len() != expected.len() {
             return Err(invalid(&self.expected, &format!("{} values instead of {}", expected.len(), rows.len())));

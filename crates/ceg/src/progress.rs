@@ -1,12 +1,14 @@
 //! How far a process is: JSON lines for the program that started it, or a bar for a person.
 //!
-//! Input: counts of finished items. Output: `{"done":n,"total":m}` lines on stdout, a bar on stderr when that is a
+//! Input: counts of finished items, and the names of stages. Output: `{"done":n,"total":m}` and `{"stage":"…"}` lines on
+//! stdout, a bar on stderr when that is a
 //! terminal, or nothing. Lines come at most every [`INTERVAL`], always one at the start and one at the end of a shard.
 
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
+use learn_domain::embedding::Told;
 
 /// Shortest time between two JSON lines of a shard.
 pub const INTERVAL: Duration = Duration::from_millis(200);
@@ -75,10 +77,16 @@ impl Progress {
     pub fn report(&mut self) {
         if let Sink::Json { last } = &mut self.sink {
             *last = Instant::now();
-            let mut out = std::io::stdout().lock();
-            // Whoever listened may be gone; the work goes on without them.
-            let _ = writeln!(out, "{{\"done\":{},\"total\":{}}}", self.done, self.total);
-            let _ = out.flush();
+            tell(&Told::Counts { done: self.done, total: self.total });
+        }
+    }
+
+    /// What is under way from now on.
+    pub fn stage(&mut self, stage: &str) {
+        match &self.sink {
+            Sink::Json { .. } => tell(&Told::Stage { stage: stage.into() }),
+            Sink::Bar(bar) => bar.println(stage),
+            Sink::Silent => {}
         }
     }
 
@@ -89,4 +97,12 @@ impl Progress {
             Sink::Json { .. } | Sink::Silent => {}
         }
     }
+}
+
+/// Writes a line on stdout.
+pub fn tell(told: &Told) {
+    let mut out = std::io::stdout().lock();
+    // Numbers and texts can always be written as JSON. Whoever listened may be gone; the work goes on without them.
+    let _ = serde_json::to_string(told).map(|line| writeln!(out, "{line}"));
+    let _ = out.flush();
 }

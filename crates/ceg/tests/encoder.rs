@@ -49,7 +49,7 @@ fn every_text_is_said_to_be_finished_once() {
     let texts: Vec<String> = (0..20).map(|length| "word ".repeat(1 + length)).collect();
     let encoder = load(&golden("tiny-bert"), EncoderSettings { batch_tokens: 40, ..SETTINGS }).unwrap();
     let mut finished = Vec::new();
-    let rows = encoder.encode(&texts, &mut |texts| finished.push(texts)).unwrap();
+    let rows = encoder.encode(&texts, &mut |texts| finished.push(texts)).unwrap().rows;
     assert_eq!((finished.iter().sum::<usize>(), rows.len()), (texts.len(), texts.len() * encoder.dim()));
     assert!(finished.len() > 3, "{finished:?}");
 }

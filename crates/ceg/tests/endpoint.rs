@@ -264,7 +264,7 @@ fn another_dimension_stops_and_the_finished_shards_stay() {
     let files = undisturbed(&server);
     let work = Work::new(&server);
     let said = work.refused();
-    assert!(said.contains("dimension 7 where all before had 6") && said.contains("items 58 to 65"), "{said}");
+    assert!(said.contains("dimension 7 where all before had 6") && said.contains("(item indexes 58 to 65"), "{said}");
     assert_eq!((server.fired(), server.requests()), (vec![Fault::OtherDimension], at + 1));
     assert_eq!(work.0.shards().len(), 1);
     work.done(&[]);

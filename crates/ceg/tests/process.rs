@@ -13,6 +13,7 @@ use std::process::Stdio;
 use half::f16;
 use learn_dataset::Dataset;
 use learn_domain::config::Sentence;
+use learn_domain::embedding::{CutTexts, Preview, Remarks, SourceKind, Told};
 use support::{SHARD, Workplace};
 
 const ITEMS: usize = 1500;
@@ -103,15 +104,32 @@ fn imported_vectors_become_the_embeddings() {
 
     work.config.embed.from = Some(work.folder.path().join("v.npy"));
     work.done(&[]);
-    work.done(&["--commit"]);
+    assert_eq!(committed(&work), Remarks::default());
     for (item, row) in work.rows().into_iter().enumerate() {
         assert_eq!(row, vector(item).map(f16::from_f32), "item {item}");
     }
+    // without ids, the order decides
+    fs::remove_file(work.folder.path().join("v.ids")).unwrap();
+    work.done(&[]);
+    assert_eq!(committed(&work), Remarks { rows_by_position: true, ..Remarks::default() });
+    // rows of other items
+    let mut bytes = fs::read(work.folder.path().join("v.npy")).unwrap();
+    let wider = format!("{:<70}", header.replace(&ITEMS.to_string(), &(ITEMS + 2).to_string()));
+    bytes[10..80].copy_from_slice(wider.as_bytes());
+    bytes.extend([1.0_f32; 4].into_iter().flat_map(f32::to_le_bytes));
+    fs::write(work.folder.path().join("v.npy"), bytes).unwrap();
+    fs::write(work.folder.path().join("v.npy.ids"), [&reversed[..], &["x", "y"]].concat().join("\n")).unwrap();
+    work.done(&[]);
+    assert_eq!(committed(&work), Remarks { rows_left_out: 2, ..Remarks::default() });
 }
 
 #[test]
 fn prompts_can_be_looked_at() {
-    let shown = Workplace::new(ITEMS).done(&["--show", "2"]);
+    let work = Workplace::new(ITEMS);
+    let json: serde_json::Value = serde_json::from_str(&work.done(&["--show", "2", "--json"])).unwrap();
+    assert_eq!((json.as_array().unwrap().len(), &json[1]["id"]), (2, &"i1".into()));
+    assert!(json[1]["prompt"].as_str().unwrap().contains("lamp number 1"), "{json}");
+    let shown = work.done(&["--show", "2"]);
     assert_eq!(shown.lines().count(), 2);
     assert!(shown.contains("Item title is \"lamp number 0\". The brand is \"red 0\"."), "{shown}");
 }
@@ -130,6 +148,75 @@ fn another_prompt_is_shown_and_starts_anew() {
     assert_eq!(first_and_last(&work.done(&["--progress-json"])).0, (ITEMS, ITEMS));
     work.config.embed.prompt.sentences = vec![Sentence::One("{price}".into())];
     assert!(work.refused(&[]).contains("embed.prompt"));
+}
+
+/// What `--commit` tells of the vectors.
+fn committed(work: &Workplace) -> Remarks {
+    let said = work.done(&["--commit", "--progress-json"]);
+    let told: Vec<Told> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(matches!(&told[0], Told::Stage { .. }), "{said}");
+    let Some(Told::Remarks { remarks }) = told.last() else { panic!("{said}") };
+    remarks.clone()
+}
+
+#[test]
+fn what_was_cut_is_counted_whoever_made_the_shards() {
+    let mut work = Workplace::new(ITEMS);
+    work.config.embed.max_tokens = 12; // fewer than the first sentence has
+    work.done(&[]);
+    work.done(&[]);
+    let every = CutTexts { texts: ITEMS as u64, of: ITEMS as u64, max_tokens: 12 };
+    assert_eq!(committed(&work), Remarks { cut: Some(every), ..Remarks::default() });
+    // without the progress of a program, the words of a person
+    let said = String::from_utf8(work.run(&["--commit"]).stderr).unwrap();
+    assert!(said.contains("note: 1500 of 1500 texts were cut to 12 tokens"), "{said}");
+}
+
+#[test]
+fn items_without_text_are_counted() {
+    let mut work = Workplace::new(ITEMS);
+    let items = work.folder.path().join("items.csv");
+    let text = fs::read_to_string(&items).unwrap();
+    let text: Vec<String> =
+        text.lines()
+            .map(|line| {
+                if line.starts_with("i7,") || line.starts_with("i8,") {
+                    format!("{},,", &line[..2])
+                } else {
+                    line.into()
+                }
+            })
+            .collect();
+    work.prepare_again(&text.join("\n"));
+    work.config.embed.max_tokens = 256;
+    let preview: Preview = serde_json::from_str(&work.done(&["--dry-run"])).unwrap();
+    assert_eq!((preview.items_without_text, preview.source), (2, SourceKind::Encoder));
+    work.done(&[]);
+    assert_eq!(committed(&work).items_without_text, 2);
+}
+
+#[test]
+fn a_dry_run_says_what_is_there_and_what_is_left() {
+    let work = Workplace::new(ITEMS);
+    let preview = || serde_json::from_str::<Preview>(&work.done(&["--dry-run"])).unwrap();
+    let before = preview();
+    assert_eq!((before.shards, before.shards_done, before.items_left), (30, 0, ITEMS as u64));
+    assert_eq!((before.dim, before.model.as_str(), before.requests), (Some(24), "tiny-bert", None));
+    assert!(work.shards().is_empty(), "nothing is made");
+    work.done(&[]);
+    fs::remove_file(work.shards().into_keys().next().unwrap()).unwrap();
+    let after = preview();
+    assert_eq!((after.shards_done, after.items_left), (29, SHARD as u64));
+}
+
+#[test]
+fn a_dry_run_asks_no_server() {
+    let mut work = Workplace::new(ITEMS);
+    work.config.embed.endpoint.url = Some("http://127.0.0.1:1/v1".into());
+    work.config.embed.endpoint.model = "m".into();
+    let preview: Preview = serde_json::from_str(&work.done(&["--dry-run"])).unwrap();
+    // 30 shards of 50 items, 32 to a request
+    assert_eq!((preview.source, preview.dim, preview.requests), (SourceKind::Endpoint, None, Some(60)));
 }
 
 #[test]

@@ -58,7 +58,7 @@ impl Workplace {
         config.embed.shard_items = shard_items;
         change(&mut config);
         embed::run(&config, None, 0, &mut Progress::silent()).unwrap();
-        embed::commit(&config).unwrap();
+        embed::commit(&config, &mut Progress::silent()).unwrap();
         let dataset = Dataset::open(&config.data.dataset).unwrap();
         dataset.verify().unwrap();
         let embeddings = dataset.embeddings().unwrap();
@@ -146,7 +146,7 @@ fn vectors_that_are_all_the_same_cannot_be_whitened() {
     workplace.config.embed.from = Some(path);
     whitened(&mut workplace.config);
     embed::run(&workplace.config, None, 0, &mut Progress::silent()).unwrap();
-    let error = embed::commit(&workplace.config).unwrap_err().to_string();
+    let error = embed::commit(&workplace.config, &mut Progress::silent()).unwrap_err().to_string();
     assert!(error.contains("embed.refine.whitening"), "{error}");
     assert!(Dataset::open(&workplace.config.data.dataset).unwrap().embeddings().is_err(), "the dataset is as it was");
 }

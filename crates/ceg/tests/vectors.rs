@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arrow_array::builder::{FixedSizeListBuilder, Float32Builder, ListBuilder};
-use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray};
+use arrow_array::types::Int32Type;
+use arrow_array::{ArrayRef, DictionaryArray, Float64Array, Int16Array, Int64Array, RecordBatch, StringArray};
 use half::f16;
 use learn_ceg::vectors::VectorFile;
 use learn_dataset::Item;
@@ -89,6 +90,10 @@ fn rows_without_ids_are_in_item_order() {
     parquet(&folder.path("v.parquet"), vec![("vector", fixed(&ROWS))]);
     assert_eq!(take(&folder.path("v.npy"), &items).unwrap(), UNIT);
     assert_eq!(take(&folder.path("v.parquet"), &items).unwrap(), UNIT);
+    for name in ["v.npy", "v.parquet"] {
+        let file = VectorFile::open(&folder.path(name)).unwrap();
+        assert!(!file.has_ids() && file.rows() == 3);
+    }
 }
 
 #[test]
@@ -105,12 +110,28 @@ fn rows_with_ids_find_their_items() {
     let slices: Vec<&[f32]> = rows.iter().map(|row| &row[..]).collect();
     let text: ArrayRef = Arc::new(StringArray::from(vec!["2", "unknown", "0", "10"]));
     let number: ArrayRef = Arc::new(Int64Array::from(vec![2, 77, 0, 10]));
-    for ids in [text, number] {
-        parquet(&folder.path("v.parquet"), vec![("item_id", ids), ("vector", lists(&slices))]);
+    let narrow: ArrayRef = Arc::new(Int16Array::from(vec![2, 77, 0, 10]));
+    let categories: ArrayRef =
+        Arc::new(["2", "unknown", "0", "10"].into_iter().collect::<DictionaryArray<Int32Type>>());
+    for (name, ids) in [("item_id", text), ("item_id", number), ("id", narrow), ("id", categories)] {
+        parquet(&folder.path("v.parquet"), vec![(name, ids), ("vector", lists(&slices))]);
         let file = VectorFile::open(&folder.path("v.parquet")).unwrap();
         assert_eq!(file.place(&items, folder.0.path()).unwrap().ignored(), 1);
         assert_eq!(take(&folder.path("v.parquet"), &items).unwrap(), UNIT);
     }
+}
+
+#[test]
+fn ids_stand_beside_an_npy_file_under_either_name() {
+    let folder = Folder::new();
+    let items = items(&["a", "b", "c"]);
+    npy(&folder.path("v.npy"), &[ROWS[2], ROWS[0], ROWS[1]]);
+    std::fs::write(folder.path("v.npy.ids"), "c\na\nb\n").unwrap();
+    assert!(VectorFile::open(&folder.path("v.npy")).unwrap().has_ids());
+    assert_eq!(take(&folder.path("v.npy"), &items).unwrap(), UNIT);
+    std::fs::write(folder.path("v.ids"), "a\nb\nc\n").unwrap();
+    let both = take(&folder.path("v.npy"), &items).unwrap_err();
+    assert!(both.contains("v.ids and ") && both.contains("v.npy.ids both hold ids"), "{both}");
 }
 
 #[test]
@@ -171,6 +192,12 @@ fn wrong_parquet_files_are_refused() {
     let nameless: ArrayRef = Arc::new(StringArray::from(vec![Some("a"), None]));
     parquet(&path, vec![("item_id", nameless), ("v", fixed(&ROWS[..2]))]);
     assert!(refusal(&["a", "b"]).contains("row 1: item_id is missing"));
+    let (a, b): (ArrayRef, ArrayRef) =
+        (Arc::new(StringArray::from(vec!["a", "b", "c"])), Arc::new(StringArray::from(vec!["x", "y", "z"])));
+    parquet(&path, vec![("item_id", a), ("id", b), ("v", fixed(&ROWS))]);
+    assert!(refusal(&["a", "b", "c"]).contains("both a column item_id and a column id"));
+    parquet(&path, vec![("id", Arc::new(Float64Array::from(vec![0.0, 1.0, 2.0]))), ("v", fixed(&ROWS))]);
+    assert!(refusal(&["a", "b", "c"]).contains("column id has type Float64; an id is an integer or text"));
     std::fs::write(&path, "PAR1 but not really").unwrap();
     assert!(refusal(&["a"]).contains("not a readable Parquet file"));
 }

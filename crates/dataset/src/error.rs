@@ -33,6 +33,11 @@ pub enum DatasetError {
     Embeddings { path: PathBuf, problem: String },
     #[error("content embeddings of {}: {problem}", .path.display())]
     BadRows { path: PathBuf, problem: String },
+    #[error(
+        "content embeddings of {}: the row of item index {item}, counted from 0 in items/*.parquet, {problem}",
+        .path.display()
+    )]
+    BadRow { path: PathBuf, item: usize, problem: String },
 }
 
 impl DatasetError {

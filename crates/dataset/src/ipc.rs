@@ -48,14 +48,14 @@ pub(crate) fn open(path: &Path, fields: &Fields) -> Result<MappedBatches, Datase
     decode(&buffer, fields).map_err(|problem| DatasetError::damaged(path, problem))
 }
 
-/// The fields of a file of any columns.
+/// The schema of a file of any columns.
 ///
 /// # Errors
 /// When the file cannot be mapped or has no schema of this crate.
-pub(crate) fn fields(path: &Path) -> Result<Fields, DatasetError> {
+pub(crate) fn stored_schema(path: &Path) -> Result<Schema, DatasetError> {
     let buffer = mapped::map(path).map_err(DatasetError::io(path))?;
     let (_, schema, _) = footer(&buffer).map_err(|problem| DatasetError::damaged(path, problem))?;
-    Ok(schema.fields)
+    Ok(schema)
 }
 
 /// The footer of a file, its schema, and where it begins.

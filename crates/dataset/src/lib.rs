@@ -38,7 +38,7 @@ pub use manifest::{Counts, EmbeddingInfo, FileEntry, FilterInfo, LabelInfo, Mani
 pub use message::MessageCheck;
 pub use prepare::{
     DefectKind, FilterStep, InputFile, Layout, Preparation, PrepareError, PrepareOptions, PrepareReport, Skipped,
-    check, prepare, prepare_with,
+    check, id_texts, prepare, prepare_with,
 };
 pub use progress::{Progress, Unit};
 pub use sequences::{HeldOut, Sequences};

@@ -9,6 +9,7 @@
 //! - [`sampling`]: how one user's sequence becomes history, targets and sampled positions.
 //! - [`time_gap`]: how long after the item before it an item came, in buckets.
 //! - [`lease`]: which worker makes which range of items, when content embeddings are made by several.
+//! - [`embedding`]: what an embedding run says to people.
 //! - [`membership`]: who belongs to a job, as a state machine with explicit generations.
 //! - [`progress`]: who hangs and who lags.
 //! - [`recovery`]: where the ranks of a new generation go on from, and whose state they take.
@@ -26,6 +27,7 @@
 pub mod config;
 pub mod conversion;
 pub mod curves;
+pub mod embedding;
 pub mod event;
 pub mod flops;
 pub mod ids;

@@ -6,20 +6,22 @@
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use learn_dataset::Dataset;
+use learn_dataset::{Dataset, EmbeddingInfo};
+use learn_domain::embedding::{Preview, Remarks, Told};
 use learn_domain::report::{CoordinatorAddress, exit};
 use learn_domain::run_dir::RunDir;
 use learn_domain::{Config, Rank};
+use serde::Serialize;
 
 use crate::api::Api;
 use crate::cli::{SettingsArgs, anchor};
 use crate::failure::Failure;
-use crate::output::{Output, Unit};
+use crate::output::{Output, Progress, Unit};
 use crate::process::{self, Process};
 use crate::system::{self, End};
 use crate::{crew, encoder, render, runs};
@@ -29,6 +31,7 @@ Examples:
   learn-launch embed configs/quickstart.toml
   learn-launch embed configs/quickstart.toml --processes 2
   learn-launch embed configs/quickstart.toml --show 3      (the prompts of the first items, nothing is written)
+  learn-launch embed configs/quickstart.toml --dry-run     (what would be made, nothing is started)
   learn-launch embed configs/quickstart.toml --from vectors.npy
   EMBED_KEY=… learn-launch embed shop.toml --endpoint https://gpu-7:8000/v1 \\
       --set embed.endpoint.model=Qwen/Qwen3-Embedding-4B --set embed.endpoint.key_variable=EMBED_KEY
@@ -55,13 +58,17 @@ const STATUS_INTERVAL: Duration = Duration::from_millis(500);
 const LEAVE: Duration = Duration::from_secs(10);
 /// Lines of a failed process that are shown.
 const TAIL: usize = 10;
+/// Most processes for each core of this machine, and most on a small one.
+const MOST_PER_CORE: usize = 16;
+const MOST_ANYWHERE: usize = 64;
 
 /// Arguments of `embed`.
 #[derive(Debug, Args)]
 pub struct EmbedArgs {
     #[command(flatten)]
     settings: SettingsArgs,
-    /// Take over vectors made elsewhere: .npy or .parquet, one row per item (embed.from)
+    /// Take over vectors made elsewhere: .npy or .parquet, one row per item (embed.from). Ids are the lines of
+    /// FILE.ids, or a column item_id or id; without ids row i is taken for the i-th item id in the order of their texts
     #[arg(long, value_name = "FILE")]
     from: Option<PathBuf>,
     /// Take the vectors from a server: the base URL of its /v1/embeddings (embed.endpoint.url)
@@ -79,6 +86,9 @@ pub struct EmbedArgs {
     /// Only print the prompts of the first N items
     #[arg(long, value_name = "N")]
     show: Option<u32>,
+    /// Only say what would be made and what of it is there; nothing is started, and no server is asked
+    #[arg(long, conflicts_with = "show")]
+    dry_run: bool,
 }
 
 /// # Errors
@@ -98,28 +108,92 @@ pub fn run(args: &EmbedArgs, output: &Output) -> Result<()> {
     let dataset = Dataset::open(&config.data.dataset)?;
     drop(dataset);
     if let Some(count) = args.show {
-        return show(&config, count);
+        return show(&config, count, output.json());
     }
-    encoder::find(&config.embed).map_err(|error| Failure::Usage(error.to_string()))?;
+    let source = encoder::find(&config.embed).map_err(|error| Failure::Usage(error.to_string()))?;
+    refuse_crowds(config.embed.processes, crew::cores())?;
+    if args.dry_run {
+        return dry_run(&config, output);
+    }
     let start = Instant::now();
     system::catch_stop_signals();
     let _lock = lock(&config.data.dataset)?;
     let run = make_directory(&config)?;
+    output.note(&format!("reading the items, and {source}"));
     EmbedJob { run: &run, config: &config, output }.make_shards()?;
-    commit(&run, output)?;
+    let remarks = commit(&run, output)?;
     std::fs::remove_dir_all(run.root()).with_context(|| format!("cannot remove {}", run.root().display()))?;
-    report(args, &config, start.elapsed(), output)
+    report(args, &config, &Done { elapsed: start.elapsed(), remarks }, output)
+}
+
+/// # Errors
+/// There are more processes than a machine of so many cores can run.
+fn refuse_crowds(processes: u32, cores: usize) -> Result<()> {
+    let most = (MOST_PER_CORE * cores).max(MOST_ANYWHERE);
+    if processes as usize <= most {
+        return Ok(());
+    }
+    let message = format!(
+        "embed.processes = {processes} is more than {most}, the most that a machine of {cores} cores starts; set it to the \
+         number of GPUs, or of processes that its memory holds"
+    );
+    Err(Failure::Usage(message).into())
 }
 
 /// Prints prompts.
-fn show(config: &Config, count: u32) -> Result<()> {
+fn show(config: &Config, count: u32, json: bool) -> Result<()> {
+    let (_folder, mut command) = at_once(config)?;
+    command.args(["--show", &count.to_string()]).args(json.then_some("--json"));
+    finished("learn-embed --show", command.status()?, &[])
+}
+
+/// `learn-embed` with these settings, without a job; its configuration lies in the folder.
+fn at_once(config: &Config) -> Result<(tempfile::TempDir, Command)> {
     let folder = tempfile::tempdir()?;
     let resolved = folder.path().join("config.json");
     runs::write_config(&resolved, config)?;
     let mut command = Command::new(process::sibling("learn-embed")?);
-    command.arg("--config").arg(&resolved).args(["--show", &count.to_string()]);
+    command.arg("--config").arg(&resolved);
     system::end_with_parent(&mut command);
-    finished("learn-embed --show", command.status()?, &[])
+    Ok((folder, command))
+}
+
+/// Says what would be made.
+fn dry_run(config: &Config, output: &Output) -> Result<()> {
+    let (_folder, mut command) = at_once(config)?;
+    let ended = command.arg("--dry-run").stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
+    finished("learn-embed --dry-run", ended.status, &[])?;
+    let preview: Preview =
+        serde_json::from_slice(&ended.stdout).context("learn-embed is not from the same build as learn-launch")?;
+    output.result(&previewed(&preview, &super::shown(&config.data.dataset)), &preview)
+}
+
+fn previewed(preview: &Preview, dataset: &str) -> String {
+    let dim = preview.dim.map_or("as many dimensions as the server gives".into(), |dim| format!("{dim} dimensions"));
+    let [items, done, shards, left] =
+        [preview.items, preview.shards_done, preview.shards, preview.items_left].map(render::count);
+    let requests = preview.requests.map(|requests| format!(", {} requests", render::count(requests)));
+    let mut text = format!(
+        "{dataset}: {items} items would have vectors of {} ({dim})\n{done} of {shards} shards are there; {left} items are \
+         left{}",
+        preview.model,
+        requests.unwrap_or_default()
+    );
+    if let (Some(dim), true) = (preview.dim, preview.items_left > 0) {
+        // two bytes a number
+        text += &format!(", {} on disk", render::bytes(preview.items_left * u64::from(dim) * 2));
+    }
+    let remarks = Remarks {
+        items_without_text: preview.items_without_text,
+        rows_by_position: preview.rows_by_position,
+        ..Remarks::default()
+    };
+    text + &notes(&remarks) + "\nnothing was started (--dry-run)"
+}
+
+/// A line for each remark, after the lines before.
+fn notes(remarks: &Remarks) -> String {
+    remarks.sentences().iter().map(|sentence| format!("\nnote: {sentence}")).collect()
 }
 
 /// One `embed` a dataset; the system drops the lock with the process.
@@ -158,13 +232,14 @@ fn make_directory(config: &Config) -> Result<RunDir> {
 }
 
 /// Makes the finished shards the dataset's embeddings. Stopped on the way, the dataset is as it was.
-fn commit(run: &RunDir, output: &Output) -> Result<()> {
+fn commit(run: &RunDir, output: &Output) -> Result<Remarks> {
     refuse_stops(system::stop_requests())?;
     output.note("all shards are there; making them the dataset's embeddings");
     let log = run.logs().join("commit.log");
     let mut command = Command::new(process::sibling("learn-embed")?);
-    command.arg("--config").arg(run.config()).arg("--commit");
+    command.arg("--config").arg(run.config()).args(["--commit", "--progress-json"]);
     let mut process = Process::start("learn-embed --commit", &mut command, &log)?;
+    let mut said = Said::new(output);
     let status = loop {
         if let Some(status) = process.ended() {
             break status;
@@ -172,12 +247,64 @@ fn commit(run: &RunDir, output: &Output) -> Result<()> {
         if system::stop_requests() > 0 {
             end_all(std::slice::from_mut(&mut process));
         }
+        said.listen(&process.tail(1));
         std::thread::sleep(POLL);
     };
+    said.finish();
     if !status.success() {
         refuse_stops(system::stop_requests())?;
     }
-    finished(&process.name, status, &process.tail(TAIL))
+    let lines = process.tail(TAIL);
+    let (told, words): (Vec<_>, Vec<_>) =
+        lines.into_iter().map(|line| (told(&line), line)).partition(|(told, _)| told.is_some());
+    finished(&process.name, status, &words.into_iter().map(|(_, line)| line).collect::<Vec<_>>())?;
+    let remarks = told.into_iter().find_map(|(told, _)| match told {
+        Some(Told::Remarks { remarks }) => Some(remarks),
+        _ => None,
+    });
+    Ok(remarks.unwrap_or_default())
+}
+
+fn told(line: &str) -> Option<Told> {
+    serde_json::from_str(line).ok()
+}
+
+/// Passes on what a process says that is under way.
+struct Said<'a> {
+    output: &'a Output,
+    stage: String,
+    bar: Option<Progress>,
+}
+
+impl<'a> Said<'a> {
+    fn new(output: &'a Output) -> Self {
+        Self { output, stage: String::new(), bar: None }
+    }
+
+    fn listen(&mut self, last: &[String]) {
+        match last.last().and_then(|line| told(line)) {
+            Some(Told::Stage { stage }) if stage != self.stage => {
+                self.finish();
+                self.output.note(&format!("  {stage}"));
+                self.stage = stage;
+            }
+            Some(Told::Counts { done, total }) => {
+                let bar = self.bar.get_or_insert_with(|| {
+                    let mut bar = self.output.progress(Unit::Count);
+                    bar.stage("refine", None);
+                    bar
+                });
+                bar.at(done, total, String::new());
+            }
+            _ => {}
+        }
+    }
+
+    fn finish(&mut self) {
+        if let Some(mut bar) = self.bar.take() {
+            bar.finish();
+        }
+    }
 }
 
 /// # Errors
@@ -212,7 +339,8 @@ impl EmbedJob<'_> {
                     }
                 }
                 Some(api) if asked.is_none_or(|at| at.elapsed() >= STATUS_INTERVAL) => {
-                    if let Ok(status) = api.embedding() {
+                    // until a process has read everything, nobody knows how much there is to do
+                    if let Some(status) = api.embedding().ok().filter(|status| status.items > 0) {
                         progress.at(status.items_done, status.items, render::workers(status.workers.len()));
                     }
                     asked = Some(Instant::now());
@@ -316,20 +444,77 @@ fn finished(name: &str, status: std::process::ExitStatus, said: &[String]) -> Re
     Err(Failure::Child { code, message }.into())
 }
 
-fn report(args: &EmbedArgs, config: &Config, elapsed: Duration, output: &Output) -> Result<()> {
+/// What became of the job.
+struct Done {
+    elapsed: Duration,
+    remarks: Remarks,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    #[serde(flatten)]
+    info: &'a EmbeddingInfo,
+    remarks: &'a Remarks,
+}
+
+fn report(args: &EmbedArgs, config: &Config, done: &Done, output: &Output) -> Result<()> {
     let dataset = Dataset::open(&config.data.dataset)?;
     let Some(info) = &dataset.manifest().embeddings else {
         bail!("learn-embed ended well, but {} has no embeddings", config.data.dataset.display());
     };
     let items = dataset.manifest().counts.items;
     let text = format!(
-        "{}: {} items embedded in {} ({} dimensions, {})\nnext: {}",
+        "{}: {} items embedded in {} ({} dimensions, {}){}\nnext: {}",
         super::shown(&config.data.dataset),
         render::count(items.into()),
-        render::duration(elapsed.as_secs_f64()),
+        render::duration(done.elapsed.as_secs_f64()),
         info.dim,
         info.model,
+        notes(&done.remarks),
         args.settings.command("train"),
     );
-    output.result(&text, info)
+    output.result(&text, &Report { info, remarks: &done.remarks })
+}
+
+#[cfg(test)]
+mod tests {
+    use learn_domain::embedding::SourceKind;
+
+    use super::*;
+
+    #[test]
+    fn more_processes_than_a_machine_can_run_are_refused() {
+        for (processes, cores, fits) in [(64, 1, true), (65, 1, false), (65, 8, true), (128, 8, true), (129, 8, false)]
+        {
+            assert_eq!(refuse_crowds(processes, cores).is_ok(), fits, "{processes} on {cores}");
+        }
+        let refused = refuse_crowds(100_000, 8).unwrap_err().to_string();
+        assert!(refused.starts_with("embed.processes = 100000 is more than 128"), "{refused}");
+    }
+
+    #[test]
+    fn a_preview_says_what_is_left_and_what_it_costs() {
+        let file = Preview {
+            model: "v.npy".into(),
+            source: SourceKind::File,
+            items: 1500,
+            dim: Some(1000),
+            shards: 30,
+            shards_done: 29,
+            items_left: 50,
+            requests: None,
+            items_without_text: 0,
+            rows_by_position: true,
+        };
+        let said = previewed(&file, "data/shop");
+        assert!(said.starts_with("data/shop: 1,500 items would have vectors of v.npy (1000 dimensions)\n"), "{said}");
+        assert!(
+            said.contains("29 of 30 shards are there; 50 items are left, ") && said.contains("note: no ids"),
+            "{said}"
+        );
+        let server =
+            Preview { source: SourceKind::Endpoint, dim: None, requests: Some(2), rows_by_position: false, ..file };
+        let said = previewed(&server, "data/shop");
+        assert!(said.contains("as the server gives") && said.contains("50 items are left, 2 requests\n"), "{said}");
+    }
 }

@@ -8,12 +8,13 @@ use std::process::ExitCode;
 
 use anyhow::anyhow;
 use clap::Parser;
-use learn_ceg::embed;
-use learn_ceg::progress::Progress;
+use learn_ceg::progress::{self, Progress};
 use learn_ceg::prompt::prompt;
 use learn_ceg::ranges::Member;
+use learn_ceg::{embed, encoder};
 use learn_dataset::Dataset;
 use learn_domain::Config;
+use learn_domain::embedding::Told;
 use learn_domain::prompt::PromptTemplate;
 use learn_domain::report::exit;
 use learn_telemetry::stdio;
@@ -26,7 +27,7 @@ struct Arguments {
     #[arg(long, value_name = "FILE", required_unless_present = "coordinator", conflicts_with = "coordinator")]
     config: Option<PathBuf>,
     /// Take part in an embed job: URL of its coordinator, which has the configuration and leases the ranges.
-    #[arg(long, value_name = "URL", requires = "secret_file", conflicts_with_all = ["show", "commit"])]
+    #[arg(long, value_name = "URL", requires = "secret_file", conflicts_with_all = ["show", "commit", "dry_run"])]
     coordinator: Option<String>,
     /// The job's secret: `secret` in DATASET/embeddings/job.
     #[arg(long, value_name = "FILE", requires = "coordinator")]
@@ -46,6 +47,12 @@ struct Arguments {
     /// Print the first N finished prompts and end.
     #[arg(long, value_name = "N", conflicts_with = "commit")]
     show: Option<usize>,
+    /// With --show: print them as one JSON document.
+    #[arg(long, requires = "show")]
+    json: bool,
+    /// Print as JSON what would be made and what of it is there, and end.
+    #[arg(long, conflicts_with_all = ["show", "commit"])]
+    dry_run: bool,
     /// Once all shards are done: make the finished shards the dataset's embeddings.
     #[arg(long)]
     commit: bool,
@@ -53,6 +60,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    say_what_to_lower();
     learn_telemetry::log::init_at("embed", arguments.log_json, "warn");
     let (code, error) = match start(&arguments) {
         Ok(()) => return ExitCode::SUCCESS,
@@ -61,6 +69,18 @@ fn main() -> ExitCode {
     // The messages hold their causes.
     stdio::say(format_args!("learn-embed: {error}"));
     ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))
+}
+
+/// A panic of libtorch's that tells of memory gets a last line that says what to do.
+fn say_what_to_lower() {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        hook(info);
+        let advice = encoder::advice(&info);
+        if !advice.is_empty() {
+            stdio::say(format_args!("learn-embed: memory ran out{advice}"));
+        }
+    }));
 }
 
 fn start(arguments: &Arguments) -> Result<(), (i32, anyhow::Error)> {
@@ -90,11 +110,14 @@ fn load(path: &Path) -> anyhow::Result<Config> {
 
 fn run(arguments: &Arguments, config: &Config, member: Option<Member>) -> anyhow::Result<()> {
     if let Some(count) = arguments.show {
-        return show(config, count);
+        return show(config, count, arguments.json);
+    }
+    if arguments.dry_run {
+        stdio::print(&format!("{}\n", serde_json::to_string_pretty(&embed::preview(config)?)?))?;
+        return Ok(());
     }
     if arguments.commit {
-        embed::commit(config)?;
-        return Ok(());
+        return commit(config, arguments.progress_json);
     }
     if let Some(threads) = arguments.threads {
         learn_torch::set_threads(threads);
@@ -106,9 +129,28 @@ fn run(arguments: &Arguments, config: &Config, member: Option<Member>) -> anyhow
     Ok(())
 }
 
-fn show(config: &Config, count: usize) -> anyhow::Result<()> {
+fn commit(config: &Config, progress_json: bool) -> anyhow::Result<()> {
+    let mut progress = if progress_json { Progress::json() } else { Progress::terminal() };
+    let remarks = embed::commit(config, &mut progress)?.remarks;
+    progress.finish();
+    if progress_json {
+        progress::tell(&Told::Remarks { remarks });
+    } else {
+        remarks.sentences().iter().for_each(|sentence| stdio::say(format_args!("note: {sentence}")));
+    }
+    Ok(())
+}
+
+fn show(config: &Config, count: usize, json: bool) -> anyhow::Result<()> {
     let template = PromptTemplate::new(&config.embed.prompt).map_err(|problem| anyhow!("embed.prompt: {problem}"))?;
     let items = Dataset::open(&config.data.dataset)?.items()?;
+    if json {
+        let shown = items.iter().take(count);
+        let shown: Vec<_> =
+            shown.map(|item| serde_json::json!({ "id": item.id, "prompt": prompt(&template, item) })).collect();
+        stdio::print(&format!("{}\n", serde_json::to_string_pretty(&shown)?))?;
+        return Ok(());
+    }
     for item in items.iter().take(count) {
         if !stdio::print(&format!("{}\t{}\n", item.id, prompt(&template, item)))? {
             break;

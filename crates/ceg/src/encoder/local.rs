@@ -13,7 +13,7 @@ use super::bert::Bert;
 use super::decoder::Decoder;
 use super::directory::Architecture;
 use super::tokens::TextTokens;
-use super::{EncoderError, ModelDirectory, TextEncoder};
+use super::{Encoded, EncoderError, ModelDirectory, TextEncoder};
 use crate::batch::{self, Layout};
 
 /// How an encoder runs.
@@ -42,7 +42,8 @@ impl EncoderSettings {
         Ok(hasher.finalize().to_hex().to_string())
     }
 
-    fn longest(&self, model: &ModelDirectory) -> usize {
+    /// Longest text of this model in tokens.
+    pub(crate) fn longest(&self, model: &ModelDirectory) -> usize {
         self.max_tokens.min(model.longest)
     }
 }
@@ -178,8 +179,8 @@ impl TextEncoder for LocalEncoder {
         &self.fingerprint
     }
 
-    fn encode(&self, texts: &[String], finished: &mut dyn FnMut(usize)) -> Result<Vec<f32>, EncoderError> {
-        let tokens = self.tokens.encode(texts)?;
+    fn encode(&self, texts: &[String], finished: &mut dyn FnMut(usize)) -> Result<Encoded, EncoderError> {
+        let (tokens, cut) = self.tokens.encode(texts)?;
         let lengths: Vec<usize> = tokens.iter().map(Vec::len).collect();
         let dim = self.dim;
         let mut rows = vec![0.0; texts.len() * dim];
@@ -192,7 +193,7 @@ impl TextEncoder for LocalEncoder {
             }
             finished(batch.len());
         }
-        Ok(rows)
+        Ok(Encoded { rows, cut })
     }
 }
 

@@ -11,8 +11,8 @@ mod sentencepiece;
 mod tokens;
 mod weights;
 
-use std::io;
 use std::path::PathBuf;
+use std::{fmt, io};
 
 pub use bert::BertShape;
 pub use decoder::{DecoderFamily, DecoderShape};
@@ -30,14 +30,43 @@ pub enum EncoderError {
     Invalid { path: PathBuf, problem: String },
     #[error("text {text} cannot be made into tokens: {problem}")]
     Tokens { text: usize, problem: String },
-    #[error("libtorch: {0}")]
-    Torch(#[from] tch::TchError),
+    #[error("libtorch: {source}{}", advice(source))]
+    Torch {
+        #[from]
+        source: tch::TchError,
+    },
     #[error("the encoder has no tensor {0}")]
     NoTensor(String),
     #[error(transparent)]
     Weights(#[from] learn_model::safetensors::SafetensorsError),
-    #[error(transparent)]
-    Device(#[from] learn_torch::TorchError),
+    #[error("{source}{}", advice(source))]
+    Device {
+        #[from]
+        source: learn_torch::TorchError,
+    },
+}
+
+/// What to lower, if an error says that memory ran out.
+#[must_use]
+pub fn advice(error: &dyn fmt::Display) -> &'static str {
+    const KNOWN: [&str; 5] = [
+        "CUDA out of memory",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "can't allocate memory",
+        "not enough memory: you tried to allocate",
+    ];
+    let message = error.to_string();
+    if KNOWN.iter().any(|known| message.contains(known)) { "; lower embed.batch_tokens" } else { "" }
+}
+
+/// The vectors of texts.
+#[derive(Clone, Debug)]
+pub struct Encoded {
+    /// `[texts, dim]` by rows.
+    pub rows: Vec<f32>,
+    /// Texts that were longer than the encoder reads.
+    pub cut: usize,
 }
 
 /// A frozen model: texts in, unit-length vectors out. A text's vector depends on nothing but the text (up to the
@@ -52,9 +81,21 @@ pub trait TextEncoder {
     /// A digest of everything that decides the vectors besides the text: weights, tokenizer, longest text, precision.
     fn fingerprint(&self) -> &str;
 
-    /// The vectors of the texts, `[texts, dim]` by rows; `finished` hears how many more texts are done.
+    /// The vectors of the texts; `finished` hears how many more texts are done.
     ///
     /// # Errors
     /// A text cannot be made into tokens, or libtorch fails.
-    fn encode(&self, texts: &[String], finished: &mut dyn FnMut(usize)) -> Result<Vec<f32>, EncoderError>;
+    fn encode(&self, texts: &[String], finished: &mut dyn FnMut(usize)) -> Result<Encoded, EncoderError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn out_of_memory_says_what_to_lower() {
+        let torch = |message: &str| EncoderError::from(tch::TchError::Torch(message.into())).to_string();
+        assert!(torch("CUDA out of memory. Tried to allocate 2.44 GiB.").ends_with("; lower embed.batch_tokens"));
+        assert!(!torch("shapes differ").contains("embed.batch_tokens"));
+    }
 }

@@ -159,26 +159,33 @@ impl TextTokens {
         Ok(Self { pieces, first, last, template, longest, lower_case: model.lower_case })
     }
 
-    /// The token ids of each text.
-    pub(super) fn encode(&self, texts: &[String]) -> Result<Vec<Vec<u32>>, EncoderError> {
+    /// The token ids of each text, and how many texts had more tokens than there is room for.
+    pub(super) fn encode(&self, texts: &[String]) -> Result<(Vec<Vec<u32>>, usize), EncoderError> {
         let one = |(text, content): (usize, &String)| {
             let ids = if self.lower_case { self.ids(&content.to_lowercase()) } else { self.ids(content) };
             match ids {
-                Ok(ids) if ids.is_empty() => Err(EncoderError::Tokens { text, problem: "it has none".into() }),
+                Ok((ids, _)) if ids.is_empty() => Err(EncoderError::Tokens { text, problem: "it has none".into() }),
                 Ok(ids) => Ok(ids),
                 Err(error) => Err(EncoderError::Tokens { text, problem: error.to_string() }),
             }
         };
-        texts.par_iter().enumerate().map(one).collect()
+        let tokens: Vec<_> = texts.par_iter().enumerate().map(one).collect::<Result<_, _>>()?;
+        let cut = tokens.iter().filter(|(_, cut)| *cut).count();
+        Ok((tokens.into_iter().map(|(ids, _)| ids).collect(), cut))
     }
 
-    fn ids(&self, text: &str) -> Result<Vec<u32>, tokenizers::Error> {
-        let ids = match &self.pieces {
-            Pieces::Json(tokenizer) => tokenizer.encode_fast(text, self.template)?.get_ids().to_vec(),
-            Pieces::SentencePiece(pieces) => pieces.encode(text),
+    /// The token ids of a text, and whether there are fewer than the text has.
+    fn ids(&self, text: &str) -> Result<(Vec<u32>, bool), tokenizers::Error> {
+        let (ids, cut) = match &self.pieces {
+            Pieces::Json(tokenizer) => {
+                let tokens = tokenizer.encode_fast(text, self.template)?;
+                (tokens.get_ids().to_vec(), !tokens.get_overflowing().is_empty())
+            }
+            Pieces::SentencePiece(pieces) => (pieces.encode(text), false),
         };
         let room = self.longest - self.first.iter().chain(&self.last).count();
-        Ok(self.first.into_iter().chain(ids.into_iter().take(room)).chain(self.last).collect())
+        let cut = cut || ids.len() > room;
+        Ok((self.first.into_iter().chain(ids.into_iter().take(room)).chain(self.last).collect(), cut))
     }
 }
 

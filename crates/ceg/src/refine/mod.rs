@@ -26,12 +26,16 @@ use crate::vectors::spool::Spool;
 /// Entries of the co-occurrence graph in memory at once (24 bytes each).
 const ENTRIES: usize = 1 << 25;
 
+/// What is wrong with a row that whitening leaves without a direction.
+pub(crate) const NOTHING: &str =
+    "has nothing left once what all items share is taken out; set embed.refine.whitening = false";
+
 /// Content embeddings cannot be refined.
 #[derive(Debug, thiserror::Error)]
 pub enum RefineError {
     #[error("all content embeddings are the same, so there is nothing to whiten; set embed.refine.whitening = false")]
     NoSpread,
-    #[error("item {0} has nothing left once what all items share is taken out; set embed.refine.whitening = false")]
+    #[error("the row of item index {0}, counted from 0 in items/*.parquet, {NOTHING}")]
     Nothing(usize),
     #[error(transparent)]
     Dataset(#[from] DatasetError),

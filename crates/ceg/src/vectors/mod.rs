@@ -6,9 +6,9 @@
 //! is an error, never a guess.
 //!
 //! Which row belongs to which item:
-//! - Parquet: by the column `item_id` if there is one, else row `i` is item index `i`.
-//! - `.npy`: by the file beside it with the ending `.ids` (`vectors.ids` for `vectors.npy`; one item id per line, in the
-//!   order of the rows) if there is one, else row `i` is item index `i`.
+//! - Parquet: by the column `item_id` or `id` if there is one, else row `i` is item index `i`.
+//! - `.npy`: by the file beside it with the ending `.ids` (`vectors.ids` or `vectors.npy.ids` for `vectors.npy`; one item
+//!   id per line, in the order of the rows) if there is one, else row `i` is item index `i`.
 //!
 //! The item index is the row of the item in the dataset's `items/` files, which is not the order of the file that
 //! `prepare` read. When the item ids are themselves the numbers `0..n` in another order (as text, 10 stands before 2),
@@ -73,13 +73,20 @@ impl VectorFile {
         let layout = match path.extension().and_then(|ending| ending.to_str()) {
             Some("npy") => {
                 let file = NpyFile::open(path)?;
-                let ids = Some(path.with_extension("ids")).filter(|ids| ids.is_file());
+                let ids = ids_beside(path)?;
                 if let Some(ids) = &ids {
                     digest(&mut hasher, ids)?;
                 }
                 Layout::Npy { file, ids }
             }
-            Some("parquet") => Layout::Parquet(ParquetFile::open(path)?),
+            Some("parquet") => {
+                let file = ParquetFile::open(path)?;
+                // shards whose rows were taken by their place are not those of this file
+                if file.ids_are_called_id() {
+                    hasher.update(b"id");
+                }
+                Layout::Parquet(file)
+            }
             _ => {
                 return Err(VectorError::Invalid {
                     path: path.into(),
@@ -97,6 +104,24 @@ impl VectorFile {
         match &self.layout {
             Layout::Npy { file, .. } => file.dim(),
             Layout::Parquet(file) => file.dim(),
+        }
+    }
+
+    /// Rows of the file.
+    #[must_use]
+    pub const fn rows(&self) -> usize {
+        match &self.layout {
+            Layout::Npy { file, .. } => file.rows(),
+            Layout::Parquet(file) => file.rows(),
+        }
+    }
+
+    /// Whether it says whose rows they are.
+    #[must_use]
+    pub const fn has_ids(&self) -> bool {
+        match &self.layout {
+            Layout::Npy { ids, .. } => ids.is_some(),
+            Layout::Parquet(file) => file.has_ids(),
         }
     }
 
@@ -184,6 +209,19 @@ impl ImportedVectors<'_> {
             })?;
         }
         Ok(out)
+    }
+}
+
+/// The file of ids that belongs to an `.npy` file, if there is one.
+fn ids_beside(path: &Path) -> Result<Option<PathBuf>, VectorError> {
+    let files = [path.with_extension("ids"), path.with_extension("npy.ids")];
+    let mut found = files.into_iter().filter(|ids| ids.is_file());
+    match (found.next(), found.next()) {
+        (Some(one), Some(other)) => {
+            let problem = format!("and {} both hold ids of its rows; remove the wrong one", other.display());
+            Err(VectorError::Invalid { path: one, problem })
+        }
+        (only, _) => Ok(only),
     }
 }
 

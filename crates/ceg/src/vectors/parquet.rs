@@ -1,5 +1,5 @@
-//! Reading vectors from a Parquet file: a column of float lists, and the column `item_id` if the rows have an order of
-//! their own.
+//! Reading vectors from a Parquet file: a column of float lists, and the column `item_id` or `id` if the rows have an
+//! order of their own.
 //!
 //! Input: the file and the dataset's items. Output: a [`Spool`] of unit-length rows in item order. The file is streamed;
 //! memory grows with the number of items, not with their vectors.
@@ -8,11 +8,11 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{Float16Type, Float32Type, Float64Type, Int32Type, Int64Type, UInt32Type, UInt64Type};
+use arrow_array::types::{Float16Type, Float32Type, Float64Type};
 use arrow_array::{Array, ArrayRef};
 use arrow_schema::{DataType, Schema};
 use half::f16;
-use learn_dataset::Item;
+use learn_dataset::{Item, id_texts};
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
@@ -20,7 +20,8 @@ use super::matching::{self, Matching};
 use super::spool::Spool;
 use super::{VectorError, unit_row};
 
-const ID_COLUMN: &str = "item_id";
+/// Names of the column of ids: that of interactions, and that of the dataset's `items/` files and of `export`.
+const ID_COLUMNS: [&str; 2] = ["item_id", "id"];
 const VECTOR_COLUMN: &str = "embedding";
 const BATCH_ROWS: usize = 1024;
 
@@ -30,7 +31,7 @@ pub(super) struct ParquetFile {
     rows: usize,
     dim: usize,
     vectors: String,
-    has_ids: bool,
+    ids: Option<&'static str>,
 }
 
 impl ParquetFile {
@@ -39,7 +40,7 @@ impl ParquetFile {
         let builder = builder(path)?;
         let vectors = vector_column(builder.schema()).map_err(invalid)?;
         let field = builder.schema().field(vectors).clone();
-        let has_ids = builder.schema().index_of(ID_COLUMN).is_ok();
+        let ids = id_column(builder.schema()).map_err(invalid)?;
         let rows = usize::try_from(builder.metadata().file_metadata().num_rows()).unwrap_or_default();
         let mask = ProjectionMask::roots(builder.parquet_schema(), [vectors]);
         let mut first =
@@ -51,22 +52,34 @@ impl ParquetFile {
         if values.is_empty() {
             return Err(invalid("has vectors without numbers".into()));
         }
-        Ok(Self { path: path.into(), rows, dim: values.len(), vectors: field.name().clone(), has_ids })
+        Ok(Self { path: path.into(), rows, dim: values.len(), vectors: field.name().clone(), ids })
     }
 
     pub(super) const fn dim(&self) -> usize {
         self.dim
     }
 
+    pub(super) const fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(super) const fn has_ids(&self) -> bool {
+        self.ids.is_some()
+    }
+
+    pub(super) fn ids_are_called_id(&self) -> bool {
+        self.ids == Some(ID_COLUMNS[1])
+    }
+
     /// Reads the whole file; the second value is the number of rows whose id no item has.
     pub(super) fn spool(&self, items: &[Item], scratch: &Path) -> Result<(Spool, usize), VectorError> {
         let path = self.path.as_path();
         let invalid = |problem: String| VectorError::Invalid { path: path.into(), problem };
-        if !self.has_ids {
-            matching::in_item_order(path, self.rows, items, &format!("a column {ID_COLUMN}"))?;
+        if !self.has_ids() {
+            matching::in_item_order(path, self.rows, items, &format!("a column {}", ID_COLUMNS[0]))?;
         }
         let builder = builder(path)?;
-        let wanted = self.has_ids.then_some(ID_COLUMN).into_iter().chain([self.vectors.as_str()]);
+        let wanted = self.ids.into_iter().chain([self.vectors.as_str()]);
         let columns: Vec<usize> = wanted.filter_map(|name| builder.schema().index_of(name).ok()).collect();
         let mask = ProjectionMask::roots(builder.parquet_schema(), columns);
         let reader =
@@ -80,14 +93,20 @@ impl ParquetFile {
             let column =
                 |name: &str| batch.column_by_name(name).ok_or_else(|| invalid(format!("lost its column {name}")));
             let vectors = column(&self.vectors)?;
-            let ids = self.has_ids.then(|| column(ID_COLUMN)).transpose()?;
+            let ids = match self.ids {
+                None => None,
+                Some(name) => {
+                    let texts = id_texts(column(name)?).map_err(|problem| invalid(format!("column {name} {problem}")));
+                    Some((name, texts?))
+                }
+            };
             for at in 0..batch.num_rows() {
-                let item = match ids {
+                let item = match &ids {
                     None => Some(row),
-                    Some(ids) => {
-                        let id = id_text(ids, at).map_err(|problem| invalid(format!("row {row}: {problem}")))?;
-                        matching.item(row, &id)?
+                    Some((name, ids)) if ids.is_null(at) => {
+                        return Err(invalid(format!("row {row}: {name} is missing")));
                     }
+                    Some((_, ids)) => matching.item(row, ids.value(at))?,
                 };
                 if let Some(item) = item {
                     let unit = self.unit_row(vectors, at).map_err(|problem| VectorError::Row {
@@ -101,7 +120,7 @@ impl ParquetFile {
                 row += 1;
             }
         }
-        let ignored = if self.has_ids { matching.finish()? } else { 0 };
+        let ignored = if self.has_ids() { matching.finish()? } else { 0 };
         Ok((spool, ignored))
     }
 
@@ -151,19 +170,13 @@ fn vector_column(schema: &Schema) -> Result<usize, String> {
     }
 }
 
-fn id_text(ids: &ArrayRef, at: usize) -> Result<String, String> {
-    if ids.is_null(at) {
-        return Err(format!("{ID_COLUMN} is missing"));
-    }
-    match ids.data_type() {
-        DataType::Utf8 => Ok(ids.as_string::<i32>().value(at).to_owned()),
-        DataType::LargeUtf8 => Ok(ids.as_string::<i64>().value(at).to_owned()),
-        DataType::Utf8View => Ok(ids.as_string_view().value(at).to_owned()),
-        DataType::Int64 => Ok(ids.as_primitive::<Int64Type>().value(at).to_string()),
-        DataType::Int32 => Ok(ids.as_primitive::<Int32Type>().value(at).to_string()),
-        DataType::UInt64 => Ok(ids.as_primitive::<UInt64Type>().value(at).to_string()),
-        DataType::UInt32 => Ok(ids.as_primitive::<UInt32Type>().value(at).to_string()),
-        other => Err(format!("{ID_COLUMN} has type {other}; text or whole numbers are wanted")),
+fn id_column(schema: &Schema) -> Result<Option<&'static str>, String> {
+    let mut found = ID_COLUMNS.into_iter().filter(|name| schema.index_of(name).is_ok());
+    match (found.next(), found.next()) {
+        (Some(one), Some(other)) => {
+            Err(format!("has both a column {one} and a column {other}; leave out the one that does not hold item ids"))
+        }
+        (only, _) => Ok(only),
     }
 }
 

@@ -22,6 +22,15 @@ pub struct Workplace {
     pub config: Config,
 }
 
+fn settings(interactions: PathBuf, items: PathBuf) -> PrepareConfig {
+    let mut prepare = PrepareConfig::default();
+    prepare.interactions.files = vec![interactions];
+    prepare.items.files = vec![items];
+    prepare.items.title = Some("title".into());
+    prepare.items.brand = Some("brand".into());
+    prepare
+}
+
 impl Workplace {
     /// A prepared dataset of this many items without embeddings, and settings for the tiny encoder.
     pub fn new(count: usize) -> Self {
@@ -38,11 +47,7 @@ impl Workplace {
         }
         fs::write(&items, text).unwrap();
 
-        let mut prepare = PrepareConfig::default();
-        prepare.interactions.files = vec![interactions];
-        prepare.items.files = vec![items];
-        prepare.items.title = Some("title".into());
-        prepare.items.brand = Some("brand".into());
+        let prepare = settings(interactions, items);
         let mut config = Config::default();
         config.data.dataset = folder.path().join("dataset");
         config.embed.model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny-bert");
@@ -50,6 +55,14 @@ impl Workplace {
         config.embed.device = DeviceKind::Cpu;
         learn_dataset::prepare(&prepare, "lamps", &config.data.dataset, &()).unwrap();
         Self { folder, config }
+    }
+
+    /// The dataset anew, of another items file.
+    pub fn prepare_again(&self, text: &str) {
+        let (interactions, items) = (self.folder.path().join("interactions.csv"), self.folder.path().join("items.csv"));
+        fs::write(&items, text).unwrap();
+        fs::remove_dir_all(&self.config.data.dataset).unwrap();
+        learn_dataset::prepare(&settings(interactions, items), "lamps", &self.config.data.dataset, &()).unwrap();
     }
 
     pub fn command(&self, arguments: &[&str]) -> Command {

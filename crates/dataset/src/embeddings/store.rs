@@ -29,6 +29,8 @@ use crate::manifest::{EmbeddingInfo, FileEntry, Manifest};
 
 const KEY: &str = "learn.key";
 const ROWS: &str = "learn.rows_sha256";
+/// How many texts of the shard the encoder read in part; absent where no encoder was.
+const CUT: &str = "learn.texts_cut";
 
 /// What makes embeddings the same: shards are reused only where all of it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,7 +116,7 @@ impl EmbeddingStore {
         };
         let paths = files.flatten().map(|entry| entry.path()).filter(|path| first(path));
         // a damaged one is no finished shard
-        let dims = paths.filter_map(|path| match ipc::fields(&path).ok()?.first()?.data_type() {
+        let dims = paths.filter_map(|path| match ipc::stored_schema(&path).ok()?.fields.first()?.data_type() {
             DataType::FixedSizeList(_, dim) => usize::try_from(*dim).ok(),
             _ => None,
         });
@@ -148,6 +150,31 @@ impl EmbeddingStore {
     /// # Panics
     /// If there is no such shard.
     pub fn write_shard(&self, shard: usize, rows: &[f16]) -> Result<(), DatasetError> {
+        self.write(shard, rows, None)
+    }
+
+    /// As [`Self::write_shard`], of an encoder that has cut this many of the shard's texts.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Panics
+    /// If there is no such shard.
+    pub fn write_encoded_shard(&self, shard: usize, rows: &[f16], texts_cut: usize) -> Result<(), DatasetError> {
+        self.write(shard, rows, Some(texts_cut))
+    }
+
+    /// How many texts of a finished shard were cut, if that is known.
+    ///
+    /// # Panics
+    /// If there is no such shard.
+    #[must_use]
+    pub fn texts_cut(&self, shard: usize) -> Option<usize> {
+        let schema = ipc::stored_schema(&self.dir.join(self.relative(&self.shards[shard]))).ok()?;
+        schema.metadata.get(CUT)?.parse().ok()
+    }
+
+    fn write(&self, shard: usize, rows: &[f16], texts_cut: Option<usize>) -> Result<(), DatasetError> {
         let (shard, dim) = (&self.shards[shard], self.spec.dim);
         let path = self.dir.join(self.relative(shard));
         let refuse = |problem| DatasetError::BadRows { path: self.dir.clone(), problem };
@@ -155,15 +182,18 @@ impl EmbeddingStore {
             let wanted = shard.items.len() * dim;
             return Err(refuse(format!("shard {} takes {wanted} values, got {}", shard.index, rows.len())));
         }
+        let bad = |item, problem: String| DatasetError::BadRow { path: self.dir.clone(), item, problem };
         for (item, row) in shard.items.clone().zip(rows.chunks_exact(dim)) {
             if let Some(value) = row.iter().find(|value| !value.is_finite()) {
-                return Err(refuse(format!("the row of item {item} holds {value}; check the encoder or the vectors")));
+                return Err(bad(item, format!("holds {value}; check the encoder or the vectors")));
             }
             if row.iter().all(|&value| value == f16::ZERO) {
-                return Err(refuse(format!("the row of item {item} is zero; check the encoder or the vectors")));
+                return Err(bad(item, "is zero; check the encoder or the vectors".into()));
             }
         }
+        let cut = texts_cut.map(|texts| (CUT.to_owned(), texts.to_string()));
         let stated = [(KEY.to_owned(), shard.key.clone()), (ROWS.to_owned(), rows_digest(std::iter::once(rows)))];
+        let stated = stated.into_iter().chain(cut);
         let fields = fields(dim).map_err(refuse)?;
         files::write_atomically(&path, |file| {
             let write = || -> Result<(), ArrowError> {

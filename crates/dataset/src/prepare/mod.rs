@@ -30,6 +30,7 @@ pub use check::{InputFile, check};
 use error::BadRows;
 pub use error::{DefectKind, FilterStep, PrepareError, Skipped};
 pub(crate) use input::drain;
+pub use input::id_texts;
 use interner::{LIMIT, NONE};
 use items::Catalogue;
 use learn_domain::config::{PrepareConfig, SplitPolicy};

@@ -159,10 +159,25 @@ fn rows_that_make_no_sense_are_refused() {
         store.write_shard(0, &rows).unwrap_err().to_string()
     };
     assert!(refused(|rows| rows.truncate(5)).contains("shard 0 takes 12 values, got 5"));
-    assert!(refused(|rows| rows[4] = f16::NAN).contains("item 1 holds NaN"));
-    assert!(refused(|rows| rows[8] = f16::INFINITY).contains("item 2 holds inf"));
-    assert!(refused(|rows| rows[6..9].fill(f16::ZERO)).contains("item 2 is zero"));
+    assert!(refused(|rows| rows[4] = f16::NAN).contains("item index 1, counted from 0 in items/*.parquet, holds NaN"));
+    assert!(
+        refused(|rows| rows[8] = f16::INFINITY).contains("item index 2, counted from 0 in items/*.parquet, holds inf")
+    );
+    assert!(
+        refused(|rows| rows[6..9].fill(f16::ZERO)).contains("item index 2, counted from 0 in items/*.parquet, is zero")
+    );
     let wrong = EmbeddingStore::new(&dataset, spec("m", 4), &texts()[1..]).unwrap_err().to_string();
     assert!(wrong.contains("10 texts for 11 items"), "{wrong}");
     assert!(EmbeddingStore::new(&dataset, spec("m", 0), &texts()).is_err());
+}
+
+#[test]
+fn a_shard_knows_how_many_of_its_texts_were_cut() {
+    let (_fixture, dataset) = fixture();
+    let store = store(&dataset, spec("m", 4));
+    let rows: Vec<f16> = (0..4).flat_map(row).collect();
+    store.write_encoded_shard(0, &rows, 3).unwrap();
+    store.write_shard(1, &rows).unwrap();
+    assert_eq!((store.texts_cut(0), store.texts_cut(1), store.texts_cut(2)), (Some(3), None, None));
+    assert!(store.finished(0) && store.finished(1) && !store.finished(2));
 }

@@ -170,15 +170,18 @@ pub struct EmbedConfig {
     /// Directory of the frozen encoder in Hugging Face layout (`config.json`, `tokenizer.json` or `tokenizer.model`,
     /// `model.safetensors` or its shards).
     pub model: PathBuf,
-    /// Vectors made elsewhere (`.npy` or `.parquet`, one row per item) instead of an encoder.
+    /// Vectors made elsewhere (`.npy` or `.parquet`, one row per item) instead of an encoder. Without ids, row i is taken
+    /// for the i-th item id in the order of their texts.
     pub from: Option<PathBuf>,
-    /// Longest text in tokens; longer ones are cut.
+    /// Longest text in tokens; longer ones are cut, and counted in the result. The server of an endpoint does not know it
+    /// and cuts by its own settings.
     pub max_tokens: u32,
     /// Most tokens (padding included) of one forward pass.
     pub batch_tokens: u32,
     /// Items of one output file; a killed `embed` recomputes at most one of them per process.
     pub shard_items: u32,
-    /// Processes of this machine that share the work (one per GPU), each with its own copy of the encoder.
+    /// Processes of this machine that share the work (one per GPU), each with its own copy of the encoder; at most 16 for
+    /// each core, or 64.
     pub processes: u32,
     /// CPU threads of each process; 0 = the machine's cores divided by the processes. A number keeps the files the same,
     /// byte for byte, whatever the number of processes.

@@ -32,7 +32,7 @@ impl Golden {
     }
 
     fn tokens(&self) -> Vec<Vec<u32>> {
-        self.encoder.tokens.encode(&self.texts).unwrap()
+        self.encoder.tokens.encode(&self.texts).unwrap().0
     }
 
     /// The largest difference of the last hidden states of these texts, in one batch, from the expected ones.
@@ -64,14 +64,28 @@ fn packed_and_padded_texts_have_the_same_vectors() {
     for name in ["tiny-bert", "tiny-roberta"] {
         let Golden { mut encoder, texts, .. } = Golden::open(name, Device::Cpu);
         assert!(encoder.packs().is_some(), "{name}: packed on the CPU");
-        let packed = encoder.encode(&texts, &mut |_| ()).unwrap();
+        let packed = encoder.encode(&texts, &mut |_| ()).unwrap().rows;
         let model = ModelDirectory::open(&folder(name)).unwrap();
         let Architecture::Bert(shape) = model.architecture else { panic!("{name} is of the BERT family") };
         encoder.model = Model::Bert(Bert::load(shape, &model.weights, Precision::F32, Device::Cpu).unwrap());
         assert!(encoder.packs().is_none());
-        let padded = encoder.encode(&texts, &mut |_| ()).unwrap();
+        let padded = encoder.encode(&texts, &mut |_| ()).unwrap().rows;
         let difference = packed.iter().zip(&padded).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(packed.len() == padded.len() && difference < 1e-5, "{name}: {difference}");
+    }
+}
+
+#[test]
+fn texts_that_are_cut_are_counted_by_every_tokenizer() {
+    // room for 12 tokens, special ones included
+    let settings = EncoderSettings { max_tokens: 12, batch_tokens: 4096, precision: Precision::F32 };
+    let texts = ["lamp".to_owned(), "lamp ".repeat(100), "red".to_owned(), "red lamp ".repeat(50)];
+    for name in ["tiny-bert", "tiny-roberta"].into_iter().chain(DECODERS) {
+        let model = ModelDirectory::open(&folder(name)).unwrap();
+        let encoder = LocalEncoder::load(model, settings, Device::Cpu).unwrap();
+        let (tokens, cut) = encoder.tokens.encode(&texts).unwrap();
+        assert_eq!((cut, tokens[1].len()), (2, 12), "{name}");
+        assert_eq!(encoder.encode(&texts, &mut |_| ()).unwrap().cut, 2, "{name}");
     }
 }
 

@@ -13,6 +13,7 @@ mod source;
 use std::path::Path;
 use std::sync::mpsc::sync_channel;
 
+pub use self::parquet::id_texts;
 use arrow_array::{Array, Float64Array, Int64Array, StringArray};
 pub(crate) use layout::Role;
 use learn_domain::config::FileFormat;

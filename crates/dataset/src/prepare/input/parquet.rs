@@ -92,9 +92,9 @@ fn check_type(path: &Path, want: &Want, field: &arrow_schema::Field) -> Result<(
         DataType::Dictionary(_, values) => values,
         other => other,
     };
-    let text = matches!(values, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View);
+    let text = is_text(values);
     let (fits, remedy) = match want.kind {
-        Kind::Id => (text || values.is_integer(), "an id is an integer or text"),
+        Kind::Id => (text || values.is_integer(), ID_IS),
         Kind::Time => {
             let number = values.is_integer() || values.is_floating();
             (text || number || tick(values).is_some(), "a time is a number, a date or a timestamp")
@@ -114,6 +114,27 @@ fn check_type(path: &Path, want: &Want, field: &arrow_schema::Field) -> Result<(
         found: field.data_type().to_string(),
         remedy,
     })
+}
+
+fn is_text(values: &DataType) -> bool {
+    matches!(values, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View)
+}
+
+const ID_IS: &str = "an id is an integer or text";
+
+/// A column of ids as `prepare` reads it: text, integers, or a dictionary of those; an empty text is no id.
+///
+/// # Errors
+/// The column is of another type.
+pub fn id_texts(ids: &ArrayRef) -> Result<StringArray, String> {
+    let found = ids.data_type();
+    let values = if let DataType::Dictionary(_, values) = found { values } else { found };
+    let fits = is_text(values) || values.is_integer();
+    match fits.then(|| cells(ids, Kind::Id)) {
+        Some(Ok(Cells::Text(texts))) => Ok(texts),
+        Some(Err(error)) => Err(format!("cannot be read: {error}")),
+        Some(Ok(_)) | None => Err(format!("has type {found}; {ID_IS}")),
+    }
 }
 
 /// What a column of dates or timestamps counts; a timestamp's zone says how it is shown, not what it counts.
