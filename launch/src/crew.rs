@@ -38,6 +38,12 @@ pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
+/// Most processes that a machine of so many cores is asked to run; more would only bring it down.
+#[must_use]
+pub fn most_processes(cores: usize) -> usize {
+    (16 * cores).max(64)
+}
+
 struct Hand {
     process: Process,
     started: Instant,

@@ -58,9 +58,6 @@ const STATUS_INTERVAL: Duration = Duration::from_millis(500);
 const LEAVE: Duration = Duration::from_secs(10);
 /// Lines of a failed process that are shown.
 const TAIL: usize = 10;
-/// Most processes for each core of this machine, and most on a small one.
-const MOST_PER_CORE: usize = 16;
-const MOST_ANYWHERE: usize = 64;
 
 /// Arguments of `embed`.
 #[derive(Debug, Args)]
@@ -129,7 +126,7 @@ pub fn run(args: &EmbedArgs, output: &Output) -> Result<()> {
 /// # Errors
 /// There are more processes than a machine of so many cores can run.
 fn refuse_crowds(processes: u32, cores: usize) -> Result<()> {
-    let most = (MOST_PER_CORE * cores).max(MOST_ANYWHERE);
+    let most = crew::most_processes(cores);
     if processes as usize <= most {
         return Ok(());
     }

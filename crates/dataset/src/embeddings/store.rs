@@ -63,7 +63,7 @@ impl EmbeddingStore {
     /// Plans the shards; `texts` are the prompts, one per item in index order.
     ///
     /// # Errors
-    /// When the number of texts is not that of the items, a size is 0, or the folder cannot be made.
+    /// When the number of texts is not that of the items, or a size is 0.
     pub fn new(dataset: &Dataset, spec: EmbeddingSpec, texts: &[String]) -> Result<Self, DatasetError> {
         let dir = dataset.dir().to_path_buf();
         let refuse = |problem| Err(DatasetError::BadRows { path: dir.clone(), problem });
@@ -74,8 +74,6 @@ impl EmbeddingStore {
         if spec.dim == 0 || i32::try_from(spec.dim).is_err() || spec.shard_items == 0 {
             return refuse(format!("dimension {} and {} items a shard make no sense", spec.dim, spec.shard_items));
         }
-        let folder = dir.join(FOLDER);
-        fs::create_dir_all(&folder).map_err(DatasetError::io(&folder))?;
         let shards = texts.chunks(spec.shard_items).enumerate().map(|(index, texts)| {
             let start = index * spec.shard_items;
             Shard { index, items: start..start + texts.len(), key: key(&spec, texts) }
@@ -195,6 +193,8 @@ impl EmbeddingStore {
         let stated = [(KEY.to_owned(), shard.key.clone()), (ROWS.to_owned(), rows_digest(std::iter::once(rows)))];
         let stated = stated.into_iter().chain(cut);
         let fields = fields(dim).map_err(refuse)?;
+        let folder = self.dir.join(FOLDER);
+        fs::create_dir_all(&folder).map_err(DatasetError::io(&folder))?;
         files::write_atomically(&path, |file| {
             let write = || -> Result<(), ArrowError> {
                 let schema = Arc::new(ipc::schema(&fields, stated));

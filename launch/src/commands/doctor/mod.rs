@@ -29,11 +29,6 @@ pub struct DoctorArgs {
     settings: SettingsArgs,
 }
 
-/// Most workers that are started here for each core.
-const WORKERS_PER_CORE: usize = 16;
-/// So many are started on any machine.
-const SMALL_CROWD: usize = 64;
-
 /// How a thing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -107,7 +102,7 @@ pub(super) fn refuse_lacks(config: &Config, workers: bool) -> Result<()> {
 /// # Errors
 /// So many workers would only bring this machine down.
 pub(super) fn refuse_crowd(workers: u32, cores: usize) -> Result<()> {
-    let most = (WORKERS_PER_CORE * cores).max(SMALL_CROWD);
+    let most = crew::most_processes(cores);
     if workers as usize <= most {
         return Ok(());
     }
