@@ -4,6 +4,7 @@
 use std::process::Child;
 use std::time::Duration;
 
+use learn_proto::connect::KEEP_ALIVE;
 use learn_tests::{SMALL, Site, f32_values, follow, follow_file, is_alive, signal, succeeds, text};
 use serde_json::Value;
 
@@ -132,8 +133,8 @@ fn a_coordinator_that_stood_still_loses_nobody() {
     let address: Value = serde_json::from_slice(&address).expect("it is JSON");
     let pid = address["pid"].as_u64().expect("it is a number");
     signal("STOP", pid);
-    // workers take a connection for broken by now
-    std::thread::sleep(Duration::from_secs(23));
+    // workers have asked whether it is there, and take the connection for broken
+    std::thread::sleep(2 * KEEP_ALIVE + Duration::from_secs(3));
     signal("CONT", pid);
     // until long after who did not come back would have been given up
     let steps = site.steps("frozen").len();

@@ -226,7 +226,7 @@ def main():
         "golden_f32", [bin_ / "golden", "--kind", "f32", "--device", options.device, *golden], 300, work)
     # without a GPU the tests that need none, so that a try has run these programs
     wanted = ["--ignored", "--skip", "two_ranks"] if cuda else []
-    for program in ("nccl", "torch"):
+    for program in ("nccl", "collective", "torch"):
         parts[f"tests_{program}"] = part(f"tests_{program}", [bin_ / program, *wanted], 240, work)
     if cuda:
         parts["nccl_two_ranks"] = two_ranks(bin_, work)

@@ -20,8 +20,11 @@ const BINARIES: [&str; 4] = ["learn-launch", "learn-coordinator", "learn-worker"
 /// Examples that check golden cases, by package.
 const EXAMPLES: [(&str, &str); 2] = [("learn-model", "golden"), ("learn-ceg", "encoders")];
 /// Programs of tests that need a GPU: the name they get, and how cargo builds them.
-const TESTS: [(&str, &[&str]); 2] =
-    [("nccl", &["--package", "learn-collective", "--test", "nccl"]), ("torch", &["--package", "learn-torch", "--lib"])];
+pub const TESTS: [(&str, &[&str]); 3] = [
+    ("nccl", &["--package", "learn-collective", "--test", "nccl"]),
+    ("collective", &["--package", "learn-collective", "--lib"]),
+    ("torch", &["--package", "learn-torch", "--lib"]),
+];
 /// What our step runs beside, in turns.
 const SCRIPTS: &str = "bench/pytorch";
 /// The cases of the tests: files of towers and losses, folders of encoders.

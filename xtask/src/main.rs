@@ -11,6 +11,8 @@ mod dist;
 mod files;
 mod fuzz;
 mod gpu_check;
+#[cfg(test)]
+mod left_out;
 mod process;
 mod progress;
 mod python;

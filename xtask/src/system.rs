@@ -48,6 +48,12 @@ impl Part {
     }
 }
 
+/// The test programs.
+#[cfg(test)]
+pub fn tests() -> Vec<&'static str> {
+    Part::value_variants().iter().map(|part| part.test()).collect()
+}
+
 /// # Errors
 /// If a program is missing and cannot be installed, or a test fails.
 pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {

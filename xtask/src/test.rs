@@ -46,7 +46,7 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
 }
 
 /// The tests of [`extras`], as nextest selects them.
-const EXTRAS: &str = "test(minilm) | test(pyarrow) | test(kubernetes) | test(tensorboard_reads)";
+pub const EXTRAS: &str = "test(minilm) | test(pyarrow) | test(kubernetes) | test(tensorboard_reads)";
 
 /// Tests that need more than the sources: marked ignored, run here with what they need.
 fn extras(workspace: &Workspace, report: &mut Report) {

@@ -1,10 +1,10 @@
-//! The golden cases beside this file, in float64, through the code that training runs.
+//! The golden cases beside this file, in float64, through the code that training runs. `cargo xtask gpu-check` checks the
+//! same ones on a GPU, by the example `golden`.
 
 #![allow(clippy::unwrap_used)]
 
 use std::path::PathBuf;
 
-use learn_domain::config::DeviceKind;
 use learn_model::golden;
 use tch::{Device, Kind};
 
@@ -21,11 +21,11 @@ fn files() -> Vec<PathBuf> {
     files
 }
 
-fn check_all(device: Device, kind: Kind, tolerance: f64) {
+fn check_all(kind: Kind, tolerance: f64) {
     let files = files();
     assert_eq!(files.len(), 24, "{files:?}");
     for path in files {
-        let errors = golden::check(&path, device, kind).unwrap();
+        let errors = golden::check(&path, Device::Cpu, kind).unwrap();
         assert!(errors.contains_key("grad.summary_encoder.layer.0") && errors.contains_key("out.loss"));
         for (group, error) in errors {
             assert!(error <= tolerance, "{}: {group} is off by {error:e}", path.display());
@@ -35,20 +35,12 @@ fn check_all(device: Device, kind: Kind, tolerance: f64) {
 
 #[test]
 fn outputs_losses_and_every_gradient_agree_with_pytorch() {
-    check_all(Device::Cpu, Kind::Double, TOLERANCE);
+    check_all(Kind::Double, TOLERANCE);
 }
 
 #[test]
 fn they_agree_roughly_in_f32() {
-    check_all(Device::Cpu, Kind::Float, ROUGH);
-}
-
-#[test]
-#[ignore = "needs an NVIDIA GPU: cargo nextest run --release -p learn-model --test golden --run-ignored only"]
-fn they_agree_on_cuda_too() {
-    let gpu = learn_torch::device(DeviceKind::Cuda, 0).unwrap();
-    check_all(gpu, Kind::Double, TOLERANCE);
-    check_all(gpu, Kind::Float, ROUGH);
+    check_all(Kind::Float, ROUGH);
 }
 
 #[test]
