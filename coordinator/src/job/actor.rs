@@ -11,7 +11,7 @@ use learn_domain::event::{Happening, JobEvent};
 use learn_domain::membership::{Departure, Directive, Effect, Loss, Outcome, StopCause};
 use learn_domain::report::{Evaluation, JobState, JobStatus, StepRecord, Task, Timed};
 use learn_domain::{Generation, Step, WorkerId};
-use learn_proto::convert::{Applicant, Beginning, StepReport};
+use learn_proto::convert::{Applicant, Beginning, Heartbeat, StepReport};
 use learn_telemetry::CoordinatorMetrics;
 use learn_telemetry::place::{self, Field};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -19,7 +19,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::attendance::Attendances;
 use super::turn::{Keeping, Turns};
-use super::{Asked, Heartbeat, Job, JobError, figures};
+use super::{Asked, Job, JobError, figures};
 use crate::journal::{Entry, LineFile};
 use crate::sd::Present;
 use crate::state::StateError;

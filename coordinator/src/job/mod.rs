@@ -32,13 +32,12 @@ use learn_domain::membership::{
 };
 use learn_domain::plan::Plan;
 use learn_domain::report::{DatasetFacts, Evaluation, StepRecord, Task};
-use learn_domain::{Config, Generation, Rank, Step, UserIndex, WorkerId};
-use learn_proto::convert::{Applicant, Beginning, StepReport};
+use learn_domain::{Config, Generation, Phase, Rank, Step, UserIndex, WorkerId};
+use learn_proto::convert::{Applicant, Beginning, Heartbeat, StepReport};
 pub use saved::TakeOverError;
 use saved::{Changed, Unsaved};
 pub use turn::Keeping;
 use vigil::Vigil;
-pub use worker::Heartbeat;
 use worker::Worker;
 
 /// What a job is made from.
@@ -168,12 +167,11 @@ impl Job {
         for effect in &effects {
             match effect {
                 Effect::Admitted(worker) => {
-                    let (phase, step) = ("joining".into(), self.books.complete());
                     let fresh = Worker {
                         applicant,
                         rank: self.rank(*worker),
-                        step,
-                        phase,
+                        step: self.books.complete(),
+                        phase: Phase::Joining,
                         seen: now,
                         entered: 0,
                         inside: false,
@@ -396,10 +394,10 @@ impl Job {
             worker.step = worker.step.max(last.step);
         }
         worker.phase = match departure {
-            Departure::Done => "done".into(),
-            Departure::Stopped => "stopped".into(),
-            Departure::Crashed(_) | Departure::Failed(_) => "failed".into(),
-            Departure::GaveUp(..) => "gave up".into(),
+            Departure::Done => Phase::Done,
+            Departure::Stopped => Phase::Stopped,
+            Departure::Crashed(_) | Departure::Failed(_) => Phase::Failed,
+            Departure::GaveUp(..) => Phase::GaveUp,
         };
         Ok(self.take(now, Event::Leave(id, departure)))
     }
@@ -510,18 +508,18 @@ impl Job {
                     if let Some(worker) = self.workers.get_mut(&loss.worker) {
                         worker.left = true;
                         worker.rank = None;
-                        worker.phase = "lost".into();
+                        worker.phase = Phase::Lost;
                     }
                 }
                 Effect::NewcomerLost(worker, _) => {
                     if let Some(worker) = self.workers.get_mut(worker) {
                         worker.left = true;
-                        worker.phase = "lost".into();
+                        worker.phase = Phase::Lost;
                     }
                 }
                 Effect::Dismissed(worker) => {
                     if let Some(worker) = self.workers.get_mut(worker) {
-                        worker.phase = "dismissed".into();
+                        worker.phase = Phase::Dismissed;
                     }
                 }
                 Effect::Stop(_) => self.workers.values_mut().for_each(|worker| worker.told = false),

@@ -257,7 +257,7 @@ fn an_old_generation_changes_nothing() {
     assert_eq!(job.report(SECOND, current).unwrap_err(), JobError::UnknownWorker(WorkerId(0)), "it must join again");
     let status = job.status(SECOND);
     assert_eq!((status.ledger.epochs.len(), status.last_step, status.evaluations.len()), (0, None, 0));
-    assert_eq!(status.workers[0].phase, "lost");
+    assert_eq!(status.workers[0].phase, Phase::Lost);
 }
 
 #[test]
@@ -273,10 +273,10 @@ fn the_status_follows_the_membership() {
     assert_eq!((status.state, status.generation), (JobState::Running, Generation(1)));
     assert_eq!(status.workers.iter().map(|worker| worker.rank).collect::<Vec<_>>(), [Some(Rank(0)), Some(Rank(1))]);
     assert!((status.workers[0].seconds_since_heartbeat - 2.0).abs() < 1e-9);
-    let beat = Heartbeat { worker: WorkerId(1), step: Step(3), phase: "forward".into(), ..Heartbeat::default() };
+    let beat = Heartbeat { worker: WorkerId(1), step: Step(3), phase: Phase::Forward, ..Heartbeat::default() };
     assert!(matches!(job.heartbeat(SECOND * 4, beat).0, Directive::Run { rank: Rank(1), .. }));
     let worker = &job.status(SECOND * 4).workers[1];
-    assert_eq!((worker.step, worker.phase.as_str()), (Step(3), "forward"));
+    assert_eq!((worker.step, worker.phase), (Step(3), Phase::Forward));
     job.stop(SECOND * 5, Asked::ByCall);
     assert_eq!(job.state(), JobState::Stopping);
     for worker in 0..2 {

@@ -11,6 +11,7 @@
 //! - [`lease`]: which worker makes which range of items, when content embeddings are made by several.
 //! - [`embedding`]: what an embedding run says to people.
 //! - [`membership`]: who belongs to a job, as a state machine with explicit generations.
+//! - [`phase`]: what a worker is at, or how it went.
 //! - [`progress`]: who hangs and who lags.
 //! - [`recovery`]: where the ranks of a new generation go on from, and whose state they take.
 //! - [`ledger`]: the proof that an epoch used every user exactly once.
@@ -35,6 +36,7 @@ pub mod lease;
 pub mod ledger;
 pub mod membership;
 pub mod packing;
+pub mod phase;
 pub mod plan;
 pub mod progress;
 pub mod prompt;
@@ -52,3 +54,4 @@ pub mod time_gap;
 
 pub use config::Config;
 pub use ids::{Generation, Incarnation, Rank, Step, UserIndex, WorkerId};
+pub use phase::Phase;

@@ -18,7 +18,7 @@ use learn_domain::config::DeviceKind;
 use learn_domain::membership::Departure;
 use learn_domain::report::{Task, exit};
 use learn_domain::run_dir::RunDir;
-use learn_domain::{Generation, Incarnation, WorkerId};
+use learn_domain::{Generation, Incarnation, Phase, WorkerId};
 use learn_proto::connect::Pass;
 use learn_proto::convert::{Admission, AfterStep, Applicant, Order};
 use learn_telemetry::{WorkerMetrics, host};
@@ -250,7 +250,7 @@ impl Life<'_> {
                 }
                 (Err(error), _) => return Err(error),
             }
-            session.progress.enter("regrouping");
+            session.progress.enter(Phase::Regrouping);
         }
     }
 
