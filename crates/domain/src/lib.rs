@@ -13,6 +13,7 @@
 //! - [`membership`]: who belongs to a job, as a state machine with explicit generations.
 //! - [`phase`]: what a worker is at, or how it went.
 //! - [`progress`]: who hangs and who lags.
+//! - [`failure`]: whether a failure may pass, another process may do better, or any would come to the same.
 //! - [`recovery`]: where the ranks of a new generation go on from, and whose state they take.
 //! - [`ledger`]: the proof that an epoch used every user exactly once.
 //! - [`schedule`]: the learning rate of a step.
@@ -30,6 +31,7 @@ pub mod conversion;
 pub mod curves;
 pub mod embedding;
 pub mod event;
+pub mod failure;
 pub mod flops;
 pub mod ids;
 pub mod lease;

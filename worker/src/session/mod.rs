@@ -243,8 +243,8 @@ impl Life<'_> {
                 (Err(error), Some(Abort::Leave(cause))) => {
                     return Err(WorkerError::Aborted { cause, error: error.to_string() });
                 }
-                (Err(error), Some(Abort::Rejoin)) if error.passes() => self.rejoin()?,
-                (Err(error), _) if error.passes() => {
+                (Err(error), Some(Abort::Rejoin)) if error.reach().passes() => self.rejoin()?,
+                (Err(error), _) if error.reach().passes() => {
                     tracing::warn!(%error, "the generation has ended");
                     broken = Some(error.to_string());
                 }
@@ -342,11 +342,7 @@ impl Life<'_> {
         let departure = match &ended {
             Ok(End::Done | End::Dismissed) => Departure::Done,
             Ok(End::Stopped) => Departure::Stopped,
-            Err(error) => match (error, error.gives_up()) {
-                (_, Some(why)) => Departure::GaveUp(why, error.to_string()),
-                (error, None) if error.crashes() => Departure::Crashed(error.to_string()),
-                _ => Departure::Failed(error.to_string()),
-            },
+            Err(error) => error.reach().departure(error.to_string()),
         };
         let left = self.session.control.leave(self.attendance.worker, self.left, departure);
         match ended? {
