@@ -14,7 +14,7 @@ use arrow_buffer::{OffsetBuffer, ScalarBuffer};
 use arrow_schema::{DataType, Field, Fields};
 use rayon::prelude::*;
 
-use crate::error::DatasetError;
+use crate::error::{DatasetError, MadeBy};
 use crate::ipc;
 use crate::manifest::{FileEntry, Manifest};
 
@@ -122,16 +122,17 @@ impl<B> Batches<B> {
         let mut this = Self { parts: Vec::new(), starts: Vec::new(), rows: 0 };
         for entry in files {
             let path = dir.join(&entry.path);
+            let damaged = |problem: &str| DatasetError::damaged(MadeBy::Prepare, &path, problem);
             let mut rows = 0;
-            for batch in ipc::open(&path, fields)?.batches.iter().filter(|batch| batch.num_rows() > 0) {
-                this.parts.push(part(batch).map_err(|problem| DatasetError::damaged(&path, problem))?);
+            for batch in ipc::open(MadeBy::Prepare, &path, fields)?.batches.iter().filter(|batch| batch.num_rows() > 0)
+            {
+                this.parts.push(part(batch).map_err(damaged)?);
                 this.starts.push(this.rows);
                 this.rows += batch.num_rows();
                 rows += batch.num_rows() as u64;
             }
             if rows != entry.rows {
-                let problem = format!("it has {rows} rows, dataset.json says {}", entry.rows);
-                return Err(DatasetError::damaged(&path, problem));
+                return Err(damaged(&format!("it has {rows} rows, dataset.json says {}", entry.rows)));
             }
         }
         Ok(this)
