@@ -114,6 +114,7 @@ impl From<AskError> for Status {
                 JobError::StaleGeneration { .. } | JobError::Regrouping(_) => Self::aborted(text),
                 JobError::Refused(Refusal::Over)
                 | JobError::Stopping(_)
+                | JobError::TooManyWorkers { .. }
                 | JobError::Books(BooksError::OldCheckpoint { .. } | BooksError::Behind { .. }) => {
                     Self::failed_precondition(text)
                 }

@@ -91,7 +91,7 @@ pub enum Command {
     /// A worker has ended before all had joined, and why.
     NeverJoined(String, Reply<()>),
     /// The answer is the number of workers that are wanted now.
-    Scale(u32, Reply<u32>),
+    Scale(u32, Reply<Result<u32, JobError>>),
     Status(Reply<JobStatus>),
     /// Workers that have joined and not left.
     Present(Reply<Vec<Present>>),
@@ -461,9 +461,15 @@ impl JobOwner {
                 self.turn.answer(reply, ());
             }
             Command::Scale(workers, reply) => {
-                self.apply(|job, now| job.scale(now, workers))?;
-                tracing::info!(workers = self.job.wanted(), "workers are wanted");
-                self.turn.answer(reply, self.job.wanted());
+                let answer = match self.job.scale(self.now(), workers) {
+                    Ok(effects) => {
+                        self.carry_out(effects)?;
+                        tracing::info!(workers = self.job.wanted(), "workers are wanted");
+                        Ok(self.job.wanted())
+                    }
+                    Err(error) => Err(error),
+                };
+                self.turn.answer(reply, answer);
             }
             Command::Status(reply) => {
                 self.turn.answer(reply, self.job.status(self.now()));

@@ -11,6 +11,7 @@ mod books;
 mod error;
 mod figures;
 mod history;
+mod operator;
 mod saved;
 mod status;
 mod summary;
@@ -34,6 +35,7 @@ use learn_domain::plan::Plan;
 use learn_domain::report::{DatasetFacts, Evaluation, StepRecord, Task};
 use learn_domain::{Config, Generation, Phase, Rank, Step, UserIndex, WorkerId};
 use learn_proto::convert::{Applicant, Beginning, Heartbeat, StepReport};
+pub use operator::Asked;
 pub use saved::TakeOverError;
 use saved::{Changed, Unsaved};
 pub use turn::Keeping;
@@ -50,16 +52,9 @@ pub struct JobSettings {
     pub total_steps: u64,
     /// Times that a scheduler has started the job again.
     pub restarts: u32,
+    /// Most workers that whoever starts them can start; none if there is no such limit.
+    pub most_workers: Option<u32>,
     pub history: History,
-}
-
-/// How a stop was asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Asked {
-    /// By whoever has the job's secret.
-    ByCall,
-    /// By a person, or by a scheduler that cuts the job short.
-    BySignal,
 }
 
 /// The job.
@@ -400,31 +395,6 @@ impl Job {
             Departure::GaveUp(..) => Phase::GaveUp,
         };
         Ok(self.take(now, Event::Leave(id, departure)))
-    }
-
-    /// A signal, or an operator's call, asks for the end.
-    pub fn stop(&mut self, now: Duration, asked: Asked) -> Vec<Effect> {
-        if asked == Asked::ByCall && !std::mem::replace(&mut self.operator_stop, true) {
-            self.unsaved.job = true;
-        }
-        self.take(now, Event::OperatorStop)
-    }
-
-    /// A worker has ended before all had joined, says who starts them.
-    pub fn never_joined(&mut self, now: Duration, message: String) -> Vec<Effect> {
-        self.take(now, Event::NeverJoined(message))
-    }
-
-    /// So many workers are wanted from now on, but no more than there are users in a step.
-    pub fn scale(&mut self, now: Duration, workers: u32) -> Vec<Effect> {
-        let most = self.settings.config.training.global_batch;
-        self.take(now, Event::Scale(workers.min(most)))
-    }
-
-    /// Workers that the job wants to have.
-    #[must_use]
-    pub fn wanted(&self) -> u32 {
-        self.membership.wanted()
     }
 
     /// Nobody is to be blamed for the time before `now`.

@@ -24,6 +24,7 @@ pub(super) fn settings(workers: u32) -> JobSettings {
         plan: Plan::new(PlanKey { fingerprint: "f".into(), seed: 1, users: 8, global_batch: 4 }).unwrap(),
         total_steps: 4,
         restarts: 0,
+        most_workers: None,
         history: History::default(),
     }
 }
@@ -401,4 +402,21 @@ fn a_resumed_job_goes_on_counting() {
     let summary = job.summary();
     assert!((summary.samples_per_second - 8.0 / 2.5).abs() < 1e-9);
     assert!((summary.seconds - 4.0).abs() < 1e-9, "2 s of steps and 1 s of evaluation before, 1 s now");
+}
+
+#[test]
+fn more_workers_than_somebody_can_start_are_refused_and_change_nothing() {
+    let mut job = Job::new(JobSettings { most_workers: Some(3), ..settings(2) });
+    let refused = job.scale(SECOND, 4).unwrap_err();
+    assert_eq!((&refused, job.wanted()), (&JobError::TooManyWorkers { workers: 4, most: 3 }, 2));
+    let text = refused.to_string();
+    assert!(text.contains("takes 3 at most") && text.contains("--no-workers"), "{text}");
+    job.scale(SECOND, 3).unwrap();
+    assert_eq!(job.wanted(), 3);
+    // a step has 4 users, and each worker takes one at least
+    let mut settings = JobSettings { most_workers: Some(4), ..settings(2) };
+    settings.config.training.global_batch = 4;
+    let mut job = Job::new(settings);
+    job.scale(SECOND, 100).unwrap();
+    assert_eq!(job.wanted(), 4, "it would not have to start more");
 }
