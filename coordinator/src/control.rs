@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use futures::stream::{self, BoxStream, StreamExt};
 use learn_domain::membership::{Directive, Refusal};
 use learn_domain::{Generation, Step, WorkerId};
-use learn_proto::convert::{self, Admission, Applicant, Beginning, DataOffer, OfferedServer, StepReport};
+use learn_proto::convert::{self, Admission, Applicant, Beginning, DataOffer, Heartbeat, OfferedServer, StepReport};
 use learn_proto::v1::control_server::Control;
 use learn_proto::v1::{
     BeginGenerationRequest, BeginGenerationResponse, CommitCheckpointRequest, CommitCheckpointResponse, GetRequest,
@@ -22,7 +22,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::data::Directory;
 use crate::job::actor::{AskError, Command, JobHandle, Key};
-use crate::job::{BooksError, Heartbeat, JobError};
+use crate::job::{BooksError, JobError};
 
 /// The control service.
 pub struct ControlService {
@@ -50,16 +50,8 @@ impl Beats {
     }
 
     async fn answer(&self, beat: HeartbeatRequest) -> Result<HeartbeatResponse, Status> {
-        let HeartbeatRequest { worker_id, step, phase, entered, inside, since_millis, .. } = beat;
-        let worker = WorkerId(worker_id);
-        let beat = Heartbeat {
-            worker,
-            step: Step(step),
-            phase: convert::bounded("phase", phase)?,
-            entered,
-            inside,
-            since: Duration::from_millis(since_millis),
-        };
+        let beat = Heartbeat::try_from(beat)?;
+        let worker = beat.worker;
         let directive: Directive = self.job.ask(|reply| Command::Heartbeat(beat, reply)).await?;
         Ok(convert::directive_message(worker, directive)?)
     }
@@ -122,6 +114,7 @@ impl From<AskError> for Status {
                 JobError::StaleGeneration { .. } | JobError::Regrouping(_) => Self::aborted(text),
                 JobError::Refused(Refusal::Over)
                 | JobError::Stopping(_)
+                | JobError::TooManyWorkers { .. }
                 | JobError::Books(BooksError::OldCheckpoint { .. } | BooksError::Behind { .. }) => {
                     Self::failed_precondition(text)
                 }

@@ -29,7 +29,7 @@ pub mod tensorboard;
 use std::future::Future;
 use std::path::Path;
 
-pub use learn_domain::membership::{GiveUp, Outcome, StopCause};
+pub use learn_domain::membership::{Outcome, StopCause};
 use learn_domain::report::exit;
 pub use replica::ReplicaError;
 pub use serve::{Coordinator, ServeError};
@@ -90,8 +90,7 @@ pub fn exit_code(outcome: &Outcome) -> i32 {
             | StopCause::NeverJoined { .. },
         ) => exit::WORKER_LOST,
         Outcome::Stopped(StopCause::NoProgress { .. }) => exit::NO_PROGRESS,
-        Outcome::Stopped(StopCause::GaveUp { why: GiveUp::Diverged, .. }) => exit::DIVERGED,
-        Outcome::Stopped(StopCause::GaveUp { why: GiveUp::Unsaved, .. }) => exit::UNSAVED,
+        Outcome::Stopped(StopCause::GaveUp { why, .. }) => why.exit_code(),
     }
 }
 

@@ -35,6 +35,9 @@ struct Arguments {
     /// How often a scheduler has started this job again
     #[arg(long, value_name = "N", default_value_t = 0, conflicts_with_all = ["embed", "take_over"])]
     restarts: u32,
+    /// Most workers that whoever starts them can start: a request for more is refused [default: no limit]
+    #[arg(long, value_name = "N", value_parser = positive(), conflicts_with_all = ["embed", "take_over"])]
+    most_workers: Option<u32>,
     /// Go on with the job of a coordinator of DIR that was killed: same task, same ports, where it was
     #[arg(long, conflicts_with_all = ["task_json", "config", "embed"])]
     take_over: bool,
@@ -315,7 +318,7 @@ async fn serve(arguments: Arguments) -> anyhow::Result<i32> {
         });
     };
     let settings = Settings::load(&run_dir, arguments.config, task).map_err(CoordinatorError::from)?;
-    let settings = Settings { restarts: arguments.restarts, ..settings };
+    let settings = Settings { restarts: arguments.restarts, most_workers: arguments.most_workers, ..settings };
     Ok(said(&run(settings, shutdown).await?))
 }
 

@@ -48,7 +48,7 @@ impl Operator for OperatorService {
     async fn scale(&self, request: Request<ScaleRequest>) -> Result<Response<ScaleResponse>, Status> {
         timed(&self.metrics, "scale", async {
             let workers = workers(request.into_inner())?;
-            let wanted_workers = self.job.ask(|reply| Command::Scale(workers, reply)).await?;
+            let wanted_workers = self.job.ask(|reply| Command::Scale(workers, reply)).await??;
             Ok(ScaleResponse { wanted_workers })
         })
         .await

@@ -14,17 +14,16 @@ use learn_dataset::Dataset;
 use learn_domain::Config;
 use learn_domain::config::ClusterConfig;
 use learn_proto::auth::BearerInterceptor;
-use learn_proto::connect::Pass;
+use learn_proto::connect::{Pass, may_pass};
 use learn_proto::convert::{DataOffer, OfferedServer};
-use learn_proto::tls::is_refusal;
 use learn_proto::v1::control_client::ControlClient;
 use learn_proto::v1::{OfferDataRequest, OfferDataResponse};
 use learn_telemetry::DataMetrics;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tonic::Status;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
-use tonic::{Code, Status};
 
 use crate::CoordinatorError;
 use crate::connections::{self, Gate};
@@ -99,11 +98,8 @@ impl Coordinator {
                 Ok(answer) => return Ok(answer.into_inner()),
                 Err(status) => status,
             };
-            let passes = !is_refusal(&status)
-                && (std::error::Error::source(&status).is_some()
-                    || matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::Unknown));
             let waited = started.elapsed();
-            if !passes {
+            if !may_pass(&status) {
                 return Err(ReplicaError::Refused(status.message().to_owned()));
             }
             if waited > self.patience {

@@ -59,6 +59,8 @@ struct Identity {
     http_port: u16,
     #[serde(default)]
     restarts: u32,
+    #[serde(default)]
+    most_workers: Option<u32>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -242,6 +244,7 @@ fn job_settings(settings: &Settings, source: &Source, history: History) -> JobSe
         plan: source.plan.clone(),
         total_steps: source.total_steps,
         restarts: settings.restarts,
+        most_workers: settings.most_workers,
         history,
     }
 }
@@ -262,8 +265,9 @@ impl Coordinator {
         let mut identity = Turn::default();
         let fingerprint = source.facts.fingerprint.clone();
         let (grpc_port, http_port) = ports.ports;
-        let restarts = settings.restarts;
-        identity.value(IDENTITY, &Identity { task: task.clone(), fingerprint, grpc_port, http_port, restarts })?;
+        let (restarts, most_workers) = (settings.restarts, settings.most_workers);
+        let known = Identity { task: task.clone(), fingerprint, grpc_port, http_port, restarts, most_workers };
+        identity.value(IDENTITY, &known)?;
         state.write(identity)?;
         let job = Job::new(job_settings(&settings, &source, history));
         let metrics = CoordinatorMetrics::new(STATES);
@@ -289,8 +293,8 @@ impl Coordinator {
         let lock = lock(&run_dir)?;
         let state = StateFile::open(&run_dir.coordinator_state())?;
         let identity: Identity = state.value(IDENTITY)?.ok_or(TakeOverError::Incomplete(IDENTITY))?;
-        let restarts = identity.restarts;
-        let settings = Settings { restarts, ..Settings::load(run_dir.root(), None, identity.task)? };
+        let Identity { restarts, most_workers, .. } = identity;
+        let settings = Settings { restarts, most_workers, ..Settings::load(run_dir.root(), None, identity.task)? };
         let source = open_source(&settings, false).await?;
         if source.facts.fingerprint != identity.fingerprint {
             return Err(TakeOverError::Dataset(settings.config.data.dataset.clone()).into());

@@ -23,6 +23,8 @@ pub struct Settings {
     pub task: Task,
     /// Times that a scheduler has started the job again.
     pub restarts: u32,
+    /// Most workers that whoever starts them can start; none if there is no such limit.
+    pub most_workers: Option<u32>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -48,7 +50,7 @@ impl Settings {
         learn_telemetry::place::set_run(&config.job.name);
         let secret = Secret::read(&run_dir.secret())?;
         let token = read_token(&run_dir)?;
-        Ok(Self { run_dir, config_file, config, secret, token, task, restarts: 0 })
+        Ok(Self { run_dir, config_file, config, secret, token, task, restarts: 0, most_workers: None })
     }
 }
 

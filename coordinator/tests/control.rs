@@ -12,10 +12,9 @@ use learn_coordinator::{Coordinator, CoordinatorError, Outcome, Settings, StopCa
 use learn_domain::Config;
 use learn_domain::event::{Happening, JobEvent};
 use learn_domain::membership::{Departure, LossCause};
-use learn_domain::progress::Work;
 use learn_domain::report::{CoordinatorAddress, Evaluation, JobState, JobStatus, Split, StepRecord, Summary, Task};
 use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
-use learn_proto::convert::{AfterStep, Order, StepReport, evaluation_json};
+use learn_proto::convert::{AfterStep, Order, evaluation_json};
 use learn_proto::v1::control_client::ControlClient;
 use learn_proto::v1::{
     CommitCheckpointRequest, GetRequest, HeartbeatRequest, PutRequest, ReportEvaluationRequest, ReportStepRequest,
@@ -34,16 +33,7 @@ fn get(worker: u32, generation: u64, key: &str, wait_millis: u32) -> GetRequest 
 
 fn report(worker: u32, step: u64, users: &[UserIndex]) -> ReportStepRequest {
     let record = StepRecord { step: Step(step), loss: 1.0, users: 16, seconds: 0.1, ..StepRecord::default() };
-    let report = StepReport {
-        worker: WorkerId(worker),
-        generation: Generation(1),
-        step: Step(step),
-        epoch: 0,
-        users: users.to_vec(),
-        work: Work::default(),
-        record: (worker == 0).then_some(record),
-    };
-    report.into()
+    support::report(worker, record, users)
 }
 
 fn evaluation(step: u64) -> Evaluation {

@@ -5,13 +5,10 @@
 mod support;
 
 use learn_domain::membership::Departure;
-use learn_domain::progress::Work;
 use learn_domain::report::{JobStatus, StepRecord};
 use learn_domain::{Generation, Step, UserIndex, WorkerId};
-use learn_proto::convert::StepReport;
-use learn_proto::v1::ReportStepRequest;
 use serde_json::{Value, json};
-use support::{Ground, Running, SECRET, TOKEN, beginning, enter, leave, train};
+use support::{Ground, Running, SECRET, TOKEN, beginning, enter, leave, report, train};
 
 async fn code(running: &Running, request: &str, headers: &str) -> u16 {
     running.http(request, headers).await.0
@@ -106,16 +103,7 @@ async fn the_api_shows_what_the_run_has_done() {
                 seconds: 0.5,
                 ..StepRecord::default()
             };
-            let report = StepReport {
-                worker: WorkerId(worker),
-                generation: Generation(1),
-                step: Step(step),
-                epoch: 0,
-                users: users.to_vec(),
-                work: Work::default(),
-                record: (worker == 0).then_some(record),
-            };
-            control.report_step(ReportStepRequest::from(report)).await.unwrap();
+            control.report_step(report(worker, record, users)).await.unwrap();
         }
     }
     // asked until the lines are in their file, and read from it

@@ -5,13 +5,13 @@
 mod support;
 
 use learn_coordinator::embedding::{EmbeddingCoordinator, Ended};
-use learn_coordinator::{Outcome, StopCause};
+use learn_coordinator::{Coordinator, Outcome, Settings, StopCause};
 use learn_domain::WorkerId;
 use learn_domain::membership::Departure;
 use learn_proto::convert::{AfterStep, Order};
 use learn_proto::v1::operator_client::OperatorClient;
 use learn_proto::v1::{ScaleRequest, StopRequest};
-use support::{Ground, bearer, beginning, enter, heartbeat, leave, train};
+use support::{Ground, Running, SECRET, bearer, beginning, enter, heartbeat, leave, train};
 use tonic::Code;
 use tonic::transport::Endpoint;
 
@@ -44,6 +44,29 @@ async fn a_training_is_scaled_within_its_bounds_and_stopped_after_its_step() {
     assert_eq!(running.end().await, Outcome::Stopped(StopCause::Operator));
     let gone = operator.stop(StopRequest::default()).await.unwrap_err();
     assert_eq!(gone.code(), Code::Unavailable, "{gone}");
+}
+
+#[tokio::test]
+async fn more_workers_than_the_launcher_can_start_are_refused_by_whoever_serves_the_job() {
+    let ground = Ground::new(1);
+    let settings = Settings { most_workers: Some(2), ..ground.settings(train()) };
+    let mut running = Running::start(Coordinator::bind(settings).await.unwrap());
+    enter(&mut running.control(), "a").await;
+    for taken_over in [false, true] {
+        if taken_over {
+            running.kill(&ground).await;
+            running = Running::start(Coordinator::take_over(ground.run_dir().root()).await.unwrap());
+        }
+        let refused = running.operator().scale(ScaleRequest { workers: 3 }).await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+        assert!(refused.message().contains("takes 2 at most"), "{refused}");
+        let secret = format!("Authorization: Bearer {SECRET}\r\n");
+        let (code, body) = running.http_with("POST /api/v1/scale", &secret, r#"{"workers": 3}"#).await;
+        assert!(code == 409 && body.contains("--no-workers"), "{code}: {body}");
+        let answer = running.operator().scale(ScaleRequest { workers: 2 }).await.unwrap().into_inner();
+        assert_eq!(answer.wanted_workers, 2);
+    }
+    running.kill(&ground).await;
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use learn_coordinator::{Coordinator, Outcome, StopCause};
 use learn_domain::membership::Departure;
 use learn_domain::report::{Evaluation, JobState, JobStatus, Split, StepRecord, Summary};
 use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
-use learn_proto::convert::{Order, StepReport, evaluation_json};
+use learn_proto::convert::{Order, evaluation_json};
 use learn_proto::v1::{
     CommitCheckpointRequest, GetRequest, PutRequest, ReadyRequest, ReportEvaluationRequest, ReportStepRequest,
     StopRequest,
@@ -22,16 +22,7 @@ use tonic::Code;
 fn report(worker: u32, step: u64, users: &[UserIndex]) -> ReportStepRequest {
     let record =
         StepRecord { step: Step(step), loss: 1.0 / step as f64, users: 16, seconds: 0.1, ..StepRecord::default() };
-    let report = StepReport {
-        worker: WorkerId(worker),
-        generation: Generation(1),
-        step: Step(step),
-        epoch: 0,
-        users: users.to_vec(),
-        work: learn_domain::progress::Work::default(),
-        record: (worker == 0).then_some(record),
-    };
-    report.into()
+    support::report(worker, record, users)
 }
 
 fn evaluation(step: u64) -> ReportEvaluationRequest {

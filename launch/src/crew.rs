@@ -18,7 +18,7 @@ use learn_domain::run_dir::RunDir;
 use crate::process::{self, Process};
 use crate::system::End;
 
-/// A replacement that ended sooner is not replaced before it would have been so old: what it failed by may pass.
+/// One that ended sooner is not replaced before it would have been so old: what it failed by may pass.
 pub(crate) const SHORT_LIFE: Duration = Duration::from_secs(5);
 /// Lines of a guilty log that a failure shows.
 pub(crate) const TAIL: usize = 15;
@@ -121,7 +121,7 @@ enum Action {
 /// What brings the processes to what the job wants.
 fn decide(fates: &BTreeMap<u32, Fate>, view: &View, rules: Rules) -> Vec<(u32, Action)> {
     let wanted = view.wanted as usize;
-    let trains = rules.replaces && view.steps_left && matches!(view.state, JobState::Running | JobState::Regrouping);
+    let trains = rules.replaces && view.trains();
     let gathers = view.state == JobState::Gathering;
     let mut actions = Vec::new();
     let mut fates = fates.clone();
@@ -184,6 +184,12 @@ impl View {
     pub fn at_start(config: &Config) -> Self {
         let workers = config.cluster.workers;
         Self { state: JobState::Gathering, wanted: workers, members: workers, steps_left: true }
+    }
+
+    /// The job is at its steps: another worker in the place of one that failed has something to do.
+    #[must_use]
+    pub fn trains(&self) -> bool {
+        self.steps_left && matches!(self.state, JobState::Running | JobState::Regrouping)
     }
 }
 

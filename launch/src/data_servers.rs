@@ -11,11 +11,9 @@ use learn_domain::Config;
 use learn_domain::report::CoordinatorAddress;
 use learn_domain::run_dir::RunDir;
 
+use crate::crew::SHORT_LIFE;
 use crate::process::{self, Process};
 use crate::system::End;
-
-/// One that ended sooner is not replaced before it would have been so old: what it failed by may pass.
-const SHORT_LIFE: Duration = Duration::from_secs(5);
 
 struct Hand {
     process: Process,

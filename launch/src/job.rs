@@ -15,7 +15,7 @@ use learn_domain::report::{CoordinatorAddress, JobState, JobStatus, Task, exit};
 use learn_domain::run_dir::RunDir;
 
 use crate::api::Api;
-use crate::crew::{Crew, Guilt, Team, View};
+use crate::crew::{self, Crew, Guilt, Team, View};
 use crate::data_servers::DataServers;
 use crate::failure::Failure;
 use crate::operator;
@@ -68,6 +68,11 @@ impl Workers<'_> {
     #[must_use]
     pub fn unless(elsewhere: bool) -> Self {
         if elsewhere { Self::Elsewhere } else { Self::Here }
+    }
+
+    /// Most that whoever starts them can start; none where that is not for this process to say.
+    fn most(self) -> Option<usize> {
+        (self == Self::Here).then(|| crew::most_processes(crew::cores()))
     }
 }
 
@@ -165,6 +170,9 @@ impl<'a> LocalJob<'a> {
         command.arg("--run-dir").arg(run.root()).arg("--task-json").arg(serde_json::to_string(spec.task)?);
         command.arg("--config").arg(spec.config_file);
         command.args(["--restarts", &spec.restarts.to_string()]);
+        if let Some(most) = spec.workers.most() {
+            command.args(["--most-workers", &most.to_string()]);
+        }
         let coordinator = Process::start("coordinator", &mut command, &run.coordinator_log())?;
         let mut progress = output.progress(Unit::Count);
         let title = match spec.task {
@@ -492,5 +500,16 @@ fn at_step(task: &Task, step: u64) -> String {
     match task {
         Task::Train { .. } => format!(" at step {step}"),
         Task::Evaluate { .. } => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_workers_of_this_machine_are_limited_by_it() {
+        assert_eq!(Workers::unless(false).most(), Some(crew::most_processes(crew::cores())));
+        assert_eq!(Workers::unless(true).most(), None);
     }
 }

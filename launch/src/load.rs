@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use learn_domain::random::mix;
-use learn_domain::{Incarnation, WorkerId};
+use learn_domain::{Generation, Incarnation, Phase, WorkerId};
 use learn_proto::auth::BearerInterceptor;
 use learn_proto::connect::Pass;
-use learn_proto::convert::{Applicant, Order};
+use learn_proto::convert::{Applicant, Heartbeat, Order};
 use learn_proto::v1::control_client::ControlClient;
 use learn_proto::v1::{HeartbeatRequest, ReadyRequest};
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -65,7 +65,7 @@ pub struct Measured {
 
 /// Where the run stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
+enum Stage {
     Joining,
     Measuring,
     Over,
@@ -97,13 +97,13 @@ async fn carry(load: &Load, say: impl Fn(&str)) -> Result<Measured> {
         placed: AtomicU32::new(0),
         failed: AtomicU32::new(0),
     });
-    let (phase, phases) = watch::channel(Phase::Joining);
+    let (stage, stages) = watch::channel(Stage::Joining);
     let started = Instant::now();
     let mut workers = JoinSet::new();
     for number in 0..load.workers {
-        workers.spawn(worker(Arc::clone(&shared), number, phases.clone()));
+        workers.spawn(worker(Arc::clone(&shared), number, stages.clone()));
     }
-    drop(phases);
+    drop(stages);
     until(&mut workers, || shared.ready.load(Ordering::Relaxed) == load.workers, None).await?;
     let join_seconds = started.elapsed().as_secs_f64();
     let ready = Instant::now();
@@ -117,9 +117,9 @@ async fn carry(load: &Load, say: impl Fn(&str)) -> Result<Measured> {
     let own = std::process::id();
     let before = (cpu_seconds(load.coordinator)?, cpu_seconds(own)?);
     let measuring = Instant::now();
-    phase.send_replace(Phase::Measuring);
+    stage.send_replace(Stage::Measuring);
     until(&mut workers, || measuring.elapsed() >= load.time, None).await?;
-    phase.send_replace(Phase::Over);
+    stage.send_replace(Stage::Over);
     let seconds = measuring.elapsed().as_secs_f64();
     let after = (cpu_seconds(load.coordinator)?, cpu_seconds(own)?);
     let rss_mib = rss_mib(load.coordinator)?;
@@ -167,7 +167,7 @@ async fn until(
 }
 
 /// One worker's life; gives its answer times in microseconds.
-async fn worker(shared: Arc<Shared>, number: u32, mut phases: watch::Receiver<Phase>) -> Result<Vec<u32>> {
+async fn worker(shared: Arc<Shared>, number: u32, mut stages: watch::Receiver<Stage>) -> Result<Vec<u32>> {
     let place = shared.joining.acquire().await?;
     let channel = shared.endpoint.connect().await?;
     let mut control = ControlClient::with_interceptor(channel, shared.bearer.clone());
@@ -181,11 +181,9 @@ async fn worker(shared: Arc<Shared>, number: u32, mut phases: watch::Receiver<Ph
     let answer = control.join(learn_proto::v1::JoinRequest::from(applicant)).await.context("join")?;
     let worker = WorkerId(answer.into_inner().worker_id);
     let (beats, said) = mpsc::channel(1);
-    let heartbeat = |generation| HeartbeatRequest {
-        worker_id: worker.0,
-        generation,
-        phase: "simulated".into(),
-        ..Default::default()
+    let heartbeat = |generation| {
+        let (generation, phase) = (Generation(generation), Phase::Forward);
+        HeartbeatRequest::from(Heartbeat { worker, generation, phase, ..Heartbeat::default() })
     };
     beats.try_send(heartbeat(0)).context("attend")?;
     let mut orders = control.attend(ReceiverStream::new(said)).await.context("attend")?.into_inner();
@@ -204,7 +202,7 @@ async fn worker(shared: Arc<Shared>, number: u32, mut phases: watch::Receiver<Ph
             _ = ticks.tick() => match unanswered {
                 Some(_) => drop(shared.failed.fetch_add(1, Ordering::Relaxed)),
                 None => {
-                    unanswered = Some((Instant::now(), *phases.borrow() == Phase::Measuring));
+                    unanswered = Some((Instant::now(), *stages.borrow() == Stage::Measuring));
                     beats.send(heartbeat(1)).await.context("attend")?;
                 }
             },
@@ -220,8 +218,8 @@ async fn worker(shared: Arc<Shared>, number: u32, mut phases: watch::Receiver<Ph
                     shared.placed.fetch_add(1, Ordering::Relaxed);
                 }
             }
-            changed = phases.changed() => {
-                if changed.is_err() || *phases.borrow_and_update() == Phase::Over {
+            changed = stages.changed() => {
+                if changed.is_err() || *stages.borrow_and_update() == Stage::Over {
                     return Ok(micros);
                 }
             }

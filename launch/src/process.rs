@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use learn_domain::report::exit;
+use learn_domain::failure::is_failure;
 
 use crate::system::{self, End};
 
@@ -105,9 +105,7 @@ impl Process {
 
     /// It has ended, and neither done, nor stopped as it was asked to, nor given the job up.
     pub fn failed(&mut self) -> bool {
-        self.ended().is_some_and(|status| {
-            !matches!(status.code(), Some(exit::OK | exit::STOPPED | exit::DIVERGED | exit::UNSAVED))
-        })
+        self.ended().is_some_and(|status| is_failure(status.code()))
     }
 
     pub fn ask_to_end(&mut self, how: End) {

@@ -5,6 +5,7 @@ mod quality;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use learn_domain::Phase;
 use learn_domain::ledger::{EpochCount, LedgerSummary};
 use learn_domain::report::{EmbeddingStatus, EmbeddingWorker, Evaluation, JobState, JobStatus, StepRecord};
 pub use quality::{evaluated, summary};
@@ -125,7 +126,7 @@ pub fn step(step: &StepRecord) -> String {
 /// What a job does: the words beside its progress bar.
 #[must_use]
 pub fn doing(status: &JobStatus) -> String {
-    let evaluates = status.workers.iter().any(|worker| !worker.left && worker.phase == "evaluation");
+    let evaluates = status.workers.iter().any(|worker| !worker.left && worker.phase == Phase::Evaluation);
     match (&status.last_step, evaluates && status.state == JobState::Running) {
         (None, false) => status.state.name().to_owned(),
         (None, true) => "evaluating".to_owned(),

@@ -7,9 +7,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
 
 use crate::auth::{AuthError, BearerInterceptor, Secret};
-use crate::tls::{Tls, TlsError};
+use crate::tls::{Tls, TlsError, is_refusal};
 
 /// Longest wait for a connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -95,6 +96,15 @@ impl Pass {
     }
 }
 
+/// Whether a call that failed may be answered when it is made again: the other side was not there or went away, and has not
+/// refused. A status with a source was made here, from a broken connection; of those that a server sends, `Unavailable`
+/// says it, and `Cancelled` that it was told to end. Certificates that are refused once are refused again.
+#[must_use]
+pub fn may_pass(status: &Status) -> bool {
+    let away = matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::Unknown);
+    !is_refusal(status) && (away || status.source().is_some())
+}
+
 /// An error with all its causes in one line.
 #[must_use]
 pub fn chain(error: &dyn Error) -> String {
@@ -123,6 +133,21 @@ mod tests {
         let error = pass.endpoint("https://127.0.0.1:1").unwrap_err().to_string();
         assert!(error.contains("tls.json"), "{error}");
         assert!(pass.endpoint("not a url").unwrap_err().to_string().contains("no address"));
+    }
+
+    #[test]
+    fn a_refusal_does_not_pass_but_a_broken_connection_may() {
+        for status in [Status::unavailable(""), Status::cancelled(""), Status::unknown("transport error")] {
+            assert!(may_pass(&status), "{status}");
+        }
+        let from_here = Status::from_error(Box::new(std::io::Error::other("broken pipe")));
+        assert!(may_pass(&from_here));
+        for refusal in [Status::not_found(""), Status::failed_precondition(""), Status::unauthenticated("")] {
+            assert!(!may_pass(&refusal), "{refusal}");
+        }
+        let certificate = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
+        let refused = Status::from_error(Box::new(std::io::Error::other(certificate)));
+        assert!(!may_pass(&refused), "{refused}");
     }
 
     #[test]

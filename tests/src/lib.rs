@@ -5,7 +5,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -216,6 +217,22 @@ pub fn succeeds(output: &Output) {
 #[must_use]
 pub fn text(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// Head and body of the answer to a GET of `http://HOST:PORT/PATH`; `headers` are further lines of the request, each with its
+/// `\r\n`.
+///
+/// # Panics
+/// If nobody answers there.
+#[must_use]
+pub fn get(url: &str, headers: &str) -> String {
+    let rest = url.strip_prefix("http://").expect("it is an address");
+    let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let mut stream = TcpStream::connect(host).expect("the server listens");
+    write!(stream, "GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{headers}\r\n").expect("it reads");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("it answers in UTF-8");
+    answer
 }
 
 /// The f32 tensors of a `.safetensors` file by name.

@@ -1,11 +1,9 @@
 //! Data servers beside the coordinator: a job reads from them, survives them, and is not changed by them.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use learn_tests::{SMALL, Shape, Site, binary, follow, follow_file, is_alive, signal, succeeds, text};
+use learn_tests::{SMALL, Shape, Site, binary, follow, follow_file, get, is_alive, signal, succeeds, text};
 use serde_json::Value;
 
 /// Rows that the data service of the process with these metrics has sent.
@@ -19,20 +17,14 @@ fn row_bytes(metrics_url: &str) -> f64 {
 }
 
 fn metric(metrics_url: &str, name: &str) -> f64 {
-    let answer = get(metrics_url);
+    let answer = body(metrics_url);
     let line = answer.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     line.unwrap_or_else(|| panic!("no such metric in {answer}")).parse().expect("a number")
 }
 
 /// The body of what this URL answers.
-fn get(url: &str) -> String {
-    let (host, path) = url.strip_prefix("http://").and_then(|rest| rest.split_once('/')).expect("a URL");
-    let mut stream = TcpStream::connect(host).expect("it listens");
-    let request = format!("GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).expect("it reads");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("it answers");
-    answer.split_once("\r\n\r\n").expect("a head and a body").1.to_owned()
+fn body(url: &str) -> String {
+    get(url, "").split_once("\r\n\r\n").expect("a head and a body").1.to_owned()
 }
 
 /// Pids and metrics of the live data servers.
@@ -55,7 +47,7 @@ fn coordinator_metrics(site: &Site, name: &str) -> String {
 /// Rows that the job's workers have found in their devices' caches.
 fn device_hits(site: &Site, name: &str) -> f64 {
     let discovery = coordinator_metrics(site, name).replace("/metrics", "/sd");
-    let groups: Value = serde_json::from_str(&get(&discovery)).expect("it is JSON");
+    let groups: Value = serde_json::from_str(&body(&discovery)).expect("it is JSON");
     let groups = groups.as_array().cloned().unwrap_or_default();
     let workers = groups.iter().filter(|group| group["labels"]["role"] == "worker");
     let targets = workers.flat_map(|group| group["targets"].as_array().cloned().unwrap_or_default());
@@ -65,7 +57,7 @@ fn device_hits(site: &Site, name: &str) -> f64 {
         let value = line.and_then(|line| line.split_whitespace().next_back()).expect("the metric is there");
         value.parse().expect("a number")
     };
-    targets.map(|target| hits(get(&url(target)))).sum()
+    targets.map(|target| hits(body(&url(target)))).sum()
 }
 
 fn start(site: &Site, name: &str, more: &[&str]) -> std::process::Child {

@@ -1,26 +1,16 @@
 //! `learn-launch embed` with real processes: one at a time, and what a stop leaves at each stage.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::io::{BufRead as _, BufReader};
+use std::net::TcpListener;
 
-use learn_tests::{SMALL, Shape, Site, signal, succeeds, text};
+use learn_tests::{SMALL, Shape, Site, get, signal, succeeds, text};
 use serde_json::Value;
 
 fn embeddings(site: &Site) -> Value {
     let manifest = fs::read(site.path("dataset/dataset.json")).expect("the dataset is there");
     let manifest: Value = serde_json::from_slice(&manifest).expect("a manifest is JSON");
     manifest["embeddings"].clone()
-}
-
-/// What an HTTP server answers.
-fn page(server: &str, path: &str) -> String {
-    let host = server.strip_prefix("http://").expect("it is an address");
-    let mut stream = TcpStream::connect(host).expect("the server listens");
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").expect("it reads");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("it answers");
-    answer
 }
 
 #[test]
@@ -69,7 +59,7 @@ fn the_status_of_a_dataset_is_that_of_its_embed_job_which_can_be_stopped() {
     assert_eq!((&live["freshness"], &live["job"]["workers"][0]["worker"]), (&"live".into(), &0.into()), "{live}");
     let address = fs::read(site.path("dataset/embeddings/job/coordinator.json")).unwrap();
     let address: Value = serde_json::from_slice(&address).unwrap();
-    let metrics = page(address["http"].as_str().unwrap(), "/metrics");
+    let metrics = get(&format!("{}/metrics", address["http"].as_str().unwrap()), "");
     assert!(metrics.contains("\nlearn_embed_planned_rows 0\n"), "no process knows yet: {metrics}");
     let stopped = site.launch(&["stop", "dataset"]);
     succeeds(&stopped);

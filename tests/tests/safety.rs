@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use learn_tests::{SMALL, Site, binary, follow, succeeds, text};
+use learn_tests::{SMALL, Site, binary, follow, get, succeeds, text};
 use serde_json::Value;
 
 /// Settings of a job that goes on until it is stopped.
@@ -66,16 +66,11 @@ fn address(site: &Site, run: &str) -> Value {
 }
 
 /// The answer to `GET path` of the coordinator's HTTP port, to somebody with the run's token.
-fn get(site: &Site, run: &str, path: &str) -> String {
+fn shown(site: &Site, run: &str, path: &str) -> String {
     let token = fs::read_to_string(site.run_dir(run).join("token")).expect("the run has a token");
     let address = address(site, run);
-    let host = address["http"].as_str().and_then(|url| url.strip_prefix("http://")).expect("a URL");
-    let mut stream = TcpStream::connect(host).expect("it listens");
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n").expect("it reads");
-    write!(stream, "Authorization: Bearer {}\r\n\r\n", token.trim()).expect("it reads");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("it answers in UTF-8");
-    answer
+    let url = format!("{}{path}", address["http"].as_str().expect("a URL"));
+    get(&url, &format!("Authorization: Bearer {}\r\n", token.trim()))
 }
 
 fn secret(site: &Site, run: &str) -> String {
@@ -153,7 +148,7 @@ fn the_secret_is_in_its_file_and_nowhere_else() {
     assert_eq!(command_lines(&secret), Vec::<String>::new());
     assert!(!in_an_environment(&secret));
     for path in ["/", "/api/v1/job", "/api/v1/overview", "/api/v1/config", "/metrics", "/sd", "/readyz", "/healthz"] {
-        let answer = get(&site, "secret", path);
+        let answer = shown(&site, "secret", path);
         assert!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
         assert!(!answer.contains(&secret), "{path} tells the secret");
     }

@@ -1,12 +1,10 @@
 //! A job on a real Slurm cluster: submitted, requeued, stopped, deprived of a machine, and equal to a local run.
 
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
 use std::process::{Command, Stdio};
 
 use learn_tests::slurm::{Cluster, PLAIN_FILES, URGENT, variable_of};
-use learn_tests::{SMALL, Site, f32_values, follow, follow_file, is_alive, signal, succeeds, text};
+use learn_tests::{SMALL, Site, f32_values, follow, follow_file, get, is_alive, signal, succeeds, text};
 use serde_json::Value;
 
 const STEPS: u64 = 600;
@@ -89,15 +87,6 @@ fn coordinator(site: &Site, run: &str) -> Value {
     serde_json::from_slice(&bytes).expect("it is JSON")
 }
 
-fn page(server: &str, path: &str) -> String {
-    let host = server.strip_prefix("http://").expect("it is an address");
-    let mut stream = TcpStream::connect(host).expect("the server listens");
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").expect("it reads");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("it answers");
-    answer
-}
-
 fn events(site: &Site, run: &str) -> std::path::PathBuf {
     site.run_dir(run).join("events.jsonl")
 }
@@ -160,7 +149,7 @@ fn a_job_that_is_requeued_midway_ends_like_a_local_run() {
     succeeds(&cluster.slurm("scancel", &["--batch", "--signal=USR1", &job]));
     follow_file(&events(&site, "cluster"), "\"restarted\"", 1);
     follow(&site, "cluster", 300);
-    let metrics = page(coordinator(&site, "cluster")["http"].as_str().expect("it is text"), "/metrics");
+    let metrics = get(&format!("{}/metrics", coordinator(&site, "cluster")["http"].as_str().expect("it is text")), "");
     assert!(metrics.contains("learn_job_restarts_total 1"), "{metrics}");
     let logs = cluster.follow_to_the_end(&site, "runs/cluster");
     assert!(logs.contains("is back in the queue") && logs.contains("slurm ") && logs.contains("worker-3 "), "{logs}");

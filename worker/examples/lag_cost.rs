@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use learn_domain::progress::{Lag, Work};
-use learn_domain::{Config, Rank, Step};
-use learn_telemetry::{Phase, WorkerMetrics};
+use learn_domain::{Config, Phase, Rank, Step};
+use learn_telemetry::WorkerMetrics;
 use learn_worker::bench::step::bench_step;
 use learn_worker::bench::synthetic::BenchSettings;
 use learn_worker::control::Progress;

@@ -18,7 +18,7 @@ use learn_domain::event::Happening;
 use learn_domain::membership::Departure;
 use learn_domain::progress::Work;
 use learn_domain::report::{Evaluation, StepRecord};
-use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
+use learn_domain::{Generation, Phase, Rank, Step, UserIndex, WorkerId};
 use learn_proto::auth::BearerInterceptor;
 use learn_proto::connect::{Pass, chain};
 use learn_proto::convert::{
@@ -104,28 +104,12 @@ pub struct Place {
     pub world_size: u32,
 }
 
-/// The phases of a worker, as heartbeats name them.
-pub const PHASES: [&str; 13] = [
-    "starting",
-    "regrouping",
-    "data_wait",
-    "forward",
-    "gather",
-    "loss",
-    "backward",
-    "reduce",
-    "optimizer",
-    "checkpoint",
-    "evaluation",
-    "finishing",
-    "bench",
-];
-
 /// Where the training thread is, readable from the heartbeat task.
 #[derive(Debug, Default)]
 pub struct Progress {
     generation: AtomicU64,
     step: AtomicU64,
+    /// Number of the phase; 0 = starting.
     phase: AtomicU8,
     /// Collective operations that were entered in this generation.
     entered: AtomicU64,
@@ -146,9 +130,8 @@ impl Default for Start {
 }
 
 impl Progress {
-    pub fn enter(&self, phase: &'static str) {
-        let index = PHASES.iter().position(|known| *known == phase).unwrap_or(0);
-        self.phase.store(index as u8, Ordering::Relaxed);
+    pub fn enter(&self, phase: Phase) {
+        self.phase.store(phase as u8, Ordering::Relaxed);
         self.mark();
     }
 
@@ -168,9 +151,10 @@ impl Progress {
         self.since_millis.store(self.start.0.elapsed().as_millis() as u64, Ordering::Relaxed);
     }
 
-    fn millis_since(&self) -> u64 {
-        let now = self.start.0.elapsed().as_millis() as u64;
-        now.saturating_sub(self.since_millis.load(Ordering::Relaxed))
+    /// Since the phase or the collective was entered.
+    fn since(&self) -> Duration {
+        let entered = Duration::from_millis(self.since_millis.load(Ordering::Relaxed));
+        self.start.0.elapsed().saturating_sub(entered)
     }
 
     /// A generation begins.
@@ -191,8 +175,8 @@ impl Progress {
     }
 
     #[must_use]
-    pub fn phase(&self) -> &'static str {
-        PHASES[usize::from(self.phase.load(Ordering::Relaxed))]
+    pub fn phase(&self) -> Phase {
+        Phase::numbered(self.phase.load(Ordering::Relaxed))
     }
 
     #[must_use]

@@ -1,6 +1,7 @@
 //! Why a worker could not do its task.
 
 use learn_domain::Step;
+use learn_domain::failure::Reach;
 use learn_domain::membership::GiveUp;
 use learn_domain::report::exit;
 
@@ -76,41 +77,59 @@ pub enum WorkerError {
 }
 
 impl WorkerError {
-    /// Why the whole job is to be given up, if nobody could do better: every rank comes to the same.
+    /// How far it reaches.
     #[must_use]
-    pub fn gives_up(&self) -> Option<GiveUp> {
+    pub fn reach(&self) -> Reach {
         match self {
-            Self::NonFiniteStep { .. } | Self::NonFiniteScores | Self::NonFiniteEmbeddings => Some(GiveUp::Diverged),
-            Self::Unsaved(_) => Some(GiveUp::Unsaved),
-            _ => None,
+            Self::NonFiniteStep { .. } | Self::NonFiniteScores | Self::NonFiniteEmbeddings => {
+                Reach::Job(GiveUp::Diverged)
+            }
+            Self::Unsaved(_) => Reach::Job(GiveUp::Unsaved),
+            Self::Control(ControlError::Ended { .. } | ControlError::Unknown { .. })
+            | Self::Feed(FeedError::Aborted) => Reach::Generation,
+            Self::Collective(error) if error.passes() => Reach::Generation,
+            Self::Collective(_) | Self::Panic(_) => Reach::Process,
+            _ => Reach::Place,
         }
-    }
-
-    /// It ends a generation and not this worker: what it holds is as it was.
-    #[must_use]
-    pub fn passes(&self) -> bool {
-        match self {
-            Self::Control(error) => matches!(error, ControlError::Ended { .. } | ControlError::Unknown { .. }),
-            Self::Feed(FeedError::Aborted) => true,
-            Self::Collective(error) => error.passes(),
-            _ => false,
-        }
-    }
-
-    /// It ends this process and says nothing of others in its place: a defect, a broken device.
-    #[must_use]
-    pub fn crashes(&self) -> bool {
-        matches!(self, Self::Panic(_) | Self::Collective(_))
     }
 
     /// The exit code of a process that ends with this error.
     #[must_use]
     pub fn exit_code(&self) -> i32 {
-        match self.gives_up() {
-            Some(GiveUp::Diverged) => exit::DIVERGED,
-            Some(GiveUp::Unsaved) => exit::UNSAVED,
-            None if matches!(self, Self::Usage(_) | Self::Checkpoint(CheckpointError::Unknown { .. })) => exit::USAGE,
-            None => exit::FAILED,
+        match self {
+            Self::Usage(_) | Self::Checkpoint(CheckpointError::Unknown { .. }) => exit::USAGE,
+            _ => self.reach().exit_code(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use learn_collective::CollectiveError;
+
+    use super::*;
+
+    #[test]
+    fn each_failure_reaches_as_far_as_it_should() {
+        let ended = ControlError::Ended { call: "put", message: String::new() };
+        let lost = CollectiveError::PeerLost { op: "gather", peer: Some(1), reason: String::new() };
+        let broken = CollectiveError::Device { op: "gather", reason: String::new() };
+        for (error, reach) in [
+            (WorkerError::from(ended), Reach::Generation),
+            (FeedError::Aborted.into(), Reach::Generation),
+            (lost.into(), Reach::Generation),
+            (broken.into(), Reach::Process),
+            (WorkerError::Panic("a defect".into()), Reach::Process),
+            (WorkerError::Memory("lower training.micro_batch".into()), Reach::Place),
+            (ControlError::Refused { call: "join", message: String::new() }.into(), Reach::Place),
+            (WorkerError::Usage("no such user".into()), Reach::Place),
+            (WorkerError::NonFiniteScores, Reach::Job(GiveUp::Diverged)),
+            (WorkerError::Unsaved(CheckpointError::WriterGone), Reach::Job(GiveUp::Unsaved)),
+        ] {
+            assert_eq!(error.reach(), reach, "{error}");
+        }
+        assert_eq!(WorkerError::Usage(String::new()).exit_code(), exit::USAGE);
+        assert_eq!(WorkerError::NonFiniteScores.exit_code(), exit::DIVERGED);
+        assert_eq!(WorkerError::Signature.exit_code(), exit::FAILED);
     }
 }

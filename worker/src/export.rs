@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 
 use arrow_array::{ArrayRef, FixedSizeListArray, Float32Array, RecordBatch, StringArray};
 use arrow_schema::{DataType, Field, Schema};
+use learn_domain::Phase;
 use learn_domain::config::RowFormat;
 use learn_domain::report::{Split, exit};
 use learn_domain::run_dir::RunDir;
@@ -76,7 +77,7 @@ pub fn export(settings: &ExportSettings) -> Result<Exported, WorkerError> {
         }
         write_all(&offline, settings.cvr_features, &aside, out)
     };
-    let exported = panic::caught(write, || "export");
+    let exported = panic::caught(write, || Phase::Export);
     // a process that was asked to stop waits here for its end
     let _ends = ending.lock();
     match &exported {

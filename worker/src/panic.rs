@@ -7,16 +7,15 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use learn_domain::Phase;
+
 use crate::error::WorkerError;
 
 /// Runs `task`; a panic in it is an error.
 ///
 /// # Errors
 /// Those of the task, and [`WorkerError::Memory`] or [`WorkerError::Panic`]. `phase` is asked when the task has panicked.
-pub fn caught<T>(
-    task: impl FnOnce() -> Result<T, WorkerError>,
-    phase: impl Fn() -> &'static str,
-) -> Result<T, WorkerError> {
+pub fn caught<T>(task: impl FnOnce() -> Result<T, WorkerError>, phase: impl Fn() -> Phase) -> Result<T, WorkerError> {
     // what the task was changing is not used again: the worker leaves
     let ended = catch_unwind(AssertUnwindSafe(task)).unwrap_or_else(|payload| {
         let message = message(payload.as_ref());
@@ -34,7 +33,7 @@ fn message(payload: &(dyn Any + Send)) -> String {
 }
 
 /// What to lower, if `message` says that memory ran out while the worker was in `phase`.
-fn advice(message: &str, phase: &str) -> Option<String> {
+fn advice(message: &str, phase: Phase) -> Option<String> {
     let of_gpu = ["CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "NVML_ERROR_MEMORY"];
     let of_host = ["can't allocate memory", "not enough memory: you tried to allocate"];
     let device = if of_gpu.iter().any(|known| message.contains(known)) {
@@ -45,13 +44,13 @@ fn advice(message: &str, phase: &str) -> Option<String> {
         return None;
     };
     let lower = match phase {
-        "evaluation" => {
+        Phase::Evaluation => {
             "lower evaluation.batch_users (the metrics stay the same), or evaluation.content_memory, which goes without the \
              comparisons by content"
         }
-        "checkpoint" => "a checkpoint is copied to host memory first: lower cluster.row_cache",
-        "export" => "run it where more memory is free; with CUDA_VISIBLE_DEVICES=N it takes another GPU",
-        "recommend" => {
+        Phase::Checkpoint => "a checkpoint is copied to host memory first: lower cluster.row_cache",
+        Phase::Export => "run it where more memory is free; with CUDA_VISIBLE_DEVICES=N it takes another GPU",
+        Phase::Recommend => {
             "ask for fewer users at once, or run it where more memory is free; with CUDA_VISIBLE_DEVICES=N it takes another GPU"
         }
         _ => {
@@ -86,23 +85,23 @@ mod tests {
 
     #[test]
     fn running_out_of_memory_says_what_to_lower() {
-        let text = advice(CUDA, "backward").unwrap();
+        let text = advice(CUDA, Phase::Backward).unwrap();
         let facts = "Tried to allocate 2.44 GiB. GPU 1 has a total capacity of 79.10 GiB of which 1.01 GiB is free";
         assert_eq!(text.split("; ").next(), Some(&*format!("GPU memory ran out in the phase backward ({facts})")));
         assert!(text.contains("training.micro_batch") && !text.contains("Torch("), "{text}");
-        assert!(advice(CUDA, "evaluation").unwrap().contains("evaluation.batch_users"));
-        for (phase, advised) in [("export", "where more memory is free"), ("recommend", "fewer users")] {
+        assert!(advice(CUDA, Phase::Evaluation).unwrap().contains("evaluation.batch_users"));
+        for (phase, advised) in [(Phase::Export, "where more memory is free"), (Phase::Recommend, "fewer users")] {
             let text = advice(CUDA, phase).unwrap();
             assert!(text.contains(advised) && !text.contains("training."), "there is no training to change: {text}");
         }
-        let text = advice(HOST, "forward").unwrap();
+        let text = advice(HOST, Phase::Forward).unwrap();
         assert!(
             text.starts_with("host memory ran out in the phase forward (you tried to allocate 400000000000 bytes);")
         );
-        assert!(advice("CUDA error: out of memory", "reduce").unwrap().contains("phase reduce; lower training"));
-        assert!(advice("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "forward").is_some());
+        assert!(advice("CUDA error: out of memory", Phase::Reduce).unwrap().contains("phase reduce; lower training"));
+        assert!(advice("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", Phase::Forward).is_some());
         for other in ["CUDA error: an illegal memory access was encountered", "the row cache holds 7", "disk full"] {
-            assert_eq!(advice(other, "forward"), None, "{other}");
+            assert_eq!(advice(other, Phase::Forward), None, "{other}");
         }
     }
 
@@ -113,7 +112,7 @@ mod tests {
             let tensor = tch::Tensor::zeros([1 << 50], (tch::Kind::Uint8, tch::Device::Cpu));
             Ok(tensor.size()[0])
         };
-        let error = caught(huge, || "forward").unwrap_err();
+        let error = caught(huge, || Phase::Forward).unwrap_err();
         assert!(matches!(error, WorkerError::Memory(_)), "{error}");
         assert!(error.to_string().contains("1125899906842624 bytes"), "{error}");
     }
@@ -121,9 +120,9 @@ mod tests {
     #[test]
     fn a_panic_is_an_error_and_an_error_stays_what_it_is() {
         let panics = || -> Result<(), WorkerError> { panic!("shape {} is wrong", 7) };
-        assert!(matches!(caught(panics, || ""), Err(WorkerError::Panic(said)) if said == "shape 7 is wrong"));
+        assert!(matches!(caught(panics, Phase::default), Err(WorkerError::Panic(said)) if said == "shape 7 is wrong"));
         let fails = || -> Result<(), WorkerError> { Err(WorkerError::Signature) };
-        assert!(matches!(caught(fails, || ""), Err(WorkerError::Signature)));
-        assert_eq!(caught(|| Ok(3), || "").unwrap(), 3);
+        assert!(matches!(caught(fails, Phase::default), Err(WorkerError::Signature)));
+        assert_eq!(caught(|| Ok(3), Phase::default).unwrap(), 3);
     }
 }

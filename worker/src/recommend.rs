@@ -6,6 +6,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
+use learn_domain::Phase;
 use learn_domain::run_dir::RunDir;
 use serde::Serialize;
 use tch::Tensor;
@@ -48,7 +49,7 @@ pub struct RecommendedItem {
 /// # Errors
 /// If the run cannot be read, a user is not in the dataset, or memory runs out.
 pub fn recommend(settings: &RecommendSettings) -> Result<Vec<Recommendation>, WorkerError> {
-    panic::caught(|| lists(settings), || "recommend")
+    panic::caught(|| lists(settings), || Phase::Recommend)
 }
 
 fn lists(settings: &RecommendSettings) -> Result<Vec<Recommendation>, WorkerError> {

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use learn_domain::random::Draws;
+use learn_proto::connect::may_pass;
 use learn_proto::tls::is_refusal;
 use tokio::time::Instant;
 
@@ -29,14 +30,8 @@ pub trait Passing {
 }
 
 impl Passing for tonic::Status {
-    /// A status with a source was made here, from a broken connection; of those that a server sends, `Unavailable` says
-    /// it, and `Cancelled` that it was told to end. Certificates that are refused once are refused again.
     fn may_pass(&self) -> bool {
-        if is_refusal(self) {
-            return false;
-        }
-        std::error::Error::source(self).is_some()
-            || matches!(self.code(), tonic::Code::Unavailable | tonic::Code::Cancelled | tonic::Code::Unknown)
+        may_pass(self)
     }
 }
 
@@ -218,16 +213,6 @@ mod tests {
     #[test]
     fn without_patience_there_is_no_second_try() {
         assert_eq!(Outage::default().failed(Duration::ZERO, Duration::ZERO, 0.5), None);
-    }
-
-    #[test]
-    fn a_refusal_is_not_tried_again_but_a_broken_connection_is() {
-        assert!(Status::unavailable("").may_pass() && Status::unknown("transport error").may_pass());
-        let from_here = Status::from_error(Box::new(std::io::Error::other("broken pipe")));
-        assert!(from_here.may_pass());
-        for refusal in [Status::not_found(""), Status::failed_precondition(""), Status::unauthenticated("")] {
-            assert!(!refusal.may_pass(), "{refusal}");
-        }
     }
 
     async fn count(patience: &Patience, answer: impl Fn(u32) -> Result<u32, Status>) -> (Result<u32, Status>, u32) {

@@ -134,7 +134,10 @@ async fn scale(State(shared): State<Shared>, headers: HeaderMap, Json(wanted): J
         return refused;
     }
     match shared.job.ask(|reply| Command::Scale(wanted.workers.get(), reply)).await {
-        Ok(workers) => (StatusCode::ACCEPTED, Json(serde_json::json!({ "wanted_workers": workers }))).into_response(),
+        Ok(Ok(workers)) => {
+            (StatusCode::ACCEPTED, Json(serde_json::json!({ "wanted_workers": workers }))).into_response()
+        }
+        Ok(Err(error)) => (StatusCode::CONFLICT, format!("{error}\n")).into_response(),
         Err(error) => gone(error),
     }
 }

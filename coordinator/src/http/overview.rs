@@ -4,9 +4,9 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use learn_domain::Step;
 use learn_domain::ledger::EpochCount;
 use learn_domain::report::{DatasetFacts, Evaluation, JobState, JobStatus, StepRecord, Task, WorkerStatus};
+use learn_domain::{Phase, Step};
 use serde::{Deserialize, Serialize};
 
 use crate::board::Counts;
@@ -37,8 +37,8 @@ pub fn silent_after(heartbeat_interval: Duration) -> Duration {
 
 #[must_use]
 pub fn liveness(worker: &WorkerStatus, silent_after: Duration) -> Liveness {
-    match (worker.left, worker.phase.as_str()) {
-        (true, "lost") => Liveness::Lost,
+    match (worker.left, worker.phase) {
+        (true, Phase::Lost) => Liveness::Lost,
         (true, _) => Liveness::Left,
         (false, _) if worker.seconds_since_heartbeat > silent_after.as_secs_f64() => Liveness::Silent,
         (false, _) => Liveness::Alive,
@@ -53,7 +53,7 @@ pub struct WorkerCounts {
     pub lost: u64,
     pub left: u64,
     /// Of those that are there, by phase.
-    pub phases: BTreeMap<String, u64>,
+    pub phases: BTreeMap<&'static str, u64>,
 }
 
 #[must_use]
@@ -67,7 +67,7 @@ pub fn count(workers: &[WorkerStatus], silent_after: Duration) -> WorkerCounts {
             Liveness::Left => counts.left += 1,
         }
         if !worker.left {
-            *counts.phases.entry(worker.phase.clone()).or_default() += 1;
+            *counts.phases.entry(worker.phase.as_str()).or_default() += 1;
         }
     }
     counts
@@ -229,7 +229,7 @@ mod tests {
 
     const SILENT_AFTER: Duration = Duration::from_secs(6);
 
-    fn worker(id: u32, rank: Option<u32>, phase: &str, heard: f64) -> WorkerStatus {
+    fn worker(id: u32, rank: Option<u32>, phase: Phase, heard: f64) -> WorkerStatus {
         WorkerStatus {
             worker: WorkerId(id),
             rank: rank.map(Rank),
@@ -237,12 +237,12 @@ mod tests {
             pid: 1,
             device: "cpu".into(),
             step: Step(3),
-            phase: phase.into(),
+            phase,
             metrics_url: String::new(),
             seconds_since_heartbeat: heard,
             seconds_in_phase: 0.0,
             work_ratio: rank.map(|rank| f64::from(rank) + 1.0),
-            left: ["lost", "done"].contains(&phase),
+            left: [Phase::Lost, Phase::Done].contains(&phase),
         }
     }
 
@@ -254,12 +254,12 @@ mod tests {
     #[test]
     fn workers_are_ordered_by_what_is_asked_and_the_gone_come_last() {
         let workers = [
-            worker(0, None, "lost", 900.0),
-            worker(1, Some(1), "backward", 0.1),
-            worker(2, Some(0), "gather", 9.0),
-            worker(3, None, "joining", 0.2),
-            worker(4, None, "lost", 3.0),
-            worker(5, None, "done", 400.0),
+            worker(0, None, Phase::Lost, 900.0),
+            worker(1, Some(1), Phase::Backward, 0.1),
+            worker(2, Some(0), Phase::Gather, 9.0),
+            worker(3, None, Phase::Joining, 0.2),
+            worker(4, None, Phase::Lost, 3.0),
+            worker(5, None, Phase::Done, 400.0),
         ];
         assert_eq!(ids(&workers, Show::All, Order::Rank), [2, 1, 3, 4, 5, 0]);
         assert_eq!(ids(&workers, Show::Present, Order::Work), [1, 2, 3]);
@@ -278,10 +278,10 @@ mod tests {
         assert_eq!(silent_after(Duration::from_secs(2)), Duration::from_secs(6));
         assert_eq!(silent_after(Duration::from_millis(100)), NEVER_BEFORE);
         for (phase, heard, expected) in [
-            ("gather", 5.9, Liveness::Alive),
-            ("gather", 6.1, Liveness::Silent),
-            ("lost", 0.0, Liveness::Lost),
-            ("done", 0.0, Liveness::Left),
+            (Phase::Gather, 5.9, Liveness::Alive),
+            (Phase::Gather, 6.1, Liveness::Silent),
+            (Phase::Lost, 0.0, Liveness::Lost),
+            (Phase::Done, 0.0, Liveness::Left),
         ] {
             assert_eq!(liveness(&worker(1, Some(0), phase, heard), SILENT_AFTER), expected, "{phase}, {heard} s");
         }
@@ -289,7 +289,7 @@ mod tests {
 
     #[test]
     fn an_overview_of_ten_thousand_workers_is_small() {
-        let workers: Vec<WorkerStatus> = (0..10_000).map(|id| worker(id, Some(id), "backward", 0.1)).collect();
+        let workers: Vec<WorkerStatus> = (0..10_000).map(|id| worker(id, Some(id), Phase::Backward, 0.1)).collect();
         let status = JobStatus {
             name: "wide".into(),
             task: Task::Train { resume_from: None },

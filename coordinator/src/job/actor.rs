@@ -11,7 +11,7 @@ use learn_domain::event::{Happening, JobEvent};
 use learn_domain::membership::{Departure, Directive, Effect, Loss, Outcome, StopCause};
 use learn_domain::report::{Evaluation, JobState, JobStatus, StepRecord, Task, Timed};
 use learn_domain::{Generation, Step, WorkerId};
-use learn_proto::convert::{Applicant, Beginning, StepReport};
+use learn_proto::convert::{Applicant, Beginning, Heartbeat, StepReport};
 use learn_telemetry::CoordinatorMetrics;
 use learn_telemetry::place::{self, Field};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -19,7 +19,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::attendance::Attendances;
 use super::turn::{Keeping, Turns};
-use super::{Asked, Heartbeat, Job, JobError, figures};
+use super::{Asked, Job, JobError, figures};
 use crate::journal::{Entry, LineFile};
 use crate::sd::Present;
 use crate::state::StateError;
@@ -91,7 +91,7 @@ pub enum Command {
     /// A worker has ended before all had joined, and why.
     NeverJoined(String, Reply<()>),
     /// The answer is the number of workers that are wanted now.
-    Scale(u32, Reply<u32>),
+    Scale(u32, Reply<Result<u32, JobError>>),
     Status(Reply<JobStatus>),
     /// Workers that have joined and not left.
     Present(Reply<Vec<Present>>),
@@ -461,9 +461,15 @@ impl JobOwner {
                 self.turn.answer(reply, ());
             }
             Command::Scale(workers, reply) => {
-                self.apply(|job, now| job.scale(now, workers))?;
-                tracing::info!(workers = self.job.wanted(), "workers are wanted");
-                self.turn.answer(reply, self.job.wanted());
+                let answer = match self.job.scale(self.now(), workers) {
+                    Ok(effects) => {
+                        self.carry_out(effects)?;
+                        tracing::info!(workers = self.job.wanted(), "workers are wanted");
+                        Ok(self.job.wanted())
+                    }
+                    Err(error) => Err(error),
+                };
+                self.turn.answer(reply, answer);
             }
             Command::Status(reply) => {
                 self.turn.answer(reply, self.job.status(self.now()));

@@ -18,6 +18,11 @@ pub enum JobError {
     Regrouping(Generation),
     #[error("the job is stopping: {0}")]
     Stopping(StopCause),
+    #[error(
+        "{workers} workers are too many for the machine whose learn-launch starts them, which takes {most} at most; ask for \
+         fewer, or start the workers elsewhere: `learn-launch stop RUN`, then `learn-launch resume RUN --no-workers`"
+    )]
+    TooManyWorkers { workers: u32, most: u32 },
     #[error("only rank 0 may do this; worker {worker} has rank {rank}")]
     NotRankZero { worker: WorkerId, rank: Rank },
     #[error(

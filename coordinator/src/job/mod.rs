@@ -11,6 +11,7 @@ mod books;
 mod error;
 mod figures;
 mod history;
+mod operator;
 mod saved;
 mod status;
 mod summary;
@@ -32,13 +33,13 @@ use learn_domain::membership::{
 };
 use learn_domain::plan::Plan;
 use learn_domain::report::{DatasetFacts, Evaluation, StepRecord, Task};
-use learn_domain::{Config, Generation, Rank, Step, UserIndex, WorkerId};
-use learn_proto::convert::{Applicant, Beginning, StepReport};
+use learn_domain::{Config, Generation, Phase, Rank, Step, UserIndex, WorkerId};
+use learn_proto::convert::{Applicant, Beginning, Heartbeat, StepReport};
+pub use operator::Asked;
 pub use saved::TakeOverError;
 use saved::{Changed, Unsaved};
 pub use turn::Keeping;
 use vigil::Vigil;
-pub use worker::Heartbeat;
 use worker::Worker;
 
 /// What a job is made from.
@@ -51,16 +52,9 @@ pub struct JobSettings {
     pub total_steps: u64,
     /// Times that a scheduler has started the job again.
     pub restarts: u32,
+    /// Most workers that whoever starts them can start; none if there is no such limit.
+    pub most_workers: Option<u32>,
     pub history: History,
-}
-
-/// How a stop was asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Asked {
-    /// By whoever has the job's secret.
-    ByCall,
-    /// By a person, or by a scheduler that cuts the job short.
-    BySignal,
 }
 
 /// The job.
@@ -168,12 +162,11 @@ impl Job {
         for effect in &effects {
             match effect {
                 Effect::Admitted(worker) => {
-                    let (phase, step) = ("joining".into(), self.books.complete());
                     let fresh = Worker {
                         applicant,
                         rank: self.rank(*worker),
-                        step,
-                        phase,
+                        step: self.books.complete(),
+                        phase: Phase::Joining,
                         seen: now,
                         entered: 0,
                         inside: false,
@@ -396,37 +389,12 @@ impl Job {
             worker.step = worker.step.max(last.step);
         }
         worker.phase = match departure {
-            Departure::Done => "done".into(),
-            Departure::Stopped => "stopped".into(),
-            Departure::Crashed(_) | Departure::Failed(_) => "failed".into(),
-            Departure::GaveUp(..) => "gave up".into(),
+            Departure::Done => Phase::Done,
+            Departure::Stopped => Phase::Stopped,
+            Departure::Crashed(_) | Departure::Failed(_) => Phase::Failed,
+            Departure::GaveUp(..) => Phase::GaveUp,
         };
         Ok(self.take(now, Event::Leave(id, departure)))
-    }
-
-    /// A signal, or an operator's call, asks for the end.
-    pub fn stop(&mut self, now: Duration, asked: Asked) -> Vec<Effect> {
-        if asked == Asked::ByCall && !std::mem::replace(&mut self.operator_stop, true) {
-            self.unsaved.job = true;
-        }
-        self.take(now, Event::OperatorStop)
-    }
-
-    /// A worker has ended before all had joined, says who starts them.
-    pub fn never_joined(&mut self, now: Duration, message: String) -> Vec<Effect> {
-        self.take(now, Event::NeverJoined(message))
-    }
-
-    /// So many workers are wanted from now on, but no more than there are users in a step.
-    pub fn scale(&mut self, now: Duration, workers: u32) -> Vec<Effect> {
-        let most = self.settings.config.training.global_batch;
-        self.take(now, Event::Scale(workers.min(most)))
-    }
-
-    /// Workers that the job wants to have.
-    #[must_use]
-    pub fn wanted(&self) -> u32 {
-        self.membership.wanted()
     }
 
     /// Nobody is to be blamed for the time before `now`.
@@ -510,18 +478,18 @@ impl Job {
                     if let Some(worker) = self.workers.get_mut(&loss.worker) {
                         worker.left = true;
                         worker.rank = None;
-                        worker.phase = "lost".into();
+                        worker.phase = Phase::Lost;
                     }
                 }
                 Effect::NewcomerLost(worker, _) => {
                     if let Some(worker) = self.workers.get_mut(worker) {
                         worker.left = true;
-                        worker.phase = "lost".into();
+                        worker.phase = Phase::Lost;
                     }
                 }
                 Effect::Dismissed(worker) => {
                     if let Some(worker) = self.workers.get_mut(worker) {
-                        worker.phase = "dismissed".into();
+                        worker.phase = Phase::Dismissed;
                     }
                 }
                 Effect::Stop(_) => self.workers.values_mut().for_each(|worker| worker.told = false),

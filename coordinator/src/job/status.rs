@@ -52,7 +52,7 @@ impl Job {
             pid: worker.applicant.pid,
             device: worker.applicant.device.clone(),
             step: worker.step,
-            phase: worker.phase.clone(),
+            phase: worker.phase,
             metrics_url: worker.applicant.metrics_url.clone(),
             work_ratio: worker.rank.and_then(|rank| self.vigil.work_ratio(rank)),
             seconds_in_phase: (worker.since + now.saturating_sub(worker.seen)).as_secs_f64(),

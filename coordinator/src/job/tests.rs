@@ -24,6 +24,7 @@ pub(super) fn settings(workers: u32) -> JobSettings {
         plan: Plan::new(PlanKey { fingerprint: "f".into(), seed: 1, users: 8, global_batch: 4 }).unwrap(),
         total_steps: 4,
         restarts: 0,
+        most_workers: None,
         history: History::default(),
     }
 }
@@ -257,7 +258,7 @@ fn an_old_generation_changes_nothing() {
     assert_eq!(job.report(SECOND, current).unwrap_err(), JobError::UnknownWorker(WorkerId(0)), "it must join again");
     let status = job.status(SECOND);
     assert_eq!((status.ledger.epochs.len(), status.last_step, status.evaluations.len()), (0, None, 0));
-    assert_eq!(status.workers[0].phase, "lost");
+    assert_eq!(status.workers[0].phase, Phase::Lost);
 }
 
 #[test]
@@ -273,10 +274,10 @@ fn the_status_follows_the_membership() {
     assert_eq!((status.state, status.generation), (JobState::Running, Generation(1)));
     assert_eq!(status.workers.iter().map(|worker| worker.rank).collect::<Vec<_>>(), [Some(Rank(0)), Some(Rank(1))]);
     assert!((status.workers[0].seconds_since_heartbeat - 2.0).abs() < 1e-9);
-    let beat = Heartbeat { worker: WorkerId(1), step: Step(3), phase: "forward".into(), ..Heartbeat::default() };
+    let beat = Heartbeat { worker: WorkerId(1), step: Step(3), phase: Phase::Forward, ..Heartbeat::default() };
     assert!(matches!(job.heartbeat(SECOND * 4, beat).0, Directive::Run { rank: Rank(1), .. }));
     let worker = &job.status(SECOND * 4).workers[1];
-    assert_eq!((worker.step, worker.phase.as_str()), (Step(3), "forward"));
+    assert_eq!((worker.step, worker.phase), (Step(3), Phase::Forward));
     job.stop(SECOND * 5, Asked::ByCall);
     assert_eq!(job.state(), JobState::Stopping);
     for worker in 0..2 {
@@ -401,4 +402,21 @@ fn a_resumed_job_goes_on_counting() {
     let summary = job.summary();
     assert!((summary.samples_per_second - 8.0 / 2.5).abs() < 1e-9);
     assert!((summary.seconds - 4.0).abs() < 1e-9, "2 s of steps and 1 s of evaluation before, 1 s now");
+}
+
+#[test]
+fn more_workers_than_somebody_can_start_are_refused_and_change_nothing() {
+    let mut job = Job::new(JobSettings { most_workers: Some(3), ..settings(2) });
+    let refused = job.scale(SECOND, 4).unwrap_err();
+    assert_eq!((&refused, job.wanted()), (&JobError::TooManyWorkers { workers: 4, most: 3 }, 2));
+    let text = refused.to_string();
+    assert!(text.contains("takes 3 at most") && text.contains("--no-workers"), "{text}");
+    job.scale(SECOND, 3).unwrap();
+    assert_eq!(job.wanted(), 3);
+    // a step has 4 users, and each worker takes one at least
+    let mut settings = JobSettings { most_workers: Some(4), ..settings(2) };
+    settings.config.training.global_batch = 4;
+    let mut job = Job::new(settings);
+    job.scale(SECOND, 100).unwrap();
+    assert_eq!(job.wanted(), 4, "it would not have to start more");
 }

@@ -123,7 +123,7 @@ impl Job {
                 step: worker.step,
                 entered: worker.entered,
                 inside: worker.inside,
-                phase: worker.phase.clone(),
+                phase: worker.phase,
                 silent: now.saturating_sub(worker.seen) > silent,
             })
         };

@@ -1,8 +1,8 @@
-//! A worker as the job knows it, and what it says of itself.
+//! A worker as the job knows it.
 
 use std::time::Duration;
 
-use learn_domain::{Rank, Step, WorkerId};
+use learn_domain::{Phase, Rank, Step};
 use learn_proto::convert::Applicant;
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +12,7 @@ pub(super) struct Worker {
     pub applicant: Applicant,
     pub rank: Option<Rank>,
     pub step: Step,
-    pub phase: String,
+    pub phase: Phase,
     pub seen: Duration,
     /// Collective operations that it has entered in this generation.
     pub entered: u64,
@@ -30,20 +30,4 @@ impl Worker {
     pub fn on_gpu(&self) -> bool {
         self.applicant.device.starts_with("cuda")
     }
-}
-
-/// A worker's sign of life.
-#[derive(Clone, Debug, Default)]
-pub struct Heartbeat {
-    pub worker: WorkerId,
-    /// Finished steps.
-    pub step: Step,
-    /// What it is doing.
-    pub phase: String,
-    /// Collective operations that it has entered in this generation.
-    pub entered: u64,
-    /// It is inside the last of them.
-    pub inside: bool,
-    /// Since it entered the phase or the collective.
-    pub since: Duration,
 }

@@ -7,12 +7,12 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use learn_coordinator::job::{Heartbeat, JobError};
+use learn_coordinator::job::JobError;
 use learn_domain::membership::{Call, Departure, Directive, Refusal};
 use learn_domain::recovery::Agreement;
 use learn_domain::report::{Evaluation, StepRecord};
 use learn_domain::{Generation, Rank, Step, WorkerId};
-use learn_proto::convert::{AfterStep, Beginning, StepReport};
+use learn_proto::convert::{AfterStep, Beginning, Heartbeat, StepReport};
 
 use crate::group::Op;
 use crate::world::{Happens, World};

@@ -192,6 +192,7 @@ impl World {
             plan: plan.clone(),
             total_steps,
             restarts: 0,
+            most_workers: None,
             history: History::default(),
         });
         let mut world = Self {

@@ -12,15 +12,17 @@ use learn_dataset::Dataset;
 use learn_dataset::embeddings::{EmbeddingSpec, EmbeddingStore};
 use learn_domain::config::{Config, Precision, Span};
 use learn_domain::membership::Departure;
+use learn_domain::progress::Work;
 use learn_domain::report::{CoordinatorAddress, StepRecord, Task};
 use learn_domain::run_dir::RunDir;
-use learn_domain::{Generation, Incarnation, Step, WorkerId};
+use learn_domain::{Generation, Incarnation, Step, UserIndex, WorkerId};
 use learn_proto::auth::{BearerInterceptor, Secret};
-use learn_proto::convert::{Admission, Applicant, Beginning, Order};
+use learn_proto::convert::{Admission, Applicant, Beginning, Order, StepReport};
 use learn_proto::v1::control_client::ControlClient;
 use learn_proto::v1::operator_client::OperatorClient;
 use learn_proto::v1::{
     BeginGenerationRequest, HeartbeatRequest, HeartbeatResponse, JoinRequest, LeaveRequest, ReadyRequest,
+    ReportStepRequest,
 };
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -279,6 +281,20 @@ pub fn beginning(worker: WorkerId, generation: u64, step: u64) -> BeginGeneratio
     };
     let last = (1..=step).map(record).collect();
     Beginning { worker, generation: Generation(generation), step: Step(step), last }.into()
+}
+
+/// A worker's part of a step of the first generation; that of worker 0 has the numbers of the whole step.
+pub fn report(worker: u32, record: StepRecord, users: &[UserIndex]) -> ReportStepRequest {
+    let report = StepReport {
+        worker: WorkerId(worker),
+        generation: Generation(1),
+        step: record.step,
+        epoch: 0,
+        users: users.to_vec(),
+        work: Work::default(),
+        record: (worker == 0).then_some(record),
+    };
+    report.into()
 }
 
 /// A worker's open call.

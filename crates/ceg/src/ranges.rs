@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use learn_domain::Config;
 use learn_proto::PROTOCOL;
 use learn_proto::auth::BearerInterceptor;
-use learn_proto::connect::{ConnectError, Pass, chain};
+use learn_proto::connect::{ConnectError, Pass, chain, may_pass};
 use learn_proto::v1::embedding_client::EmbeddingClient;
 use learn_proto::v1::lease_range_response::Answer;
 use learn_proto::v1::{
@@ -218,8 +218,8 @@ impl Leases {
                 Ok(answer) => return Ok(answer.into_inner()),
                 Err(status) => status,
             };
-            let passing = matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled);
-            if !passing || start.elapsed() > self.member.lease {
+            let passes = may_pass(&status) || status.code() == Code::DeadlineExceeded;
+            if !passes || start.elapsed() > self.member.lease {
                 return Err(RangeError::Call { url: self.member.url.clone(), status: Box::new(status) });
             }
             std::thread::sleep(AGAIN);

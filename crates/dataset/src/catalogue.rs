@@ -13,7 +13,7 @@ use parquet::errors::ParquetError;
 use parquet::file::properties::WriterProperties;
 use serde::{Deserialize, Serialize};
 
-use crate::error::DatasetError;
+use crate::error::{DatasetError, MadeBy};
 use crate::files::{self, HashingFile};
 use crate::manifest::FileEntry;
 
@@ -196,9 +196,9 @@ fn read_table(
     mut each: impl FnMut(&RecordBatch) -> Result<(), String>,
 ) -> Result<(), DatasetError> {
     let path = dir.join(&entry.path);
-    let damaged = |problem: &dyn ToString| DatasetError::damaged(&path, problem.to_string());
+    let damaged = |problem: &dyn ToString| DatasetError::damaged(MadeBy::Prepare, &path, problem.to_string());
     // The Parquet decoder panics on some damaged files, so what it gets is checked first.
-    files::verify(&path, entry)?;
+    files::verify(MadeBy::Prepare, &path, entry, |_| ())?;
     let file = std::fs::File::open(&path).map_err(DatasetError::io(&path))?;
     let reader = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| damaged(&error))?;
     if reader.schema().fields() != fields {

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::catalogue::{self, Item};
 use crate::embeddings::Embeddings;
-use crate::error::DatasetError;
+use crate::error::{DatasetError, MadeBy};
 use crate::files;
 use crate::manifest::{EmbeddingInfo, FileEntry, Manifest};
 use crate::progress::{Progress, Unit};
@@ -32,7 +32,7 @@ impl Dataset {
     pub fn open(dir: &Path) -> Result<Self, DatasetError> {
         let manifest = Manifest::read(dir)?;
         for entry in &manifest.files {
-            check_size(dir, entry)?;
+            check_size(MadeBy::Prepare, dir, entry)?;
         }
         let columns = Columns::of(&manifest);
         let train = Sequences::open(dir, manifest.files_of("sequences/train-"), columns)?;
@@ -49,7 +49,7 @@ impl Dataset {
         ] {
             if stated != found {
                 let problem = format!("it states {stated} {what}, the files hold {found}");
-                return Err(DatasetError::damaged(&dir.join(crate::manifest::FILE), problem));
+                return Err(DatasetError::damaged(MadeBy::Prepare, &dir.join(crate::manifest::FILE), problem));
             }
         }
         Ok(Self { dir: dir.to_path_buf(), manifest, train, valid, test })
@@ -69,11 +69,13 @@ impl Dataset {
     /// As [`Self::verify`].
     pub fn verify_with(&self, progress: &dyn Progress) -> Result<(), DatasetError> {
         let embeddings = self.manifest.embeddings.iter().flat_map(|info| info.all_files());
-        let entries: Vec<&FileEntry> = self.manifest.files.iter().chain(embeddings).collect();
-        progress.stage("verify", Some(entries.iter().map(|entry| entry.bytes).sum()), Unit::Bytes);
-        entries.par_iter().try_for_each(|entry| {
-            check_size(&self.dir, entry)?;
-            files::verify_with(&self.dir.join(&entry.path), entry, |bytes| progress.advance(bytes))
+        let prepared = self.manifest.files.iter().map(|entry| (MadeBy::Prepare, entry));
+        let entries: Vec<(MadeBy, &FileEntry)> =
+            prepared.chain(embeddings.map(|entry| (MadeBy::Embed, entry))).collect();
+        progress.stage("verify", Some(entries.iter().map(|(_, entry)| entry.bytes).sum()), Unit::Bytes);
+        entries.par_iter().try_for_each(|&(made_by, entry)| {
+            check_size(made_by, &self.dir, entry)?;
+            files::verify(made_by, &self.dir.join(&entry.path), entry, |bytes| progress.advance(bytes))
         })?;
         let (users, items) = (self.manifest.counts.users, self.manifest.counts.items);
         for (split, checked) in [
@@ -81,7 +83,8 @@ impl Dataset {
             ("valid", self.valid.check(users, items)),
             ("test", self.test.check(users, items)),
         ] {
-            checked.map_err(|problem| DatasetError::damaged(&self.dir.join("sequences").join(split), problem))?;
+            let path = self.dir.join("sequences").join(split);
+            checked.map_err(|problem| DatasetError::damaged(MadeBy::Prepare, &path, problem))?;
         }
         Ok(())
     }
@@ -190,22 +193,22 @@ impl Dataset {
     /// When their files are missing, damaged, or of another shape than stated.
     pub fn open_embeddings(&self, info: &EmbeddingInfo) -> Result<Embeddings, DatasetError> {
         for entry in &info.files {
-            check_size(&self.dir, entry)?;
+            check_size(MadeBy::Embed, &self.dir, entry)?;
         }
         Embeddings::open(&self.dir, info, self.manifest.counts.items as usize)
     }
 }
 
-fn check_size(dir: &Path, entry: &FileEntry) -> Result<(), DatasetError> {
+fn check_size(made_by: MadeBy, dir: &Path, entry: &FileEntry) -> Result<(), DatasetError> {
     let path = dir.join(&entry.path);
     match std::fs::metadata(&path) {
         Ok(found) if found.len() == entry.bytes => Ok(()),
         Ok(found) => {
             let problem = format!("it has {} bytes, dataset.json says {}", found.len(), entry.bytes);
-            Err(DatasetError::damaged(&path, problem))
+            Err(DatasetError::damaged(made_by, &path, problem))
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            Err(DatasetError::damaged(&path, "the file is missing"))
+            Err(DatasetError::damaged(made_by, &path, "the file is missing"))
         }
         Err(source) => Err(DatasetError::Io { path, source }),
     }

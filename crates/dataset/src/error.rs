@@ -2,8 +2,25 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::embeddings::FOLDER;
-use crate::manifest;
+/// Which command has made a file of a dataset: it also mends it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MadeBy {
+    /// `learn-launch prepare`: everything but the content embeddings.
+    Prepare,
+    /// `learn-launch embed`: the content embeddings.
+    Embed,
+}
+
+impl MadeBy {
+    fn remedy(self) -> &'static str {
+        match self {
+            Self::Prepare => "prepare the dataset again with `--replace`",
+            Self::Embed => {
+                "run `learn-launch embed CONFIG`, which makes the damaged content embeddings again and keeps the others"
+            }
+        }
+    }
+}
 
 /// A dataset directory that cannot be used as it is.
 #[derive(Debug, thiserror::Error)]
@@ -17,16 +34,8 @@ pub enum DatasetError {
          program that wrote it", .path.display()
     )]
     Version { path: PathBuf, found: u64, known: u32 },
-    #[error(
-        "{} is damaged: {problem}; restore it from a copy, or prepare the dataset again with `--replace`",
-        .path.display()
-    )]
-    Damaged { path: PathBuf, problem: String },
-    #[error(
-        "{} is damaged: {problem}; restore it from a copy, or run `learn-launch embed CONFIG`, which makes the damaged \
-         content embeddings again and keeps the others", .path.display()
-    )]
-    DamagedEmbeddings { path: PathBuf, problem: String },
+    #[error("{} is damaged: {problem}; restore it from a copy, or {}", .path.display(), .made_by.remedy())]
+    Damaged { path: PathBuf, made_by: MadeBy, problem: String },
     #[error("{} has no content embeddings; run `learn-launch embed CONFIG`", .path.display())]
     NoEmbeddings { path: PathBuf },
     #[error("content embeddings of {}: {problem}; run `learn-launch embed CONFIG`", .path.display())]
@@ -45,14 +54,8 @@ impl DatasetError {
         move |source| Self::Io { path: path.to_path_buf(), source }
     }
 
-    /// A damaged file; what mends it depends on who makes it.
-    pub(crate) fn damaged(path: &Path, problem: impl ToString) -> Self {
-        let (path, problem) = (path.to_path_buf(), problem.to_string());
-        // only these lie in a folder of this name: all that lies in a dataset's own is dataset.json
-        let folder = path.parent().and_then(Path::file_name);
-        match folder.is_some_and(|folder| folder == FOLDER) && !path.ends_with(manifest::FILE) {
-            true => Self::DamagedEmbeddings { path, problem },
-            false => Self::Damaged { path, problem },
-        }
+    /// A damaged file.
+    pub(crate) fn damaged(made_by: MadeBy, path: &Path, problem: impl ToString) -> Self {
+        Self::Damaged { path: path.to_path_buf(), made_by, problem: problem.to_string() }
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use sha2::Digest;
 pub use sha2::Sha256;
 
-use crate::error::DatasetError;
+use crate::error::{DatasetError, MadeBy};
 use crate::manifest::FileEntry;
 
 /// Lower-case hexadecimal.
@@ -78,17 +78,17 @@ pub fn hash_file<C: Checksum>(path: &Path, mut seen: impl FnMut(u64)) -> io::Res
     }
 }
 
-/// Checks the SHA-256 of a file.
-pub(crate) fn verify(path: &Path, entry: &FileEntry) -> Result<(), DatasetError> {
-    verify_with(path, entry, |_| ())
-}
-
-/// [`verify`], telling the bytes of each piece.
-pub(crate) fn verify_with(path: &Path, entry: &FileEntry, seen: impl FnMut(u64)) -> Result<(), DatasetError> {
+/// Checks the SHA-256 of a file, telling `seen` the bytes of each piece.
+pub(crate) fn verify(
+    made_by: MadeBy,
+    path: &Path,
+    entry: &FileEntry,
+    seen: impl FnMut(u64),
+) -> Result<(), DatasetError> {
     let found = hash_file::<Sha256>(path, seen).map_err(DatasetError::io(path))?.checksum;
     if found != entry.sha256 {
         let problem = format!("its SHA-256 is {found}, dataset.json says {}", entry.sha256);
-        return Err(DatasetError::damaged(path, problem));
+        return Err(DatasetError::damaged(made_by, path, problem));
     }
     Ok(())
 }

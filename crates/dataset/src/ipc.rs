@@ -13,7 +13,7 @@ use arrow_ipc::reader::{FileDecoder, read_footer_length};
 use arrow_ipc::{Block, Footer, convert, root_as_footer, root_as_message};
 use arrow_schema::{Fields, Schema};
 
-use crate::error::DatasetError;
+use crate::error::{DatasetError, MadeBy};
 use crate::mapped;
 use crate::message::check_record_batch;
 
@@ -43,18 +43,18 @@ pub(crate) fn schema(fields: &Fields, metadata: impl IntoIterator<Item = (String
 ///
 /// # Errors
 /// When the file cannot be mapped, or is anything else than what this crate writes.
-pub(crate) fn open(path: &Path, fields: &Fields) -> Result<MappedBatches, DatasetError> {
+pub(crate) fn open(made_by: MadeBy, path: &Path, fields: &Fields) -> Result<MappedBatches, DatasetError> {
     let buffer = mapped::map(path).map_err(DatasetError::io(path))?;
-    decode(&buffer, fields).map_err(|problem| DatasetError::damaged(path, problem))
+    decode(&buffer, fields).map_err(|problem| DatasetError::damaged(made_by, path, problem))
 }
 
 /// The schema of a file of any columns.
 ///
 /// # Errors
 /// When the file cannot be mapped or has no schema of this crate.
-pub(crate) fn stored_schema(path: &Path) -> Result<Schema, DatasetError> {
+pub(crate) fn stored_schema(made_by: MadeBy, path: &Path) -> Result<Schema, DatasetError> {
     let buffer = mapped::map(path).map_err(DatasetError::io(path))?;
-    let (_, schema, _) = footer(&buffer).map_err(|problem| DatasetError::damaged(path, problem))?;
+    let (_, schema, _) = footer(&buffer).map_err(|problem| DatasetError::damaged(made_by, path, problem))?;
     Ok(schema)
 }
 

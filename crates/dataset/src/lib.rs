@@ -33,7 +33,7 @@ mod suitable;
 pub use catalogue::Item;
 pub use dataset::Dataset;
 pub use embeddings::{Embeddings, RowError};
-pub use error::DatasetError;
+pub use error::{DatasetError, MadeBy};
 pub use manifest::{Counts, EmbeddingInfo, FileEntry, FilterInfo, LabelInfo, Manifest, SplitInfo, VERSION};
 pub use message::MessageCheck;
 pub use prepare::{

@@ -7,7 +7,7 @@ use std::path::{Component, Path};
 use learn_domain::config::SplitPolicy;
 use serde::{Deserialize, Serialize};
 
-use crate::error::DatasetError;
+use crate::error::{DatasetError, MadeBy};
 use crate::files;
 
 /// Schema version that this program writes. It reads this one and all before it: version 2 adds times to the held-out
@@ -146,7 +146,7 @@ impl Manifest {
 
     /// The manifest in `text`, which `path` is named for in errors.
     pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self, DatasetError> {
-        let damaged = |problem: &dyn ToString| DatasetError::damaged(path, problem.to_string());
+        let damaged = |problem: &dyn ToString| DatasetError::damaged(MadeBy::Prepare, path, problem.to_string());
         let value: serde_json::Value = serde_json::from_slice(text).map_err(|error| damaged(&error))?;
         let found = value.get("version").and_then(serde_json::Value::as_u64);
         let found = found.ok_or_else(|| damaged(&"it has no schema version"))?;

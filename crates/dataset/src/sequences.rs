@@ -14,7 +14,7 @@ use arrow_buffer::{OffsetBuffer, ScalarBuffer};
 use arrow_schema::{DataType, Field, Fields};
 use rayon::prelude::*;
 
-use crate::error::DatasetError;
+use crate::error::{DatasetError, MadeBy};
 use crate::ipc;
 use crate::manifest::{FileEntry, Manifest};
 
@@ -103,35 +103,43 @@ impl<T: ArrowPrimitiveType> Lists<T> {
     }
 }
 
+/// One batch: a user in each row, and what else the rows of the split hold.
+#[derive(Debug)]
+struct Part<L> {
+    users: ScalarBuffer<u32>,
+    lists: L,
+}
+
 /// Rows of several batches under one numbering.
 #[derive(Debug)]
-struct Batches<B> {
-    parts: Vec<B>,
+struct Batches<L> {
+    parts: Vec<Part<L>>,
     /// First row of each part; strictly ascending, since empty batches are left out.
     starts: Vec<usize>,
     rows: usize,
 }
 
-impl<B> Batches<B> {
+impl<L> Batches<L> {
     fn open<'a>(
         dir: &Path,
         files: impl Iterator<Item = &'a FileEntry>,
         fields: &Fields,
-        part: impl Fn(&RecordBatch) -> Result<B, &'static str>,
+        lists: impl Fn(&RecordBatch) -> Result<L, &'static str>,
     ) -> Result<Self, DatasetError> {
         let mut this = Self { parts: Vec::new(), starts: Vec::new(), rows: 0 };
         for entry in files {
             let path = dir.join(&entry.path);
-            let mut rows = 0;
-            for batch in ipc::open(&path, fields)?.batches.iter().filter(|batch| batch.num_rows() > 0) {
-                this.parts.push(part(batch).map_err(|problem| DatasetError::damaged(&path, problem))?);
+            let damaged = |problem: &str| DatasetError::damaged(MadeBy::Prepare, &path, problem);
+            let (file, mut rows) = (ipc::open(MadeBy::Prepare, &path, fields)?, 0);
+            for batch in file.batches.iter().filter(|batch| batch.num_rows() > 0) {
+                let users = batch.column(0).as_primitive::<UInt32Type>().values().clone();
+                this.parts.push(Part { users, lists: lists(batch).map_err(damaged)? });
                 this.starts.push(this.rows);
                 this.rows += batch.num_rows();
                 rows += batch.num_rows() as u64;
             }
             if rows != entry.rows {
-                let problem = format!("it has {rows} rows, dataset.json says {}", entry.rows);
-                return Err(DatasetError::damaged(&path, problem));
+                return Err(damaged(&format!("it has {rows} rows, dataset.json says {}", entry.rows)));
             }
         }
         Ok(this)
@@ -141,16 +149,48 @@ impl<B> Batches<B> {
     ///
     /// # Panics
     /// If `row` is not below the number of rows, as indexing a slice does.
-    fn find(&self, row: usize) -> (&B, usize) {
+    fn find(&self, row: usize) -> (&Part<L>, usize) {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         let part = self.starts.partition_point(|&start| start <= row) - 1;
         (&self.parts[part], row - self.starts[part])
     }
+
+    /// The lists of the part that holds a row, and the row's number inside of it.
+    ///
+    /// # Panics
+    /// As [`Self::find`].
+    fn lists(&self, row: usize) -> (&L, usize) {
+        let (part, row) = self.find(row);
+        (&part.lists, row)
+    }
+
+    /// The global user number of a row.
+    ///
+    /// # Panics
+    /// As [`Self::find`].
+    fn user(&self, row: usize) -> u32 {
+        let (part, row) = self.find(row);
+        part.users[row]
+    }
+
+    /// Checks that users are below `users` and ascend, and the lists of each part.
+    fn check(&self, users: u64, lists: impl Fn(&L) -> Result<(), String> + Sync) -> Result<(), String>
+    where
+        L: Sync,
+    {
+        let mut before = None;
+        for &user in self.parts.iter().flat_map(|part| &part.users[..]) {
+            if u64::from(user) >= users || before.is_some_and(|before| before >= user) {
+                return Err(format!("user number {user} is out of order or not below {users}"));
+            }
+            before = Some(user);
+        }
+        self.parts.par_iter().try_for_each(|part| lists(&part.lists))
+    }
 }
 
 #[derive(Debug)]
-struct TrainPart {
-    users: ScalarBuffer<u32>,
+struct TrainLists {
     items: Lists<UInt32Type>,
     times: Lists<Int64Type>,
     labels: Option<Lists<UInt8Type>>,
@@ -158,7 +198,7 @@ struct TrainPart {
 
 /// The training sequences: a row per user with at least two training items, oldest item first.
 #[derive(Debug)]
-pub struct Sequences(Batches<TrainPart>);
+pub struct Sequences(Batches<TrainLists>);
 
 impl Sequences {
     pub(crate) fn open<'a>(
@@ -166,16 +206,15 @@ impl Sequences {
         files: impl Iterator<Item = &'a FileEntry>,
         columns: Columns,
     ) -> Result<Self, DatasetError> {
-        let part = |batch: &RecordBatch| {
+        let lists = |batch: &RecordBatch| {
             let items = Lists::new(batch, "items")?;
-            Ok(TrainPart {
-                users: users(batch),
+            Ok(TrainLists {
                 times: Lists::beside(batch, "times", &items)?,
                 labels: columns.labels.then(|| Lists::beside(batch, "labels", &items)).transpose()?,
                 items,
             })
         };
-        Batches::open(dir, files, &train_fields(columns), part).map(Self)
+        Batches::open(dir, files, &train_fields(columns), lists).map(Self)
     }
 
     /// Number of rows.
@@ -195,8 +234,8 @@ impl Sequences {
     /// If there is no such row.
     #[must_use]
     pub fn items(&self, row: usize) -> &[u32] {
-        let (part, row) = self.0.find(row);
-        part.items.row(row)
+        let (lists, row) = self.0.lists(row);
+        lists.items.row(row)
     }
 
     /// The times of [`Self::items`], in the input's unit times the manifest's `time_scale`.
@@ -205,8 +244,8 @@ impl Sequences {
     /// If there is no such row.
     #[must_use]
     pub fn times(&self, row: usize) -> &[i64] {
-        let (part, row) = self.0.find(row);
-        part.times.row(row)
+        let (lists, row) = self.0.lists(row);
+        lists.times.row(row)
     }
 
     /// The labels of [`Self::items`], 1 = converted; `None` in a dataset without labels.
@@ -215,8 +254,8 @@ impl Sequences {
     /// If there is no such row.
     #[must_use]
     pub fn labels(&self, row: usize) -> Option<&[u8]> {
-        let (part, row) = self.0.find(row);
-        part.labels.as_ref().map(|labels| labels.row(row))
+        let (lists, row) = self.0.lists(row);
+        lists.labels.as_ref().map(|labels| labels.row(row))
     }
 
     /// The global user number of a row.
@@ -225,21 +264,19 @@ impl Sequences {
     /// If there is no such row.
     #[must_use]
     pub fn user(&self, row: usize) -> u32 {
-        let (part, row) = self.0.find(row);
-        part.users[row]
+        self.0.user(row)
     }
 
     /// The item indices of all rows, in pieces.
     pub(crate) fn all_items(&self) -> impl Iterator<Item = &[u32]> {
-        self.0.parts.iter().map(|part| part.items.all())
+        self.0.parts.iter().map(|part| part.lists.items.all())
     }
 
     pub(crate) fn check(&self, users: u64, items: u32) -> Result<(), String> {
-        check_users(self.0.parts.iter().map(|part| &part.users[..]), users)?;
-        self.0.parts.par_iter().try_for_each(|part| {
-            check_items(part.items.all(), items)?;
-            check_labels(part.labels.as_ref())?;
-            match part.items.offsets.windows(2).all(|pair| pair[1] - pair[0] >= 2) {
+        self.0.check(users, |lists| {
+            check_items(lists.items.all(), items)?;
+            check_labels(lists.labels.as_ref())?;
+            match lists.items.offsets.windows(2).all(|pair| pair[1] - pair[0] >= 2) {
                 true => Ok(()),
                 false => Err("a training sequence has fewer than two items".into()),
             }
@@ -248,8 +285,7 @@ impl Sequences {
 }
 
 #[derive(Debug)]
-struct HeldOutPart {
-    users: ScalarBuffer<u32>,
+struct HeldOutLists {
     history: Lists<UInt32Type>,
     targets: Lists<UInt32Type>,
     /// Of history and targets.
@@ -259,7 +295,7 @@ struct HeldOutPart {
 
 /// The rows of a held-out split: what a user did before, and what is to be predicted.
 #[derive(Debug)]
-pub struct HeldOut(Batches<HeldOutPart>);
+pub struct HeldOut(Batches<HeldOutLists>);
 
 impl HeldOut {
     pub(crate) fn open<'a>(
@@ -267,7 +303,7 @@ impl HeldOut {
         files: impl Iterator<Item = &'a FileEntry>,
         columns: Columns,
     ) -> Result<Self, DatasetError> {
-        let part = |batch: &RecordBatch| {
+        let lists = |batch: &RecordBatch| {
             let (history, targets) = (Lists::new(batch, "history")?, Lists::new(batch, "targets")?);
             let times = || -> Result<_, &'static str> {
                 let history = Lists::beside(batch, "history_times", &history)?;
@@ -277,15 +313,14 @@ impl HeldOut {
                 let history = Lists::beside(batch, "history_labels", &history)?;
                 Ok([history, Lists::beside(batch, "target_labels", &targets)?])
             };
-            Ok(HeldOutPart {
-                users: users(batch),
+            Ok(HeldOutLists {
                 times: columns.held_out_times.then(times).transpose()?,
                 labels: columns.labels.then(labels).transpose()?,
                 history,
                 targets,
             })
         };
-        Batches::open(dir, files, &held_out_fields(columns), part).map(Self)
+        Batches::open(dir, files, &held_out_fields(columns), lists).map(Self)
     }
 
     /// Number of rows.
@@ -305,8 +340,7 @@ impl HeldOut {
     /// If there is no such row.
     #[must_use]
     pub fn user(&self, row: usize) -> u32 {
-        let (part, row) = self.0.find(row);
-        part.users[row]
+        self.0.user(row)
     }
 
     /// The item indices before the split point, oldest first; at least one.
@@ -315,8 +349,8 @@ impl HeldOut {
     /// If there is no such row.
     #[must_use]
     pub fn history(&self, row: usize) -> &[u32] {
-        let (part, row) = self.0.find(row);
-        part.history.row(row)
+        let (lists, row) = self.0.lists(row);
+        lists.history.row(row)
     }
 
     /// The item indices to be predicted, oldest first; at least one.
@@ -325,8 +359,8 @@ impl HeldOut {
     /// If there is no such row.
     #[must_use]
     pub fn targets(&self, row: usize) -> &[u32] {
-        let (part, row) = self.0.find(row);
-        part.targets.row(row)
+        let (lists, row) = self.0.lists(row);
+        lists.targets.row(row)
     }
 
     /// The times of [`Self::history`] and of [`Self::targets`], in the input's unit times the manifest's `time_scale`;
@@ -336,8 +370,8 @@ impl HeldOut {
     /// If there is no such row.
     #[must_use]
     pub fn times(&self, row: usize) -> Option<(&[i64], &[i64])> {
-        let (part, row) = self.0.find(row);
-        part.times.as_ref().map(|[history, targets]| (history.row(row), targets.row(row)))
+        let (lists, row) = self.0.lists(row);
+        lists.times.as_ref().map(|[history, targets]| (history.row(row), targets.row(row)))
     }
 
     /// The labels of [`Self::history`] and of [`Self::targets`], 1 = converted; `None` in a dataset without labels.
@@ -346,40 +380,24 @@ impl HeldOut {
     /// If there is no such row.
     #[must_use]
     pub fn labels(&self, row: usize) -> Option<(&[u8], &[u8])> {
-        let (part, row) = self.0.find(row);
-        part.labels.as_ref().map(|[history, targets]| (history.row(row), targets.row(row)))
+        let (lists, row) = self.0.lists(row);
+        lists.labels.as_ref().map(|[history, targets]| (history.row(row), targets.row(row)))
     }
 
     pub(crate) fn check(&self, users: u64, items: u32) -> Result<(), String> {
-        check_users(self.0.parts.iter().map(|part| &part.users[..]), users)?;
-        self.0.parts.par_iter().try_for_each(|part| {
-            for labels in part.labels.iter().flatten() {
+        self.0.check(users, |lists| {
+            for labels in lists.labels.iter().flatten() {
                 check_labels(Some(labels))?;
             }
-            for lists in [&part.history, &part.targets] {
-                check_items(lists.all(), items)?;
-                if lists.offsets.windows(2).any(|pair| pair[0] == pair[1]) {
+            for list in [&lists.history, &lists.targets] {
+                check_items(list.all(), items)?;
+                if list.offsets.windows(2).any(|pair| pair[0] == pair[1]) {
                     return Err("a row has no history or no targets".into());
                 }
             }
             Ok(())
         })
     }
-}
-
-fn users(batch: &RecordBatch) -> ScalarBuffer<u32> {
-    batch.column(0).as_primitive::<UInt32Type>().values().clone()
-}
-
-fn check_users<'a>(parts: impl Iterator<Item = &'a [u32]>, users: u64) -> Result<(), String> {
-    let mut before = None;
-    for &user in parts.flatten() {
-        if u64::from(user) >= users || before.is_some_and(|before| before >= user) {
-            return Err(format!("user number {user} is out of order or not below {users}"));
-        }
-        before = Some(user);
-    }
-    Ok(())
 }
 
 fn check_labels(labels: Option<&Lists<UInt8Type>>) -> Result<(), String> {

@@ -118,6 +118,7 @@ impl fmt::Display for Happening {
 mod tests {
     use super::*;
     use crate::ledger::EpochCount;
+    use crate::phase::Phase;
 
     #[test]
     fn a_line_is_read_back() {
@@ -142,7 +143,7 @@ mod tests {
             Happening::TakenOver,
             Happening::Restarted { restarts: 2 },
             Happening::Stalled {
-                stall: Stall { guilty: Some((WorkerId(1), Rank(0))), cause: Cause::Data, phase: "data_wait".into() },
+                stall: Stall { guilty: Some((WorkerId(1), Rank(0))), cause: Cause::Data, phase: Phase::DataWait },
                 seconds: 31,
             },
             Happening::Lagging { rank: Rank(1), ratio: 1.75, cause: Cause::Device },

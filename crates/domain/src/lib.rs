@@ -11,7 +11,9 @@
 //! - [`lease`]: which worker makes which range of items, when content embeddings are made by several.
 //! - [`embedding`]: what an embedding run says to people.
 //! - [`membership`]: who belongs to a job, as a state machine with explicit generations.
+//! - [`phase`]: what a worker is at, or how it went.
 //! - [`progress`]: who hangs and who lags.
+//! - [`failure`]: whether a failure may pass, another process may do better, or any would come to the same.
 //! - [`recovery`]: where the ranks of a new generation go on from, and whose state they take.
 //! - [`ledger`]: the proof that an epoch used every user exactly once.
 //! - [`schedule`]: the learning rate of a step.
@@ -29,12 +31,14 @@ pub mod conversion;
 pub mod curves;
 pub mod embedding;
 pub mod event;
+pub mod failure;
 pub mod flops;
 pub mod ids;
 pub mod lease;
 pub mod ledger;
 pub mod membership;
 pub mod packing;
+pub mod phase;
 pub mod plan;
 pub mod progress;
 pub mod prompt;
@@ -52,3 +56,4 @@ pub mod time_gap;
 
 pub use config::Config;
 pub use ids::{Generation, Incarnation, Rank, Step, UserIndex, WorkerId};
+pub use phase::Phase;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{Rank, Step, WorkerId};
+use crate::phase::Phase;
 
 /// A deadline by itself is so many median steps long,
 const MEDIAN_STEPS: u32 = 20;
@@ -69,8 +70,7 @@ pub struct Whereabouts {
     pub entered: u64,
     /// It is inside the last of them.
     pub inside: bool,
-    /// As heartbeats name it.
-    pub phase: String,
+    pub phase: Phase,
     /// It was not heard of when it should have been.
     pub silent: bool,
 }
@@ -78,12 +78,12 @@ pub struct Whereabouts {
 impl Whereabouts {
     /// It is at a step, whose length is known by experience.
     fn trains(&self) -> bool {
-        !matches!(self.phase.as_str(), "starting" | "regrouping" | "evaluation" | "checkpoint" | "finishing" | "bench")
+        !self.phase.takes_its_time()
     }
 
     fn cause(&self) -> Cause {
-        match self.phase.as_str() {
-            "data_wait" => Cause::Data,
+        match self.phase {
+            Phase::DataWait => Cause::Data,
             _ if self.gpu => Cause::Device,
             _ => Cause::Host,
         }
@@ -96,7 +96,7 @@ pub struct Stall {
     /// The rank that others wait for; none if they all wait, or cannot be heard.
     pub guilty: Option<(WorkerId, Rank)>,
     pub cause: Cause,
-    pub phase: String,
+    pub phase: Phase,
 }
 
 impl fmt::Display for Stall {
@@ -123,7 +123,7 @@ pub fn stall(ranks: &[Whereabouts]) -> Option<Stall> {
         let network = ranks.iter().all(|rank| rank.silent);
         let cause = if network { Cause::Network } else { Cause::Host };
         let guilty = (!network).then_some((silent.worker, silent.rank));
-        return Some(Stall { guilty, cause, phase: silent.phase.clone() });
+        return Some(Stall { guilty, cause, phase: silent.phase });
     }
     if ranks.is_empty() || !ranks.iter().all(Whereabouts::trains) {
         return None;
@@ -132,7 +132,7 @@ pub fn stall(ranks: &[Whereabouts]) -> Option<Stall> {
     let behind = ranks.iter().min_by_key(|rank| (rank.step, rank.entered, rank.inside, rank.rank))?;
     let ahead = ranks.iter().any(|rank| (rank.step, rank.entered) > (behind.step, behind.entered));
     let others_wait = ranks.iter().any(|rank| rank.inside);
-    let phase = behind.phase.clone();
+    let phase = behind.phase;
     if behind.inside {
         // it waits as well: if others have gone on, its data does not reach it
         let guilty = ahead.then_some((behind.worker, behind.rank));
@@ -253,7 +253,7 @@ impl Lag {
 mod tests {
     use super::*;
 
-    fn at(rank: u32, entered: u64, inside: bool, phase: &str) -> Whereabouts {
+    fn at(rank: u32, entered: u64, inside: bool, phase: Phase) -> Whereabouts {
         Whereabouts {
             worker: WorkerId(10 + rank),
             rank: Rank(rank),
@@ -261,44 +261,53 @@ mod tests {
             step: Step(5),
             entered,
             inside,
-            phase: phase.into(),
+            phase,
             silent: false,
         }
     }
 
-    fn named(rank: u32, cause: Cause, phase: &str) -> Option<Stall> {
-        Some(Stall { guilty: Some((WorkerId(10 + rank), Rank(rank))), cause, phase: phase.into() })
+    fn named(rank: u32, cause: Cause, phase: Phase) -> Option<Stall> {
+        Some(Stall { guilty: Some((WorkerId(10 + rank), Rank(rank))), cause, phase })
     }
 
     #[test]
     fn the_rank_that_has_not_entered_what_others_wait_in_is_named() {
-        let waits = |rank| at(rank, 8, true, "gather");
-        assert_eq!(stall(&[waits(0), at(1, 7, false, "data_wait"), waits(2)]), named(1, Cause::Data, "data_wait"));
-        assert_eq!(stall(&[waits(0), waits(1), at(2, 7, false, "backward")]), named(2, Cause::Host, "backward"));
-        let on_gpu = Whereabouts { gpu: true, ..at(2, 7, false, "backward") };
-        assert_eq!(stall(&[waits(0), waits(1), on_gpu]), named(2, Cause::Device, "backward"));
+        let waits = |rank| at(rank, 8, true, Phase::Gather);
+        assert_eq!(
+            stall(&[waits(0), at(1, 7, false, Phase::DataWait), waits(2)]),
+            named(1, Cause::Data, Phase::DataWait)
+        );
+        assert_eq!(
+            stall(&[waits(0), waits(1), at(2, 7, false, Phase::Backward)]),
+            named(2, Cause::Host, Phase::Backward)
+        );
+        let on_gpu = Whereabouts { gpu: true, ..at(2, 7, false, Phase::Backward) };
+        assert_eq!(stall(&[waits(0), waits(1), on_gpu]), named(2, Cause::Device, Phase::Backward));
         let stopped = Whereabouts { silent: true, ..waits(1) };
-        assert_eq!(stall(&[waits(0), stopped, waits(2)]), named(1, Cause::Host, "gather"));
+        assert_eq!(stall(&[waits(0), stopped, waits(2)]), named(1, Cause::Host, Phase::Gather));
     }
 
     #[test]
     fn when_all_wait_it_is_the_network() {
-        let waits = |rank, entered| at(rank, entered, true, "reduce");
-        let all = Some(Stall { guilty: None, cause: Cause::Network, phase: "reduce".into() });
+        let waits = |rank, entered| at(rank, entered, true, Phase::Reduce);
+        let all = Some(Stall { guilty: None, cause: Cause::Network, phase: Phase::Reduce });
         assert_eq!(stall(&[waits(0, 8), waits(1, 8)]), all);
-        assert_eq!(stall(&[waits(0, 9), waits(1, 8), waits(2, 9)]), named(1, Cause::Network, "reduce"));
+        assert_eq!(stall(&[waits(0, 9), waits(1, 8), waits(2, 9)]), named(1, Cause::Network, Phase::Reduce));
     }
 
     #[test]
     fn what_takes_as_long_as_it_takes_is_no_stall() {
-        assert_eq!(stall(&[at(0, 8, true, "gather"), at(1, 7, false, "evaluation")]), None);
+        assert_eq!(stall(&[at(0, 8, true, Phase::Gather), at(1, 7, false, Phase::Evaluation)]), None);
         assert_eq!(stall(&[]), None);
         // nor is it a reason to wait for a process that has stopped in the midst of it
-        let stopped = Whereabouts { silent: true, ..at(1, 7, false, "evaluation") };
-        assert_eq!(stall(&[at(0, 7, false, "evaluation"), stopped.clone()]), named(1, Cause::Host, "evaluation"));
-        let everybody = [stopped.clone(), Whereabouts { silent: true, ..at(0, 7, false, "evaluation") }];
+        let stopped = Whereabouts { silent: true, ..at(1, 7, false, Phase::Evaluation) };
+        assert_eq!(
+            stall(&[at(0, 7, false, Phase::Evaluation), stopped.clone()]),
+            named(1, Cause::Host, Phase::Evaluation)
+        );
+        let everybody = [stopped.clone(), Whereabouts { silent: true, ..at(0, 7, false, Phase::Evaluation) }];
         assert_eq!(stall(&everybody).map(|stall| (stall.guilty, stall.cause)), Some((None, Cause::Network)));
-        assert_eq!(stall(&[at(0, 3, false, "forward")]), named(0, Cause::Host, "forward"));
+        assert_eq!(stall(&[at(0, 3, false, Phase::Forward)]), named(0, Cause::Host, Phase::Forward));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::ModelConfig;
 use crate::ids::{Generation, Rank, Step, WorkerId};
 use crate::ledger::LedgerSummary;
+use crate::phase::Phase;
 
 /// What the workers are there for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -196,7 +197,7 @@ pub struct WorkerStatus {
     pub pid: u32,
     pub device: String,
     pub step: Step,
-    pub phase: String,
+    pub phase: Phase,
     /// `http://HOST:PORT/metrics`.
     pub metrics_url: String,
     pub seconds_since_heartbeat: f64,

@@ -33,4 +33,4 @@ pub use exposition::{Exposition, router, serve};
 pub use prometheus::{
     Counter, Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
 };
-pub use worker::{Phase, WorkerMetrics};
+pub use worker::WorkerMetrics;

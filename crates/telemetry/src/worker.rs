@@ -2,58 +2,11 @@
 
 use std::time::Duration;
 
+use learn_domain::Phase;
 use prometheus::{Counter, Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge};
 
 use crate::exposition::Exposition;
 use crate::names;
-
-/// What a training step is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Phase {
-    DataWait,
-    Assemble,
-    Forward,
-    Gather,
-    Loss,
-    Backward,
-    Reduce,
-    Optimizer,
-}
-
-impl Phase {
-    /// In the order of a step.
-    pub const ALL: [Self; 8] = [
-        Self::DataWait,
-        Self::Assemble,
-        Self::Forward,
-        Self::Gather,
-        Self::Loss,
-        Self::Backward,
-        Self::Reduce,
-        Self::Optimizer,
-    ];
-
-    /// As labels, heartbeats and the status show it.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::DataWait => "data_wait",
-            Self::Assemble => "assemble",
-            Self::Forward => "forward",
-            Self::Gather => "gather",
-            Self::Loss => "loss",
-            Self::Backward => "backward",
-            Self::Reduce => "reduce",
-            Self::Optimizer => "optimizer",
-        }
-    }
-}
-
-impl std::fmt::Display for Phase {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
 
 /// Handles of a worker's metrics; see [`names`] for their meaning.
 #[derive(Clone, Debug)]
@@ -72,7 +25,7 @@ pub struct WorkerMetrics {
     pub uniformity: GaugeVec,
     pub model_flops_total: IntCounter,
     pub peak_flops_per_second: Gauge,
-    /// Label `phase`, one of [`Phase`].
+    /// Label `phase`, one of [`Phase::STEP`].
     pub phase_seconds: HistogramVec,
     pub prefetched_steps: IntGauge,
     pub prefetch_depth: IntGauge,
@@ -125,7 +78,7 @@ impl WorkerMetrics {
             gpu_memory_bytes: e.gauge_vec(&names::WORKER_GPU_MEMORY),
             exposition: exposition.clone(),
         };
-        for phase in Phase::ALL {
+        for phase in Phase::STEP {
             metrics.phase_seconds.with_label_values(&[phase.as_str()]);
         }
         metrics

@@ -45,7 +45,7 @@ fn job() -> JobStatus {
             pid: 42,
             device: "cpu".into(),
             step: Step(30),
-            phase: "backward".into(),
+            phase: Phase::Backward,
             metrics_url: String::new(),
             seconds_since_heartbeat: 0.25,
             seconds_in_phase: 0.5,
@@ -79,7 +79,7 @@ fn numbers_read_well() {
 fn what_a_job_does_names_its_evaluation() {
     let mut now = job();
     assert_eq!(doing(&now), step(now.last_step.as_ref().unwrap()));
-    now.workers[0].phase = "evaluation".into();
+    now.workers[0].phase = Phase::Evaluation;
     assert!(doing(&now).starts_with("evaluating; epoch 2 loss"), "{}", doing(&now));
     now.last_step = None;
     assert_eq!(doing(&now), "evaluating");

@@ -11,7 +11,7 @@ use anyhow::{Result, bail};
 use learn_domain::Config;
 use learn_domain::config::DeviceKind;
 use learn_domain::ids::Rank;
-use learn_domain::report::{CoordinatorAddress, JobState, Task, exit};
+use learn_domain::report::{CoordinatorAddress, Task, exit};
 use learn_domain::run_dir::RunDir;
 use learn_telemetry::stdio;
 
@@ -181,10 +181,7 @@ impl<'a> Hand<'a> {
         let asked = Instant::now();
         while asked.elapsed() < self.spec.config.cluster.coordinator_timeout.0 && system::stop_requests() == 0 {
             if let Ok(status) = api.job() {
-                let view = View::from(&status);
-                return matches!(status.task, Task::Train { .. })
-                    && view.steps_left
-                    && matches!(view.state, JobState::Running | JobState::Regrouping);
+                return matches!(status.task, Task::Train { .. }) && View::from(&status).trains();
             }
             std::thread::sleep(ASK);
         }

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
 
+use learn_domain::Phase;
 use learn_domain::ids::WorkerId;
-use learn_telemetry::Phase;
 use learn_telemetry::names;
 use ureq::Agent;
 
@@ -57,7 +57,7 @@ impl Scrape {
                 scrape.gpu_bytes = Some(value as u64);
             } else if let Some(part) = name.strip_prefix(names::WORKER_PHASE.name) {
                 // assembling is done beside the steps
-                let phases = Phase::ALL.into_iter().filter(|phase| *phase != Phase::Assemble);
+                let phases = Phase::STEP.into_iter().filter(|phase| *phase != Phase::Assemble);
                 let Some(phase) = phases.into_iter().find(|phase| has("phase", phase.as_str())) else { continue };
                 match part {
                     "_count" if phase == Phase::Optimizer => scrape.steps = value,

@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use learn_domain::Phase;
 use learn_domain::event::{Happening, JobEvent};
 use learn_domain::ids::{Generation, Rank, Step, WorkerId};
 use learn_domain::ledger::LedgerSummary;
@@ -34,7 +35,7 @@ fn record(step: u64) -> StepRecord {
     }
 }
 
-pub fn worker(number: u32, phase: &str, ratio: f64) -> WorkerStatus {
+pub fn worker(number: u32, phase: Phase, ratio: f64) -> WorkerStatus {
     WorkerStatus {
         worker: WorkerId(number),
         rank: Some(Rank(number)),
@@ -42,7 +43,7 @@ pub fn worker(number: u32, phase: &str, ratio: f64) -> WorkerStatus {
         pid: 4200 + number,
         device: "cpu".into(),
         step: Step(1200),
-        phase: phase.into(),
+        phase,
         metrics_url: String::new(),
         seconds_since_heartbeat: 0.3,
         seconds_in_phase: 0.2,
@@ -67,7 +68,7 @@ pub fn evaluation(step: u64, recall: f64) -> Evaluation {
 
 /// A job of four ranks in its third epoch, one of which holds the others up.
 pub fn scene() -> Scene {
-    let mut hangs = worker(1, "data_wait", 1.62);
+    let mut hangs = worker(1, Phase::DataWait, 1.62);
     (hangs.seconds_in_phase, hangs.seconds_since_heartbeat, hangs.step) = (31.4, 0.8, Step(1199));
     let status = JobStatus {
         name: "shop".into(),
@@ -85,7 +86,12 @@ pub fn scene() -> Scene {
         last_checkpoint: Some(Step(800)),
         best: Some(evaluation(800, 0.0921)),
         evaluations: vec![evaluation(400, 0.0714), evaluation(800, 0.0921)],
-        workers: vec![worker(0, "gather", 0.98), hangs, worker(2, "gather", 1.0), worker(3, "gather", 1.02)],
+        workers: vec![
+            worker(0, Phase::Gather, 0.98),
+            hangs,
+            worker(2, Phase::Gather, 1.0),
+            worker(3, Phase::Gather, 1.02),
+        ],
         ledger: LedgerSummary { exact: true, epochs: vec![] },
         data_servers: vec![],
         restarts: 0,

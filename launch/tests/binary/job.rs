@@ -49,6 +49,7 @@ fn a_finished_job_shows_its_table() -> TestResult {
     }
     let log = installation.read("runs/learn/logs/coordinator.log")?;
     assert!(log.contains(r#"--task-json {"kind":"train","resume_from":null}"#), "{log}");
+    assert!(log.contains("--most-workers "), "`scale` asks for no more than this machine takes: {log}");
     let config: Value = serde_json::from_str(&installation.read("runs/learn/config.json")?)?;
     assert_eq!(config["data"]["dataset"].as_str(), installation.path("data/dataset").to_str(), "paths are absolute");
     Ok(())

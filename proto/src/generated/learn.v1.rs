@@ -2278,7 +2278,8 @@ pub mod operator_client {
             self.inner.unary(req, path, codec).await
         }
         /// Gives a training another number of workers, between two steps. Answered as soon as the job knows, before they are there.
-        /// INVALID_ARGUMENT for 0 workers; FAILED_PRECONDITION of an embed job, which takes whoever joins.
+        /// INVALID_ARGUMENT for 0 workers; FAILED_PRECONDITION for more than the machine of its launcher takes, and of an embed
+        /// job, which takes whoever joins.
         pub async fn scale(
             &mut self,
             request: impl tonic::IntoRequest<super::ScaleRequest>,
@@ -2319,7 +2320,8 @@ pub mod operator_server {
             request: tonic::Request<super::StopRequest>,
         ) -> std::result::Result<tonic::Response<super::StopResponse>, tonic::Status>;
         /// Gives a training another number of workers, between two steps. Answered as soon as the job knows, before they are there.
-        /// INVALID_ARGUMENT for 0 workers; FAILED_PRECONDITION of an embed job, which takes whoever joins.
+        /// INVALID_ARGUMENT for 0 workers; FAILED_PRECONDITION for more than the machine of its launcher takes, and of an embed
+        /// job, which takes whoever joins.
         async fn scale(
             &self,
             request: tonic::Request<super::ScaleRequest>,

@@ -63,12 +63,12 @@ impl Writer {
         let (snapshots, queue) = sync_channel::<Snapshot>(1);
         let (answers, results) = channel();
         let demand = Arc::new(Demand::default());
-        let seen = demand.clone();
+        let work = Work { run, keep_last, pace, demand: demand.clone(), before_piece, tell, answers };
         let thread = std::thread::spawn(move || {
             if !learn_torch::give_way() {
                 tracing::debug!("the checkpoint writer runs at the priority of the training");
             }
-            write_all(&run, keep_last, (&queue, &answers), (pace, &seen, &before_piece), tell);
+            work.write_all(&queue);
         });
         Self { snapshots: Some(snapshots), results, demand, thread: Some(thread), open: 0, newest: Ok(()) }
     }
@@ -155,22 +155,39 @@ impl Drop for Writer {
     }
 }
 
-fn write_all(
-    run: &RunDir,
+/// What the thread works with.
+struct Work<B, T> {
+    run: RunDir,
     keep_last: u32,
-    (queue, answers): (&Receiver<Snapshot>, &Sender<Result<(), CheckpointError>>),
-    (pace, demand, before_piece): (Pace, &Demand, &dyn Fn()),
-    tell: impl Fn(Written<'_>) -> bool,
-) {
-    let folder = run.checkpoints();
-    let now = || (Instant::now(), learn_torch::processor_time());
-    for snapshot in queue {
-        demand.snapshot_is_taken();
+    pace: Pace,
+    demand: Arc<Demand>,
+    /// Called before each piece of a file.
+    before_piece: B,
+    /// Told what became of each snapshot; says whether its checkpoint counts.
+    tell: T,
+    answers: Sender<Result<(), CheckpointError>>,
+}
+
+impl<B: Fn(), T: Fn(Written<'_>) -> bool> Work<B, T> {
+    /// Writes one snapshot after another, as long as more may come.
+    fn write_all(&self, queue: &Receiver<Snapshot>) {
+        let folder = self.run.checkpoints();
+        for snapshot in queue {
+            self.demand.snapshot_is_taken();
+            let written = self.write_one(&folder, snapshot);
+            // nobody waits for it any more when the training thread has failed
+            let _ = self.answers.send(written);
+        }
+    }
+
+    /// Writes a snapshot and tells what became of it.
+    fn write_one(&self, folder: &Path, snapshot: Snapshot) -> Result<(), CheckpointError> {
+        let now = || (Instant::now(), learn_torch::processor_time());
         let (started, processor) = now();
         let step = snapshot.state.step;
         let best = snapshot.state.best.clone().filter(|best| best.step == step);
         // a run whose best is lost ends with another one; other steps are trained again
-        let rests = match pace {
+        let rests = match self.pace {
             Pace::Sparing(rests) if best.is_none() => Some(rests),
             _ => None,
         };
@@ -179,29 +196,28 @@ fn write_all(
             if let Some(rests) = rests {
                 let (began, processor) = since.get();
                 let taken = learn_torch::processor_time().saturating_sub(processor);
-                demand.rest(rests.after(taken, began.elapsed(), lasted.get()));
+                self.demand.rest(rests.after(taken, began.elapsed(), lasted.get()));
                 lasted.set(lasted.get() + began.elapsed());
             }
-            before_piece();
+            (self.before_piece)();
             since.set(now());
         };
-        let mut written = write(&folder, snapshot, pace, &before_piece);
+        let mut written = write(folder, snapshot, self.pace, &before_piece);
         if let Ok(path) = &written {
             let (duration, processor) = (started.elapsed(), learn_torch::processor_time().saturating_sub(processor));
-            let counts = tell(Written::Committed { step, path: path.clone(), duration, processor });
+            let counts = (self.tell)(Written::Committed { step, path: path.clone(), duration, processor });
             if counts {
-                if let Err(error) = best.map_or(Ok(()), |best| write_best(run, Some(&best))) {
+                if let Err(error) = best.map_or(Ok(()), |best| write_best(&self.run, Some(&best))) {
                     written = Err(error);
-                } else if let Err(error) = prune(run, &folder, keep_last) {
+                } else if let Err(error) = prune(&self.run, folder, self.keep_last) {
                     tracing::warn!(%error, "old checkpoints could not be removed");
                 }
             }
         }
         if let Err(error) = &written {
-            tell(Written::Failed { step, error });
+            (self.tell)(Written::Failed { step, error });
         }
-        // nobody waits for it any more when the training thread has failed
-        let _ = answers.send(written.map(drop));
+        written.map(drop)
     }
 }
 

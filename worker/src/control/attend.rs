@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use learn_domain::WorkerId;
-use learn_proto::convert::Order;
+use learn_proto::convert::{self, Order};
 use learn_proto::v1;
 use tokio::sync::mpsc;
 use tonic::Streaming;
@@ -18,15 +18,16 @@ impl Heartbeat {
     /// Of `worker`, which is so far.
     #[must_use]
     pub fn of(worker: WorkerId, progress: &Progress) -> Self {
-        Self(v1::HeartbeatRequest {
-            worker_id: worker.0,
-            generation: progress.generation().0,
-            step: progress.step().0,
-            phase: progress.phase().to_owned(),
+        let heartbeat = convert::Heartbeat {
+            worker,
+            generation: progress.generation(),
+            step: progress.step(),
+            phase: progress.phase(),
             entered: progress.entered.load(Ordering::Relaxed),
             inside: progress.inside.load(Ordering::Relaxed),
-            since_millis: progress.millis_since(),
-        })
+            since: progress.since(),
+        };
+        Self(heartbeat.into())
     }
 }
 

@@ -14,13 +14,13 @@ mod rank;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use learn_domain::Step;
 use learn_domain::config::EvaluationConfig;
 use learn_domain::plan::contiguous_part;
 use learn_domain::ranking::{Metrics, Placement};
 use learn_domain::report::{Comparison, Estimate, Evaluation, SegmentResult, Split};
 use learn_domain::resampling::{Share, Totals};
 use learn_domain::segments::{Segment, Segments};
+use learn_domain::{Phase, Step};
 use learn_model::{Forward, ItemInputs, Parameters, Pch, Tape};
 use learn_proto::flight::Ticket;
 use learn_telemetry::WorkerMetrics;
@@ -78,7 +78,7 @@ pub struct Evaluator {
 /// # Errors
 /// If the checkpoint does not fit the dataset, or the job breaks.
 pub fn run(session: &Session, turn: &mut Turn, checkpoint: &str, split: Split) -> Result<Ended, WorkerError> {
-    session.progress.enter("evaluation");
+    session.progress.enter(Phase::Evaluation);
     let admission = &session.admission;
     let handle = session.handle();
     let patience = session.control.patience();

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use learn_domain::Phase;
 use learn_proto::flight::{BatchMeta, Ticket};
 use learn_telemetry::WorkerMetrics;
 use tokio::sync::Semaphore;
@@ -150,7 +151,7 @@ async fn fetch_rows(
             let rows = source.pass(&batch.unique_items).await?;
             micro_batches.push((batch, rows));
         }
-        metrics.phase_seconds.with_label_values(&["assemble"]).observe((took + started.elapsed()).as_secs_f64());
+        metrics.observe(Phase::Assemble, took + started.elapsed());
         metrics.prefetched_steps.inc();
         if prepared.send(Ok(PreparedStep { meta, users, places, micro_batches })).is_err() {
             return Ok(());

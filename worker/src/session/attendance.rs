@@ -134,7 +134,7 @@ impl Parts {
             ticks.tick().await;
             if self.signals.overdue(self.grace) {
                 tracing::error!(
-                    phase = self.progress.phase(),
+                    phase = self.progress.phase().as_str(),
                     grace = ?self.grace,
                     "stuck in a generation that has ended (cluster.stop_timeout); ending, so that another can take the place"
                 );

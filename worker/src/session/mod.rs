@@ -18,7 +18,7 @@ use learn_domain::config::DeviceKind;
 use learn_domain::membership::Departure;
 use learn_domain::report::{Task, exit};
 use learn_domain::run_dir::RunDir;
-use learn_domain::{Generation, Incarnation, WorkerId};
+use learn_domain::{Generation, Incarnation, Phase, WorkerId};
 use learn_proto::connect::Pass;
 use learn_proto::convert::{Admission, AfterStep, Applicant, Order};
 use learn_telemetry::{WorkerMetrics, host};
@@ -243,14 +243,14 @@ impl Life<'_> {
                 (Err(error), Some(Abort::Leave(cause))) => {
                     return Err(WorkerError::Aborted { cause, error: error.to_string() });
                 }
-                (Err(error), Some(Abort::Rejoin)) if error.passes() => self.rejoin()?,
-                (Err(error), _) if error.passes() => {
+                (Err(error), Some(Abort::Rejoin)) if error.reach().passes() => self.rejoin()?,
+                (Err(error), _) if error.reach().passes() => {
                     tracing::warn!(%error, "the generation has ended");
                     broken = Some(error.to_string());
                 }
                 (Err(error), _) => return Err(error),
             }
-            session.progress.enter("regrouping");
+            session.progress.enter(Phase::Regrouping);
         }
     }
 
@@ -342,11 +342,7 @@ impl Life<'_> {
         let departure = match &ended {
             Ok(End::Done | End::Dismissed) => Departure::Done,
             Ok(End::Stopped) => Departure::Stopped,
-            Err(error) => match (error, error.gives_up()) {
-                (_, Some(why)) => Departure::GaveUp(why, error.to_string()),
-                (error, None) if error.crashes() => Departure::Crashed(error.to_string()),
-                _ => Departure::Failed(error.to_string()),
-            },
+            Err(error) => error.reach().departure(error.to_string()),
         };
         let left = self.session.control.leave(self.attendance.worker, self.left, departure);
         match ended? {

@@ -7,10 +7,11 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use learn_collective::{Aborter, Buffer, Collective, CollectiveError, CommonVector};
+use learn_domain::Phase;
 use learn_model::parameters::Bucket;
 use learn_model::{Milestone, Parameters, RowGradient};
 use learn_proto::convert::AfterStep;
-use learn_telemetry::{Phase, WorkerMetrics};
+use learn_telemetry::WorkerMetrics;
 use tch::Tensor;
 
 use super::step::PhaseClock;

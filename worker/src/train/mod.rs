@@ -28,10 +28,9 @@ use learn_domain::plan::{Plan, PlanKey};
 use learn_domain::progress::Work;
 use learn_domain::report::{DatasetFacts, Evaluation, Split, StepRecord};
 use learn_domain::schedule::learning_rate;
-use learn_domain::{Step, UserIndex};
+use learn_domain::{Phase, Step, UserIndex};
 use learn_model::objective::cvr;
 use learn_model::{AdamW, Forward, Parameters, Pch, PchShape};
-use learn_telemetry::Phase;
 pub use objective::{Conversion, FullSoftmax, InBatch, Objective};
 pub use passes::{rows_tensor, sequences};
 pub(crate) use save::snapshot;
@@ -447,7 +446,7 @@ fn evaluate_at(
     turn: &mut Turn,
     request: &Request,
 ) -> Result<Evaluation, WorkerError> {
-    session.progress.enter("evaluation");
+    session.progress.enter(Phase::Evaluation);
     let evaluation = evaluator.evaluate(&catalogue, &mut turn.exchange, request)?;
     if turn.is_first() {
         turn.member.report_evaluation(&evaluation)?;

@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use learn_collective::CollectiveError;
+use learn_domain::Phase;
 use learn_domain::event::Happening;
 use learn_model::Parameters;
 use tch::{Device, Tensor};
@@ -49,7 +50,7 @@ impl Trainer<'_> {
         }
         self.saved = Some(self.finished);
         let Some(writer) = &mut self.writer else { return Ok(()) };
-        self.session.progress.enter("checkpoint");
+        self.session.progress.enter(Phase::Checkpoint);
         let (dataset, stepper) = (&self.session.admission.dataset, &self.stepper);
         let state = State {
             version: checkpoint::VERSION,
@@ -76,7 +77,7 @@ impl Trainer<'_> {
     /// [`WorkerError::Unsaved`]; or that the generation was ended meanwhile: the coordinator records a checkpoint when all
     /// ranks have reported its step, and the next generation does so for one that is lost.
     pub(super) fn finish(&mut self, turn: &Turn) -> Result<(), WorkerError> {
-        self.session.progress.enter("finishing");
+        self.session.progress.enter(Phase::Finishing);
         let mut pauses = RETRIES.iter();
         while let Some(writer) = &mut self.writer {
             let error = match writer.settle_within(LOOK) {

@@ -12,12 +12,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use learn_domain::Phase;
 use learn_domain::config::OptimizerConfig;
 use learn_domain::random;
 use learn_model::optimizer::{self, UpdateScale};
 use learn_model::{AdamW, Forward, Parameters, Pch, RowGradient};
 use learn_proto::convert::AfterStep;
-use learn_telemetry::{Phase, WorkerMetrics};
+use learn_telemetry::WorkerMetrics;
 use tch::{Device, Tensor};
 
 use super::device_rows::DeviceRows;
@@ -113,7 +114,7 @@ impl PhaseClock {
     /// Ends the running phase and starts `phase`.
     pub fn enter(&mut self, phase: Phase) {
         self.stop();
-        self.progress.enter(phase.as_str());
+        self.progress.enter(phase);
         self.current = Some((phase, Instant::now()));
     }
 

@@ -192,6 +192,49 @@ impl NcclCollective {
         self.comm.complete((&self.gpu, Lane::Default), call, &self.aborter)
     }
 
+    /// Runs an operation on a buffer in place: enqueues it on the device's side of the buffer, unless that is empty, and
+    /// waits for it.
+    fn in_place(
+        &mut self,
+        op: Op,
+        buffer: &mut Buffer<'_>,
+        enqueue: impl FnOnce(&Self, *mut c_void) -> c_uint,
+    ) -> Result<(), CollectiveError> {
+        check_place(op, buffer.place(), self.ordinal)?;
+        self.run(op, |this, call| {
+            if buffer.is_empty() {
+                return Ok(());
+            }
+            let data = this.input(op, 0, buffer)?;
+            let code = enqueue(this, data);
+            this.check(call, code)?;
+            this.complete(call)?;
+            this.deliver(op, 0, buffer)
+        })
+    }
+
+    /// Runs an operation from one buffer to another: enqueues it on the device's sides of both, unless both are empty, and
+    /// waits for it.
+    fn across(
+        &mut self,
+        op: Op,
+        send: &mut Buffer<'_>,
+        recv: &mut Buffer<'_>,
+        enqueue: impl FnOnce(&Self, &Call, *mut c_void, *mut c_void) -> Result<(), CollectiveError>,
+    ) -> Result<(), CollectiveError> {
+        check_place(op, send.place(), self.ordinal)?;
+        check_place(op, recv.place(), self.ordinal)?;
+        self.run(op, |this, call| {
+            if send.is_empty() && recv.is_empty() {
+                return Ok(());
+            }
+            let (from, to) = (this.input(op, 0, send)?, this.output(op, 1, recv)?);
+            enqueue(this, call, from, to)?;
+            this.complete(call)?;
+            this.deliver(op, 1, recv)
+        })
+    }
+
     /// Enqueues a sum of a device buffer beside the kernels to come, and does not wait for it.
     fn start_sum(&mut self, buffer: &Buffer<'_>) -> Result<(), CollectiveError> {
         let op = Op::AllReduce;
@@ -291,21 +334,13 @@ impl Collective for NcclCollective {
     fn all_reduce_sum(&mut self, buffer: &mut Buffer<'_>) -> Result<(), CollectiveError> {
         let op = Op::AllReduce;
         check_sum(op, buffer.dtype())?;
-        check_place(op, buffer.place(), self.ordinal)?;
-        self.run(op, |this, call| {
-            let (len, kind) = (buffer.len(), data_type(buffer.dtype()));
-            if len == 0 {
-                return Ok(());
-            }
-            let data = this.input(op, 0, buffer)?;
-            // SAFETY: in place on `len` elements of the buffer or of the staging, which outlive the wait below.
-            let code = unsafe { (this.nccl.all_reduce)(data, data, len, kind, SUM, this.comm.handle(), STREAM) };
-            this.check(call, code)?;
-            this.complete(call)?;
-            this.deliver(op, 0, buffer)?;
-            this.count_ring(2, buffer.byte_len(), buffer.byte_len() / this.world_size);
-            Ok(())
-        })
+        let (len, kind) = (buffer.len(), data_type(buffer.dtype()));
+        self.in_place(op, buffer, |this, data| {
+            // SAFETY: in place on `len` elements of the buffer or of the staging, which outlive the wait.
+            unsafe { (this.nccl.all_reduce)(data, data, len, kind, SUM, this.comm.handle(), STREAM) }
+        })?;
+        self.count_ring(2, buffer.byte_len(), buffer.byte_len() / self.world_size);
+        Ok(())
     }
 
     fn all_reduce_sums(&mut self, buffers: &mut Buffers<'_, '_>) -> Result<(), CollectiveError> {
@@ -330,20 +365,12 @@ impl Collective for NcclCollective {
     ) -> Result<(), CollectiveError> {
         let op = Op::AllGather;
         let layout = self.parts(op, counts).check(recv, send)?;
-        check_place(op, send.place(), self.ordinal)?;
-        check_place(op, recv.place(), self.ordinal)?;
-        self.run(op, |this, call| {
-            if recv.is_empty() {
-                return Ok(());
-            }
-            let (from, to) = (this.input(op, 0, send)?, this.output(op, 1, recv)?);
-            let kind = data_type(recv.dtype());
-            this.enqueue_all_gather(call, Enqueue { counts, layout: &layout, kind, send: from, recv: to })?;
-            this.complete(call)?;
-            this.deliver(op, 1, recv)?;
-            this.count_ring(1, layout.total(), layout.part(this.rank + 1).len());
-            Ok(())
-        })
+        let kind = data_type(recv.dtype());
+        self.across(op, send, recv, |this, call, send, recv| {
+            this.enqueue_all_gather(call, Enqueue { counts, layout: &layout, kind, send, recv })
+        })?;
+        self.count_ring(1, layout.total(), layout.part(self.rank + 1).len());
+        Ok(())
     }
 
     fn reduce_scatter_sum(
@@ -355,42 +382,25 @@ impl Collective for NcclCollective {
         let op = Op::ReduceScatter;
         check_sum(op, send.dtype())?;
         let layout = self.parts(op, counts).check(send, recv)?;
-        check_place(op, send.place(), self.ordinal)?;
-        check_place(op, recv.place(), self.ordinal)?;
-        self.run(op, |this, call| {
-            if send.is_empty() {
-                return Ok(());
-            }
-            let (from, to) = (this.input(op, 0, send)?, this.output(op, 1, recv)?);
-            let kind = data_type(send.dtype());
-            this.enqueue_reduce_scatter(call, Enqueue { counts, layout: &layout, kind, send: from, recv: to })?;
-            this.complete(call)?;
-            this.deliver(op, 1, recv)?;
-            this.count_ring(1, layout.total(), layout.part(this.rank).len());
-            Ok(())
-        })
+        let kind = data_type(send.dtype());
+        self.across(op, send, recv, |this, call, send, recv| {
+            this.enqueue_reduce_scatter(call, Enqueue { counts, layout: &layout, kind, send, recv })
+        })?;
+        self.count_ring(1, layout.total(), layout.part(self.rank).len());
+        Ok(())
     }
 
     fn broadcast(&mut self, root: usize, buffer: &mut Buffer<'_>) -> Result<(), CollectiveError> {
         let op = Op::Broadcast;
         check_root(root, self.world_size)?;
-        check_place(op, buffer.place(), self.ordinal)?;
-        self.run(op, |this, call| {
-            let (len, kind) = (buffer.len(), data_type(buffer.dtype()));
-            if len == 0 {
-                return Ok(());
-            }
-            let data = this.input(op, 0, buffer)?;
+        let (len, kind) = (buffer.len(), data_type(buffer.dtype()));
+        self.in_place(op, buffer, |this, data| {
             // SAFETY: in place on `len` elements that outlive the wait; the root is below the world size, which is an int.
-            let code =
-                unsafe { (this.nccl.broadcast)(data, data, len, kind, root as c_int, this.comm.handle(), STREAM) };
-            this.check(call, code)?;
-            this.complete(call)?;
-            this.deliver(op, 0, buffer)?;
-            let last = (this.rank + 1) % this.world_size == root;
-            this.count_ring(1, buffer.byte_len(), if last { buffer.byte_len() } else { 0 });
-            Ok(())
-        })
+            unsafe { (this.nccl.broadcast)(data, data, len, kind, root as c_int, this.comm.handle(), STREAM) }
+        })?;
+        let last = (self.rank + 1) % self.world_size == root;
+        self.count_ring(1, buffer.byte_len(), if last { buffer.byte_len() } else { 0 });
+        Ok(())
     }
 
     fn barrier(&mut self) -> Result<(), CollectiveError> {

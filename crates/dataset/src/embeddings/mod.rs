@@ -19,7 +19,7 @@ use learn_domain::config::RowFormat;
 use rayon::prelude::*;
 pub use store::{EmbeddingSpec, EmbeddingStore, Shard};
 
-use crate::error::DatasetError;
+use crate::error::{DatasetError, MadeBy};
 use crate::ipc;
 use crate::manifest::EmbeddingInfo;
 
@@ -36,14 +36,15 @@ fn fields(dim: usize) -> Result<Fields, String> {
 
 /// The values of one mapped file, row after row.
 pub(crate) fn values(path: &Path, dim: usize) -> Result<(Vec<ScalarBuffer<f16>>, ipc::MappedBatches), DatasetError> {
-    let fields = fields(dim).map_err(|problem| DatasetError::damaged(path, problem))?;
-    let file = ipc::open(path, &fields)?;
+    let damaged = |problem: String| DatasetError::damaged(MadeBy::Embed, path, problem);
+    let fields = fields(dim).map_err(damaged)?;
+    let file = ipc::open(MadeBy::Embed, path, &fields)?;
     let mut parts = Vec::new();
     for batch in file.batches.iter().filter(|batch| batch.num_rows() > 0) {
         let list = batch.column(0).as_fixed_size_list();
         let values = list.values().as_primitive::<Float16Type>();
         if values.null_count() > 0 || values.len() != batch.num_rows() * dim {
-            return Err(DatasetError::damaged(path, "it has missing values"));
+            return Err(damaged("it has missing values".into()));
         }
         parts.push(values.values().clone());
     }
@@ -90,7 +91,7 @@ impl Embeddings {
             }
             if (this.rows - before) as u64 != entry.rows {
                 let problem = format!("it has {} rows, dataset.json says {}", this.rows - before, entry.rows);
-                return Err(DatasetError::damaged(&path, problem));
+                return Err(DatasetError::damaged(MadeBy::Embed, &path, problem));
             }
         }
         if this.rows != items {

@@ -22,7 +22,7 @@ use sha2::{Digest, Sha256};
 
 use super::{DTYPE, FOLDER, fields, values};
 use crate::dataset::Dataset;
-use crate::error::DatasetError;
+use crate::error::{DatasetError, MadeBy};
 use crate::files::{self, hex};
 use crate::ipc;
 use crate::manifest::{EmbeddingInfo, FileEntry, Manifest};
@@ -114,10 +114,11 @@ impl EmbeddingStore {
         };
         let paths = files.flatten().map(|entry| entry.path()).filter(|path| first(path));
         // a damaged one is no finished shard
-        let dims = paths.filter_map(|path| match ipc::stored_schema(&path).ok()?.fields.first()?.data_type() {
-            DataType::FixedSizeList(_, dim) => usize::try_from(*dim).ok(),
-            _ => None,
-        });
+        let dims =
+            paths.filter_map(|path| match ipc::stored_schema(MadeBy::Embed, &path).ok()?.fields.first()?.data_type() {
+                DataType::FixedSizeList(_, dim) => usize::try_from(*dim).ok(),
+                _ => None,
+            });
         Ok(dims.collect())
     }
 
@@ -168,7 +169,7 @@ impl EmbeddingStore {
     /// If there is no such shard.
     #[must_use]
     pub fn texts_cut(&self, shard: usize) -> Option<usize> {
-        let schema = ipc::stored_schema(&self.dir.join(self.relative(&self.shards[shard]))).ok()?;
+        let schema = ipc::stored_schema(MadeBy::Embed, &self.dir.join(self.relative(&self.shards[shard]))).ok()?;
         schema.metadata.get(CUT)?.parse().ok()
     }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use half::f16;
 use learn_dataset::embeddings::{EmbeddingSpec, EmbeddingStore};
-use learn_dataset::{Dataset, DatasetError, PrepareOptions};
+use learn_dataset::{Dataset, DatasetError, MadeBy, PrepareOptions};
 use learn_domain::config::Precision;
 use learn_domain::report::Split;
 
@@ -100,6 +100,31 @@ fn a_folder_that_is_called_like_that_of_the_embeddings_changes_no_remedy() {
     fs::write(dir.join("dataset.json"), "{}").unwrap();
     let error = Dataset::open(&dir).unwrap_err().to_string();
     assert!(error.contains("prepare the dataset again"), "{error}");
+}
+
+#[test]
+fn what_mends_a_file_depends_on_who_made_it_whatever_its_folder_is_called() {
+    let (fixture, _) = embedded();
+    let at = |path: &str| fixture.out().join(path);
+    let items = ("items/part-00000.parquet", "items/embeddings/part-00000.parquet");
+    fs::create_dir(at("items/embeddings")).unwrap();
+    fs::rename(at(items.0), at(items.1)).unwrap();
+    fs::rename(at("embeddings"), at("vectors")).unwrap();
+    let text = fs::read_to_string(at("dataset.json")).unwrap();
+    let text = text.replace("\"embeddings/part-", "\"vectors/part-").replace(items.0, items.1);
+    fs::write(at("dataset.json"), text).unwrap();
+    read_all(&fixture.out()).unwrap();
+    let shard = files(&at("vectors")).remove(0);
+    for (path, made_by, remedy) in
+        [(at(items.1), MadeBy::Prepare, "--replace"), (shard, MadeBy::Embed, "learn-launch embed")]
+    {
+        let whole = fs::read(&path).unwrap();
+        fs::write(&path, &whole[1..]).unwrap();
+        let error = read_all(&fixture.out()).unwrap_err();
+        let found = matches!(error, DatasetError::Damaged { made_by: found, .. } if found == made_by);
+        assert!(found && error.to_string().contains(remedy), "{error}");
+        fs::write(&path, &whole).unwrap();
+    }
 }
 
 #[test]

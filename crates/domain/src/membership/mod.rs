@@ -47,6 +47,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{Generation, Incarnation, Rank, WorkerId};
+use crate::phase::Phase;
 
 /// Wanted sizes, deadlines and patience.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,7 +86,7 @@ pub enum Event {
     /// A member that is alive holds the others up for too long, in a phase.
     Stalled {
         worker: WorkerId,
-        phase: String,
+        phase: Phase,
         seconds: u64,
     },
     /// A step was finished.
@@ -135,7 +136,7 @@ pub enum LossCause {
     },
     /// The others waited for it, and it made no progress.
     Stalled {
-        phase: String,
+        phase: Phase,
         seconds: u64,
     },
     /// It was told to leave its generation and did not.

@@ -530,7 +530,7 @@ fn every_cause_of_a_loss_has_a_label_that_is_listed() {
         LossCause::Disconnected,
         LossCause::Crashed { message: "gone".into() },
         LossCause::Stuck { seconds: 1 },
-        LossCause::Stalled { phase: "loss".into(), seconds: 1 },
+        LossCause::Stalled { phase: Phase::Loss, seconds: 1 },
     ];
     assert_eq!(causes.map(|cause| cause.label()), LossCause::LABELS);
 }

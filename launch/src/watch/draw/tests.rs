@@ -1,5 +1,6 @@
 use std::path::Path;
 
+use learn_domain::Phase;
 use learn_domain::event::{Happening, JobEvent};
 use learn_domain::ids::{Generation, Rank, Step, WorkerId};
 use learn_domain::membership::LossCause;
@@ -52,9 +53,9 @@ fn lost() -> Scene {
         (status.workers[1].seconds_in_phase, status.workers[1].step, status.workers[1].work_ratio) =
             (0.1, Step(1200), Some(1.01));
         let lost = &mut status.workers[3];
-        (lost.rank, lost.phase, lost.left, lost.work_ratio) = (None, "lost".into(), true, None);
+        (lost.rank, lost.phase, lost.left, lost.work_ratio) = (None, Phase::Lost, true, None);
         (lost.seconds_since_heartbeat, lost.step) = (4.0, Step(1197));
-        let mut comes = worker(4, "starting", 1.0);
+        let mut comes = worker(4, Phase::Starting, 1.0);
         (comes.rank, comes.work_ratio, comes.step, comes.seconds_in_phase) = (None, None, Step(0), 2.0);
         status.workers.push(comes);
     });
@@ -72,7 +73,7 @@ fn evaluating() -> Scene {
         status.stall = None;
         status.evaluations.insert(0, evaluation(200, 0.0512));
         for worker in &mut status.workers {
-            (worker.phase, worker.seconds_in_phase, worker.step) = ("evaluation".into(), 3.2, Step(1200));
+            (worker.phase, worker.seconds_in_phase, worker.step) = (Phase::Evaluation, 3.2, Step(1200));
         }
     })
 }
@@ -84,7 +85,7 @@ fn ended() -> Scene {
         status.last_checkpoint = Some(Step(1200));
         status.evaluations.push(evaluation(1200, 0.0913));
         for worker in &mut status.workers {
-            (worker.phase, worker.left, worker.rank, worker.step) = ("done".into(), true, None, Step(1200));
+            (worker.phase, worker.left, worker.rank, worker.step) = (Phase::Done, true, None, Step(1200));
             worker.seconds_since_heartbeat = 12.0;
         }
     });
@@ -161,7 +162,7 @@ fn how_to_leave_and_what_that_does_is_on_every_screen() {
 fn a_thousand_ranks_are_scrolled() {
     let many = changed(|status| {
         status.stall = None;
-        status.workers = (0..1000).map(|number| worker(number, "gather", 1.0)).collect();
+        status.workers = (0..1000).map(|number| worker(number, Phase::Gather, 1.0)).collect();
     });
     let at = |scroll| {
         let choice = Choice { pane: Pane::Ranks, scroll, ..Choice::default() };

@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
+use learn_domain::Phase;
 use learn_domain::event::Happening;
 use learn_domain::ids::{Rank, WorkerId};
 use learn_domain::progress::Cause;
@@ -96,8 +97,8 @@ impl<'a> Seen<'a> {
         let silent = worker.seconds_since_heartbeat;
         let half = self.scene.settings.as_ref().map(|settings| settings.heartbeat_timeout.as_secs_f64() / 2.0);
         let named = |stall: &str| worker.rank.is_some_and(|rank| stall.starts_with(&format!("rank {rank} ")));
-        match (worker.left, worker.phase.as_str()) {
-            (true, "lost") if silent < NEWS => Tone::Bad,
+        match (worker.left, worker.phase) {
+            (true, Phase::Lost) if silent < NEWS => Tone::Bad,
             (true, _) => Tone::Faint,
             _ if half.is_some_and(|half| silent > half) || self.stall.is_some_and(named) => Tone::Bad,
             _ if worker.rank.is_some_and(|rank| self.lagging.contains_key(&rank)) => Tone::Warn,
@@ -107,7 +108,7 @@ impl<'a> Seen<'a> {
 
     fn row(&self, tone: Tone, worker: &WorkerStatus) -> RankRow {
         let gauges = self.scene.gauges.get(&worker.worker).copied().filter(|_| !worker.left).unwrap_or_default();
-        let lost = worker.phase == "lost";
+        let lost = worker.phase == Phase::Lost;
         let was = || self.were.get(&worker.worker).filter(|_| lost).map(|rank| format!("was {rank}"));
         let step = render::count(worker.step.0);
         let behind = self.ahead.saturating_sub(worker.step.0);
@@ -121,7 +122,7 @@ impl<'a> Seen<'a> {
             rank: worker.rank.map(|rank| rank.to_string()).or_else(was).unwrap_or_else(unknown),
             host: worker.host.clone(),
             device: worker.device.clone(),
-            phase: worker.phase.clone(),
+            phase: worker.phase.to_string(),
             since: there(span(worker.seconds_in_phase)),
             step: if behind == 0 || worker.rank.is_none() {
                 step

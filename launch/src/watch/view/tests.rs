@@ -1,3 +1,4 @@
+use learn_domain::Phase;
 use learn_domain::ids::{Generation, Rank, Step, WorkerId};
 use learn_domain::membership::LossCause;
 
@@ -61,9 +62,9 @@ fn a_lost_worker_is_news_at_first_and_then_goes_to_the_end() {
         let mut scene = changed(|status| {
             status.stall = None;
             let lost = &mut status.workers[3];
-            (lost.rank, lost.phase, lost.left) = (None, "lost".into(), true);
+            (lost.rank, lost.phase, lost.left) = (None, Phase::Lost, true);
             lost.seconds_since_heartbeat = ago;
-            status.workers.push(worker(4, "gather", 1.0));
+            status.workers.push(worker(4, Phase::Gather, 1.0));
             status.workers[4].rank = Some(Rank(3));
         });
         let happening = Happening::WorkerLost { worker: WorkerId(3), rank: Rank(3), cause: LossCause::Disconnected };
@@ -86,7 +87,7 @@ fn a_lost_worker_is_news_at_first_and_then_goes_to_the_end() {
     assert_eq!((row.tone, row.rank.as_str()), (Tone::Faint, "was 3"));
     let gone = changed(|status| {
         status.workers.extend((10..50).map(|number| {
-            let mut gone = worker(number, "lost", 1.0);
+            let mut gone = worker(number, Phase::Lost, 1.0);
             (gone.rank, gone.left, gone.seconds_since_heartbeat) = (None, true, 900.0);
             gone
         }));

@@ -7,13 +7,13 @@
 
 use std::ops::Range;
 
+use learn_domain::Phase;
 use learn_domain::config::ObjectiveConfig;
 use learn_domain::random;
 use learn_domain::sampling::Pairs;
 use learn_model::objective::pair_indices;
 use learn_model::objective::softmax::{Normalizer, Shard};
 use learn_model::{ItemInputs, Tape};
-use learn_telemetry::Phase;
 use tch::Tensor;
 
 use super::{Contribution, StepLoss, Towers};

@@ -2,10 +2,10 @@
 //!
 //! gather the items of all ranks -> loss of the own rows -> scatter the items' gradients to the ranks that own them.
 
+use learn_domain::Phase;
 use learn_domain::config::ObjectiveConfig;
 use learn_domain::sampling::Pairs;
 use learn_model::objective::{self, InfoNce, Proposal, Tile};
-use learn_telemetry::Phase;
 use tch::{Device, Tensor};
 
 use super::{Contribution, StepLoss, Towers};
