@@ -198,7 +198,7 @@ fn read_table(
     let path = dir.join(&entry.path);
     let damaged = |problem: &dyn ToString| DatasetError::damaged(MadeBy::Prepare, &path, problem.to_string());
     // The Parquet decoder panics on some damaged files, so what it gets is checked first.
-    files::verify(MadeBy::Prepare, &path, entry, |_| ())?;
+    files::verify(MadeBy::Prepare, &path, entry, &())?;
     let file = std::fs::File::open(&path).map_err(DatasetError::io(&path))?;
     let reader = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| damaged(&error))?;
     if reader.schema().fields() != fields {
