@@ -1,6 +1,7 @@
 //! Jobs as local processes: how they end, what is said about it, and that nobody is left behind. The other processes are
 //! scripts that end in ways that real ones do not end in at will; what real ones can show stands in `tests/`.
 
+use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Stdio};
 
 use crate::support::{Installation, TestResult, err, out, until};
@@ -75,6 +76,36 @@ while true; do sleep 0.05; done"#;
     }
     assert!(!text.contains("asked"), "nobody has stopped it: {text}");
     assert!(start.elapsed().as_secs() < 60, "it does not wait for the join timeout");
+    Ok(())
+}
+
+#[test]
+fn the_verification_of_a_large_dataset_is_shown_and_hears_a_stop() -> TestResult {
+    let installation = Installation::new(GOOD_COORDINATOR, LOYAL_WORKER)?;
+    installation.swell_dataset()?;
+    let mut job = installation.command(&["train"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut said = BufReader::new(job.stderr.take().ok_or("no stderr")?).lines().map_while(Result::ok);
+    assert!(said.any(|line| line.starts_with("verify: ") && line.contains('/')), "nothing is shown");
+    end(job.id(), End::Gracefully);
+    let last: Vec<String> = said.collect();
+    assert_eq!(job.wait()?.code(), Some(3), "{last:?}");
+    assert!(last.iter().any(|line| line.contains("stopped before it began") && line.contains("--force")), "{last:?}");
+    assert!(!installation.path("runs/learn/logs/coordinator.log").exists(), "nothing was started");
+    Ok(())
+}
+
+#[test]
+fn a_damaged_dataset_ends_a_job_before_anything_is_started() -> TestResult {
+    let installation = Installation::new(GOOD_COORDINATOR, LOYAL_WORKER)?;
+    let file = installation.path("data/dataset/items/part-00000.parquet");
+    let mut bytes = std::fs::read(&file)?;
+    bytes[20] ^= 1;
+    std::fs::write(&file, bytes)?;
+    let output = installation.launch(&["train"])?;
+    assert_eq!(output.status.code(), Some(1));
+    let text = err(&output);
+    assert!(text.contains("part-00000.parquet is damaged") && text.contains("--force"), "{text}");
+    assert!(!installation.path("runs/learn/logs/coordinator.log").exists());
     Ok(())
 }
 
