@@ -99,7 +99,14 @@ pub fn exit_code(outcome: &Outcome) -> i32 {
 /// # Errors
 /// If the job cannot be started, or its files not be written any more.
 pub async fn run(settings: Settings, shutdown: impl Future<Output = ()> + Send) -> Result<Outcome, CoordinatorError> {
-    Coordinator::bind(settings).await?.run(shutdown).await
+    let mut shutdown = std::pin::pin!(shutdown);
+    let coordinator = tokio::select! {
+        biased;
+        // nothing has begun
+        () = &mut shutdown => return Ok(Outcome::Stopped(StopCause::Operator)),
+        coordinator = Coordinator::bind(settings) => coordinator?,
+    };
+    coordinator.run(shutdown).await
 }
 
 /// As [`run`], for the job that a killed coordinator of this run directory has left.

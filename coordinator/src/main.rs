@@ -41,6 +41,9 @@ struct Arguments {
     /// Go on with the job of a coordinator of DIR that was killed: same task, same ports, where it was
     #[arg(long, conflicts_with_all = ["task_json", "config", "embed"])]
     take_over: bool,
+    /// Do not compare every byte of the dataset with its checksum first: another process has just done so
+    #[arg(long, conflicts_with_all = ["embed", "take_over"])]
+    no_verify: bool,
     /// Serve an embed job instead: lease item ranges to `learn-embed` processes
     #[arg(long, conflicts_with_all = ["task_json", "config"])]
     embed: bool,
@@ -318,7 +321,12 @@ async fn serve(arguments: Arguments) -> anyhow::Result<i32> {
         });
     };
     let settings = Settings::load(&run_dir, arguments.config, task).map_err(CoordinatorError::from)?;
-    let settings = Settings { restarts: arguments.restarts, most_workers: arguments.most_workers, ..settings };
+    let settings = Settings {
+        restarts: arguments.restarts,
+        most_workers: arguments.most_workers,
+        verify: !arguments.no_verify,
+        ..settings
+    };
     Ok(said(&run(settings, shutdown).await?))
 }
 

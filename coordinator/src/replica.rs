@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use learn_dataset::Dataset;
+use learn_dataset::{Dataset, Progress};
 use learn_domain::Config;
 use learn_domain::config::ClusterConfig;
 use learn_proto::auth::BearerInterceptor;
@@ -27,7 +27,7 @@ use tonic::transport::Channel;
 
 use crate::CoordinatorError;
 use crate::connections::{self, Gate};
-use crate::data::{DataServer, DataService, Directory, Source, SourceError, catalogues};
+use crate::data::{self, DataServer, DataService, Directory, Source, SourceError, catalogues};
 use crate::serve::{Ports, ServeError, close, ending, on_stop};
 
 /// Pause before a coordinator that is away is asked again.
@@ -131,15 +131,14 @@ impl Replica {
             None => parse(&coordinator.offer(&offer).await?.config_json)?.data.dataset,
         };
         let verify = settings.verify;
-        let open = move || -> Result<Dataset, SourceError> {
+        let open = move |progress: &dyn Progress| -> Result<Dataset, SourceError> {
             let dataset = Dataset::open(&dataset)?;
             if verify {
-                tracing::info!(dataset = %dataset.dir().display(), "comparing every byte with its checksum");
-                dataset.verify()?;
+                data::verify(&dataset, progress)?;
             }
             Ok(dataset)
         };
-        let dataset = tokio::task::spawn_blocking(open).await.map_err(ServeError::Task)??;
+        let dataset = data::opened(open).await?;
         let facts = dataset.facts();
         offer.fingerprint = facts.fingerprint;
         offer.embeddings_fingerprint = facts.embeddings_fingerprint;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use learn_dataset::Dataset;
+use learn_dataset::{Dataset, Progress};
 use learn_domain::WorkerId;
 use learn_domain::config::{ClusterConfig, TlsMode};
 use learn_domain::membership::Outcome;
@@ -29,7 +29,7 @@ use tonic::service::interceptor::InterceptedService;
 use crate::board::Follower;
 use crate::connections::{self, Gate, MAX_REQUEST_BYTES};
 use crate::control::ControlService;
-use crate::data::{DataServer, DataService, Directory, Source, SourceError, catalogues};
+use crate::data::{self, DataServer, DataService, Directory, Source, SourceError, catalogues};
 use crate::files::{FileError, write_json};
 use crate::http::access::Access;
 use crate::job::actor::{Command, JobHandle, JobOwner, OwnerError, OwnerParts, STATES};
@@ -225,15 +225,15 @@ pub(crate) async fn close<T: 'static>(stop: &watch::Sender<bool>, servers: &mut 
 /// `verify`: every byte is read and compared with its checksum.
 async fn open_source(settings: &Settings, verify: bool) -> Result<Arc<Source>, CoordinatorError> {
     let config = settings.config.clone();
-    let open = move || -> Result<Source, SourceError> {
+    let open = move |progress: &dyn Progress| -> Result<Source, SourceError> {
         let dataset = Dataset::open(&config.data.dataset)?;
         let source = Source::new(dataset, &config)?;
         if verify {
-            source.dataset.verify()?;
+            data::verify(&source.dataset, progress)?;
         }
         Ok(source)
     };
-    Ok(Arc::new(tokio::task::spawn_blocking(open).await.map_err(ServeError::Task)??))
+    Ok(Arc::new(data::opened(open).await?))
 }
 
 fn job_settings(settings: &Settings, source: &Source, history: History) -> JobSettings {
@@ -256,7 +256,7 @@ impl Coordinator {
     /// If dataset, configuration and history do not go together, or a port is taken.
     pub async fn bind(settings: Settings) -> Result<Self, CoordinatorError> {
         let lock = lock(&settings.run_dir)?;
-        let source = open_source(&settings, true).await?;
+        let source = open_source(&settings, settings.verify).await?;
         let Settings { run_dir, config, task, .. } = &settings;
         let history = History::load(run_dir, task, &source.facts.fingerprint)?;
         let (entries, journal) = Journal::open(run_dir.clone(), source.facts.fingerprint.clone(), config)?;
@@ -283,8 +283,8 @@ impl Coordinator {
         Ok(Self { ports, source, metrics, job, owner, journal, lock, settings })
     }
 
-    /// Goes on with the job of a coordinator that was killed, on the same ports. The bytes of the dataset, which the one
-    /// before has verified, are not read again.
+    /// Goes on with the job of a coordinator that was killed, on the same ports. The bytes of the dataset, which were verified
+    /// when the job began, are not read again.
     ///
     /// # Errors
     /// If there is no such job, its state is damaged, or its ports are taken.

@@ -25,6 +25,8 @@ pub struct Settings {
     pub restarts: u32,
     /// Most workers that whoever starts them can start; none if there is no such limit.
     pub most_workers: Option<u32>,
+    /// Every byte of the dataset is read and compared with its checksum first.
+    pub verify: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +52,8 @@ impl Settings {
         learn_telemetry::place::set_run(&config.job.name);
         let secret = Secret::read(&run_dir.secret())?;
         let token = read_token(&run_dir)?;
-        Ok(Self { run_dir, config_file, config, secret, token, task, restarts: 0, most_workers: None })
+        let (most_workers, verify) = (None, true);
+        Ok(Self { run_dir, config_file, config, secret, token, task, restarts: 0, most_workers, verify })
     }
 }
 

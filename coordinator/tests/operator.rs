@@ -70,6 +70,16 @@ async fn more_workers_than_the_launcher_can_start_are_refused_by_whoever_serves_
 }
 
 #[tokio::test]
+async fn a_stop_is_heard_while_the_dataset_is_verified() {
+    let ground = Ground::new(1);
+    let settings = ground.settings(train());
+    // it comes when the coordinator has begun
+    let outcome = learn_coordinator::run(settings, tokio::task::yield_now()).await.unwrap();
+    assert_eq!(outcome, Outcome::Stopped(StopCause::Operator));
+    assert!(!ground.run_dir().status().exists(), "nothing was served");
+}
+
+#[tokio::test]
 async fn a_training_that_cannot_begin_has_failed_with_the_reason() {
     let ground = Ground::new(2);
     let running = ground.start(train()).await;

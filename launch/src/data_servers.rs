@@ -53,7 +53,7 @@ impl<'a> DataServers<'a> {
             .arg("--secret-file")
             .arg(self.run.secret())
             .args(["--bind", &self.config.cluster.bind])
-            // the coordinator has compared the same files
+            // this process has verified the same files
             .arg("--no-verify");
         let process = Process::start(format!("data server {number}"), &mut command, &self.run.data_log(number))?;
         Ok(Hand { process, started: Instant::now(), seen: false })

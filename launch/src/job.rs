@@ -1,15 +1,17 @@
 //! One job: a coordinator on this machine and its workers, started, watched and reaped.
 //!
 //! Input: a run directory with its configuration and secret, and a task. Output: the job's last status, or a failure
-//! that names the cause, the guilty process with the end of its log, and what to do. Invariants: a request to stop goes
-//! to the coordinator alone, which ends the job gracefully; a second one kills; a worker that is lost is replaced as long as
-//! the job goes on ([`crate::crew`]), and so is a coordinator that was killed; no process outlives [`run`].
+//! that names the cause, the guilty process with the end of its log, and what to do. Invariants: nothing is started before
+//! every byte of the dataset was compared with its checksum; a request to stop goes to the coordinator alone, which ends the
+//! job gracefully; a second one kills; a worker that is lost is replaced as long as the job goes on ([`crate::crew`]), and so is
+//! a coordinator that was killed; no process outlives [`run`].
 
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use learn_dataset::{Dataset, DatasetError};
 use learn_domain::Config;
 use learn_domain::report::{CoordinatorAddress, JobState, JobStatus, Task, exit};
 use learn_domain::run_dir::RunDir;
@@ -23,13 +25,13 @@ use crate::output::{Output, Progress, Unit};
 use crate::process::{self, Process};
 use crate::slurm::JobStep;
 use crate::system::{self, End};
-use crate::{render, runs};
+use crate::{dataset_work, render, runs};
 
 /// Pause between two looks at the processes.
 const POLL: Duration = Duration::from_millis(50);
 /// Pause between two looks at the status.
 const STATUS_INTERVAL: Duration = Duration::from_millis(500);
-/// A coordinator that is silent for this long at its start is said to be checking the dataset.
+/// A coordinator that is silent for this long at its start is said to be waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Workers may take this long to leave by themselves after their coordinator has ended. If it cannot have told them, that is
 /// all: what they would still save has no ledger.
@@ -91,6 +93,45 @@ impl<'a> JobSpec<'a> {
             Workers::Elsewhere => None,
         })
     }
+
+    /// Compares every byte of the dataset with its checksum, so that no process of the job has to.
+    ///
+    /// # Errors
+    /// A file is damaged, or somebody asks to stop.
+    fn verify_dataset(&self, output: &Output) -> Result<()> {
+        let (shown, way_back) = (self.run.root().display(), self.way_back(None));
+        let killed = format!("{shown}: killed before it began; {way_back}");
+        let open = || Dataset::open(&self.config.data.dataset);
+        let verify = |progress: &dyn learn_dataset::Progress| open().and_then(|dataset| dataset.verify_with(progress));
+        let verified = dataset_work::run(output.progress(Unit::Bytes).patient(), &killed, verify);
+        verified.map_err(|error| match error {
+            DatasetError::Stopped => Failure::Stopped(format!("{shown}: stopped before it began; {way_back}")).into(),
+            error => {
+                let message = format!("{error}\n{}", self.way_on(None));
+                Failure::Child { code: exit::FAILED, message }.into()
+            }
+        })
+    }
+
+    /// From a stop that was asked for.
+    fn way_back(&self, status: Option<&JobStatus>) -> String {
+        match self.task {
+            Task::Evaluate { .. } => "the same command evaluates from the start".into(),
+            Task::Train { .. } => self.way_on(status),
+        }
+    }
+
+    fn way_on(&self, status: Option<&JobStatus>) -> String {
+        let shown = self.run.root().display();
+        match (self.task, status.and_then(|status| status.last_checkpoint)) {
+            (Task::Evaluate { .. }, _) => "run the evaluation again once the cause is mended".into(),
+            (Task::Train { .. }, Some(step)) => format!("`learn-launch resume {shown}` continues from step {step}"),
+            (Task::Train { resume_from: Some(_) }, None) => format!("`learn-launch resume {shown}` continues it"),
+            (Task::Train { resume_from: None }, None) => {
+                "there is no checkpoint yet; the same command with `--force` starts again".into()
+            }
+        }
+    }
 }
 
 /// Runs a job to its end.
@@ -101,6 +142,7 @@ impl<'a> JobSpec<'a> {
 /// The job failed, was stopped or lost a worker; the failure has the exit code that says which.
 pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
     system::catch_stop_signals();
+    spec.verify_dataset(output)?;
     let mut job = LocalJob::start(spec, output)?;
     if let Some(address) = job.wait_for_coordinator() {
         if matches!(spec.task, Task::Train { .. }) {
@@ -169,7 +211,8 @@ impl<'a> LocalJob<'a> {
         let mut command = Command::new(process::sibling("learn-coordinator")?);
         command.arg("--run-dir").arg(run.root()).arg("--task-json").arg(serde_json::to_string(spec.task)?);
         command.arg("--config").arg(spec.config_file);
-        command.args(["--restarts", &spec.restarts.to_string()]);
+        // this process has just verified the dataset
+        command.args(["--restarts", &spec.restarts.to_string(), "--no-verify"]);
         if let Some(most) = spec.workers.most() {
             command.args(["--most-workers", &most.to_string()]);
         }
@@ -209,7 +252,7 @@ impl<'a> LocalJob<'a> {
                 _ => {}
             }
             if !said && start.elapsed() > PATIENCE {
-                self.output.note("waiting for the coordinator, which checks the dataset first");
+                self.output.note("waiting for the coordinator");
                 said = true;
             }
             self.pass_on_stops();
@@ -418,24 +461,24 @@ impl<'a> LocalJob<'a> {
         let lost = self.lost.as_ref().map(|lost| lost.reason.clone());
         let cause = lost.or_else(|| status.as_ref().and_then(|status| status.cause.clone()));
         if self.stops > 1 {
-            let message = format!("{shown}: killed{at}; {}", self.way_back(status.as_ref()));
+            let message = format!("{shown}: killed{at}; {}", self.spec.way_back(status.as_ref()));
             return Err(Failure::Child { code: exit::FAILED, message }.into());
         }
         match (ended.code(), &self.lost, status) {
             (Some(exit::OK), _, Some(status)) => Ok(status),
-            // it was asked to end before it could hear it: nothing was trained
-            (None, None, status) if self.stops == 1 && self.crew.is_none() => {
-                let message = format!("{shown}: stopped before it began; {}", self.way_back(status.as_ref()));
+            // it was asked to end before it served, perhaps before it could hear it: nothing was trained
+            (None | Some(exit::STOPPED), None, status) if self.stops == 1 && self.address.is_none() => {
+                let message = format!("{shown}: stopped before it began; {}", self.spec.way_back(status.as_ref()));
                 Err(Failure::Stopped(message).into())
             }
             (Some(exit::STOPPED), None, status) => {
                 let cause = cause.map(|cause| format!(" ({cause})")).unwrap_or_default();
-                let message = format!("{shown}: stopped{at}{cause}; {}", self.way_back(status.as_ref()));
+                let message = format!("{shown}: stopped{at}{cause}; {}", self.spec.way_back(status.as_ref()));
                 Err(Failure::Stopped(message).into())
             }
             (Some(exit::DIVERGED), _, status) => {
                 let cause = cause.unwrap_or_default();
-                let mut message = format!("{shown}: {cause}; {}", self.way_on(status.as_ref()));
+                let mut message = format!("{shown}: {cause}; {}", self.spec.way_on(status.as_ref()));
                 if matches!(self.spec.task, Task::Train { .. }) {
                     message += "\na step that is not finite has its users in events.jsonl; `--set training.non_finite=skip` \
                                 (or rollback) gets past it";
@@ -444,7 +487,7 @@ impl<'a> LocalJob<'a> {
             }
             (Some(exit::UNSAVED), _, status) => {
                 let cause = cause.unwrap_or_default();
-                let message = format!("{shown}: at step {step}, {cause}; {}", self.way_on(status.as_ref()));
+                let message = format!("{shown}: at step {step}, {cause}; {}", self.spec.way_on(status.as_ref()));
                 Err(Failure::Unsaved(message).into())
             }
             (code, _, status) => {
@@ -471,27 +514,7 @@ impl<'a> LocalJob<'a> {
         for line in said {
             message += &format!("  | {line}\n");
         }
-        message + &self.way_on(status)
-    }
-
-    /// From a stop that was asked for.
-    fn way_back(&self, status: Option<&JobStatus>) -> String {
-        match self.spec.task {
-            Task::Evaluate { .. } => "the same command evaluates from the start".into(),
-            Task::Train { .. } => self.way_on(status),
-        }
-    }
-
-    fn way_on(&self, status: Option<&JobStatus>) -> String {
-        let shown = self.spec.run.root().display();
-        match (self.spec.task, status.and_then(|status| status.last_checkpoint)) {
-            (Task::Evaluate { .. }, _) => "run the evaluation again once the cause is mended".into(),
-            (Task::Train { .. }, Some(step)) => format!("`learn-launch resume {shown}` continues from step {step}"),
-            (Task::Train { resume_from: Some(_) }, None) => format!("`learn-launch resume {shown}` continues it"),
-            (Task::Train { resume_from: None }, None) => {
-                "there is no checkpoint yet; the same command with `--force` starts again".into()
-            }
-        }
+        message + &self.spec.way_on(status)
     }
 }
 

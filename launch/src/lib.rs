@@ -6,6 +6,7 @@
 //! - [`commands`]: one file per subcommand; [`cli`] is what they have in common.
 //! - [`settings`]: defaults, TOML, environment, `--set` and flags become one typed configuration.
 //! - [`job`]: one coordinator, its workers and data servers as local processes, watched to their end.
+//! - [`dataset_work`]: what takes long in this process itself.
 //! - [`api`] looks at a job over HTTP; [`operator`] stops and scales it.
 //! - [`process`] and [`system`]: children that never outlive their parent; the few calls into the operating system.
 //! - [`render`]: what people see, as pure functions.
@@ -21,6 +22,7 @@ pub mod cli;
 pub mod commands;
 pub mod crew;
 pub mod data_servers;
+pub mod dataset_work;
 pub mod encoder;
 pub mod failure;
 pub mod job;

@@ -14,6 +14,8 @@ use crate::render;
 
 /// Pause between two plain progress lines.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
+/// What is over sooner is no plain line worth where somebody is [patient](Progress::patient).
+const MOMENT: Duration = Duration::from_secs(1);
 
 /// How a command talks.
 #[derive(Clone, Copy, Debug)]
@@ -69,7 +71,8 @@ impl Output {
         if self.quiet || !self.terminal {
             bar.set_draw_target(ProgressDrawTarget::hidden());
         }
-        let mut progress = Progress { bar, unit, plain: !self.terminal && !self.quiet, said: None };
+        let plain = !self.terminal && !self.quiet;
+        let mut progress = Progress { bar, unit, plain, patience: Duration::ZERO, began: Instant::now(), said: None };
         progress.count_in(unit);
         progress
     }
@@ -88,10 +91,21 @@ pub struct Progress {
     bar: ProgressBar,
     unit: Unit,
     plain: bool,
+    /// So long after its beginning a stage has its first plain line.
+    patience: Duration,
+    /// When the stage began.
+    began: Instant,
+    /// When it had its last plain line.
     said: Option<Instant>,
 }
 
 impl Progress {
+    /// Without plain lines about stages that are over in a moment.
+    #[must_use]
+    pub fn patient(self) -> Self {
+        Self { patience: MOMENT, ..self }
+    }
+
     /// What is counted from now on.
     pub fn count_in(&mut self, unit: Unit) {
         self.unit = unit;
@@ -114,6 +128,7 @@ impl Progress {
             None => self.bar.unset_length(),
         }
         self.bar.set_prefix(name.to_owned());
+        self.began = Instant::now();
         self.said = None;
     }
 
@@ -136,7 +151,7 @@ impl Progress {
     }
 
     fn say(&mut self, last: bool) {
-        let due = last || self.said.is_none_or(|at| at.elapsed() >= PLAIN_INTERVAL);
+        let due = last || is_due(self.began.elapsed(), self.said.map(|at| at.elapsed()), self.patience);
         if self.plain && due {
             self.said = Some(Instant::now());
             let shown = |amount: u64| match self.unit {
@@ -149,7 +164,7 @@ impl Progress {
                 (Some(total), position) => format!("{}/{} ", shown(position), shown(total)),
             };
             let line = format!("{}: {counted}{}", self.bar.prefix(), self.bar.message());
-            stdio::say(line.trim_end());
+            stdio::say(line.trim_end_matches([':', ' ']));
         }
     }
 
@@ -162,6 +177,12 @@ impl Progress {
         }
     }
 
+    /// Has somebody else write to the terminal, above the bar.
+    pub fn above(&self, write: impl FnOnce()) {
+        // one that has not begun would be drawn below
+        if self.bar.prefix().is_empty() { write() } else { self.bar.suspend(write) }
+    }
+
     /// The end: the bar goes, the last plain line stays. A second call changes nothing.
     pub fn finish(&mut self) {
         if !self.bar.is_finished() {
@@ -169,6 +190,30 @@ impl Progress {
                 self.say(true);
             }
             self.bar.finish_and_clear();
+        }
+    }
+}
+
+/// Whether a stage that began so long ago is to have a plain line, given how long ago it had its last one.
+fn is_due(began: Duration, said: Option<Duration>, patience: Duration) -> bool {
+    said.map_or(began >= patience, |said| said >= PLAIN_INTERVAL)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stage_has_a_line_at_once_or_after_a_moment_and_then_now_and_then() {
+        let seconds = Duration::from_secs_f64;
+        for (began, said, patience, due) in [
+            (0.0, None, Duration::ZERO, true),
+            (0.9, None, MOMENT, false),
+            (1.0, None, MOMENT, true),
+            (10.9, Some(9.9), MOMENT, false),
+            (11.0, Some(10.0), MOMENT, true),
+        ] {
+            assert_eq!(is_due(seconds(began), said.map(seconds), patience), due, "{began} {said:?}");
         }
     }
 }

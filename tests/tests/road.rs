@@ -1,9 +1,10 @@
 //! The whole road on a small dataset: prepare, embed, train with two workers, evaluate, export, recommend.
 
 use std::fs;
+use std::process::Command;
 
-use learn_tests::{SMALL, Site, succeeds, text};
-use serde_json::Value;
+use learn_tests::{SMALL, Site, binary, succeeds, text};
+use serde_json::{Value, json};
 
 #[test]
 fn from_files_to_recommendations() {
@@ -66,6 +67,7 @@ fn from_files_to_recommendations() {
     for file in ["items.npy", "items.parquet", "users.npy", "users.parquet", "model.safetensors"] {
         assert!(fs::metadata(site.path("exported").join(file)).unwrap().len() > 0, "{file}");
     }
+    says_how_far_it_is(&site);
     let again = site.launch(&["export", "runs/road", "--out", "exported"]);
     assert!(!again.status.success() && text(&again).contains("exists already"), "{}", text(&again));
 
@@ -93,6 +95,28 @@ fn from_files_to_recommendations() {
     let found: Value = serde_json::from_slice(&found.stdout).unwrap();
     assert_eq!((&found[0]["user"], found[0]["items"].as_array().unwrap().len()), (&lists[0]["user"], 4));
     succeeds(&site.launch(&["eval", "runs/road", "--dataset", "moved", "--set", "evaluation.cutoffs=[20]"]));
+}
+
+/// An export tells the one that has started it of every item and every user.
+fn says_how_far_it_is(site: &Site) {
+    let mut export = Command::new(binary("learn-worker"));
+    export.args(["export", "--progress-json", "--run"]).arg(site.run_dir("road")).arg("--out").arg(site.path("told"));
+    let output = export.output().expect("learn-worker starts");
+    succeeds(&output);
+    let facts = fs::read(site.path("told/export.json")).expect("it is there");
+    let facts: Value = serde_json::from_slice(&facts).expect("it is JSON");
+    let mut stages: Vec<(Value, Value)> = Vec::new();
+    for line in String::from_utf8_lossy(&output.stderr).lines() {
+        // log lines are none
+        let Ok(line) = serde_json::from_str::<Value>(line) else { continue };
+        match line.get("stage") {
+            Some(stage) => stages.push((stage.clone(), Value::Null)),
+            None => stages.last_mut().expect("a stage has begun").1 = line,
+        }
+    }
+    let wanted = [("embed items", "items"), ("write items", "items"), ("embed users", "users")];
+    let whole = |count: &Value| json!({ "done": count, "total": count });
+    assert_eq!(stages, wanted.map(|(stage, count)| (Value::from(stage), whole(&facts[count]))));
 }
 
 #[test]

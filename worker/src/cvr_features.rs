@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use arrow_array::{ArrayRef, FixedSizeListArray, Float32Array, RecordBatch, StringArray, UInt8Array};
 use arrow_schema::{DataType, Field, Schema};
+use learn_dataset::{Progress, Unit};
 use learn_domain::report::Split;
 use parquet::arrow::ArrowWriter;
 use tch::Tensor;
@@ -44,15 +45,26 @@ fn no_labels() -> WorkerError {
     WorkerError::Usage("the dataset has no labels; name their column with prepare.interactions.label".into())
 }
 
-/// Writes the pairs of a split into `folder` and returns their number; `items` `[N, d]` are the item embeddings.
+/// What is written.
+#[derive(Clone, Copy)]
+pub struct Features<'a> {
+    pub offline: &'a Offline,
+    /// Item embeddings `[N, d]`.
+    pub items: &'a Tensor,
+    pub split: Split,
+}
+
+/// Writes the pairs of a split into `folder` and returns their number.
 ///
 /// # Errors
 /// If the run has no CVR head, the dataset no labels, a value is not finite, or the disk refuses.
-pub fn write(offline: &Offline, items: &Tensor, split: Split, folder: &Path) -> Result<usize, WorkerError> {
+pub fn write(features: &Features<'_>, folder: &Path, progress: &dyn Progress) -> Result<usize, WorkerError> {
+    let Features { offline, items, split } = *features;
     let path = folder.join(FILE);
     let failed = |reason: String| WorkerError::File { path: path.display().to_string(), reason };
     let width = width(offline)?;
     let rows = offline.dataset.held_out(split);
+    progress.stage("cvr features", Some(rows.len() as u64), Unit::Rows);
     let dim = items.size()[1];
     let schema = schema(offline, split, (dim, width));
     let file = File::create(&path).map_err(|error| failed(error.to_string()))?;
@@ -63,7 +75,7 @@ pub fn write(offline: &Offline, items: &Tensor, split: Split, folder: &Path) -> 
     for first in (0..rows.len()).step_by(USER_BLOCK) {
         let block = first..(first + USER_BLOCK).min(rows.len());
         let histories: Vec<History> = block.clone().map(|row| History::before_targets(rows, row)).collect();
-        let users = offline.users(&histories)?;
+        let users = offline.users(&histories, progress)?;
         let mut pairs: Vec<(i64, usize, u32, u8)> = Vec::new();
         for (at, row) in (0..).zip(block) {
             let (_, labels) = rows.labels(row).ok_or_else(no_labels)?;

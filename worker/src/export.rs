@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 
 use arrow_array::{ArrayRef, FixedSizeListArray, Float32Array, RecordBatch, StringArray};
 use arrow_schema::{DataType, Field, Schema};
+use learn_dataset::{Progress, Unit};
 use learn_domain::Phase;
 use learn_domain::config::RowFormat;
 use learn_domain::report::{Split, exit};
@@ -19,13 +20,13 @@ use parquet::arrow::ArrowWriter;
 use tch::Tensor;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::cvr_features;
+use crate::cvr_features::{self, Features};
 use crate::error::WorkerError;
 use crate::offline::{Histories, History, Offline, refuse_non_finite};
 use crate::panic;
 
-/// Users whose embeddings are in memory at once, besides the output.
-const USER_BLOCK: usize = 4096;
+/// Rows that are written at once; of users no more are in memory, besides the output.
+const BLOCK: usize = 4096;
 /// Tries to remove what was written of an export that is stopped.
 const REMOVALS: usize = 10;
 
@@ -61,7 +62,7 @@ pub struct Exported {
 ///
 /// # Errors
 /// If the run cannot be read, its embeddings are not finite, the output exists already or cannot be written.
-pub fn export(settings: &ExportSettings) -> Result<Exported, WorkerError> {
+pub fn export(settings: &ExportSettings, progress: &dyn Progress) -> Result<Exported, WorkerError> {
     let out = &settings.out;
     if out.exists() {
         return Err(failed(out)("it exists already; name a new directory with --out"));
@@ -75,7 +76,7 @@ pub fn export(settings: &ExportSettings) -> Result<Exported, WorkerError> {
         if settings.cvr_features.is_some() {
             cvr_features::width(&offline)?;
         }
-        write_all(&offline, settings.cvr_features, &aside, out)
+        write_all(&offline, settings, &aside, progress)
     };
     let exported = panic::caught(write, || Phase::Export);
     // a process that was asked to stop waits here for its end
@@ -120,32 +121,40 @@ fn end_without(aside: &Path, out: &Path, ending: &Arc<Mutex<()>>) -> Result<(), 
 
 fn write_all(
     offline: &Offline,
-    cvr_features: Option<Split>,
+    settings: &ExportSettings,
     aside: &Path,
-    out: &Path,
+    progress: &dyn Progress,
 ) -> Result<Exported, WorkerError> {
     fs::create_dir_all(aside).map_err(|error| failed(aside)(error))?;
-    let items = offline.items()?;
+    let counts = &offline.dataset.manifest().counts;
+    progress.stage("embed items", Some(counts.items.into()), Unit::Rows);
+    let items = offline.items(progress)?;
     let dim = items.size()[1] as usize;
+    progress.stage("write items", Some(counts.items.into()), Unit::Rows);
     let item_ids: Vec<String> = offline.dataset.items()?.into_iter().map(|item| item.id).collect();
     let mut table = Table::create(aside, "items", dim)?;
-    table.append(&item_ids, &items)?;
+    for (first, ids) in (0_i64..).step_by(BLOCK).zip(item_ids.chunks(BLOCK)) {
+        table.append(ids, &items.narrow(0, first, ids.len() as i64))?;
+        progress.advance(ids.len() as u64);
+    }
     let item_count = table.finish()?;
 
+    progress.stage("embed users", Some(counts.users), Unit::Rows);
     let histories = Histories::new(&offline.dataset);
     let user_ids = offline.dataset.user_ids()?;
     let mut table = Table::create(aside, "users", dim)?;
-    for first in (0..user_ids.len()).step_by(USER_BLOCK) {
-        let numbers = first..(first + USER_BLOCK).min(user_ids.len());
-        let known: Vec<(String, History)> =
-            numbers.filter_map(|number| Some((user_ids[number].clone(), histories.of(number)?))).collect();
-        let (ids, sequences): (Vec<String>, Vec<History>) = known.into_iter().unzip();
+    for (first, block) in (0..).step_by(BLOCK).zip(user_ids.chunks(BLOCK)) {
+        let known = (first..).zip(block).filter_map(|(number, id)| Some((id.clone(), histories.of(number)?)));
+        let (ids, sequences): (Vec<String>, Vec<History>) = known.unzip();
         if !ids.is_empty() {
-            table.append(&ids, &offline.users(&sequences)?)?;
+            table.append(&ids, &offline.users(&sequences, progress)?)?;
         }
+        let without_history = block.len() - ids.len();
+        progress.advance(without_history as u64);
     }
     let users = table.finish()?;
-    let cvr_pairs = cvr_features.map(|split| cvr_features::write(offline, &items, split, aside)).transpose()?;
+    let features = settings.cvr_features.map(|split| Features { offline, items: &items, split });
+    let cvr_pairs = features.map(|features| cvr_features::write(&features, aside, progress)).transpose()?;
 
     let weights = aside.join("model.safetensors");
     fs::copy(offline.checkpoint.join("model.safetensors"), &weights).map_err(|error| failed(&weights)(error))?;
@@ -157,7 +166,7 @@ fn write_all(
         dim,
         row_format: offline.config.data.row_format,
         cvr_pairs,
-        out: out.to_owned(),
+        out: settings.out.clone(),
     };
     let facts = aside.join("export.json");
     let text = serde_json::to_vec_pretty(&exported).map_err(|error| failed(&facts)(error))?;

@@ -64,7 +64,7 @@ impl Weights {
             (path.to_owned(), None)
         };
         let tensors = safetensors::read(&file).map_err(|error| WorkerError::Usage(error.to_string()))?;
-        let hashed = hash_file::<Sha256>(&file, |_| ()).map_err(|error| failed(&file, error.to_string()))?;
+        let hashed = hash_file::<Sha256>(&file).map_err(|error| failed(&file, error.to_string()))?;
         let file = fs::canonicalize(&file).map_err(|error| failed(&file, error.to_string()))?;
         Ok(Self {
             origin: Origin { path: file, sha256: hashed.checksum },

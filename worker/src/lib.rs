@@ -5,7 +5,7 @@
 //! - [`feed`]: the data path, ahead of the training thread.
 //! - [`train`]: steps; reads like `forward -> gather -> loss -> scatter -> backward -> reduce -> update`.
 //! - [`checkpoint`]: the state on disk. [`init`]: weights as a start. [`evaluate`]: full ranking.
-//! - [`offline`], [`export`], [`recommend`]: a finished model without a job.
+//! - [`offline`], [`export`], [`recommend`]: a finished model without a job; [`progress`]: how far they are.
 //! - [`bench`], [`doctor`]: what the machine can do.
 
 pub mod bench;
@@ -21,6 +21,7 @@ pub mod feed;
 pub mod init;
 pub mod offline;
 mod panic;
+pub mod progress;
 pub mod recommend;
 pub mod retry;
 pub mod session;

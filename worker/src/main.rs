@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use learn_dataset::Progress;
 use learn_domain::config::Config;
 use learn_domain::report::{Split, exit};
 use learn_domain::run_dir::RunDir;
@@ -12,6 +13,7 @@ use learn_worker::bench::arguments::Device;
 use learn_worker::error::WorkerError;
 use learn_worker::export::{ExportSettings, export};
 use learn_worker::feed::bench::{FlightBenchSettings, WireBenchSettings, bench_flight, bench_wire};
+use learn_worker::progress::Lines;
 use learn_worker::recommend::{RecommendSettings, recommend, table};
 use learn_worker::session::{JoinSettings, join};
 use learn_worker::{bench, checkpoint, doctor, init};
@@ -49,6 +51,9 @@ enum Command {
         cvr_features: Option<SplitName>,
         #[arg(long)]
         json: bool,
+        /// Progress as JSON lines on stderr.
+        #[arg(long)]
+        progress_json: bool,
     },
     /// Print the best items for users.
     Recommend {
@@ -72,6 +77,9 @@ enum Command {
         with_history: bool,
         #[arg(long)]
         json: bool,
+        /// Progress as JSON lines on stderr.
+        #[arg(long)]
+        progress_json: bool,
     },
     /// List the checkpoints of a run, each checked.
     Checkpoints {
@@ -214,10 +222,10 @@ fn run(command: Command) -> Result<i32, WorkerError> {
                 bind: args.bind,
             });
         }
-        Command::Export { run, out, checkpoint, dataset, cvr_features, json } => {
+        Command::Export { run, out, checkpoint, dataset, cvr_features, json, progress_json } => {
             let cvr_features = cvr_features.map(Split::from);
             let settings = ExportSettings { run, out, checkpoint, dataset, cvr_features };
-            let exported = export(&settings)?;
+            let exported = export(&settings, &*progress(progress_json))?;
             if json {
                 print_json(&exported)?;
             } else {
@@ -231,9 +239,9 @@ fn run(command: Command) -> Result<i32, WorkerError> {
                 ))?;
             }
         }
-        Command::Recommend { run, users, k, checkpoint, dataset, with_history, json } => {
+        Command::Recommend { run, users, k, checkpoint, dataset, with_history, json, progress_json } => {
             let settings = RecommendSettings { run, checkpoint, dataset, users, k, with_history };
-            let lists = recommend(&settings)?;
+            let lists = recommend(&settings, &*progress(progress_json))?;
             if json { print_json(&lists)? } else { print(&table(&lists))? }
         }
         Command::Checkpoints { run, json } => {
@@ -277,6 +285,10 @@ fn run(command: Command) -> Result<i32, WorkerError> {
         }
     }
     Ok(exit::OK)
+}
+
+fn progress(in_lines: bool) -> Box<dyn Progress> {
+    if in_lines { Box::new(Lines::on_stderr()) } else { Box::new(()) }
 }
 
 fn print_json(value: &impl serde::Serialize) -> Result<(), WorkerError> {

@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use learn_dataset::{Dataset, Embeddings, HeldOut};
+use learn_dataset::{Dataset, Embeddings, HeldOut, Progress};
 use learn_domain::Config;
 use learn_domain::report::Split;
 use learn_domain::run_dir::RunDir;
@@ -130,17 +130,19 @@ impl Offline {
         Ok(rows_tensor(&rows, (items.len(), table.dim()), self.device))
     }
 
-    /// Item embeddings `[N, d]` on the CPU, row = item index.
+    /// Item embeddings `[N, d]` on the CPU, row = item index; `progress` hears of each item.
     ///
     /// # Errors
     /// If a content embedding cannot be read as the run reads it.
-    pub fn items(&self) -> Result<Tensor, WorkerError> {
+    pub fn items(&self, progress: &dyn Progress) -> Result<Tensor, WorkerError> {
         let catalogue: Vec<u32> = (0..self.dataset.facts().items).collect();
         let chunks = catalogue.chunks(ITEM_CHUNK).map(|items| {
             let content = self.rows(items)?;
             let inputs = ItemInputs { items, content: &content, id_seed: None, tape: Some(&Tape::new(0)) };
             let embedded = tch::no_grad(|| self.model.catalogue(&self.parameters, &inputs, &self.forward()));
-            Ok(embedded.to_device(Device::Cpu))
+            let embedded = embedded.to_device(Device::Cpu);
+            progress.advance(items.len() as u64);
+            Ok(embedded)
         });
         Ok(Tensor::cat(&chunks.collect::<Result<Vec<_>, WorkerError>>()?, 0))
     }
@@ -151,11 +153,11 @@ impl Offline {
         Seen { items: &history.items, times }
     }
 
-    /// User embeddings `[B, d]` on the CPU, after the whole of each history.
+    /// User embeddings `[B, d]` on the CPU, after the whole of each history; `progress` hears of each user.
     ///
     /// # Errors
     /// As [`Offline::items`].
-    pub fn users(&self, histories: &[History]) -> Result<Tensor, WorkerError> {
+    pub fn users(&self, histories: &[History], progress: &dyn Progress) -> Result<Tensor, WorkerError> {
         let most = self.config.sampling.history as usize;
         let chunks = histories.chunks(USER_CHUNK).map(|chunk| {
             let newest: Vec<Seen<'_>> = chunk.iter().map(|history| self.seen(history).newest(most)).collect();
@@ -164,7 +166,9 @@ impl Offline {
             let inputs = ItemInputs { items: &unique, content: &content, id_seed: None, tape: Some(&Tape::new(0)) };
             let packed = sequences(&packed, self.device);
             let embedded = tch::no_grad(|| embed_histories(&self.catalogue(), &inputs, &packed, &self.forward()));
-            Ok(embedded.to_device(Device::Cpu))
+            let embedded = embedded.to_device(Device::Cpu);
+            progress.advance(chunk.len() as u64);
+            Ok(embedded)
         });
         Ok(Tensor::cat(&chunks.collect::<Result<Vec<_>, WorkerError>>()?, 0))
     }

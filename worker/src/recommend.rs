@@ -6,6 +6,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
+use learn_dataset::{Progress, Unit};
 use learn_domain::Phase;
 use learn_domain::run_dir::RunDir;
 use serde::Serialize;
@@ -48,13 +49,14 @@ pub struct RecommendedItem {
 ///
 /// # Errors
 /// If the run cannot be read, a user is not in the dataset, or memory runs out.
-pub fn recommend(settings: &RecommendSettings) -> Result<Vec<Recommendation>, WorkerError> {
-    panic::caught(|| lists(settings), || Phase::Recommend)
+pub fn recommend(settings: &RecommendSettings, progress: &dyn Progress) -> Result<Vec<Recommendation>, WorkerError> {
+    panic::caught(|| lists(settings, progress), || Phase::Recommend)
 }
 
-fn lists(settings: &RecommendSettings) -> Result<Vec<Recommendation>, WorkerError> {
+fn lists(settings: &RecommendSettings, progress: &dyn Progress) -> Result<Vec<Recommendation>, WorkerError> {
     let run = RunDir::new(&settings.run);
     let offline = Offline::open(&run, settings.checkpoint.as_deref(), settings.dataset.as_deref())?;
+    progress.stage("find users", None, Unit::Rows);
     let numbers: HashMap<String, usize> =
         offline.dataset.user_ids()?.into_iter().enumerate().map(|(number, id)| (id, number)).collect();
     let histories = Histories::new(&offline.dataset);
@@ -72,7 +74,13 @@ fn lists(settings: &RecommendSettings) -> Result<Vec<Recommendation>, WorkerErro
     if sequences.is_empty() {
         return Err(WorkerError::Usage("name at least one user with --user".into()));
     }
-    let scores = offline.users(&sequences)?.matmul(&offline.items()?.transpose(0, 1));
+    let wanted = Some(sequences.len() as u64);
+    progress.stage("embed users", wanted, Unit::Rows);
+    let users = offline.users(&sequences, progress)?;
+    progress.stage("embed items", Some(offline.dataset.manifest().counts.items.into()), Unit::Rows);
+    let items = offline.items(progress)?;
+    progress.stage("rank items", wanted, Unit::Rows);
+    let scores = users.matmul(&items.transpose(0, 1));
     if scores.isfinite().all().int64_value(&[]) == 0 {
         return Err(WorkerError::NonFiniteScores);
     }
@@ -89,6 +97,7 @@ fn lists(settings: &RecommendSettings) -> Result<Vec<Recommendation>, WorkerErro
             score,
         });
         answer.push(Recommendation { user: user.clone(), items: listed.collect() });
+        progress.advance(1);
     }
     Ok(answer)
 }

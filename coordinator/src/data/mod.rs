@@ -9,6 +9,7 @@ mod directory;
 mod encode;
 mod frame;
 mod held_out;
+mod opening;
 #[doc(hidden)]
 pub mod rows;
 mod server;
@@ -35,6 +36,7 @@ use learn_proto::flight::{
     evaluation_schema, flight_location, items_schema, popularity_schema, rows_schema,
 };
 use learn_telemetry::DataMetrics;
+pub(crate) use opening::{opened, verify};
 pub use server::DataServer;
 pub use source::{Source, SourceError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};

@@ -5,13 +5,10 @@
 //! terminal, or nothing. Lines come at most every [`INTERVAL`], always one at the start and one at the end of a shard.
 
 use std::io::{IsTerminal, Write};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use learn_domain::embedding::Told;
-
-/// Shortest time between two JSON lines of a shard.
-pub const INTERVAL: Duration = Duration::from_millis(200);
+use learn_domain::told::{INTERVAL, Told};
 
 const STYLE: &str = "{prefix:>8} [{bar:40}] {human_pos}/{human_len} items, {per_sec}, {eta} left";
 

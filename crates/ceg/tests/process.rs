@@ -13,7 +13,8 @@ use std::process::Stdio;
 use half::f16;
 use learn_dataset::Dataset;
 use learn_domain::config::Sentence;
-use learn_domain::embedding::{CutTexts, Preview, Remarks, SourceKind, Told};
+use learn_domain::embedding::{CutTexts, Preview, Remarks, SourceKind};
+use learn_domain::told::Told;
 use support::{SHARD, Workplace};
 
 const ITEMS: usize = 1500;

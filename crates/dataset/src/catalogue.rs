@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{DatasetError, MadeBy};
 use crate::files::{self, HashingFile};
 use crate::manifest::FileEntry;
+use crate::progress::Progress;
 
 /// An item: its id and the fields of the prompt that are known.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +85,7 @@ pub(crate) fn write_items<'a>(
     root: &Path,
     items: impl Iterator<Item = &'a Item>,
     file_rows: usize,
+    progress: &dyn Progress,
 ) -> Result<Vec<FileEntry>, ParquetError> {
     let mut items = items.peekable();
     let mut entries = Vec::new();
@@ -99,6 +101,7 @@ pub(crate) fn write_items<'a>(
             });
             file.write(std::iter::once(Arc::new(ids) as ArrayRef).chain(texts).collect())?;
             left -= rows.len();
+            progress.advance(rows.len() as u64);
         }
         entries.push(file.finish()?);
     }
@@ -198,7 +201,7 @@ fn read_table(
     let path = dir.join(&entry.path);
     let damaged = |problem: &dyn ToString| DatasetError::damaged(MadeBy::Prepare, &path, problem.to_string());
     // The Parquet decoder panics on some damaged files, so what it gets is checked first.
-    files::verify(MadeBy::Prepare, &path, entry, |_| ())?;
+    files::verify(MadeBy::Prepare, &path, entry, &())?;
     let file = std::fs::File::open(&path).map_err(DatasetError::io(&path))?;
     let reader = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| damaged(&error))?;
     if reader.schema().fields() != fields {

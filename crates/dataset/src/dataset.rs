@@ -66,7 +66,7 @@ impl Dataset {
     /// [`Self::verify`] with progress in bytes.
     ///
     /// # Errors
-    /// As [`Self::verify`].
+    /// As [`Self::verify`], and [`DatasetError::Stopped`].
     pub fn verify_with(&self, progress: &dyn Progress) -> Result<(), DatasetError> {
         let embeddings = self.manifest.embeddings.iter().flat_map(|info| info.all_files());
         let prepared = self.manifest.files.iter().map(|entry| (MadeBy::Prepare, entry));
@@ -75,18 +75,18 @@ impl Dataset {
         progress.stage("verify", Some(entries.iter().map(|(_, entry)| entry.bytes).sum()), Unit::Bytes);
         entries.par_iter().try_for_each(|&(made_by, entry)| {
             check_size(made_by, &self.dir, entry)?;
-            files::verify(made_by, &self.dir.join(&entry.path), entry, |bytes| progress.advance(bytes))
+            files::verify(made_by, &self.dir.join(&entry.path), entry, progress)
         })?;
         let (users, items) = (self.manifest.counts.users, self.manifest.counts.items);
         for (split, checked) in [
-            ("train", self.train.check(users, items)),
-            ("valid", self.valid.check(users, items)),
-            ("test", self.test.check(users, items)),
+            ("train", self.train.check(users, items, progress)),
+            ("valid", self.valid.check(users, items, progress)),
+            ("test", self.test.check(users, items, progress)),
         ] {
             let path = self.dir.join("sequences").join(split);
             checked.map_err(|problem| DatasetError::damaged(MadeBy::Prepare, &path, problem))?;
         }
-        Ok(())
+        if progress.stopped() { Err(DatasetError::Stopped) } else { Ok(()) }
     }
 
     /// Where the dataset lies.

@@ -47,6 +47,8 @@ pub enum DatasetError {
         .path.display()
     )]
     BadRow { path: PathBuf, item: usize, problem: String },
+    #[error("the check of the dataset's files was stopped")]
+    Stopped,
 }
 
 impl DatasetError {

@@ -9,6 +9,7 @@ pub use sha2::Sha256;
 
 use crate::error::{DatasetError, MadeBy};
 use crate::manifest::FileEntry;
+use crate::progress::Progress;
 
 /// Lower-case hexadecimal.
 pub(crate) fn hex(bytes: &[u8]) -> String {
@@ -59,33 +60,51 @@ impl FileDigest {
     }
 }
 
-/// Reads a file in pieces for its size and checksum, telling `seen` the bytes of each.
+/// Reads a file in pieces for its size and checksum.
 ///
 /// # Errors
 /// If it cannot be read.
-pub fn hash_file<C: Checksum>(path: &Path, mut seen: impl FnMut(u64)) -> io::Result<FileDigest> {
+pub fn hash_file<C: Checksum>(path: &Path) -> io::Result<FileDigest> {
+    let (mut checksum, mut bytes) = (C::default(), 0);
+    read_pieces(path, |piece| {
+        checksum.update(piece);
+        bytes += piece.len() as u64;
+        true
+    })?;
+    Ok(FileDigest { bytes, checksum: checksum.finish() })
+}
+
+/// Reads a file in pieces until `each` wants no more.
+fn read_pieces(path: &Path, mut each: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
     let mut file = File::open(path)?;
     let mut piece = vec![0; PIECE];
-    let (mut checksum, mut bytes) = (C::default(), 0);
     loop {
         let read = file.read(&mut piece)?;
-        if read == 0 {
-            return Ok(FileDigest { bytes, checksum: checksum.finish() });
+        if read == 0 || !each(&piece[..read]) {
+            return Ok(());
         }
-        checksum.update(&piece[..read]);
-        bytes += read as u64;
-        seen(read as u64);
     }
 }
 
-/// Checks the SHA-256 of a file, telling `seen` the bytes of each piece.
+/// Checks the SHA-256 of a file, with progress in bytes.
 pub(crate) fn verify(
     made_by: MadeBy,
     path: &Path,
     entry: &FileEntry,
-    seen: impl FnMut(u64),
+    progress: &dyn Progress,
 ) -> Result<(), DatasetError> {
-    let found = hash_file::<Sha256>(path, seen).map_err(DatasetError::io(path))?.checksum;
+    let (mut checksum, mut stopped) = (Sha256::default(), false);
+    let read = read_pieces(path, |piece| {
+        Checksum::update(&mut checksum, piece);
+        progress.advance(piece.len() as u64);
+        stopped = progress.stopped();
+        !stopped
+    });
+    read.map_err(DatasetError::io(path))?;
+    if stopped {
+        return Err(DatasetError::Stopped);
+    }
+    let found = Checksum::finish(checksum);
     if found != entry.sha256 {
         let problem = format!("its SHA-256 is {found}, dataset.json says {}", entry.sha256);
         return Err(DatasetError::damaged(made_by, path, problem));
@@ -154,4 +173,41 @@ pub(crate) fn write_atomically(path: &Path, write: impl FnOnce(&mut File) -> io:
     }
     written?;
     path.parent().map_or(Ok(()), sync_directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+    use crate::progress::Unit;
+
+    /// Asks to stop once something is done.
+    #[derive(Default)]
+    struct Done(AtomicU64);
+
+    impl Progress for Done {
+        fn stage(&self, _name: &str, _total: Option<u64>, _unit: Unit) {}
+
+        fn advance(&self, amount: u64) {
+            self.0.fetch_add(amount, Ordering::Relaxed);
+        }
+
+        fn stopped(&self) -> bool {
+            self.0.load(Ordering::Relaxed) > 0
+        }
+    }
+
+    #[test]
+    fn a_stop_is_heard_in_the_midst_of_a_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("large");
+        fs::write(&path, vec![0; 3 * PIECE]).unwrap();
+        let entry = hash_file::<Sha256>(&path).unwrap().entry("large".into(), 1);
+        verify(MadeBy::Prepare, &path, &entry, &()).unwrap();
+        let done = Done::default();
+        let ended = verify(MadeBy::Prepare, &path, &entry, &done);
+        assert!(matches!(ended, Err(DatasetError::Stopped)), "{ended:?}");
+        assert_eq!(done.0.into_inner(), PIECE as u64);
+    }
 }

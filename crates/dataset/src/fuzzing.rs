@@ -26,7 +26,7 @@ pub fn sequences(dir: &Path, name: &str, rows: u64) {
         let columns = crate::sequences::Columns { held_out_times: version >= 2, labels };
         let entry = [FileEntry { path: name.into(), bytes: 0, sha256: String::new(), rows }];
         if let Ok(train) = Sequences::open(dir, entry.iter(), columns)
-            && train.check(1 << 20, 1 << 20).is_ok()
+            && train.check(1 << 20, 1 << 20, &()).is_ok()
         {
             for row in 0..train.len() {
                 let lengths = (train.items(row).len(), train.times(row).len());
@@ -36,7 +36,7 @@ pub fn sequences(dir: &Path, name: &str, rows: u64) {
             }
         }
         if let Ok(held_out) = HeldOut::open(dir, entry.iter(), columns)
-            && held_out.check(1 << 20, 1 << 20).is_ok()
+            && held_out.check(1 << 20, 1 << 20, &()).is_ok()
         {
             for row in 0..held_out.len() {
                 let lengths = (held_out.history(row).len(), held_out.targets(row).len());

@@ -4,17 +4,17 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
     Bytes,
-    /// Interactions, or users.
+    /// Interactions, users or items.
     Rows,
 }
 
-/// Receives the progress of `prepare`, of embedding and of verification; called from several threads.
+/// Receives the progress of `prepare`, of verification and of what is made of a finished model; called from several threads.
 pub trait Progress: Send + Sync {
     /// A part begins; `total` is in the unit that [`Progress::advance`] counts.
     fn stage(&self, name: &str, total: Option<u64>, unit: Unit);
     /// `amount` more is done of the part that began last.
     fn advance(&self, amount: u64);
-    /// Whether `prepare` is to end early; asked now and then.
+    /// Whether `prepare` or a verification is to end early; asked now and then.
     fn stopped(&self) -> bool {
         false
     }

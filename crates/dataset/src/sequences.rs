@@ -17,6 +17,7 @@ use rayon::prelude::*;
 use crate::error::{DatasetError, MadeBy};
 use crate::ipc;
 use crate::manifest::{FileEntry, Manifest};
+use crate::progress::Progress;
 
 fn list(name: &str, values: DataType) -> Field {
     Field::new(name, DataType::List(Arc::new(Field::new_list_field(values, false))), false)
@@ -173,8 +174,13 @@ impl<L> Batches<L> {
         part.users[row]
     }
 
-    /// Checks that users are below `users` and ascend, and the lists of each part.
-    fn check(&self, users: u64, lists: impl Fn(&L) -> Result<(), String> + Sync) -> Result<(), String>
+    /// Checks that users are below `users` and ascend, and the lists of each part; when it is stopped, of none that is left.
+    fn check(
+        &self,
+        users: u64,
+        progress: &dyn Progress,
+        lists: impl Fn(&L) -> Result<(), String> + Sync,
+    ) -> Result<(), String>
     where
         L: Sync,
     {
@@ -185,7 +191,8 @@ impl<L> Batches<L> {
             }
             before = Some(user);
         }
-        self.parts.par_iter().try_for_each(|part| lists(&part.lists))
+        let check = |part: &Part<L>| if progress.stopped() { Ok(()) } else { lists(&part.lists) };
+        self.parts.par_iter().try_for_each(check)
     }
 }
 
@@ -272,8 +279,8 @@ impl Sequences {
         self.0.parts.iter().map(|part| part.lists.items.all())
     }
 
-    pub(crate) fn check(&self, users: u64, items: u32) -> Result<(), String> {
-        self.0.check(users, |lists| {
+    pub(crate) fn check(&self, users: u64, items: u32, progress: &dyn Progress) -> Result<(), String> {
+        self.0.check(users, progress, |lists| {
             check_items(lists.items.all(), items)?;
             check_labels(lists.labels.as_ref())?;
             match lists.items.offsets.windows(2).all(|pair| pair[1] - pair[0] >= 2) {
@@ -384,8 +391,8 @@ impl HeldOut {
         lists.labels.as_ref().map(|[history, targets]| (history.row(row), targets.row(row)))
     }
 
-    pub(crate) fn check(&self, users: u64, items: u32) -> Result<(), String> {
-        self.0.check(users, |lists| {
+    pub(crate) fn check(&self, users: u64, items: u32, progress: &dyn Progress) -> Result<(), String> {
+        self.0.check(users, progress, |lists| {
             for labels in lists.labels.iter().flatten() {
                 check_labels(Some(labels))?;
             }

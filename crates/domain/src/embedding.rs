@@ -76,15 +76,6 @@ pub enum SourceKind {
     File,
 }
 
-/// What `learn-embed --commit --progress-json` says in a line of its own.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Told {
-    Counts { done: u64, total: u64 },
-    Stage { stage: String },
-    Remarks { remarks: Remarks },
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,16 +96,5 @@ mod tests {
         assert!(sentences[0].starts_with("2 items without any text") && sentences[1].starts_with("3 rows"));
         assert!(sentences[2].contains("row i of the file is taken for the i-th item id"));
         assert_eq!(sentences[3], "4 of 9 texts were cut to 256 tokens (embed.max_tokens)");
-    }
-
-    #[test]
-    fn a_line_is_one_of_the_three() {
-        let read = |line: &str| serde_json::from_str::<Told>(line).ok();
-        assert_eq!(read(r#"{"done":1,"total":2}"#), Some(Told::Counts { done: 1, total: 2 }));
-        assert_eq!(read(r#"{"stage":"hashing"}"#), Some(Told::Stage { stage: "hashing".into() }));
-        let remarks = Remarks { rows_left_out: 1, ..Remarks::default() };
-        let line = serde_json::to_string(&Told::Remarks { remarks: remarks.clone() }).unwrap();
-        assert_eq!(read(&line), Some(Told::Remarks { remarks }));
-        assert_eq!(read(r#"{"level":"WARN","fields":{"message":"no"}}"#), None);
     }
 }

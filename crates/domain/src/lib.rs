@@ -10,6 +10,7 @@
 //! - [`time_gap`]: how long after the item before it an item came, in buckets.
 //! - [`lease`]: which worker makes which range of items, when content embeddings are made by several.
 //! - [`embedding`]: what an embedding run says to people.
+//! - [`told`]: what a program says of its work to the one that has started it.
 //! - [`membership`]: who belongs to a job, as a state machine with explicit generations.
 //! - [`phase`]: what a worker is at, or how it went.
 //! - [`progress`]: who hangs and who lags.
@@ -53,6 +54,7 @@ pub mod schedule;
 pub mod segments;
 pub mod spelling;
 pub mod time_gap;
+pub mod told;
 
 pub use config::Config;
 pub use ids::{Generation, Incarnation, Rank, Step, UserIndex, WorkerId};

@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use learn_dataset::{Dataset, EmbeddingInfo};
-use learn_domain::embedding::{Preview, Remarks, Told};
+use learn_domain::embedding::{Preview, Remarks};
 use learn_domain::report::{CoordinatorAddress, exit};
 use learn_domain::run_dir::RunDir;
+use learn_domain::told::Told;
 use learn_domain::{Config, Rank};
 use serde::Serialize;
 

@@ -45,8 +45,8 @@ pub fn run(args: &ExportArgs, output: &Output) -> Result<()> {
     let dataset = super::dataset_of(&run, &args.data)?;
     // what the worker has begun to write goes before it ends
     system::catch_stop_signals();
-    super::worker(|command| {
-        command.arg("export").arg("--run").arg(run.root()).arg("--out").arg(&args.out);
+    super::worker(output, |command| {
+        command.args(["export", "--progress-json"]).arg("--run").arg(run.root()).arg("--out").arg(&args.out);
         command.arg("--dataset").arg(&dataset);
         if let Some(checkpoint) = &args.checkpoint {
             command.args(["--checkpoint", checkpoint]);

@@ -32,7 +32,7 @@ use learn_telemetry::stdio;
 
 use crate::cli::{Cli, Command, DatasetArgs};
 use crate::failure::{self, Failure};
-use crate::output::Output;
+use crate::output::{Output, Unit};
 use crate::slurm::Variables;
 use crate::{process, relay, runs, system};
 
@@ -109,11 +109,15 @@ fn print_error(output: &Output, message: &str, code: i32) {
     let _nobody = output.result("", &serde_json::json!({ "error": message, "exit_code": code }));
 }
 
-/// Runs `learn-worker` to its end with this process's own input and output; its error becomes this command's.
-fn worker(arguments: impl FnOnce(&mut ChildCommand)) -> Result<()> {
+/// Runs `learn-worker` to its end with this process's own input, shows its progress, and prints what it prints; its error
+/// becomes this command's.
+fn worker(output: &Output, arguments: impl FnOnce(&mut ChildCommand)) -> Result<()> {
     let name = "learn-worker";
     let mut command = beside(name, arguments)?;
-    let (status, error) = relay::run(&mut command).with_context(|| format!("cannot start {name}"))?;
+    let mut progress = output.progress(Unit::Count).patient();
+    let relay::Ended { status, error, printed } =
+        relay::run(&mut command, &mut progress).with_context(|| format!("cannot start {name}"))?;
+    stdio::print(&printed)?;
     ended(name, status, error)
 }
 

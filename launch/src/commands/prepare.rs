@@ -1,20 +1,17 @@
 //! `learn-launch prepare`: from the files people have to a dataset directory.
 
 use std::path::Path;
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
 
 use anyhow::Result;
 use clap::Args;
-use learn_dataset::{InputFile, Preparation, PrepareError, PrepareOptions, PrepareReport, check, prepare_with};
-use learn_domain::report::exit;
-use learn_telemetry::stdio;
+use learn_dataset::{
+    InputFile, Preparation, PrepareError, PrepareOptions, PrepareReport, Progress, check, prepare_with,
+};
 
 use crate::cli::SettingsArgs;
 use crate::failure::Failure;
-use crate::output::{Output, Progress, Unit};
-use crate::{render, system};
+use crate::output::{Output, Unit};
+use crate::{dataset_work, render, system};
 
 pub const HELP: &str = "\
 Examples:
@@ -25,9 +22,6 @@ Examples:
 Reads Parquet, CSV, JSON Lines, RecBole atomic files and Amazon Reviews 2018/2023. Bad input is an error that names
 the file, the row or the key; --skip-bad-rows counts and reports it instead. The same dataset is kept with its content
 embeddings; with --replace another one takes its place, and they have to be made again.";
-
-/// Pause between two looks at the requests to stop.
-const POLL: Duration = Duration::from_millis(100);
 
 /// Arguments of `prepare`.
 #[derive(Debug, Args)]
@@ -63,34 +57,15 @@ pub fn run(args: &PrepareArgs, output: &Output) -> Result<()> {
         return output.result(&plan(&files, &out), &config.prepare);
     }
     let name = dataset_name(&out);
-    let bar = Bar(Mutex::new(output.progress(Unit::Count)));
     let options = PrepareOptions { replace: args.replace, ..PrepareOptions::default() };
     let preparation = Preparation { config: &config.prepare, name: &name, out: &out, options };
     system::catch_stop_signals();
-    let report = killable(&out, || prepare_with(&preparation, &bar));
-    bar.lock().finish();
-    let report = report.map_err(failure)?;
+    let left = format!("{}.tmp-{}", out.display(), std::process::id());
+    let killed = format!("prepare was killed; {left} can be removed if it is there");
+    let work = |progress: &dyn Progress| prepare_with(&preparation, progress);
+    let report = dataset_work::run(output.progress(Unit::Count), &killed, work).map_err(failure)?;
     let next = args.settings.command("embed");
     output.result(&format!("{}next: {next}", text(&report, &out)), &report)
-}
-
-/// Does what ends itself at the first request to stop; a second one does not wait for that.
-fn killable<T>(out: &Path, work: impl FnOnce() -> T) -> T {
-    let (working, ended) = mpsc::channel::<()>();
-    std::thread::scope(|scope| {
-        scope.spawn(move || {
-            while ended.recv_timeout(POLL) == Err(RecvTimeoutError::Timeout) {
-                if system::stop_requests() > 1 {
-                    let left = format!("{}.tmp-{}", out.display(), std::process::id());
-                    stdio::say(format_args!("learn-launch: prepare was killed; {left} can be removed if it is there"));
-                    std::process::exit(exit::FAILED);
-                }
-            }
-        });
-        // dropped however the work ends
-        let _working = working;
-        work()
-    })
 }
 
 fn failure(error: PrepareError) -> anyhow::Error {
@@ -167,32 +142,4 @@ fn text(report: &PrepareReport, out: &Path) -> String {
         text += &format!("  a killed run left {}; it can be removed\n", left.display());
     }
     text
-}
-
-/// The progress of `prepare`, which comes from several threads.
-struct Bar(Mutex<Progress>);
-
-impl Bar {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Progress> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl learn_dataset::Progress for Bar {
-    fn stage(&self, name: &str, total: Option<u64>, unit: learn_dataset::Unit) {
-        let mut bar = self.lock();
-        bar.count_in(match unit {
-            learn_dataset::Unit::Bytes => Unit::Bytes,
-            learn_dataset::Unit::Rows => Unit::Count,
-        });
-        bar.stage(name, total);
-    }
-
-    fn advance(&self, amount: u64) {
-        self.lock().advance(amount);
-    }
-
-    fn stopped(&self) -> bool {
-        system::stop_requests() > 0
-    }
 }

@@ -64,8 +64,9 @@ pub fn run(args: &RecommendArgs, output: &Output) -> Result<()> {
     args.refuse_empty()?;
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
     let dataset = super::dataset_of(&run, &args.data)?;
-    super::worker(|command| {
-        command.arg("recommend").arg("--run").arg(run.root()).arg("--dataset").arg(&dataset);
+    super::worker(output, |command| {
+        command.args(["recommend", "--progress-json"]);
+        command.arg("--run").arg(run.root()).arg("--dataset").arg(&dataset);
         command.args(args.users().map(|id| format!("--user={id}"))).args(["-k", &args.k.to_string()]);
         if let Some(checkpoint) = &args.checkpoint {
             command.args(["--checkpoint", checkpoint]);

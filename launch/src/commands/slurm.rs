@@ -82,7 +82,7 @@ fn submit_new(args: &SlurmArgs, request: &Request, output: &Output) -> Result<()
     runs::find_init(&mut config)?;
     anchor(&mut config)?;
     config.cluster.device = device(config.cluster.device, request.on_gpus());
-    super::train::check_ready(&config)?;
+    super::train::check_ready(&config, output)?;
     let root = config.job.runs_dir.join(&config.job.name);
     let run = RunDir::new(&root);
     let text = write(request, &run, &config)?;

@@ -97,7 +97,7 @@ fn of_config(args: &SlurmJobArgs, allocation: &Allocation, on_gpus: bool, output
         return Ok(run);
     }
     config.cluster.device = device(config.cluster.device, on_gpus);
-    super::train::check_ready(&config)?;
+    super::train::check_ready(&config, output)?;
     super::train::warn_of_warm_up(&config, output)?;
     runs::create(&root, &config)
 }

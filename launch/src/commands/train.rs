@@ -82,7 +82,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         .finish()?;
     runs::find_init(&mut config)?;
     anchor(&mut config)?;
-    check_ready(&config)?;
+    check_ready(&config, output)?;
     doctor::refuse_lacks(&config, !args.no_workers)?;
     warn_of_warm_up(&config, output)?;
     let root = config.job.runs_dir.join(&config.job.name);
@@ -114,7 +114,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
 }
 
 /// Everything that can be known to fail before a run directory is made.
-pub(super) fn check_ready(config: &Config) -> Result<()> {
+pub(super) fn check_ready(config: &Config, output: &Output) -> Result<()> {
     runs::refuse_file(&config.data.dataset)?;
     let dataset = Dataset::open(&config.data.dataset)?;
     suits(&dataset, config)?;
@@ -124,7 +124,7 @@ pub(super) fn check_ready(config: &Config) -> Result<()> {
     }
     if config.training.init.is_some() {
         let json = serde_json::to_string(config)?;
-        super::worker(|command| {
+        super::worker(output, |command| {
             command.args(["check-init", "--config-json", &json]);
         })?;
     }

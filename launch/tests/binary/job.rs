@@ -1,6 +1,7 @@
 //! Jobs as local processes: how they end, what is said about it, and that nobody is left behind. The other processes are
 //! scripts that end in ways that real ones do not end in at will; what real ones can show stands in `tests/`.
 
+use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Stdio};
 
 use crate::support::{Installation, TestResult, err, out, until};
@@ -75,6 +76,36 @@ while true; do sleep 0.05; done"#;
     }
     assert!(!text.contains("asked"), "nobody has stopped it: {text}");
     assert!(start.elapsed().as_secs() < 60, "it does not wait for the join timeout");
+    Ok(())
+}
+
+#[test]
+fn the_verification_of_a_large_dataset_is_shown_and_hears_a_stop() -> TestResult {
+    let installation = Installation::new(GOOD_COORDINATOR, LOYAL_WORKER)?;
+    installation.swell_dataset()?;
+    let mut job = installation.command(&["train"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut said = BufReader::new(job.stderr.take().ok_or("no stderr")?).lines().map_while(Result::ok);
+    assert!(said.any(|line| line.starts_with("verify: ") && line.contains('/')), "nothing is shown");
+    end(job.id(), End::Gracefully);
+    let last: Vec<String> = said.collect();
+    assert_eq!(job.wait()?.code(), Some(3), "{last:?}");
+    assert!(last.iter().any(|line| line.contains("stopped before it began") && line.contains("--force")), "{last:?}");
+    assert!(!installation.path("runs/learn/logs/coordinator.log").exists(), "nothing was started");
+    Ok(())
+}
+
+#[test]
+fn a_damaged_dataset_ends_a_job_before_anything_is_started() -> TestResult {
+    let installation = Installation::new(GOOD_COORDINATOR, LOYAL_WORKER)?;
+    let file = installation.path("data/dataset/items/part-00000.parquet");
+    let mut bytes = std::fs::read(&file)?;
+    bytes[20] ^= 1;
+    std::fs::write(&file, bytes)?;
+    let output = installation.launch(&["train"])?;
+    assert_eq!(output.status.code(), Some(1));
+    let text = err(&output);
+    assert!(text.contains("part-00000.parquet is damaged") && text.contains("--force"), "{text}");
+    assert!(!installation.path("runs/learn/logs/coordinator.log").exists());
     Ok(())
 }
 
@@ -378,8 +409,13 @@ fn offline_worker() -> String {
 
 /// An installation with a run that was stopped at step 7.
 fn with_stopped_run() -> TestResult<Installation> {
+    with_run_of(&offline_worker())
+}
+
+/// [`with_stopped_run`] with another worker.
+fn with_run_of(worker: &str) -> TestResult<Installation> {
     let first = "case \"$4\" in *null*) serve; checkpoint=7; status stopped; exit 3;; esac";
-    let installation = Installation::new(&format!("{first}\n{GOOD_COORDINATOR}"), &offline_worker())?;
+    let installation = Installation::new(&format!("{first}\n{GOOD_COORDINATOR}"), worker)?;
     let stopped = installation.launch(&["train"])?;
     assert_eq!(stopped.status.code(), Some(3), "{}", err(&stopped));
     Ok(installation)
@@ -434,6 +470,32 @@ fn the_error_of_a_worker_is_the_error_of_the_command() -> TestResult {
     let error: Value = serde_json::from_slice(&refused.stdout)?;
     assert_eq!(error["error"], "user `nobody` is not in the dataset");
     assert_eq!(err(&refused), "loading\nlearn-launch: user `nobody` is not in the dataset\n", "it is said once");
+    Ok(())
+}
+
+#[test]
+fn exports_and_recommendations_show_how_far_they_are() -> TestResult {
+    // what is over in a moment has no line: this takes until the line was seen
+    let told = r#"echo '{"stage":"embed items"}' >&2
+while [ -d bin ] && [ ! -e seen ]; do echo '{"done":2,"total":3}' >&2; sleep 0.05; done
+echo done; exit 0"#;
+    let asked = format!("case \"$*\" in *--progress-json*) {told};; esac");
+    let worker = format!("case \"$1\" in export|recommend) {asked}; exit 1;; esac");
+    let installation = with_run_of(&format!("{worker}\n{LOYAL_WORKER}"))?;
+    let (line, seen) = ("embed items: 2/3", installation.path("seen"));
+    let commands: [&[&str]; 2] = [&["export", "learn", "--out", "o"], &["recommend", "learn", "--users", "u1"]];
+    for command in commands {
+        let mut shown = installation.command(command).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let mut said = BufReader::new(shown.stderr.take().ok_or("no stderr")?).lines().map_while(Result::ok);
+        assert_eq!(said.next().as_deref(), Some(line), "{command:?}");
+        std::fs::write(&seen, "")?;
+        assert!(said.all(|other| other == line), "{command:?}");
+        let shown = shown.wait_with_output()?;
+        assert_eq!((shown.status.code(), out(&shown).as_str()), (Some(0), "done\n"));
+        let quiet = installation.launch(&[command, &["--quiet"]].concat())?;
+        assert_eq!((out(&quiet).as_str(), err(&quiet).as_str()), ("done\n", ""));
+        std::fs::remove_file(&seen)?;
+    }
     Ok(())
 }
 

@@ -10,6 +10,7 @@ use half::f16;
 use learn_dataset::Dataset;
 use learn_dataset::embeddings::{EmbeddingSpec, EmbeddingStore};
 use learn_domain::config::Precision;
+use serde_json::Value;
 use tempfile::TempDir;
 
 pub type TestResult<T = ()> = Result<T, Box<dyn std::error::Error>>;
@@ -45,6 +46,9 @@ summary() {
 END
 }
 "#;
+
+/// So many bytes no processor hashes within seconds.
+const LARGE: u64 = 1 << 36;
 
 /// A folder with binaries and a dataset.
 pub struct Installation {
@@ -83,6 +87,18 @@ impl Installation {
 
     pub fn launch(&self, arguments: &[&str]) -> TestResult<Output> {
         Ok(self.command(arguments).output()?)
+    }
+
+    /// Makes a file of the dataset so large that its verification takes long; what is added is a hole.
+    pub fn swell_dataset(&self) -> TestResult {
+        let manifest = self.path("data/dataset/dataset.json");
+        let mut contents: Value = serde_json::from_slice(&fs::read(&manifest)?)?;
+        let entry = &mut contents["files"][0];
+        let path = self.path("data/dataset").join(entry["path"].as_str().ok_or("no path")?);
+        entry["bytes"] = LARGE.into();
+        fs::write(&manifest, serde_json::to_string(&contents)?)?;
+        fs::File::options().write(true).open(path)?.set_len(LARGE)?;
+        Ok(())
     }
 
     pub fn read(&self, name: &str) -> TestResult<String> {

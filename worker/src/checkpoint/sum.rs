@@ -39,8 +39,8 @@ impl FileSum {
     /// If it cannot be read.
     pub(super) fn mismatch(&self, path: &Path) -> io::Result<Option<String>> {
         let (name, wanted, found) = match &self.sum {
-            Sum::Xxh3(wanted) => ("XXH3", wanted, hash_file::<Xxh3>(path, |_| ())?),
-            Sum::Sha256(wanted) => ("SHA-256", wanted, hash_file::<Sha256>(path, |_| ())?),
+            Sum::Xxh3(wanted) => ("XXH3", wanted, hash_file::<Xxh3>(path)?),
+            Sum::Sha256(wanted) => ("SHA-256", wanted, hash_file::<Sha256>(path)?),
         };
         Ok((found.bytes != self.bytes || found.checksum != *wanted).then(|| {
             format!("it has {} bytes, {name} {}, and not {} bytes, {wanted}", found.bytes, found.checksum, self.bytes)

@@ -14,9 +14,9 @@ use learn_ceg::ranges::Member;
 use learn_ceg::{embed, encoder};
 use learn_dataset::Dataset;
 use learn_domain::Config;
-use learn_domain::embedding::Told;
 use learn_domain::prompt::PromptTemplate;
 use learn_domain::report::exit;
+use learn_domain::told::Told;
 use learn_telemetry::stdio;
 
 /// Embeds the items of a dataset with a frozen encoder, or takes over vectors made elsewhere.

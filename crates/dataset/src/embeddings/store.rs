@@ -262,7 +262,7 @@ impl EmbeddingStore {
     fn entry(&self, shard: &Shard) -> Result<FileEntry, DatasetError> {
         let relative = self.relative(shard);
         let path = self.dir.join(&relative);
-        let digest = files::hash_file::<Sha256>(&path, |_| ()).map_err(DatasetError::io(&path))?;
+        let digest = files::hash_file::<Sha256>(&path).map_err(DatasetError::io(&path))?;
         Ok(digest.entry(relative, shard.items.len() as u64))
     }
 

@@ -185,7 +185,7 @@ fn write(preparation: &Preparation, work: WorkDir, progress: &dyn Progress) -> R
         embeddings: None,
     };
     refuse_stop(progress)?;
-    let (manifest, kept) = work.publish(manifest, options.replace)?;
+    let (manifest, kept) = work.publish(manifest, options.replace, progress)?;
     let [valid_without_history, test_without_history] = written.without_history;
     let seconds = start.elapsed().as_secs_f64();
     Ok(PrepareReport {

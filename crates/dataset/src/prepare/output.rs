@@ -96,9 +96,12 @@ struct Divided {
 impl Output<'_> {
     /// Writes items, users and sequences.
     pub(crate) fn write(&self, progress: &dyn Progress) -> Result<Written, PrepareError> {
-        progress.stage("write", Some(self.users_left.iter().sum()), Unit::Rows);
+        progress.stage("write items", Some(self.items.len() as u64), Unit::Rows);
         let failed = |error| PrepareError::write(self.root)(error);
-        let mut files = write_items(self.root, self.items.iter(), self.layout.file_rows).map_err(failed)?;
+        let items = self.items.iter().take_while(|_| !progress.stopped());
+        let mut files = write_items(self.root, items, self.layout.file_rows, progress).map_err(failed)?;
+        super::refuse_stop(progress)?;
+        progress.stage("write", Some(self.users_left.iter().sum()), Unit::Rows);
         let columns = Columns { held_out_times: true, labels: self.labels.is_some() };
         let mut sink = Sink {
             users: UserWriter::new(self.root, self.layout.file_rows),
@@ -128,6 +131,7 @@ impl Output<'_> {
             divided = next?;
         }
         sink.take(&divided, progress)?;
+        progress.stage("sync", None, Unit::Rows);
         sink.finish(&mut files)
     }
 

@@ -16,6 +16,7 @@ use crate::dataset::Dataset;
 use crate::error::DatasetError;
 use crate::files;
 use crate::manifest::{FilterInfo, Manifest};
+use crate::progress::Progress;
 
 /// The temporary directory of one run; removed when dropped.
 #[derive(Debug)]
@@ -81,10 +82,18 @@ impl WorkDir {
 
     /// Puts the finished dataset in its place. Returns what counts from now on, and whether it is the one that was
     /// there before.
-    pub(crate) fn publish(self, manifest: Manifest, replace: bool) -> Result<(Manifest, bool), PrepareError> {
+    pub(crate) fn publish(
+        self,
+        manifest: Manifest,
+        replace: bool,
+        progress: &dyn Progress,
+    ) -> Result<(Manifest, bool), PrepareError> {
         let occupied = occupied(&self.out)?;
         if occupied {
-            match self.compare(&manifest) {
+            let compared = self.compare(&manifest, progress);
+            // a check that was stopped is no reason to replace what is there
+            super::refuse_stop(progress)?;
+            match compared {
                 // an older version may lack what this one writes, so `--replace` brings it up to date
                 Ok(found) if found.version == manifest.version || !replace => return Ok((found, true)),
                 Err(error) if !replace => return Err(error),
@@ -107,14 +116,14 @@ impl WorkDir {
     }
 
     /// The manifest of the dataset that is there, which must be whole and the same.
-    fn compare(&self, new: &Manifest) -> Result<Manifest, PrepareError> {
+    fn compare(&self, new: &Manifest, progress: &dyn Progress) -> Result<Manifest, PrepareError> {
         let found = Dataset::open(&self.out)?;
         let (old, new) = (&found.manifest().fingerprint, &new.fingerprint);
         if old != new {
             let difference = format!("fingerprint {old}, the new one has {new}");
             return Err(PrepareError::Taken { path: self.out.clone(), difference });
         }
-        found.verify()?;
+        found.verify_with(progress)?;
         Ok(found.manifest().clone())
     }
 }

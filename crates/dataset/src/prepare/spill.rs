@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use super::error::PrepareError;
 use super::interner::Interner;
 use super::time::Time;
+use crate::progress::{Progress, Unit};
 
 /// Bits of the hash that one division looks at.
 const BITS: u32 = 8;
@@ -137,21 +138,40 @@ impl SpillWriter {
 
 /// Divides the partitions with more than `limit` records by further bits of the hash, until none has more or it is
 /// one hash; the order of hashes is kept.
-pub(crate) fn divide(spilled: Vec<Spilled>, limit: u64, users: &Interner) -> Result<Vec<Spilled>, PrepareError> {
+pub(crate) fn divide(
+    spilled: Vec<Spilled>,
+    limit: u64,
+    users: &Interner,
+    progress: &dyn Progress,
+) -> Result<Vec<Spilled>, PrepareError> {
+    let too_many: u64 = spilled.iter().map(|part| part.count).filter(|&count| count > limit).sum();
+    if too_many > 0 {
+        progress.stage("divide", Some(too_many), Unit::Rows);
+    }
     let mut parts = Vec::with_capacity(spilled.len());
     for part in spilled {
-        let span = part.hashes.end() - part.hashes.start();
-        if part.count <= limit || span == 0 {
-            parts.push(part);
-            continue;
+        super::refuse_stop(progress)?;
+        let count = part.count;
+        divide_one(part, limit, users, &mut parts)?;
+        if count > limit {
+            progress.advance(count);
         }
-        let shift = (u64::BITS - span.leading_zeros()) - BITS;
-        let mut writer = SpillWriter::over(&part.path.with_extension("parts"), part.hashes.clone(), shift)?;
-        each_record(&part, |record| writer.push(users.hash(record.user), record))?;
-        fs::remove_file(&part.path).map_err(PrepareError::io(&part.path))?;
-        parts.extend(divide(writer.finish()?, limit, users)?);
     }
     Ok(parts)
+}
+
+/// Adds what [`divide`] makes of a partition to `parts`.
+fn divide_one(part: Spilled, limit: u64, users: &Interner, parts: &mut Vec<Spilled>) -> Result<(), PrepareError> {
+    let span = part.hashes.end() - part.hashes.start();
+    if part.count <= limit || span == 0 {
+        parts.push(part);
+        return Ok(());
+    }
+    let shift = (u64::BITS - span.leading_zeros()) - BITS;
+    let mut writer = SpillWriter::over(&part.path.with_extension("parts"), part.hashes.clone(), shift)?;
+    each_record(&part, |record| writer.push(users.hash(record.user), record))?;
+    fs::remove_file(&part.path).map_err(PrepareError::io(&part.path))?;
+    writer.finish()?.into_iter().try_for_each(|part| divide_one(part, limit, users, parts))
 }
 
 /// The contents of a partition, for [`records`].
@@ -202,7 +222,7 @@ mod tests {
             records
         };
         let before = by_user(contents(&whole));
-        let parts = divide(whole, 20, &users).unwrap();
+        let parts = divide(whole, 20, &users, &()).unwrap();
         assert!(parts.windows(2).all(|pair| pair[0].hashes.end() < pair[1].hashes.start()));
         for part in &parts {
             let records = read(part);

@@ -60,8 +60,8 @@ impl Store {
         progress: &dyn Progress,
     ) -> Result<Self, PrepareError> {
         let Gathered { users, spilled, time_scale, .. } = gathered;
+        let spilled = spill::divide(spilled, partition_rows, &users, progress)?;
         progress.stage("sort", Some(spilled.iter().map(|part| part.count).sum()), Unit::Rows);
-        let spilled = spill::divide(spilled, partition_rows, &users)?;
         let ranking = Ranking::new(&users);
         let item_counts: Vec<AtomicU64> = std::iter::repeat_with(|| AtomicU64::new(0)).take(items).collect();
         let sorting = Sorting { users: &users, ranking: &ranking, time_scale, items: &item_counts };

@@ -3,10 +3,25 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use learn_dataset::{Preparation, PrepareError, Progress, Unit, prepare_with};
+use learn_dataset::{DatasetError, Preparation, PrepareError, Progress, Unit, prepare_with};
 use learn_domain::config::SplitPolicy;
 
 use crate::builders::{Fixture, csv, grid, gzip, parquet_rows, temporary};
+
+/// Stages of `prepare` that end when somebody asks them to.
+const STAGES: [&str; 9] = [
+    "read items",
+    "read interactions",
+    "divide",
+    "sort",
+    "k-core, pass 1",
+    "check lengths",
+    "find the split times",
+    "write items",
+    "write",
+];
+/// Interactions of two users of the grid: a partition with more is divided.
+const TWO_USERS: u64 = 16;
 
 /// The stages.
 #[derive(Default)]
@@ -41,6 +56,7 @@ fn every_stage_ends_at_its_total() {
     fixture.items("i.csv", (0..40).fold("item_id\n".to_owned(), |all, item| all + &format!("i{item}\n")));
     fixture.config.k_core = 2;
     fixture.config.split = SplitPolicy::ByTime;
+    fixture.options.layout.partition_rows = TWO_USERS;
     let recorder = Recorder::default();
     let out = fixture.out();
     let preparation = Preparation { config: &fixture.config, name: "x", out: &out, options: fixture.options };
@@ -53,9 +69,8 @@ fn every_stage_ends_at_its_total() {
         assert!(total.is_none_or(|total| total == *done), "{name}: {done} of {total:?}");
     }
     let names: Vec<&str> = stages.iter().map(|stage| stage.name.as_str()).collect();
-    for name in ["read items", "read interactions", "sort", "k-core, pass 1", "find the split times", "write", "verify"]
-    {
-        assert!(names.contains(&name), "{name} is missing in {names:?}");
+    for name in STAGES.iter().chain(&["sync", "verify"]) {
+        assert!(names.contains(name), "{name} is missing in {names:?}");
     }
 }
 
@@ -63,6 +78,12 @@ fn every_stage_ends_at_its_total() {
 struct Stopper {
     at: &'static str,
     here: AtomicBool,
+}
+
+impl Stopper {
+    fn at(at: &'static str) -> Self {
+        Self { at, here: AtomicBool::new(false) }
+    }
 }
 
 impl Progress for Stopper {
@@ -83,13 +104,35 @@ fn a_stop_ends_every_stage_and_leaves_nothing() {
     fixture.items("i.csv", (0..40).fold("item_id\n".to_owned(), |all, item| all + &format!("i{item}\n")));
     fixture.config.k_core = 2;
     fixture.config.split = SplitPolicy::ByTime;
+    fixture.options.layout.partition_rows = TWO_USERS;
     let out = fixture.out();
-    let stages =
-        ["read items", "read interactions", "sort", "k-core, pass 1", "check lengths", "find the split times", "write"];
-    for at in stages {
+    for at in STAGES {
         let preparation = Preparation { config: &fixture.config, name: "x", out: &out, options: fixture.options };
-        let ended = prepare_with(&preparation, &Stopper { at, here: AtomicBool::new(false) });
+        let ended = prepare_with(&preparation, &Stopper::at(at));
         assert!(matches!(ended, Err(PrepareError::Stopped)), "{at}: {ended:?}");
         assert!(!out.exists() && temporary(fixture.dir.path()).is_empty(), "{at}");
     }
+}
+
+#[test]
+fn a_stopped_check_of_the_dataset_that_is_there_changes_nothing() {
+    let mut fixture = Fixture::with_rows(&grid(30, 6, 12));
+    let (report, dataset) = fixture.prepare();
+    let recorder = Recorder::default();
+    for replace in [false, true] {
+        fixture.options.replace = replace;
+        let out = fixture.out();
+        let preparation = Preparation { config: &fixture.config, name: "x", out: &out, options: fixture.options };
+        let ended = prepare_with(&preparation, &Stopper::at("verify"));
+        assert!(matches!(ended, Err(PrepareError::Stopped)), "{ended:?}");
+        assert!(temporary(fixture.dir.path()).is_empty());
+        assert!(prepare_with(&preparation, &recorder).unwrap().kept);
+    }
+    assert_eq!(learn_dataset::Dataset::open(&fixture.out()).unwrap().manifest(), &report.manifest);
+    let checks = recorder.0.into_inner().unwrap();
+    assert_eq!(checks.iter().filter(|stage| stage.name == "verify").count(), 2, "a check of what is there is shown");
+
+    // what was not read to its end is not said to be whole
+    let ended = dataset.verify_with(&Stopper::at("verify"));
+    assert!(matches!(ended, Err(DatasetError::Stopped)), "{ended:?}");
 }

@@ -113,7 +113,7 @@ pub fn view(name: &str, scene: &Scene, newest: bool) -> View {
             name: name.into(),
             state: "starting".into(),
             tone: Tone::Warn,
-            steps: "waiting for its coordinator, which checks the dataset first".into(),
+            steps: "waiting for its coordinator; the dataset is checked first".into(),
             loss: curves.loss,
             held_out: curves.held_out,
             events,
