@@ -82,7 +82,12 @@ fn killable<T>(out: &Path, work: impl FnOnce() -> T) -> T {
             while ended.recv_timeout(POLL) == Err(RecvTimeoutError::Timeout) {
                 if system::stop_requests() > 1 {
                     let left = format!("{}.tmp-{}", out.display(), std::process::id());
-                    stdio::say(format_args!("learn-launch: prepare was killed; {left} can be removed if it is there"));
+                    // true at any moment of the work, which goes on until the process has ended
+                    stdio::say(format_args!(
+                        "learn-launch: prepare was killed; {left} can be removed if it is there, unless it has a folder \
+                         `old`: that is the dataset that was in {}",
+                        out.display()
+                    ));
                     std::process::exit(exit::FAILED);
                 }
             }
