@@ -116,6 +116,19 @@ fn the_walls_name_crates_that_exist() {
 }
 
 #[test]
+fn the_architecture_names_every_crate_and_who_reaches_libtorch() {
+    let page = include_str!("../../docs/architecture.md");
+    let (_, table) = page.split_once("| crate | folder | builds on |").unwrap();
+    let (table, _) = table.split_once("\n\n").unwrap();
+    for member in &Graph::read().unwrap().members {
+        assert!(table.contains(&format!("\n| `{member}`")), "docs/architecture.md has no row for {member}");
+    }
+    let names: Vec<String> = LIBTORCH.iter().map(|name| format!("`{name}`")).collect();
+    let wall = format!("| only {} reach libtorch |", names.join(", "));
+    assert!(page.contains(&wall), "docs/architecture.md does not say: {wall}");
+}
+
+#[test]
 fn a_crossing_is_found_with_its_way_and_build_dependencies_do_not_count() {
     let metadata = serde_json::json!({
         "packages": [

@@ -30,6 +30,12 @@ pub enum DatasetError {
     #[error("{} is not a dataset: it holds no dataset.json; make one with `learn-launch prepare CONFIG`", .path.display())]
     NotADataset { path: PathBuf },
     #[error(
+        "{} holds no dataset: `prepare --replace` ended while it put another one there. The one before is {}: \
+         `mv -T {} {}` gets it back; if nobody needs it, remove the folder that it is in",
+        .path.display(), .old.display(), .old.display(), .path.display()
+    )]
+    PutAside { path: PathBuf, old: PathBuf },
+    #[error(
         "{} has schema version {found}, this program reads versions 1 to {known}; prepare the dataset again, or use the \
          program that wrote it", .path.display()
     )]

@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{CWD, RenameFlags};
+use rustix::io::Errno;
 use sha2::Digest;
 pub use sha2::Sha256;
 
@@ -175,12 +177,100 @@ pub(crate) fn write_atomically(path: &Path, write: impl FnOnce(&mut File) -> io:
     path.parent().map_or(Ok(()), sync_directory)
 }
 
+/// Exchanges the names of two directories, at one moment where the file system can do so. Elsewhere what was `target`
+/// is called `between` for a moment, in which nothing is called `target`.
+///
+/// # Errors
+/// The file system refuses. Both are then called as before, unless it has refused that, too: what was `target` is then
+/// `between`.
+pub fn exchange(aside: &Path, target: &Path, between: &Path) -> io::Result<()> {
+    match rustix::fs::renameat_with(CWD, aside, CWD, target, RenameFlags::EXCHANGE) {
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+            exchange_by_names(aside, target, between, |from: &Path, to: &Path| fs::rename(from, to))
+        }
+        exchanged => exchanged.map_err(Into::into),
+    }
+}
+
+fn exchange_by_names(
+    aside: &Path,
+    target: &Path,
+    between: &Path,
+    rename: impl Fn(&Path, &Path) -> io::Result<()>,
+) -> io::Result<()> {
+    rename(target, between)?;
+    rename(aside, target).or_else(|error| rename(between, target).and(Err(error)))?;
+    // The new one is in its place, which is what counts; the caller finds the other one where it is.
+    let _ = rename(between, aside);
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::sync::atomic::{AtomicU64, Ordering};
+
+    use tempfile::TempDir;
 
     use super::*;
     use crate::progress::Unit;
+
+    /// What `aside`, `target` and `between` are, by what they were called before.
+    type Found = [Option<&'static str>; 3];
+
+    /// Two directories, and a name that is free.
+    fn two() -> (TempDir, [PathBuf; 3]) {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = ["aside", "target", "between"].map(|name| folder.path().join(name));
+        for path in &paths[..2] {
+            fs::create_dir(path).unwrap();
+            fs::write(path.join("name"), path.file_name().unwrap().to_str().unwrap()).unwrap();
+        }
+        (folder, paths)
+    }
+
+    fn found(paths: &[PathBuf; 3]) -> Found {
+        let names = ["aside", "target"];
+        paths.each_ref().map(|path| {
+            let text = fs::read_to_string(path.join("name")).ok()?;
+            names.into_iter().find(|name| *name == text)
+        })
+    }
+
+    #[test]
+    fn directories_exchange_their_names() {
+        let (_folder, paths) = two();
+        let [aside, target, between] = &paths;
+        exchange(aside, target, between).unwrap();
+        assert_eq!(found(&paths), [Some("target"), Some("aside"), None]);
+        exchange_by_names(aside, target, between, |from: &Path, to: &Path| fs::rename(from, to)).unwrap();
+        assert_eq!(found(&paths), [Some("aside"), Some("target"), None]);
+        let absent = aside.with_file_name("absent");
+        assert!(exchange(&absent, target, between).is_err());
+        assert_eq!(found(&paths), [Some("aside"), Some("target"), None], "what could not be replaced stays");
+    }
+
+    #[test]
+    fn no_rename_that_fails_loses_a_directory() {
+        // which of the renames fail, in their order; whether the new one is in place; what is where
+        let cases: [([bool; 3], bool, Found); 4] = [
+            ([true, false, false], false, [Some("aside"), Some("target"), None]),
+            ([false, true, false], false, [Some("aside"), Some("target"), None]),
+            ([false, true, true], false, [Some("aside"), None, Some("target")]),
+            ([false, false, true], true, [None, Some("aside"), Some("target")]),
+        ];
+        for (failing, placed, expected) in cases {
+            let (_folder, paths) = two();
+            let [aside, target, between] = &paths;
+            let calls = Cell::new(0);
+            let rename = |from: &Path, to: &Path| -> io::Result<()> {
+                let fails = failing[calls.replace(calls.get() + 1)];
+                if fails { Err(io::ErrorKind::PermissionDenied.into()) } else { fs::rename(from, to) }
+            };
+            assert_eq!(exchange_by_names(aside, target, between, rename).is_ok(), placed, "{failing:?}");
+            assert_eq!(found(&paths), expected, "{failing:?}");
+        }
+    }
 
     /// Asks to stop once something is done.
     #[derive(Default)]

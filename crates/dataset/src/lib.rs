@@ -22,6 +22,7 @@ pub mod files;
 #[doc(hidden)]
 pub mod fuzzing;
 mod ipc;
+mod leftovers;
 mod manifest;
 mod mapped;
 mod message;

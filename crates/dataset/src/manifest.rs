@@ -8,7 +8,7 @@ use learn_domain::config::SplitPolicy;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{DatasetError, MadeBy};
-use crate::files;
+use crate::{files, leftovers};
 
 /// Schema version that this program writes. It reads this one and all before it: version 2 adds times to the held-out
 /// rows, and labels.
@@ -137,7 +137,7 @@ impl Manifest {
         let text = match fs::read(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Err(DatasetError::NotADataset { path: dir.to_path_buf() });
+                return Err(leftovers::missing(dir));
             }
             Err(source) => return Err(DatasetError::Io { path, source }),
         };

@@ -170,12 +170,6 @@ pub fn sample(key: SampleKey, length: u32, shape: &SamplingShape) -> Option<Samp
     Some(Sample { history, targets, user_positions, item_positions })
 }
 
-/// Tokens that a user's sample costs: history and targets. The length of both is known before the draw.
-#[must_use]
-pub fn tokens(sample: &Sample) -> u32 {
-    (sample.history.len() + sample.targets.len()) as u32
-}
-
 /// Items of a catalogue of `items` that join the negatives of the step after `finished` ones: `count` uniform draws with
 /// replacement, the same whoever draws them. `seed` is [`crate::plan::Plan::draw_seed`].
 #[must_use]

@@ -61,7 +61,11 @@ pub fn run(args: &PrepareArgs, output: &Output) -> Result<()> {
     let preparation = Preparation { config: &config.prepare, name: &name, out: &out, options };
     system::catch_stop_signals();
     let left = format!("{}.tmp-{}", out.display(), std::process::id());
-    let killed = format!("prepare was killed; {left} can be removed if it is there");
+    let killed = format!(
+        "prepare was killed; {left} can be removed if it is there, unless it has a folder `old`: that is the dataset that \
+         was in {}",
+        out.display()
+    );
     let work = |progress: &dyn Progress| prepare_with(&preparation, progress);
     let report = dataset_work::run(output.progress(Unit::Count), &killed, work).map_err(failure)?;
     let next = args.settings.command("embed");

@@ -341,5 +341,6 @@ fn a_prepare_that_hangs_is_killed_by_a_second_request() -> TestResult {
     assert_eq!(output.status.code(), Some(1), "{}", err(&output));
     let left = err(&output).split_whitespace().find(|word| word.contains(".tmp-")).unwrap_or_default().to_owned();
     assert!(folder.path().join(left).is_dir(), "{}", err(&output));
+    assert!(err(&output).contains("unless it has a folder `old`"), "{}", err(&output));
     Ok(())
 }

@@ -17,13 +17,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use file::NewFile;
+use learn_dataset::files;
 use learn_domain::report::DatasetFacts;
 use learn_domain::run_dir::{RunDir, checkpoint_step};
 use learn_domain::{Config, Step};
 use learn_model::safetensors;
 pub use pace::{Pace, Rests};
-use rustix::fs::{CWD, RenameFlags};
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 pub use sum::FileSum;
 use tch::Tensor;
@@ -134,7 +133,12 @@ pub fn write(
     let aside = target.with_extension(format!("tmp-{}", std::process::id()));
     let written = write_aside(&aside, &mut snapshot, pace, before_piece).and_then(|()| {
         let replaces = target.exists();
-        put_in_place(&aside, &target).map_err(io(&target))?;
+        let between = aside.with_extension(format!("tmp-{}-replaced", std::process::id()));
+        let placed = match replaces {
+            true => files::exchange(&aside, &target, &between),
+            false => fs::rename(&aside, &target),
+        };
+        placed.map_err(io(&target))?;
         sync(folder)?;
         if replaces && let Err(error) = fs::remove_dir_all(&aside) {
             // the new one stands; whoever prunes tries again
@@ -147,25 +151,6 @@ pub fn write(
         let _ = fs::remove_dir_all(&aside);
     }
     written.map(|()| target)
-}
-
-/// Gives a directory its name; one that has it so far takes the other's, at the same moment where the file system can do so.
-fn put_in_place(aside: &Path, target: &Path) -> std::io::Result<()> {
-    if !target.exists() {
-        return fs::rename(aside, target);
-    }
-    match rustix::fs::renameat_with(CWD, aside, CWD, target, RenameFlags::EXCHANGE) {
-        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => exchange_by_names(aside, target),
-        exchanged => exchanged.map_err(Into::into),
-    }
-}
-
-/// Exchanges two directories, with a moment in which neither has the name `target`; if it fails, `target` is what it was.
-fn exchange_by_names(aside: &Path, target: &Path) -> std::io::Result<()> {
-    let between = aside.with_extension(format!("tmp-{}-replaced", std::process::id()));
-    fs::rename(target, &between)?;
-    fs::rename(aside, target).or_else(|error| fs::rename(&between, target).and(Err(error)))?;
-    fs::rename(&between, aside)
 }
 
 fn write_aside(

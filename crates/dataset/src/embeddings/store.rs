@@ -246,7 +246,9 @@ impl EmbeddingStore {
         })
     }
 
-    /// Names embeddings in `dataset.json` as the dataset's, atomically, then removes the files of those before.
+    /// Names embeddings in `dataset.json` as the dataset's, atomically, then removes all other shards: those of the
+    /// embeddings before, and what jobs with other plans have left undone. One job at a time works on a dataset, so nobody
+    /// is at them.
     ///
     /// # Errors
     /// When reading or writing fails; the dataset is then as it was.
@@ -278,8 +280,8 @@ impl EmbeddingStore {
         Ok(hex(&digest.finalize()))
     }
 
-    /// Removes what nothing names any more: files of the embeddings before, and pieces that killed writers of these
-    /// shards left. A file that cannot be removed only costs space.
+    /// Removes what nothing names any more: files of the embeddings before, shards of others that never became the
+    /// dataset's, and pieces that killed writers left. A file that cannot be removed only costs space.
     fn sweep(&self, before: Option<&EmbeddingInfo>, now: &EmbeddingInfo) {
         let kept: HashSet<&str> = now.all_files().map(|entry| entry.path.as_str()).collect();
         for entry in before.iter().flat_map(|info| info.all_files()).filter(|entry| !kept.contains(entry.path.as_str()))
@@ -288,17 +290,26 @@ impl EmbeddingStore {
         }
         let Ok(names) = fs::read_dir(self.dir.join(FOLDER)) else { return };
         for path in names.flatten().map(|entry| entry.path()) {
-            if whole_name(&path).is_some_and(|name| kept.contains(files::relative(FOLDER, &name).as_str())) {
-                let _ = fs::remove_file(path);
+            let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+            let unnamed = is_shard(name) && !kept.contains(files::relative(FOLDER, name).as_str());
+            if unnamed || whole_name(name).is_some_and(is_shard) {
+                let _ = fs::remove_file(&path);
             }
         }
     }
 }
 
+/// Whether a file is called as a shard: `part-SHARD-KEY.arrow`, as only an [`EmbeddingStore`] calls files.
+fn is_shard(name: &str) -> bool {
+    let inner = name.strip_prefix("part-").and_then(|rest| rest.strip_suffix(".arrow"));
+    let Some((shard, key)) = inner.and_then(|inner| inner.split_once('-')) else { return false };
+    let numbered = shard.len() >= 5 && shard.bytes().all(|byte| byte.is_ascii_digit());
+    numbered && key.len() == 16 && key.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
 /// The final name that a half-written file was meant to get.
-fn whole_name(path: &Path) -> Option<String> {
-    let name = path.file_name()?.to_str()?.strip_prefix('.')?;
-    name.rsplit_once(".tmp-").map(|(whole, _)| whole.to_owned())
+fn whole_name(name: &str) -> Option<&str> {
+    Some(name.strip_prefix('.')?.rsplit_once(".tmp-")?.0)
 }
 
 fn key(spec: &EmbeddingSpec, texts: &[String]) -> String {

@@ -74,7 +74,7 @@ pub struct PrepareReport {
     pub steps: Vec<FilterStep>,
     /// Rows that `skip_bad_rows` left out.
     pub skipped: Vec<Skipped>,
-    /// What looks wrong with the input.
+    /// What looks wrong with the input, and datasets that killed runs have put aside.
     pub warnings: Vec<String>,
     /// By-time: users left out of valid since they have no interaction before it.
     pub valid_without_history: u64,
@@ -89,7 +89,7 @@ pub struct PrepareReport {
 ///
 /// # Errors
 /// Bad settings, unreadable files, the first bad row (unless `skip_bad_rows`), nothing left after the filters, another
-/// dataset at `out`, a failing disk, or a stop. `out` is then as it was.
+/// dataset at `out`, a failing disk, or a stop. `out` is then as it was, or the error says where it is.
 pub fn prepare(
     config: &PrepareConfig,
     name: &str,
@@ -119,7 +119,7 @@ fn write(preparation: &Preparation, work: WorkDir, progress: &dyn Progress) -> R
     let mut catalogue = items::read(&config.items, &mut bad, progress)?;
     let gathered = interactions::read(&config.interactions, &mut catalogue, &work.spill(), &mut bad, progress)?;
     let (time_scale, rows) = (gathered.time_scale, gathered.rows);
-    let (skipped, warnings) = (bad.report(), gathered.spans.warnings());
+    let (skipped, warnings) = (bad.report(), [gathered.spans.warnings(), work.warnings()].concat());
     let mut steps = vec![FilterStep {
         name: "read".into(),
         interactions: gathered.spilled.iter().map(|part| part.count).sum(),

@@ -1,9 +1,9 @@
 //! Where `prepare` works, and how the finished directory takes its place.
 //!
 //! Everything is written under `OUT.tmp-PID`, which no reader takes for a dataset, synced, and renamed to `OUT` as the
-//! last act. What a killed run leaves behind stays until it is removed, and is reported.
+//! last act; a dataset that is replaced takes its place and is removed with it. What a killed run leaves behind stays
+//! until it is removed, and is reported. Invariant: the only copy of a dataset is never removed.
 
-use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,23 +14,25 @@ use super::error::PrepareError;
 use super::output::FOLDERS;
 use crate::dataset::Dataset;
 use crate::error::DatasetError;
-use crate::files;
 use crate::manifest::{FilterInfo, Manifest};
 use crate::progress::Progress;
+use crate::{files, leftovers};
 
 /// The temporary directory of one run; removed when dropped.
 #[derive(Debug)]
 pub(crate) struct WorkDir {
     out: PathBuf,
     root: PathBuf,
-    /// Temporary directories of earlier runs for the same output.
+    /// Temporary directories of earlier runs for the same output, which can be removed.
     pub(crate) leftovers: Vec<PathBuf>,
+    /// Those that have a dataset which was replaced.
+    with_old: Vec<PathBuf>,
 }
 
 impl WorkDir {
     /// Makes the directory beside `out`, and checks that `out` may be written.
     pub(crate) fn create(out: &Path, replace: bool, config: &PrepareConfig) -> Result<Self, PrepareError> {
-        let name = out.file_name().ok_or_else(|| PrepareError::Setting {
+        let prefix = leftovers::prefix(out).ok_or_else(|| PrepareError::Setting {
             key: "data.dataset",
             problem: format!("{} does not end in the name of a directory", out.display()),
         })?;
@@ -41,12 +43,13 @@ impl WorkDir {
                 Ok(found) if !replace => refuse_other(out, found.manifest(), config)?,
                 _ => {}
             }
+        } else if let lost @ DatasetError::PutAside { .. } = leftovers::missing(out) {
+            return Err(lost.into());
         }
-        let parent = parent(out);
+        let parent = leftovers::parent(out);
         fs::create_dir_all(parent).map_err(PrepareError::io(parent))?;
-        let mut prefix = name.to_owned();
-        prefix.push(".tmp-");
-        let leftovers = siblings(parent, &prefix).map_err(PrepareError::io(parent))?;
+        let found = leftovers::beside(out).map_err(PrepareError::io(parent))?;
+        let (with_old, leftovers): (Vec<_>, Vec<_>) = found.into_iter().partition(|root| leftovers::has_old(root));
         let mut attempt = 0;
         loop {
             let mut name = prefix.clone();
@@ -57,7 +60,7 @@ impl WorkDir {
             let root = parent.join(name);
             match fs::create_dir(&root) {
                 Ok(()) => {
-                    let this = Self { out: out.to_path_buf(), root, leftovers };
+                    let this = Self { out: out.to_path_buf(), root, leftovers, with_old };
                     for folder in FOLDERS {
                         let path = this.dataset().join(folder);
                         fs::create_dir_all(&path).map_err(PrepareError::io(&path))?;
@@ -78,6 +81,18 @@ impl WorkDir {
     /// The folder of the partitions.
     pub(crate) fn spill(&self) -> PathBuf {
         self.root.join("partitions")
+    }
+
+    /// What to look at before it is removed.
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        let warning = |root: &PathBuf| {
+            let (old, root, out) = (leftovers::old(root), root.display(), self.out.display());
+            let old = old.display();
+            format!(
+                "{old} is the {out} of before a `prepare --replace` that was killed; if nobody needs it, remove {root}"
+            )
+        };
+        self.with_old.iter().map(warning).collect()
     }
 
     /// Puts the finished dataset in its place. Returns what counts from now on, and whether it is the one that was
@@ -105,14 +120,25 @@ impl WorkDir {
         for folder in FOLDERS.map(|folder| dataset.join(folder)).iter().chain([&dataset]) {
             files::sync_directory(folder).map_err(PrepareError::io(folder))?;
         }
-        if occupied {
-            let old = self.root.join("old");
-            fs::rename(&self.out, &old).map_err(PrepareError::io(&self.out))?;
-        }
-        fs::rename(&dataset, &self.out).map_err(PrepareError::io(&self.out))?;
-        let parent = parent(&self.out);
+        let placed = match occupied {
+            true => files::exchange(&dataset, &self.out, &leftovers::old(&self.root)),
+            // refuses what another run has put there meanwhile
+            false => fs::rename(&dataset, &self.out),
+        };
+        placed.map_err(|source| self.not_placed(source))?;
+        let parent = leftovers::parent(&self.out);
         files::sync_directory(parent).map_err(PrepareError::io(parent))?;
         Ok((manifest, false))
+    }
+
+    /// Why the finished dataset is not in its place. The one before is, or the error says where.
+    fn not_placed(&self, source: io::Error) -> PrepareError {
+        let path = self.out.clone();
+        if leftovers::has_old(&self.root) {
+            let lost = DatasetError::PutAside { path, old: leftovers::old(&self.root) };
+            return PrepareError::NotReplaced { lost, source };
+        }
+        PrepareError::Io { path, source }
     }
 
     /// The manifest of the dataset that is there, which must be whole and the same.
@@ -130,6 +156,11 @@ impl WorkDir {
 
 impl Drop for WorkDir {
     fn drop(&mut self) {
+        if leftovers::has_old(&self.root) {
+            let (old, out) = (leftovers::old(&self.root), &self.out);
+            tracing::warn!(path = %old.display(), out = %out.display(), "the dataset that was there before is kept");
+            return;
+        }
         if let Err(error) = fs::remove_dir_all(&self.root) {
             tracing::warn!(path = %self.root.display(), %error, "a temporary directory stays behind; remove it");
         }
@@ -159,13 +190,6 @@ fn refuse_other(out: &Path, found: &Manifest, config: &PrepareConfig) -> Result<
     Ok(())
 }
 
-fn parent(out: &Path) -> &Path {
-    match out.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
-}
-
 /// Whether something other than an empty directory is there.
 fn occupied(out: &Path) -> Result<bool, PrepareError> {
     match fs::read_dir(out) {
@@ -176,28 +200,33 @@ fn occupied(out: &Path) -> Result<bool, PrepareError> {
     }
 }
 
-/// The process that made a temporary directory, whose name ends in `PID` or `PID-ATTEMPT`.
-fn maker(ending: &str) -> Option<u32> {
-    ending.split_once('-').map_or(ending, |(pid, _)| pid).parse().ok()
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Whether another process of this id runs on this machine. What has this one's own id was left by an earlier one: in
-/// containers they are the same.
-fn works(pid: u32) -> bool {
-    pid != std::process::id() && Path::new("/proc").join(pid.to_string()).exists()
-}
-
-/// The temporary directories that nobody works in.
-fn siblings(parent: &Path, prefix: &OsString) -> io::Result<Vec<PathBuf>> {
-    let prefix = prefix.to_string_lossy();
-    let mut found = Vec::new();
-    for entry in fs::read_dir(parent)? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if name.strip_prefix(&*prefix).and_then(maker).is_some_and(|pid| !works(pid)) {
-            found.push(entry.path());
-        }
+    fn work(out: &Path) -> WorkDir {
+        WorkDir::create(out, true, &PrepareConfig::default()).unwrap()
     }
-    found.sort();
-    Ok(found)
+
+    #[test]
+    fn a_dataset_that_could_not_get_its_name_back_is_kept_and_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        let failed = || io::Error::from(io::ErrorKind::PermissionDenied);
+        let ended = work(&out);
+        let root = ended.root.clone();
+        assert!(matches!(ended.not_placed(failed()), PrepareError::Io { .. }), "it has its name");
+        drop(ended);
+        assert!(!root.exists());
+
+        let ended = work(&out);
+        let old = leftovers::old(&root);
+        fs::create_dir(&old).unwrap();
+        fs::write(old.join("dataset.json"), "the only copy").unwrap();
+        let error = ended.not_placed(failed()).to_string();
+        let way = format!("`mv -T {} {}`", old.display(), out.display());
+        assert!(error.contains(&way) && error.contains("permission denied"), "{error}");
+        drop(ended);
+        assert_eq!(fs::read_to_string(old.join("dataset.json")).unwrap(), "the only copy");
+    }
 }

@@ -9,7 +9,7 @@ use learn_dataset::{Dataset, DatasetError, MadeBy, PrepareOptions};
 use learn_domain::config::Precision;
 use learn_domain::report::Split;
 
-use crate::builders::{Fixture, grid};
+use crate::builders::{Fixture, csv, grid, temporary};
 
 fn embedded() -> (Fixture, Dataset) {
     let fixture = Fixture::with_rows(&grid(30, 6, 12));
@@ -213,6 +213,50 @@ fn what_a_killed_run_leaves_is_no_dataset_and_is_reported() {
     assert!(matches!(Dataset::open(&leftover.join("dataset")), Err(DatasetError::NotADataset { .. })));
     let (report, _) = fixture.prepare();
     assert_eq!(report.leftovers, [leftover], "and not what a running process works in, or what is somebody else's");
+}
+
+#[test]
+fn a_dataset_that_a_killed_run_has_put_aside_is_named_and_never_called_removable() {
+    let (mut fixture, _) = embedded();
+    let root = fixture.path(&format!("out.tmp-{NOBODY}"));
+    let old = root.join("old");
+    fs::create_dir_all(root.join("dataset")).unwrap();
+    fs::rename(fixture.out(), &old).unwrap();
+    let way = format!("`mv -T {} {}` gets it back", old.display(), fixture.out().display());
+    for replace in [false, true] {
+        fixture.options = PrepareOptions { replace, ..PrepareOptions::default() };
+        let error = fixture.try_prepare().unwrap_err().to_string();
+        assert!(error.contains(&way), "{error}");
+    }
+    let error = Dataset::open(&fixture.out()).unwrap_err();
+    assert!(error.to_string().contains(&way), "{error}");
+    fs::create_dir(fixture.out()).unwrap();
+    let error = Dataset::open(&fixture.out()).unwrap_err();
+    assert!(matches!(error, DatasetError::PutAside { .. }), "in a folder that is empty there is none either: {error}");
+
+    fs::rename(&old, fixture.out()).unwrap();
+    let (report, dataset) = fixture.prepare();
+    assert!(report.kept && dataset.embeddings().is_ok());
+    assert_eq!((report.leftovers, report.warnings), (vec![root], vec![]), "what is left of the run can go");
+
+    fs::create_dir(&old).unwrap();
+    let report = fixture.prepare().0;
+    assert_eq!(report.leftovers, Vec::<PathBuf>::new(), "nobody knows whether that is needed");
+    let named =
+        |warning: &String| warning.starts_with(&*old.to_string_lossy()) && warning.contains("if nobody needs it");
+    assert!(report.warnings.iter().any(named), "{:?}", report.warnings);
+}
+
+#[test]
+fn replacing_leaves_neither_the_dataset_of_before_nor_its_embeddings() {
+    let (mut fixture, dataset) = embedded();
+    fixture.write("interactions.csv", csv(&grid(29, 6, 12)));
+    fixture.options = PrepareOptions { replace: true, ..PrepareOptions::default() };
+    let (report, replaced) = fixture.prepare();
+    assert!(!report.kept && replaced.manifest().embeddings.is_none());
+    assert_ne!(replaced.manifest().fingerprint, dataset.manifest().fingerprint);
+    assert!(!fixture.out().join("embeddings").exists());
+    assert_eq!(temporary(fixture.dir.path()), Vec::<PathBuf>::new());
 }
 
 #[test]

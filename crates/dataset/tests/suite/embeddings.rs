@@ -149,6 +149,41 @@ fn other_embeddings_replace_the_ones_before_only_when_they_are_committed() {
 }
 
 #[test]
+fn shards_that_never_became_the_datasets_go_with_the_next_commit() {
+    let (fixture, dataset) = fixture();
+    let abandoned = store(&dataset, spec("first", 4));
+    fill(&abandoned, 0);
+    fill(&abandoned, 2);
+    let folder = fixture.out().join("embeddings");
+    fs::write(folder.join(".part-00001-0123456789abcdef.arrow.tmp-1"), "half").unwrap();
+    let strangers = [
+        ".notes.arrow.tmp-1",
+        "job.lock",
+        "part-0-0123456789abcdef.arrow",
+        "part-00000-0123456789abcdef.arrow.bak",
+        "part-00000-notes.arrow",
+        "part-00000.arrow",
+    ];
+    for name in strangers {
+        fs::write(folder.join(name), "of somebody else").unwrap();
+    }
+    fill(&store(&dataset, spec("second", 4)), 1);
+    let second = store(&dataset, spec("second", 4));
+    assert!(second.finished(1) && abandoned.finished(0), "until they are committed, both may be gone on with");
+    fill(&second, 0);
+    fill(&second, 2);
+    let info = second.commit("second").unwrap();
+    Dataset::open(&fixture.out()).unwrap().verify().unwrap();
+    let mut found: Vec<String> =
+        fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    found.sort();
+    let shards = info.files.iter().map(|entry| entry.path["embeddings/".len()..].to_owned());
+    let mut expected: Vec<String> = strangers.map(str::to_owned).into_iter().chain(shards).collect();
+    expected.sort();
+    assert_eq!(found, expected, "what is named, and what no embedding job has written");
+}
+
+#[test]
 fn rows_that_make_no_sense_are_refused() {
     let (_fixture, dataset) = fixture();
     let store = store(&dataset, spec("m", 4));
