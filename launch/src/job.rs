@@ -23,6 +23,7 @@ use crate::failure::Failure;
 use crate::operator;
 use crate::output::{Output, Progress, Unit};
 use crate::process::{self, Process};
+use crate::runs::Claim;
 use crate::slurm::JobStep;
 use crate::system::{self, End};
 use crate::{dataset_work, render, runs};
@@ -142,8 +143,10 @@ impl<'a> JobSpec<'a> {
 /// The job failed, was stopped or lost a worker; the failure has the exit code that says which.
 pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
     system::catch_stop_signals();
+    // nobody else may take the run for free in the minutes of the check, or move it
+    let claim = claim(spec.run)?;
     spec.verify_dataset(output)?;
-    let mut job = LocalJob::start(spec, output)?;
+    let mut job = LocalJob::start(spec, claim, output)?;
     if let Some(address) = job.wait_for_coordinator() {
         if matches!(spec.task, Task::Train { .. }) {
             output.note(&format!("status page: {}", runs::page(spec.run, &address, output.terminal())));
@@ -167,6 +170,17 @@ pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
         job.watch(&api)?;
     }
     job.conclude()
+}
+
+/// Takes the run, until its coordinator is started. A crashed coordinator leaves its address behind, which must not be taken
+/// for the new one's.
+fn claim(run: &RunDir) -> Result<Claim> {
+    let claim = runs::claim(run)?;
+    let address = run.coordinator();
+    if address.exists() {
+        std::fs::remove_file(&address).with_context(|| format!("cannot remove {}", address.display()))?;
+    }
+    Ok(claim)
 }
 
 /// The worker that failed before all had joined.
@@ -201,13 +215,8 @@ struct LocalJob<'a> {
 }
 
 impl<'a> LocalJob<'a> {
-    fn start(spec: &JobSpec<'a>, output: &'a Output) -> Result<Self> {
+    fn start(spec: &JobSpec<'a>, claim: Claim, output: &'a Output) -> Result<Self> {
         let run = spec.run;
-        // A crashed coordinator leaves its address behind; it must not be taken for the new one's.
-        if run.coordinator().exists() {
-            std::fs::remove_file(run.coordinator())
-                .with_context(|| format!("cannot remove {}", run.coordinator().display()))?;
-        }
         let mut command = Command::new(process::sibling("learn-coordinator")?);
         command.arg("--run-dir").arg(run.root()).arg("--task-json").arg(serde_json::to_string(spec.task)?);
         command.arg("--config").arg(spec.config_file);
@@ -216,6 +225,7 @@ impl<'a> LocalJob<'a> {
         if let Some(most) = spec.workers.most() {
             command.args(["--most-workers", &most.to_string()]);
         }
+        drop(claim);
         let coordinator = Process::start("coordinator", &mut command, &run.coordinator_log())?;
         let mut progress = output.progress(Unit::Count);
         let title = match spec.task {

@@ -133,10 +133,12 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
             .result(&text.replace("resuming", "would resume"), &serde_json::json!({ "checkpoint": checkpoint.path }));
     }
     output.note(&text);
+    let claim = runs::claim(&run)?;
     bind::change(&run, &config.cluster.bind)?;
     runs::write_config(&run.next_config(), &config)?;
     runs::ensure_token(&run)?;
     tls::provide(&run, &config.cluster.tls)?;
+    drop(claim);
     let task = Task::Train { resume_from: Some(path_text(&checkpoint.path)?) };
     let workers = Workers::unless(args.no_workers);
     let next = run.next_config();
