@@ -362,6 +362,29 @@ fn a_run_whose_coordinator_vanished_is_stale() -> TestResult {
     Ok(())
 }
 
+#[test]
+fn workers_outlive_a_coordinator_that_cannot_be_replaced_at_once() -> TestResult {
+    let coordinator = r#"
+case "$*" in *--take-over*) serve; checkpoint=7; status finished; summary; exit;; esac
+serve
+until [ -e started ]; do sleep 0.05; done
+mv bin/learn-coordinator bin/away
+kill -9 $$"#;
+    // the file is back once it was missed
+    let worker = format!(
+        "touch started; until grep -qs 'cannot be started' said; do sleep 0.05; done\nmv bin/away bin/learn-coordinator\n{LOYAL_WORKER}"
+    );
+    let installation = Installation::new(coordinator, &worker)?;
+    let said = std::fs::File::create(installation.path("said"))?;
+    let ended = installation.command(&["train", "--workers", "1"]).stdout(Stdio::null()).stderr(said).status()?;
+    let said = installation.read("said")?;
+    assert!(ended.success(), "{said}");
+    for words in ["another cannot be started: learn-coordinator is not beside", "another takes over ("] {
+        assert!(said.contains(words), "{words} is not in {said}");
+    }
+    Ok(())
+}
+
 /// Plays `checkpoints` besides what a loyal worker does.
 fn worker_with(checkpoints: &str) -> String {
     format!("if [ \"$1\" = checkpoints ]; then echo '{checkpoints}'; exit 0; fi\n{LOYAL_WORKER}")
