@@ -8,13 +8,12 @@ use std::fs::{File, TryLockError};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use learn_domain::report::CoordinatorAddress;
 use learn_domain::run_dir::RunDir;
 
 use super::read_json;
 use crate::api::Api;
-use crate::failure::Failure;
 use crate::{process, system};
 
 /// Who only looks whether a run is free has given its lock back this soon.
@@ -169,7 +168,8 @@ pub fn claim(run: &RunDir) -> Result<Claim> {
     };
     match life.describe(run) {
         None => Ok(claim),
-        Some(why) => Err(Failure::Usage(why).into()),
+        // not the caller's mistake: a scheduler that tries again later finds the run free
+        Some(why) => bail!("{why}"),
     }
 }
 
@@ -185,9 +185,11 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     use learn_domain::Config;
+    use learn_domain::report::exit;
 
     use super::super::{create, move_aside};
     use super::*;
+    use crate::failure::exit_code;
 
     #[test]
     fn a_stranger_on_this_machine_is_not_taken_for_the_coordinator_of_another() {
@@ -239,7 +241,9 @@ mod tests {
             assert!(matches!(life(&run), Life::Locked(at) if at.is_some() == address));
             for refused in [refuse_live(&run), move_aside(&root).map(drop), create(&root, &Config::default()).map(drop)]
             {
-                let text = refused.unwrap_err().to_string();
+                let error = refused.unwrap_err();
+                assert_eq!(exit_code(&error), exit::FAILED, "it may be free soon");
+                let text = error.to_string();
                 assert!(text.contains(said) && !text.contains("--force"), "{text}");
             }
         }

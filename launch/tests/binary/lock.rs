@@ -21,7 +21,7 @@ const WORKER: &str = r#"
 [ "$1" = checkpoints ] && echo '[{"step":7,"path":"/c/step-0000000007","valid":true,"reason":null,"best":true}]'"#;
 
 #[test]
-fn a_job_of_another_machine_is_left_alone_as_long_as_it_has_the_lock() -> TestResult {
+fn a_job_of_another_machine_is_left_alone_as_long_as_it_has_the_lock_and_goes_on_here_afterwards() -> TestResult {
     let installation = Installation::new(COORDINATOR, WORKER)?;
     let trained = installation.launch(&["train", "--no-workers", "--set", "cluster.tls.mode=auto"])?;
     assert_eq!(trained.status.code(), Some(1), "{}", err(&trained));
@@ -45,10 +45,8 @@ fn a_job_of_another_machine_is_left_alone_as_long_as_it_has_the_lock() -> TestRe
     for command in commands {
         let refused = installation.launch(command)?;
         let text = err(&refused);
-        assert!(
-            !refused.status.success() && text.contains("on node1") && !text.contains("--force"),
-            "{command:?}: {text}"
-        );
+        assert_eq!(refused.status.code(), Some(1), "a scheduler may try again: {command:?}: {text}");
+        assert!(text.contains("on node1") && !text.contains("--force"), "{command:?}: {text}");
     }
     assert_eq!(files()?, before);
     assert!(!installation.path("runs/learn/config.next.json").exists());
@@ -63,6 +61,15 @@ fn a_job_of_another_machine_is_left_alone_as_long_as_it_has_the_lock() -> TestRe
     let resumed = installation.launch(&resume)?;
     assert!(resumed.status.success(), "{}", err(&resumed));
     assert_ne!(files()?, before);
+
+    // its last word was lost, and the scheduler starts it once more
+    let done = files()?;
+    let refused = installation.launch(&resume)?;
+    assert_eq!(refused.status.code(), Some(2), "{}", err(&refused));
+    assert!(err(&refused).contains("has finished its"), "{}", err(&refused));
+    let finished = installation.launch(&["resume", "learn", "--no-workers", "--unless-finished"])?;
+    assert!(finished.status.success() && out(&finished).contains("has finished already"), "{}", err(&finished));
+    assert_eq!(files()?, done, "nothing was started");
     Ok(())
 }
 
