@@ -67,7 +67,7 @@ struct Identity {
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    #[error("cannot listen on {host}:{port}: {source}; choose another cluster.{key}, or 0 for any free port")]
+    #[error("cannot listen on {host}:{port}: {source}; {}", way_out(.source, .key))]
     Bind { host: String, port: u16, key: &'static str, source: std::io::Error },
     #[error("another coordinator serves {0} now; stop it first with `learn-launch stop`")]
     Locked(PathBuf),
@@ -88,6 +88,18 @@ pub enum ServeError {
     Task(#[from] tokio::task::JoinError),
     #[error(transparent)]
     Owner(#[from] OwnerError),
+}
+
+/// What to change where one cannot listen.
+fn way_out(error: &std::io::Error, key: &str) -> String {
+    match error.kind() {
+        ErrorKind::AddrInUse | ErrorKind::PermissionDenied => {
+            format!("choose another cluster.{key}, or 0 for any free port")
+        }
+        _ => {
+            "set cluster.bind to an address of this machine, or to 127.0.0.1 if nobody comes from elsewhere".to_owned()
+        }
+    }
 }
 
 /// A coordinator that listens already.
@@ -492,6 +504,17 @@ mod tests {
         let replaced = async { write_json(&run_dir.coordinator(), &address("b")).map_err(CoordinatorError::from) };
         announced(&run_dir, &address("a"), replaced).await.unwrap();
         assert_eq!(read_json::<CoordinatorAddress>(&run_dir.coordinator()).unwrap(), address("b"));
+    }
+
+    #[tokio::test]
+    async fn who_cannot_listen_is_told_whether_the_port_or_the_address_is_to_be_changed() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = taken.local_addr().unwrap().port();
+        let text = listen("127.0.0.1", port, "grpc_port").await.unwrap_err().to_string();
+        assert!(text.contains("cluster.grpc_port, or 0") && !text.contains("cluster.bind"), "{text}");
+        // an address for documentation, which no machine has
+        let text = listen("203.0.113.7", 0, "grpc_port").await.unwrap_err().to_string();
+        assert!(text.contains("set cluster.bind") && !text.contains("grpc_port"), "{text}");
     }
 
     #[tokio::test]

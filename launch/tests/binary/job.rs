@@ -584,3 +584,23 @@ fn an_evaluation_takes_any_cutoffs_and_a_training_says_what_its_metric_needs() -
     assert!(evaluated.status.success(), "{}", err(&evaluated));
     Ok(())
 }
+
+#[test]
+fn an_evaluation_listens_here_wherever_the_training_did() -> TestResult {
+    let first = "case \"$4\" in *null*) serve; checkpoint=7; status stopped; exit 3;; esac";
+    let installation = Installation::new(&format!("{first}\n{GOOD_COORDINATOR}"), &offline_worker())?;
+    let stopped = installation.launch(&["train", "--no-workers"])?;
+    assert_eq!(stopped.status.code(), Some(3), "{}", err(&stopped));
+    let file = installation.path("runs/learn/config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&file)?)?;
+    config["cluster"]["bind"] = "203.0.113.7".into();
+    std::fs::write(&file, config.to_string())?;
+    // the workers of this installation go when this is there
+    std::fs::write(installation.path("runs/learn/summary.json"), "{}")?;
+    let evaluated = installation.launch(&["eval", "learn"])?;
+    assert!(evaluated.status.success(), "{}", err(&evaluated));
+    let own = std::fs::read_dir(installation.path("runs/learn/eval"))?.next().ok_or("no evaluation")??;
+    let own: Value = serde_json::from_slice(&std::fs::read(own.path().join("config.json"))?)?;
+    assert_eq!(own["cluster"]["bind"], "127.0.0.1");
+    Ok(())
+}
