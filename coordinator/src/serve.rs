@@ -30,7 +30,7 @@ use crate::board::Follower;
 use crate::connections::{self, Gate, MAX_REQUEST_BYTES};
 use crate::control::ControlService;
 use crate::data::{self, DataServer, DataService, Directory, Source, SourceError, catalogues};
-use crate::files::{FileError, write_json};
+use crate::files::{FileError, read_json, write_json};
 use crate::http::access::Access;
 use crate::job::actor::{Command, JobHandle, JobOwner, OwnerError, OwnerParts, STATES};
 use crate::job::{Asked, History, Job, JobSettings, Keeping, LedgerFile, TakeOverError};
@@ -45,6 +45,8 @@ use crate::{CoordinatorError, Settings, http};
 const GRACE: Duration = Duration::from_secs(2);
 /// The ports of a process that was killed are free this soon.
 const PORTS_WITHIN: Duration = Duration::from_secs(2);
+/// Those who only look whether a run is free have given its lock back this soon.
+const LOCK_WITHIN: Duration = Duration::from_secs(1);
 /// Name of [`Identity`] in the state.
 const IDENTITY: &str = "identity";
 
@@ -65,7 +67,7 @@ struct Identity {
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    #[error("cannot listen on {host}:{port}: {source}; choose another cluster.{key}, or 0 for any free port")]
+    #[error("cannot listen on {host}:{port}: {source}; {}", way_out(.source, .key))]
     Bind { host: String, port: u16, key: &'static str, source: std::io::Error },
     #[error("another coordinator serves {0} now; stop it first with `learn-launch stop`")]
     Locked(PathBuf),
@@ -88,6 +90,18 @@ pub enum ServeError {
     Owner(#[from] OwnerError),
 }
 
+/// What to change where one cannot listen.
+fn way_out(error: &std::io::Error, key: &str) -> String {
+    match error.kind() {
+        ErrorKind::AddrInUse | ErrorKind::PermissionDenied => {
+            format!("choose another cluster.{key}, or 0 for any free port")
+        }
+        _ => {
+            "set cluster.bind to an address of this machine, or to 127.0.0.1 if nobody comes from elsewhere".to_owned()
+        }
+    }
+}
+
 /// A coordinator that listens already.
 pub struct Coordinator {
     settings: Settings,
@@ -97,13 +111,25 @@ pub struct Coordinator {
     job: JobHandle,
     owner: JobOwner,
     journal: Journal,
-    /// On the run directory; the journal holds it to its end.
-    lock: File,
+    /// On the run directory; the journal holds it to its end, and [`Coordinator::run`] until nothing of it is left there.
+    lock: Arc<File>,
 }
 
 /// One coordinator a run: an advisory lock on its secret, a file that is never replaced; the system drops it with the
-/// process.
-pub(crate) fn lock(run_dir: &RunDir) -> Result<File, ServeError> {
+/// process. `learn-launch` takes it, too, while it looks whether a run is free, and while it makes one ready.
+pub(crate) async fn lock(run_dir: &RunDir) -> Result<File, ServeError> {
+    let started = Instant::now();
+    loop {
+        match try_lock(run_dir) {
+            Err(ServeError::Locked(_)) if started.elapsed() < LOCK_WITHIN => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            tried => return tried,
+        }
+    }
+}
+
+fn try_lock(run_dir: &RunDir) -> Result<File, ServeError> {
     let path = run_dir.secret();
     // NFS locks for one writer only what is open for writing
     let opened = File::options().read(true).write(true).open(&path).map_err(TryLockError::Error);
@@ -177,7 +203,8 @@ pub(crate) fn certificates(cluster: &ClusterConfig, run_dir: &RunDir) -> Result<
     }
 }
 
-/// Writes the address into the run directory for as long as `serving` takes.
+/// Writes the address into the run directory for as long as `serving` takes. One that another coordinator has written in its
+/// place stays.
 ///
 /// # Errors
 /// The address cannot be written, or serving fails.
@@ -190,11 +217,9 @@ pub(crate) async fn announced<T>(
     write_json(&file, address)?;
     tracing::info!(grpc = address.grpc, http = address.http, "serving");
     let ended = serving.await;
-    match std::fs::remove_file(&file) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            tracing::warn!(%error, path = %file.display(), "cannot remove the address of this coordinator");
-        }
-        _ => {}
+    let own = read_json::<CoordinatorAddress>(&file).is_ok_and(|there| there.incarnation == address.incarnation);
+    if own && let Err(error) = std::fs::remove_file(&file) {
+        tracing::warn!(%error, path = %file.display(), "cannot remove the address of this coordinator");
     }
     ended
 }
@@ -255,7 +280,7 @@ impl Coordinator {
     /// # Errors
     /// If dataset, configuration and history do not go together, or a port is taken.
     pub async fn bind(settings: Settings) -> Result<Self, CoordinatorError> {
-        let lock = lock(&settings.run_dir)?;
+        let lock = Arc::new(lock(&settings.run_dir).await?);
         let source = open_source(&settings, settings.verify).await?;
         let Settings { run_dir, config, task, .. } = &settings;
         let history = History::load(run_dir, task, &source.facts.fingerprint)?;
@@ -290,7 +315,7 @@ impl Coordinator {
     /// If there is no such job, its state is damaged, or its ports are taken.
     pub async fn take_over(run_dir: &Path) -> Result<Self, CoordinatorError> {
         let run_dir = RunDir::new(run_dir);
-        let lock = lock(&run_dir)?;
+        let lock = Arc::new(lock(&run_dir).await?);
         let state = StateFile::open(&run_dir.coordinator_state())?;
         let identity: Identity = state.value(IDENTITY)?.ok_or(TakeOverError::Incomplete(IDENTITY))?;
         let Identity { restarts, most_workers, .. } = identity;
@@ -336,6 +361,8 @@ impl Coordinator {
             std::fs::rename(from, &to).map_err(|source| FileError::Write { action: "replace", path: to, source })?;
         }
         let (run_dir, address) = (self.settings.run_dir.clone(), self.ports.address.clone());
+        // whoever comes next has files of the same names
+        let _lock = Arc::clone(&self.lock);
         let ended = announced(&run_dir, &address, self.serve(shutdown)).await?;
         let state = run_dir.coordinator_state();
         if let Err(error) = std::fs::remove_file(&state) {
@@ -459,5 +486,49 @@ pub(crate) fn ending<E: std::error::Error>(result: Result<(), E>) -> String {
     match result {
         Ok(()) => "it was told to stop".into(),
         Err(error) => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_address_of_another_coordinator_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::new(folder.path());
+        let address =
+            |incarnation: &str| CoordinatorAddress { incarnation: incarnation.into(), ..CoordinatorAddress::default() };
+        announced(&run_dir, &address("a"), async { Ok::<_, CoordinatorError>(()) }).await.unwrap();
+        assert!(!run_dir.coordinator().exists(), "its own goes");
+        let replaced = async { write_json(&run_dir.coordinator(), &address("b")).map_err(CoordinatorError::from) };
+        announced(&run_dir, &address("a"), replaced).await.unwrap();
+        assert_eq!(read_json::<CoordinatorAddress>(&run_dir.coordinator()).unwrap(), address("b"));
+    }
+
+    #[tokio::test]
+    async fn who_cannot_listen_is_told_whether_the_port_or_the_address_is_to_be_changed() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = taken.local_addr().unwrap().port();
+        let text = listen("127.0.0.1", port, "grpc_port").await.unwrap_err().to_string();
+        assert!(text.contains("cluster.grpc_port, or 0") && !text.contains("cluster.bind"), "{text}");
+        // an address for documentation, which no machine has
+        let text = listen("203.0.113.7", 0, "grpc_port").await.unwrap_err().to_string();
+        assert!(text.contains("set cluster.bind") && !text.contains("grpc_port"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn who_only_looks_whether_a_run_is_free_keeps_no_coordinator_from_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::new(folder.path());
+        std::fs::write(run_dir.secret(), "secret").unwrap();
+        let looks = try_lock(&run_dir).unwrap();
+        let (locked, ()) = tokio::join!(lock(&run_dir), async {
+            // it has been tried in vain by now
+            looks.unlock().unwrap();
+        });
+        let _coordinator = locked.unwrap();
+        assert!(matches!(try_lock(&run_dir), Err(ServeError::Locked(_))));
+        assert!(matches!(lock(&run_dir).await, Err(ServeError::Locked(_))), "its patience ends");
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Input: the processes' ends and the coordinator's view of the job. Output: processes, and a line for each change.
 //! Invariants: a process has a number, which is its GPU's and its log's; one that ended is replaced under the same number,
-//! and only while the job goes on; `cluster.max_restarts` limits how often.
+//! and only while the job goes on; `cluster.max_restarts` limits how often, and a process that cannot be started counts as one that
+//! has failed: the others never end by it.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,6 +16,7 @@ use learn_domain::ids::Rank;
 use learn_domain::report::{CoordinatorAddress, JobState, JobStatus, Task};
 use learn_domain::run_dir::RunDir;
 
+use crate::failure;
 use crate::process::{self, Process};
 use crate::system::End;
 
@@ -164,6 +166,8 @@ pub struct Crew<'a> {
     hands: BTreeMap<u32, Hand>,
     wanted: u32,
     restarts: u32,
+    /// Newcomers that could not be started, and when that was.
+    unstarted: BTreeMap<u32, Instant>,
 }
 
 /// The job as its coordinator sees it.
@@ -216,10 +220,7 @@ pub trait Team {
     /// Whether one has failed and nobody has taken note of it yet: time to ask the coordinator.
     fn asks(&mut self) -> bool;
     /// Brings the team to what the job, as it is now, wants, as far as it can.
-    ///
-    /// # Errors
-    /// A process cannot be started.
-    fn follow(&mut self, view: &View) -> Result<Changes>;
+    fn follow(&mut self, view: &View) -> Changes;
     /// No process is left.
     fn is_gone(&mut self) -> bool;
     fn ask_to_end(&mut self, how: End);
@@ -269,6 +270,7 @@ impl<'a> Crew<'a> {
             hands: BTreeMap::new(),
             wanted: config.cluster.workers,
             restarts: 0,
+            unstarted: BTreeMap::new(),
         };
         for number in 0..crew.wanted {
             crew.hire(number, false)?;
@@ -299,6 +301,41 @@ impl<'a> Crew<'a> {
         );
         Ok(())
     }
+
+    /// Another one in the place of one that ended as `how` says; a line about it. If it cannot be started, that is tried again
+    /// as for one that has ended at once.
+    fn replace(&mut self, number: u32, how: &str) -> String {
+        self.restarts += 1;
+        let then = match self.hire(number, true) {
+            Ok(()) => "another takes its place".to_owned(),
+            Err(error) => {
+                if let Some(hand) = self.hands.get_mut(&number) {
+                    (hand.started, hand.replacement) = (Instant::now(), true);
+                }
+                format!("another cannot be started: {}", failure::message(&error))
+            }
+        };
+        let (count, most) = (self.restarts, self.config.cluster.max_restarts);
+        format!("worker process {number} ended with {how}; {then} ({count} of {most} restarts)")
+    }
+
+    /// One more; a line about it. One that cannot be started is tried again as long as there are restarts, or once another number
+    /// of workers is wanted.
+    fn add(&mut self, number: u32) -> Option<String> {
+        let most = self.config.cluster.max_restarts;
+        let waits = |failed: &Instant| self.restarts >= most || failed.elapsed() < SHORT_LIFE;
+        if self.unstarted.get(&number).is_some_and(waits) {
+            return None;
+        }
+        let Err(error) = self.hire(number, false) else {
+            self.unstarted.remove(&number);
+            return Some(format!("worker process {number} joins"));
+        };
+        self.unstarted.insert(number, Instant::now());
+        self.restarts = most.min(self.restarts + 1);
+        let (count, why) = (self.restarts, failure::message(&error));
+        Some(format!("worker process {number} cannot be started: {why} ({count} of {most} restarts)"))
+    }
 }
 
 impl Team for Crew<'_> {
@@ -306,8 +343,11 @@ impl Team for Crew<'_> {
         self.hands.values_mut().any(|hand| !hand.seen && hand.process.failed())
     }
 
-    fn follow(&mut self, view: &View) -> Result<Changes> {
+    fn follow(&mut self, view: &View) -> Changes {
         let mut changes = Changes::default();
+        if self.wanted != view.wanted {
+            self.unstarted.clear();
+        }
         self.wanted = view.wanted;
         let most = self.config.cluster.max_restarts;
         let rules = Rules { replaces: self.replaces, restarts_left: most.saturating_sub(self.restarts) };
@@ -317,18 +357,8 @@ impl Team for Crew<'_> {
             let how = |hand: &mut Hand| hand.process.ended().map_or_else(String::new, process::describe);
             let how = self.hands.get_mut(&number).map_or_else(String::new, how);
             match action {
-                Action::Replace => {
-                    self.restarts += 1;
-                    self.hire(number, true)?;
-                    let count = self.restarts;
-                    changes
-                        .lines
-                        .push(format!("{name} ended with {how}; another takes its place ({count} of {most} restarts)"));
-                }
-                Action::Hire => {
-                    self.hire(number, false)?;
-                    changes.lines.push(format!("{name} joins"));
-                }
+                Action::Replace => changes.lines.push(self.replace(number, &how)),
+                Action::Hire => changes.lines.extend(self.add(number)),
                 Action::Note { missed, tell } => {
                     if let Some(hand) = self.hands.get_mut(&number) {
                         (hand.seen, hand.missed) = (true, missed);
@@ -343,7 +373,7 @@ impl Team for Crew<'_> {
                 }
             }
         }
-        Ok(changes)
+        changes
     }
 
     fn is_gone(&mut self) -> bool {
@@ -374,6 +404,8 @@ impl Team for Crew<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     const ALIVE: Fate = Fate { life: Life::Alive, young: false, seen: false, missed: false };
@@ -437,5 +469,63 @@ mod tests {
         assert_eq!(decided(&[LEFT], 2, JobState::Stopping, RULES), []);
         let evaluates = Rules { replaces: false, ..RULES };
         assert_eq!(decided(&[LEFT], 2, JobState::Running, evaluates), []);
+    }
+
+    fn hand(folder: &Path, script: &str, ended: bool) -> Hand {
+        let mut process =
+            Process::start("worker", Command::new("sh").args(["-c", script]), &folder.join("log")).unwrap();
+        if ended {
+            process.wait(Duration::from_secs(10)).unwrap();
+        }
+        Hand { process, started: Instant::now(), replacement: false, seen: false, missed: false, asked: false }
+    }
+
+    fn before(time: Duration) -> Instant {
+        Instant::now().checked_sub(time).unwrap()
+    }
+
+    #[test]
+    fn one_that_cannot_be_started_costs_a_restart_and_no_other_worker() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::new(folder.path());
+        let mut config = Config::default();
+        config.cluster.max_restarts = 3;
+        let hands = [hand(folder.path(), "exec sleep 600", false), hand(folder.path(), "exit 1", true)];
+        let mut crew = Crew {
+            run: &run,
+            config: &config,
+            replaces: true,
+            grpc: String::new(),
+            hands: (0..).zip(hands).collect(),
+            wanted: 2,
+            restarts: 0,
+            unstarted: BTreeMap::new(),
+        };
+        let mut view = View { state: JobState::Running, wanted: 2, members: 2, steps_left: true };
+        // beside the tests there is no learn-worker
+        let said = crew.follow(&view).lines;
+        assert_eq!(said.len(), 1);
+        assert!(said[0].contains("exit code 1; another cannot be started: learn-worker"), "{said:?}");
+        assert!(said[0].ends_with("(1 of 3 restarts)"), "{said:?}");
+        assert_eq!(crew.follow(&view), Changes::default(), "it is tried again later");
+
+        view.wanted = 3;
+        let said = crew.follow(&view).lines;
+        assert!(
+            said[0].contains("worker process 2 cannot be started") && said[0].ends_with("(2 of 3 restarts)"),
+            "{said:?}"
+        );
+        assert_eq!(crew.follow(&view), Changes::default());
+        crew.unstarted.insert(2, before(SHORT_LIFE));
+        assert!(crew.follow(&view).lines[0].ends_with("(3 of 3 restarts)"));
+        crew.unstarted.insert(2, before(SHORT_LIFE));
+        let said = crew.follow(&view).lines;
+        assert_eq!(
+            said,
+            ["worker process 1 ended with exit code 1; the others go on without it"],
+            "no restart is left"
+        );
+        assert_eq!(crew.follow(&view), Changes::default());
+        assert!(!crew.is_gone(), "the other one works");
     }
 }

@@ -1,7 +1,8 @@
 //! The data servers of a local job (`cluster.data_replicas`): started before its workers, replaced when they die.
 //!
-//! Input: the processes' ends. Output: processes, and a line for each change. Invariants: a job never fails by them, since
-//! its coordinator serves the same data; `cluster.max_restarts` limits how often they are replaced.
+//! Input: the processes' ends. Output: processes, and a line for each change. Invariants: a job that has begun never fails by
+//! them, since its coordinator serves the same data; `cluster.max_restarts` limits how often they are replaced, those times
+//! included that another one cannot be started.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -12,6 +13,7 @@ use learn_domain::report::CoordinatorAddress;
 use learn_domain::run_dir::RunDir;
 
 use crate::crew::SHORT_LIFE;
+use crate::failure;
 use crate::process::{self, Process};
 use crate::system::End;
 
@@ -65,10 +67,7 @@ impl<'a> DataServers<'a> {
     }
 
     /// Replaces those that have died; a line for each.
-    ///
-    /// # Errors
-    /// A process cannot be started.
-    pub fn follow(&mut self) -> Result<Vec<String>> {
+    pub fn follow(&mut self) -> Vec<String> {
         let most = self.config.cluster.max_restarts;
         let mut lines = Vec::new();
         for number in 0..self.hands.len() {
@@ -80,12 +79,22 @@ impl<'a> DataServers<'a> {
                 lines.push(format!("{name} ended with {how}; the job goes on without it"));
             } else if hand.started.elapsed() >= SHORT_LIFE {
                 self.restarts += 1;
-                self.hands[number] = self.hire(number as u32)?;
+                let then = match self.hire(number as u32) {
+                    Ok(hand) => {
+                        self.hands[number] = hand;
+                        "another takes its place".to_owned()
+                    }
+                    Err(error) => {
+                        // as if it had been started and had ended at once
+                        self.hands[number].started = Instant::now();
+                        format!("another cannot be started: {}", failure::message(&error))
+                    }
+                };
                 let count = self.restarts;
-                lines.push(format!("{name} ended with {how}; another takes its place ({count} of {most} restarts)"));
+                lines.push(format!("{name} ended with {how}; {then} ({count} of {most} restarts)"));
             }
         }
-        Ok(lines)
+        lines
     }
 
     pub fn ask_to_end(&mut self, how: End) {
@@ -98,5 +107,43 @@ impl<'a> DataServers<'a> {
         for hand in &mut self.hands {
             hand.process.wait(limit.saturating_sub(start.elapsed()));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_cannot_be_started_costs_a_restart_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::new(folder.path());
+        let mut config = Config::default();
+        config.cluster.max_restarts = 2;
+        let start = |script: &str| {
+            let log = folder.path().join("log");
+            let mut process = Process::start("data server", Command::new("sh").args(["-c", script]), &log).unwrap();
+            if script == "exit 1" {
+                process.wait(Duration::from_secs(10)).unwrap();
+            }
+            Hand { process, started: before(SHORT_LIFE), seen: false }
+        };
+        let hands = vec![start("exit 1"), start("exec sleep 600")];
+        let mut servers = DataServers { run: &run, config: &config, grpc: String::new(), hands, restarts: 0 };
+        // beside the tests there is no learn-coordinator
+        let said = servers.follow();
+        assert!(
+            said[0].contains("another cannot be started: learn-coordinator") && said[0].contains("1 of 2"),
+            "{said:?}"
+        );
+        assert_eq!(servers.follow(), Vec::<String>::new(), "it is tried again later");
+        servers.hands[0].started = before(SHORT_LIFE);
+        assert!(servers.follow()[0].contains("2 of 2 restarts"));
+        assert!(servers.follow()[0].contains("goes on without it"));
+        assert_eq!((servers.follow(), servers.alive()), (Vec::new(), 1));
+    }
+
+    fn before(time: Duration) -> Instant {
+        Instant::now().checked_sub(time).unwrap()
     }
 }

@@ -22,7 +22,8 @@ use crate::data_servers::DataServers;
 use crate::failure::Failure;
 use crate::operator;
 use crate::output::{Output, Progress, Unit};
-use crate::process::{self, Process};
+use crate::process::{self, Process, ProcessError};
+use crate::runs::Claim;
 use crate::slurm::JobStep;
 use crate::system::{self, End};
 use crate::{dataset_work, render, runs};
@@ -31,6 +32,8 @@ use crate::{dataset_work, render, runs};
 const POLL: Duration = Duration::from_millis(50);
 /// Pause between two looks at the status.
 const STATUS_INTERVAL: Duration = Duration::from_millis(500);
+/// Pause before a coordinator that could not be started in the place of one that was killed is started again.
+const NEXT_START: Duration = Duration::from_secs(1);
 /// A coordinator that is silent for this long at its start is said to be waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Workers may take this long to leave by themselves after their coordinator has ended. If it cannot have told them, that is
@@ -142,8 +145,10 @@ impl<'a> JobSpec<'a> {
 /// The job failed, was stopped or lost a worker; the failure has the exit code that says which.
 pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
     system::catch_stop_signals();
+    // nobody else may take the run for free in the minutes of the check, or move it
+    let claim = claim(spec.run)?;
     spec.verify_dataset(output)?;
-    let mut job = LocalJob::start(spec, output)?;
+    let mut job = LocalJob::start(spec, claim, output)?;
     if let Some(address) = job.wait_for_coordinator() {
         if matches!(spec.task, Task::Train { .. }) {
             output.note(&format!("status page: {}", runs::page(spec.run, &address, output.terminal())));
@@ -151,7 +156,7 @@ pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
         let api = Api::new(spec.run, &address);
         job.address = Some(address.clone());
         job.data_servers = Some(DataServers::start(spec.run, spec.config, &address)?);
-        job.wait_for_data_servers(&api)?;
+        job.wait_for_data_servers(&api);
         // one that is asked to stop already needs nobody
         if job.stops == 0 {
             job.crew = spec.start_team(&address)?;
@@ -164,9 +169,20 @@ pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
                 spec.run.secret().display(),
             ));
         }
-        job.watch(&api)?;
+        job.watch(&api);
     }
     job.conclude()
+}
+
+/// Takes the run, until its coordinator is started. A crashed coordinator leaves its address behind, which must not be taken
+/// for the new one's.
+fn claim(run: &RunDir) -> Result<Claim> {
+    let claim = runs::claim(run)?;
+    let address = run.coordinator();
+    if address.exists() {
+        std::fs::remove_file(&address).with_context(|| format!("cannot remove {}", address.display()))?;
+    }
+    Ok(claim)
 }
 
 /// The worker that failed before all had joined.
@@ -201,13 +217,8 @@ struct LocalJob<'a> {
 }
 
 impl<'a> LocalJob<'a> {
-    fn start(spec: &JobSpec<'a>, output: &'a Output) -> Result<Self> {
+    fn start(spec: &JobSpec<'a>, claim: Claim, output: &'a Output) -> Result<Self> {
         let run = spec.run;
-        // A crashed coordinator leaves its address behind; it must not be taken for the new one's.
-        if run.coordinator().exists() {
-            std::fs::remove_file(run.coordinator())
-                .with_context(|| format!("cannot remove {}", run.coordinator().display()))?;
-        }
         let mut command = Command::new(process::sibling("learn-coordinator")?);
         command.arg("--run-dir").arg(run.root()).arg("--task-json").arg(serde_json::to_string(spec.task)?);
         command.arg("--config").arg(spec.config_file);
@@ -216,6 +227,7 @@ impl<'a> LocalJob<'a> {
         if let Some(most) = spec.workers.most() {
             command.args(["--most-workers", &most.to_string()]);
         }
+        drop(claim);
         let coordinator = Process::start("coordinator", &mut command, &run.coordinator_log())?;
         let mut progress = output.progress(Unit::Count);
         let title = match spec.task {
@@ -262,7 +274,7 @@ impl<'a> LocalJob<'a> {
     }
 
     /// Until all data servers that live serve, so that the workers find them at once; a job waits for none that is slow.
-    fn wait_for_data_servers(&mut self, api: &Api) -> Result<()> {
+    fn wait_for_data_servers(&mut self, api: &Api) {
         let start = Instant::now();
         while start.elapsed() < PATIENCE && self.coordinator.ended().is_none() {
             let alive = self.data_servers.as_mut().map_or(0, DataServers::alive);
@@ -272,21 +284,20 @@ impl<'a> LocalJob<'a> {
             self.pass_on_stops();
             std::thread::sleep(POLL);
         }
-        self.look_after_data_servers()
+        self.look_after_data_servers();
     }
 
-    fn look_after_data_servers(&mut self) -> Result<()> {
-        let Some(servers) = self.data_servers.as_mut().filter(|_| self.stops == 0) else { return Ok(()) };
-        for line in servers.follow()? {
+    fn look_after_data_servers(&mut self) {
+        let Some(servers) = self.data_servers.as_mut().filter(|_| self.stops == 0) else { return };
+        for line in servers.follow() {
             self.progress.line(&line);
         }
-        Ok(())
     }
 
-    fn watch(&mut self, api: &Api) -> Result<()> {
+    fn watch(&mut self, api: &Api) {
         loop {
-            self.watch_one(api)?;
-            if !self.take_over()? {
+            self.watch_one(api);
+            if !self.take_over() {
                 break;
             }
         }
@@ -295,36 +306,49 @@ impl<'a> LocalJob<'a> {
             self.show(&status);
         }
         self.progress.finish();
-        Ok(())
     }
 
     /// Starts another coordinator if the last one was killed; it serves at the same address. `false` if it was not, or
-    /// has been too often.
-    fn take_over(&mut self) -> Result<bool> {
-        let Some(ended) = self.coordinator.ended() else { return Ok(false) };
+    /// has been too often. The workers wait meanwhile, also for one that cannot be started at once.
+    fn take_over(&mut self) -> bool {
+        let Some(ended) = self.coordinator.ended() else { return false };
         let most = self.spec.config.cluster.coordinator_restarts;
-        if ended.code().is_some() || self.killed || self.take_overs >= most {
-            return Ok(false);
+        let how = process::describe(ended);
+        while ended.code().is_none() && !self.killed && self.take_overs < most {
+            self.take_overs += 1;
+            let count = self.take_overs;
+            let started = self.start_another();
+            let then = match &started {
+                Ok(_) => "another takes over".to_owned(),
+                Err(error) => format!("another cannot be started: {error}"),
+            };
+            self.progress.line(&format!("the coordinator ended with {how}; {then} ({count} of {most} restarts)"));
+            let Ok(coordinator) = started else {
+                self.pass_on_stops();
+                std::thread::sleep(NEXT_START);
+                continue;
+            };
+            self.coordinator = coordinator;
+            // it may not have heard of what the one before was asked for
+            if self.wait_for_coordinator().is_some() {
+                match self.stops {
+                    0 => self.tell_who_never_joined(),
+                    _ => self.coordinator.ask_to_end(End::Gracefully),
+                }
+            }
+            return true;
         }
-        self.take_overs += 1;
-        let (count, how) = (self.take_overs, process::describe(ended));
-        self.progress
-            .line(&format!("the coordinator ended with {how}; another takes over ({count} of {most} restarts)"));
+        false
+    }
+
+    fn start_another(&self) -> Result<Process, ProcessError> {
         let run = self.spec.run;
         let mut command = Command::new(process::sibling("learn-coordinator")?);
         command.arg("--run-dir").arg(run.root()).arg("--take-over");
-        self.coordinator = Process::start("coordinator", &mut command, &run.coordinator_log())?;
-        // it may not have heard of what the one before was asked for
-        if self.wait_for_coordinator().is_some() {
-            match self.stops {
-                0 => self.tell_who_never_joined(),
-                _ => self.coordinator.ask_to_end(End::Gracefully),
-            }
-        }
-        Ok(true)
+        Process::start("coordinator", &mut command, &run.coordinator_log())
     }
 
-    fn watch_one(&mut self, api: &Api) -> Result<()> {
+    fn watch_one(&mut self, api: &Api) {
         let mut asked: Option<Instant> = None;
         while self.coordinator.ended().is_none() {
             let interval = if self.crew.as_mut().is_some_and(|crew| crew.asks()) { POLL } else { STATUS_INTERVAL };
@@ -333,20 +357,19 @@ impl<'a> LocalJob<'a> {
                     Ok(status) => {
                         self.show(&status);
                         self.view = View::from(&status);
-                        self.look_after_crew()?;
+                        self.look_after_crew();
                     }
                     // one that cannot be asked yet has not gathered anybody
-                    Err(_) if self.view.state == JobState::Gathering => self.look_after_crew()?,
+                    Err(_) if self.view.state == JobState::Gathering => self.look_after_crew(),
                     Err(_) => {}
                 }
                 asked = Some(Instant::now());
             }
             self.pass_on_stops();
-            self.look_after_data_servers()?;
+            self.look_after_data_servers();
             self.look_after_deserted();
             std::thread::sleep(POLL);
         }
-        Ok(())
     }
 
     fn show(&mut self, status: &JobStatus) {
@@ -392,9 +415,9 @@ impl<'a> LocalJob<'a> {
     }
 
     /// Replaces workers that are lost; one that is lost before all have joined ends the job.
-    fn look_after_crew(&mut self) -> Result<()> {
-        let Some(crew) = self.crew.as_mut().filter(|_| self.stops == 0 && self.lost.is_none()) else { return Ok(()) };
-        let changes = crew.follow(&self.view)?;
+    fn look_after_crew(&mut self) {
+        let Some(crew) = self.crew.as_mut().filter(|_| self.stops == 0 && self.lost.is_none()) else { return };
+        let changes = crew.follow(&self.view);
         for line in &changes.lines {
             self.progress.line(line);
         }
@@ -405,7 +428,6 @@ impl<'a> LocalJob<'a> {
             self.lost = Some(NeverJoined { number, reason });
             self.tell_who_never_joined();
         }
-        Ok(())
     }
 
     /// Ends a job that cannot begin. Should the coordinator not take the reason, it ends as if it were stopped.

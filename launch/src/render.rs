@@ -23,6 +23,8 @@ pub enum Freshness {
     Stale,
     /// A scheduler will start the job, or go on with it.
     Queued,
+    /// Whether its coordinator lives cannot be told from this machine.
+    Unknown,
 }
 
 impl Freshness {
@@ -34,6 +36,7 @@ impl Freshness {
             Self::Ended => "ended",
             Self::Stale => "stale",
             Self::Queued => "queued",
+            Self::Unknown => "unknown",
         }
     }
 }
@@ -85,7 +88,7 @@ pub fn users_per_second(step: &StepRecord) -> f64 {
 pub fn embedding(job: Option<&EmbeddingStatus>, freshness: Freshness, has: Option<&str>) -> String {
     let mut out = match (freshness, has) {
         (Freshness::Live, _) => "being embedded",
-        (Freshness::Stale | Freshness::Queued, _) => {
+        (Freshness::Stale | Freshness::Queued | Freshness::Unknown, _) => {
             "its embed job is at its end, or was broken off: `learn-launch embed CONFIG` goes on where it was"
         }
         (Freshness::Ended, Some(_)) => "embedded",
@@ -189,6 +192,7 @@ fn heading(status: &JobStatus, freshness: Freshness) -> String {
         Freshness::Live => "",
         Freshness::Ended => " (ended)",
         Freshness::Queued => " (waits in the queue of its scheduler to go on)",
+        Freshness::Unknown => " (its coordinator was on another machine, and may be there still)",
         Freshness::Stale => " (STALE: its coordinator is gone; `learn-launch resume` continues the job)",
     };
     format!("{}: {}{fresh}", status.name, status.state.name())

@@ -1,8 +1,9 @@
-//! Run directories on disk: making one, finding one, knowing whether its job is alive.
+//! Run directories on disk: making one, finding one, knowing whether its job is alive (`runs/life.rs`).
+
+mod life;
 
 use std::fs;
 use std::io::{self, Write as _};
-use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -12,13 +13,13 @@ use learn_dataset::{Dataset, DatasetError};
 use learn_domain::Config;
 use learn_domain::report::{CoordinatorAddress, JobStatus};
 use learn_domain::run_dir::{RunDir, checkpoint_step};
+pub use life::{Claim, Life, claim, life, live, refuse_live};
 use serde::de::DeserializeOwned;
 
-use crate::api::Api;
 use crate::failure::Failure;
 use crate::slurm::bind;
 use crate::slurm::queue::refuse_queued;
-use crate::{process, system, tls};
+use crate::tls;
 
 /// Bytes of a job's secret, and of its token.
 const SECRET_BYTES: usize = 32;
@@ -131,6 +132,7 @@ pub fn move_aside(root: &Path) -> Result<Option<PathBuf>> {
     refuse_live(&run)?;
     // a job that waits would begin to work on the run that comes in its place
     refuse_queued(&run)?;
+    let _claim = claim(&run)?;
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut name = root.file_name().unwrap_or_default().to_owned();
     name.push(format!(".before-{seconds}"));
@@ -295,54 +297,6 @@ pub fn last_status(run: &RunDir) -> Result<Option<JobStatus>> {
     if run.status().is_file() { read_json(&run.status()).map(Some) } else { Ok(None) }
 }
 
-/// The address of the run's coordinator if that process is alive on this machine, or answers from another.
-#[must_use]
-pub fn live(run: &RunDir) -> Option<CoordinatorAddress> {
-    let address: CoordinatorAddress = read_json(&run.coordinator()).ok()?;
-    let lives = match whereabouts(&address, &system::host_name()) {
-        Whereabouts::Here => process::runs(address.pid, "learn-coordinator"),
-        Whereabouts::Reachable => Api::new(run, &address).answers(),
-        Whereabouts::OutOfReach => false,
-    };
-    lives.then_some(address)
-}
-
-/// Where a coordinator is, seen from a machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Whereabouts {
-    Here,
-    Reachable,
-    /// On another machine, at an address that means that machine itself: whoever listens at it here is a stranger, who must
-    /// not be shown token or secret.
-    OutOfReach,
-}
-
-fn whereabouts(address: &CoordinatorAddress, here: &str) -> Whereabouts {
-    if address.host.is_empty() || address.host == here {
-        return Whereabouts::Here;
-    }
-    let authority = address.http.split_once("://").map_or(address.http.as_str(), |(_, rest)| rest);
-    let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host).trim_matches(['[', ']']);
-    let itself = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
-    if itself { Whereabouts::OutOfReach } else { Whereabouts::Reachable }
-}
-
-/// # Errors
-/// The run's job is alive.
-pub fn refuse_live(run: &RunDir) -> Result<()> {
-    match live(run) {
-        None => Ok(()),
-        Some(address) => Err(Failure::Usage(format!(
-            "{shown} is running now (coordinator pid {pid} on {host}); `learn-launch status {shown}` shows it, `learn-launch stop \
-             {shown}` ends it",
-            shown = run.root().display(),
-            pid = address.pid,
-            host = if address.host.is_empty() { "this machine" } else { &address.host },
-        ))
-        .into()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
@@ -384,22 +338,6 @@ mod tests {
         assert!(error.to_string().contains("clicks.csv is a file") && error.to_string().contains("prepare"), "{error}");
         assert_eq!(crate::failure::exit_code(&error), learn_domain::report::exit::USAGE);
         refuse_file(folder.path()).unwrap();
-    }
-
-    #[test]
-    fn a_stranger_on_this_machine_is_not_taken_for_the_coordinator_of_another() {
-        let at = |host: &str, http: &str| {
-            let address = CoordinatorAddress { host: host.into(), http: http.into(), ..CoordinatorAddress::default() };
-            whereabouts(&address, "login")
-        };
-        for loopback in ["http://127.0.0.1:4711", "http://127.8.0.1:1", "http://[::1]:4711", "http://localhost:80/"] {
-            assert_eq!(at("node1", loopback), Whereabouts::OutOfReach, "{loopback}");
-            assert_eq!(at("login", loopback), Whereabouts::Here, "{loopback}");
-            assert_eq!(at("", loopback), Whereabouts::Here, "{loopback}");
-        }
-        for reachable in ["http://node1:4711", "http://10.0.0.7:80", "http://[fd00::1]:4711"] {
-            assert_eq!(at("node1", reachable), Whereabouts::Reachable, "{reachable}");
-        }
     }
 
     #[test]
@@ -459,15 +397,5 @@ mod tests {
         assert!(text.contains("two is not a run directory") && text.contains("one"), "{text}");
         let text = find(Path::new("two"), &folder.path().join("none")).unwrap_err().to_string();
         assert!(text.contains("there are no runs"), "{text}");
-    }
-
-    #[test]
-    fn a_coordinator_that_is_gone_or_another_process_is_not_alive() {
-        let folder = tempfile::tempdir().unwrap();
-        let run = create(&folder.path().join("one"), &Config::default()).unwrap();
-        let address = CoordinatorAddress { pid: std::process::id(), ..CoordinatorAddress::default() };
-        fs::write(run.coordinator(), serde_json::to_vec(&address).unwrap()).unwrap();
-        assert!(live(&run).is_none(), "this test is no coordinator");
-        refuse_live(&run).unwrap();
     }
 }

@@ -141,5 +141,10 @@ fn kubernetes_scripts_run_a_job_that_is_evicted_and_goes_on() {
             serde_json::from_slice(&fs::read(run.join("status.json")).expect("it is there")).expect("JSON");
         assert_eq!((&status["state"], &status["ledger"]["exact"]), (&"finished".into(), &true.into()), "{status}");
         assert!(run.join("summary.json").exists());
+
+        // its pod was lost after the end: the one that takes its place has nothing to do, which is no failure
+        let third = pod(&scripts["coordinator"]).wait_with_output().expect("it ends");
+        succeeds(&third);
+        assert!(text(&third).contains("has finished already"), "{}", text(&third));
     }
 }

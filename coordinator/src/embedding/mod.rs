@@ -73,7 +73,7 @@ impl EmbeddingCoordinator {
         learn_telemetry::place::set_run(&dataset.to_string_lossy());
         let secret = Secret::read(&run_dir.secret()).map_err(SettingsError::from)?;
         let token = read_token(&run_dir).map_err(SettingsError::from)?;
-        let lock = lock(&run_dir)?;
+        let lock = lock(&run_dir).await?;
         let ports = Ports::bind(&config.cluster, certificates(&config.cluster, &run_dir)?.as_ref()).await?;
         Ok(Self { run_dir, config, secret, token, ports, _lock: lock })
     }

@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
+use learn_domain::config::ClusterConfig;
 use learn_domain::report::{Split, Task};
 
 use crate::cli::{DatasetArgs, RunArgs, anchor};
@@ -72,7 +73,10 @@ impl From<SplitArg> for Split {
 pub fn run(args: &EvalArgs, output: &Output) -> Result<()> {
     super::refuse_tasks("eval")?;
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
-    let mut config = Resolver::new(&runs::config(&run)?)
+    let mut trained = runs::config(&run)?;
+    // the training's is perhaps one of another machine, and here nobody comes from elsewhere
+    trained.cluster.bind = ClusterConfig::default().bind;
+    let mut config = Resolver::new(&trained)
         .sets(&args.sets)?
         .flag("--dataset", "data.dataset", args.data.dataset.as_ref())?
         .flag("--workers", "cluster.workers", args.workers)?

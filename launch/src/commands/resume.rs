@@ -66,6 +66,9 @@ pub struct ResumeArgs {
     /// Start the coordinator alone: workers come from elsewhere, by `learn-worker join`
     #[arg(long)]
     no_workers: bool,
+    /// Do nothing, and end with 0, if the run has finished: for a scheduler that may start it once more
+    #[arg(long, conflicts_with = "checkpoint")]
+    unless_finished: bool,
     /// Only say what would be done
     #[arg(long)]
     dry_run: bool,
@@ -111,6 +114,10 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
         (config.training.epochs, config.training.max_steps) == (before.training.epochs, before.training.max_steps);
     let last = runs::last_status(&run)?;
     let finished = last.as_ref().is_some_and(|status| status.state == JobState::Finished);
+    if finished && unchanged && args.unless_finished {
+        let json = serde_json::json!({ "state": JobState::Finished.name() });
+        return output.result(&format!("{shown} has finished already"), &json);
+    }
     if finished && unchanged && args.checkpoint.is_none() {
         return Err(Failure::Usage(format!(
             "{shown} has finished its {} epochs; `--set training.epochs=N` trains on, `--checkpoint NAME` repeats the \
@@ -133,10 +140,12 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
             .result(&text.replace("resuming", "would resume"), &serde_json::json!({ "checkpoint": checkpoint.path }));
     }
     output.note(&text);
+    let claim = runs::claim(&run)?;
     bind::change(&run, &config.cluster.bind)?;
     runs::write_config(&run.next_config(), &config)?;
     runs::ensure_token(&run)?;
     tls::provide(&run, &config.cluster.tls)?;
+    drop(claim);
     let task = Task::Train { resume_from: Some(path_text(&checkpoint.path)?) };
     let workers = Workers::unless(args.no_workers);
     let next = run.next_config();

@@ -13,7 +13,7 @@ use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::render::{self, Freshness};
-use crate::runs::{self, Named};
+use crate::runs::{self, Life, Named};
 use crate::slurm::queue::Inquiry;
 use crate::watch;
 
@@ -26,9 +26,9 @@ Examples:
   learn-launch status quickstart --watch --json | jq -c '[.last_step.step, .last_step.loss]'
   learn-launch status data/ml-100k                    (the embed job of a dataset)
 
-With --json the whole status is printed, with `freshness`: live (a coordinator answers), ended, queued (it waits in Slurm's
-queue), or stale (the coordinator is gone without having ended the job; `resume`, or `embed`, continues it); and with
-`slurm` if it is a job of Slurm's.";
+With --json the whole status is printed, with `freshness`: live (a coordinator answers, or has the run's lock), ended, queued
+(it waits in Slurm's queue), stale (the coordinator is gone without having ended the job; `resume`, or `embed`, continues
+it), or unknown (it was on another machine, and nobody can tell from here); and with `slurm` if it is a job of Slurm's.";
 
 /// Arguments of `status`.
 #[derive(Debug, Args)]
@@ -93,7 +93,7 @@ pub fn run(args: &StatusArgs, output: &Output) -> Result<()> {
 pub struct Current {
     pub status: JobStatus,
     pub freshness: Freshness,
-    /// Why its coordinator, which is alive, was not heard; the status is the last on disk then.
+    /// Why its coordinator, which is alive or may be, was not heard; the status is the last on disk then.
     pub trouble: Option<String>,
 }
 
@@ -103,21 +103,25 @@ pub struct Current {
 /// # Errors
 /// The last status is there and cannot be read.
 pub fn current(run: &RunDir, inquiry: &mut Inquiry) -> Result<Option<Current>> {
-    let live = runs::live(run);
-    let mut trouble = None;
-    if let Some(address) = &live {
+    let life = runs::life(run);
+    let mut trouble = life.describe(run);
+    if let Life::Live(address) = &life {
         match Api::new(run, address).job() {
-            Ok(status) => return Ok(Some(Current { status, freshness: Freshness::Live, trouble })),
+            Ok(status) => return Ok(Some(Current { status, freshness: Freshness::Live, trouble: None })),
             Err(error) => trouble = Some(error.to_string()),
         }
     }
     let Some(status) = runs::last_status(run)? else { return Ok(None) };
-    let freshness = match status.state {
-        JobState::Finished => Freshness::Ended,
-        _ if live.is_some() && !status.state.ended() => Freshness::Live,
-        _ => {
-            let alone = if status.state.ended() { Freshness::Ended } else { Freshness::Stale };
-            inquiry.of(run).map_or(alone, |queue| queue.freshness(&status.state, alone))
+    let freshness = match (&status.state, &life) {
+        (JobState::Finished, _) => Freshness::Ended,
+        (state, Life::Live(_) | Life::Locked(_)) if !state.ended() => Freshness::Live,
+        (state, life) => {
+            let alone = match life {
+                _ if state.ended() => Freshness::Ended,
+                Life::Unknown { .. } => Freshness::Unknown,
+                _ => Freshness::Stale,
+            };
+            inquiry.of(run).map_or(alone, |queue| queue.freshness(state, alone))
         }
     };
     Ok(Some(Current { status, freshness, trouble }))

@@ -115,6 +115,8 @@ fn end(args: &StopArgs, run: &RunDir, (shown, stopping): (&str, &str), output: &
             }
             _ => {}
         }
+        // it may be where it cannot be asked from here
+        runs::refuse_live(run)?;
         return Err(Failure::Usage(format!(
             "{shown} is not running; `learn-launch status {shown}` shows how it ended"
         ))

@@ -137,6 +137,8 @@ fn a_stale_or_failed_job_says_so() {
     assert!(text.starts_with("quickstart: failed (ended)\n"), "{text}");
     assert!(text.contains("worker 1 was silent for 15s") && text.contains("3 repeated, 0 unknown"), "{text}");
     assert!(status(&job(), Freshness::Stale).contains("STALE"));
+    let unknown = status(&job(), Freshness::Unknown);
+    assert!(unknown.contains("may be there still") && !unknown.contains("resume"), "{unknown}");
     assert_eq!(last_word(&failed, Freshness::Ended), "quickstart: failed (ended), step 30 of 2,000");
     assert_eq!(last_word(&job(), Freshness::Live), "quickstart: running, step 30 of 2,000");
 }

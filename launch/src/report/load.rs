@@ -46,7 +46,9 @@ impl RunFacts {
             Ok(Some(Current { status, freshness, .. })) => {
                 facts.state = match freshness {
                     Freshness::Stale => format!("{}, its coordinator is gone", status.state.name()),
-                    Freshness::Live | Freshness::Ended | Freshness::Queued => status.state.name().into(),
+                    Freshness::Live | Freshness::Ended | Freshness::Queued | Freshness::Unknown => {
+                        status.state.name().into()
+                    }
                 };
                 facts.cause.clone_from(&status.cause);
                 facts.status = Some(status);

@@ -137,6 +137,7 @@ fn attempt(spec: &StartSpec<'_>, before: &[Start], here: &mut Here, output: &Out
     let step = checkpoint.as_ref().map(|checkpoint| checkpoint.step);
     here.began = step;
     let now = now(step);
+    let claim = runs::claim(run)?;
     permit(&now)?;
     restarts::add(run, &now)?;
     let config = configure(run, allocation, output)?;
@@ -156,6 +157,7 @@ fn attempt(spec: &StartSpec<'_>, before: &[Start], here: &mut Here, output: &Out
     runs::write_config(&run.next_config(), &config)?;
     runs::ensure_token(run)?;
     tls::provide(run, &config.cluster.tls)?;
+    drop(claim);
     let workers = JobStep {
         command: spec.srun.to_vec(),
         launch: std::env::current_exe().context("cannot find the path of learn-launch")?,

@@ -115,7 +115,7 @@ impl Team for RunningStep {
         false
     }
 
-    fn follow(&mut self, view: &View) -> Result<Changes> {
+    fn follow(&mut self, view: &View) -> Changes {
         let notes = GivenUp::all(&self.run);
         let mut changes = Changes::default();
         for GivenUp { node, number, how, .. } in &notes {
@@ -127,7 +127,7 @@ impl Team for RunningStep {
         if view.state == JobState::Gathering {
             changes.lost = notes.first().map(|note| note.number).or_else(|| self.failed().then_some(0));
         }
-        Ok(changes)
+        changes
     }
 
     fn is_gone(&mut self) -> bool {
@@ -181,13 +181,13 @@ mod tests {
     fn a_task_that_gives_up_before_all_have_joined_ends_the_job_and_later_is_told_of_once() {
         let folder = tempfile::tempdir().unwrap();
         let (run, mut step) = step(folder.path(), "exec sleep 600");
-        assert_eq!(step.follow(&view(JobState::Gathering)).unwrap(), Changes::default());
+        assert_eq!(step.follow(&view(JobState::Gathering)), Changes::default());
         note(3).leave(&run).unwrap();
-        assert_eq!(step.follow(&view(JobState::Gathering)).unwrap().lost, Some(3));
-        let changes = step.follow(&view(JobState::Running)).unwrap();
+        assert_eq!(step.follow(&view(JobState::Gathering)).lost, Some(3));
+        let changes = step.follow(&view(JobState::Running));
         assert_eq!(changes, Changes::default(), "it was told of");
         note(1).leave(&run).unwrap();
-        let lines = step.follow(&view(JobState::Running)).unwrap().lines;
+        let lines = step.follow(&view(JobState::Running)).lines;
         assert_eq!(lines.len(), 1);
         assert_eq!(step.guilt(None).unwrap().name, "worker process 1 on node2");
         assert!(!step.is_gone());
@@ -202,7 +202,7 @@ mod tests {
         note(7).leave(&RunDir::new(folder.path())).unwrap();
         let (_, mut step) = step(folder.path(), "echo srun: error: no nodes >&2; exit 1");
         step.wait(Duration::from_secs(10));
-        assert_eq!(step.follow(&view(JobState::Gathering)).unwrap().lost, Some(0));
+        assert_eq!(step.follow(&view(JobState::Gathering)).lost, Some(0));
         let guilt = step.guilt(Some(0)).unwrap();
         assert_eq!((guilt.how.as_str(), guilt.said), ("exit code 1", vec!["srun: error: no nodes".to_owned()]));
     }

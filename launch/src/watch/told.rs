@@ -121,6 +121,7 @@ fn state(status: &JobStatus, freshness: Freshness) -> String {
     let whence = match freshness {
         Freshness::Stale => " (stale: its coordinator is gone)",
         Freshness::Queued => " (waits in the queue of its scheduler)",
+        Freshness::Unknown => " (its coordinator was on another machine, and may be there still)",
         Freshness::Live | Freshness::Ended => "",
     };
     format!("{}: {}{whence}{cause}", status.name, status.state.name())

@@ -362,6 +362,29 @@ fn a_run_whose_coordinator_vanished_is_stale() -> TestResult {
     Ok(())
 }
 
+#[test]
+fn workers_outlive_a_coordinator_that_cannot_be_replaced_at_once() -> TestResult {
+    let coordinator = r#"
+case "$*" in *--take-over*) serve; checkpoint=7; status finished; summary; exit;; esac
+serve
+until [ -e started ]; do sleep 0.05; done
+mv bin/learn-coordinator bin/away
+kill -9 $$"#;
+    // the file is back once it was missed
+    let worker = format!(
+        "touch started; until grep -qs 'cannot be started' said; do sleep 0.05; done\nmv bin/away bin/learn-coordinator\n{LOYAL_WORKER}"
+    );
+    let installation = Installation::new(coordinator, &worker)?;
+    let said = std::fs::File::create(installation.path("said"))?;
+    let ended = installation.command(&["train", "--workers", "1"]).stdout(Stdio::null()).stderr(said).status()?;
+    let said = installation.read("said")?;
+    assert!(ended.success(), "{said}");
+    for words in ["another cannot be started: learn-coordinator is not beside", "another takes over ("] {
+        assert!(said.contains(words), "{words} is not in {said}");
+    }
+    Ok(())
+}
+
 /// Plays `checkpoints` besides what a loyal worker does.
 fn worker_with(checkpoints: &str) -> String {
     format!("if [ \"$1\" = checkpoints ]; then echo '{checkpoints}'; exit 0; fi\n{LOYAL_WORKER}")
@@ -559,5 +582,25 @@ fn an_evaluation_takes_any_cutoffs_and_a_training_says_what_its_metric_needs() -
     std::fs::write(installation.path("runs/learn/summary.json"), "{}")?;
     let evaluated = installation.launch(&["eval", "learn", "--set", "evaluation.cutoffs=[20]"])?;
     assert!(evaluated.status.success(), "{}", err(&evaluated));
+    Ok(())
+}
+
+#[test]
+fn an_evaluation_listens_here_wherever_the_training_did() -> TestResult {
+    let first = "case \"$4\" in *null*) serve; checkpoint=7; status stopped; exit 3;; esac";
+    let installation = Installation::new(&format!("{first}\n{GOOD_COORDINATOR}"), &offline_worker())?;
+    let stopped = installation.launch(&["train", "--no-workers"])?;
+    assert_eq!(stopped.status.code(), Some(3), "{}", err(&stopped));
+    let file = installation.path("runs/learn/config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&file)?)?;
+    config["cluster"]["bind"] = "203.0.113.7".into();
+    std::fs::write(&file, config.to_string())?;
+    // the workers of this installation go when this is there
+    std::fs::write(installation.path("runs/learn/summary.json"), "{}")?;
+    let evaluated = installation.launch(&["eval", "learn"])?;
+    assert!(evaluated.status.success(), "{}", err(&evaluated));
+    let own = std::fs::read_dir(installation.path("runs/learn/eval"))?.next().ok_or("no evaluation")??;
+    let own: Value = serde_json::from_slice(&std::fs::read(own.path().join("config.json"))?)?;
+    assert_eq!(own["cluster"]["bind"], "127.0.0.1");
     Ok(())
 }

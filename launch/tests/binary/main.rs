@@ -3,4 +3,5 @@
 mod cli;
 mod docs;
 mod job;
+mod lock;
 mod support;
