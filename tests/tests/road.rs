@@ -95,6 +95,17 @@ fn from_files_to_recommendations() {
     let found: Value = serde_json::from_slice(&found.stdout).unwrap();
     assert_eq!((&found[0]["user"], found[0]["items"].as_array().unwrap().len()), (&lists[0]["user"], 4));
     succeeds(&site.launch(&["eval", "runs/road", "--dataset", "moved", "--set", "evaluation.cutoffs=[20]"]));
+    needs_no_gpus(&site);
+}
+
+/// A run of GPUs may be on a machine without any by now.
+fn needs_no_gpus(site: &Site) {
+    let path = site.run_dir("road").join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).expect("it is there")).expect("it is JSON");
+    config["cluster"]["device"] = "cuda".into();
+    fs::write(&path, config.to_string()).expect("it can be written");
+    succeeds(&site.launch(&["export", "runs/road", "--dataset", "moved", "--out", "anywhere"]));
+    succeeds(&site.launch(&["recommend", "runs/road", "--dataset", "moved", "--users", "user-003"]));
 }
 
 /// An export tells the one that has started it of every item and every user.
@@ -116,6 +127,7 @@ fn says_how_far_it_is(site: &Site) {
     }
     let wanted = [("embed items", "items"), ("write items", "items"), ("embed users", "users")];
     let whole = |count: &Value| json!({ "done": count, "total": count });
+    assert_eq!(stages.pop(), Some((Value::from("sync"), Value::Null)));
     assert_eq!(stages, wanted.map(|(stage, count)| (Value::from(stage), whole(&facts[count]))));
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Output directory: `items.parquet` and `users.parquet` (columns `id`, `embedding`), `items.npy` and `users.npy` (the
 //! same rows, `[n, d]` f32), `model.safetensors` (published LEARN names), `export.json`, and on request
-//! `cvr-features.parquet` (see [`crate::cvr_features`]). Written aside and renamed.
+//! `cvr-features.parquet` (see [`crate::cvr_features`]). Written aside, synced and renamed: what has the name is whole.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -20,6 +20,7 @@ use parquet::arrow::ArrowWriter;
 use tch::Tensor;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::checkpoint::{self, CheckpointError};
 use crate::cvr_features::{self, Features};
 use crate::error::WorkerError;
 use crate::offline::{Histories, History, Offline, refuse_non_finite};
@@ -81,12 +82,27 @@ pub fn export(settings: &ExportSettings, progress: &dyn Progress) -> Result<Expo
     let exported = panic::caught(write, || Phase::Export);
     // a process that was asked to stop waits here for its end
     let _ends = ending.lock();
-    match &exported {
-        Ok(_) => fs::rename(&aside, out).map_err(|error| failed(out)(error))?,
-        // the write error is the one to report
-        Err(_) => drop(fs::remove_dir_all(&aside)),
+    let named = exported.and_then(|exported| give_name(&aside, out, checkpoint::sync).map(|()| exported));
+    if named.is_err() {
+        // the error that is there already is the one to report
+        drop(fs::remove_dir_all(&aside));
     }
-    exported
+    named
+}
+
+/// Makes what was written into a folder durable: the files, then their names.
+fn settle(folder: &Path, sync: impl Fn(&Path) -> Result<(), CheckpointError>) -> Result<(), WorkerError> {
+    for entry in fs::read_dir(folder).map_err(failed(folder))? {
+        sync(&entry.map_err(failed(folder))?.path())?;
+    }
+    sync(folder).map_err(Into::into)
+}
+
+/// Gives a folder that is durable its name, which is then durable too.
+fn give_name(aside: &Path, out: &Path, sync: impl Fn(&Path) -> Result<(), CheckpointError>) -> Result<(), WorkerError> {
+    fs::rename(aside, out).map_err(failed(out))?;
+    let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty());
+    sync(parent.unwrap_or(Path::new("."))).map_err(Into::into)
 }
 
 /// From now on SIGINT and SIGTERM end this process, and what is written aside goes. Whoever holds `ending` decides how it ends.
@@ -171,6 +187,8 @@ fn write_all(
     let facts = aside.join("export.json");
     let text = serde_json::to_vec_pretty(&exported).map_err(|error| failed(&facts)(error))?;
     fs::write(&facts, text).map_err(|error| failed(&facts)(error))?;
+    progress.stage("sync", None, Unit::Rows);
+    settle(aside, checkpoint::sync)?;
     Ok(exported)
 }
 
@@ -227,7 +245,6 @@ impl Table {
         // the number of rows is known only now; the header has a fixed size
         file.seek(SeekFrom::Start(0))
             .and_then(|_| file.write_all(&npy_header(self.rows, self.dim)))
-            .and_then(|()| file.sync_all())
             .map_err(|error| failed(&self.name)(error))?;
         Ok(self.rows)
     }
@@ -248,6 +265,7 @@ fn npy_header(rows: usize, dim: usize) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
     use std::io::{BufRead, BufReader};
     use std::process::{Command, Stdio};
 
@@ -263,6 +281,28 @@ mod tests {
             let error = table.append(&ids, &rows).err();
             assert_eq!(error.map(|error| error.exit_code()), code, "{value}");
         }
+    }
+
+    #[test]
+    fn an_export_has_its_name_once_it_is_durable() {
+        let folder = tempfile::tempdir().unwrap();
+        let (aside, out) = (folder.path().join("aside"), folder.path().join("out"));
+        fs::create_dir(&aside).unwrap();
+        let files = ["export.json", "items.npy", "items.parquet"].map(|name| aside.join(name));
+        files.iter().for_each(|file| fs::write(file, "whole").unwrap());
+        let synced = RefCell::new(Vec::new());
+        let sync = |path: &Path| {
+            synced.borrow_mut().push((path.to_owned(), out.exists()));
+            checkpoint::sync(path)
+        };
+        settle(&aside, sync).unwrap();
+        synced.borrow_mut()[..files.len()].sort();
+        give_name(&aside, &out, sync).unwrap();
+        let before = files.iter().chain([&aside]).map(|path| (path.clone(), false));
+        let wanted: Vec<_> = before.chain([(folder.path().to_owned(), true)]).collect();
+        assert_eq!(*synced.borrow(), wanted);
+        let refused = settle(&out, |_| Err(CheckpointError::WriterGone));
+        assert!(refused.is_err(), "a disk that keeps nothing is told");
     }
 
     const ASIDE: &str = "LEARN_TEST_ASIDE";

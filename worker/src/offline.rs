@@ -8,10 +8,12 @@ use std::path::{Path, PathBuf};
 
 use learn_dataset::{Dataset, Embeddings, HeldOut, Progress};
 use learn_domain::Config;
+use learn_domain::config::DeviceKind;
 use learn_domain::report::Split;
 use learn_domain::run_dir::RunDir;
 use learn_model::objective::cvr;
 use learn_model::{Forward, ItemInputs, Parameters, Pch, Tape};
+use learn_torch::TorchError;
 use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::{self, Expected, State};
@@ -65,6 +67,19 @@ pub fn refuse_non_finite(embeddings: &Tensor) -> Result<(), WorkerError> {
     if embeddings.isfinite().all().int64_value(&[]) == 1 { Ok(()) } else { Err(WorkerError::NonFiniteEmbeddings) }
 }
 
+/// The device of the run or, where CUDA cannot be used, the CPU: a run of GPUs may be read on a machine that has none.
+fn device_here(of_run: DeviceKind) -> Result<Device, TorchError> {
+    match learn_torch::device(of_run, 0) {
+        Err(TorchError::NoCuda(_)) => {
+            tracing::warn!(
+                "the run is one of GPUs, and CUDA cannot be used here (`learn-launch doctor` says why); this works on the CPU"
+            );
+            Ok(Device::Cpu)
+        }
+        device => device,
+    }
+}
+
 /// The newest sequence of each user that has one, by global user number.
 pub struct Histories<'a> {
     dataset: &'a Dataset,
@@ -96,7 +111,7 @@ impl Offline {
         let facts = dataset.facts().seen_by(&config.model);
         let snapshot = checkpoint::read(&checkpoint, Some(&Expected { dataset: &facts, signature: None }))?;
         let table = if config.model.item_input.has_content() { Some(dataset.embeddings()?) } else { None };
-        let device = learn_torch::device(config.cluster.device, 0)?;
+        let device = device_here(config.cluster.device)?;
         let model = Pch::new(shape(&config, &facts))?;
         let parameters = Parameters::load(model.shape(), snapshot.model, Kind::Float, device)?;
         Ok(Self { config, dataset, state: snapshot.state, checkpoint, table, model, parameters, device })
@@ -206,5 +221,17 @@ impl<'a> Histories<'a> {
                 Some(History { items: [held_out.history(row), held_out.targets(row)].concat(), times })
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_of_gpus_is_read_on_any_machine() {
+        let any = learn_torch::device(DeviceKind::Auto, 0).unwrap();
+        assert_eq!(device_here(DeviceKind::Cuda).unwrap(), any);
+        assert_eq!(device_here(DeviceKind::Cpu).unwrap(), Device::Cpu);
     }
 }

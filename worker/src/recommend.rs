@@ -23,6 +23,7 @@ pub struct RecommendSettings {
     pub checkpoint: Option<String>,
     /// Where the run's data lie now; none = where its configuration says.
     pub dataset: Option<PathBuf>,
+    /// At least one.
     pub users: Vec<String>,
     pub k: usize,
     /// Recommend items of the user's history too.
@@ -70,9 +71,6 @@ fn lists(settings: &RecommendSettings, progress: &dyn Progress) -> Result<Vec<Re
         })?;
         let history = histories.of(*number);
         sequences.push(history.ok_or_else(|| WorkerError::Usage(format!("user `{user}` has no history")))?);
-    }
-    if sequences.is_empty() {
-        return Err(WorkerError::Usage("name at least one user with --user".into()));
     }
     let wanted = Some(sequences.len() as u64);
     progress.stage("embed users", wanted, Unit::Rows);

@@ -81,3 +81,11 @@ fn a_run_that_is_not_there_is_named() {
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(message.contains("nowhere") && message.contains("run directory"), "{message}");
 }
+
+#[test]
+fn recommendations_are_for_somebody() {
+    let output = worker(&["recommend", "--run", "nowhere"]);
+    assert_eq!(output.status.code(), Some(2));
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(message.contains("--user <ID>") && !message.contains("nowhere"), "{message}");
+}

@@ -14,7 +14,7 @@ use crate::cli::{DatasetArgs, RunArgs, anchor};
 use crate::job::{self, JobSpec};
 use crate::output::Output;
 use crate::settings::Resolver;
-use crate::{crew, render, runs};
+use crate::{render, runs};
 
 use super::doctor;
 use super::resume::{checkpoints, choose, path_text};
@@ -88,9 +88,9 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<()> {
         .finish()?;
     anchor(&mut config)?;
     runs::dataset(&run, &config)?;
-    doctor::refuse_crowd(config.cluster.workers, crew::cores())?;
     // Ports that are fixed for the training may be in use by it.
     (config.cluster.grpc_port, config.cluster.http_port) = (0, 0);
+    doctor::refuse_lacks(&config, true)?;
     let all = checkpoints(&run)?;
     let wanted = match &args.checkpoint {
         Some(name) => Some(name.as_str()),

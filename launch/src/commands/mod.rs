@@ -117,6 +117,10 @@ fn worker(output: &Output, arguments: impl FnOnce(&mut ChildCommand)) -> Result<
     let mut progress = output.progress(Unit::Count).patient();
     let relay::Ended { status, error, printed } =
         relay::run(&mut command, &mut progress).with_context(|| format!("cannot start {name}"))?;
+    // the stop has ended it as it does not listen yet, or not at all: nothing of it would be left behind
+    if status.code().is_none() && system::stop_requests() == 1 {
+        return Err(Failure::Stopped("stopped before there was a result".into()).into());
+    }
     stdio::print(&printed)?;
     ended(name, status, error)
 }

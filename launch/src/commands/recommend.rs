@@ -6,7 +6,7 @@ use clap::Args;
 use crate::cli::{DatasetArgs, RunArgs};
 use crate::failure::Failure;
 use crate::output::Output;
-use crate::runs;
+use crate::{runs, system};
 
 pub const HELP: &str = "\
 Examples:
@@ -64,6 +64,8 @@ pub fn run(args: &RecommendArgs, output: &Output) -> Result<()> {
     args.refuse_empty()?;
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
     let dataset = super::dataset_of(&run, &args.data)?;
+    // to be stopped has an exit code of its own
+    system::catch_stop_signals();
     super::worker(output, |command| {
         command.args(["recommend", "--progress-json"]);
         command.arg("--run").arg(run.root()).arg("--dataset").arg(&dataset);

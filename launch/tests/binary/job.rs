@@ -4,13 +4,13 @@
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Stdio};
 
-use crate::support::{Installation, TestResult, err, out, until};
+use crate::support::{Installation, TestResult, err, on_a_machine_without_cuda, out, until};
 use learn_launch::process::runs;
 use learn_launch::system::{End, end};
 use serde_json::Value;
 
 /// A worker that says how it was started and stays until its coordinator is gone.
-const LOYAL_WORKER: &str = "
+pub const LOYAL_WORKER: &str = "
 echo worker: $* threads $OMP_NUM_THREADS
 while [ ! -e runs/learn/summary.json ]; do sleep 0.05; done";
 
@@ -111,13 +111,7 @@ fn a_damaged_dataset_ends_a_job_before_anything_is_started() -> TestResult {
 
 #[test]
 fn a_dry_run_finds_what_would_fail_at_once() -> TestResult {
-    // a machine without CUDA
-    let facts = serde_json::json!({
-        "version": env!("CARGO_PKG_VERSION"), "nccl": null, "nccl_reason": "not found",
-        "libtorch": { "libtorch_version": "2.11.0", "libtorch_folder": "/t", "cuda_available": false,
-            "cuda_reason": "no driver", "devices": 0, "threads": 2, "cpu_capability": "AVX2" }
-    });
-    let installation = Installation::new("exit 1", &format!("[ $1 = doctor ] && echo '{facts}'"))?;
+    let installation = Installation::new("exit 1", &on_a_machine_without_cuda("exit 1"))?;
     let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
     let port = format!("cluster.http_port={}", taken.local_addr()?.port());
     let weight = ["--set", "objective.cvr_weight=1"];
@@ -420,7 +414,7 @@ fn a_run_is_resumed_from_its_latest_checkpoint() -> TestResult {
 }
 
 /// Plays what `resume`, `export` and `recommend` ask of the worker binary besides what a loyal worker does.
-fn offline_worker() -> String {
+pub fn offline_worker() -> String {
     let checkpoints = r#"[{"step":7,"path":"/c/step-0000000007","valid":true,"reason":null,"best":true}]"#;
     let words = r#"for word in "$@"; do echo "[$word]"; done"#;
     let error = "2026-01-02T03:04:05Z ERROR user \\`nobody\\` is not in the dataset";
@@ -436,7 +430,7 @@ fn with_stopped_run() -> TestResult<Installation> {
 }
 
 /// [`with_stopped_run`] with another worker.
-fn with_run_of(worker: &str) -> TestResult<Installation> {
+pub fn with_run_of(worker: &str) -> TestResult<Installation> {
     let first = "case \"$4\" in *null*) serve; checkpoint=7; status stopped; exit 3;; esac";
     let installation = Installation::new(&format!("{first}\n{GOOD_COORDINATOR}"), worker)?;
     let stopped = installation.launch(&["train"])?;

@@ -1,5 +1,6 @@
 //! `learn-launch` as a built binary.
 
+mod afterwards;
 mod cli;
 mod docs;
 mod job;

@@ -122,6 +122,16 @@ impl Installation {
     }
 }
 
+/// A worker that finds no CUDA when `doctor` asks it, and does anything else as `worker` does.
+pub fn on_a_machine_without_cuda(worker: &str) -> String {
+    let facts = serde_json::json!({
+        "version": env!("CARGO_PKG_VERSION"), "nccl": null, "nccl_reason": "not found",
+        "libtorch": { "libtorch_version": "2.11.0", "libtorch_folder": "/t", "cuda_available": false,
+            "cuda_reason": "no driver", "devices": 0, "threads": 2, "cpu_capability": "AVX2" }
+    });
+    format!("if [ \"$1\" = doctor ]; then echo '{facts}'; exit 0; fi\n{worker}")
+}
+
 /// Ten users with six clicks each on twelve items.
 pub fn write_interactions(path: &Path) -> TestResult {
     let mut text = String::from("user_id,item_id,timestamp\n");

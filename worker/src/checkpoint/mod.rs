@@ -179,7 +179,7 @@ fn write_aside(
 }
 
 /// Makes a file or a directory's entries durable.
-fn sync(path: &Path) -> Result<(), CheckpointError> {
+pub(crate) fn sync(path: &Path) -> Result<(), CheckpointError> {
     File::open(path).and_then(|file| file.sync_all()).map_err(io(path))
 }
 

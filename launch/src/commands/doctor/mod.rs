@@ -101,7 +101,7 @@ pub(super) fn refuse_lacks(config: &Config, workers: bool) -> Result<()> {
 
 /// # Errors
 /// So many workers would only bring this machine down.
-pub(super) fn refuse_crowd(workers: u32, cores: usize) -> Result<()> {
+fn refuse_crowd(workers: u32, cores: usize) -> Result<()> {
     let most = crew::most_processes(cores);
     if workers as usize <= most {
         return Ok(());
