@@ -119,12 +119,10 @@ impl Trainer<'_> {
 
     /// What is on disk is the best from here on, so that a later evaluation which beats it is kept.
     fn take_best_on_disk(&mut self, turn: &mut Turn) -> Result<(), WorkerError> {
-        let failed = |error: serde_json::Error| WorkerError::Usage(format!("the best checkpoint: {error}"));
         let run = self.session.run_dir();
         let found = turn.is_first().then(|| checkpoint::read_best(&run)).flatten();
         let found = found.filter(|best| run.checkpoint(best.step).exists());
-        let bytes = turn.exchange.broadcast_bytes(0, serde_json::to_vec(&found).map_err(failed)?)?;
-        let found: Option<Best> = serde_json::from_slice(&bytes).map_err(failed)?;
+        let found = turn.exchange.broadcast_json(0, &found)?;
         tracing::warn!(lost = ?self.best, ?found, "the best checkpoint was lost before it was written");
         self.best = found;
         Ok(())
@@ -163,9 +161,7 @@ impl Trainer<'_> {
             saved: self.saved,
             non_finite: self.non_finite,
         };
-        let failed = |error: serde_json::Error| WorkerError::Usage(format!("the counters of a rank: {error}"));
-        let bytes = exchange.broadcast_bytes(source, serde_json::to_vec(&counters).map_err(failed)?)?;
-        let counters: Counters = serde_json::from_slice(&bytes).map_err(failed)?;
+        let counters = exchange.broadcast_json(source, &counters)?;
         let parameters = &self.stepper.parameters;
         let mut held = vec![parameters.flat().shallow_clone()];
         held.extend(parameters.item_vectors().map(tch::Tensor::shallow_clone));
