@@ -13,8 +13,10 @@ mod writer;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::hash::{BuildHasher, RandomState};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use file::NewFile;
 use learn_dataset::files;
@@ -130,17 +132,13 @@ pub fn write(
     before_piece: &dyn Fn(),
 ) -> Result<PathBuf, CheckpointError> {
     let target = RunDir::new(folder.parent().unwrap_or(folder)).checkpoint(snapshot.state.step);
-    let aside = target.with_extension(format!("tmp-{}", std::process::id()));
+    let aside = aside_of(&target, "");
     let written = write_aside(&aside, &mut snapshot, pace, before_piece).and_then(|()| {
-        let replaces = target.exists();
-        let between = aside.with_extension(format!("tmp-{}-replaced", std::process::id()));
-        let placed = match replaces {
-            true => files::exchange(&aside, &target, &between),
-            false => fs::rename(&aside, &target),
-        };
-        placed.map_err(io(&target))?;
+        put_in_place(&aside, &target).map_err(io(&target))?;
         sync(folder)?;
-        if replaces && let Err(error) = fs::remove_dir_all(&aside) {
+        if aside.exists()
+            && let Err(error) = fs::remove_dir_all(&aside)
+        {
             // the new one stands; whoever prunes tries again
             tracing::warn!(%error, "the checkpoint that was replaced could not be removed");
         }
@@ -151,6 +149,29 @@ pub fn write(
         let _ = fs::remove_dir_all(&aside);
     }
     written.map(|()| target)
+}
+
+/// This start of the program, among all that may write into a run directory. The number of a process is not enough: in a
+/// container of its own each worker may be number 1.
+static START: LazyLock<String> = LazyLock::new(start);
+
+fn start() -> String {
+    format!("{}-{:016x}", std::process::id(), RandomState::new().hash_one(std::process::id()))
+}
+
+/// The name that `target` has while it is not whole; no other process uses it, not even one that the job has gone on without
+/// and that still writes the same step. Whoever prunes knows it by its beginning.
+fn aside_of(target: &Path, why: &str) -> PathBuf {
+    target.with_extension(format!("tmp-{}{why}", *START))
+}
+
+/// Gives a directory its name; one that has it so far takes the other's.
+fn put_in_place(aside: &Path, target: &Path) -> std::io::Result<()> {
+    match fs::rename(aside, target) {
+        // another process may have written it this moment
+        Err(_) if target.exists() => files::exchange(aside, target, &aside_of(target, "-replaced")),
+        renamed => renamed,
+    }
 }
 
 fn write_aside(

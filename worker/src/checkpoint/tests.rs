@@ -129,6 +129,19 @@ fn a_killed_write_is_never_taken_for_a_checkpoint() {
 }
 
 #[test]
+fn a_process_of_the_same_number_that_writes_the_same_step_is_not_disturbed() {
+    let (_folder, run) = run();
+    assert_ne!(start(), start(), "what tells starts apart is drawn anew");
+    // as one in another container, which the job has gone on without
+    let other = run.checkpoint(Step(2)).with_extension(format!("tmp-{}", std::process::id()));
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join(MODEL), "half").unwrap();
+    let path = write(&run.checkpoints(), snapshot(2, 1.0, None), Pace::Plain, &|| ()).unwrap();
+    assert_eq!(fs::read(other.join(MODEL)).unwrap(), b"half");
+    assert!(check(&path).is_ok());
+}
+
+#[test]
 fn the_writer_commits_in_order_and_keeps_the_latest_and_the_best() {
     let (_folder, run) = run();
     let (told, commits) = channel();
@@ -201,7 +214,7 @@ fn a_write_that_fails_is_told_harms_nothing_and_the_next_one_is_tried() {
     writer.save(snapshot(1, 1.0, Some(1))).unwrap();
     writer.settle().unwrap();
     // a file stands where the directory aside would go
-    let aside = run.checkpoint(Step(2)).with_extension(format!("tmp-{}", std::process::id()));
+    let aside = aside_of(&run.checkpoint(Step(2)), "");
     fs::write(&aside, "in the way").unwrap();
     writer.save(snapshot(2, 2.0, Some(2))).unwrap();
     assert!(matches!(writer.settle(), Err(CheckpointError::Io { .. })));
