@@ -2,8 +2,8 @@
 //!
 //! Input: a [`Snapshot`]. Output: a directory `step-NNNNNNNNNN` with `model.safetensors` (published LEARN parameter
 //! names), `optimizer.safetensors` and `state.json` (version, counters, configuration, size and checksum of the other
-//! files). Invariants: a directory of that name is whole (it is written aside, synced and renamed); a killed write never
-//! touches an earlier checkpoint; nothing that is read is trusted before its checksum agrees.
+//! files). Invariants: a directory of that name is whole (it is written aside, synced and renamed, and loses the name before it
+//! is removed); a killed write never touches an earlier checkpoint; nothing that is read is trusted before its checksum agrees.
 
 mod file;
 mod keep;

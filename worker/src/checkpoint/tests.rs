@@ -1,6 +1,7 @@
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
+use super::writer::prune;
 use super::*;
 
 fn snapshot(step: u64, value: f32, best: Option<u64>) -> Snapshot {
@@ -126,6 +127,24 @@ fn a_killed_write_is_never_taken_for_a_checkpoint() {
         .collect();
     left.sort();
     assert_eq!(left, ["step-0000000003"]);
+}
+
+#[test]
+fn a_removal_that_is_cut_short_leaves_no_damaged_checkpoint() {
+    let (_folder, run) = run();
+    for step in 1..=3 {
+        write(&run.checkpoints(), snapshot(step, 1.0, None), Pace::Plain, &|| ()).unwrap();
+    }
+    let cut_short = |path: &Path| -> std::io::Result<()> {
+        fs::remove_file(path.join(MODEL))?;
+        Err(std::io::ErrorKind::Interrupted.into())
+    };
+    assert!(prune(&run, &run.checkpoints(), 2, &cut_short).is_err());
+    let listed = list(&run).unwrap();
+    assert_eq!(listed.iter().map(|one| (one.step.0, one.valid)).collect::<Vec<_>>(), [(2, true), (3, true)]);
+    // and the next one to prune brings it to its end
+    prune(&run, &run.checkpoints(), 2, &|path| fs::remove_dir_all(path)).unwrap();
+    assert_eq!(fs::read_dir(run.checkpoints()).unwrap().count(), 2);
 }
 
 #[test]

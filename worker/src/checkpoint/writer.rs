@@ -18,7 +18,9 @@ use learn_domain::Step;
 use learn_domain::run_dir::RunDir;
 
 use super::pace::{Demand, Pace};
-use super::{CheckpointError, Snapshot, checkpoint_step, io, keep, read_best, steps, write, write_best};
+use super::{
+    CheckpointError, Snapshot, aside_of, checkpoint_step, io, keep, read_best, steps, sync, write, write_best,
+};
 
 /// What became of a snapshot.
 #[derive(Debug)]
@@ -209,7 +211,7 @@ impl<B: Fn(), T: Fn(Written<'_>) -> bool> Work<B, T> {
             if counts {
                 if let Err(error) = best.map_or(Ok(()), |best| write_best(&self.run, Some(&best))) {
                     written = Err(error);
-                } else if let Err(error) = prune(&self.run, folder, self.keep_last) {
+                } else if let Err(error) = prune(&self.run, folder, self.keep_last, &|path| fs::remove_dir_all(path)) {
                     tracing::warn!(%error, "old checkpoints could not be removed");
                 }
             }
@@ -221,23 +223,34 @@ impl<B: Fn(), T: Fn(Written<'_>) -> bool> Work<B, T> {
     }
 }
 
-/// Removes all but the latest and the best that is there, which need not be the best that was evaluated, and what writers
-/// that were killed have left unfinished, once it is older than all the latest: nobody is still at it then.
-fn prune(run: &RunDir, folder: &Path, keep_last: u32) -> Result<(), CheckpointError> {
+/// Removes all but the latest and the best that is there, which need not be the best that was evaluated. What goes loses its
+/// name first, so that nobody takes it for a checkpoint if the removal is cut short. What was left so, and what writers that
+/// were killed have left unfinished, goes too, once it is older than all the latest: nobody is still at it then. `remove`
+/// takes a directory away.
+pub(super) fn prune(
+    run: &RunDir,
+    folder: &Path,
+    keep_last: u32,
+    remove: &dyn Fn(&Path) -> std::io::Result<()>,
+) -> Result<(), CheckpointError> {
     let mut latest = steps(folder)?;
     latest.sort_unstable_by(|a, b| b.cmp(a));
     let oldest = latest.iter().take(keep_last.max(1) as usize).next_back().copied();
+    let surplus = keep::surplus(&latest, keep_last, read_best(run).map(|best| best.step));
+    for step in &surplus {
+        let old = run.checkpoint(*step);
+        fs::rename(&old, aside_of(&old, "-removed")).map_err(io(&old))?;
+    }
+    if !surplus.is_empty() {
+        sync(folder)?;
+    }
     for entry in fs::read_dir(folder).map_err(io(folder))? {
         let path = entry.map_err(io(folder))?.path();
         let unfinished = path.extension().is_some_and(|kind| kind.to_string_lossy().starts_with("tmp-"));
         let step = path.file_stem().and_then(|name| name.to_str()).and_then(checkpoint_step);
         if unfinished && step.is_some() && step < oldest && path.is_dir() {
-            fs::remove_dir_all(&path).map_err(io(&path))?;
+            remove(&path).map_err(io(&path))?;
         }
-    }
-    for step in keep::surplus(&steps(folder)?, keep_last, read_best(run).map(|best| best.step)) {
-        let old = run.checkpoint(step);
-        fs::remove_dir_all(&old).map_err(io(&old))?;
     }
     Ok(())
 }
