@@ -70,6 +70,14 @@ pub struct Best {
     pub value: f64,
 }
 
+impl Best {
+    /// Whether its checkpoint is on disk.
+    #[must_use]
+    pub fn is_there(&self, run: &RunDir) -> bool {
+        run.checkpoint(self.step).exists()
+    }
+}
+
 /// `state.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct State {
@@ -95,6 +103,16 @@ pub struct State {
     pub non_finite: u32,
     pub config: Config,
     pub files: BTreeMap<String, FileSum>,
+}
+
+impl State {
+    /// The best so far for who goes on from this checkpoint. That of then may be gone, as a later one took its place, or was
+    /// never written; it is then the one on disk, if that is no later than this checkpoint.
+    #[must_use]
+    pub fn best_there(&self, run: &RunDir) -> Option<Best> {
+        let best = self.best.clone()?;
+        if best.is_there(run) { Some(best) } else { best_there(run).filter(|other| other.step <= self.step) }
+    }
 }
 
 /// What `state.json` has in any version.
@@ -330,7 +348,7 @@ fn write_best(run: &RunDir, best: Option<&Best>) -> Result<(), CheckpointError> 
 }
 
 /// Makes the checkpoint of `resumed` the newest one: later ones belong to a past that is not continued. They move to
-/// `checkpoints/superseded`, where only a person looks for them, and `best` is what it was then.
+/// `checkpoints/superseded`, where only a person looks for them, and `best` is what it was then, if that is there.
 ///
 /// # Errors
 /// If the disk refuses.
@@ -346,13 +364,19 @@ pub fn supersede_later(run: &RunDir, resumed: &State) -> Result<(), CheckpointEr
         }
         fs::rename(&from, &to).map_err(io(&from))?;
     }
-    write_best(run, resumed.best.as_ref())
+    write_best(run, resumed.best_there(run).as_ref())
 }
 
 /// The best evaluation's checkpoint, if the run has one.
 #[must_use]
 pub fn read_best(run: &RunDir) -> Option<Best> {
     serde_json::from_slice(&fs::read(run.best()).ok()?).ok()
+}
+
+/// As [`read_best`], if that checkpoint is on disk.
+#[must_use]
+pub fn best_there(run: &RunDir) -> Option<Best> {
+    read_best(run).filter(|best| best.is_there(run))
 }
 
 /// The checkpoint that `name` means: a directory name, `best`, `last`, or none = the best, else the last. A damaged one is

@@ -194,6 +194,27 @@ fn the_writer_commits_in_order_and_keeps_the_latest_and_the_best() {
 }
 
 #[test]
+fn a_best_checkpoint_that_is_gone_is_not_what_a_resume_goes_on_from() {
+    let (_folder, run) = run();
+    for (step, best) in [(7, 3), (8, 3), (9, 9)] {
+        write(&run.checkpoints(), snapshot(step, 1.0, Some(best)), Pace::Plain, &|| ()).unwrap();
+    }
+    // the ninth took the place of the third, which was removed
+    let best = |step: u64| snapshot(step, 0.0, Some(step)).state.best;
+    write_best(&run, best(9).as_ref()).unwrap();
+    let resumed = check(&run.checkpoint(Step(8))).unwrap();
+    assert_eq!(resumed.best, best(3));
+    assert_eq!(resumed.best_there(&run), None, "the ninth is of a past that is not continued");
+    supersede_later(&run, &resumed).unwrap();
+    assert_eq!(read_best(&run), None);
+    // where the best of then was never written, the one on disk is the best
+    write_best(&run, best(7).as_ref()).unwrap();
+    assert_eq!(resumed.best_there(&run), best(7));
+    supersede_later(&run, &resumed).unwrap();
+    assert_eq!(read_best(&run), best(7));
+}
+
+#[test]
 fn a_resume_from_an_earlier_checkpoint_leaves_the_later_ones_behind() {
     let (_folder, run) = run();
     for step in 1..=3 {

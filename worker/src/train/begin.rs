@@ -120,8 +120,7 @@ impl Trainer<'_> {
     /// What is on disk is the best from here on, so that a later evaluation which beats it is kept.
     fn take_best_on_disk(&mut self, turn: &mut Turn) -> Result<(), WorkerError> {
         let run = self.session.run_dir();
-        let found = turn.is_first().then(|| checkpoint::read_best(&run)).flatten();
-        let found = found.filter(|best| run.checkpoint(best.step).exists());
+        let found = turn.is_first().then(|| checkpoint::best_there(&run)).flatten();
         let found = turn.exchange.broadcast_json(0, &found)?;
         tracing::warn!(lost = ?self.best, ?found, "the best checkpoint was lost before it was written");
         self.best = found;
@@ -231,7 +230,10 @@ impl Trainer<'_> {
         self.stepper.optimizer.load_state(&self.stepper.parameters, optimizer, state.optimizer_step)?;
         self.finished = state.step;
         self.saved = Some(state.step);
-        self.best = state.best;
+        self.best = state.best_there(&self.session.run_dir());
+        if self.best != state.best {
+            tracing::warn!(then = ?state.best, now = ?self.best, "the best checkpoint of then is not there any more");
+        }
         self.init = state.init;
         self.non_finite = state.non_finite;
         self.session.progress.finished(self.finished);

@@ -429,8 +429,7 @@ impl<'a> Trainer<'a> {
     fn best_on_disk(&self, turn: &mut Turn) -> Result<Option<Step>, WorkerError> {
         let mut found = [0];
         if turn.is_first() {
-            let run = self.session.run_dir();
-            let best = checkpoint::read_best(&run).filter(|best| run.checkpoint(best.step).exists());
+            let best = checkpoint::best_there(&self.session.run_dir());
             // no checkpoint is of step 0
             found[0] = best.map_or(0, |best| best.step.0 as i64);
         }
