@@ -278,6 +278,26 @@ fn a_write_that_fails_is_told_harms_nothing_and_the_next_one_is_tried() {
 }
 
 #[test]
+fn a_best_checkpoint_is_missed_once_it_is_known_that_it_was_not_written() {
+    let (_folder, run) = run();
+    let (go, gate) = channel::<()>();
+    let mut writer = Writer::start(run.clone(), 1, Pace::Plain, || (), move |_| gate.recv().is_ok());
+    let best = |step: u64| snapshot(step, 0.0, Some(step)).state.best.unwrap();
+    assert!(writer.misses(&run, &best(1)), "whoever was to write it is gone");
+    // a file stands where the directory aside would go
+    fs::write(aside_of(&run.checkpoint(Step(2)), ""), "in the way").unwrap();
+    for step in [2, 3] {
+        writer.save(snapshot(step, 1.0, Some(step))).unwrap();
+    }
+    assert!(!writer.misses(&run, &best(2)), "it is not known yet");
+    go.send(()).unwrap();
+    go.send(()).unwrap();
+    writer.settle().unwrap();
+    assert!(writer.misses(&run, &best(2)));
+    assert!(!writer.misses(&run, &best(3)));
+}
+
+#[test]
 fn a_writer_is_ready_while_one_snapshot_may_wait() {
     let (_folder, run) = run();
     let (go, gate) = channel::<()>();

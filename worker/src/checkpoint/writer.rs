@@ -7,6 +7,7 @@
 //! and the next one is tried.
 
 use std::cell::Cell;
+use std::collections::VecDeque;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use learn_domain::run_dir::RunDir;
 
 use super::pace::{Demand, Pace};
 use super::{
-    CheckpointError, Snapshot, aside_of, checkpoint_step, io, keep, read_best, steps, sync, write, write_best,
+    Best, CheckpointError, Snapshot, aside_of, checkpoint_step, io, keep, read_best, steps, sync, write, write_best,
 };
 
 /// What became of a snapshot.
@@ -44,8 +45,8 @@ pub struct Writer {
     results: Receiver<Result<(), CheckpointError>>,
     demand: Arc<Demand>,
     thread: Option<JoinHandle<()>>,
-    /// Snapshots whose result is not known yet.
-    open: usize,
+    /// Steps whose result is not known yet, in their order.
+    open: VecDeque<Step>,
     /// Of the newest snapshot whose result is known.
     newest: Result<(), CheckpointError>,
 }
@@ -72,29 +73,40 @@ impl Writer {
             }
             work.write_all(&queue);
         });
-        Self { snapshots: Some(snapshots), results, demand, thread: Some(thread), open: 0, newest: Ok(()) }
+        Self {
+            snapshots: Some(snapshots),
+            results,
+            demand,
+            thread: Some(thread),
+            open: VecDeque::new(),
+            newest: Ok(()),
+        }
     }
 
     /// Waits up to `limit` for the place where a snapshot may wait; whether it is free.
     pub fn ready(&mut self, limit: Duration) -> bool {
         let started = Instant::now();
-        while self.open > 0 {
+        while !self.open.is_empty() {
             // what is known already is taken in any case
-            let wait = if self.open > 1 { limit.saturating_sub(started.elapsed()) } else { Duration::ZERO };
+            let wait = if self.open.len() > 1 { limit.saturating_sub(started.elapsed()) } else { Duration::ZERO };
             match self.results.recv_timeout(wait) {
                 Ok(result) => self.take(result),
                 Err(_) => break,
             }
         }
-        self.open <= 1
+        self.open.len() <= 1
     }
 
     /// Whether everything handed over is durable or has failed.
     pub fn is_idle(&mut self) -> bool {
-        while let Ok(result) = self.results.try_recv() {
-            self.take(result);
-        }
-        self.open == 0
+        self.take_known();
+        self.open.is_empty()
+    }
+
+    /// Whether the best checkpoint is not there, nor on its way: it could not be written, or its writer was lost.
+    pub fn misses(&mut self, run: &RunDir, best: &Best) -> bool {
+        self.take_known();
+        !self.open.contains(&best.step) && !best.is_there(run)
     }
 
     /// Hands a snapshot over.
@@ -104,9 +116,13 @@ impl Writer {
     pub fn save(&mut self, snapshot: Snapshot) -> Result<(), CheckpointError> {
         self.demand.training_waits(false);
         self.demand.snapshot_waits();
+        let step = snapshot.state.step;
         let sent = self.snapshots.as_ref().is_some_and(|queue| queue.send(snapshot).is_ok());
-        self.open += usize::from(sent);
-        if sent { Ok(()) } else { Err(CheckpointError::WriterGone) }
+        if !sent {
+            return Err(CheckpointError::WriterGone);
+        }
+        self.open.push_back(step);
+        Ok(())
     }
 
     /// Waits until everything handed over is durable or has failed.
@@ -115,7 +131,7 @@ impl Writer {
     /// Why the newest snapshot could not be written, said once.
     pub fn settle(&mut self) -> Result<(), CheckpointError> {
         self.demand.training_waits(true);
-        while self.open > 0 {
+        while !self.open.is_empty() {
             let result = self.results.recv().map_err(|_| CheckpointError::WriterGone)?;
             self.take(result);
         }
@@ -127,7 +143,7 @@ impl Writer {
     pub fn settle_within(&mut self, limit: Duration) -> Option<Result<(), CheckpointError>> {
         let started = Instant::now();
         self.demand.training_waits(true);
-        while self.open > 0 {
+        while !self.open.is_empty() {
             match self.results.recv_timeout(limit.saturating_sub(started.elapsed())) {
                 Ok(result) => self.take(result),
                 Err(RecvTimeoutError::Timeout) => return None,
@@ -137,8 +153,14 @@ impl Writer {
         Some(self.settle())
     }
 
+    fn take_known(&mut self) {
+        while let Ok(result) = self.results.try_recv() {
+            self.take(result);
+        }
+    }
+
     fn take(&mut self, result: Result<(), CheckpointError>) {
-        self.open -= 1;
+        self.open.pop_front();
         self.newest = result;
     }
 }

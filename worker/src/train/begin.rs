@@ -95,35 +95,16 @@ impl Trainer<'_> {
         if due && !unwritten {
             turn.member.commit_checkpoint(self.finished, path.display().to_string())?;
         }
-        let missing = goes_on && self.best_is_missing(turn);
-        let mut said = [i64::from(unwritten || follow_up), i64::from(missing)];
-        turn.exchange.sum_i64(&mut said)?;
-        let [again, missing] = said;
-        if missing > 0 {
-            self.take_best_on_disk(turn)?;
+        let mut again = [i64::from(unwritten || follow_up)];
+        turn.exchange.sum_i64(&mut again)?;
+        if goes_on {
+            self.mend_best(turn)?;
         }
-        if again > 0 {
+        if again[0] > 0 {
             self.followed_up = false;
             self.saved = None;
             self.after_step(turn)?;
         }
-        Ok(())
-    }
-
-    /// The best checkpoint went with the rank that was to write it.
-    fn best_is_missing(&mut self, turn: &Turn) -> bool {
-        let here = turn.is_first() && self.writer.as_mut().is_some_and(Writer::is_idle);
-        let best = self.best.as_ref().filter(|best| here && best.step != self.finished);
-        best.is_some_and(|best| !self.session.run_dir().checkpoint(best.step).exists())
-    }
-
-    /// What is on disk is the best from here on, so that a later evaluation which beats it is kept.
-    fn take_best_on_disk(&mut self, turn: &mut Turn) -> Result<(), WorkerError> {
-        let run = self.session.run_dir();
-        let found = turn.is_first().then(|| checkpoint::best_there(&run)).flatten();
-        let found = turn.exchange.broadcast_json(0, &found)?;
-        tracing::warn!(lost = ?self.best, ?found, "the best checkpoint was lost before it was written");
-        self.best = found;
         Ok(())
     }
 

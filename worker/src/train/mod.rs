@@ -8,6 +8,7 @@
 //! last finished step.
 
 mod begin;
+mod best;
 mod device_rows;
 mod exchange;
 mod measure;
@@ -363,35 +364,17 @@ impl<'a> Trainer<'a> {
         let mut is_best = false;
         if due(self.config.evaluation.every_epochs) || last {
             let evaluation = self.evaluate(turn, Split::Valid)?;
-            is_best = self.note_best(&evaluation)?;
+            is_best = self.note_best(turn, &evaluation)?;
         }
         let every_steps = self.config.checkpoint.every_steps;
         let by_steps = every_steps > 0 && step.is_multiple_of(every_steps);
-        if last || (is_best && self.config.checkpoint.keep_best) {
+        if last || is_best {
             self.save(turn, Need::Kept)?;
         } else if by_steps || due(self.config.checkpoint.every_epochs) {
             self.save(turn, Need::Due)?;
         }
         self.followed_up = true;
         Ok(())
-    }
-
-    /// Every rank comes to the same verdict, because the evaluation is summed over ranks.
-    fn note_best(&mut self, evaluation: &Evaluation) -> Result<bool, WorkerError> {
-        let metric = &self.config.checkpoint.metric;
-        let Some(&value) = evaluation.metrics.get(metric) else {
-            return Err(WorkerError::Usage(format!(
-                "{metric} cannot be told on the {} split (no user has exposures of both kinds there?); choose another \
-                 checkpoint.metric",
-                evaluation.split
-            )));
-        };
-        // the same evaluation again, after a generation that did not bring what follows it to its end, is the best still
-        let better = self.best.as_ref().is_none_or(|best| value > best.value || best.step == self.finished);
-        if better && self.config.checkpoint.keep_best {
-            self.best = Some(Best { step: self.finished, metric: metric.clone(), value });
-        }
-        Ok(better)
     }
 
     /// Evaluates the state after the last finished step.
