@@ -298,6 +298,27 @@ fn a_best_checkpoint_is_missed_once_it_is_known_that_it_was_not_written() {
 }
 
 #[test]
+fn a_best_checkpoint_whose_writer_was_lost_before_it_recorded_that_is_recorded() {
+    let (_folder, run) = run();
+    let best = |step: u64| snapshot(step, 0.0, Some(step)).state.best.unwrap();
+    for step in [1, 2] {
+        write(&run.checkpoints(), snapshot(step, 1.0, Some(step)), Pace::Plain, &|| ()).unwrap();
+    }
+    let mut writer = Writer::start(run.clone(), 1, Pace::Plain, || (), |_| true);
+    for step in [1, 2] {
+        assert!(!writer.misses(&run, &best(step)));
+        assert_eq!(read_best(&run), Some(best(step)));
+    }
+    assert!(!writer.misses(&run, &best(1)));
+    assert_eq!(read_best(&run), Some(best(2)), "the later one stays");
+    // it is not surplus beside later ones
+    writer.save(snapshot(3, 1.0, Some(2))).unwrap();
+    writer.settle().unwrap();
+    assert_eq!(resolve(&run, Some("best")).unwrap(), run.checkpoint(Step(2)));
+    assert!(writer.misses(&run, &best(1)), "the other one is");
+}
+
+#[test]
 fn a_writer_is_ready_while_one_snapshot_may_wait() {
     let (_folder, run) = run();
     let (go, gate) = channel::<()>();

@@ -20,7 +20,8 @@ use learn_domain::run_dir::RunDir;
 
 use super::pace::{Demand, Pace};
 use super::{
-    Best, CheckpointError, Snapshot, aside_of, checkpoint_step, io, keep, read_best, steps, sync, write, write_best,
+    Best, CheckpointError, Snapshot, aside_of, best_there, checkpoint_step, io, keep, read_best, steps, sync, write,
+    write_best,
 };
 
 /// What became of a snapshot.
@@ -103,10 +104,22 @@ impl Writer {
         self.open.is_empty()
     }
 
-    /// Whether the best checkpoint is not there, nor on its way: it could not be written, or its writer was lost.
+    /// Whether the best checkpoint is not there, nor on its way: it could not be written, or its writer was lost. One that is
+    /// there is recorded as the best, should its writer have been lost before it did so.
     pub fn misses(&mut self, run: &RunDir, best: &Best) -> bool {
         self.take_known();
-        !self.open.contains(&best.step) && !best.is_there(run)
+        if self.open.contains(&best.step) {
+            return false;
+        }
+        if !best.is_there(run) {
+            return true;
+        }
+        // a later one is of a rank that was ahead
+        let recorded = best_there(run).is_some_and(|recorded| recorded.step >= best.step);
+        if !recorded && let Err(error) = write_best(run, Some(best)) {
+            tracing::warn!(%error, step = %best.step, "the best checkpoint could not be recorded as such");
+        }
+        false
     }
 
     /// Hands a snapshot over.
