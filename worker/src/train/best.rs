@@ -5,6 +5,7 @@
 //! that can be had is kept.
 
 use learn_domain::Step;
+use learn_domain::event::Happening;
 use learn_domain::report::Evaluation;
 use learn_domain::run_dir::RunDir;
 
@@ -23,19 +24,15 @@ impl Trainer<'_> {
         }
         self.mend_best(turn)?;
         let metric = &config.checkpoint.metric;
-        let Some(&value) = evaluation.metrics.get(metric) else {
-            return Err(WorkerError::Usage(format!(
-                "{metric} cannot be told on the {} split (no user has exposures of both kinds there?); choose another \
-                 checkpoint.metric",
-                evaluation.split
-            )));
-        };
-        // the same evaluation again, after a generation that did not bring what follows it to its end, is the best still
-        let better = self.best.as_ref().is_none_or(|best| value > best.value || best.step == self.finished);
-        if better {
-            self.best = Some(Best { step: self.finished, metric: metric.clone(), value });
+        let missing = !evaluation.metrics.contains_key(metric);
+        let told = std::mem::replace(&mut self.metric_missing, missing);
+        if missing && !told && turn.is_first() {
+            let happening = Happening::MetricMissing { step: evaluation.step, metric: metric.clone() };
+            turn.member.report_event(&happening)?;
         }
-        Ok(better)
+        let Some(best) = better(evaluation, metric, self.best.as_ref()) else { return Ok(false) };
+        self.best = Some(best);
+        Ok(true)
     }
 
     /// Sees to it that the best is one that is on disk, or on its way there.
@@ -43,6 +40,14 @@ impl Trainer<'_> {
         let run = self.session.run_dir();
         mend(&mut turn.exchange, (&run, self.writer.as_mut()), &mut self.best, self.finished)
     }
+}
+
+/// What an evaluation is as the best, if it beats the best so far; one that cannot tell the metric beats none.
+fn better(evaluation: &Evaluation, metric: &str, best: Option<&Best>) -> Option<Best> {
+    let value = *evaluation.metrics.get(metric)?;
+    // the same evaluation again, after a generation that did not bring what follows it to its end, is the best still
+    let beats = |best: &Best| best.metric != metric || value > best.value || best.step == evaluation.step;
+    best.is_none_or(beats).then(|| Best { step: evaluation.step, metric: metric.to_owned(), value })
 }
 
 /// Said in place of a step.
@@ -82,6 +87,7 @@ mod tests {
 
     use learn_collective::{MemoryRendezvous, connect_tcp};
     use learn_domain::Config;
+    use learn_domain::report::Split;
     use learn_telemetry::WorkerMetrics;
 
     use super::*;
@@ -90,6 +96,31 @@ mod tests {
 
     fn best(step: u64, value: f64) -> Best {
         Best { step: Step(step), metric: "mrr".into(), value }
+    }
+
+    #[test]
+    fn an_evaluation_without_the_metric_beats_none() {
+        let evaluation = |metrics: &[(&str, f64)]| Evaluation {
+            split: Split::Valid,
+            step: Step(20),
+            epoch: 0,
+            users: 9,
+            metrics: metrics.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect(),
+            seconds: 1.0,
+            segments: Vec::new(),
+            comparisons: Vec::new(),
+        };
+        let so_far = best(10, 0.5);
+        let told = |value: f64| evaluation(&[("auc", 0.9), ("mrr", value)]);
+        let untold = evaluation(&[("auc", 0.9)]);
+        assert_eq!(better(&untold, "mrr", None), None);
+        assert_eq!(better(&untold, "mrr", Some(&so_far)), None);
+        assert_eq!(better(&told(0.1), "mrr", None), Some(best(20, 0.1)));
+        assert_eq!(better(&told(0.5), "mrr", Some(&so_far)), None, "of equals the first");
+        assert_eq!(better(&told(0.6), "mrr", Some(&so_far)), Some(best(20, 0.6)));
+        assert_eq!(better(&told(0.4), "mrr", Some(&best(20, 0.5))), Some(best(20, 0.4)), "it is that one");
+        let other = Best { metric: "ndcg@10".into(), ..so_far };
+        assert_eq!(better(&told(0.1), "mrr", Some(&other)), Some(best(20, 0.1)), "of another kind");
     }
 
     /// What each of two ranks takes for the best after `finished` steps, if it was `so_far` to each.

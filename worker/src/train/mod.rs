@@ -103,6 +103,8 @@ pub struct Trainer<'a> {
     /// Of the last finished steps, for a generation in which nobody is left who has reported them.
     last: VecDeque<StepRecord>,
     best: Option<Best>,
+    /// The last evaluation could not tell the metric of the best.
+    metric_missing: bool,
     init: Option<Origin>,
     saved: Option<Step>,
     /// Steps of the run whose loss or gradient was not finite.
@@ -176,6 +178,7 @@ impl<'a> Trainer<'a> {
             followed_up: true,
             last: VecDeque::new(),
             best: None,
+            metric_missing: false,
             init: None,
             saved: None,
             non_finite: 0,
