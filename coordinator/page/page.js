@@ -28,8 +28,8 @@ const STATES = {
 };
 const SEVERITY = {
   worker_lost: "bad", stalled: "bad", non_finite: "bad", checkpoint_failed: "bad", ledger_inexact: "bad",
-  newcomer_lost: "warn", regrouping: "warn", lagging: "warn", checkpoint_skipped: "warn", taken_over: "warn",
-  formed: "good", keeps_up: "good",
+  newcomer_lost: "warn", regrouping: "warn", lagging: "warn", checkpoint_skipped: "warn", metric_missing: "warn",
+  taken_over: "warn", formed: "good", keeps_up: "good",
 };
 
 const at = (id) => document.getElementById(id);

@@ -135,10 +135,10 @@ fn a_stop_has_its_checkpoint_though_rank_0_is_killed_while_it_writes_it() {
     let first = pid_of(&site.status("run"), 0);
     succeeds(&site.launch(&["stop", "runs/run", "--no-wait"]));
     let folder = site.run_dir("run").join("checkpoints");
-    let ending = format!(".tmp-{first}");
+    let of_first = format!(".tmp-{first}-");
     let unfinished = hunt("the checkpoint that rank 0 writes", || {
         let mut entries = fs::read_dir(&folder).ok()?.flatten();
-        entries.find(|entry| entry.file_name().to_string_lossy().ends_with(&ending)).map(|entry| entry.path())
+        entries.find(|entry| entry.file_name().to_string_lossy().contains(&of_first)).map(|entry| entry.path())
     });
     signal("KILL", first);
     let output = child.wait_with_output().expect("it ends");

@@ -1,5 +1,7 @@
 //! The CVR task with real processes: joint training, the adapter stage, metrics and features.
 
+use std::fs;
+
 use learn_tests::{SMALL, Site, f32_tensors, f32_values, succeeds, text};
 use serde_json::Value;
 
@@ -107,6 +109,39 @@ fn the_adapter_stage_trains_the_head_alone_and_its_features_are_exported() {
     assert!(site.path("export/cvr-features.parquet").exists());
     let refused = site.launch(&["export", "runs/towers", "--out", "none", "--cvr-features", "test"]);
     assert!(!refused.status.success() && text(&refused).contains("objective.cvr_weight"), "{}", text(&refused));
+}
+
+#[test]
+fn a_metric_that_cannot_be_told_makes_no_checkpoint_the_best_and_ends_nothing() {
+    let site = Site::raw(SMALL);
+    // nobody converts
+    let rows = fs::read_to_string(site.path("interactions.csv")).unwrap_or_default().replace(",1\n", ",0\n");
+    fs::write(site.path("interactions.csv"), rows).unwrap_or_else(|error| panic!("{error}"));
+    let files = "files = [\"interactions.csv\"]\n";
+    let config = fs::read_to_string(site.path("job.toml")).unwrap_or_default();
+    fs::write(site.path("job.toml"), config.replace(files, &format!("{files}label = \"liked\"\n")))
+        .unwrap_or_else(|error| panic!("{error}"));
+    succeeds(&site.launch(&["prepare", "job.toml"]));
+    succeeds(&site.launch(&["embed", "job.toml"]));
+    let steps = format!("training.max_steps={STEPS}");
+    let overrides = [
+        "job.name=untold",
+        "objective.cvr_weight=0.5",
+        "objective.cvr_hidden=8",
+        "checkpoint.metric=cvr.auc",
+        "cluster.workers=2",
+        &steps,
+    ];
+    succeeds(&site.launch(&site.train(&overrides)));
+    let status = site.status("untold");
+    assert_eq!(status["state"], "finished", "{status}");
+    assert_eq!(status["last_checkpoint"], STEPS, "{status}");
+    assert!(!site.run_dir("untold").join("checkpoints").join("best").exists());
+    let events = site.events("untold");
+    let told: Vec<_> = events.iter().filter(|event| event["event"] == "metric_missing").collect();
+    assert!(told.len() == 1 && told[0]["metric"] == "cvr.auc", "it is said once: {events:?}");
+    let tested = metrics(&site, "untold", "test");
+    assert!(tested["recall@10"].is_f64() && tested.get("cvr.auc").is_none(), "{tested}");
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! Promise 3: a stopped run that is resumed ends where an undisturbed one does.
 
 use std::fs;
+use std::path::Path;
 
 use learn_tests::{SMALL, Site, follow, signal, succeeds, text};
+use serde_json::{Value, json};
 
 const STEPS: &str = "training.max_steps=24";
 
@@ -99,4 +101,20 @@ fn a_job_of_two_workers_that_is_stopped_from_outside_ends_with_a_checkpoint() {
     let status = site.status("stopped");
     assert_eq!(status["last_step"]["step"].as_u64(), Some(step + 3));
     assert_eq!(status["ledger"]["exact"], true, "{status}");
+}
+
+#[test]
+fn a_best_checkpoint_that_is_gone_is_no_bar_for_what_a_resume_trains() {
+    let site = Site::new(SMALL);
+    succeeds(&site.launch(&site.train(&["job.name=run", STEPS, "checkpoint.every_steps=6"])));
+    let folder = site.run_dir("run").join("checkpoints");
+    let read = |path: &Path| -> Value { serde_json::from_slice(&fs::read(path).unwrap()).unwrap() };
+    // as if a very good one had been the best then, and been removed since
+    let path = folder.join("step-0000000018").join("state.json");
+    let mut state = read(&path);
+    state["best"] = json!({ "step": 3, "metric": "ndcg@10", "value": 2.0 });
+    fs::write(&path, state.to_string()).unwrap();
+    succeeds(&site.launch(&["resume", "runs/run", "--checkpoint", "step-0000000018"]));
+    let best = read(&folder.join("best"))["step"].as_u64().unwrap();
+    assert!(best == 24 && folder.join("step-0000000024").exists(), "the best is step {best}");
 }

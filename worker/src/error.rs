@@ -68,6 +68,9 @@ pub enum WorkerError {
     Memory(String),
     #[error("{0}; this is a defect of the program or of the installation")]
     Panic(String),
+    /// What nothing outside of the program brings about.
+    #[error("{0}; this is a defect of the program, so please report it")]
+    Defect(String),
     #[error("stdout cannot be written: {0}")]
     Stdout(std::io::Error),
     #[error("{path}: {reason}")]
@@ -88,7 +91,7 @@ impl WorkerError {
             Self::Control(ControlError::Ended { .. } | ControlError::Unknown { .. })
             | Self::Feed(FeedError::Aborted) => Reach::Generation,
             Self::Collective(error) if error.passes() => Reach::Generation,
-            Self::Collective(_) | Self::Panic(_) => Reach::Process,
+            Self::Collective(_) | Self::Panic(_) | Self::Defect(_) => Reach::Process,
             _ => Reach::Place,
         }
     }
@@ -120,6 +123,7 @@ mod tests {
             (lost.into(), Reach::Generation),
             (broken.into(), Reach::Process),
             (WorkerError::Panic("a defect".into()), Reach::Process),
+            (WorkerError::Defect("no trainer".into()), Reach::Process),
             (WorkerError::Memory("lower training.micro_batch".into()), Reach::Place),
             (ControlError::Refused { call: "join", message: String::new() }.into(), Reach::Place),
             (WorkerError::Usage("no such user".into()), Reach::Place),
@@ -131,5 +135,6 @@ mod tests {
         assert_eq!(WorkerError::Usage(String::new()).exit_code(), exit::USAGE);
         assert_eq!(WorkerError::NonFiniteScores.exit_code(), exit::DIVERGED);
         assert_eq!(WorkerError::Signature.exit_code(), exit::FAILED);
+        assert_eq!(WorkerError::Defect(String::new()).exit_code(), exit::FAILED);
     }
 }

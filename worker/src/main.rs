@@ -292,11 +292,26 @@ fn progress(in_lines: bool) -> Box<dyn Progress> {
 }
 
 fn print_json(value: &impl serde::Serialize) -> Result<(), WorkerError> {
-    let text = serde_json::to_string_pretty(value).map_err(|error| WorkerError::Usage(error.to_string()))?;
+    let text = serde_json::to_string_pretty(value)
+        .map_err(|error| WorkerError::Defect(format!("the result as JSON: {error}")))?;
     print(&format!("{text}\n"))
 }
 
 /// That nobody reads it any more is no error.
 fn print(text: &str) -> Result<(), WorkerError> {
     stdio::print(text).map(drop).map_err(WorkerError::Stdout)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn a_result_that_cannot_be_printed_is_no_wrong_usage() {
+        // JSON has no such keys
+        let error = print_json(&BTreeMap::from([((1, 2), 3)])).unwrap_err();
+        assert_eq!(error.exit_code(), exit::FAILED, "{error}");
+    }
 }

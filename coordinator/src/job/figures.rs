@@ -74,7 +74,8 @@ pub(super) fn happening(metrics: &CoordinatorMetrics, happening: &Happening) {
         Happening::Stalled { stall, .. } => {
             metrics.stalls_total.with_label_values(&[&stall.cause.to_string()]).inc();
         }
-        Happening::Regrouping { .. }
+        Happening::MetricMissing { .. }
+        | Happening::Regrouping { .. }
         | Happening::Formed { .. }
         | Happening::WorkerDismissed { .. }
         | Happening::Lagging { .. }

@@ -50,6 +50,8 @@ pub enum Happening {
     CheckpointFailed { step: Step, reason: String },
     /// A checkpoint was due while one was still being written and another waited.
     CheckpointSkipped { step: Step },
+    /// `checkpoint.metric` could not be told on valid, so no checkpoint becomes the best until it can.
+    MetricMissing { step: Step, metric: String },
     /// A worker was lost; the job goes on without it if it can.
     WorkerLost { worker: WorkerId, rank: Rank, cause: LossCause },
     /// A worker was lost that waited for its first generation.
@@ -87,6 +89,13 @@ impl fmt::Display for Happening {
             }
             Self::CheckpointSkipped { step } => {
                 write!(f, "no checkpoint of step {step}: those before are still being written")
+            }
+            Self::MetricMissing { step, metric } => {
+                write!(
+                    f,
+                    "{metric} cannot be told after step {step}, so no checkpoint becomes the best by it: are there held-out \
+                     exposures of both kinds? Choose another checkpoint.metric"
+                )
             }
             Self::WorkerLost { worker, rank, cause } => {
                 write!(f, "rank {rank} (worker {worker}) was lost: {cause}")
@@ -134,6 +143,7 @@ mod tests {
             },
             Happening::CheckpointFailed { step: Step(8), reason: "disk full".into() },
             Happening::CheckpointSkipped { step: Step(9) },
+            Happening::MetricMissing { step: Step(9), metric: "cvr.auc".into() },
             Happening::WorkerLost { worker: WorkerId(3), rank: Rank(1), cause: LossCause::Disconnected },
             Happening::WorkerLost { worker: WorkerId(3), rank: Rank(1), cause: LossCause::Silent { seconds: 9 } },
             Happening::Regrouping { reason: "a worker joined".into() },

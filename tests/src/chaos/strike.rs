@@ -258,7 +258,7 @@ fn last_step(path: &Path) -> u64 {
     serde_json::from_str::<serde_json::Value>(last).ok().and_then(|line| line["step"].as_u64()).unwrap_or(0)
 }
 
-/// Catches the writer while the folder that becomes a checkpoint is there: `step-N.tmp-PID`.
+/// Catches the writer while the folder that becomes a checkpoint is there: `step-N.tmp-PID-START`.
 fn kill_in_checkpoint(job: &mut Job<'_>) -> Result<String> {
     let started = Instant::now();
     let folder = job.folder().join("checkpoints");
@@ -266,7 +266,9 @@ fn kill_in_checkpoint(job: &mut Job<'_>) -> Result<String> {
         let names = fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.file_name());
         let unfinished = names.filter_map(|name| {
             let name = name.into_string().ok()?;
-            let pid: u64 = name.rsplit_once(".tmp-")?.1.parse().ok()?;
+            let (pid, start) = name.rsplit_once(".tmp-")?.1.split_once('-')?;
+            // what goes has another ending
+            let pid: u64 = pid.parse().ok().filter(|_| !start.contains('-'))?;
             is_alive(pid).then_some((name, pid))
         });
         let Some((name, pid)) = unfinished.into_iter().next() else {

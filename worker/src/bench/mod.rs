@@ -68,7 +68,8 @@ impl Part {
 
 fn print(json: bool, result: &(impl Serialize + Display)) -> Result<(), WorkerError> {
     let text = match json {
-        true => serde_json::to_string_pretty(result).map_err(|error| WorkerError::Usage(error.to_string()))?,
+        true => serde_json::to_string_pretty(result)
+            .map_err(|error| WorkerError::Defect(format!("the result as JSON: {error}")))?,
         false => result.to_string(),
     };
     stdio::print(&format!("{text}\n")).map(drop).map_err(WorkerError::Stdout)

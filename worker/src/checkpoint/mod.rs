@@ -2,8 +2,8 @@
 //!
 //! Input: a [`Snapshot`]. Output: a directory `step-NNNNNNNNNN` with `model.safetensors` (published LEARN parameter
 //! names), `optimizer.safetensors` and `state.json` (version, counters, configuration, size and checksum of the other
-//! files). Invariants: a directory of that name is whole (it is written aside, synced and renamed); a killed write never
-//! touches an earlier checkpoint; nothing that is read is trusted before its checksum agrees.
+//! files). Invariants: a directory of that name is whole (it is written aside, synced and renamed, and loses the name before it
+//! is removed); a killed write never touches an earlier checkpoint; nothing that is read is trusted before its checksum agrees.
 
 mod file;
 mod keep;
@@ -13,8 +13,10 @@ mod writer;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::hash::{BuildHasher, RandomState};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use file::NewFile;
 use learn_dataset::files;
@@ -68,6 +70,14 @@ pub struct Best {
     pub value: f64,
 }
 
+impl Best {
+    /// Whether its checkpoint is on disk.
+    #[must_use]
+    pub fn is_there(&self, run: &RunDir) -> bool {
+        run.checkpoint(self.step).exists()
+    }
+}
+
 /// `state.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct State {
@@ -93,6 +103,16 @@ pub struct State {
     pub non_finite: u32,
     pub config: Config,
     pub files: BTreeMap<String, FileSum>,
+}
+
+impl State {
+    /// The best so far for who goes on from this checkpoint. That of then may be gone, as a later one took its place, or was
+    /// never written; it is then the one on disk, if that is no later than this checkpoint.
+    #[must_use]
+    pub fn best_there(&self, run: &RunDir) -> Option<Best> {
+        let best = self.best.clone()?;
+        if best.is_there(run) { Some(best) } else { best_there(run).filter(|other| other.step <= self.step) }
+    }
 }
 
 /// What `state.json` has in any version.
@@ -130,17 +150,13 @@ pub fn write(
     before_piece: &dyn Fn(),
 ) -> Result<PathBuf, CheckpointError> {
     let target = RunDir::new(folder.parent().unwrap_or(folder)).checkpoint(snapshot.state.step);
-    let aside = target.with_extension(format!("tmp-{}", std::process::id()));
+    let aside = aside_of(&target, "");
     let written = write_aside(&aside, &mut snapshot, pace, before_piece).and_then(|()| {
-        let replaces = target.exists();
-        let between = aside.with_extension(format!("tmp-{}-replaced", std::process::id()));
-        let placed = match replaces {
-            true => files::exchange(&aside, &target, &between),
-            false => fs::rename(&aside, &target),
-        };
-        placed.map_err(io(&target))?;
+        put_in_place(&aside, &target).map_err(io(&target))?;
         sync(folder)?;
-        if replaces && let Err(error) = fs::remove_dir_all(&aside) {
+        if aside.exists()
+            && let Err(error) = fs::remove_dir_all(&aside)
+        {
             // the new one stands; whoever prunes tries again
             tracing::warn!(%error, "the checkpoint that was replaced could not be removed");
         }
@@ -151,6 +167,29 @@ pub fn write(
         let _ = fs::remove_dir_all(&aside);
     }
     written.map(|()| target)
+}
+
+/// This start of the program, among all that may write into a run directory. The number of a process is not enough: in a
+/// container of its own each worker may be number 1.
+static START: LazyLock<String> = LazyLock::new(start);
+
+fn start() -> String {
+    format!("{}-{:016x}", std::process::id(), RandomState::new().hash_one(std::process::id()))
+}
+
+/// The name that `target` has while it is not whole; no other process uses it, not even one that the job has gone on without
+/// and that still writes the same step. Whoever prunes knows it by its beginning.
+fn aside_of(target: &Path, why: &str) -> PathBuf {
+    target.with_extension(format!("tmp-{}{why}", *START))
+}
+
+/// Gives a directory its name; one that has it so far takes the other's.
+fn put_in_place(aside: &Path, target: &Path) -> std::io::Result<()> {
+    match fs::rename(aside, target) {
+        // another process may have written it this moment
+        Err(_) if target.exists() => files::exchange(aside, target, &aside_of(target, "-replaced")),
+        renamed => renamed,
+    }
 }
 
 fn write_aside(
@@ -309,7 +348,7 @@ fn write_best(run: &RunDir, best: Option<&Best>) -> Result<(), CheckpointError> 
 }
 
 /// Makes the checkpoint of `resumed` the newest one: later ones belong to a past that is not continued. They move to
-/// `checkpoints/superseded`, where only a person looks for them, and `best` is what it was then.
+/// `checkpoints/superseded`, where only a person looks for them, and `best` is what it was then, if that is there.
 ///
 /// # Errors
 /// If the disk refuses.
@@ -325,13 +364,19 @@ pub fn supersede_later(run: &RunDir, resumed: &State) -> Result<(), CheckpointEr
         }
         fs::rename(&from, &to).map_err(io(&from))?;
     }
-    write_best(run, resumed.best.as_ref())
+    write_best(run, resumed.best_there(run).as_ref())
 }
 
 /// The best evaluation's checkpoint, if the run has one.
 #[must_use]
 pub fn read_best(run: &RunDir) -> Option<Best> {
     serde_json::from_slice(&fs::read(run.best()).ok()?).ok()
+}
+
+/// As [`read_best`], if that checkpoint is on disk.
+#[must_use]
+pub fn best_there(run: &RunDir) -> Option<Best> {
+    read_best(run).filter(|best| best.is_there(run))
 }
 
 /// The checkpoint that `name` means: a directory name, `best`, `last`, or none = the best, else the last. A damaged one is

@@ -1,6 +1,7 @@
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
+use super::writer::prune;
 use super::*;
 
 fn snapshot(step: u64, value: f32, best: Option<u64>) -> Snapshot {
@@ -129,6 +130,37 @@ fn a_killed_write_is_never_taken_for_a_checkpoint() {
 }
 
 #[test]
+fn a_removal_that_is_cut_short_leaves_no_damaged_checkpoint() {
+    let (_folder, run) = run();
+    for step in 1..=3 {
+        write(&run.checkpoints(), snapshot(step, 1.0, None), Pace::Plain, &|| ()).unwrap();
+    }
+    let cut_short = |path: &Path| -> std::io::Result<()> {
+        fs::remove_file(path.join(MODEL))?;
+        Err(std::io::ErrorKind::Interrupted.into())
+    };
+    assert!(prune(&run, &run.checkpoints(), 2, &cut_short).is_err());
+    let listed = list(&run).unwrap();
+    assert_eq!(listed.iter().map(|one| (one.step.0, one.valid)).collect::<Vec<_>>(), [(2, true), (3, true)]);
+    // and the next one to prune brings it to its end
+    prune(&run, &run.checkpoints(), 2, &|path| fs::remove_dir_all(path)).unwrap();
+    assert_eq!(fs::read_dir(run.checkpoints()).unwrap().count(), 2);
+}
+
+#[test]
+fn a_process_of_the_same_number_that_writes_the_same_step_is_not_disturbed() {
+    let (_folder, run) = run();
+    assert_ne!(start(), start(), "what tells starts apart is drawn anew");
+    // as one in another container, which the job has gone on without
+    let other = run.checkpoint(Step(2)).with_extension(format!("tmp-{}", std::process::id()));
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join(MODEL), "half").unwrap();
+    let path = write(&run.checkpoints(), snapshot(2, 1.0, None), Pace::Plain, &|| ()).unwrap();
+    assert_eq!(fs::read(other.join(MODEL)).unwrap(), b"half");
+    assert!(check(&path).is_ok());
+}
+
+#[test]
 fn the_writer_commits_in_order_and_keeps_the_latest_and_the_best() {
     let (_folder, run) = run();
     let (told, commits) = channel();
@@ -159,6 +191,27 @@ fn the_writer_commits_in_order_and_keeps_the_latest_and_the_best() {
         assert!(text.contains(&format!("no checkpoint `{name}`; it has step-0000000002, step-0000000004")), "{text}");
         assert_eq!(crate::error::WorkerError::from(error).exit_code(), learn_domain::report::exit::USAGE);
     }
+}
+
+#[test]
+fn a_best_checkpoint_that_is_gone_is_not_what_a_resume_goes_on_from() {
+    let (_folder, run) = run();
+    for (step, best) in [(7, 3), (8, 3), (9, 9)] {
+        write(&run.checkpoints(), snapshot(step, 1.0, Some(best)), Pace::Plain, &|| ()).unwrap();
+    }
+    // the ninth took the place of the third, which was removed
+    let best = |step: u64| snapshot(step, 0.0, Some(step)).state.best;
+    write_best(&run, best(9).as_ref()).unwrap();
+    let resumed = check(&run.checkpoint(Step(8))).unwrap();
+    assert_eq!(resumed.best, best(3));
+    assert_eq!(resumed.best_there(&run), None, "the ninth is of a past that is not continued");
+    supersede_later(&run, &resumed).unwrap();
+    assert_eq!(read_best(&run), None);
+    // where the best of then was never written, the one on disk is the best
+    write_best(&run, best(7).as_ref()).unwrap();
+    assert_eq!(resumed.best_there(&run), best(7));
+    supersede_later(&run, &resumed).unwrap();
+    assert_eq!(read_best(&run), best(7));
 }
 
 #[test]
@@ -201,7 +254,7 @@ fn a_write_that_fails_is_told_harms_nothing_and_the_next_one_is_tried() {
     writer.save(snapshot(1, 1.0, Some(1))).unwrap();
     writer.settle().unwrap();
     // a file stands where the directory aside would go
-    let aside = run.checkpoint(Step(2)).with_extension(format!("tmp-{}", std::process::id()));
+    let aside = aside_of(&run.checkpoint(Step(2)), "");
     fs::write(&aside, "in the way").unwrap();
     writer.save(snapshot(2, 2.0, Some(2))).unwrap();
     assert!(matches!(writer.settle(), Err(CheckpointError::Io { .. })));
@@ -222,6 +275,47 @@ fn a_write_that_fails_is_told_harms_nothing_and_the_next_one_is_tried() {
     assert!(listed.iter().all(|one| one.valid));
     assert_eq!(listed.iter().map(|one| (one.step.0, one.best)).collect::<Vec<_>>(), [(1, true), (4, false)]);
     assert_eq!(resolve(&run, Some("best")).unwrap(), best);
+}
+
+#[test]
+fn a_best_checkpoint_is_missed_once_it_is_known_that_it_was_not_written() {
+    let (_folder, run) = run();
+    let (go, gate) = channel::<()>();
+    let mut writer = Writer::start(run.clone(), 1, Pace::Plain, || (), move |_| gate.recv().is_ok());
+    let best = |step: u64| snapshot(step, 0.0, Some(step)).state.best.unwrap();
+    assert!(writer.misses(&run, &best(1)), "whoever was to write it is gone");
+    // a file stands where the directory aside would go
+    fs::write(aside_of(&run.checkpoint(Step(2)), ""), "in the way").unwrap();
+    for step in [2, 3] {
+        writer.save(snapshot(step, 1.0, Some(step))).unwrap();
+    }
+    assert!(!writer.misses(&run, &best(2)), "it is not known yet");
+    go.send(()).unwrap();
+    go.send(()).unwrap();
+    writer.settle().unwrap();
+    assert!(writer.misses(&run, &best(2)));
+    assert!(!writer.misses(&run, &best(3)));
+}
+
+#[test]
+fn a_best_checkpoint_whose_writer_was_lost_before_it_recorded_that_is_recorded() {
+    let (_folder, run) = run();
+    let best = |step: u64| snapshot(step, 0.0, Some(step)).state.best.unwrap();
+    for step in [1, 2] {
+        write(&run.checkpoints(), snapshot(step, 1.0, Some(step)), Pace::Plain, &|| ()).unwrap();
+    }
+    let mut writer = Writer::start(run.clone(), 1, Pace::Plain, || (), |_| true);
+    for step in [1, 2] {
+        assert!(!writer.misses(&run, &best(step)));
+        assert_eq!(read_best(&run), Some(best(step)));
+    }
+    assert!(!writer.misses(&run, &best(1)));
+    assert_eq!(read_best(&run), Some(best(2)), "the later one stays");
+    // it is not surplus beside later ones
+    writer.save(snapshot(3, 1.0, Some(2))).unwrap();
+    writer.settle().unwrap();
+    assert_eq!(resolve(&run, Some("best")).unwrap(), run.checkpoint(Step(2)));
+    assert!(writer.misses(&run, &best(1)), "the other one is");
 }
 
 #[test]

@@ -7,6 +7,7 @@
 //! and the next one is tried.
 
 use std::cell::Cell;
+use std::collections::VecDeque;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,7 +19,10 @@ use learn_domain::Step;
 use learn_domain::run_dir::RunDir;
 
 use super::pace::{Demand, Pace};
-use super::{CheckpointError, Snapshot, checkpoint_step, io, keep, read_best, steps, write, write_best};
+use super::{
+    Best, CheckpointError, Snapshot, aside_of, best_there, checkpoint_step, io, keep, read_best, steps, sync, write,
+    write_best,
+};
 
 /// What became of a snapshot.
 #[derive(Debug)]
@@ -42,8 +46,8 @@ pub struct Writer {
     results: Receiver<Result<(), CheckpointError>>,
     demand: Arc<Demand>,
     thread: Option<JoinHandle<()>>,
-    /// Snapshots whose result is not known yet.
-    open: usize,
+    /// Steps whose result is not known yet, in their order.
+    open: VecDeque<Step>,
     /// Of the newest snapshot whose result is known.
     newest: Result<(), CheckpointError>,
 }
@@ -70,29 +74,52 @@ impl Writer {
             }
             work.write_all(&queue);
         });
-        Self { snapshots: Some(snapshots), results, demand, thread: Some(thread), open: 0, newest: Ok(()) }
+        Self {
+            snapshots: Some(snapshots),
+            results,
+            demand,
+            thread: Some(thread),
+            open: VecDeque::new(),
+            newest: Ok(()),
+        }
     }
 
     /// Waits up to `limit` for the place where a snapshot may wait; whether it is free.
     pub fn ready(&mut self, limit: Duration) -> bool {
         let started = Instant::now();
-        while self.open > 0 {
+        while !self.open.is_empty() {
             // what is known already is taken in any case
-            let wait = if self.open > 1 { limit.saturating_sub(started.elapsed()) } else { Duration::ZERO };
+            let wait = if self.open.len() > 1 { limit.saturating_sub(started.elapsed()) } else { Duration::ZERO };
             match self.results.recv_timeout(wait) {
                 Ok(result) => self.take(result),
                 Err(_) => break,
             }
         }
-        self.open <= 1
+        self.open.len() <= 1
     }
 
     /// Whether everything handed over is durable or has failed.
     pub fn is_idle(&mut self) -> bool {
-        while let Ok(result) = self.results.try_recv() {
-            self.take(result);
+        self.take_known();
+        self.open.is_empty()
+    }
+
+    /// Whether the best checkpoint is not there, nor on its way: it could not be written, or its writer was lost. One that is
+    /// there is recorded as the best, should its writer have been lost before it did so.
+    pub fn misses(&mut self, run: &RunDir, best: &Best) -> bool {
+        self.take_known();
+        if self.open.contains(&best.step) {
+            return false;
         }
-        self.open == 0
+        if !best.is_there(run) {
+            return true;
+        }
+        // a later one is of a rank that was ahead
+        let recorded = best_there(run).is_some_and(|recorded| recorded.step >= best.step);
+        if !recorded && let Err(error) = write_best(run, Some(best)) {
+            tracing::warn!(%error, step = %best.step, "the best checkpoint could not be recorded as such");
+        }
+        false
     }
 
     /// Hands a snapshot over.
@@ -102,9 +129,13 @@ impl Writer {
     pub fn save(&mut self, snapshot: Snapshot) -> Result<(), CheckpointError> {
         self.demand.training_waits(false);
         self.demand.snapshot_waits();
+        let step = snapshot.state.step;
         let sent = self.snapshots.as_ref().is_some_and(|queue| queue.send(snapshot).is_ok());
-        self.open += usize::from(sent);
-        if sent { Ok(()) } else { Err(CheckpointError::WriterGone) }
+        if !sent {
+            return Err(CheckpointError::WriterGone);
+        }
+        self.open.push_back(step);
+        Ok(())
     }
 
     /// Waits until everything handed over is durable or has failed.
@@ -113,7 +144,7 @@ impl Writer {
     /// Why the newest snapshot could not be written, said once.
     pub fn settle(&mut self) -> Result<(), CheckpointError> {
         self.demand.training_waits(true);
-        while self.open > 0 {
+        while !self.open.is_empty() {
             let result = self.results.recv().map_err(|_| CheckpointError::WriterGone)?;
             self.take(result);
         }
@@ -125,7 +156,7 @@ impl Writer {
     pub fn settle_within(&mut self, limit: Duration) -> Option<Result<(), CheckpointError>> {
         let started = Instant::now();
         self.demand.training_waits(true);
-        while self.open > 0 {
+        while !self.open.is_empty() {
             match self.results.recv_timeout(limit.saturating_sub(started.elapsed())) {
                 Ok(result) => self.take(result),
                 Err(RecvTimeoutError::Timeout) => return None,
@@ -135,8 +166,14 @@ impl Writer {
         Some(self.settle())
     }
 
+    fn take_known(&mut self) {
+        while let Ok(result) = self.results.try_recv() {
+            self.take(result);
+        }
+    }
+
     fn take(&mut self, result: Result<(), CheckpointError>) {
-        self.open -= 1;
+        self.open.pop_front();
         self.newest = result;
     }
 }
@@ -209,7 +246,7 @@ impl<B: Fn(), T: Fn(Written<'_>) -> bool> Work<B, T> {
             if counts {
                 if let Err(error) = best.map_or(Ok(()), |best| write_best(&self.run, Some(&best))) {
                     written = Err(error);
-                } else if let Err(error) = prune(&self.run, folder, self.keep_last) {
+                } else if let Err(error) = prune(&self.run, folder, self.keep_last, &|path| fs::remove_dir_all(path)) {
                     tracing::warn!(%error, "old checkpoints could not be removed");
                 }
             }
@@ -221,23 +258,34 @@ impl<B: Fn(), T: Fn(Written<'_>) -> bool> Work<B, T> {
     }
 }
 
-/// Removes all but the latest and the best that is there, which need not be the best that was evaluated, and what writers
-/// that were killed have left unfinished, once it is older than all the latest: nobody is still at it then.
-fn prune(run: &RunDir, folder: &Path, keep_last: u32) -> Result<(), CheckpointError> {
+/// Removes all but the latest and the best that is there, which need not be the best that was evaluated. What goes loses its
+/// name first, so that nobody takes it for a checkpoint if the removal is cut short. What was left so, and what writers that
+/// were killed have left unfinished, goes too, once it is older than all the latest: nobody is still at it then. `remove`
+/// takes a directory away.
+pub(super) fn prune(
+    run: &RunDir,
+    folder: &Path,
+    keep_last: u32,
+    remove: &dyn Fn(&Path) -> std::io::Result<()>,
+) -> Result<(), CheckpointError> {
     let mut latest = steps(folder)?;
     latest.sort_unstable_by(|a, b| b.cmp(a));
     let oldest = latest.iter().take(keep_last.max(1) as usize).next_back().copied();
+    let surplus = keep::surplus(&latest, keep_last, read_best(run).map(|best| best.step));
+    for step in &surplus {
+        let old = run.checkpoint(*step);
+        fs::rename(&old, aside_of(&old, "-removed")).map_err(io(&old))?;
+    }
+    if !surplus.is_empty() {
+        sync(folder)?;
+    }
     for entry in fs::read_dir(folder).map_err(io(folder))? {
         let path = entry.map_err(io(folder))?.path();
         let unfinished = path.extension().is_some_and(|kind| kind.to_string_lossy().starts_with("tmp-"));
         let step = path.file_stem().and_then(|name| name.to_str()).and_then(checkpoint_step);
         if unfinished && step.is_some() && step < oldest && path.is_dir() {
-            fs::remove_dir_all(&path).map_err(io(&path))?;
+            remove(&path).map_err(io(&path))?;
         }
-    }
-    for step in keep::surplus(&steps(folder)?, keep_last, read_best(run).map(|best| best.step)) {
-        let old = run.checkpoint(step);
-        fs::remove_dir_all(&old).map_err(io(&old))?;
     }
     Ok(())
 }

@@ -66,10 +66,7 @@ pub fn bench_flight(settings: &FlightBenchSettings) -> Result<FlightBenchResult,
     if items == 0 || dim == 0 || streams == 0 || rows == 0 || span.is_zero() {
         return Err(WorkerError::Usage("items, values of a row, streams, rows and seconds must be above 0".into()));
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| WorkerError::Usage(format!("no runtime: {error}")))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(WorkerError::Runtime)?;
     let pass = Pass::read(&settings.secret_file).map_err(|error| WorkerError::Usage(error.to_string()))?;
     Ok(runtime.block_on(measure(settings, &pass)).map_err(FeedError::from)?)
 }
@@ -178,10 +175,7 @@ impl Received {
 /// # Errors
 /// If the service cannot be reached or refuses, or the job ends too soon.
 pub fn bench_wire(settings: &WireBenchSettings) -> Result<WireBenchResult, WorkerError> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| WorkerError::Usage(format!("no runtime: {error}")))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(WorkerError::Runtime)?;
     let pass = Pass::read(&settings.secret_file).map_err(|error| WorkerError::Usage(error.to_string()))?;
     let WireBenchSettings { config, items, dim, .. } = settings;
     let locations = std::slice::from_ref(&settings.location);

@@ -326,7 +326,7 @@ impl Life<'_> {
         let ended = match (&session.admission.task, trainer) {
             (Task::Evaluate { checkpoint, split }, _) => evaluate::run(session, &mut turn, checkpoint, *split),
             (Task::Train { .. }, Some(trainer)) => trainer.take_part(&mut turn),
-            (Task::Train { .. }, None) => Err(WorkerError::Usage("a training without its trainer".into())),
+            (Task::Train { .. }, None) => Err(WorkerError::Defect("a training without its trainer".into())),
         };
         let Turn { member, exchange } = turn;
         // the peers learn at once that this rank has left

@@ -95,38 +95,16 @@ impl Trainer<'_> {
         if due && !unwritten {
             turn.member.commit_checkpoint(self.finished, path.display().to_string())?;
         }
-        let missing = goes_on && self.best_is_missing(turn);
-        let mut said = [i64::from(unwritten || follow_up), i64::from(missing)];
-        turn.exchange.sum_i64(&mut said)?;
-        let [again, missing] = said;
-        if missing > 0 {
-            self.take_best_on_disk(turn)?;
+        let mut again = [i64::from(unwritten || follow_up)];
+        turn.exchange.sum_i64(&mut again)?;
+        if goes_on {
+            self.mend_best(turn)?;
         }
-        if again > 0 {
+        if again[0] > 0 {
             self.followed_up = false;
             self.saved = None;
             self.after_step(turn)?;
         }
-        Ok(())
-    }
-
-    /// The best checkpoint went with the rank that was to write it.
-    fn best_is_missing(&mut self, turn: &Turn) -> bool {
-        let here = turn.is_first() && self.writer.as_mut().is_some_and(Writer::is_idle);
-        let best = self.best.as_ref().filter(|best| here && best.step != self.finished);
-        best.is_some_and(|best| !self.session.run_dir().checkpoint(best.step).exists())
-    }
-
-    /// What is on disk is the best from here on, so that a later evaluation which beats it is kept.
-    fn take_best_on_disk(&mut self, turn: &mut Turn) -> Result<(), WorkerError> {
-        let failed = |error: serde_json::Error| WorkerError::Usage(format!("the best checkpoint: {error}"));
-        let run = self.session.run_dir();
-        let found = turn.is_first().then(|| checkpoint::read_best(&run)).flatten();
-        let found = found.filter(|best| run.checkpoint(best.step).exists());
-        let bytes = turn.exchange.broadcast_bytes(0, serde_json::to_vec(&found).map_err(failed)?)?;
-        let found: Option<Best> = serde_json::from_slice(&bytes).map_err(failed)?;
-        tracing::warn!(lost = ?self.best, ?found, "the best checkpoint was lost before it was written");
-        self.best = found;
         Ok(())
     }
 
@@ -163,9 +141,7 @@ impl Trainer<'_> {
             saved: self.saved,
             non_finite: self.non_finite,
         };
-        let failed = |error: serde_json::Error| WorkerError::Usage(format!("the counters of a rank: {error}"));
-        let bytes = exchange.broadcast_bytes(source, serde_json::to_vec(&counters).map_err(failed)?)?;
-        let counters: Counters = serde_json::from_slice(&bytes).map_err(failed)?;
+        let counters = exchange.broadcast_json(source, &counters)?;
         let parameters = &self.stepper.parameters;
         let mut held = vec![parameters.flat().shallow_clone()];
         held.extend(parameters.item_vectors().map(tch::Tensor::shallow_clone));
@@ -235,7 +211,10 @@ impl Trainer<'_> {
         self.stepper.optimizer.load_state(&self.stepper.parameters, optimizer, state.optimizer_step)?;
         self.finished = state.step;
         self.saved = Some(state.step);
-        self.best = state.best;
+        self.best = state.best_there(&self.session.run_dir());
+        if self.best != state.best {
+            tracing::warn!(then = ?state.best, now = ?self.best, "the best checkpoint of then is not there any more");
+        }
         self.init = state.init;
         self.non_finite = state.non_finite;
         self.session.progress.finished(self.finished);

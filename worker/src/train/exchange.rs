@@ -12,6 +12,8 @@ use learn_model::parameters::Bucket;
 use learn_model::{Milestone, Parameters, RowGradient};
 use learn_proto::convert::AfterStep;
 use learn_telemetry::WorkerMetrics;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tch::Tensor;
 
 use super::step::PhaseClock;
@@ -341,6 +343,22 @@ impl Exchange {
         Ok(bytes)
     }
 
+    /// Gives every rank the value of `source`.
+    ///
+    /// # Errors
+    /// If the collective fails; [`WorkerError::Defect`] if the value is none that JSON can say, or another kind of value came.
+    pub fn broadcast_json<T: Serialize + DeserializeOwned>(
+        &mut self,
+        source: usize,
+        value: &T,
+    ) -> Result<T, WorkerError> {
+        let failed = |error: serde_json::Error| {
+            WorkerError::Defect(format!("{} between the ranks: {error}", std::any::type_name::<T>()))
+        };
+        let bytes = self.broadcast_bytes(source, serde_json::to_vec(value).map_err(failed)?)?;
+        serde_json::from_slice(&bytes).map_err(failed)
+    }
+
     /// Waits for every rank.
     ///
     /// # Errors
@@ -378,4 +396,24 @@ fn finish_own_work(tensor: &Tensor) {
 
 fn elements(rows: &[usize], width: i64) -> Vec<usize> {
     rows.iter().map(|count| count * width as usize).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use learn_domain::Config;
+    use learn_domain::report::exit;
+
+    use super::*;
+    use crate::bench::synthetic::alone;
+
+    #[test]
+    fn what_cannot_be_said_to_the_other_ranks_is_no_wrong_usage() {
+        let mut exchange = alone(&Config::default(), WorkerMetrics::new()).unwrap();
+        assert_eq!(exchange.broadcast_json(0, &Some(7)).unwrap(), Some(7));
+        // JSON has no such keys
+        let error = exchange.broadcast_json(0, &BTreeMap::from([((1, 2), 3)])).unwrap_err();
+        assert_eq!(error.exit_code(), exit::FAILED, "{error}");
+    }
 }

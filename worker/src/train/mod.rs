@@ -8,6 +8,7 @@
 //! last finished step.
 
 mod begin;
+mod best;
 mod device_rows;
 mod exchange;
 mod measure;
@@ -102,6 +103,8 @@ pub struct Trainer<'a> {
     /// Of the last finished steps, for a generation in which nobody is left who has reported them.
     last: VecDeque<StepRecord>,
     best: Option<Best>,
+    /// The last evaluation could not tell the metric of the best.
+    metric_missing: bool,
     init: Option<Origin>,
     saved: Option<Step>,
     /// Steps of the run whose loss or gradient was not finite.
@@ -175,6 +178,7 @@ impl<'a> Trainer<'a> {
             followed_up: true,
             last: VecDeque::new(),
             best: None,
+            metric_missing: false,
             init: None,
             saved: None,
             non_finite: 0,
@@ -363,35 +367,17 @@ impl<'a> Trainer<'a> {
         let mut is_best = false;
         if due(self.config.evaluation.every_epochs) || last {
             let evaluation = self.evaluate(turn, Split::Valid)?;
-            is_best = self.note_best(&evaluation)?;
+            is_best = self.note_best(turn, &evaluation)?;
         }
         let every_steps = self.config.checkpoint.every_steps;
         let by_steps = every_steps > 0 && step.is_multiple_of(every_steps);
-        if last || (is_best && self.config.checkpoint.keep_best) {
+        if last || is_best {
             self.save(turn, Need::Kept)?;
         } else if by_steps || due(self.config.checkpoint.every_epochs) {
             self.save(turn, Need::Due)?;
         }
         self.followed_up = true;
         Ok(())
-    }
-
-    /// Every rank comes to the same verdict, because the evaluation is summed over ranks.
-    fn note_best(&mut self, evaluation: &Evaluation) -> Result<bool, WorkerError> {
-        let metric = &self.config.checkpoint.metric;
-        let Some(&value) = evaluation.metrics.get(metric) else {
-            return Err(WorkerError::Usage(format!(
-                "{metric} cannot be told on the {} split (no user has exposures of both kinds there?); choose another \
-                 checkpoint.metric",
-                evaluation.split
-            )));
-        };
-        // the same evaluation again, after a generation that did not bring what follows it to its end, is the best still
-        let better = self.best.as_ref().is_none_or(|best| value > best.value || best.step == self.finished);
-        if better && self.config.checkpoint.keep_best {
-            self.best = Some(Best { step: self.finished, metric: metric.clone(), value });
-        }
-        Ok(better)
     }
 
     /// Evaluates the state after the last finished step.
@@ -429,8 +415,7 @@ impl<'a> Trainer<'a> {
     fn best_on_disk(&self, turn: &mut Turn) -> Result<Option<Step>, WorkerError> {
         let mut found = [0];
         if turn.is_first() {
-            let run = self.session.run_dir();
-            let best = checkpoint::read_best(&run).filter(|best| run.checkpoint(best.step).exists());
+            let best = checkpoint::best_there(&self.session.run_dir());
             // no checkpoint is of step 0
             found[0] = best.map_or(0, |best| best.step.0 as i64);
         }

@@ -258,6 +258,7 @@ fn event_row(event: &JobEvent, now: f64) -> EventRow {
         | Happening::Stalled { .. } => Tone::Bad,
         Happening::Lagging { .. }
         | Happening::CheckpointSkipped { .. }
+        | Happening::MetricMissing { .. }
         | Happening::Regrouping { .. }
         | Happening::Restarted { .. }
         | Happening::TakenOver => Tone::Warn,
