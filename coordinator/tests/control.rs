@@ -373,6 +373,25 @@ async fn http_shows_the_job() {
 }
 
 #[tokio::test]
+async fn a_worker_that_has_left_is_not_one_that_has_joined() {
+    let ground = Ground::new(2);
+    let running = ground.start(train()).await;
+    let mut control = running.control();
+    let left = enter(&mut control, "a").await;
+    leave(&mut control, left, Departure::Crashed("killed".into())).await;
+    for (joined, name) in ["b", "c"].into_iter().enumerate() {
+        let (code, body) = running.http("GET /readyz", "").await;
+        assert!(code == 503 && body.contains(&format!("{joined} of 2 workers")), "{body}");
+        enter(&mut control, name).await;
+    }
+    assert_eq!(running.http("GET /readyz", "").await.0, 200);
+    for worker in [WorkerId(1), WorkerId(2)] {
+        leave(&mut control, worker, Departure::Done).await;
+    }
+    assert_eq!(running.end().await, Outcome::Finished);
+}
+
+#[tokio::test]
 async fn service_discovery_names_the_processes_that_are_there() {
     let ground = Ground::new(2);
     let running = ground.start(train()).await;

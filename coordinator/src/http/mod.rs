@@ -104,7 +104,8 @@ async fn ready(State(shared): State<Shared>) -> Response {
     match shared.snapshots.latest().await {
         Ok(status) if status.state == JobState::Running => "ready\n".into_response(),
         Ok(status) if status.state == JobState::Gathering => {
-            gone(format!("{} of {} workers have joined", status.workers.len(), status.world_size))
+            let there = status.workers.iter().filter(|worker| !worker.left).count();
+            gone(format!("{there} of {} workers have joined", status.world_size))
         }
         Ok(status) if status.state == JobState::Regrouping => gone("the workers regroup"),
         Ok(status) => gone(status.cause.as_deref().unwrap_or("the job has ended")),
