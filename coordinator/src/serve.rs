@@ -354,7 +354,7 @@ impl Coordinator {
         let origin = Origin::new(&self.settings.config.job.name, &self.ports.address);
         let pages = http::Parts {
             job: self.job.clone(),
-            access: Access::new(self.settings.secret.clone(), self.settings.token.clone()),
+            access: Access::new(self.settings.secret.clone(), self.settings.token.clone(), self.ports.tls.is_some()),
             exposition: self.metrics.exposition.clone(),
             origin,
             directory: directory.clone(),
