@@ -54,6 +54,9 @@ struct Identity {
     task: Task,
     /// Of the dataset.
     fingerprint: String,
+    /// Of its content embeddings; empty where the model reads none, and in states of older versions.
+    #[serde(default)]
+    embeddings_fingerprint: String,
     /// Where the workers look for their coordinator.
     grpc_port: u16,
     http_port: u16,
@@ -263,10 +266,16 @@ impl Coordinator {
         let ports = Ports::bind(&config.cluster, certificates(&config.cluster, run_dir)?.as_ref()).await?;
         let mut state = StateFile::create(&run_dir.coordinator_state())?;
         let mut identity = Turn::default();
-        let fingerprint = source.facts.fingerprint.clone();
         let (grpc_port, http_port) = ports.ports;
-        let (restarts, most_workers) = (settings.restarts, settings.most_workers);
-        let known = Identity { task: task.clone(), fingerprint, grpc_port, http_port, restarts, most_workers };
+        let known = Identity {
+            task: task.clone(),
+            fingerprint: source.facts.fingerprint.clone(),
+            embeddings_fingerprint: source.facts.embeddings_fingerprint.clone(),
+            grpc_port,
+            http_port,
+            restarts: settings.restarts,
+            most_workers: settings.most_workers,
+        };
         identity.value(IDENTITY, &known)?;
         state.write(identity)?;
         let job = Job::new(job_settings(&settings, &source, history));
@@ -298,6 +307,11 @@ impl Coordinator {
         let source = open_source(&settings, false).await?;
         if source.facts.fingerprint != identity.fingerprint {
             return Err(TakeOverError::Dataset(settings.config.data.dataset.clone()).into());
+        }
+        let (before, now) = (identity.embeddings_fingerprint, &source.facts.embeddings_fingerprint);
+        if !before.is_empty() && before != *now {
+            let (dataset, now) = (settings.config.data.dataset.clone(), now.clone());
+            return Err(TakeOverError::Embeddings { dataset, before, now }.into());
         }
         let (job, earlier) = Job::take_over(job_settings(&settings, &source, History::default()), &state)?;
         mend(&run_dir, &state.lines::<Line>()?)?;

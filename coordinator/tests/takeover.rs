@@ -7,6 +7,7 @@ mod support;
 use std::collections::BTreeMap;
 
 use learn_coordinator::files::{read_json, read_lines};
+use learn_coordinator::state::{StateFile, Turn};
 use learn_coordinator::{Coordinator, Outcome, StopCause};
 use learn_domain::membership::Departure;
 use learn_domain::report::{Evaluation, JobState, JobStatus, Split, StepRecord, Summary};
@@ -16,7 +17,7 @@ use learn_proto::v1::{
     CommitCheckpointRequest, GetRequest, PutRequest, ReadyRequest, ReportEvaluationRequest, ReportStepRequest,
     StopRequest,
 };
-use support::{Control, Ground, Running, attend, heartbeat, join, join_request, leave, train};
+use support::{Control, Ground, Running, attend, heartbeat, join, join_request, leave, train, vector};
 use tonic::Code;
 
 fn report(worker: u32, step: u64, users: &[UserIndex]) -> ReportStepRequest {
@@ -216,6 +217,34 @@ async fn what_cannot_be_taken_over_is_refused_with_the_way_on() {
     std::fs::write(&state, "not a database").unwrap();
     assert!(refusal().await.contains("learn-launch resume"), "a foreign file");
     std::fs::write(&state, whole).unwrap();
+    Running::start(Coordinator::take_over(run_dir.root()).await.unwrap()).kill(&ground).await;
+}
+
+#[tokio::test]
+async fn other_content_embeddings_than_the_job_has_begun_with_are_not_served() {
+    let ground = Ground::new(1);
+    let run_dir = ground.run_dir();
+    let running = ground.start(train()).await;
+    enter(&mut running.control(), "a").await;
+    running.kill(&ground).await;
+    let reversed = |item: u32| vector(item).into_iter().rev().collect::<Vec<_>>();
+    ground.embed("another", reversed);
+    let refused = Coordinator::take_over(run_dir.root()).await.err().unwrap().to_string();
+    assert!(refused.contains("content embeddings") && refused.contains("learn-launch embed"), "{refused}");
+    assert!(refused.contains(&ground.dataset().facts().embeddings_fingerprint), "{refused}");
+    // the same values again, by whatever they were made
+    ground.embed("yet another", vector);
+    Running::start(Coordinator::take_over(run_dir.root()).await.unwrap()).kill(&ground).await;
+
+    // a coordinator of an older version has not written which they were
+    let mut state = StateFile::open(&run_dir.coordinator_state()).unwrap();
+    let mut identity: serde_json::Value = state.value("identity").unwrap().unwrap();
+    identity.as_object_mut().unwrap().remove("embeddings_fingerprint").unwrap();
+    let mut turn = Turn::default();
+    turn.value("identity", &identity).unwrap();
+    state.write(turn).unwrap();
+    drop(state);
+    ground.embed("another", reversed);
     Running::start(Coordinator::take_over(run_dir.root()).await.unwrap()).kill(&ground).await;
 }
 

@@ -44,6 +44,11 @@ pub enum TakeOverError {
     )]
     Dataset(PathBuf),
     #[error(
+        "{dataset} has the content embeddings {now}, the run has begun with {before}; bring those back (`learn-launch \
+         embed` with the encoder of then), or start a new run"
+    )]
+    Embeddings { dataset: PathBuf, before: String, now: String },
+    #[error(
         "the books of the run contradict themselves ({0}); `learn-launch resume` continues from the last checkpoint"
     )]
     Books(#[from] BooksError),
