@@ -300,6 +300,8 @@ impl JobOwner {
             let done = self.commits.remove(&step).unwrap_or_default();
             self.turn.entry(Entry::Ledger { step, ledger: Box::new(ledger), done });
         }
+        // whoever waits for one that is lost asks again, and is told
+        self.commits.retain(|step, _| self.job.awaits(*step));
     }
 
     fn heard_of_one(&mut self) {

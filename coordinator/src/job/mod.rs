@@ -8,6 +8,7 @@
 pub mod actor;
 mod attendance;
 mod books;
+mod commits;
 mod error;
 mod figures;
 mod history;
@@ -298,47 +299,6 @@ impl Job {
         self.last_step = Some(record.clone());
         self.unsaved.progress = true;
         Some(record)
-    }
-
-    /// Takes note that rank 0 has made the checkpoint of `step` durable; its ledger comes from
-    /// [`Job::complete_commits`].
-    ///
-    /// # Errors
-    /// If the message is stale, not from rank 0, or a later checkpoint was committed before.
-    pub fn commit(&mut self, worker: WorkerId, generation: Generation, step: Step) -> Result<(), JobError> {
-        self.rank_zero(worker, generation)?;
-        let plan = &self.settings.plan;
-        self.books.commit(step, |step| planned(plan, step))?;
-        self.commits.insert(step);
-        (self.unsaved.job, self.unsaved.books) = (true, true);
-        Ok(())
-    }
-
-    /// Ledgers of commits that are complete now, oldest first. When the job stops at once, nobody waits for reports any
-    /// more.
-    pub fn complete_commits(&mut self) -> Vec<(Step, Ledger)> {
-        let mut complete = Vec::new();
-        while let Some(&step) = self.commits.first() {
-            let plan = &self.settings.plan;
-            if self.no_more_reports() && step > self.books.complete() {
-                // it was finished, else there were no checkpoint of it; only the reports have not come
-                if let Err(error) = self.books.settle(step, |step| planned(plan, step)) {
-                    tracing::error!(%error, "the ledger of a checkpoint is lost");
-                    break;
-                }
-            }
-            // cannot be too old: the set is taken from its front
-            let Ok(Some(ledger)) = self.books.commit(step, |step| planned(plan, step)) else { break };
-            self.commits.pop_first();
-            self.last_checkpoint = Some(step);
-            (self.unsaved.job, self.unsaved.books) = (true, true);
-            complete.push((step, ledger));
-        }
-        complete
-    }
-
-    fn no_more_reports(&self) -> bool {
-        self.stops_at_once() || self.outcome.is_some()
     }
 
     /// Nobody finishes a step any more.

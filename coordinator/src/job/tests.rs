@@ -151,6 +151,45 @@ fn a_commit_waits_for_the_reports_of_its_step() {
 }
 
 #[test]
+fn commits_that_wait_for_one_report_are_completed_in_order() {
+    let mut job = running(2);
+    job.report(SECOND, report(0, 1, 0..2)).unwrap();
+    job.commit(WorkerId(0), Generation(1), Step(1)).unwrap();
+    assert!(job.complete_commits().is_empty());
+    // all of this comes in one turn
+    job.report(SECOND, report(1, 1, 2..4)).unwrap();
+    job.report(SECOND, report(0, 2, 4..6)).unwrap();
+    job.report(SECOND, report(1, 2, 6..8)).unwrap();
+    job.commit(WorkerId(0), Generation(1), Step(2)).unwrap();
+    let complete = job.complete_commits();
+    assert_eq!(complete.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [Step(1), Step(2)]);
+    assert_eq!(complete.iter().map(|(_, ledger)| ledger.summary().epochs[0].seen).collect::<Vec<_>>(), [4, 8]);
+    assert!(!job.awaits(Step(1)) && !job.awaits(Step(2)));
+}
+
+#[test]
+fn a_commit_whose_ledger_is_lost_holds_no_other_up() {
+    let mut job = running(1);
+    let far = job.commit(WorkerId(0), Generation(1), Step(9000));
+    assert!(matches!(far, Err(JobError::Books(BooksError::TooFarAhead { .. }))), "{far:?}");
+    for step in 1..=2 {
+        job.report(SECOND, report(0, step, 0..4)).unwrap();
+    }
+    job.commit(WorkerId(0), Generation(1), Step(1)).unwrap();
+    assert_eq!(job.complete_commits().len(), 1);
+    // such may be in what a coordinator before has left
+    job.commits.extend([Step(0), Step(9000)]);
+    job.commit(WorkerId(0), Generation(1), Step(2)).unwrap();
+    let complete = job.complete_commits();
+    assert_eq!(complete.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [Step(2)]);
+    assert!(job.commits.is_empty(), "what is lost is told of once: {:?}", job.commits);
+
+    job.leave(SECOND * 2, WorkerId(0), Departure::Failed("no memory".into())).unwrap();
+    job.commits.insert(Step(9000));
+    assert!(job.complete_commits().is_empty() && job.commits.is_empty(), "nor is it settled when the job ends");
+}
+
+#[test]
 fn a_lost_worker_does_not_hold_a_commit_up() {
     let mut job = running(2);
     job.report(SECOND, report(0, 1, 0..2)).unwrap();
