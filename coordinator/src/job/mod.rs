@@ -192,13 +192,15 @@ impl Job {
     pub fn heartbeat(&mut self, now: Duration, beat: Heartbeat) -> (Directive, Vec<Effect>) {
         let effects = self.take(now, Event::Heartbeat(beat.worker));
         let directive = self.membership.directive(beat.worker);
-        let rank = self.rank(beat.worker);
+        let (rank, present) = (self.rank(beat.worker), beat.generation == self.generation());
         if let Some(worker) = self.workers.get_mut(&beat.worker) {
             worker.seen = now;
             worker.step = beat.step;
             worker.phase = beat.phase;
-            worker.entered = beat.entered;
-            worker.inside = beat.inside;
+            // what was entered in another generation is nothing to the others of this one
+            if present {
+                (worker.entered, worker.inside) = (beat.entered, beat.inside);
+            }
             worker.since = beat.since;
             worker.rank = rank.or(worker.rank);
             worker.told = matches!(directive, Directive::Stop(_) | Directive::Dismissed | Directive::Unknown);
@@ -426,7 +428,7 @@ impl Job {
                     self.begun = false;
                     self.books.form(members.len() as u32);
                     for worker in self.workers.values_mut() {
-                        worker.rank = None;
+                        (worker.rank, worker.entered, worker.inside) = (None, 0, false);
                     }
                     for (rank, worker) in members.iter().enumerate() {
                         if let Some(worker) = self.workers.get_mut(worker) {

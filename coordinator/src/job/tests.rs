@@ -301,6 +301,32 @@ fn an_old_generation_changes_nothing() {
 }
 
 #[test]
+fn collectives_are_counted_anew_in_each_generation() {
+    let mut job = running(2);
+    let beat = |generation, entered| Heartbeat {
+        worker: WorkerId(1),
+        generation: Generation(generation),
+        step: Step(3),
+        entered,
+        inside: true,
+        ..Heartbeat::default()
+    };
+    let counted = |job: &Job| {
+        let worker = &job.workers[&WorkerId(1)];
+        (worker.seen, worker.step, worker.entered, worker.inside)
+    };
+    job.heartbeat(SECOND, beat(1, 900));
+    assert_eq!(counted(&job), (SECOND, Step(3), 900, true));
+    job.disconnected(SECOND, WorkerId(0));
+    regroup(&mut job, 1, 1..2);
+    assert_eq!(counted(&job), (SECOND, Step(3), 0, false));
+    job.heartbeat(SECOND * 2, beat(1, 901));
+    assert_eq!(counted(&job), (SECOND * 2, Step(3), 0, false), "it was said before, and is a sign of life only");
+    job.heartbeat(SECOND * 3, beat(2, 4));
+    assert_eq!(counted(&job), (SECOND * 3, Step(3), 4, true));
+}
+
+#[test]
 fn the_status_follows_the_membership() {
     let mut job = Job::new(settings(2));
     enter(&mut job, "a");
