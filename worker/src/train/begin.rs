@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::objective::{FullSoftmax, InBatch, Objective};
 use super::save::{signature, start_writer};
 use super::{Exchange, Stepper, Trainer};
-use crate::checkpoint::{self, Best, Snapshot, Writer};
+use crate::checkpoint::{self, Best, Snapshot, Superseding, Writer};
 use crate::error::WorkerError;
 use crate::init::{Origin, Weights};
 use crate::session::Turn;
@@ -35,6 +35,8 @@ struct Counters {
     init: Option<Origin>,
     saved: Option<Step>,
     non_finite: u32,
+    #[serde(default)]
+    superseding: Superseding,
 }
 
 /// Numbers by which a rank says what it holds.
@@ -52,7 +54,7 @@ impl Trainer<'_> {
         let follow_up = match agreement {
             Agreement::Start => {
                 match self.resume_from {
-                    Some(path) => self.restore(turn, path)?,
+                    Some(path) => self.restore(path)?,
                     None => self.initialize(turn)?,
                 }
                 // ranks would come to the same values by themselves, but for rounding on different processors
@@ -77,9 +79,7 @@ impl Trainer<'_> {
         if mine {
             turn.member.begin(self.finished, self.last.iter().cloned().collect())?;
             // all ranks have read theirs, and the coordinator agrees that the job goes on from it
-            if let Some(state) = self.superseding.take() {
-                checkpoint::supersede_later(&self.session.run_dir(), &state)?;
-            }
+            self.superseding.carry_out(&self.session.run_dir())?;
         }
         self.speaker.set(turn.member.clone());
         if mine && self.writer.is_none() {
@@ -98,6 +98,8 @@ impl Trainer<'_> {
         let missing = goes_on && self.best_is_missing(turn);
         let mut said = [i64::from(unwritten || follow_up), i64::from(missing)];
         turn.exchange.sum_i64(&mut said)?;
+        // the first rank has come here, too; before, it may be lost, and another be the first
+        self.superseding = Superseding::default();
         let [again, missing] = said;
         if missing > 0 {
             self.take_best_on_disk(turn)?;
@@ -162,6 +164,7 @@ impl Trainer<'_> {
             init: self.init.clone(),
             saved: self.saved,
             non_finite: self.non_finite,
+            superseding: self.superseding.clone(),
         };
         let failed = |error: serde_json::Error| WorkerError::Usage(format!("the counters of a rank: {error}"));
         let bytes = exchange.broadcast_bytes(source, serde_json::to_vec(&counters).map_err(failed)?)?;
@@ -185,6 +188,7 @@ impl Trainer<'_> {
         self.init = counters.init;
         self.saved = counters.saved;
         self.non_finite = counters.non_finite;
+        self.superseding = counters.superseding;
         Ok(())
     }
 
@@ -225,12 +229,12 @@ impl Trainer<'_> {
     }
 
     /// Takes over parameters, moments and counters of a checkpoint.
-    fn restore(&mut self, turn: &mut Turn, path: &Path) -> Result<(), WorkerError> {
+    fn restore(&mut self, path: &Path) -> Result<(), WorkerError> {
         let signature = signature(&self.stepper.parameters);
         let dataset = &self.session.admission.dataset;
         let expected = checkpoint::Expected { dataset, signature: Some(&signature) };
         let Snapshot { state, model, optimizer } = checkpoint::read(path, Some(&expected))?;
-        self.superseding = turn.is_first().then(|| state.clone());
+        self.superseding = Superseding::by(&state);
         self.stepper.parameters.assign(model)?;
         self.stepper.optimizer.load_state(&self.stepper.parameters, optimizer, state.optimizer_step)?;
         self.finished = state.step;
