@@ -34,7 +34,7 @@ use crate::files::{FileError, write_json};
 use crate::http::access::Access;
 use crate::job::actor::{Command, JobHandle, JobOwner, OwnerError, OwnerParts, STATES};
 use crate::job::{Asked, History, Job, JobSettings, Keeping, LedgerFile, TakeOverError};
-use crate::journal::{Journal, Line, mend};
+use crate::journal::{Journal, Kept, mend};
 use crate::operator::OperatorService;
 use crate::sd::Origin;
 use crate::state::{StateFile, Turn};
@@ -262,6 +262,8 @@ impl Coordinator {
         let source = open_source(&settings, settings.verify).await?;
         let Settings { run_dir, config, task, .. } = &settings;
         let history = History::load(run_dir, task, &source.facts.fingerprint)?;
+        // a machine that went down may have cut a last line
+        mend(run_dir, &[])?;
         let (entries, journal) = Journal::open(run_dir.clone(), source.facts.fingerprint.clone(), config)?;
         let ports = Ports::bind(&config.cluster, certificates(&config.cluster, run_dir)?.as_ref()).await?;
         let mut state = StateFile::create(&run_dir.coordinator_state())?;
@@ -314,7 +316,7 @@ impl Coordinator {
             return Err(TakeOverError::Embeddings { dataset, before, now }.into());
         }
         let (job, earlier) = Job::take_over(job_settings(&settings, &source, History::default()), &state)?;
-        mend(&run_dir, &state.lines::<Line>()?)?;
+        mend(&run_dir, &state.lines::<Kept>()?)?;
         if let Some((step, ledger)) = job.committed().filter(|(step, _)| !run_dir.ledger(*step).exists()) {
             LedgerFile::write(&run_dir, step, &identity.fingerprint, ledger.clone())?;
         }

@@ -386,6 +386,9 @@ impl JobOwner {
             }
             Command::Begin(beginning, reply) => {
                 let answer = self.job.begin(self.now(), beginning);
+                if let Some(step) = self.job.take_beyond() {
+                    self.turn.forget_beyond(step)?;
+                }
                 for record in answer.iter().flatten() {
                     self.enter_step(record)?;
                 }

@@ -27,7 +27,7 @@ use crate::sd::Present;
 pub use books::BooksError;
 use books::{Books, Entry};
 pub use error::JobError;
-pub use history::{History, LedgerFile, ResumeError, prune_ledgers};
+pub use history::{History, LedgerFile, ResumeError, forget_beyond, prune_ledgers};
 use learn_domain::ledger::Ledger;
 use learn_domain::membership::{
     Departure, Directive, Effect, Event, Membership, MembershipSettings, Outcome, Refusal, State,
@@ -70,6 +70,8 @@ pub struct Job {
     evaluations: Vec<Evaluation>,
     /// Those of earlier processes, in front.
     inherited: usize,
+    /// Lines of later steps are still in the run's files, of a past that is not gone on from.
+    beyond: Option<Step>,
     /// Checkpoints whose ledger is still incomplete.
     commits: BTreeSet<Step>,
     /// Users and seconds of all finished steps, and seconds of everything that earlier processes have done.
@@ -130,6 +132,7 @@ impl Job {
             last_checkpoint: (history.step > Step(0)).then_some(history.step),
             inherited: history.evaluations.len(),
             evaluations: history.evaluations,
+            beyond: history.beyond.then_some(history.step),
             commits: BTreeSet::new(),
             revision: 0,
             begun: false,

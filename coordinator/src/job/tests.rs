@@ -443,7 +443,7 @@ fn a_ledger_that_is_not_exact_is_noted_once() {
     let mut ledger = Ledger::new(8, 2);
     (0..2).for_each(|_| ledger.record(0, &(0..4).map(UserIndex).collect::<Vec<_>>()));
     let steps = vec![StepRecord { step: Step(2), users: 4, ..StepRecord::default() }];
-    let history = History { step: Step(2), ledger: Some(ledger), steps, evaluations: Vec::new() };
+    let history = History { step: Step(2), ledger: Some(ledger), steps, ..History::default() };
     assert_eq!(Job::new(JobSettings { history, ..settings(1) }).take_notices(), [], "the run has it in its events");
 }
 
@@ -454,11 +454,13 @@ fn a_resumed_job_goes_on_counting() {
     ledger.record(0, &(0..4).map(UserIndex).collect::<Vec<_>>());
     let steps = vec![StepRecord { step: Step(1), users: 4, seconds: 2.0, ..StepRecord::default() }];
     let evaluations = vec![evaluation(Split::Valid, 1, 0.2)];
-    settings.history = History { step: Step(1), ledger: Some(ledger), steps, evaluations };
+    settings.history = History { step: Step(1), ledger: Some(ledger), steps, evaluations, beyond: true };
     let mut job = Job::new(settings);
     assert_eq!(job.status(SECOND).last_checkpoint, Some(Step(1)));
     enter(&mut job, "a");
+    assert_eq!(job.take_beyond(), None, "it may yet come to nothing");
     job.begin(SECOND, beginning(0, 1, 1)).unwrap();
+    assert_eq!((job.take_beyond(), job.take_beyond()), (Some(Step(1)), None));
     job.report(SECOND, report(0, 1, 0..4)).unwrap();
     assert_eq!(job.status(SECOND).ledger.epochs[0].seen, 4, "a step of before is not counted again");
     job.report(SECOND, report(0, 2, 4..8)).unwrap();
