@@ -90,10 +90,13 @@ const range = () => Number(document.querySelector("input[name=range]:checked").v
 
 async function loadCurves(newest) {
   const from = range() > 0 ? Math.max(0, newest - range() + 1) : 0;
-  curves = await ask(`steps?from=${from}&points=${POINTS}`);
+  curves = await ask(`steps?from=${from}&to=${newest}&points=${POINTS}`);
 }
 
-/** Brings the curves up to `newest`; asks for what is new, unless it is much. */
+/**
+ * Brings the curves up to `newest`; asks for what is new, unless it is much. There may be later steps, of a past that the
+ * job does not go on from, until it begins.
+ */
 async function followCurves(newest) {
   const known = curves.last.length ? curves.last[curves.last.length - 1] : 0;
   if (newest === known) return;
@@ -101,7 +104,7 @@ async function followCurves(newest) {
   if (grown || !curves.last.length || range() > 0) {
     await loadCurves(newest);
   } else {
-    append(await ask(`steps?from=${known + 1}&points=${POINTS}`));
+    append(await ask(`steps?from=${known + 1}&to=${newest}&points=${POINTS}`));
   }
   drawCurves();
 }

@@ -369,6 +369,7 @@ impl Control for ControlService {
 
     async fn leave(&self, request: Request<LeaveRequest>) -> Result<Response<LeaveResponse>, Status> {
         self.timed("leave", async {
+            // whichever generation it was in last: who leaves has left the present one, too
             let LeaveRequest { worker_id, departure, .. } = request.into_inner();
             let departure = convert::departure_from(departure)?;
             self.job.ask(|reply| Command::Leave(WorkerId(worker_id), departure, reply)).await??;

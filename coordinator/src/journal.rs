@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::files::{FileError, JsonLines, mend_lines, write_json};
-use crate::job::{LedgerFile, prune_ledgers};
+use crate::job::{LedgerFile, forget_beyond, prune_ledgers};
 use crate::tensorboard::{TensorBoard, TensorBoardError};
 
 /// Entries that may wait for the disk before the job's owner waits too.
@@ -52,11 +52,24 @@ pub struct Line {
     pub text: String,
 }
 
+/// What is to be done to the files that grow line by line, as [`crate::state`] keeps it until it is done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Kept {
+    Line(Line),
+    /// Lines of later steps go.
+    Beyond {
+        beyond: Step,
+    },
+}
+
 /// Something to be kept.
 #[derive(Debug)]
 pub enum Entry {
     /// A line by its number.
     Line(u64, Line),
+    /// Lines of steps beyond this one go; the number is the next of the lines'.
+    Beyond(u64, Step),
     Status(Box<JobStatus>),
     Summary(Box<Summary>),
     /// Those who wait are told when it is durable.
@@ -80,15 +93,25 @@ pub struct Journal {
     config: Box<Config>,
 }
 
-/// Adds the lines to their files that a coordinator kept and, when it was killed, had not written yet.
+/// Does to the files what a coordinator kept and, when it was killed, had not done yet. A last line that was cut goes.
 ///
 /// # Errors
-/// If a file cannot be read or extended.
-pub fn mend(run_dir: &RunDir, kept: &[(u64, Line)]) -> Result<(), FileError> {
+/// If a file cannot be read, replaced or extended.
+pub fn mend(run_dir: &RunDir, kept: &[(u64, Kept)]) -> Result<(), FileError> {
+    let beyond = kept.iter().rev().find_map(|(_, kept)| match kept {
+        Kept::Beyond { beyond } => Some(*beyond),
+        Kept::Line(_) => None,
+    });
+    // if it was done before, it takes away only what was written since, which is kept
+    if let Some(step) = beyond {
+        forget_beyond(run_dir, step)?;
+    }
     for file in LineFile::ALL {
-        let lines: Vec<&str> =
-            kept.iter().filter(|(_, line)| line.file == file).map(|(_, line)| line.text.as_str()).collect();
-        mend_lines(&file.path(run_dir), &lines)?;
+        let lines = kept.iter().filter_map(|(_, kept)| match kept {
+            Kept::Line(line) if line.file == file => Some(line.text.as_str()),
+            Kept::Line(_) | Kept::Beyond { .. } => None,
+        });
+        mend_lines(&file.path(run_dir), &lines.collect::<Vec<_>>())?;
     }
     Ok(())
 }
@@ -118,12 +141,25 @@ impl Journal {
         self.written.clone()
     }
 
+    fn forget_beyond(&mut self, step: Step) -> Result<(), FileError> {
+        forget_beyond(&self.run_dir, step)?;
+        // others have taken the place of those that were open
+        for file in [LineFile::Steps, LineFile::Evaluations] {
+            self.lines[file as usize] = JsonLines::open(file.path(&self.run_dir))?;
+        }
+        Ok(())
+    }
+
+    fn tensorboard(&self) -> Option<TensorBoard> {
+        TensorBoard::open(&self.run_dir, &self.config).inspect_err(TensorBoardError::tell).ok()
+    }
+
     /// Writes until every sender is gone. Blocks: for a thread of its own.
     ///
     /// # Errors
     /// The first file that could not be written.
     pub fn write_all(mut self) -> Result<(), FileError> {
-        let mut tensorboard = TensorBoard::open(&self.run_dir, &self.config).inspect_err(TensorBoardError::tell).ok();
+        let mut tensorboard = self.tensorboard();
         while let Some(entry) = self.entries.blocking_recv() {
             match entry {
                 Entry::Line(number, line) => {
@@ -133,6 +169,11 @@ impl Journal {
                         error.tell();
                         tensorboard = None;
                     }
+                    self.written.store(number + 1, Ordering::Release);
+                }
+                Entry::Beyond(number, step) => {
+                    self.forget_beyond(step)?;
+                    tensorboard = self.tensorboard();
                     self.written.store(number + 1, Ordering::Release);
                 }
                 Entry::Status(status) => write_json(&self.run_dir.status(), &status)?,
@@ -150,5 +191,59 @@ impl Journal {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use learn_domain::report::StepRecord;
+
+    use super::*;
+    use crate::files::read_lines;
+
+    fn line(step: u64, loss: f64) -> Line {
+        let record = StepRecord { step: Step(step), loss, ..StepRecord::default() };
+        Line { file: LineFile::Steps, text: serde_json::to_string(&record).unwrap() }
+    }
+
+    #[test]
+    fn lines_beyond_a_step_go_before_those_that_come_after() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::new(folder.path());
+        let mut steps = JsonLines::open(run_dir.metrics()).unwrap();
+        (1..=4).for_each(|step| steps.append_line(&line(step, 0.5).text).unwrap());
+        let before = std::fs::read(run_dir.metrics()).unwrap();
+        let lines = || -> Vec<(u64, f64)> {
+            let steps: Vec<StepRecord> = read_lines(&run_dir.metrics()).unwrap();
+            steps.iter().map(|record| (record.step.0, record.loss)).collect()
+        };
+        let wanted = [(1, 0.5), (2, 0.5), (3, 0.25)];
+
+        let (entries, journal) = Journal::open(run_dir.clone(), "f".into(), &Config::default()).unwrap();
+        let written = journal.written();
+        entries.blocking_send(Entry::Beyond(7, Step(2))).unwrap();
+        entries.blocking_send(Entry::Line(8, line(3, 0.25))).unwrap();
+        drop(entries);
+        journal.write_all().unwrap();
+        assert_eq!((lines(), written.load(Ordering::Acquire)), (wanted.to_vec(), 9));
+
+        // a kill may come before any of it is done, or behind
+        let kept = [(7, Kept::Beyond { beyond: Step(2) }), (8, Kept::Line(line(3, 0.25)))];
+        for _again in 0..2 {
+            mend(&run_dir, &kept).unwrap();
+            assert_eq!(lines(), wanted);
+        }
+        std::fs::write(run_dir.metrics(), before).unwrap();
+        mend(&run_dir, &kept).unwrap();
+        assert_eq!(lines(), wanted);
+    }
+
+    #[test]
+    fn what_is_kept_is_read_back_and_lines_of_older_states_too() {
+        let line = line(1, 0.5);
+        let old: Kept = serde_json::from_str(&serde_json::to_string(&line).unwrap()).unwrap();
+        assert_eq!(old, Kept::Line(line));
+        let beyond = Kept::Beyond { beyond: Step(2) };
+        assert_eq!(serde_json::from_str::<Kept>(&serde_json::to_string(&beyond).unwrap()).unwrap(), beyond);
     }
 }

@@ -34,7 +34,7 @@ use crate::files::{FileError, read_json, write_json};
 use crate::http::access::Access;
 use crate::job::actor::{Command, JobHandle, JobOwner, OwnerError, OwnerParts, STATES};
 use crate::job::{Asked, History, Job, JobSettings, Keeping, LedgerFile, TakeOverError};
-use crate::journal::{Journal, Line, mend};
+use crate::journal::{Journal, Kept, mend};
 use crate::operator::OperatorService;
 use crate::sd::Origin;
 use crate::state::{StateFile, Turn};
@@ -56,6 +56,9 @@ struct Identity {
     task: Task,
     /// Of the dataset.
     fingerprint: String,
+    /// Of its content embeddings; empty where the model reads none, and in states of older versions.
+    #[serde(default)]
+    embeddings_fingerprint: String,
     /// Where the workers look for their coordinator.
     grpc_port: u16,
     http_port: u16,
@@ -284,14 +287,22 @@ impl Coordinator {
         let source = open_source(&settings, settings.verify).await?;
         let Settings { run_dir, config, task, .. } = &settings;
         let history = History::load(run_dir, task, &source.facts.fingerprint)?;
+        // a machine that went down may have cut a last line
+        mend(run_dir, &[])?;
         let (entries, journal) = Journal::open(run_dir.clone(), source.facts.fingerprint.clone(), config)?;
         let ports = Ports::bind(&config.cluster, certificates(&config.cluster, run_dir)?.as_ref()).await?;
         let mut state = StateFile::create(&run_dir.coordinator_state())?;
         let mut identity = Turn::default();
-        let fingerprint = source.facts.fingerprint.clone();
         let (grpc_port, http_port) = ports.ports;
-        let (restarts, most_workers) = (settings.restarts, settings.most_workers);
-        let known = Identity { task: task.clone(), fingerprint, grpc_port, http_port, restarts, most_workers };
+        let known = Identity {
+            task: task.clone(),
+            fingerprint: source.facts.fingerprint.clone(),
+            embeddings_fingerprint: source.facts.embeddings_fingerprint.clone(),
+            grpc_port,
+            http_port,
+            restarts: settings.restarts,
+            most_workers: settings.most_workers,
+        };
         identity.value(IDENTITY, &known)?;
         state.write(identity)?;
         let job = Job::new(job_settings(&settings, &source, history));
@@ -324,8 +335,13 @@ impl Coordinator {
         if source.facts.fingerprint != identity.fingerprint {
             return Err(TakeOverError::Dataset(settings.config.data.dataset.clone()).into());
         }
+        let (before, now) = (identity.embeddings_fingerprint, &source.facts.embeddings_fingerprint);
+        if !before.is_empty() && before != *now {
+            let (dataset, now) = (settings.config.data.dataset.clone(), now.clone());
+            return Err(TakeOverError::Embeddings { dataset, before, now }.into());
+        }
         let (job, earlier) = Job::take_over(job_settings(&settings, &source, History::default()), &state)?;
-        mend(&run_dir, &state.lines::<Line>()?)?;
+        mend(&run_dir, &state.lines::<Kept>()?)?;
         if let Some((step, ledger)) = job.committed().filter(|(step, _)| !run_dir.ledger(*step).exists()) {
             LedgerFile::write(&run_dir, step, &identity.fingerprint, ledger.clone())?;
         }
@@ -381,7 +397,7 @@ impl Coordinator {
         let origin = Origin::new(&self.settings.config.job.name, &self.ports.address);
         let pages = http::Parts {
             job: self.job.clone(),
-            access: Access::new(self.settings.secret.clone(), self.settings.token.clone()),
+            access: Access::new(self.settings.secret.clone(), self.settings.token.clone(), self.ports.tls.is_some()),
             exposition: self.metrics.exposition.clone(),
             origin,
             directory: directory.clone(),

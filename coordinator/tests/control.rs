@@ -326,20 +326,29 @@ async fn a_job_is_journaled_stopped_and_resumed_exactly() {
     let run_dir = ground.run_dir();
     let steps = |expected: usize| assert_eq!(read_lines::<StepRecord>(&run_dir.metrics()).unwrap().len(), expected);
     steps(3);
-    assert_eq!(read_lines::<Evaluation>(&run_dir.evaluations()).unwrap(), [evaluation]);
+    let evaluations = || read_lines::<Evaluation>(&run_dir.evaluations()).unwrap();
+    assert_eq!(evaluations(), [evaluation.clone()]);
     let status: JobStatus = read_json(&run_dir.status()).unwrap();
     assert_eq!((status.state, status.last_checkpoint), (JobState::Stopped, Some(Step(2))));
     assert!(status.operator_stop, "by a call, not by a signal");
 
     let again = ground.refusal(train()).await.to_string();
     assert!(again.contains("learn-launch resume"), "{again}");
-    let resume_from = Some(run_dir.checkpoint(Step(2)).to_string_lossy().into_owned());
-    let running = ground.start(Task::Train { resume_from }).await;
-    steps(2);
-    assert_eq!(read_lines::<Evaluation>(&run_dir.evaluations()).unwrap(), []);
+    // what is beyond the checkpoint goes when a generation begins, and not with a resume that comes to nothing
+    let resume = Task::Train { resume_from: Some(run_dir.checkpoint(Step(2)).to_string_lossy().into_owned()) };
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    ground.config.cluster.grpc_port = taken.local_addr().unwrap().port();
+    let refused = ground.refusal(resume.clone()).await.to_string();
+    assert!(refused.contains("cluster.grpc_port"), "{refused}");
+    ground.config.cluster.grpc_port = 0;
+    ground.start(resume.clone()).await.stop().await;
+    steps(3);
+    assert_eq!(evaluations(), [evaluation]);
+    let running = ground.start(resume).await;
     let mut control = running.control();
     two(&mut control, 2).await;
-    for number in 3..=(users.len() as u64).div_ceil(16) {
+    let all = (users.len() as u64).div_ceil(16);
+    for number in 3..=all {
         let (a, b) = step(number).split_at(2);
         control.report_step(report(0, number, a)).await.unwrap();
         control.report_step(report(1, number, b)).await.unwrap();
@@ -350,6 +359,9 @@ async fn a_job_is_journaled_stopped_and_resumed_exactly() {
         leave(&mut control, worker, Departure::Done).await;
     }
     assert_eq!(running.end().await, Outcome::Finished);
+    let lines: Vec<StepRecord> = read_lines(&run_dir.metrics()).unwrap();
+    assert_eq!(lines.iter().map(|line| line.step.0).collect::<Vec<_>>(), (1..=all).collect::<Vec<_>>());
+    assert_eq!(evaluations(), []);
 }
 
 #[tokio::test]
@@ -370,6 +382,25 @@ async fn http_shows_the_job() {
     leave(&mut running.control(), WorkerId(0), Departure::Failed("no memory".into())).await;
     let outcome = running.end().await;
     assert!(matches!(&outcome, Outcome::Stopped(cause) if cause.to_string().contains("no memory")));
+}
+
+#[tokio::test]
+async fn a_worker_that_has_left_is_not_one_that_has_joined() {
+    let ground = Ground::new(2);
+    let running = ground.start(train()).await;
+    let mut control = running.control();
+    let left = enter(&mut control, "a").await;
+    leave(&mut control, left, Departure::Crashed("killed".into())).await;
+    for (joined, name) in ["b", "c"].into_iter().enumerate() {
+        let (code, body) = running.http("GET /readyz", "").await;
+        assert!(code == 503 && body.contains(&format!("{joined} of 2 workers")), "{body}");
+        enter(&mut control, name).await;
+    }
+    assert_eq!(running.http("GET /readyz", "").await.0, 200);
+    for worker in [WorkerId(1), WorkerId(2)] {
+        leave(&mut control, worker, Departure::Done).await;
+    }
+    assert_eq!(running.end().await, Outcome::Finished);
 }
 
 #[tokio::test]

@@ -7,16 +7,17 @@ mod support;
 use std::collections::BTreeMap;
 
 use learn_coordinator::files::{read_json, read_lines};
+use learn_coordinator::state::{StateFile, Turn};
 use learn_coordinator::{Coordinator, Outcome, StopCause};
 use learn_domain::membership::Departure;
-use learn_domain::report::{Evaluation, JobState, JobStatus, Split, StepRecord, Summary};
+use learn_domain::report::{Evaluation, JobState, JobStatus, Split, StepRecord, Summary, Task};
 use learn_domain::{Generation, Rank, Step, UserIndex, WorkerId};
 use learn_proto::convert::{Order, evaluation_json};
 use learn_proto::v1::{
     CommitCheckpointRequest, GetRequest, PutRequest, ReadyRequest, ReportEvaluationRequest, ReportStepRequest,
     StopRequest,
 };
-use support::{Control, Ground, Running, attend, heartbeat, join, join_request, leave, train};
+use support::{Control, Ground, Running, attend, beginning, heartbeat, join, join_request, leave, train, vector};
 use tonic::Code;
 
 fn report(worker: u32, step: u64, users: &[UserIndex]) -> ReportStepRequest {
@@ -150,6 +151,49 @@ async fn lines_that_were_kept_and_not_written_are_written() {
 }
 
 #[tokio::test]
+async fn lines_beyond_the_step_of_a_resume_go_once_whichever_coordinator_sees_it_begin() {
+    let ground = Ground::new(1);
+    let run_dir = ground.run_dir();
+    let steps = || -> Vec<u64> {
+        let lines: Vec<StepRecord> = read_lines(&run_dir.metrics()).unwrap();
+        lines.iter().map(|line| line.step.0).collect()
+    };
+    let running = ground.start(train()).await;
+    let mut control = running.control();
+    enter(&mut control, "a").await;
+    for number in 1..=3 {
+        control.report_step(report(0, number, &[UserIndex(number as u32)])).await.unwrap();
+    }
+    control.report_evaluation(evaluation(3)).await.unwrap();
+    let checkpoint = run_dir.checkpoint(Step(2));
+    std::fs::create_dir_all(&checkpoint).unwrap();
+    let commit = CommitCheckpointRequest { worker_id: 0, generation: 1, step: 2, path: String::new() };
+    control.commit_checkpoint(commit).await.unwrap();
+    running.kill(&ground).await;
+    let before = std::fs::read(run_dir.metrics()).unwrap();
+
+    let resume_from = Some(checkpoint.to_string_lossy().into_owned());
+    let running = ground.start(Task::Train { resume_from }).await;
+    enter(&mut running.control(), "a").await;
+    running.kill(&ground).await;
+    assert_eq!(steps(), [1, 2, 3], "nobody has gone on from step 2 yet");
+    let running = Running::start(Coordinator::take_over(run_dir.root()).await.unwrap());
+    running.control().begin_generation(beginning(WorkerId(0), 1, 2)).await.unwrap();
+    running.kill(&ground).await;
+    assert_eq!(steps(), [1, 2]);
+    assert_eq!(read_lines::<Evaluation>(&run_dir.evaluations()).unwrap(), []);
+    // a kill between the state and the files
+    std::fs::write(run_dir.metrics(), before).unwrap();
+    let running = Running::start(Coordinator::take_over(run_dir.root()).await.unwrap());
+    assert_eq!(steps(), [1, 2]);
+    running.control().report_step(report(0, 3, &[UserIndex(3)])).await.unwrap();
+    running.kill(&ground).await;
+    let running = Running::start(Coordinator::take_over(run_dir.root()).await.unwrap());
+    assert_eq!(steps(), [1, 2, 3]);
+    running.kill(&ground).await;
+}
+
+#[tokio::test]
 async fn the_last_leave_is_answered_by_the_coordinator_that_takes_over() {
     let ground = Ground::new(1);
     let running = ground.start(train()).await;
@@ -216,6 +260,34 @@ async fn what_cannot_be_taken_over_is_refused_with_the_way_on() {
     std::fs::write(&state, "not a database").unwrap();
     assert!(refusal().await.contains("learn-launch resume"), "a foreign file");
     std::fs::write(&state, whole).unwrap();
+    Running::start(Coordinator::take_over(run_dir.root()).await.unwrap()).kill(&ground).await;
+}
+
+#[tokio::test]
+async fn other_content_embeddings_than_the_job_has_begun_with_are_not_served() {
+    let ground = Ground::new(1);
+    let run_dir = ground.run_dir();
+    let running = ground.start(train()).await;
+    enter(&mut running.control(), "a").await;
+    running.kill(&ground).await;
+    let reversed = |item: u32| vector(item).into_iter().rev().collect::<Vec<_>>();
+    ground.embed("another", reversed);
+    let refused = Coordinator::take_over(run_dir.root()).await.err().unwrap().to_string();
+    assert!(refused.contains("content embeddings") && refused.contains("learn-launch embed"), "{refused}");
+    assert!(refused.contains(&ground.dataset().facts().embeddings_fingerprint), "{refused}");
+    // the same values again, by whatever they were made
+    ground.embed("yet another", vector);
+    Running::start(Coordinator::take_over(run_dir.root()).await.unwrap()).kill(&ground).await;
+
+    // a coordinator of an older version has not written which they were
+    let mut state = StateFile::open(&run_dir.coordinator_state()).unwrap();
+    let mut identity: serde_json::Value = state.value("identity").unwrap().unwrap();
+    identity.as_object_mut().unwrap().remove("embeddings_fingerprint").unwrap();
+    let mut turn = Turn::default();
+    turn.value("identity", &identity).unwrap();
+    state.write(turn).unwrap();
+    drop(state);
+    ground.embed("another", reversed);
     Running::start(Coordinator::take_over(run_dir.root()).await.unwrap()).kill(&ground).await;
 }
 

@@ -73,6 +73,18 @@ fn shown(site: &Site, run: &str, path: &str) -> String {
     get(&url, &format!("Authorization: Bearer {}\r\n", token.trim()))
 }
 
+/// The answer to `POST /api/v1/…` of the HTTP port at `url`, to somebody with the secret.
+fn post(url: &str, (what, body): (&str, &str), secret: &str) -> String {
+    let host = url.strip_prefix("http://").expect("a URL");
+    let mut stream = TcpStream::connect(host).expect("it listens");
+    write!(stream, "POST /api/v1/{what} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n").expect("it reads");
+    write!(stream, "Content-Type: application/json\r\nContent-Length: {}\r\n", body.len()).expect("it reads");
+    write!(stream, "Authorization: Bearer {secret}\r\n\r\n{body}").expect("it reads");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("it answers in UTF-8");
+    answer
+}
+
 fn secret(site: &Site, run: &str) -> String {
     fs::read_to_string(site.run_dir(run).join("secret")).expect("the run has a secret").trim().to_owned()
 }
@@ -250,6 +262,10 @@ fn a_job_with_certificates_is_stopped_and_scaled_without_its_secret_in_plain_tex
     let child = site.start(&site.train(&[&overrides[..], &ENDLESS].concat()));
     follow(&site, "heard", 10);
     let mut found = address(&site, "heard");
+    for asked in [("stop", ""), ("scale", r#"{"workers": 1}"#)] {
+        let answer = post(found["http"].as_str().expect("a URL"), asked, &secret(&site, "heard"));
+        assert!(answer.starts_with("HTTP/1.1 403") && answer.contains("learn-launch stop RUN"), "{asked:?}: {answer}");
+    }
     let before = |key: &str| Ear::before(found[key].as_str().expect("a URL"));
     let (calls, requests) = (before("grpc"), before("http"));
     found["grpc"] = format!("https://{}", calls.address).into();

@@ -264,7 +264,7 @@ fn a_job_that_cannot_go_on_without_a_machine_goes_back_into_the_queue() {
     follow(&site, "needy", 100);
     cluster.kill_machine("node2");
     follow_file(&events(&site, "needy"), "\"restarted\"", 1);
-    // the steps that this start goes on from are there from its beginning, before its workers: theirs come behind
+    // lines of steps that are trained again may be there until the workers of this start begin: theirs come behind
     let from = site.steps("needy").len();
     follow(&site, "needy", from + 1);
     assert_eq!(hosts(&cluster.status(&site, "runs/needy")), ["node1", "node1", "node3", "node3"]);

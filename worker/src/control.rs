@@ -159,14 +159,15 @@ impl Progress {
 
     /// A generation begins.
     pub fn begin(&self, generation: Generation) {
-        self.generation.store(generation.0, Ordering::Relaxed);
         self.entered.store(0, Ordering::Relaxed);
         self.inside.store(false, Ordering::Relaxed);
+        // last, so that whoever sees it first and then the counters sees those of no generation before
+        self.generation.store(generation.0, Ordering::Release);
     }
 
     #[must_use]
     pub fn generation(&self) -> Generation {
-        Generation(self.generation.load(Ordering::Relaxed))
+        Generation(self.generation.load(Ordering::Acquire))
     }
 
     pub fn finished(&self, step: Step) {

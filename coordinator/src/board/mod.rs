@@ -3,7 +3,7 @@
 //! Input: `metrics.jsonl`, `evaluations.jsonl` and `events.jsonl`, as [`crate::journal`] writes them and as earlier processes
 //! have left them. Output: parts of them at once, without asking the job's owner. Invariants: files are read on a thread
 //! that may block, a part at a time; the lock is held for as long as a part is taken in or looked at; a line that makes
-//! no sense is left out.
+//! no sense is left out; a file that another has taken the place of (a resume drops lines) is read anew.
 
 mod tail;
 
@@ -139,6 +139,10 @@ impl Follower {
             }
             kept.events.push_back(NumberedEvent { number, text, event: without_users(event) });
         })?;
+        if self.evaluations.is_replaced()? {
+            let mut kept = board.lock();
+            (kept.evaluations, kept.evaluated) = (VecDeque::new(), 0);
+        }
         follow(&mut self.evaluations, |evaluation: Evaluation| {
             let mut kept = board.lock();
             kept.evaluated += 1;
@@ -147,6 +151,9 @@ impl Follower {
             }
             kept.evaluations.push_back(evaluation);
         })?;
+        if self.steps.is_replaced()? {
+            board.lock().curves = Curves::default();
+        }
         follow(&mut self.steps, |record: StepRecord| board.lock().curves.add(&record))
     }
 
@@ -196,11 +203,15 @@ fn follow<T: DeserializeOwned>(tail: &mut Tail, mut take: impl FnMut(T)) -> io::
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use learn_domain::config::NonFinite;
+    use learn_domain::report::Split;
     use learn_domain::{Generation, UserIndex};
 
     use super::*;
     use crate::files::JsonLines;
+    use crate::job::forget_beyond;
 
     #[test]
     fn files_are_followed_and_numbered() {
@@ -242,6 +253,39 @@ mod tests {
         let last = serde_json::to_value(&board.events(5, u64::MAX, 1)[0]).unwrap();
         assert_eq!((&last["event"], &last["users"]), (&"non_finite".into(), &serde_json::json!([])));
         assert!(last["text"].as_str().unwrap().contains("step 4"), "{last}");
+    }
+
+    #[test]
+    fn what_a_resume_has_dropped_is_forgotten() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::new(folder.path());
+        let mut follower = Follower::new(&run_dir);
+        let record = |step, loss| StepRecord { step: Step(step), loss, ..StepRecord::default() };
+        let mut steps = JsonLines::open(run_dir.metrics()).unwrap();
+        (1..=3).for_each(|step| steps.append(&record(step, 0.5)).unwrap());
+        let mut evaluations = JsonLines::open(run_dir.evaluations()).unwrap();
+        for step in [2, 3] {
+            let evaluation = Evaluation {
+                split: Split::Valid,
+                step: Step(step),
+                epoch: 0,
+                users: 4,
+                metrics: BTreeMap::new(),
+                seconds: 0.5,
+                segments: Vec::new(),
+                comparisons: Vec::new(),
+            };
+            evaluations.append(&evaluation).unwrap();
+        }
+        follower.catch_up().unwrap();
+        let board = follower.board();
+        assert_eq!(board.counts(), Counts { steps: 3, evaluations: 2, events: 0 });
+        forget_beyond(&run_dir, Step(2)).unwrap();
+        JsonLines::open(run_dir.metrics()).unwrap().append(&record(3, 0.25)).unwrap();
+        follower.catch_up().unwrap();
+        assert_eq!(board.counts(), Counts { steps: 3, evaluations: 1, events: 0 });
+        assert_eq!(board.evaluations()[0].step, Step(2));
+        assert_eq!(board.curves(Step(3), Step(3), 1)[0].extents[0].mean(), Some(0.25));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The lines of a file that grows.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
 /// Bytes that are read in one go.
@@ -22,6 +23,26 @@ pub struct Tail {
 impl Tail {
     pub fn new(path: PathBuf) -> Self {
         Self { path, file: None, rest: Vec::new(), buffer: Vec::new() }
+    }
+
+    /// Whether another file has taken the place of the one that was read so far; it is read from its start then.
+    ///
+    /// # Errors
+    /// If it cannot be looked at.
+    pub fn is_replaced(&mut self) -> io::Result<bool> {
+        let Some(file) = &self.file else { return Ok(false) };
+        let there = match fs::metadata(&self.path) {
+            Ok(there) => there,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        let read = file.metadata()?;
+        let replaced = (read.dev(), read.ino()) != (there.dev(), there.ino());
+        if replaced {
+            self.file = None;
+            self.rest.clear();
+        }
+        Ok(replaced)
     }
 
     /// Gives the whole lines of the next part of the file to `take`; `false` at its end, and as long as there is no file.
@@ -62,7 +83,6 @@ impl Tail {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
     use std::io::Write as _;
 
     use super::*;
@@ -90,5 +110,21 @@ mod tests {
         let long = "x".repeat(CHUNK + 7);
         file.write_all(format!("{long}\nend\n").as_bytes()).unwrap();
         assert_eq!(lines(&mut tail), [long.as_str(), "end"]);
+    }
+
+    #[test]
+    fn a_file_that_takes_the_place_of_another_is_read_from_its_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, aside) = (folder.path().join("x.jsonl"), folder.path().join("aside"));
+        let mut tail = Tail::new(path.clone());
+        fs::write(&path, "one\ntwo\nth").unwrap();
+        assert!(!tail.is_replaced().unwrap(), "nothing was read yet");
+        assert_eq!(lines(&mut tail), ["one", "two"]);
+        assert!(!tail.is_replaced().unwrap());
+        fs::write(&aside, "one\n").unwrap();
+        fs::rename(&aside, &path).unwrap();
+        assert_eq!(lines(&mut tail), [""; 0]);
+        assert!(tail.is_replaced().unwrap() && !tail.is_replaced().unwrap());
+        assert_eq!(lines(&mut tail), ["one"]);
     }
 }

@@ -100,7 +100,7 @@ impl EmbeddingCoordinator {
         let service = EmbeddingService { job: job.clone(), config: Arc::new(self.config) };
         let shared = Shared {
             job: job.clone(),
-            access: Access::new(self.secret.clone(), self.token),
+            access: Access::new(self.secret.clone(), self.token, self.ports.tls.is_some()),
             stop: Arc::default(),
             metrics: EmbeddingMetrics::new(),
         };

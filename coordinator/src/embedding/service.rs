@@ -6,6 +6,7 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::from_fn_with_state;
+use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use learn_domain::report::EmbeddingStatus;
@@ -82,7 +83,7 @@ impl Shared {
 }
 
 /// `/metrics`, open to whoever reaches the port, `GET /api/v1/embedding`, which needs the job's token, and `POST
-/// /api/v1/stop`, which needs its secret, as for a training.
+/// /api/v1/stop`, which needs its secret and is there without `cluster.tls` alone, as for a training.
 pub fn router(shared: Shared) -> Router {
     let metrics = learn_telemetry::router(shared.metrics.exposition.clone());
     let status = |State(shared): State<Shared>| async move { Json(shared.job.status()) };
@@ -93,13 +94,13 @@ pub fn router(shared: Shared) -> Router {
     routes.with_state(shared).merge(metrics)
 }
 
-async fn stop(State(shared): State<Shared>, headers: HeaderMap) -> (StatusCode, String) {
+async fn stop(State(shared): State<Shared>, headers: HeaderMap) -> axum::response::Response {
     match shared.access.operates(&headers) {
-        Err(error) => (StatusCode::UNAUTHORIZED, format!("{error}\n")),
+        Err(refusal) => refusal.into_response(),
         Ok(()) => {
             tracing::info!("the job is asked to stop");
             shared.stop.notify_one();
-            (StatusCode::ACCEPTED, "stopping\n".into())
+            (StatusCode::ACCEPTED, "stopping\n").into_response()
         }
     }
 }

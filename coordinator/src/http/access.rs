@@ -3,7 +3,8 @@
 //! Input: a request's head. Output: a verdict, and a cookie for a browser that has shown the token once. Invariants:
 //! comparisons take the same time wherever two values of one length differ; a cookie opens nothing that changes the job;
 //! the secret opens in a header alone, since addresses are kept in histories and cookies go to every port of a host;
-//! neither token nor secret is in an answer, a log or an error, besides the token in the cookie itself.
+//! where the job's calls are encrypted, nothing is changed over HTTP, which is not; neither token nor secret is in an
+//! answer, a log or an error, besides the token in the cookie itself.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
@@ -31,6 +32,30 @@ pub struct Access {
     token: Option<Secret>,
     /// Of the cookie: another for each run, because a browser sends cookies to all ports of a host.
     cookie: String,
+    /// The job's calls are encrypted (`cluster.tls`).
+    encrypted: bool,
+}
+
+/// Why a request may not change the job.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    #[error(transparent)]
+    Secret(#[from] AuthError),
+    #[error(
+        "nothing is stopped or scaled over HTTP, which is not encrypted, in a job whose calls are (cluster.tls): use \
+         `learn-launch stop RUN` or `learn-launch scale RUN --workers N`"
+    )]
+    InPlainText,
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let status = match self {
+            Self::Secret(_) => StatusCode::UNAUTHORIZED,
+            Self::InPlainText => StatusCode::FORBIDDEN,
+        };
+        (status, format!("{self}\n")).into_response()
+    }
 }
 
 /// The part of a query, or of a form, that this is about.
@@ -40,19 +65,23 @@ struct Shown {
 }
 
 impl Access {
+    /// `encrypted`: the job's calls are.
     #[must_use]
-    pub fn new(secret: Secret, token: Option<Secret>) -> Self {
+    pub fn new(secret: Secret, token: Option<Secret>, encrypted: bool) -> Self {
         let mut hasher = DefaultHasher::new();
         token.as_ref().unwrap_or(&secret).as_bytes().hash(&mut hasher);
-        Self { secret, token, cookie: format!("learn-{:016x}", hasher.finish()) }
+        Self { secret, token, cookie: format!("learn-{:016x}", hasher.finish()), encrypted }
     }
 
-    /// Stopping and scaling: the job's secret alone.
+    /// Stopping and scaling: the job's secret alone, and only where all of the job is in plain text.
     ///
     /// # Errors
-    /// It is missing or wrong.
-    pub fn operates(&self, headers: &HeaderMap) -> Result<(), AuthError> {
-        self.secret.verify(headers.get(AUTHORIZATION).map(|value| value.as_bytes()))
+    /// It is missing or wrong, or the job's calls are encrypted.
+    pub fn operates(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+        if self.encrypted {
+            return Err(Refusal::InPlainText);
+        }
+        Ok(self.secret.verify(headers.get(AUTHORIZATION).map(|value| value.as_bytes()))?)
     }
 
     fn is_token(&self, given: &[u8]) -> bool {
@@ -133,7 +162,7 @@ mod tests {
     use super::*;
 
     fn access() -> Access {
-        Access::new(Secret::new("s3cret").unwrap(), Some(Secret::new("t0ken").unwrap()))
+        Access::new(Secret::new("s3cret").unwrap(), Some(Secret::new("t0ken").unwrap()), false)
     }
 
     fn headers(pairs: &[(axum::http::HeaderName, &str)]) -> HeaderMap {
@@ -155,8 +184,22 @@ mod tests {
             assert_eq!((access.reads(&headers), access.operates(&headers).is_ok()), (reads, operates), "{given}");
         }
         assert!(!access.reads(&HeaderMap::new()));
-        let without = Access::new(Secret::new("s3cret").unwrap(), None);
+        let without = Access::new(Secret::new("s3cret").unwrap(), None, false);
         assert!(!without.reads(&headers(&[(AUTHORIZATION, "Bearer t0ken")])));
+    }
+
+    #[test]
+    fn nothing_operates_in_plain_text_where_the_calls_are_encrypted() {
+        let access = Access::new(Secret::new("s3cret").unwrap(), Some(Secret::new("t0ken").unwrap()), true);
+        for given in ["Bearer s3cret", "Bearer t0ken", ""] {
+            let refused = access.operates(&headers(&[(AUTHORIZATION, given)])).unwrap_err();
+            let text = refused.to_string();
+            assert!(text.contains("learn-launch stop") && text.contains("learn-launch scale"), "{text}");
+            assert_eq!(refused.into_response().status(), StatusCode::FORBIDDEN, "{given}");
+        }
+        let wrong = Refusal::from(AuthError::Wrong).into_response();
+        assert_eq!(wrong.status(), StatusCode::UNAUTHORIZED);
+        assert!(access.reads(&headers(&[(AUTHORIZATION, "Bearer t0ken")])), "the page and the API stay open");
     }
 
     #[test]
@@ -168,7 +211,7 @@ mod tests {
         assert!(access.reads(&headers(&[(COOKIE, &format!("other=1; {pair}"))])));
         assert!(access.operates(&headers(&[(COOKIE, pair)])).is_err());
         assert!(!access.reads(&headers(&[(COOKIE, &format!("{}=s3cret", access.cookie))])), "a secret is no cookie");
-        let other = Access::new(Secret::new("s3cret").unwrap(), Some(Secret::new("another").unwrap()));
+        let other = Access::new(Secret::new("s3cret").unwrap(), Some(Secret::new("another").unwrap()), false);
         assert_ne!(other.cookie, access.cookie);
         assert!(!other.reads(&headers(&[(COOKIE, pair)])));
         for wrong in

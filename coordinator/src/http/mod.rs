@@ -1,4 +1,5 @@
-//! The coordinator over plain HTTP: metrics, health, the status page, the job as JSON, and stop and scale for scripts on this host.
+//! The coordinator over plain HTTP: metrics, health, the status page, the job as JSON, and stop and scale for scripts on this host
+//! where nothing of the job is encrypted.
 //!
 //! Input: requests. Output: what the job's owner and the run's files say. Invariants: metrics and health are open to whoever
 //! reaches the port, page and API need the run's token ([`access`]), stopping and scaling the job's secret; what the page
@@ -104,7 +105,8 @@ async fn ready(State(shared): State<Shared>) -> Response {
     match shared.snapshots.latest().await {
         Ok(status) if status.state == JobState::Running => "ready\n".into_response(),
         Ok(status) if status.state == JobState::Gathering => {
-            gone(format!("{} of {} workers have joined", status.workers.len(), status.world_size))
+            let there = status.workers.iter().filter(|worker| !worker.left).count();
+            gone(format!("{there} of {} workers have joined", status.world_size))
         }
         Ok(status) if status.state == JobState::Regrouping => gone("the workers regroup"),
         Ok(status) => gone(status.cause.as_deref().unwrap_or("the job has ended")),
@@ -142,8 +144,7 @@ async fn scale(State(shared): State<Shared>, headers: HeaderMap, Json(wanted): J
     }
 }
 
-/// The answer to those who do not know the job's secret.
+/// The answer to those who may not change the job.
 fn refused(shared: &Shared, headers: &HeaderMap) -> Option<Response> {
-    let error = shared.access.operates(headers).err()?;
-    Some((StatusCode::UNAUTHORIZED, format!("{error}\n")).into_response())
+    Some(shared.access.operates(headers).err()?.into_response())
 }

@@ -300,6 +300,8 @@ impl JobOwner {
             let done = self.commits.remove(&step).unwrap_or_default();
             self.turn.entry(Entry::Ledger { step, ledger: Box::new(ledger), done });
         }
+        // whoever waits for one that is lost asks again, and is told
+        self.commits.retain(|step, _| self.job.awaits(*step));
     }
 
     fn heard_of_one(&mut self) {
@@ -384,6 +386,9 @@ impl JobOwner {
             }
             Command::Begin(beginning, reply) => {
                 let answer = self.job.begin(self.now(), beginning);
+                if let Some(step) = self.job.take_beyond() {
+                    self.turn.forget_beyond(step)?;
+                }
                 for record in answer.iter().flatten() {
                     self.enter_step(record)?;
                 }

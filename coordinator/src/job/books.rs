@@ -287,14 +287,27 @@ impl Books {
         }
     }
 
-    /// The ledger as it was after `step`; `None` while a rank's report is missing.
+    /// The ledger after `step` is there, or may come.
     ///
     /// # Errors
-    /// If a later one was already asked for.
-    pub fn commit(&mut self, step: Step, planned: impl Planned) -> Result<Option<Ledger>, BooksError> {
+    /// If that of a later one was already asked for, or the step is further on than anybody can be.
+    pub fn may_commit(&self, step: Step) -> Result<(), BooksError> {
+        let complete = self.complete();
         if step < self.committed_step {
             return Err(BooksError::OldCheckpoint { step, committed: self.committed_step });
         }
+        if step.0.saturating_sub(complete.0) > MAX_OPEN_STEPS {
+            return Err(BooksError::TooFarAhead { step, complete });
+        }
+        Ok(())
+    }
+
+    /// The ledger as it was after `step`; `None` while a rank's report is missing.
+    ///
+    /// # Errors
+    /// As [`Books::may_commit`].
+    pub fn commit(&mut self, step: Step, planned: impl Planned) -> Result<Option<Ledger>, BooksError> {
+        self.may_commit(step)?;
         if step > self.complete() {
             return Ok(None);
         }
@@ -494,5 +507,6 @@ mod tests {
         assert!(matches!(books.report(entry(1, 1, 1, &[]), plan), Err(BooksError::Epoch { .. })));
         assert!(matches!(books.report(entry(1, 9000, 1, &[]), plan), Err(BooksError::TooFarAhead { .. })));
         assert!(matches!(books.settle(Step(u64::MAX), plan), Err(BooksError::TooFarAhead { .. })));
+        assert!(matches!(books.commit(Step(9000), plan), Err(BooksError::TooFarAhead { .. })));
     }
 }

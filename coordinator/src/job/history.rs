@@ -1,7 +1,8 @@
 //! What earlier processes of this run have left: finished steps, evaluations and the ledger.
 //!
-//! Input: the run directory and the task. Output: a [`History`]. Invariant: after a resume from step `s` the files hold
-//! nothing beyond `s`, so that no step is there twice.
+//! Input: the run directory and the task. Output: a [`History`]. Invariants: reading it changes nothing, because the job may
+//! yet come to nothing; once a generation has begun after a resume from step `s`, the files hold nothing of the past beyond
+//! `s`, so that no step is there twice.
 
 use std::path::{Path, PathBuf};
 
@@ -11,6 +12,7 @@ use learn_domain::report::{Evaluation, StepRecord, Task};
 use learn_domain::run_dir::{RunDir, checkpoint_step};
 use serde::{Deserialize, Serialize};
 
+use super::Job;
 use crate::files::{FileError, read_json, read_lines, retain_lines, write_json};
 
 /// Version of [`LedgerFile`].
@@ -35,6 +37,8 @@ pub struct History {
     pub ledger: Option<Ledger>,
     pub steps: Vec<StepRecord>,
     pub evaluations: Vec<Evaluation>,
+    /// The files hold lines of later steps, too.
+    pub beyond: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -115,9 +119,34 @@ impl History {
             return Err(ResumeError::NoCheckpoint(checkpoint.to_owned()));
         }
         let ledger = Some(LedgerFile::read(run_dir, step, fingerprint)?);
-        let steps = retain_lines(&run_dir.metrics(), |record: &StepRecord| record.step <= step)?;
-        let evaluations = retain_lines(&run_dir.evaluations(), |evaluation: &Evaluation| evaluation.step <= step)?;
-        Ok(Self { step, ledger, steps, evaluations })
+        let mut steps: Vec<StepRecord> = read_lines(&run_dir.metrics())?;
+        let mut evaluations: Vec<Evaluation> = read_lines(&run_dir.evaluations())?;
+        let all = steps.len() + evaluations.len();
+        steps.retain(|record| record.step <= step);
+        evaluations.retain(|evaluation| evaluation.step <= step);
+        let beyond = steps.len() + evaluations.len() < all;
+        Ok(Self { step, ledger, steps, evaluations, beyond })
+    }
+}
+
+/// Removes the lines of steps beyond `step`; a second time changes nothing, as long as there are no new ones.
+///
+/// # Errors
+/// If a file cannot be read or replaced.
+pub fn forget_beyond(run_dir: &RunDir, step: Step) -> Result<(), FileError> {
+    retain_lines(&run_dir.metrics(), |record: &StepRecord| record.step <= step)?;
+    retain_lines(&run_dir.evaluations(), |evaluation: &Evaluation| evaluation.step <= step)?;
+    Ok(())
+}
+
+impl Job {
+    /// The step beyond which the run's files hold lines of a past that is not gone on from, as soon as a generation has
+    /// begun; given once.
+    pub fn take_beyond(&mut self) -> Option<Step> {
+        let begun = self.begun;
+        let beyond = self.beyond.take_if(|_| begun);
+        self.unsaved.job |= beyond.is_some();
+        beyond
     }
 }
 
@@ -151,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_resume_forgets_what_came_after_the_checkpoint() {
+    fn a_resume_goes_on_from_the_checkpoint_and_forgets_what_came_after_it_when_told_to() {
         let folder = tempfile::tempdir().unwrap();
         let run_dir = RunDir::new(folder.path());
         let mut steps = JsonLines::open(run_dir.metrics()).unwrap();
@@ -171,7 +200,13 @@ mod tests {
         assert!(matches!(foreign, ResumeError::ForeignLedger { .. }));
         let history = History::load(&run_dir, &task, "f").unwrap();
         assert_eq!((history.step, history.ledger, history.steps.len()), (Step(3), Some(ledger), 3));
-        assert_eq!(read_lines::<StepRecord>(&run_dir.metrics()).unwrap().len(), 3);
+        let lines = || read_lines::<StepRecord>(&run_dir.metrics()).unwrap().len();
+        assert_eq!((history.beyond, lines()), (true, 5), "reading takes nothing away");
+        for _again in 0..2 {
+            forget_beyond(&run_dir, Step(3)).unwrap();
+            assert_eq!(lines(), 3);
+        }
+        assert!(!History::load(&run_dir, &task, "f").unwrap().beyond);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 pub mod actor;
 mod attendance;
 mod books;
+mod commits;
 mod error;
 mod figures;
 mod history;
@@ -26,7 +27,7 @@ use crate::sd::Present;
 pub use books::BooksError;
 use books::{Books, Entry};
 pub use error::JobError;
-pub use history::{History, LedgerFile, ResumeError, prune_ledgers};
+pub use history::{History, LedgerFile, ResumeError, forget_beyond, prune_ledgers};
 use learn_domain::ledger::Ledger;
 use learn_domain::membership::{
     Departure, Directive, Effect, Event, Membership, MembershipSettings, Outcome, Refusal, State,
@@ -69,6 +70,8 @@ pub struct Job {
     evaluations: Vec<Evaluation>,
     /// Those of earlier processes, in front.
     inherited: usize,
+    /// Lines of later steps are still in the run's files, of a past that is not gone on from.
+    beyond: Option<Step>,
     /// Checkpoints whose ledger is still incomplete.
     commits: BTreeSet<Step>,
     /// Users and seconds of all finished steps, and seconds of everything that earlier processes have done.
@@ -129,6 +132,7 @@ impl Job {
             last_checkpoint: (history.step > Step(0)).then_some(history.step),
             inherited: history.evaluations.len(),
             evaluations: history.evaluations,
+            beyond: history.beyond.then_some(history.step),
             commits: BTreeSet::new(),
             revision: 0,
             begun: false,
@@ -191,13 +195,15 @@ impl Job {
     pub fn heartbeat(&mut self, now: Duration, beat: Heartbeat) -> (Directive, Vec<Effect>) {
         let effects = self.take(now, Event::Heartbeat(beat.worker));
         let directive = self.membership.directive(beat.worker);
-        let rank = self.rank(beat.worker);
+        let (rank, present) = (self.rank(beat.worker), beat.generation == self.generation());
         if let Some(worker) = self.workers.get_mut(&beat.worker) {
             worker.seen = now;
             worker.step = beat.step;
             worker.phase = beat.phase;
-            worker.entered = beat.entered;
-            worker.inside = beat.inside;
+            // what was entered in another generation is nothing to the others of this one
+            if present {
+                (worker.entered, worker.inside) = (beat.entered, beat.inside);
+            }
             worker.since = beat.since;
             worker.rank = rank.or(worker.rank);
             worker.told = matches!(directive, Directive::Stop(_) | Directive::Dismissed | Directive::Unknown);
@@ -298,47 +304,6 @@ impl Job {
         self.last_step = Some(record.clone());
         self.unsaved.progress = true;
         Some(record)
-    }
-
-    /// Takes note that rank 0 has made the checkpoint of `step` durable; its ledger comes from
-    /// [`Job::complete_commits`].
-    ///
-    /// # Errors
-    /// If the message is stale, not from rank 0, or a later checkpoint was committed before.
-    pub fn commit(&mut self, worker: WorkerId, generation: Generation, step: Step) -> Result<(), JobError> {
-        self.rank_zero(worker, generation)?;
-        let plan = &self.settings.plan;
-        self.books.commit(step, |step| planned(plan, step))?;
-        self.commits.insert(step);
-        (self.unsaved.job, self.unsaved.books) = (true, true);
-        Ok(())
-    }
-
-    /// Ledgers of commits that are complete now, oldest first. When the job stops at once, nobody waits for reports any
-    /// more.
-    pub fn complete_commits(&mut self) -> Vec<(Step, Ledger)> {
-        let mut complete = Vec::new();
-        while let Some(&step) = self.commits.first() {
-            let plan = &self.settings.plan;
-            if self.no_more_reports() && step > self.books.complete() {
-                // it was finished, else there were no checkpoint of it; only the reports have not come
-                if let Err(error) = self.books.settle(step, |step| planned(plan, step)) {
-                    tracing::error!(%error, "the ledger of a checkpoint is lost");
-                    break;
-                }
-            }
-            // cannot be too old: the set is taken from its front
-            let Ok(Some(ledger)) = self.books.commit(step, |step| planned(plan, step)) else { break };
-            self.commits.pop_first();
-            self.last_checkpoint = Some(step);
-            (self.unsaved.job, self.unsaved.books) = (true, true);
-            complete.push((step, ledger));
-        }
-        complete
-    }
-
-    fn no_more_reports(&self) -> bool {
-        self.stops_at_once() || self.outcome.is_some()
     }
 
     /// Nobody finishes a step any more.
@@ -466,7 +431,7 @@ impl Job {
                     self.begun = false;
                     self.books.form(members.len() as u32);
                     for worker in self.workers.values_mut() {
-                        worker.rank = None;
+                        (worker.rank, worker.entered, worker.inside) = (None, 0, false);
                     }
                     for (rank, worker) in members.iter().enumerate() {
                         if let Some(worker) = self.workers.get_mut(worker) {

@@ -44,6 +44,11 @@ pub enum TakeOverError {
     )]
     Dataset(PathBuf),
     #[error(
+        "{dataset} has the content embeddings {now}, the run has begun with {before}; bring those back (`learn-launch \
+         embed` with the encoder of then), or start a new run"
+    )]
+    Embeddings { dataset: PathBuf, before: String, now: String },
+    #[error(
         "the books of the run contradict themselves ({0}); `learn-launch resume` continues from the last checkpoint"
     )]
     Books(#[from] BooksError),
@@ -58,6 +63,8 @@ struct Saved {
     commits: BTreeSet<Step>,
     evaluations: Vec<Evaluation>,
     inherited: usize,
+    #[serde(default)]
+    beyond: Option<Step>,
     earlier_seconds: f64,
     begun: bool,
     formed: Option<Duration>,
@@ -164,6 +171,7 @@ impl Job {
                     commits: self.commits.clone(),
                     evaluations: self.evaluations.clone(),
                     inherited: self.inherited,
+                    beyond: self.beyond,
                     earlier_seconds: self.earlier_seconds,
                     begun: self.begun,
                     formed: self.formed,
@@ -227,6 +235,7 @@ impl Job {
             last_checkpoint: saved.last_checkpoint,
             evaluations: saved.evaluations,
             inherited: saved.inherited,
+            beyond: saved.beyond,
             commits: saved.commits,
             trained_users: progress.trained_users,
             step_seconds: progress.step_seconds,

@@ -151,6 +151,45 @@ fn a_commit_waits_for_the_reports_of_its_step() {
 }
 
 #[test]
+fn commits_that_wait_for_one_report_are_completed_in_order() {
+    let mut job = running(2);
+    job.report(SECOND, report(0, 1, 0..2)).unwrap();
+    job.commit(WorkerId(0), Generation(1), Step(1)).unwrap();
+    assert!(job.complete_commits().is_empty());
+    // all of this comes in one turn
+    job.report(SECOND, report(1, 1, 2..4)).unwrap();
+    job.report(SECOND, report(0, 2, 4..6)).unwrap();
+    job.report(SECOND, report(1, 2, 6..8)).unwrap();
+    job.commit(WorkerId(0), Generation(1), Step(2)).unwrap();
+    let complete = job.complete_commits();
+    assert_eq!(complete.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [Step(1), Step(2)]);
+    assert_eq!(complete.iter().map(|(_, ledger)| ledger.summary().epochs[0].seen).collect::<Vec<_>>(), [4, 8]);
+    assert!(!job.awaits(Step(1)) && !job.awaits(Step(2)));
+}
+
+#[test]
+fn a_commit_whose_ledger_is_lost_holds_no_other_up() {
+    let mut job = running(1);
+    let far = job.commit(WorkerId(0), Generation(1), Step(9000));
+    assert!(matches!(far, Err(JobError::Books(BooksError::TooFarAhead { .. }))), "{far:?}");
+    for step in 1..=2 {
+        job.report(SECOND, report(0, step, 0..4)).unwrap();
+    }
+    job.commit(WorkerId(0), Generation(1), Step(1)).unwrap();
+    assert_eq!(job.complete_commits().len(), 1);
+    // such may be in what a coordinator before has left
+    job.commits.extend([Step(0), Step(9000)]);
+    job.commit(WorkerId(0), Generation(1), Step(2)).unwrap();
+    let complete = job.complete_commits();
+    assert_eq!(complete.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [Step(2)]);
+    assert!(job.commits.is_empty(), "what is lost is told of once: {:?}", job.commits);
+
+    job.leave(SECOND * 2, WorkerId(0), Departure::Failed("no memory".into())).unwrap();
+    job.commits.insert(Step(9000));
+    assert!(job.complete_commits().is_empty() && job.commits.is_empty(), "nor is it settled when the job ends");
+}
+
+#[test]
 fn a_lost_worker_does_not_hold_a_commit_up() {
     let mut job = running(2);
     job.report(SECOND, report(0, 1, 0..2)).unwrap();
@@ -259,6 +298,32 @@ fn an_old_generation_changes_nothing() {
     let status = job.status(SECOND);
     assert_eq!((status.ledger.epochs.len(), status.last_step, status.evaluations.len()), (0, None, 0));
     assert_eq!(status.workers[0].phase, Phase::Lost);
+}
+
+#[test]
+fn collectives_are_counted_anew_in_each_generation() {
+    let mut job = running(2);
+    let beat = |generation, entered| Heartbeat {
+        worker: WorkerId(1),
+        generation: Generation(generation),
+        step: Step(3),
+        entered,
+        inside: true,
+        ..Heartbeat::default()
+    };
+    let counted = |job: &Job| {
+        let worker = &job.workers[&WorkerId(1)];
+        (worker.seen, worker.step, worker.entered, worker.inside)
+    };
+    job.heartbeat(SECOND, beat(1, 900));
+    assert_eq!(counted(&job), (SECOND, Step(3), 900, true));
+    job.disconnected(SECOND, WorkerId(0));
+    regroup(&mut job, 1, 1..2);
+    assert_eq!(counted(&job), (SECOND, Step(3), 0, false));
+    job.heartbeat(SECOND * 2, beat(1, 901));
+    assert_eq!(counted(&job), (SECOND * 2, Step(3), 0, false), "it was said before, and is a sign of life only");
+    job.heartbeat(SECOND * 3, beat(2, 4));
+    assert_eq!(counted(&job), (SECOND * 3, Step(3), 4, true));
 }
 
 #[test]
@@ -378,7 +443,7 @@ fn a_ledger_that_is_not_exact_is_noted_once() {
     let mut ledger = Ledger::new(8, 2);
     (0..2).for_each(|_| ledger.record(0, &(0..4).map(UserIndex).collect::<Vec<_>>()));
     let steps = vec![StepRecord { step: Step(2), users: 4, ..StepRecord::default() }];
-    let history = History { step: Step(2), ledger: Some(ledger), steps, evaluations: Vec::new() };
+    let history = History { step: Step(2), ledger: Some(ledger), steps, ..History::default() };
     assert_eq!(Job::new(JobSettings { history, ..settings(1) }).take_notices(), [], "the run has it in its events");
 }
 
@@ -389,11 +454,13 @@ fn a_resumed_job_goes_on_counting() {
     ledger.record(0, &(0..4).map(UserIndex).collect::<Vec<_>>());
     let steps = vec![StepRecord { step: Step(1), users: 4, seconds: 2.0, ..StepRecord::default() }];
     let evaluations = vec![evaluation(Split::Valid, 1, 0.2)];
-    settings.history = History { step: Step(1), ledger: Some(ledger), steps, evaluations };
+    settings.history = History { step: Step(1), ledger: Some(ledger), steps, evaluations, beyond: true };
     let mut job = Job::new(settings);
     assert_eq!(job.status(SECOND).last_checkpoint, Some(Step(1)));
     enter(&mut job, "a");
+    assert_eq!(job.take_beyond(), None, "it may yet come to nothing");
     job.begin(SECOND, beginning(0, 1, 1)).unwrap();
+    assert_eq!((job.take_beyond(), job.take_beyond()), (Some(Step(1)), None));
     job.report(SECOND, report(0, 1, 0..4)).unwrap();
     assert_eq!(job.status(SECOND).ledger.epochs[0].seen, 4, "a step of before is not counted again");
     job.report(SECOND, report(0, 2, 4..8)).unwrap();

@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use learn_domain::Step;
 use learn_telemetry::CoordinatorMetrics;
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
 use super::Job;
 use super::actor::OwnerError;
-use crate::journal::{Entry, Line, LineFile};
+use crate::journal::{Entry, Kept, Line, LineFile};
 use crate::state::{StateError, StateFile, Turn};
 
 /// Where a turn is kept.
@@ -55,6 +56,17 @@ impl Turns {
         let line = Line { file, text: serde_json::to_string(value).map_err(encode)? };
         self.turn.line(&line)?;
         self.entries.push(Entry::Line(self.next_line, line));
+        self.next_line += 1;
+        Ok(())
+    }
+
+    /// Lines of steps beyond `step` go from the files of the run, before any line that comes after this.
+    ///
+    /// # Errors
+    /// If it is no JSON.
+    pub fn forget_beyond(&mut self, step: Step) -> Result<(), StateError> {
+        self.turn.line(&Kept::Beyond { beyond: step })?;
+        self.entries.push(Entry::Beyond(self.next_line, step));
         self.next_line += 1;
         Ok(())
     }

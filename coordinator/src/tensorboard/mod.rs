@@ -2,9 +2,10 @@
 //!
 //! Input: the lines of `metrics.jsonl`, `evaluations.jsonl` and `events.jsonl`, and the configuration. Output: one file in
 //! `RUN/tensorboard`. Invariants: the file is a function of those lines, and every coordinator makes it anew from them
-//! before it adds to it; so after a resume or a take-over each point is there once, with the time that it was reached, and
-//! what a checkpoint's resume has dropped is gone. The new file takes the place of the old one under a later name, and begins
-//! with the start of a session, so that a TensorBoard that has read the old one forgets it.
+//! before it adds to it, and again when lines are dropped; so after a resume or a take-over each point is there once, with
+//! the time that it was reached, and what a checkpoint's resume has dropped is gone. The new file takes the place of the old
+//! one under a later name, and begins with the start of a session, so that a TensorBoard that has read the old one forgets
+//! it.
 
 mod wire;
 

@@ -107,18 +107,22 @@ impl Ground {
     }
 
     fn embedded(self) -> Self {
-        let ground = self;
-        let dataset = ground.dataset();
+        self.embed("test", vector);
+        self
+    }
+
+    /// Gives the dataset the content embeddings of an encoder, in the place of those that it has.
+    pub fn embed(&self, encoder: &str, vector: impl Fn(u32) -> Vec<f16>) {
+        let dataset = self.dataset();
         let items = dataset.manifest().counts.items;
         let spec =
-            EmbeddingSpec { dim: DIM, model_fingerprint: "test".into(), precision: Precision::F32, shard_items: 10 };
+            EmbeddingSpec { dim: DIM, model_fingerprint: encoder.into(), precision: Precision::F32, shard_items: 10 };
         let store = EmbeddingStore::new(&dataset, spec, &vec![String::new(); items as usize]).unwrap();
         for shard in store.shards() {
             let rows: Vec<f16> = shard.items.clone().flat_map(|item| vector(item as u32)).collect();
             store.write_shard(shard.index, &rows).unwrap();
         }
-        store.commit("test").unwrap();
-        ground
+        store.commit(encoder).unwrap();
     }
 
     pub fn dataset(&self) -> Dataset {

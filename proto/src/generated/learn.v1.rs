@@ -51,7 +51,7 @@ pub struct HeartbeatRequest {
     /// What the worker is doing, for example "forward".
     #[prost(string, tag = "4")]
     pub phase: ::prost::alloc::string::String,
-    /// Collective operations that it has entered in this generation.
+    /// Collective operations that it has entered in this generation; left out if that is not the present one.
     #[prost(uint64, tag = "5")]
     pub entered: u64,
     /// It is inside the last of them.
@@ -274,6 +274,7 @@ pub struct ReportEventResponse {}
 pub struct LeaveRequest {
     #[prost(uint32, tag = "1")]
     pub worker_id: u32,
+    /// The generation that it took part in last; 0 = none. A leave counts whichever it is.
     #[prost(uint64, tag = "2")]
     pub generation: u64,
     #[prost(oneof = "leave_request::Departure", tags = "3, 4, 5, 6, 7, 8")]

@@ -9,6 +9,7 @@ mod file;
 mod keep;
 mod pace;
 mod sum;
+mod superseding;
 mod writer;
 
 use std::collections::BTreeMap;
@@ -27,6 +28,7 @@ use learn_model::safetensors;
 pub use pace::{Pace, Rests};
 use serde::{Deserialize, Serialize};
 pub use sum::FileSum;
+pub use superseding::Superseding;
 use tch::Tensor;
 pub use writer::{Writer, Written};
 
@@ -349,10 +351,7 @@ fn write_best(run: &RunDir, best: Option<&Best>) -> Result<(), CheckpointError> 
 
 /// Makes the checkpoint of `resumed` the newest one: later ones belong to a past that is not continued. They move to
 /// `checkpoints/superseded`, where only a person looks for them, and `best` is what it was then, if that is there.
-///
-/// # Errors
-/// If the disk refuses.
-pub fn supersede_later(run: &RunDir, resumed: &State) -> Result<(), CheckpointError> {
+fn supersede_later(run: &RunDir, resumed: &State) -> Result<(), CheckpointError> {
     let later: Vec<Step> = steps(&run.checkpoints())?.into_iter().filter(|step| *step > resumed.step).collect();
     let folder = run.checkpoints().join("superseded");
     for step in later {

@@ -234,6 +234,28 @@ fn a_resume_from_an_earlier_checkpoint_leaves_the_later_ones_behind() {
 }
 
 #[test]
+fn later_checkpoints_are_left_behind_by_another_rank_when_the_first_is_lost_before() {
+    let (_folder, run) = run();
+    let write = |step| write(&run.checkpoints(), snapshot(step, 1.0, None), Pace::Plain, &|| ()).unwrap();
+    let there = || list(&run).unwrap().iter().map(|one| one.step.0).collect::<Vec<_>>();
+    (1..=3).for_each(|step| drop(write(step)));
+    let first = Superseding::by(&snapshot(1, 1.0, None).state);
+    // as ranks give it on with their state; the first one is lost
+    let told = serde_json::to_string(&first).unwrap();
+    drop(first);
+    let next: Superseding = serde_json::from_str(&told).unwrap();
+    assert_eq!(there(), [1, 2, 3]);
+    for _again in 0..2 {
+        next.carry_out(&run).unwrap();
+        assert_eq!(there(), [1]);
+    }
+    // all have met since: what is trained from here on is the job's
+    write(2);
+    Superseding::default().carry_out(&run).unwrap();
+    assert_eq!(there(), [1, 2]);
+}
+
+#[test]
 fn a_write_that_fails_is_told_harms_nothing_and_the_next_one_is_tried() {
     let (_folder, run) = run();
     let best = run.checkpoint(Step(1));

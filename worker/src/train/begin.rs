@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::objective::{FullSoftmax, InBatch, Objective};
 use super::save::{signature, start_writer};
 use super::{Exchange, Stepper, Trainer};
-use crate::checkpoint::{self, Best, Snapshot, Writer};
+use crate::checkpoint::{self, Best, Snapshot, Superseding, Writer};
 use crate::error::WorkerError;
 use crate::init::{Origin, Weights};
 use crate::session::Turn;
@@ -35,6 +35,8 @@ struct Counters {
     init: Option<Origin>,
     saved: Option<Step>,
     non_finite: u32,
+    #[serde(default)]
+    superseding: Superseding,
 }
 
 /// Numbers by which a rank says what it holds.
@@ -52,7 +54,7 @@ impl Trainer<'_> {
         let follow_up = match agreement {
             Agreement::Start => {
                 match self.resume_from {
-                    Some(path) => self.restore(turn, path)?,
+                    Some(path) => self.restore(path)?,
                     None => self.initialize(turn)?,
                 }
                 // ranks would come to the same values by themselves, but for rounding on different processors
@@ -77,9 +79,7 @@ impl Trainer<'_> {
         if mine {
             turn.member.begin(self.finished, self.last.iter().cloned().collect())?;
             // all ranks have read theirs, and the coordinator agrees that the job goes on from it
-            if let Some(state) = self.superseding.take() {
-                checkpoint::supersede_later(&self.session.run_dir(), &state)?;
-            }
+            self.superseding.carry_out(&self.session.run_dir())?;
         }
         self.speaker.set(turn.member.clone());
         if mine && self.writer.is_none() {
@@ -97,6 +97,8 @@ impl Trainer<'_> {
         }
         let mut again = [i64::from(unwritten || follow_up)];
         turn.exchange.sum_i64(&mut again)?;
+        // the first rank has come here, too; before, it may be lost, and another be the first
+        self.superseding = Superseding::default();
         if goes_on {
             self.mend_best(turn)?;
         }
@@ -140,6 +142,7 @@ impl Trainer<'_> {
             init: self.init.clone(),
             saved: self.saved,
             non_finite: self.non_finite,
+            superseding: self.superseding.clone(),
         };
         let counters = exchange.broadcast_json(source, &counters)?;
         let parameters = &self.stepper.parameters;
@@ -161,6 +164,7 @@ impl Trainer<'_> {
         self.init = counters.init;
         self.saved = counters.saved;
         self.non_finite = counters.non_finite;
+        self.superseding = counters.superseding;
         Ok(())
     }
 
@@ -201,12 +205,12 @@ impl Trainer<'_> {
     }
 
     /// Takes over parameters, moments and counters of a checkpoint.
-    fn restore(&mut self, turn: &mut Turn, path: &Path) -> Result<(), WorkerError> {
+    fn restore(&mut self, path: &Path) -> Result<(), WorkerError> {
         let signature = signature(&self.stepper.parameters);
         let dataset = &self.session.admission.dataset;
         let expected = checkpoint::Expected { dataset, signature: Some(&signature) };
         let Snapshot { state, model, optimizer } = checkpoint::read(path, Some(&expected))?;
-        self.superseding = turn.is_first().then(|| state.clone());
+        self.superseding = Superseding::by(&state);
         self.stepper.parameters.assign(model)?;
         self.stepper.optimizer.load_state(&self.stepper.parameters, optimizer, state.optimizer_step)?;
         self.finished = state.step;

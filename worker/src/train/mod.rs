@@ -39,7 +39,7 @@ use save::{Need, Speaker, on_cpu};
 pub use step::{PhaseClock, StepEnd, StepOutcome, Stepper, Word};
 use tch::{Device, Kind};
 
-use crate::checkpoint::{self, Best, Writer};
+use crate::checkpoint::{self, Best, Superseding, Writer};
 use crate::control::{FinishedStep, Member, Place, REPORT_QUEUE};
 use crate::error::WorkerError;
 use crate::evaluate::{Catalogue, Evaluator, Request};
@@ -89,8 +89,8 @@ pub struct Trainer<'a> {
     writer: Option<Writer>,
     /// Through which the writer speaks.
     speaker: Speaker,
-    /// The checkpoint that was read, until later ones are moved out of its way.
-    superseding: Option<checkpoint::State>,
+    /// Later checkpoints than the one that the job goes on from, until they are out of the way.
+    superseding: Superseding,
     /// Checkpoint that the job starts with.
     resume_from: Option<&'a Path>,
     steps_per_epoch: u64,
@@ -169,7 +169,7 @@ impl<'a> Trainer<'a> {
             popularity: popularity.filter(|_| config.objective.logq_correction),
             writer: None,
             speaker: Speaker::default(),
-            superseding: None,
+            superseding: Superseding::default(),
             resume_from: resume_from.map(Path::new),
             steps_per_epoch,
             total_steps: config.training.total_steps(steps_per_epoch),
