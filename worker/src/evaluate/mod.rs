@@ -85,11 +85,10 @@ pub fn run(session: &Session, turn: &mut Turn, checkpoint: &str, split: Split) -
     let data = handle.block_on(DataClient::of(admission, &session.pass, patience))?;
     let model = Pch::new(shape(&admission.config, &admission.dataset))?;
     let expected = checkpoint::Expected { dataset: &admission.dataset, signature: None };
-    let snapshot = checkpoint::read(checkpoint.as_ref(), Some(&expected))?;
-    let parameters = Parameters::load(model.shape(), snapshot.model, Kind::Float, session.device)?;
+    let (state, weights) = checkpoint::read_model(checkpoint.as_ref(), Some(&expected))?;
+    let parameters = Parameters::load(model.shape(), weights, Kind::Float, session.device)?;
     let mut evaluator = Evaluator::new(session, data)?;
     let catalogue = Catalogue { model: &model, parameters: &parameters };
-    let state = snapshot.state;
     let request = Request { split, step: state.step, epoch: state.epoch, full: true };
     let evaluation = evaluator.evaluate(&catalogue, &mut turn.exchange, &request)?;
     if turn.is_first() {

@@ -417,9 +417,9 @@ impl<'a> Trainer<'a> {
         let Some(step) = found.filter(|step| *step != self.finished) else {
             return self.evaluate(turn, Split::Test).map(drop);
         };
-        let snapshot = checkpoint::read(&self.session.run_dir().checkpoint(step), None)?;
+        let (_, weights) = checkpoint::read_model(&self.session.run_dir().checkpoint(step), None)?;
         let model = &self.stepper.model;
-        let parameters = Parameters::load(model.shape(), snapshot.model, Kind::Float, self.session.device)?;
+        let parameters = Parameters::load(model.shape(), weights, Kind::Float, self.session.device)?;
         let (catalogue, request) = (Catalogue { model, parameters: &parameters }, self.request(Split::Test, step));
         evaluate_at(self.session, (&mut self.evaluator, catalogue), turn, &request).map(drop)
     }
