@@ -74,7 +74,7 @@ impl Trainer<'_> {
             }
         };
         self.session.progress.finished(self.finished);
-        self.stepper.objective = self.objective(&turn.exchange)?;
+        self.replace_objective(&turn.exchange)?;
         let mine = turn.is_first();
         if mine {
             turn.member.begin(self.finished, self.last.iter().cloned().collect())?;
@@ -190,17 +190,19 @@ impl Trainer<'_> {
         Ok(())
     }
 
-    /// The objective for this generation's division of the catalogue.
-    fn objective(&mut self, exchange: &Exchange) -> Result<Objective, WorkerError> {
-        let (config, device) = (self.config, self.session.device);
-        Ok(match config.objective.kind {
-            _ if config.training.freeze_towers => Objective::Frozen,
-            ObjectiveKind::DenseAllAction | ObjectiveKind::NextItem => {
-                Objective::InBatch(InBatch::new(&config.objective, self.popularity.as_deref(), device))
-            }
-            ObjectiveKind::FullSoftmax => {
-                Objective::FullSoftmax(FullSoftmax::new(&config.objective, self.evaluator.own_items(exchange)?))
-            }
+    /// Makes the objective for this generation's division of the catalogue, in the place of the last one's.
+    fn replace_objective(&mut self, exchange: &Exchange) -> Result<(), WorkerError> {
+        let Self { config, session, evaluator, popularity, stepper, .. } = self;
+        stepper.objective.replace(|| {
+            Ok(match config.objective.kind {
+                _ if config.training.freeze_towers => Objective::Frozen,
+                ObjectiveKind::DenseAllAction | ObjectiveKind::NextItem => {
+                    Objective::InBatch(InBatch::new(&config.objective, popularity.as_deref(), session.device))
+                }
+                ObjectiveKind::FullSoftmax => {
+                    Objective::FullSoftmax(FullSoftmax::new(&config.objective, evaluator.own_items(exchange)?))
+                }
+            })
         })
     }
 
