@@ -128,7 +128,7 @@ impl<'a> Trainer<'a> {
         let handle = session.handle();
         let patience = session.control.patience();
         let data = handle.block_on(DataClient::of(admission, &session.pass, patience))?;
-        let evaluator = Evaluator::new(session, data.clone())?;
+        let evaluator = Evaluator::new(session, data.clone(), config.cluster.evaluation_row_cache())?;
         let counted = config.objective.logq_correction || config.model.item_input == ItemInput::ContentId;
         let popularity = if counted { Some(handle.block_on(data.popularity())?) } else { None };
         if config.model.item_input == ItemInput::ContentId
