@@ -247,3 +247,22 @@ fn a_worker_that_can_open_the_files_is_sent_no_rows_and_trains_the_same() {
         }
     }
 }
+
+#[test]
+fn evaluations_are_sent_the_rows_of_histories_once() {
+    let site = Site::new(Shape { dim: 64, ..SMALL });
+    // an evaluation every few steps, in batches that have most items in common
+    let often = ["training.epochs=100000", "evaluation.every_epochs=1", "evaluation.batch_users=8"];
+    let child = start(&site, "run", &[&often[..], &["data.map_rows=false"]].concat());
+    let lines = site.run_dir("run").join("evaluations.jsonl");
+    follow_file(&lines, "", 20);
+    let sent = row_bytes(&coordinator_metrics(&site, "run"));
+    let evaluations = std::fs::read_to_string(&lines).expect("it is text").lines().count();
+    succeeds(&site.launch(&["stop", "runs/run"]));
+    assert_eq!(child.wait_with_output().expect("it ends").status.code(), Some(3));
+    // the catalogue for each of them and for one that runs, and every row once for each of two workers' two caches
+    let catalogues = (evaluations + 1 + 4) as f64;
+    let rows = sent / (SMALL.items * 64 * 2) as f64;
+    // messages need something besides
+    assert!(rows < 2.0 * catalogues, "{rows} times the catalogue for {evaluations} evaluations");
+}

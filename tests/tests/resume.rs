@@ -101,6 +101,11 @@ fn a_job_of_two_workers_that_is_stopped_from_outside_ends_with_a_checkpoint() {
     let status = site.status("stopped");
     assert_eq!(status["last_step"]["step"].as_u64(), Some(step + 3));
     assert_eq!(status["ledger"]["exact"], true, "{status}");
+    // one of them has read the checkpoint, and given the other one what it holds
+    let logs = fs::read_dir(site.run_dir("stopped").join("logs")).unwrap().map(|entry| entry.unwrap());
+    let workers = logs.filter(|log| log.file_name().to_string_lossy().starts_with("worker-"));
+    let read: usize = workers.map(|log| fs::read_to_string(log.path()).unwrap().matches(" resumed ").count()).sum();
+    assert_eq!(read, 1);
 }
 
 #[test]

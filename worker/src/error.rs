@@ -64,6 +64,8 @@ pub enum WorkerError {
          run directory?"
     )]
     Signature,
+    #[error("rank 0 could not begin: {0}")]
+    NotBegun(String),
     #[error("{0}")]
     Memory(String),
     #[error("{0}; this is a defect of the program or of the installation")]

@@ -109,12 +109,13 @@ impl Offline {
             )));
         }
         let facts = dataset.facts().seen_by(&config.model);
-        let snapshot = checkpoint::read(&checkpoint, Some(&Expected { dataset: &facts, signature: None }))?;
+        let expected = Expected { dataset: &facts, signature: None };
+        let (state, weights) = checkpoint::read_model(&checkpoint, Some(&expected))?;
         let table = if config.model.item_input.has_content() { Some(dataset.embeddings()?) } else { None };
         let device = device_here(config.cluster.device)?;
         let model = Pch::new(shape(&config, &facts))?;
-        let parameters = Parameters::load(model.shape(), snapshot.model, Kind::Float, device)?;
-        Ok(Self { config, dataset, state: snapshot.state, checkpoint, table, model, parameters, device })
+        let parameters = Parameters::load(model.shape(), weights, Kind::Float, device)?;
+        Ok(Self { config, dataset, state, checkpoint, table, model, parameters, device })
     }
 
     fn catalogue(&self) -> Catalogue<'_> {

@@ -57,6 +57,8 @@ struct Fake {
     honest: bool,
     /// Items in front of each history.
     earlier: usize,
+    /// Makes something else of what a message says of itself.
+    lie: Option<fn(&mut BatchMeta)>,
 }
 
 fn batch(step: u64, earlier: usize) -> RecordBatch {
@@ -154,12 +156,15 @@ impl FlightService for Fake {
             return Err(Status::invalid_argument("only batches"));
         };
         self.tickets.lock().unwrap().push(from_step);
-        let (break_at, earlier) = (self.break_at, self.earlier);
+        let (break_at, earlier, lie) = (self.break_at, self.earlier, self.lie);
         let steps = stream::iter(from_step..).then(move |step| async move {
             // a step has two parts, and a break comes between them
             let mut all = Vec::new();
             for part in 0..2 {
-                let meta = BatchMeta { step, epoch: 0, global_users: 2, global_pairs: 2, part, parts: 2 };
+                let mut meta = BatchMeta { step, epoch: 0, global_users: 2, global_pairs: 2, part, parts: 2 };
+                if let Some(lie) = lie {
+                    lie(&mut meta);
+                }
                 let first = step == from_step && part == 0;
                 let messages = messages(batch(step, earlier), serde_json::to_vec(&meta).unwrap(), first).await;
                 all.extend(messages.into_iter().map(Ok));
@@ -282,6 +287,25 @@ fn a_history_that_is_larger_than_a_message_is_taken() {
     let mut shares = client(&runtime, &[service.location()], PATIENT).shares(batches(0));
     let share = runtime.block_on(shares.next()).unwrap().unwrap();
     assert_eq!(share.users.iter().map(|user| user.history.len()).collect::<Vec<_>>(), [(2 << 20) + 2; 2]);
+}
+
+#[test]
+fn parts_that_are_not_those_of_the_step_are_refused_with_their_servers_name() {
+    let runtime = runtime();
+    let lies: [(fn(&mut BatchMeta), &str); 6] = [
+        (|meta| meta.step += 1, "part 0 of 2 of step 6 instead of part 0 of step 5"),
+        (|meta| meta.step += u64::from(meta.part), "part 1 of 2 of step 6 instead of part 1 of step 5"),
+        (|meta| meta.part = 1, "part 1 of 2 of step 5 instead of part 0 of step 5"),
+        (|meta| meta.parts = meta.part, "part 0 of 0 of step 5 instead of part 0 of step 5"),
+        (|meta| meta.global_pairs += u64::from(meta.part), "part 1 of step 5 says"),
+        (|meta| meta.global_users = 1, "2 users of step 5, which has 1"),
+    ];
+    for (lie, said) in lies {
+        let service = Service::start(Fake { lie: Some(lie), ..Fake::default() }, "127.0.0.1:0");
+        let mut shares = client(&runtime, &[service.location()], PATIENT).shares(batches(5));
+        let error = runtime.block_on(shares.next()).unwrap_err().to_string();
+        assert!(error.contains(said) && error.contains(&service.location()), "{error}");
+    }
 }
 
 #[test]

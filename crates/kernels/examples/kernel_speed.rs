@@ -181,7 +181,7 @@ fn main() {
         update.step += 1;
         let shadow = Some(shadow.as_mut_slice());
         let state = State { values: &mut values, first: &mut first, second: &mut second, shadow };
-        update.update(&flat, state, &[0..parameters / 4, parameters / 4..parameters / 2]);
+        update.update(&flat, state, true);
     });
     show("squared norm", parameters * 4, &mut || {
         black_box(squared_norm(&[&flat[..]]));

@@ -4,7 +4,6 @@
 //! scaled while it is read (by a clip factor, say), and the values are written as bf16 too where products read them so.
 
 use std::borrow::Cow;
-use std::ops::Range;
 
 use half::bf16;
 
@@ -42,11 +41,11 @@ pub struct State<'a> {
 }
 
 impl AdamW {
-    /// Updates the state with a gradient `[P]`. Weight decay applies in the ranges `decays`, which ascend without overlap.
+    /// Updates the state with a gradient `[P]`; `decays` says whether weight decay applies.
     ///
     /// # Panics
-    /// The lengths differ, or the ranges do not ascend within them.
-    pub fn update<G: Element>(&self, gradient: &[G], state: State<'_>, decays: &[Range<usize>]) {
+    /// The lengths differ.
+    pub fn update<G: Element>(&self, gradient: &[G], state: State<'_>, decays: bool) {
         let count = gradient.len();
         check_length("values", state.values, count);
         check_length("first", state.first, count);
@@ -54,33 +53,26 @@ impl AdamW {
         if let Some(shadow) = &state.shadow {
             check_length("shadow", shadow, count);
         }
-        let ends = decays.iter().flat_map(|range| [range.start, range.end]);
-        assert!(
-            ends.chain([count]).is_sorted(),
-            "the ranges with weight decay do not ascend up to {count}: {decays:?}"
-        );
-        let factors = self.factors();
+        let factors = self.factors(decays);
         let level = Level::current();
         let moments = state.first.chunks_mut(ELEMENTS).zip(state.second.chunks_mut(ELEMENTS));
         let written = state.values.chunks_mut(ELEMENTS).zip(moments).zip(optional_chunks_mut(state.shadow, ELEMENTS));
-        let blocks = gradient.chunks(ELEMENTS).zip(written).enumerate();
-        let blocks = blocks.map(|(number, (gradient, ((values, (first, second)), shadow)))| Update {
+        let blocks = gradient.chunks(ELEMENTS).zip(written);
+        let blocks = blocks.map(|(gradient, ((values, (first, second)), shadow))| Update {
             factors,
-            place: number * ELEMENTS,
-            decays,
             gradient,
             state: State { values, first, second, shadow },
         });
         parallel::map(blocks.collect(), |block| level.run(block));
     }
 
-    fn factors(&self) -> Factors {
+    fn factors(&self, decays: bool) -> Factors {
         // past i32::MAX steps both corrections have long been 1
         let exponent = i32::try_from(self.step).unwrap_or(i32::MAX);
         let (correction1, correction2) = (1.0 - self.beta1.powi(exponent), 1.0 - self.beta2.powi(exponent));
         Factors {
             gradient: self.gradient_scale,
-            keep: (1.0 - self.learning_rate * self.weight_decay) as f32,
+            keep: if decays { (1.0 - self.learning_rate * self.weight_decay) as f32 } else { 1.0 },
             // 1 - beta is taken before it is rounded to f32
             new1: (1.0 - self.beta1) as f32,
             beta2: self.beta2 as f32,
@@ -96,7 +88,7 @@ impl AdamW {
 #[derive(Clone, Copy, Debug)]
 struct Factors {
     gradient: f32,
-    /// Of values with weight decay.
+    /// What values are multiplied by first.
     keep: f32,
     new1: f32,
     beta2: f32,
@@ -108,11 +100,9 @@ struct Factors {
     rate: f32,
 }
 
+/// A block.
 struct Update<'a, G> {
     factors: Factors,
-    /// Where the block begins in the whole.
-    place: usize,
-    decays: &'a [Range<usize>],
     gradient: &'a [G],
     state: State<'a>,
 }
@@ -121,33 +111,8 @@ impl<G: Element> Kernel for Update<'_, G> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
-        let (mut done, end) = (0, self.gradient.len());
-        let next = self.decays.partition_point(|range| range.end <= self.place);
-        for range in &self.decays[next..] {
-            let from = range.start.saturating_sub(self.place).min(end);
-            let to = (range.end - self.place).min(end);
-            self.part(s, done..from, 1.0);
-            self.part(s, from..to, self.factors.keep);
-            done = to;
-            if done == end {
-                return;
-            }
-        }
-        self.part(s, done..end, 1.0);
-    }
-}
-
-impl<G: Element> Update<'_, G> {
-    /// The elements of a range, whose values are multiplied by `keep` first.
-    #[inline(always)]
-    fn part<S: Simd>(&mut self, s: S, range: Range<usize>, keep: f32) {
-        let factors = self.factors;
-        let gradient = &self.gradient[range.clone()];
-        let values = &mut self.state.values[range.clone()];
-        let first = &mut self.state.first[range.clone()];
-        let second = &mut self.state.second[range.clone()];
-        let mut shadow = self.state.shadow.as_mut().map(|shadow| &mut shadow[range]);
+    fn run<S: Simd>(self, s: S) {
+        let Self { factors, gradient, state: State { values, first, second, mut shadow } } = self;
         vectors!(S, gradient.len(), |at| {
             let g = s.mul(G::load_at::<WHOLE, _>(s, gradient, at), s.splat(factors.gradient));
             let mean = f32::load_at::<WHOLE, _>(s, first, at);
@@ -155,7 +120,7 @@ impl<G: Element> Update<'_, G> {
             let square = s.mul(f32::load_at::<WHOLE, _>(s, second, at), s.splat(factors.beta2));
             let square = s.mul_add(s.mul(g, g), s.splat(factors.new2), square);
             let spread = s.mul_add(s.sqrt(square), s.splat(factors.root), s.splat(factors.epsilon));
-            let value = s.mul(f32::load_at::<WHOLE, _>(s, values, at), s.splat(keep));
+            let value = s.mul(f32::load_at::<WHOLE, _>(s, values, at), s.splat(factors.keep));
             let value = s.sub(value, s.mul(s.div(mean, spread), s.splat(factors.rate)));
             f32::store_at::<WHOLE, _>(s, mean, first, at);
             f32::store_at::<WHOLE, _>(s, square, second, at);

@@ -39,10 +39,11 @@ fn polynomial<S: Simd, const N: usize>(s: S, x: S::Float, coefficients: [f32; N]
     sum
 }
 
-/// e^x for x <= 88, and at least e^-60.
+/// e^x for x <= 88, and at least e^-60; NaN for NaN.
 #[inline(always)]
 pub(crate) fn exp<S: Simd>(s: S, x: S::Float) -> S::Float {
-    let x = s.max(x, s.splat(SMALLEST));
+    // in this order, so that NaN stays
+    let x = s.max(s.splat(SMALLEST), x);
     let shifted = s.add(s.mul(x, s.splat(std::f32::consts::LOG2_E)), s.splat(ROUND));
     let octaves = s.sub(shifted, s.splat(ROUND));
     let rest = s.mul_add(octaves, s.splat(-LN_2_HIGH), x);
@@ -134,6 +135,17 @@ pub(crate) mod tests {
         for level in Level::available() {
             let error = error(level, What::Exp, (-60.0, 88.0), f64::exp);
             assert!(error < 2e-7, "{level:?}: {error:e}");
+        }
+    }
+
+    #[test]
+    fn the_exponential_of_no_number_is_none() {
+        for level in Level::available() {
+            let mut values = [f32::NAN, 1.0, f32::NEG_INFINITY, -1.0].repeat(MOST_LANES);
+            level.run(Each(What::Exp, &mut values));
+            for y in values.chunks_exact(4) {
+                assert!(y[0].is_nan() && y[1..].iter().all(|y| y.is_finite()), "{level:?}: {y:?}");
+            }
         }
     }
 

@@ -109,7 +109,6 @@ impl AdamW {
                 let gradient = gradient.next(end - start);
                 let range = start..start + gradient.len();
                 start = range.end;
-                let decaying = if decays { 0..range.len() } else { 0..0 };
                 let (shadow, rest) = shadows.map(|whole| whole.split_at_mut(range.len())).unzip();
                 shadows = rest;
                 kernel.update(
@@ -120,7 +119,7 @@ impl AdamW {
                         second: &mut second[range],
                         shadow,
                     },
-                    &[decaying],
+                    decays,
                 );
             }
         }

@@ -1,5 +1,5 @@
-// What libtorch has and its Rust binding has not: attention over packed sequences, AdamW in one pass, memory of the host
-// that a GPU reads by itself, and what tensors take of a GPU's memory.
+// What libtorch has and its Rust binding has not: attention over packed sequences, AdamW in one pass, tensors that keep the
+// memory that they lie in, memory of the host that a GPU reads by itself, and what tensors take of a GPU's memory.
 //
 // Tensors come and go as pointers to at::Tensor, as in torch-sys; what is returned belongs to the caller. A function returns
 // null, or the text of an error, which learn_torch_free takes. No exception leaves this file.
@@ -9,6 +9,7 @@
 #include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <c10/core/CachingDeviceAllocator.h>
 
 #include <cstdint>
@@ -94,6 +95,18 @@ char* learn_fused_adamw(const at::Tensor* const* values, const at::Tensor* const
     for (size_t number = 0; number < count; ++number) {
       values[number]->unsafeGetTensorImpl()->bump_version();
     }
+  });
+}
+
+// [count] f32 over memory of the host, which is there until `release` is called with `holder`: once, after the last tensor
+// over it, or when there is an error.
+char* learn_tensor_over(float* start, int64_t count, void* holder, void (*release)(void*), at::Tensor** out) {
+  return guarded([&] {
+    at::Tensor tensor = at::for_blob(start, at::IntArrayRef(&count, 1))
+                            .context(holder, release)
+                            .options(at::TensorOptions().dtype(at::kFloat))
+                            .make_tensor();
+    *out = new at::Tensor(std::move(tensor));
   });
 }
 

@@ -3,7 +3,8 @@
 //! Input: tensors. Output: a tensor with its graph, or tensors changed in place. The C++ that calls them is `shim/ops.cpp`;
 //! what libtorch throws comes back as an error.
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
@@ -33,6 +34,13 @@ unsafe extern "C" {
         beta2: f64,
         weight_decay: f64,
         epsilon: f64,
+    ) -> *mut c_char;
+    fn learn_tensor_over(
+        start: *mut f32,
+        count: i64,
+        holder: *mut c_void,
+        release: unsafe extern "C" fn(*mut c_void),
+        out: *mut *mut C_tensor,
     ) -> *mut c_char;
     fn learn_page_locked(count: i64, kind: c_int, out: *mut *mut C_tensor) -> *mut c_char;
     fn learn_gpu_tensors(ordinal: c_int, reset: bool, now: *mut i64, most: *mut i64) -> *mut c_char;
@@ -143,6 +151,28 @@ impl FusedAdamW {
     }
 }
 
+/// A tensor `[count]` f32 on the CPU over memory that `holder` keeps, which is let go with the last tensor over it.
+///
+/// # Safety
+/// From `start` on there are `count` elements, aligned, as long as `holder` is there.
+///
+/// # Panics
+/// There is no memory for a tensor, as libtorch's operators panic without memory.
+pub(crate) unsafe fn over<T: Send + Sync + 'static>(start: *mut f32, count: usize, holder: Arc<T>) -> Tensor {
+    unsafe extern "C" fn release<T>(holder: *mut c_void) {
+        // SAFETY: it is what `Arc::into_raw` gave, and comes back once.
+        drop(unsafe { Arc::from_raw(holder.cast_const().cast::<T>()) });
+    }
+    let holder = Arc::into_raw(holder).cast_mut().cast::<c_void>();
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the memory is there until `release` lets go of what keeps it, which it does once; writes one tensor of its own
+    // to `out`, or gives an error.
+    let made = checked(unsafe { learn_tensor_over(start, count as i64, holder, release::<T>, &mut out) });
+    made.unwrap_or_else(|error| panic!("{error}"));
+    // SAFETY: a tensor that nobody else owns.
+    unsafe { Tensor::from_ptr(out) }
+}
+
 /// `[count]` values in memory of the host that a GPU reads by itself, beside what the host does.
 ///
 /// # Errors
@@ -219,6 +249,22 @@ mod tests {
             let error = packed_attention((&x, &x, &x), &sequences(&[1, 2], Device::Cpu), 0.0).unwrap_err().to_string();
             // the operator was found, and has no kernel for the CPU
             assert!(error.contains("attention_forward") && error.contains("CPU"), "{error}");
+        }
+    }
+
+    #[test]
+    fn memory_is_kept_as_long_as_there_is_a_tensor_over_it() {
+        for count in [4, 0] {
+            let memory = Arc::new([1.0_f32, 2.0, 3.0, 4.0]);
+            let kept = Arc::downgrade(&memory);
+            // SAFETY: so many elements; they are only read.
+            let tensor = unsafe { over(memory.as_ptr().cast_mut(), count, memory) };
+            let view = tensor.narrow(0, count as i64 / 2, count as i64 / 2);
+            drop(tensor);
+            assert_eq!(Vec::<f32>::try_from(&view).unwrap(), [3.0, 4.0][..count / 2]);
+            assert_eq!(kept.strong_count(), 1);
+            drop(view);
+            assert_eq!(kept.strong_count(), 0);
         }
     }
 

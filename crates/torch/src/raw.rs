@@ -1,12 +1,13 @@
 //! The memory of a tensor, for a collective and for kernels of our own.
 
 use std::ffi::c_void;
+use std::sync::Arc;
 
 use half::{bf16, f16};
 use learn_collective::{Buffer, CommonVector, DType, OwnVector, Place};
 use tch::{Device, Kind, Tensor};
 
-use crate::TorchError;
+use crate::{TorchError, ops};
 
 /// A type of Rust that elements of a kind are in memory. (`tch` takes bf16 for f16.)
 pub trait Stored: Copy {
@@ -82,26 +83,18 @@ pub fn buffer(tensor: &mut Tensor) -> Result<Buffer<'_>, TorchError> {
     Ok(unsafe { Buffer::from_raw(ptr, len, dtype, place) })
 }
 
-/// A tensor `[n]` f32 over memory that other ranks read. It is valid as long as that memory, as [`RawTensor`] is: whoever
-/// holds the tensor keeps the memory too.
-pub fn over(memory: &OwnVector) -> Tensor {
-    // SAFETY: as many elements, aligned; see above for how long
-    unsafe { floats(memory.start(), memory.len()) }
+/// A tensor `[n]` f32 over memory that other ranks read. The memory is there as long as any tensor over it.
+pub fn over(memory: &Arc<OwnVector>) -> Tensor {
+    // SAFETY: as many elements, aligned, as long as the vector is there
+    unsafe { ops::over(memory.start(), memory.len(), Arc::clone(memory)) }
 }
 
-/// Tensors over the parts of a sum, to be read only, as long as `sum` lives and the ranks in whose memory they lie
-/// leave it as it is.
+/// Tensors over the parts of a sum. The memory is there as long as any tensor over it; it holds the sum as long as the ranks
+/// to which it belongs leave it as it is. To be read only: who writes to what another rank owns is ended by the system.
 #[must_use]
-pub fn parts_of(sum: &CommonVector) -> Vec<Tensor> {
-    // SAFETY: as many elements, aligned; see above for how long
-    sum.parts().map(|(start, len)| unsafe { floats(start.cast_mut(), len) }).collect()
-}
-
-/// # Safety
-/// There are `len` aligned elements as long as the tensor is used; it is only read if they may not be written to.
-unsafe fn floats(start: *mut f32, len: usize) -> Tensor {
-    // SAFETY: that of this function
-    unsafe { Tensor::from_blob(start.cast(), &[len as i64], &[1], Kind::Float, Device::Cpu) }
+pub fn parts_of(sum: &Arc<CommonVector>) -> Vec<Tensor> {
+    // SAFETY: as many elements, aligned, as long as all vectors of the sum are mapped
+    sum.parts().map(|(start, len)| unsafe { ops::over(start.cast_mut(), len, Arc::clone(sum)) }).collect()
 }
 
 /// The elements of a contiguous tensor on the CPU, row by row.

@@ -229,6 +229,11 @@ pub(crate) fn sync(path: &Path) -> Result<(), CheckpointError> {
 /// # Errors
 /// If anything is missing, damaged or of another version.
 pub fn check(path: &Path) -> Result<State, CheckpointError> {
+    check_files(path, &[MODEL, OPTIMIZER])
+}
+
+/// As [`check`], of these files alone.
+fn check_files(path: &Path, names: &[&str]) -> Result<State, CheckpointError> {
     let refuse = |reason: String| CheckpointError::Refused { path: path.to_owned(), reason };
     let text = fs::read(path.join(STATE)).map_err(|error| refuse(format!("{STATE} cannot be read ({error})")))?;
     let strange = |error: serde_json::Error| refuse(format!("{STATE} is not understood ({error})"));
@@ -245,7 +250,7 @@ pub fn check(path: &Path) -> Result<State, CheckpointError> {
             state.step
         )));
     }
-    for name in [MODEL, OPTIMIZER] {
+    for &name in names {
         let wanted = state.files.get(name).ok_or_else(|| refuse(format!("{STATE} does not list {name}")))?;
         let file = path.join(name);
         if let Some(difference) = wanted.mismatch(&file).map_err(|error| refuse(io(&file)(error).to_string()))? {
@@ -260,37 +265,62 @@ pub fn check(path: &Path) -> Result<State, CheckpointError> {
 /// # Errors
 /// As [`check`], and if it belongs to another dataset or model.
 pub fn read(path: &Path, expected: Option<&Expected<'_>>) -> Result<Snapshot, CheckpointError> {
-    let refuse = |reason: String| CheckpointError::Refused { path: path.to_owned(), reason };
     let state = check(path)?;
-    if let Some(expected) = expected {
-        let DatasetFacts { fingerprint, embeddings_fingerprint, .. } = expected.dataset;
-        if state.fingerprint != *fingerprint {
-            return Err(refuse(format!(
-                "it was trained on the dataset {}, this is {fingerprint}; point data.dataset to the former",
-                state.fingerprint
-            )));
-        }
-        if state.embeddings_fingerprint != *embeddings_fingerprint {
-            return Err(refuse(format!(
-                "it was trained on the content embeddings {}, the dataset has {embeddings_fingerprint} now; embed it with \
-                 the encoder of then",
-                state.embeddings_fingerprint
-            )));
-        }
-        if expected.signature.is_some_and(|signature| state.signature != signature) {
-            return Err(refuse("its parameters have other names or shapes; use the run's own [model] settings".into()));
-        }
-    }
-    let load = |name: &str| safetensors::read(&path.join(name)).map_err(|error| refuse(error.to_string()));
-    Ok(Snapshot { model: load(MODEL)?, optimizer: load(OPTIMIZER)?, state })
+    refuse_other(path, &state, expected)?;
+    Ok(Snapshot { model: load(path, MODEL)?, optimizer: load(path, OPTIMIZER)?, state })
 }
 
-/// The file of a checkpoint's weights and its state, after checking it whole.
+/// Reads the weights of a checkpoint and its state after checking both. The moments, which are twice as large, are not looked
+/// at.
 ///
 /// # Errors
-/// As [`check`].
+/// As [`read`], but for what is wrong with the moments.
+pub fn read_model(
+    path: &Path,
+    expected: Option<&Expected<'_>>,
+) -> Result<(State, Vec<(String, Tensor)>), CheckpointError> {
+    let state = check_files(path, &[MODEL])?;
+    refuse_other(path, &state, expected)?;
+    Ok((state, load(path, MODEL)?))
+}
+
+/// # Errors
+/// The checkpoint belongs to another dataset or model.
+fn refuse_other(path: &Path, state: &State, expected: Option<&Expected<'_>>) -> Result<(), CheckpointError> {
+    let refuse = |reason: String| Err(CheckpointError::Refused { path: path.to_owned(), reason });
+    let Some(expected) = expected else { return Ok(()) };
+    let DatasetFacts { fingerprint, embeddings_fingerprint, .. } = expected.dataset;
+    if state.fingerprint != *fingerprint {
+        return refuse(format!(
+            "it was trained on the dataset {}, this is {fingerprint}; point data.dataset to the former",
+            state.fingerprint
+        ));
+    }
+    if state.embeddings_fingerprint != *embeddings_fingerprint {
+        return refuse(format!(
+            "it was trained on the content embeddings {}, the dataset has {embeddings_fingerprint} now; embed it with the \
+             encoder of then",
+            state.embeddings_fingerprint
+        ));
+    }
+    if expected.signature.is_some_and(|signature| state.signature != signature) {
+        return refuse("its parameters have other names or shapes; use the run's own [model] settings".into());
+    }
+    Ok(())
+}
+
+/// The tensors of one of its files.
+fn load(path: &Path, name: &str) -> Result<Vec<(String, Tensor)>, CheckpointError> {
+    safetensors::read(&path.join(name))
+        .map_err(|error| CheckpointError::Refused { path: path.to_owned(), reason: error.to_string() })
+}
+
+/// The file of a checkpoint's weights and its state, after checking both.
+///
+/// # Errors
+/// As [`check`], but for what is wrong with the moments.
 pub fn model_file(path: &Path) -> Result<(PathBuf, State), CheckpointError> {
-    check(path).map(|state| (path.join(MODEL), state))
+    check_files(path, &[MODEL]).map(|state| (path.join(MODEL), state))
 }
 
 /// A checkpoint directory as `learn-worker checkpoints` lists it.

@@ -108,6 +108,27 @@ fn damage_and_strangers_are_refused_with_their_reason() {
 }
 
 #[test]
+fn the_weights_are_read_without_the_moments_and_checked_all_the_same() {
+    let (_folder, run) = run();
+    let path = write(&run.checkpoints(), snapshot(7, 1.5, None), Pace::Plain, &|| ()).unwrap();
+    fs::remove_file(path.join(OPTIMIZER)).unwrap();
+    assert!(read(&path, None).unwrap_err().to_string().contains(OPTIMIZER));
+    let (state, model) = read_model(&path, Some(&Expected { dataset: &dataset(), signature: Some("shape") })).unwrap();
+    assert_eq!((state.step, model.len()), (Step(7), 1));
+    assert_eq!(Vec::<f32>::try_from(&model[0].1).unwrap(), [1.5, 2.0]);
+    assert_eq!(model_file(&path).unwrap(), (path.join(MODEL), state));
+
+    let refused = |expected: Option<&Expected<'_>>| read_model(&path, expected).unwrap_err().to_string();
+    let other = DatasetFacts { fingerprint: "other".into(), ..dataset() };
+    assert!(refused(Some(&Expected { dataset: &other, signature: None })).contains("data.dataset"));
+    let mut bytes = fs::read(path.join(MODEL)).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(path.join(MODEL), &bytes).unwrap();
+    assert!(refused(None).contains("model.safetensors is damaged"));
+    assert!(model_file(&path).unwrap_err().to_string().contains("model.safetensors is damaged"));
+}
+
+#[test]
 fn a_killed_write_is_never_taken_for_a_checkpoint() {
     let (_folder, run) = run();
     write(&run.checkpoints(), snapshot(1, 1.0, None), Pace::Plain, &|| ()).unwrap();

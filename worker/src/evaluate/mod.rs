@@ -5,7 +5,7 @@
 //! Each rank embeds its part of the catalogue and of the users; item embeddings are gathered, metric sums added up.
 //! The rank of a target counts every item of the catalogue (`learn_domain::ranking` has the rule for ties); items of
 //! the history are left out if `evaluation.exclude_history` says so, the target never is. Memory grows with the
-//! catalogue and a batch of users, besides the users' histories; not with resamples times users.
+//! catalogue and a batch of users, besides the users' histories and a cache of rows; not with resamples times users.
 //! With a CVR head, its metrics on the targets as exposures come with them.
 
 mod comparisons;
@@ -14,7 +14,7 @@ mod rank;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use learn_domain::config::EvaluationConfig;
+use learn_domain::config::{ByteSize, EvaluationConfig};
 use learn_domain::plan::contiguous_part;
 use learn_domain::ranking::{Metrics, Placement};
 use learn_domain::report::{Comparison, Estimate, Evaluation, SegmentResult, Split};
@@ -85,11 +85,11 @@ pub fn run(session: &Session, turn: &mut Turn, checkpoint: &str, split: Split) -
     let data = handle.block_on(DataClient::of(admission, &session.pass, patience))?;
     let model = Pch::new(shape(&admission.config, &admission.dataset))?;
     let expected = checkpoint::Expected { dataset: &admission.dataset, signature: None };
-    let snapshot = checkpoint::read(checkpoint.as_ref(), Some(&expected))?;
-    let parameters = Parameters::load(model.shape(), snapshot.model, Kind::Float, session.device)?;
-    let mut evaluator = Evaluator::new(session, data)?;
+    let (state, weights) = checkpoint::read_model(checkpoint.as_ref(), Some(&expected))?;
+    let parameters = Parameters::load(model.shape(), weights, Kind::Float, session.device)?;
+    // nothing trains beside it
+    let mut evaluator = Evaluator::new(session, data, admission.config.cluster.row_cache)?;
     let catalogue = Catalogue { model: &model, parameters: &parameters };
-    let state = snapshot.state;
     let request = Request { split, step: state.step, epoch: state.epoch, full: true };
     let evaluation = evaluator.evaluate(&catalogue, &mut turn.exchange, &request)?;
     if turn.is_first() {
@@ -102,14 +102,17 @@ pub fn run(session: &Session, turn: &mut Turn, checkpoint: &str, split: Split) -
 }
 
 impl Evaluator {
+    /// One that keeps so much of the content embeddings of histories from one evaluation to the next; the feed's cache is the
+    /// feed's alone.
+    ///
     /// # Errors
     /// If the data service refuses.
-    pub fn new(session: &Session, data: DataClient) -> Result<Self, WorkerError> {
+    pub fn new(session: &Session, data: DataClient, row_cache: ByteSize) -> Result<Self, WorkerError> {
         let (config, dataset) = (&session.admission.config, &session.admission.dataset);
         let handle = session.handle().clone();
-        // the feed has the cache; evaluation reads past it
         let settings = RowSettings {
             dim: dataset.embedding_dim as usize,
+            cache_bytes: row_cache.0,
             items: dataset.items,
             streams: config.cluster.row_streams,
             ..RowSettings::default()
@@ -316,7 +319,7 @@ impl Evaluator {
     /// User embeddings `[B, d]` at the newest item of each history.
     fn embed_users(&mut self, catalogue: &Catalogue<'_>, histories: &[Seen<'_>]) -> Result<Tensor, WorkerError> {
         let (unique, packed) = newest_positions(histories);
-        let rows = self.handle.block_on(self.rows.fetch(&unique))?;
+        let rows = self.handle.block_on(self.rows.rows(&unique))?;
         let rows = rows_tensor(&rows, (unique.len(), self.dim), self.device);
         let inputs = ItemInputs { items: &unique, content: &rows, id_seed: None, tape: Some(&Tape::new(0)) };
         Ok(embed_histories(catalogue, &inputs, &sequences(&packed, self.device), &self.forward))

@@ -114,6 +114,59 @@ pub(super) fn read_share(
     Ok(())
 }
 
+/// What has come of a step's share: its parts, each in its turn.
+pub(super) struct StepParts {
+    /// Finished steps before it.
+    step: u64,
+    next: u32,
+    /// What the first part has said.
+    first: Option<BatchMeta>,
+}
+
+impl StepParts {
+    /// Nothing yet of the step after so many finished ones.
+    pub(super) fn of(step: u64) -> Self {
+        Self { step, next: 0, first: None }
+    }
+
+    pub(super) fn begun(&self) -> bool {
+        self.next > 0
+    }
+
+    /// Takes what the next message says of itself; whether it is the step's last one.
+    ///
+    /// # Errors
+    /// What is wrong: it is not the part that is due, or says something else of the step than the first one.
+    pub(super) fn take(&mut self, meta: BatchMeta) -> Result<bool, String> {
+        let Self { step, next, .. } = *self;
+        if (meta.step, meta.part) != (step, next) || next >= meta.parts {
+            let BatchMeta { step: other, part, parts, .. } = meta;
+            return Err(format!("part {part} of {parts} of step {other} instead of part {next} of step {step}"));
+        }
+        let first = *self.first.get_or_insert(meta);
+        if meta != (BatchMeta { part: next, ..first }) {
+            return Err(format!("part {next} of step {step} says {meta:?}, and the first one {first:?}"));
+        }
+        self.next += 1;
+        Ok(self.next == meta.parts)
+    }
+}
+
+/// # Errors
+/// What is wrong: a share has users that the step has no place for.
+pub(super) fn check_places(share: &[UserShare], meta: &BatchMeta) -> Result<(), String> {
+    let BatchMeta { step, global_users, .. } = *meta;
+    if share.len() > global_users as usize {
+        return Err(format!("{} users of step {step}, which has {global_users}", share.len()));
+    }
+    match share.iter().find(|user| user.place >= global_users) {
+        Some(UserShare { user, place, .. }) => {
+            Err(format!("user {user} at place {place} of step {step}, which has {global_users} users"))
+        }
+        None => Ok(()),
+    }
+}
+
 pub(super) fn numbers<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a UInt32Array, FlightClientError> {
     let column = batch.column_by_name(name).and_then(|column| column.as_primitive_opt::<UInt32Type>());
     column.ok_or_else(|| unexpected(format!("no u32 column `{name}`")))

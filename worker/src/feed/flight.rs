@@ -29,7 +29,7 @@ use tonic::transport::Channel;
 
 use super::answers::unexpected;
 pub use super::answers::{FlightClientError, HeldOutUser};
-use super::answers::{decoder, numbers, read_held_out, read_share};
+use super::answers::{StepParts, check_places, decoder, numbers, read_held_out, read_share};
 use super::assemble::UserShare;
 use super::exchange::RowExchange;
 use super::local::LocalRows;
@@ -401,19 +401,24 @@ impl ShareStream {
 
     async fn try_next(&mut self) -> Result<Option<Share>, FlightClientError> {
         self.client.settle(&mut self.open, |open| &open.location).await;
+        // no other ticket has steps
+        let step = if let Ticket::Batches { from_step, .. } = self.ticket { from_step } else { 0 };
         let open = match &mut self.open {
             Some(open) => open,
             none => none.insert(self.client.do_get(&self.ticket).await?),
         };
-        let mut users = Vec::new();
+        let (mut users, mut parts) = (Vec::new(), StepParts::of(step));
         loop {
             let Some((batch, metadata)) = self.client.next_batch(open).await? else {
-                return if users.is_empty() { Ok(None) } else { Err(unexpected("the stream ended within a step")) };
+                return if parts.begun() { Err(unexpected("the stream ended within a step")) } else { Ok(None) };
             };
             let meta: BatchMeta =
                 serde_json::from_slice(&metadata).map_err(|error| unexpected(format!("batch metadata: {error}")))?;
+            let wrong = |what: String| unexpected(format!("{what} (by {})", open.location));
+            let is_last = parts.take(meta).map_err(wrong)?;
             read_share(&batch, self.times, &mut users)?;
-            if meta.part + 1 >= meta.parts {
+            if is_last {
+                check_places(&users, &meta).map_err(wrong)?;
                 return Ok(Some(Share { meta, users, bytes: std::mem::take(&mut open.bytes) }));
             }
         }

@@ -210,7 +210,7 @@ impl RowSource {
         Ok(PassRows { sent, on_device: chosen.map(|(on_device, _)| on_device) })
     }
 
-    /// The rows `[items, dim]` of distinct items, all on the host.
+    /// The rows `[items, dim]` of distinct items, all on the host, by way of its cache: those of histories, which repeat.
     ///
     /// # Errors
     /// If they cannot be fetched.

@@ -1,8 +1,8 @@
 //! The beginning of a generation: all ranks come to the same state.
 //!
 //! Input: what each rank holds. Output: trainers that go on from the same finished step with the same bits, and a
-//! coordinator that knows it. Invariants: `learn_domain::recovery` decides; no disk is read, but for a job that starts; a
-//! rank whose generation breaks here still holds what it held, or the whole of what it was given.
+//! coordinator that knows it. Invariants: `learn_domain::recovery` decides; no disk is read, but for a job that starts, and then
+//! by rank 0; a rank whose generation breaks here still holds what it held, or the whole of what it was given.
 
 use std::collections::VecDeque;
 use std::path::Path;
@@ -53,11 +53,13 @@ impl Trainer<'_> {
         let goes_on = agreement != Agreement::Start;
         let follow_up = match agreement {
             Agreement::Start => {
-                match self.resume_from {
-                    Some(path) => self.restore(path)?,
-                    None => self.initialize(turn)?,
-                }
-                // ranks would come to the same values by themselves, but for rounding on different processors
+                let started = match self.resume_from {
+                    // what is read and measured here comes to the others
+                    _ if !turn.is_first() => Ok(()),
+                    Some(path) => self.restore(path),
+                    None => self.initialize(),
+                };
+                as_rank_0(&mut turn.exchange, started)?;
                 self.take_over(&mut turn.exchange, 0)?;
                 self.has_state = true;
                 false
@@ -74,11 +76,11 @@ impl Trainer<'_> {
             }
         };
         self.session.progress.finished(self.finished);
-        self.stepper.objective = self.objective(&turn.exchange)?;
+        self.replace_objective(&turn.exchange)?;
         let mine = turn.is_first();
         if mine {
             turn.member.begin(self.finished, self.last.iter().cloned().collect())?;
-            // all ranks have read theirs, and the coordinator agrees that the job goes on from it
+            // all ranks have what was read, and the coordinator agrees that the job goes on from it
             self.superseding.carry_out(&self.session.run_dir())?;
         }
         self.speaker.set(turn.member.clone());
@@ -168,28 +170,27 @@ impl Trainer<'_> {
         Ok(())
     }
 
-    /// The objective for this generation's division of the catalogue.
-    fn objective(&mut self, exchange: &Exchange) -> Result<Objective, WorkerError> {
-        let (config, device) = (self.config, self.session.device);
-        Ok(match config.objective.kind {
-            _ if config.training.freeze_towers => Objective::Frozen,
-            ObjectiveKind::DenseAllAction | ObjectiveKind::NextItem => {
-                Objective::InBatch(InBatch::new(&config.objective, self.popularity.as_deref(), device))
-            }
-            ObjectiveKind::FullSoftmax => {
-                Objective::FullSoftmax(FullSoftmax::new(&config.objective, self.evaluator.own_items(exchange)?))
-            }
+    /// Makes the objective for this generation's division of the catalogue, in the place of the last one's.
+    fn replace_objective(&mut self, exchange: &Exchange) -> Result<(), WorkerError> {
+        let Self { config, session, evaluator, popularity, stepper, .. } = self;
+        stepper.objective.replace(|| {
+            Ok(match config.objective.kind {
+                _ if config.training.freeze_towers => Objective::Frozen,
+                ObjectiveKind::DenseAllAction | ObjectiveKind::NextItem => {
+                    Objective::InBatch(InBatch::new(&config.objective, popularity.as_deref(), session.device))
+                }
+                ObjectiveKind::FullSoftmax => {
+                    Objective::FullSoftmax(FullSoftmax::new(&config.objective, evaluator.own_items(exchange)?))
+                }
+            })
         })
     }
 
     /// What a fresh start does beyond random weights: takes those of `training.init`, measures what is not among them.
-    fn initialize(&mut self, turn: &Turn) -> Result<(), WorkerError> {
+    fn initialize(&mut self) -> Result<(), WorkerError> {
         let Stepper { model, parameters, .. } = &mut self.stepper;
         let mut measured = model.measured();
-        // the other ranks take them over from the first one, so only its host needs the files
-        if let Some(path) = &self.config.training.init
-            && turn.is_first()
-        {
+        if let Some(path) = &self.config.training.init {
             let weights = Weights::open(path)?;
             self.init = Some(weights.origin.clone());
             let dataset = &self.session.admission.dataset.fingerprint;
@@ -226,3 +227,20 @@ impl Trainer<'_> {
         Ok(())
     }
 }
+
+/// What rank 0 has come to, on every rank: what keeps it from going on is nothing that another one could do better.
+fn as_rank_0(exchange: &mut Exchange, mine: Result<(), WorkerError>) -> Result<(), WorkerError> {
+    let mut said = vec![u8::from(mine.is_err())];
+    if let Err(error) = &mine {
+        said.extend(error.to_string().bytes());
+    }
+    let told = exchange.broadcast_bytes(0, said);
+    mine?;
+    match told?.as_slice() {
+        [1, reason @ ..] => Err(WorkerError::NotBegun(String::from_utf8_lossy(reason).into_owned())),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -49,7 +49,7 @@ pub struct Exchange {
     metrics: WorkerMetrics,
     progress: Arc<Progress>,
     /// The memory of all ranks in which their gradients lie, if they share it.
-    gradients: Option<CommonVector>,
+    gradients: Option<Arc<CommonVector>>,
     counted_bytes: u64,
     waited: Duration,
 }
@@ -175,7 +175,7 @@ impl Exchange {
             Ok(())
         })?;
         parameters.place_gradient(gradients.as_ref().map(|gradients| Arc::clone(gradients.own())));
-        self.gradients = gradients;
+        self.gradients = gradients.map(Arc::new);
         Ok(())
     }
 

@@ -131,7 +131,7 @@ impl<'a> Trainer<'a> {
         let handle = session.handle();
         let patience = session.control.patience();
         let data = handle.block_on(DataClient::of(admission, &session.pass, patience))?;
-        let evaluator = Evaluator::new(session, data.clone())?;
+        let evaluator = Evaluator::new(session, data.clone(), config.cluster.evaluation_row_cache())?;
         let counted = config.objective.logq_correction || config.model.item_input == ItemInput::ContentId;
         let popularity = if counted { Some(handle.block_on(data.popularity())?) } else { None };
         if config.model.item_input == ItemInput::ContentId
@@ -403,9 +403,9 @@ impl<'a> Trainer<'a> {
         let Some(step) = found.filter(|step| *step != self.finished) else {
             return self.evaluate(turn, Split::Test).map(drop);
         };
-        let snapshot = checkpoint::read(&self.session.run_dir().checkpoint(step), None)?;
+        let (_, weights) = checkpoint::read_model(&self.session.run_dir().checkpoint(step), None)?;
         let model = &self.stepper.model;
-        let parameters = Parameters::load(model.shape(), snapshot.model, Kind::Float, self.session.device)?;
+        let parameters = Parameters::load(model.shape(), weights, Kind::Float, self.session.device)?;
         let (catalogue, request) = (Catalogue { model, parameters: &parameters }, self.request(Split::Test, step));
         evaluate_at(self.session, (&mut self.evaluator, catalogue), turn, &request).map(drop)
     }

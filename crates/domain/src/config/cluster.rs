@@ -74,7 +74,7 @@ pub struct ClusterConfig {
     /// Connections over which a worker fetches content embeddings at once. Each starts at a different data server. Requests
     /// below 1 MiB per connection use fewer. Unused if the worker maps the dataset's files.
     pub row_streams: u32,
-    /// Host memory of a worker for content embeddings.
+    /// Host memory of a worker for content embeddings; evaluations of a training have a quarter as much besides.
     pub row_cache: ByteSize,
     /// Memory of a worker's device for content embeddings, so that they need not be copied to it again; 0 = none. On a CPU
     /// there is nothing to gain.
@@ -83,6 +83,13 @@ pub struct ClusterConfig {
 }
 
 impl ClusterConfig {
+    /// Host memory of a worker for the content embeddings that the evaluations of a training read, beside `row_cache`: they take
+    /// nothing from the steps.
+    #[must_use]
+    pub fn evaluation_row_cache(&self) -> ByteSize {
+        ByteSize(self.row_cache.0 / 4)
+    }
+
     /// How long workers may take from the request to stop to their leave.
     #[must_use]
     pub fn stop_within(&self) -> Duration {

@@ -171,6 +171,26 @@ fn large_scores_do_not_overflow() {
 }
 
 #[test]
+fn what_is_no_number_is_seen_in_the_contexts_that_it_reaches() {
+    let (tokens, width) = (20, 16);
+    let sequences = whole(&[tokens]);
+    let attention = Attention { sequences: &sequences, places: None, heads: 1, width, dropout: Dropout::OFF };
+    // a query reaches its own token, a key all from its own on
+    for (column, reached) in [(3, 7..8), (width + 3, 7..tokens)] {
+        let mut qkv: Vec<f32> = numbers(5, tokens * 3 * width);
+        qkv[7 * 3 * width + column] = f32::NAN;
+        at_every_level(|level| {
+            let mut context = zeros::<f32>(tokens * width);
+            attention.forward(&qkv, &mut context);
+            for (token, context) in context.chunks_exact(width).enumerate() {
+                let as_it_should = |x: &f32| x.is_nan() == reached.contains(&token);
+                assert!(context.iter().all(as_it_should), "{level:?}, column {column}, token {token}: {context:?}");
+            }
+        });
+    }
+}
+
+#[test]
 fn the_same_with_any_number_of_threads_and_in_any_company() {
     let lengths: Vec<usize> = (0..60).map(|i| i * 7 % 23).collect();
     let sequences = whole(&lengths);

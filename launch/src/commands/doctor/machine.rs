@@ -60,7 +60,8 @@ fn memory(meminfo: &str, config: &Config) -> Option<Check> {
     let found = format!("{} free of {}", bytes(available), bytes(total));
     // a device that is a CPU keeps its rows in the same memory
     let on_device = if config.cluster.device == DeviceKind::Cpu { config.cluster.device_row_cache.0 } else { 0 };
-    let cache = config.cluster.row_cache.0.saturating_add(on_device);
+    let on_host = config.cluster.row_cache.0.saturating_add(config.cluster.evaluation_row_cache().0);
+    let cache = on_host.saturating_add(on_device);
     let caches = cache.saturating_mul(config.cluster.workers.into());
     Some(if caches > available {
         let text = format!("the workers' row caches may take {}: lower cluster.row_cache", bytes(caches));
@@ -149,7 +150,7 @@ mod tests {
         let mut greedy = config.clone();
         greedy.cluster.workers = 8;
         let check = memory(text, &greedy).unwrap();
-        assert!(check.verdict == Verdict::Warning && check.remedy.unwrap().contains("8.00 GiB"));
+        assert!(check.verdict == Verdict::Warning && check.remedy.unwrap().contains("10.00 GiB"));
         assert!(memory("nonsense", &config).is_none());
     }
 

@@ -110,6 +110,16 @@ impl Objective {
         }
     }
 
+    /// Puts another one in the place of this one, which goes first: each may hold a part of the catalogue.
+    ///
+    /// # Errors
+    /// That of `make`; then nothing is trained on.
+    pub fn replace(&mut self, make: impl FnOnce() -> Result<Self, WorkerError>) -> Result<(), WorkerError> {
+        *self = Self::Frozen;
+        *self = make()?;
+        Ok(())
+    }
+
     /// Which rows and targets are trained on each other, if any are.
     #[must_use]
     pub fn pairing(&self) -> Option<Pairs> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use half::f16;
-use learn_collective::{Aborter, Group, MemoryRendezvous, connect_tcp};
+use learn_collective::{Aborter, CommonVector, Group, MemoryRendezvous, connect_tcp};
 use learn_domain::UserIndex;
 use learn_domain::config::{Config, ItemInput, ItemTower, ObjectiveKind, PositionEmbedding, TimeEmbedding};
 use learn_domain::random::Draws;
@@ -393,6 +393,33 @@ fn parts_that_are_summed_while_the_backward_goes_on_are_whole() {
             assert!(largest_gap(&other, &one) < 1e-11 * largest.max(1.0));
         }
     }
+}
+
+#[test]
+fn a_part_of_the_catalogue_goes_before_another_one_comes() {
+    let store = MemoryRendezvous::default();
+    let config = softmax(ItemTower::Causal, Pairs::AllAction).objective;
+    std::thread::scope(|scope| {
+        for rank in 0..2 {
+            let (store, config) = (store.clone(), &config);
+            scope.spawn(move || {
+                let mut collective = connect_tcp(group((rank, 2), true), &store).unwrap();
+                // memory of which it is known who holds it
+                let vectors = CommonVector::new(&mut *collective, Some(&[2 * DIM][..])).unwrap().unwrap();
+                let memory = vectors.own();
+                let rows = learn_torch::over(memory).view([2, DIM as i64]);
+                let held = Arc::strong_count(memory);
+                let mut objective = Objective::FullSoftmax(FullSoftmax::new(config, (rows, 0)));
+                let failed = objective.replace(|| {
+                    assert_eq!(Arc::strong_count(memory), held - 1);
+                    Err(WorkerError::Signature)
+                });
+                assert!(failed.is_err() && !objective.trains_towers());
+                objective.replace(|| Ok(Objective::InBatch(InBatch::new(config, None, Device::Cpu)))).unwrap();
+                assert!(objective.trains_towers());
+            });
+        }
+    });
 }
 
 #[test]
