@@ -327,7 +327,7 @@ async fn a_job_is_journaled_stopped_and_resumed_exactly() {
     let steps = |expected: usize| assert_eq!(read_lines::<StepRecord>(&run_dir.metrics()).unwrap().len(), expected);
     steps(3);
     let evaluations = || read_lines::<Evaluation>(&run_dir.evaluations()).unwrap();
-    assert_eq!(evaluations(), [evaluation.clone()]);
+    assert_eq!(evaluations(), std::slice::from_ref(&evaluation));
     let status: JobStatus = read_json(&run_dir.status()).unwrap();
     assert_eq!((status.state, status.last_checkpoint), (JobState::Stopped, Some(Step(2))));
     assert!(status.operator_stop, "by a call, not by a signal");

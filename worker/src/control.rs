@@ -530,16 +530,25 @@ impl Rendezvous for Member {
     }
 
     fn get(&self, key: &str, wait: Duration) -> Result<Vec<u8>, String> {
-        let request = v1::GetRequest {
-            worker_id: self.worker.0,
-            generation: self.place.generation.0,
-            key: key.to_owned(),
-            wait_millis: u32::try_from(wait.as_millis()).unwrap_or(u32::MAX),
-        };
-        let answer = self.control.call("get", |mut client| {
-            let request = request.clone();
-            async move { client.get(request).await }
-        });
-        self.control.handle.block_on(answer).map(|answer| answer.value).map_err(|status| status.message().to_owned())
+        let started = Instant::now();
+        loop {
+            let left = wait.saturating_sub(started.elapsed());
+            let request = v1::GetRequest {
+                worker_id: self.worker.0,
+                generation: self.place.generation.0,
+                key: key.to_owned(),
+                wait_millis: u32::try_from(left.as_millis()).unwrap_or(u32::MAX),
+            };
+            let answer = self.control.call("get", |mut client| {
+                let request = request.clone();
+                async move { client.get(request).await }
+            });
+            match self.control.handle.block_on(answer) {
+                Ok(answer) => return Ok(answer.value),
+                // one call waits for a minute at most (`learn_proto::MAX_WAIT_MILLIS`)
+                Err(status) if status.code() == Code::DeadlineExceeded && started.elapsed() < wait => {}
+                Err(status) => return Err(status.message().to_owned()),
+            }
+        }
     }
 }

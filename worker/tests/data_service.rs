@@ -292,7 +292,8 @@ fn a_history_that_is_larger_than_a_message_is_taken() {
 #[test]
 fn parts_that_are_not_those_of_the_step_are_refused_with_their_servers_name() {
     let runtime = runtime();
-    let lies: [(fn(&mut BatchMeta), &str); 6] = [
+    type Lie = fn(&mut BatchMeta);
+    let lies: [(Lie, &str); 6] = [
         (|meta| meta.step += 1, "part 0 of 2 of step 6 instead of part 0 of step 5"),
         (|meta| meta.step += u64::from(meta.part), "part 1 of 2 of step 6 instead of part 1 of step 5"),
         (|meta| meta.part = 1, "part 1 of 2 of step 5 instead of part 0 of step 5"),

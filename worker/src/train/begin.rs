@@ -6,12 +6,15 @@
 
 use std::collections::VecDeque;
 use std::path::Path;
+use std::time::Duration;
 
+use learn_collective::{CollectiveError, Rendezvous};
 use learn_domain::Step;
 use learn_domain::config::ObjectiveKind;
 use learn_domain::random;
 use learn_domain::recovery::{Agreement, Holding, agree};
 use learn_domain::report::StepRecord;
+use learn_proto::convert::cut;
 use serde::{Deserialize, Serialize};
 
 use super::objective::{FullSoftmax, InBatch, Objective};
@@ -39,6 +42,11 @@ struct Counters {
     superseding: Superseding,
 }
 
+/// By this key rank 0 says that it has what the job starts with, with an empty text, or why not.
+const BEGUN: &str = "begun";
+/// As long as a generation lasts.
+const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
+
 /// Numbers by which a rank says what it holds.
 const SAID: usize = 4;
 
@@ -59,7 +67,7 @@ impl Trainer<'_> {
                     Some(path) => self.restore(path),
                     None => self.initialize(),
                 };
-                as_rank_0(&mut turn.exchange, started)?;
+                as_rank_0(&turn.member, turn.is_first(), started)?;
                 self.take_over(&mut turn.exchange, 0)?;
                 self.has_state = true;
                 false
@@ -228,18 +236,21 @@ impl Trainer<'_> {
     }
 }
 
-/// What rank 0 has come to, on every rank: what keeps it from going on is nothing that another one could do better.
-fn as_rank_0(exchange: &mut Exchange, mine: Result<(), WorkerError>) -> Result<(), WorkerError> {
-    let mut said = vec![u8::from(mine.is_err())];
-    if let Err(error) = &mine {
-        said.extend(error.to_string().bytes());
+/// What rank 0 has come to, on every rank: what keeps it from going on is nothing that another one could do better. The
+/// others wait as long as it takes, outside of any collective, or until their generation ends.
+fn as_rank_0(rendezvous: &dyn Rendezvous, is_first: bool, mine: Result<(), WorkerError>) -> Result<(), WorkerError> {
+    let failed = |reason| CollectiveError::Rendezvous { key: BEGUN.into(), reason };
+    if !is_first {
+        let reason = rendezvous.get(BEGUN, FOREVER).map_err(failed)?;
+        return match reason.as_slice() {
+            [] => Ok(()),
+            reason => Err(WorkerError::NotBegun(String::from_utf8_lossy(reason).into_owned())),
+        };
     }
-    let told = exchange.broadcast_bytes(0, said);
+    let reason = mine.as_ref().err().map(ToString::to_string).unwrap_or_default();
+    let told = rendezvous.put(BEGUN, cut(reason).into_bytes()).map_err(failed);
     mine?;
-    match told?.as_slice() {
-        [1, reason @ ..] => Err(WorkerError::NotBegun(String::from_utf8_lossy(reason).into_owned())),
-        _ => Ok(()),
-    }
+    Ok(told?)
 }
 
 #[cfg(test)]

@@ -1,11 +1,7 @@
 //! Ranks as threads.
 
-use std::sync::Arc;
-use std::time::Duration;
-
-use learn_collective::{Aborter, Group, MemoryRendezvous, connect_tcp};
+use learn_collective::MemoryRendezvous;
 use learn_domain::failure::Reach;
-use learn_telemetry::WorkerMetrics;
 
 use super::*;
 
@@ -19,21 +15,8 @@ fn begun(failure: Option<&str>) -> Vec<Result<(), WorkerError>> {
             .map(|rank| {
                 let store = store.clone();
                 scope.spawn(move || {
-                    let group = Group {
-                        rank,
-                        world_size: WORLD,
-                        generation: 1,
-                        secret: b"the job's secret".to_vec(),
-                        bind: "127.0.0.1".into(),
-                        advertise: "127.0.0.1".into(),
-                        timeout: Duration::from_secs(60),
-                        shares_memory: false,
-                        aborter: Aborter::default(),
-                    };
-                    let collective = connect_tcp(group, &store).unwrap();
-                    let mut exchange = Exchange::new(collective, WorkerMetrics::new(), Arc::default());
                     let failure = failure.filter(|_| rank == 0).map(|reason| WorkerError::Usage(reason.into()));
-                    as_rank_0(&mut exchange, failure.map_or(Ok(()), Err))
+                    as_rank_0(&store, rank == 0, failure.map_or(Ok(()), Err))
                 })
             })
             .collect();
