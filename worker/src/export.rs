@@ -98,11 +98,15 @@ fn settle(folder: &Path, sync: impl Fn(&Path) -> Result<(), CheckpointError>) ->
     sync(folder).map_err(Into::into)
 }
 
-/// Gives a folder that is durable its name, which is then durable too.
+/// Gives a folder that is durable its name, which is then durable too, if the folder above can be synced.
 fn give_name(aside: &Path, out: &Path, sync: impl Fn(&Path) -> Result<(), CheckpointError>) -> Result<(), WorkerError> {
     fs::rename(aside, out).map_err(failed(out))?;
     let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty());
-    sync(parent.unwrap_or(Path::new("."))).map_err(Into::into)
+    // it is there all the same
+    if let Err(error) = sync(parent.unwrap_or(Path::new("."))) {
+        tracing::warn!(%error, "the name of the export may be lost if the power fails now");
+    }
+    Ok(())
 }
 
 /// From now on SIGINT and SIGTERM end this process, and what is written aside goes. Whoever holds `ending` decides how it ends.
@@ -303,6 +307,8 @@ mod tests {
         assert_eq!(*synced.borrow(), wanted);
         let refused = settle(&out, |_| Err(CheckpointError::WriterGone));
         assert!(refused.is_err(), "a disk that keeps nothing is told");
+        give_name(&out, &aside, |_| Err(CheckpointError::WriterGone)).unwrap();
+        assert!(aside.is_dir(), "it is there, whatever becomes of its name");
     }
 
     const ASIDE: &str = "LEARN_TEST_ASIDE";

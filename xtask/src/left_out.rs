@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 use crate::workspace::Workspace;
 use crate::{files, gpu_check, system, test};
 
+/// Names the commands of those that measure.
+const MEASUREMENTS: &str = include_str!("../../docs/reliability.md");
+
 /// A test with `#[ignore = "..."]`.
 struct LeftOut {
     file: PathBuf,
@@ -53,7 +56,8 @@ impl LeftOut {
         if self.reason.contains("needs an NVIDIA GPU") {
             return gpu_check::TESTS.iter().any(|(_, words)| self.is_of(words));
         }
-        self.reason.contains("measure")
+        let test = self.file.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+        self.reason.contains("measure") && MEASUREMENTS.contains(&format!("--test {test} --run-ignored only"))
     }
 
     /// Whether the program that cargo builds from these words, `--package P --lib` or `--package P --test T`, holds it.
@@ -88,5 +92,6 @@ fn one_that_nothing_runs_is_seen() {
     assert!(!one("/x/tests/tests/slurm.rs", "needs Chromium: cargo xtask system browser").is_run());
     assert!(!one("/x/crates/model/src/pch.rs", "needs an NVIDIA GPU").is_run());
     assert!(!one("/x/crates/model/src/pch.rs", "slow").is_run());
+    assert!(!one("/x/tests/tests/road.rs", "a measurement").is_run());
     assert!(one("/x/crates/torch/src/rows.rs", "needs an NVIDIA GPU").is_run());
 }

@@ -10,7 +10,7 @@ use crate::ids::Step;
 /// What a rank brings into a generation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Holding {
-    /// It has a state: it took part in a generation of this job, or has just read a checkpoint.
+    /// It has a state: it took part in a generation of this job, or has made the one that the job starts with.
     pub state: bool,
     /// Finished steps of that state.
     pub finished: Step,
@@ -21,7 +21,7 @@ pub struct Holding {
 /// What the ranks of a generation do before its first step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Agreement {
-    /// Nobody has a state: all make the one that the job starts with.
+    /// Nobody has a state: rank 0 makes the one that the job starts with, and the others take it over.
     Start,
     /// All go on from `finished` steps.
     GoOn {

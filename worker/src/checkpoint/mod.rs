@@ -188,7 +188,7 @@ fn aside_of(target: &Path, why: &str) -> PathBuf {
 /// Gives a directory its name; one that has it so far takes the other's.
 fn put_in_place(aside: &Path, target: &Path) -> std::io::Result<()> {
     match fs::rename(aside, target) {
-        // another process may have written it this moment
+        // there may be one of this step: written before a regroup, or by another process this moment
         Err(_) if target.exists() => files::exchange(aside, target, &aside_of(target, "-replaced")),
         renamed => renamed,
     }
@@ -431,9 +431,10 @@ pub fn resolve(run: &RunDir, name: Option<&str>) -> Result<PathBuf, CheckpointEr
         return Err(CheckpointError::Unknown { run: run.root().display().to_string(), name, there });
     };
     let path = run.checkpoint(chosen);
-    let Err(error) = check(&path) else { return Ok(path) };
+    let weights = |path: &Path| check_files(path, &[MODEL]);
+    let Err(error) = weights(&path) else { return Ok(path) };
     let earlier = steps.iter().rev().map(|step| (step, run.checkpoint(*step)));
-    let earlier = earlier.filter(|(step, _)| **step < chosen).find(|(_, path)| check(path).is_ok());
+    let earlier = earlier.filter(|(step, _)| **step < chosen).find(|(_, path)| weights(path).is_ok());
     let way = match earlier {
         Some((_, path)) => format!("the one before it is whole: add `--checkpoint {}`", name_of(&path)),
         None => "there is no whole one before it".to_owned(),

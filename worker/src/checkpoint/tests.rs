@@ -117,6 +117,7 @@ fn the_weights_are_read_without_the_moments_and_checked_all_the_same() {
     assert_eq!((state.step, model.len()), (Step(7), 1));
     assert_eq!(Vec::<f32>::try_from(&model[0].1).unwrap(), [1.5, 2.0]);
     assert_eq!(model_file(&path).unwrap(), (path.join(MODEL), state));
+    assert_eq!(resolve(&run, None).unwrap(), path, "nobody who asks for a checkpoint by name reads the moments");
 
     let refused = |expected: Option<&Expected<'_>>| read_model(&path, expected).unwrap_err().to_string();
     let other = DatasetFacts { fingerprint: "other".into(), ..dataset() };
@@ -153,16 +154,19 @@ fn a_killed_write_is_never_taken_for_a_checkpoint() {
 #[test]
 fn a_removal_that_is_cut_short_leaves_no_damaged_checkpoint() {
     let (_folder, run) = run();
-    for step in 1..=3 {
+    for step in 1..=4 {
         write(&run.checkpoints(), snapshot(step, 1.0, None), Pace::Plain, &|| ()).unwrap();
     }
+    let tried = std::cell::Cell::new(0);
     let cut_short = |path: &Path| -> std::io::Result<()> {
+        tried.set(tried.get() + 1);
         fs::remove_file(path.join(MODEL))?;
         Err(std::io::ErrorKind::Interrupted.into())
     };
     assert!(prune(&run, &run.checkpoints(), 2, &cut_short).is_err());
+    assert_eq!(tried.get(), 2, "one that stays keeps none of the others");
     let listed = list(&run).unwrap();
-    assert_eq!(listed.iter().map(|one| (one.step.0, one.valid)).collect::<Vec<_>>(), [(2, true), (3, true)]);
+    assert_eq!(listed.iter().map(|one| (one.step.0, one.valid)).collect::<Vec<_>>(), [(3, true), (4, true)]);
     // and the next one to prune brings it to its end
     prune(&run, &run.checkpoints(), 2, &|path| fs::remove_dir_all(path)).unwrap();
     assert_eq!(fs::read_dir(run.checkpoints()).unwrap().count(), 2);

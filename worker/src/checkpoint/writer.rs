@@ -279,13 +279,15 @@ pub(super) fn prune(
     if !surplus.is_empty() {
         sync(folder)?;
     }
+    let mut removed = Ok(());
     for entry in fs::read_dir(folder).map_err(io(folder))? {
         let path = entry.map_err(io(folder))?.path();
         let unfinished = path.extension().is_some_and(|kind| kind.to_string_lossy().starts_with("tmp-"));
         let step = path.file_stem().and_then(|name| name.to_str()).and_then(checkpoint_step);
         if unfinished && step.is_some() && step < oldest && path.is_dir() {
-            remove(&path).map_err(io(&path))?;
+            // one that stays keeps none of the others
+            removed = removed.and(remove(&path).map_err(io(&path)));
         }
     }
-    Ok(())
+    removed
 }

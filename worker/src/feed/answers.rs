@@ -290,3 +290,19 @@ impl<'a> Extras<'a> {
             && (self.labels.is_none() || labels.len() == targets)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_has_users_that_its_step_has_places_for() {
+        let meta = BatchMeta { step: 7, epoch: 0, global_users: 2, global_pairs: 2, part: 0, parts: 1 };
+        let user = |place| UserShare { user: 9, place, ..UserShare::default() };
+        check_places(&[user(1), user(0)], &meta).unwrap();
+        let beyond = check_places(&[user(0), user(2)], &meta).unwrap_err();
+        assert_eq!(beyond, "user 9 at place 2 of step 7, which has 2 users");
+        let more = check_places(&[user(0), user(1), user(1)], &meta).unwrap_err();
+        assert_eq!(more, "3 users of step 7, which has 2");
+    }
+}

@@ -49,8 +49,6 @@ pub enum FeedError {
     Ended,
     #[error("the generation was aborted while its data was waited for")]
     Aborted,
-    #[error("the data stream is at step {got}, but step {wanted} is due")]
-    OutOfStep { wanted: u64, got: u64 },
 }
 
 /// Everything one step of this rank needs.
@@ -111,7 +109,6 @@ pub struct Feed {
     /// One for each step that may be prepared and is not.
     permits: Arc<Semaphore>,
     depth: Depth,
-    next_step: u64,
     /// When the last step was taken.
     taken: Option<Instant>,
     metrics: WorkerMetrics,
@@ -122,7 +119,6 @@ impl Feed {
     #[must_use]
     pub fn start(handle: Handle, client: DataClient, settings: FeedSettings, metrics: WorkerMetrics) -> Self {
         let (sender, steps) = channel();
-        let next_step = settings.from_step;
         let depth = Depth::new(settings.prefetch_steps);
         let permits = Arc::new(Semaphore::new(depth.steps() as usize));
         let (cancel, cancelled) = oneshot::channel::<()>();
@@ -142,7 +138,7 @@ impl Feed {
             }
         });
         let (steps, thread, cancel) = (Some(steps), Some(thread), Some(cancel));
-        Self { steps, thread, cancel, permits, depth, next_step, taken: None, metrics }
+        Self { steps, thread, cancel, permits, depth, taken: None, metrics }
     }
 
     /// Waits for the next step, or until `aborted`.
@@ -160,10 +156,6 @@ impl Feed {
                 Err(RecvTimeoutError::Timeout) => {}
             }
         };
-        if step.meta.step != self.next_step {
-            return Err(FeedError::OutOfStep { wanted: self.next_step, got: step.meta.step });
-        }
-        self.next_step += 1;
         self.metrics.prefetched_steps.dec();
         self.give_permits(asked, full);
         Ok(step)

@@ -1,8 +1,8 @@
 //! The beginning of a generation: all ranks come to the same state.
 //!
 //! Input: what each rank holds. Output: trainers that go on from the same finished step with the same bits, and a
-//! coordinator that knows it. Invariants: `learn_domain::recovery` decides; no disk is read, but for a job that starts, and then
-//! by rank 0; a rank whose generation breaks here still holds what it held, or the whole of what it was given.
+//! coordinator that knows it. Invariants: `learn_domain::recovery` decides; no state is read from disk, but for a job that starts,
+//! and then by rank 0; a rank whose generation breaks here still holds what it held, or the whole of what it was given.
 
 use std::collections::VecDeque;
 use std::path::Path;
@@ -38,7 +38,6 @@ struct Counters {
     init: Option<Origin>,
     saved: Option<Step>,
     non_finite: u32,
-    #[serde(default)]
     superseding: Superseding,
 }
 
@@ -67,7 +66,9 @@ impl Trainer<'_> {
                     Some(path) => self.restore(path),
                     None => self.initialize(),
                 };
-                as_rank_0(&turn.member, turn.is_first(), started)?;
+                // nothing of it is made a second time, should this generation break before all have it
+                self.has_state = turn.is_first() && started.is_ok();
+                as_rank_0(&turn.member, turn.is_first(), started, FOREVER)?;
                 self.take_over(&mut turn.exchange, 0)?;
                 self.has_state = true;
                 false
@@ -237,11 +238,16 @@ impl Trainer<'_> {
 }
 
 /// What rank 0 has come to, on every rank: what keeps it from going on is nothing that another one could do better. The
-/// others wait as long as it takes, outside of any collective, or until their generation ends.
-fn as_rank_0(rendezvous: &dyn Rendezvous, is_first: bool, mine: Result<(), WorkerError>) -> Result<(), WorkerError> {
+/// others wait for it outside of any collective, so long at most, or until their generation ends.
+fn as_rank_0(
+    rendezvous: &dyn Rendezvous,
+    is_first: bool,
+    mine: Result<(), WorkerError>,
+    wait: Duration,
+) -> Result<(), WorkerError> {
     let failed = |reason| CollectiveError::Rendezvous { key: BEGUN.into(), reason };
     if !is_first {
-        let reason = rendezvous.get(BEGUN, FOREVER).map_err(failed)?;
+        let reason = rendezvous.get(BEGUN, wait).map_err(failed)?;
         return match reason.as_slice() {
             [] => Ok(()),
             reason => Err(WorkerError::NotBegun(String::from_utf8_lossy(reason).into_owned())),

@@ -16,7 +16,7 @@ fn begun(failure: Option<&str>) -> Vec<Result<(), WorkerError>> {
                 let store = store.clone();
                 scope.spawn(move || {
                     let failure = failure.filter(|_| rank == 0).map(|reason| WorkerError::Usage(reason.into()));
-                    as_rank_0(&store, rank == 0, failure.map_or(Ok(()), Err))
+                    as_rank_0(&store, rank == 0, failure.map_or(Ok(()), Err), Duration::from_secs(60))
                 })
             })
             .collect();
