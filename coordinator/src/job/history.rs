@@ -136,8 +136,7 @@ impl History {
 /// If a file cannot be read or replaced.
 pub fn forget_beyond(run_dir: &RunDir, step: Step) -> Result<(), FileError> {
     retain_lines(&run_dir.metrics(), |record: &StepRecord| record.step <= step)?;
-    retain_lines(&run_dir.evaluations(), |evaluation: &Evaluation| evaluation.step <= step)?;
-    Ok(())
+    retain_lines(&run_dir.evaluations(), |evaluation: &Evaluation| evaluation.step <= step)
 }
 
 impl Job {
