@@ -169,16 +169,15 @@ pub fn mend_lines(path: &Path, lines: &[&str]) -> Result<(), FileError> {
     mend().map_err(write_error("mend", path))
 }
 
-/// Keeps the lines that `keep` names, as they are, in one atomic replacement, and gives their values back.
+/// Keeps the lines that `keep` names, as they are, in one atomic replacement.
 ///
 /// # Errors
 /// If the file cannot be read or replaced.
-pub fn retain_lines<T: DeserializeOwned>(path: &Path, keep: impl Fn(&T) -> bool) -> Result<Vec<T>, FileError> {
+pub fn retain_lines<T: DeserializeOwned>(path: &Path, keep: impl Fn(&T) -> bool) -> Result<(), FileError> {
     let mut lines: Vec<(String, T)> = texts_and_values(path)?;
     lines.retain(|(_, value)| keep(value));
     let text: String = lines.iter().flat_map(|(text, _)| [text.as_str(), "\n"]).collect();
-    write_atomic(path, text.as_bytes())?;
-    Ok(lines.into_iter().map(|(_, value)| value).collect())
+    write_atomic(path, text.as_bytes())
 }
 
 #[cfg(test)]
@@ -194,7 +193,7 @@ mod tests {
         (1..=4).for_each(|value| lines.append(&value).unwrap());
         fs::write(&path, fs::read_to_string(&path).unwrap() + "12").unwrap();
         assert_eq!(read_lines::<u32>(&path).unwrap(), [1, 2, 3, 4], "a cut line is left out");
-        assert_eq!(retain_lines::<u32>(&path, |&value| value <= 2).unwrap(), [1, 2]);
+        retain_lines::<u32>(&path, |&value| value <= 2).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "1\n2\n");
         fs::write(&path, "1\nx\n").unwrap();
         assert!(read_lines::<u32>(&path).unwrap_err().to_string().contains("line 2"));

@@ -334,7 +334,7 @@ async fn a_job_is_journaled_stopped_and_resumed_exactly() {
 
     let again = ground.refusal(train()).await.to_string();
     assert!(again.contains("learn-launch resume"), "{again}");
-    // what is beyond the checkpoint goes when a generation begins, and not with a resume that comes to nothing
+    // what is beyond the checkpoint goes with the first step after it, and not with a resume that comes to nothing
     let resume = Task::Train { resume_from: Some(run_dir.checkpoint(Step(2)).to_string_lossy().into_owned()) };
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     ground.config.cluster.grpc_port = taken.local_addr().unwrap().port();
@@ -347,6 +347,7 @@ async fn a_job_is_journaled_stopped_and_resumed_exactly() {
     let running = ground.start(resume).await;
     let mut control = running.control();
     two(&mut control, 2).await;
+    steps(3);
     let all = (users.len() as u64).div_ceil(16);
     for number in 3..=all {
         let (a, b) = step(number).split_at(2);

@@ -4,6 +4,13 @@
 
 mod support;
 
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write as _};
+use std::path::PathBuf;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
 use learn_coordinator::embedding::{EmbeddingCoordinator, Ended};
 use learn_coordinator::{Coordinator, Outcome, Settings, StopCause};
 use learn_domain::WorkerId;
@@ -12,8 +19,27 @@ use learn_proto::convert::{AfterStep, Order};
 use learn_proto::v1::operator_client::OperatorClient;
 use learn_proto::v1::{ScaleRequest, StopRequest};
 use support::{Ground, Running, SECRET, bearer, beginning, enter, heartbeat, leave, train};
+use tokio::sync::oneshot;
 use tonic::Code;
 use tonic::transport::Endpoint;
+
+/// A check that nobody waits for has ended within this on any machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Puts a pipe in the place of a file of the dataset: whoever reads it reads what is written to it, without an end.
+fn endless_file(ground: &Ground) -> PathBuf {
+    let dataset = &ground.config.data.dataset;
+    let manifest = dataset.join("dataset.json");
+    let mut contents: serde_json::Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
+    let entry = &mut contents["files"][0];
+    let path = dataset.join(entry["path"].as_str().unwrap());
+    // what a pipe is said to have
+    entry["bytes"] = serde_json::json!(0);
+    fs::write(&manifest, contents.to_string()).unwrap();
+    fs::remove_file(&path).unwrap();
+    assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+    path
+}
 
 #[tokio::test]
 async fn a_training_is_scaled_within_its_bounds_and_stopped_after_its_step() {
@@ -72,10 +98,24 @@ async fn more_workers_than_the_launcher_can_start_are_refused_by_whoever_serves_
 #[tokio::test]
 async fn a_stop_is_heard_while_the_dataset_is_verified() {
     let ground = Ground::new(1);
-    let settings = ground.settings(train());
-    // it comes when the coordinator has begun
-    let outcome = learn_coordinator::run(settings, tokio::task::yield_now()).await.unwrap();
+    let path = endless_file(&ground);
+    let (begins, begun) = oneshot::channel();
+    let writer = thread::spawn(move || {
+        // waits until the check has opened it, too
+        let mut pipe = File::options().write(true).open(path).unwrap();
+        begins.send(()).unwrap();
+        let started = Instant::now();
+        while started.elapsed() < PATIENCE {
+            if let Err(error) = pipe.write_all(&[0; 4096]) {
+                return Some(error.kind());
+            }
+        }
+        None
+    });
+    let stop = async { begun.await.unwrap() };
+    let outcome = learn_coordinator::run(ground.settings(train()), stop).await.unwrap();
     assert_eq!(outcome, Outcome::Stopped(StopCause::Operator));
+    assert_eq!(writer.join().unwrap(), Some(ErrorKind::BrokenPipe), "nobody reads on");
     assert!(!ground.run_dir().status().exists(), "nothing was served");
 }
 

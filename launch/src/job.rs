@@ -105,7 +105,7 @@ impl<'a> JobSpec<'a> {
         let (shown, way_back) = (self.run.root().display(), self.way_back(None));
         let killed = format!("{shown}: killed before it began; {way_back}");
         let open = || Dataset::open(&self.config.data.dataset);
-        let verify = |progress: &dyn learn_dataset::Progress| open().and_then(|dataset| dataset.verify_with(progress));
+        let verify = |progress: &dyn learn_dataset::Progress| open().and_then(|dataset| dataset.verify(progress));
         let verified = dataset_work::run(output.progress(Unit::Bytes).patient(), &killed, verify);
         verified.map_err(|error| match error {
             DatasetError::Stopped => Failure::Stopped(format!("{shown}: stopped before it began; {way_back}")).into(),

@@ -159,7 +159,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let shape = Shape { users: 30, items: 40, skew: 1.0, lengths: Lengths::Shop, dim: 8 };
         let dataset = make(&shape, &folder.path().join("made"), folder.path()).unwrap();
-        dataset.verify().unwrap();
+        dataset.verify(&()).unwrap();
         let embeddings = dataset.embeddings().unwrap();
         assert_eq!((embeddings.dim(), embeddings.rows()), (8, dataset.manifest().counts.items as usize));
         assert!((0..embeddings.rows()).all(|item| embeddings.row(item).iter().any(|value| value.to_f32() != 0.0)));

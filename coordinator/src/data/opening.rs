@@ -42,7 +42,7 @@ pub(crate) async fn opened<T: Send + 'static>(
 /// A file is damaged, or the check was stopped.
 pub(crate) fn verify(dataset: &Dataset, progress: &dyn Progress) -> Result<(), DatasetError> {
     tracing::info!(dataset = %dataset.dir().display(), "comparing every byte with its checksum");
-    dataset.verify_with(progress)
+    dataset.verify(progress)
 }
 
 #[cfg(test)]

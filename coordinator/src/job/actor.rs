@@ -386,9 +386,7 @@ impl JobOwner {
             }
             Command::Begin(beginning, reply) => {
                 let answer = self.job.begin(self.now(), beginning);
-                if let Some(step) = self.job.take_beyond() {
-                    self.turn.forget_beyond(step)?;
-                }
+                self.forget_beyond()?;
                 for record in answer.iter().flatten() {
                     self.enter_step(record)?;
                 }
@@ -412,6 +410,7 @@ impl JobOwner {
             }
             Command::Report(report, reply) => {
                 let answer = self.job.report(self.now(), report);
+                self.forget_beyond()?;
                 if let Ok(Some(record)) = &answer {
                     self.enter_step(record)?;
                     if let Some(since) = self.recovering.take() {
@@ -430,6 +429,7 @@ impl JobOwner {
             }
             Command::Evaluation(worker, generation, evaluation, reply) => {
                 let answer = self.job.evaluation(worker, generation, evaluation);
+                self.forget_beyond()?;
                 if let Ok(Some(evaluation)) = &answer {
                     tracing::info!(split = %evaluation.split, step = %evaluation.step, metrics = ?evaluation.metrics, "evaluated");
                     figures::evaluation(&self.metrics, evaluation);
@@ -495,6 +495,14 @@ impl JobOwner {
         let generation = self.job.generation();
         for happening in self.job.take_notices() {
             self.note(generation, happening)?;
+        }
+        Ok(())
+    }
+
+    /// What is not gone on from goes before the first line of this job.
+    fn forget_beyond(&mut self) -> Result<(), OwnerError> {
+        if let Some(step) = self.job.take_beyond() {
+            self.turn.forget_beyond(step)?;
         }
         Ok(())
     }

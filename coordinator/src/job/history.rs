@@ -1,8 +1,9 @@
 //! What earlier processes of this run have left: finished steps, evaluations and the ledger.
 //!
 //! Input: the run directory and the task. Output: a [`History`]. Invariants: reading it changes nothing, because the job may
-//! yet come to nothing; once a generation has begun after a resume from step `s`, the files hold nothing of the past beyond
-//! `s`, so that no step is there twice.
+//! yet come to nothing; after a resume from step `s` the files lose what is of the past beyond `s` before they get the first
+//! step or evaluation of the job, so that no step is there twice, and not before checkpoints beyond `s` are out of the way:
+//! whoever goes on from one of them would miss its lines.
 
 use std::path::{Path, PathBuf};
 
@@ -135,16 +136,17 @@ impl History {
 /// If a file cannot be read or replaced.
 pub fn forget_beyond(run_dir: &RunDir, step: Step) -> Result<(), FileError> {
     retain_lines(&run_dir.metrics(), |record: &StepRecord| record.step <= step)?;
-    retain_lines(&run_dir.evaluations(), |evaluation: &Evaluation| evaluation.step <= step)?;
-    Ok(())
+    retain_lines(&run_dir.evaluations(), |evaluation: &Evaluation| evaluation.step <= step)
 }
 
 impl Job {
-    /// The step beyond which the run's files hold lines of a past that is not gone on from, as soon as a generation has
-    /// begun; given once.
+    /// The step beyond which the run's files hold lines of a past that is not gone on from, as soon as this job has trained
+    /// or evaluated; given once. By then all ranks have met after the first one has moved later checkpoints away.
     pub fn take_beyond(&mut self) -> Option<Step> {
-        let begun = self.begun;
-        let beyond = self.beyond.take_if(|_| begun);
+        // a step without a record, or one that not all ranks have reported yet, counts as well
+        let last = self.last_step.as_ref().map_or(Step(0), |record| record.step).max(self.books.complete());
+        let evaluated = self.evaluations.len() > self.inherited;
+        let beyond = self.beyond.take_if(|step| last > *step || evaluated);
         self.unsaved.job |= beyond.is_some();
         beyond
     }

@@ -447,20 +447,44 @@ fn a_ledger_that_is_not_exact_is_noted_once() {
     assert_eq!(Job::new(JobSettings { history, ..settings(1) }).take_notices(), [], "the run has it in its events");
 }
 
-#[test]
-fn a_resumed_job_goes_on_counting() {
-    let mut settings = settings(1);
+/// A job that has begun to go on from step 1, in a run that had come further.
+fn resumed() -> Job {
     let mut ledger = Ledger::new(8, 2);
     ledger.record(0, &(0..4).map(UserIndex).collect::<Vec<_>>());
     let steps = vec![StepRecord { step: Step(1), users: 4, seconds: 2.0, ..StepRecord::default() }];
     let evaluations = vec![evaluation(Split::Valid, 1, 0.2)];
-    settings.history = History { step: Step(1), ledger: Some(ledger), steps, evaluations, beyond: true };
-    let mut job = Job::new(settings);
-    assert_eq!(job.status(SECOND).last_checkpoint, Some(Step(1)));
+    let history = History { step: Step(1), ledger: Some(ledger), steps, evaluations, beyond: true };
+    let mut job = Job::new(JobSettings { history, ..settings(1) });
     enter(&mut job, "a");
-    assert_eq!(job.take_beyond(), None, "it may yet come to nothing");
     job.begin(SECOND, beginning(0, 1, 1)).unwrap();
-    assert_eq!((job.take_beyond(), job.take_beyond()), (Some(Step(1)), None));
+    job
+}
+
+#[test]
+fn lines_beyond_a_resume_go_with_the_first_thing_that_the_job_does_itself() {
+    // a step, one without a record, one that only the next generation tells of, an evaluation
+    let firsts: [fn(&mut Job); 4] = [
+        |job| drop(job.report(SECOND, report(0, 2, 4..8)).unwrap()),
+        |job| drop(job.report(SECOND, StepReport { record: None, ..report(0, 2, 4..8) }).unwrap()),
+        |job| {
+            regroup(job, 1, 0..1);
+            job.begin(SECOND, beginning(0, 2, 2)).unwrap();
+        },
+        |job| drop(job.evaluation(WorkerId(0), Generation(1), evaluation(Split::Test, 1, 0.3)).unwrap()),
+    ];
+    for (number, first) in firsts.into_iter().enumerate() {
+        let mut job = resumed();
+        job.report(SECOND, report(0, 1, 0..4)).unwrap();
+        assert_eq!(job.take_beyond(), None, "later checkpoints may still be in the way");
+        first(&mut job);
+        assert_eq!((job.take_beyond(), job.take_beyond()), (Some(Step(1)), None), "{number}");
+    }
+}
+
+#[test]
+fn a_resumed_job_goes_on_counting() {
+    let mut job = resumed();
+    assert_eq!(job.status(SECOND).last_checkpoint, Some(Step(1)));
     job.report(SECOND, report(0, 1, 0..4)).unwrap();
     assert_eq!(job.status(SECOND).ledger.epochs[0].seen, 4, "a step of before is not counted again");
     job.report(SECOND, report(0, 2, 4..8)).unwrap();

@@ -117,7 +117,7 @@ impl World {
                 let workers = self.draws.below(7) as u32 + 1;
                 self.fired.ups += u64::from(workers > self.job.wanted());
                 self.fired.downs += u64::from(workers < self.job.wanted());
-                let effects = self.job.scale(self.time(), workers).unwrap_or_default();
+                let effects = self.job.scale(self.time(), workers).expect("nothing limits the workers");
                 self.carry_out(effects);
                 self.tell();
             }

@@ -49,10 +49,16 @@ pub enum RangeError {
     Beyond { range: u64, ranges: usize },
 }
 
+/// Whether the coordinator may answer when the call is made again; otherwise it has refused.
+fn passes(status: &Status) -> bool {
+    may_pass(status) || status.code() == Code::DeadlineExceeded
+}
+
 fn told(status: &Status) -> String {
-    match status.code() {
-        Code::Unavailable | Code::DeadlineExceeded => format!("does not answer: {}; is it running?", status.message()),
-        _ => format!("refused: {}", status.message()),
+    if passes(status) {
+        format!("does not answer: {}; is it running?", status.message())
+    } else {
+        format!("refused: {}", status.message())
     }
 }
 
@@ -218,8 +224,7 @@ impl Leases {
                 Ok(answer) => return Ok(answer.into_inner()),
                 Err(status) => status,
             };
-            let passes = may_pass(&status) || status.code() == Code::DeadlineExceeded;
-            if !passes || start.elapsed() > self.member.lease {
+            if !passes(&status) || start.elapsed() > self.member.lease {
                 return Err(RangeError::Call { url: self.member.url.clone(), status: Box::new(status) });
             }
             std::thread::sleep(AGAIN);
@@ -258,4 +263,19 @@ impl Leases {
 fn incarnation() -> String {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     format!("{}-{:016x}", std::process::id(), since.as_nanos() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broken_connection_is_not_told_as_a_refusal() {
+        let broken = Status::from_error(Box::new(std::io::Error::other("broken pipe")));
+        for status in [broken, Status::unavailable("away"), Status::deadline_exceeded("late")] {
+            assert!(told(&status).starts_with("does not answer: "), "{status}");
+        }
+        let refused = Status::unauthenticated("the secret of this run is another one");
+        assert_eq!(told(&refused), "refused: the secret of this run is another one");
+    }
 }

@@ -60,7 +60,7 @@ impl Workplace {
         embed::run(&config, None, 0, &mut Progress::silent()).unwrap();
         embed::commit(&config, &mut Progress::silent()).unwrap();
         let dataset = Dataset::open(&config.data.dataset).unwrap();
-        dataset.verify().unwrap();
+        dataset.verify(&()).unwrap();
         let embeddings = dataset.embeddings().unwrap();
         let row = |item| embeddings.row(item).iter().map(|&value: &f16| value.to_f64()).collect();
         (0..ITEMS).map(row).collect()

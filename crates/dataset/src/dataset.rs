@@ -55,19 +55,12 @@ impl Dataset {
         Ok(Self { dir: dir.to_path_buf(), manifest, train, valid, test })
     }
 
-    /// Reads everything: the SHA-256 of every file, embeddings included, and that every index is in range.
+    /// Reads everything: the SHA-256 of every file, embeddings included, and that every index is in range; with progress in
+    /// bytes.
     ///
     /// # Errors
-    /// The first file that is damaged.
-    pub fn verify(&self) -> Result<(), DatasetError> {
-        self.verify_with(&())
-    }
-
-    /// [`Self::verify`] with progress in bytes.
-    ///
-    /// # Errors
-    /// As [`Self::verify`], and [`DatasetError::Stopped`].
-    pub fn verify_with(&self, progress: &dyn Progress) -> Result<(), DatasetError> {
+    /// The first file that is damaged, or [`DatasetError::Stopped`].
+    pub fn verify(&self, progress: &dyn Progress) -> Result<(), DatasetError> {
         let embeddings = self.manifest.embeddings.iter().flat_map(|info| info.all_files());
         let prepared = self.manifest.files.iter().map(|entry| (MadeBy::Prepare, entry));
         let entries: Vec<(MadeBy, &FileEntry)> =

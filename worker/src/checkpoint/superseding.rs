@@ -1,7 +1,8 @@
 //! What a resume owes to its run: later checkpoints are of a past that is not gone on from, and are to be out of the way.
 //!
 //! Input: the checkpoint that the job goes on from. Output: later ones in `checkpoints/superseded`. Invariant: they are
-//! moved before a step is finished, whichever ranks are lost meanwhile.
+//! moved before a step is finished or an evaluation told of, whichever ranks are lost meanwhile: with that the coordinator
+//! drops the lines of the run that a resume from one of them would need.
 
 use learn_domain::run_dir::RunDir;
 use serde::{Deserialize, Serialize};

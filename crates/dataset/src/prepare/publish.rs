@@ -149,7 +149,7 @@ impl WorkDir {
             let difference = format!("fingerprint {old}, the new one has {new}");
             return Err(PrepareError::Taken { path: self.out.clone(), difference });
         }
-        found.verify_with(progress)?;
+        found.verify(progress)?;
         Ok(found.manifest().clone())
     }
 }

@@ -69,7 +69,7 @@ impl Fixture {
     pub fn prepare(&self) -> (PrepareReport, Dataset) {
         let report = self.try_prepare().unwrap_or_else(|error| panic!("{error}"));
         let dataset = Dataset::open(&self.out()).unwrap();
-        dataset.verify().unwrap();
+        dataset.verify(&()).unwrap();
         (report, dataset)
     }
 

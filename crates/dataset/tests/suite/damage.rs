@@ -57,14 +57,14 @@ fn read_all(dir: &Path) -> Result<(), DatasetError> {
             std::hint::black_box(embeddings.row(row));
         }
     }
-    dataset.verify()?;
+    dataset.verify(&())?;
     found.map(|_| ())
 }
 
 #[test]
 fn every_missing_or_cut_file_is_named() {
     let (fixture, dataset) = embedded();
-    dataset.verify().unwrap();
+    dataset.verify(&()).unwrap();
     read_all(&fixture.out()).unwrap();
     let all = files(&fixture.out());
     assert_eq!(all.len(), 1 + 1 + 1 + 3 + 3, "manifest, items, users, sequences, embeddings: {all:?}");
@@ -164,7 +164,7 @@ fn an_item_index_out_of_range_is_an_error_even_with_a_right_checksum() {
     let manifest = fixture.out().join("dataset.json");
     let text = fs::read_to_string(&manifest).unwrap().replace(&before, &hex(&sha2::Sha256::digest(&bytes)));
     fs::write(&manifest, text).unwrap();
-    let error = Dataset::open(&fixture.out()).unwrap().verify().unwrap_err().to_string();
+    let error = Dataset::open(&fixture.out()).unwrap().verify(&()).unwrap_err().to_string();
     assert!(error.contains("item index 9999 is not below 12"), "{error}");
 }
 

@@ -49,7 +49,7 @@ fn rows_are_read_back_in_item_order_whatever_the_shards() {
         (0..store.shards().len()).rev().for_each(|shard| fill(&store, shard));
         let info = store.commit("a model").unwrap();
         let dataset = Dataset::open(&fixture.out()).unwrap();
-        dataset.verify().unwrap();
+        dataset.verify(&()).unwrap();
         let embeddings = dataset.embeddings().unwrap();
         assert_eq!((embeddings.rows(), embeddings.dim()), (ITEMS, DIM));
         assert!((0..ITEMS).all(|item| embeddings.row(item) == row(item)));
@@ -136,12 +136,12 @@ fn other_embeddings_replace_the_ones_before_only_when_they_are_committed() {
     let second = store(&dataset, spec("second", 6));
     fill(&second, 0);
     let between = Dataset::open(&fixture.out()).unwrap();
-    between.verify().unwrap();
+    between.verify(&()).unwrap();
     assert_eq!(between.manifest().embeddings.as_ref().unwrap().model, "first");
     fill(&second, 1);
     second.commit("second").unwrap();
     let after = Dataset::open(&fixture.out()).unwrap();
-    after.verify().unwrap();
+    after.verify(&()).unwrap();
     assert_eq!(after.manifest().embeddings.as_ref().unwrap().model, "second");
     assert_eq!(fs::read_dir(fixture.out().join("embeddings")).unwrap().count(), 2, "the old shards are gone");
     let (kept, _) = fixture.prepare();
@@ -173,7 +173,7 @@ fn shards_that_never_became_the_datasets_go_with_the_next_commit() {
     fill(&second, 0);
     fill(&second, 2);
     let info = second.commit("second").unwrap();
-    Dataset::open(&fixture.out()).unwrap().verify().unwrap();
+    Dataset::open(&fixture.out()).unwrap().verify(&()).unwrap();
     let mut found: Vec<String> =
         fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     found.sort();

@@ -61,7 +61,7 @@ fn every_stage_ends_at_its_total() {
     let out = fixture.out();
     let preparation = Preparation { config: &fixture.config, name: "x", out: &out, options: fixture.options };
     prepare_with(&preparation, &recorder).unwrap();
-    learn_dataset::Dataset::open(&out).unwrap().verify_with(&recorder).unwrap();
+    learn_dataset::Dataset::open(&out).unwrap().verify(&recorder).unwrap();
     let stages = recorder.0.into_inner().unwrap();
     for Stage { name, total, unit, done } in &stages {
         let bytes = name.starts_with("read") || name == "verify";
@@ -133,6 +133,6 @@ fn a_stopped_check_of_the_dataset_that_is_there_changes_nothing() {
     assert_eq!(checks.iter().filter(|stage| stage.name == "verify").count(), 2, "a check of what is there is shown");
 
     // what was not read to its end is not said to be whole
-    let ended = dataset.verify_with(&Stopper::at("verify"));
+    let ended = dataset.verify(&Stopper::at("verify"));
     assert!(matches!(ended, Err(DatasetError::Stopped)), "{ended:?}");
 }

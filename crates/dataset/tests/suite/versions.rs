@@ -21,7 +21,7 @@ const ITEMS: &str = "item_id,title,brand\na,Lamp,Acme\nb,Desk,\nc,,\nd,Chair,Oak
 fn version_1_is_read() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/v1");
     let dataset = Dataset::open(&dir).unwrap();
-    dataset.verify().unwrap();
+    dataset.verify(&()).unwrap();
     let users = view(&dataset);
     assert_eq!(users[0].id, "ann");
     assert_eq!(users[0].train, [("a".into(), 1_000_000), ("c".into(), 2_500_000), ("b".into(), 3_000_000)]);
@@ -58,7 +58,7 @@ fn rated() -> Fixture {
 fn version_2_is_read() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/v2");
     let dataset = Dataset::open(&dir).unwrap();
-    dataset.verify().unwrap();
+    dataset.verify(&()).unwrap();
     assert_eq!(dataset.manifest().labels.as_ref().unwrap().conversions, 5);
     // ann: a (2), c (5), b (4), d (3), a (4.5); bob: d (1), c (4), b (5), a (3.5)
     let train = dataset.train();
