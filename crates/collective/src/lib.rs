@@ -23,6 +23,7 @@ mod group;
 mod layout;
 mod memory;
 mod nccl;
+mod row_table;
 mod sealed;
 mod secret;
 mod sum;
@@ -35,6 +36,7 @@ pub use error::CollectiveError;
 pub use group::{Group, Rendezvous};
 pub use memory::MemoryRendezvous;
 pub use nccl::{connect_nccl, gpu_count, nccl_version};
+pub use row_table::{OwnRows, RowsOffer, RowsShape, TheirRows};
 pub use tcp::connect_tcp;
 #[doc(hidden)]
 pub use tcp::fuzzing;
