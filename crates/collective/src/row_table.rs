@@ -256,7 +256,7 @@ impl TheirRows {
         let before = number.load(Relaxed);
         // all that was written before this number is seen below
         fence(Acquire);
-        if before % 2 != 0 || its_item.load(Relaxed) != u64::from(item) + 1 {
+        if !before.is_multiple_of(2) || its_item.load(Relaxed) != u64::from(item) + 1 {
             return false;
         }
         let (whole, rest) = into.as_chunks_mut::<WORD>();
