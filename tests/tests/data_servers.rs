@@ -44,20 +44,20 @@ fn coordinator_metrics(site: &Site, name: &str) -> String {
     format!("{}/metrics", address["http"].as_str().expect("it is text"))
 }
 
-/// Rows that the job's workers have found in their devices' caches.
-fn device_hits(site: &Site, name: &str) -> f64 {
+/// The sum of a metric over the job's workers.
+fn workers_sum(site: &Site, name: &str, metric: &str) -> f64 {
     let discovery = coordinator_metrics(site, name).replace("/metrics", "/sd");
     let groups: Value = serde_json::from_str(&body(&discovery)).expect("it is JSON");
     let groups = groups.as_array().cloned().unwrap_or_default();
     let workers = groups.iter().filter(|group| group["labels"]["role"] == "worker");
     let targets = workers.flat_map(|group| group["targets"].as_array().cloned().unwrap_or_default());
     let url = |target: Value| format!("http://{}/metrics", target.as_str().expect("it is text"));
-    let hits = |metrics: String| -> f64 {
-        let line = metrics.lines().find(|line| line.starts_with("learn_worker_device_cache_hit_rows_total"));
+    let value = |metrics: String| -> f64 {
+        let line = metrics.lines().find(|line| line.starts_with(metric));
         let value = line.and_then(|line| line.split_whitespace().next_back()).expect("the metric is there");
         value.parse().expect("a number")
     };
-    targets.map(|target| hits(body(&url(target)))).sum()
+    targets.map(|target| value(body(&url(target)))).sum()
 }
 
 fn start(site: &Site, name: &str, more: &[&str]) -> std::process::Child {
@@ -233,7 +233,7 @@ fn a_worker_that_can_open_the_files_is_sent_no_rows_and_trains_the_same() {
     let few = ["data.map_rows=false", "cluster.row_cache=480B", "cluster.device_row_cache=480B"];
     let kept = start(&site, "kept", &[&long[..], &few, &["training.activation_checkpointing=true"]].concat());
     follow(&site, "kept", 300);
-    let (fewer, hits) = (a_step("kept"), device_hits(&site, "kept"));
+    let (fewer, hits) = (a_step("kept"), workers_sum(&site, "kept", "learn_worker_device_cache_hit_rows_total"));
     assert!(fewer > 0.0 && fewer < 0.9 * each, "{fewer} instead of {each} bytes of rows a step");
     assert!(hits > 0.0, "no row was found on the device");
     succeeds(&kept.wait_with_output().expect("it ends"));
@@ -246,6 +246,30 @@ fn a_worker_that_can_open_the_files_is_sent_no_rows_and_trains_the_same() {
             assert!(of(other) == of("sent"), "{other}: {file} differs");
         }
     }
+}
+
+#[test]
+fn workers_of_a_machine_are_sent_a_row_once() {
+    // a step needs few of the items, so that the workers seldom need the same ones in the same moment
+    let site = Site::new(Shape { users: 800, items: 1000, ..SMALL });
+    // 700 rows: the two caches hold every row together, and neither does alone
+    let few = ["data.map_rows=false", "cluster.row_cache=22400B"];
+    let long = ["training.epochs=100000", "evaluation.every_epochs=100000"];
+    let ran = |name: &str, shared: &str| {
+        let child = start(&site, name, &[&few[..], &long, &[shared]].concat());
+        // each of them has seen every item
+        follow(&site, name, 300);
+        let rows = |which: &str| workers_sum(&site, name, &format!("learn_worker_cache_{which}_rows_total"));
+        let (sent, found) = (rows("miss"), rows("neighbour"));
+        succeeds(&site.launch(&["stop", &format!("runs/{name}")]));
+        assert_eq!(child.wait_with_output().expect("it ends").status.code(), Some(3));
+        (sent / 1000.0, found)
+    };
+    let (apart, none) = ran("apart", "cluster.shared_memory=false");
+    let (together, found) = ran("together", "cluster.shared_memory=true");
+    assert!(apart > 1.8 && together < 1.5, "{apart} and {together} times the rows");
+    assert!(none < 1.0 && found > 1000.0, "rows of neighbours: {none} and {found}");
+    assert_eq!(site.losses("together")[..300], site.losses("apart")[..300]);
 }
 
 #[test]

@@ -22,6 +22,7 @@ use arrow_flight::{
 };
 use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use half::f16;
+use learn_collective::TheirRows;
 use learn_dataset::embeddings::int8;
 use learn_dataset::{Dataset, Embeddings};
 use learn_domain::config::{ObjectiveConfig, RowFormat};
@@ -34,6 +35,7 @@ use learn_telemetry::WorkerMetrics;
 use learn_worker::feed::assemble::Layout;
 use learn_worker::feed::cache::CachePlace;
 use learn_worker::feed::flight::{DataClient, FlightClientError, Share};
+use learn_worker::feed::neighbours::Neighbours;
 use learn_worker::feed::{Feed, FeedError, FeedSettings, RowSettings, RowSource, UniformNegatives};
 use learn_worker::retry::Patience;
 use tokio::net::TcpListener;
@@ -389,6 +391,7 @@ fn feed_with(
         prefetch_steps: 3,
         rows: RowSettings { dim: DIM as usize, cache_bytes: 1 << 10, device_bytes, items: 5, ..RowSettings::default() },
         cache,
+        neighbours: Neighbours::default(),
         times: false,
     };
     let client = client(runtime, &[location.to_owned()], PATIENT);
@@ -500,6 +503,40 @@ fn the_next_generation_goes_on_with_the_rows_of_the_one_before() {
         misses.push(metrics.cache_misses_total.get());
     }
     assert_eq!(misses, [3, 3, 6], "three items are all that steps need");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn what_a_neighbour_holds_is_neither_sent_nor_kept() {
+    let runtime = runtime();
+    let service = Service::start(Fake::default(), "127.0.0.1:0");
+    let settings = RowSettings { dim: DIM as usize, cache_bytes: 1 << 10, items: 5, ..RowSettings::default() };
+    let places = [(); 2].map(|()| CachePlace::shared(settings.shape().unwrap()));
+    let metrics = [(); 2].map(|()| WorkerMetrics::new());
+    let source = |worker: usize| {
+        let table = TheirRows::open(places[1 - worker].offer().unwrap()).unwrap();
+        let client = client(&runtime, &[service.location()], PATIENT);
+        RowSource::new(&client, &settings, metrics[worker].clone())
+            .with_cache_at(places[worker].clone())
+            .with_neighbours(vec![table].into())
+    };
+    let mut sources = [source(0), source(1)];
+    // of this and all earlier requests: own rows, the neighbour's, and those that were sent
+    let mut after = |worker: usize, items: &[u32]| {
+        let got = runtime.block_on(sources[worker].rows(items)).unwrap();
+        assert!(got.iter().eq(items.iter().flat_map(|&item| row(item)).collect::<Vec<_>>().iter()));
+        let WorkerMetrics { cache_hits_total, cache_neighbour_rows_total, cache_misses_total, .. } = &metrics[worker];
+        (cache_hits_total.get(), cache_neighbour_rows_total.get(), cache_misses_total.get())
+    };
+    assert_eq!(after(0, &[1, 2]), (0, 0, 2));
+    assert_eq!(after(1, &[3, 2, 4, 1]), (0, 2, 2));
+    assert_eq!(after(1, &[1, 2, 3, 4]), (2, 4, 2), "what was found is looked for again");
+    assert_eq!(after(0, &[0, 1, 2, 3, 4]), (2, 2, 3));
+    // the next generation has the same tables
+    drop(sources);
+    let received = runtime.block_on(source(1).rows(&[4, 0, 2])).unwrap();
+    assert_eq!(received, [row(4), row(0), row(2)].concat());
+    assert_eq!(metrics[1].cache_misses_total.get(), 2);
 }
 
 #[test]

@@ -11,13 +11,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::layout::Layout;
-use crate::sealed::{NO_OFFER, OFFER_BYTES, Own, Theirs};
+use crate::sealed::{NO_OFFER, Own, Theirs, gather_offers};
 use crate::{Buffer, Collective, CollectiveError, DType, sum};
 
 /// Bytes that are summed up at once; they lie in a core's cache.
 const BLOCK: usize = 64 << 10;
-/// Numbers of 64 bits in which an offer travels.
-const WORDS: usize = OFFER_BYTES / 8;
 
 /// A rank's own vector.
 pub struct OwnVector {
@@ -90,19 +88,12 @@ impl CommonVector {
         let why_not = |error: &std::io::Error| tracing::debug!(%error, "vectors are not shared");
         let own = lengths.and_then(|_| Own::new(bytes).inspect_err(why_not).ok());
         let offer = own.as_ref().map_or(NO_OFFER, Own::offer);
-        let mut send: [i64; WORDS] = bytemuck::pod_read_unaligned(&offer);
-        let mut offers = vec![0_i64; WORDS * world_size];
-        let counts = vec![WORDS; world_size];
-        collective.all_gather(&counts, &mut Buffer::i64(&mut send), &mut Buffer::i64(&mut offers))?;
-        let theirs: Option<Vec<Option<Theirs>>> = offers
-            .chunks_exact(WORDS)
+        let theirs: Option<Vec<Option<Theirs>>> = gather_offers(collective, &offer)?
+            .iter()
             .enumerate()
             .map(|(peer, offer)| match peer == rank {
                 true => Some(None),
-                false => {
-                    let offer = bytemuck::pod_read_unaligned(bytemuck::cast_slice(offer));
-                    Theirs::open(&offer, bytes).inspect_err(why_not).ok().map(Some)
-                }
+                false => Theirs::open(offer, bytes).inspect_err(why_not).ok().map(Some),
             })
             .collect();
         let mine = own.zip(theirs);

@@ -10,8 +10,11 @@
 //! - an operation ends: with its result, with an error that names the peer, at its deadline, or when it is aborted;
 //! - after an error a collective is broken for good and says the same error again; a new generation makes a new one.
 //!
+//! Beside the operations, ranks of one machine may have memory in common: vectors that they sum up (`common_vector`), and rows
+//! that they read (`row_table`).
+//!
 //! `unsafe` is allowed in this crate, because `poll(2)`, NCCL and the CUDA driver are foreign functions and because a
-//! buffer may be memory that libtorch owns; each block says why it is sound.
+//! buffer may be memory that libtorch owns or other processes map; each block says why it is sound.
 #![allow(unsafe_code)]
 
 mod abort;
@@ -23,6 +26,7 @@ mod group;
 mod layout;
 mod memory;
 mod nccl;
+mod row_table;
 mod sealed;
 mod secret;
 mod sum;
@@ -35,6 +39,7 @@ pub use error::CollectiveError;
 pub use group::{Group, Rendezvous};
 pub use memory::MemoryRendezvous;
 pub use nccl::{connect_nccl, gpu_count, nccl_version};
+pub use row_table::{OwnRows, RowsOffer, RowsShape, TheirRows};
 pub use tcp::connect_tcp;
 #[doc(hidden)]
 pub use tcp::fuzzing;

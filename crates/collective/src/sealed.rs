@@ -11,13 +11,30 @@ use std::os::fd::AsRawFd;
 
 use memmap2::{MmapOptions, MmapRaw};
 
+use crate::{Buffer, Collective, CollectiveError};
+
 /// A page before the content; it begins with the token.
 const HEAD: usize = 4096;
 const TOKEN: usize = 32;
 /// Process, descriptor, token; no process is no offer.
-pub(crate) const OFFER_BYTES: usize = 16 + TOKEN;
+const OFFER_BYTES: usize = 16 + TOKEN;
 pub(crate) type Offer = [u8; OFFER_BYTES];
 pub(crate) const NO_OFFER: Offer = [0; OFFER_BYTES];
+/// Numbers of 64 bits in which an offer travels.
+const WORDS: usize = OFFER_BYTES / 8;
+
+/// What every rank offers, in rank order. Every rank calls it, or none.
+///
+/// # Errors
+/// If the collective fails.
+pub(crate) fn gather_offers(collective: &mut dyn Collective, own: &Offer) -> Result<Vec<Offer>, CollectiveError> {
+    let counts = vec![WORDS; collective.world_size()];
+    let mut send: [i64; WORDS] = bytemuck::pod_read_unaligned(own);
+    let mut offers = vec![0_i64; WORDS * counts.len()];
+    collective.all_gather(&counts, &mut Buffer::i64(&mut send), &mut Buffer::i64(&mut offers))?;
+    let offer = |words: &[i64]| bytemuck::pod_read_unaligned(bytemuck::cast_slice(words));
+    Ok(offers.chunks_exact(WORDS).map(offer).collect())
+}
 
 /// The owner's side.
 pub(crate) struct Own {
@@ -35,12 +52,26 @@ pub(crate) struct Theirs {
 }
 
 impl Own {
-    /// Memory of so many bytes, all 0.
+    /// Memory of so many bytes, all 0, that is taken now: there is an error and no signal later where there is not enough.
     ///
     /// # Errors
     /// If the system has no such memory.
     pub(crate) fn new(bytes: usize) -> io::Result<Self> {
-        let (file, memory) = sealed(HEAD + bytes)?;
+        Self::make(bytes, true)
+    }
+
+    /// Memory of so many bytes, all 0, that is taken as it fills. The system counts no page of it before one of those who
+    /// map it touches that page, whether to write or to read, and counts it once, with who was first. If it has none left
+    /// then, that process ends, as with ordinary memory (by SIGBUS where `vm.overcommit_memory` is 2).
+    ///
+    /// # Errors
+    /// If the system has no such memory.
+    pub(crate) fn sparse(bytes: usize) -> io::Result<Self> {
+        Self::make(bytes, false)
+    }
+
+    fn make(bytes: usize, now: bool) -> io::Result<Self> {
+        let (file, memory) = sealed(HEAD + bytes, now)?;
         let mut token = [0; TOKEN];
         getrandom::fill(&mut token).map_err(io::Error::other)?;
         // SAFETY: the mapping is longer than the token, and nobody else knows of it yet
@@ -105,9 +136,10 @@ impl Theirs {
 #[cfg(target_os = "linux")]
 const NAME: &std::ffi::CStr = c"learn-collective";
 
-/// Anonymous memory that cannot be made shorter or longer, and its mapping, which is the only one that can be written to.
+/// Anonymous memory that cannot be made shorter or longer, and its mapping, which is the only one that can be written to;
+/// taken `now`, or as it fills.
 #[cfg(target_os = "linux")]
-fn sealed(bytes: usize) -> io::Result<(File, MmapRaw)> {
+fn sealed(bytes: usize, now: bool) -> io::Result<(File, MmapRaw)> {
     use std::os::fd::FromRawFd;
 
     // SAFETY: the name is a string that ends with 0, which the call reads; what it returns is a descriptor or -1.
@@ -118,9 +150,8 @@ fn sealed(bytes: usize) -> io::Result<(File, MmapRaw)> {
     // SAFETY: the descriptor was made just now, and nobody else has it.
     let file = unsafe { File::from_raw_fd(descriptor) };
     file.set_len(bytes as u64)?;
-    // taken now, so that there is an error and no signal later where there is not enough
     // SAFETY: the call takes a descriptor that lives and numbers.
-    if unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, bytes as libc::off_t) } != 0 {
+    if now && unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, bytes as libc::off_t) } != 0 {
         return Err(io::Error::last_os_error());
     }
     let memory = MmapOptions::new().len(bytes).map_raw(&file)?;
@@ -155,7 +186,7 @@ fn open_sealed(process: u64, descriptor: u64, bytes: usize) -> io::Result<File> 
 }
 
 #[cfg(not(target_os = "linux"))]
-fn sealed(_bytes: usize) -> io::Result<(File, MmapRaw)> {
+fn sealed(_bytes: usize, _now: bool) -> io::Result<(File, MmapRaw)> {
     Err(io::Error::from(io::ErrorKind::Unsupported))
 }
 
@@ -171,7 +202,12 @@ mod tests {
 
     #[test]
     fn what_is_not_the_offered_memory_is_refused() {
-        let own = Own::new(64).unwrap();
+        for own in [Own::new(64), Own::sparse(64)] {
+            refuses(&own.unwrap());
+        }
+    }
+
+    fn refuses(own: &Own) {
         let offer = own.offer();
         let refused = |change: &dyn Fn(&mut Offer)| {
             let mut offer = offer;

@@ -10,7 +10,9 @@ use std::net::TcpStream;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use learn_collective::{Buffer, Collective, CollectiveError, CommonVector, Group, Rendezvous, connect_tcp};
+use learn_collective::{
+    Buffer, Collective, CollectiveError, CommonVector, Group, OwnRows, Rendezvous, RowsShape, TheirRows, connect_tcp,
+};
 use proptest::prelude::*;
 use support::{PATIENT, Store, conform, each_rank, gathers, group, ranks, rounding_bits, scatters, sockets, tcp};
 
@@ -105,6 +107,34 @@ fn there_are_no_common_vectors_unless_all_ranks_share() {
     };
     assert_eq!(ranks(3, tcp(3, PATIENT), some_want), [true; 3]);
     assert!(ranks(1, tcp(1, PATIENT), |mut rank| two_sums(&mut *rank, &[5])).iter().all(Option::is_none));
+}
+
+#[test]
+fn ranks_of_a_machine_read_the_rows_of_those_that_offer_them() {
+    let shape = RowsShape { items: 8, slots: 2, row_bytes: 6 };
+    let found = |mut rank: Box<dyn Collective>| {
+        let number = rank.rank() as u32;
+        // rank 2 has none, and that of rank 3 has another shape
+        let slots = if number == 3 { 3 } else { shape.slots };
+        let mut own = (number != 2).then(|| OwnRows::new(RowsShape { slots, ..shape }).unwrap());
+        let tables = TheirRows::meet(&mut *rank, own.as_ref().map(OwnRows::offer).as_ref()).unwrap();
+        if let Some(own) = &mut own {
+            own.put(1, number, &[number as u8; 6]);
+        }
+        rank.barrier().unwrap();
+        let mut row = [9; 6];
+        let items = (0..8).filter(|&item| {
+            let found = tables.iter().any(|table| table.copy(item, &mut row));
+            assert!(!found || row == [item as u8; 6]);
+            found
+        });
+        let items: Vec<u32> = items.collect();
+        rank.barrier().unwrap();
+        items
+    };
+    let expected: [&[u32]; 5] = [&[1, 4], &[0, 4], &[], &[], &[0, 1]];
+    assert_eq!(ranks(5, tcp(5, PATIENT), found), expected);
+    assert_eq!(ranks(1, tcp(1, PATIENT), found), [&[0_u32; 0][..]]);
 }
 
 proptest! {

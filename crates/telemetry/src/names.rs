@@ -95,7 +95,9 @@ metrics! {
     WORKER_GENERATION = "learn_worker_generation", Kind::Gauge, [],
         "Generation that this rank is in.";
     WORKER_CACHE_HITS = "learn_worker_cache_hit_rows_total", Kind::Counter, [],
-        "Content embedding rows found in the host's cache.";
+        "Content embedding rows found in the worker's own cache in host memory.";
+    WORKER_CACHE_NEIGHBOUR = "learn_worker_cache_neighbour_rows_total", Kind::Counter, [],
+        "Content embedding rows found in the caches of other workers of the same machine.";
     WORKER_CACHE_MISSES = "learn_worker_cache_miss_rows_total", Kind::Counter, [],
         "Content embedding rows fetched over Flight.";
     WORKER_DEVICE_CACHE_HITS = "learn_worker_device_cache_hit_rows_total", Kind::Counter, [],
@@ -108,7 +110,7 @@ metrics! {
     WORKER_GPU_MEMORY = "learn_worker_gpu_memory_bytes", Kind::Gauge, ["kind"],
         "Memory of this rank's GPU: used, by whomever, and total; absent on the CPU.";
     PROCESS_MEMORY = "learn_process_resident_memory_bytes", Kind::Gauge, [],
-        "Host memory that the process holds.";
+        "Host memory that the process holds; what it has read in the row caches of other workers of its machine counts, too.";
     PROCESS_START = "learn_process_start_time_seconds", Kind::Gauge, [],
         "When the process started, in seconds since 1970.";
 

@@ -22,6 +22,7 @@ use super::answers::{FlightClientError, unexpected};
 use super::assemble::Layout;
 use super::cache::CachePlace;
 use super::flight::DataClient;
+use super::neighbours::Neighbours;
 use super::{Feed, FeedError, FeedSettings, RowSettings, UniformNegatives};
 use crate::error::WorkerError;
 use crate::retry::Patience;
@@ -197,6 +198,7 @@ pub fn bench_wire(settings: &WireBenchSettings) -> Result<WireBenchResult, Worke
             ..RowSettings::default()
         },
         cache: CachePlace::default(),
+        neighbours: Neighbours::default(),
         times: false,
     };
     let metrics = WorkerMetrics::new();

@@ -59,7 +59,9 @@ pub(super) async fn fetch_steps(
         std::future::pending::<Infallible>().await
     };
     let steps_ahead = settings.prefetch_steps as usize;
-    let source = RowSource::new(&client, &settings.rows, metrics.clone()).with_cache_at(settings.cache.clone());
+    let source = RowSource::new(&client, &settings.rows, metrics.clone())
+        .with_cache_at(settings.cache.clone())
+        .with_neighbours(settings.neighbours.clone());
     tokio::select! {
         // in this order, so that what has come is there when the rows' turn comes
         biased;

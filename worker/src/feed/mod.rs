@@ -13,6 +13,7 @@ pub mod exchange;
 mod fetch;
 pub mod flight;
 pub mod local;
+pub mod neighbours;
 pub mod reader;
 pub mod residents;
 pub mod source;
@@ -31,6 +32,7 @@ use learn_domain::plan::contiguous_part;
 use learn_domain::sampling::uniform_items;
 use learn_proto::flight::BatchMeta;
 use learn_telemetry::WorkerMetrics;
+use neighbours::Neighbours;
 pub use source::{OnDevice, PassRows, RowSettings, RowSource};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, oneshot};
@@ -76,6 +78,8 @@ pub struct FeedSettings {
     pub rows: RowSettings,
     /// Of the host's rows, from one feed to the next.
     pub cache: CachePlace,
+    /// Whose caches are read before rows are asked for.
+    pub neighbours: Neighbours,
     /// The model reads when interactions were.
     pub times: bool,
 }

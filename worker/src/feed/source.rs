@@ -1,5 +1,5 @@
-//! Where content embedding rows come from: the dataset's own files if this process can open them, else the host's cache, else
-//! the data service; and which of them stay on the device.
+//! Where content embedding rows come from: the dataset's own files if this process can open them, else the worker's cache in
+//! host memory, else those of its neighbours, else the data service; and which of them stay on the device.
 //!
 //! Input: requests of items, announced ahead if they are known. Output: rows on the host, and for those that the device
 //! keeps, their places in its table. Invariant: what is said of the device's table is true once it has followed all that
@@ -9,6 +9,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use half::f16;
+use learn_collective::RowsShape;
 use learn_telemetry::WorkerMetrics;
 use learn_torch::HostRows;
 use tch::Device;
@@ -17,6 +18,7 @@ use super::FeedError;
 use super::assemble::MicroBatch;
 use super::cache::{CachePlace, RowCache};
 use super::flight::{DataClient, FlightClientError};
+use super::neighbours::Neighbours;
 use super::residents::Residents;
 use super::streams::RowStreams;
 
@@ -53,6 +55,13 @@ impl RowSettings {
     #[must_use]
     fn host_rows(&self) -> usize {
         self.rows_in(self.cache_bytes)
+    }
+
+    /// What other workers of the machine have to know of the host's cache to read it, if there is one.
+    #[must_use]
+    pub fn shape(&self) -> Option<RowsShape> {
+        let (items, slots, row_bytes) = (self.items, self.host_rows(), self.dim * size_of::<f16>());
+        (slots > 0 && self.dim > 0).then_some(RowsShape { items, slots, row_bytes })
     }
 
     /// Rows that the device's cache may hold.
@@ -122,6 +131,7 @@ pub struct RowSource {
     host: Option<RowCache>,
     /// Where the host's cache comes from, and is left.
     place: CachePlace,
+    neighbours: Neighbours,
     device: Option<Residents>,
     popularity: Option<Arc<[u32]>>,
     streams: RowStreams,
@@ -138,6 +148,7 @@ impl RowSource {
             settings: *settings,
             host: None,
             place: CachePlace::default(),
+            neighbours: Neighbours::default(),
             device: None,
             popularity: None,
             streams: RowStreams::new(client, settings.streams, settings.dim),
@@ -150,6 +161,13 @@ impl RowSource {
     #[must_use]
     pub fn with_cache_at(mut self, place: CachePlace) -> Self {
         self.place = place;
+        self
+    }
+
+    /// Looks into these caches, too, which are of the same dataset and settings, before it asks the data service.
+    #[must_use]
+    pub fn with_neighbours(mut self, neighbours: Neighbours) -> Self {
+        self.neighbours = neighbours;
         self
     }
 
@@ -248,8 +266,11 @@ impl RowSource {
         if dim == 0 || self.mapped(wanted, block).await? {
             return Ok(());
         }
-        let missing = self.host().await?.begin(request, wanted);
-        self.metrics.cache_hits_total.inc_by((wanted.len() - missing.len()) as u64);
+        let absent = self.host().await?.begin(request, wanted);
+        self.metrics.cache_hits_total.inc_by((wanted.len() - absent.len()) as u64);
+        let (asked, neighbours) = (absent.len(), self.neighbours.clone());
+        let missing = neighbours.gather(wanted, absent, block);
+        self.metrics.cache_neighbour_rows_total.inc_by((asked - missing.len()) as u64);
         self.metrics.cache_misses_total.inc_by(missing.len() as u64);
         self.fetched.resize(missing.len() * dim, f16::ZERO);
         if !missing.is_empty() {
@@ -258,8 +279,9 @@ impl RowSource {
         }
         let fetched = std::mem::take(&mut self.fetched);
         let cache = self.host().await?;
-        cache.gather(wanted, &fetched, block);
-        cache.keep(&missing, &fetched, |item| !taken.contains(&item));
+        cache.gather(wanted, (&missing, &fetched), block);
+        // a neighbour may have fetched the same meanwhile: what everybody needs first, everybody asks for at once
+        cache.keep(&missing, &fetched, |item| !taken.contains(&item) && !neighbours.hold(item));
         self.fetched = fetched;
         Ok(())
     }
@@ -269,7 +291,10 @@ impl RowSource {
         let (dim, rows) = (self.settings.dim, self.settings.host_rows());
         self.host = self.host.take().or_else(|| self.place.take());
         let popularity = if self.host.is_none() { self.popularity(rows).await? } else { Arc::default() };
-        Ok(self.host.get_or_insert_with(|| RowCache::new(dim, rows, popularity)))
+        Ok(self.host.get_or_insert_with(|| match self.place.take_memory() {
+            Some(memory) => RowCache::shared(memory, popularity),
+            None => RowCache::new(dim, rows, popularity),
+        }))
     }
 
     /// The choice of the device's rows, made when it is first used; `None` without a cache on the device.
@@ -324,6 +349,9 @@ mod tests {
             RowSettings { dim: 4, cache_bytes: 17, device_bytes: 1 << 40, items: 5, ..RowSettings::default() };
         assert_eq!((settings.host_rows(), settings.device_rows()), (2, 5));
         assert!(settings.must_choose(2) && !settings.must_choose(5) && !settings.must_choose(0));
-        assert_eq!(RowSettings { dim: 0, ..settings }.host_rows(), 5, "no division by zero");
+        assert_eq!(settings.shape(), Some(RowsShape { items: 5, slots: 2, row_bytes: 8 }));
+        assert_eq!(RowSettings { cache_bytes: 7, ..settings }.shape(), None);
+        let none = RowSettings { dim: 0, ..settings };
+        assert_eq!((none.host_rows(), none.shape()), (5, None), "no division by zero");
     }
 }

@@ -6,7 +6,7 @@
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use learn_collective::{Aborter, Buffer, Collective, CollectiveError, CommonVector};
+use learn_collective::{Aborter, Buffer, Collective, CollectiveError, CommonVector, RowsOffer, TheirRows};
 use learn_domain::Phase;
 use learn_model::parameters::Bucket;
 use learn_model::{Milestone, Parameters, RowGradient};
@@ -177,6 +177,20 @@ impl Exchange {
         parameters.place_gradient(gradients.as_ref().map(|gradients| Arc::clone(gradients.own())));
         self.gradients = gradients.map(Arc::new);
         Ok(())
+    }
+
+    /// The rows that the other workers of this machine have in host memory, as far as they offer them and this one does.
+    /// Every rank calls it, with an offer or without.
+    ///
+    /// # Errors
+    /// If the collective fails.
+    pub fn meet_neighbours(&mut self, own: Option<&RowsOffer>) -> Result<Vec<TheirRows>, WorkerError> {
+        let mut tables = Vec::new();
+        self.run(|collective| {
+            tables = TheirRows::meet(collective, own)?;
+            Ok(())
+        })?;
+        Ok(tables)
     }
 
     /// Runs `backward`, which is to collect this rank's gradient and to say what it has passed, and gives the sum of every

@@ -46,6 +46,7 @@ use crate::evaluate::{Catalogue, Evaluator, Request};
 use crate::feed::assemble::Layout;
 use crate::feed::cache::CachePlace;
 use crate::feed::flight::DataClient;
+use crate::feed::neighbours::Neighbours;
 use crate::feed::{Feed, FeedSettings, RowSettings, UniformNegatives};
 use crate::init::Origin;
 use crate::session::{Ended, Session, Turn};
@@ -142,6 +143,8 @@ impl<'a> Trainer<'a> {
         }
         let weight = config.objective.cvr_weight;
         let rows = row_settings(config, dataset, session.device);
+        // on GPUs, too: whether the collective moves its data by memory is another question
+        let shape = rows.shape().filter(|_| config.cluster.shared_memory);
         session.metrics.peak_flops_per_second.set(config.cluster.device_peak_tflops * 1e12);
         let stepper = Stepper {
             model,
@@ -165,7 +168,7 @@ impl<'a> Trainer<'a> {
             stepper,
             evaluator,
             data,
-            cache: CachePlace::default(),
+            cache: shape.map_or_else(CachePlace::default, CachePlace::shared),
             popularity: popularity.filter(|_| config.objective.logq_correction),
             writer: None,
             speaker: Speaker::default(),
@@ -218,7 +221,10 @@ impl<'a> Trainer<'a> {
         if self.finished.0 >= self.total_steps {
             return Ok(Ended::Done);
         }
-        let mut feed = self.start_feed(turn.member.place);
+        // of this generation; they go with the feed
+        let neighbours = turn.exchange.meet_neighbours(self.cache.offer())?;
+        tracing::debug!(neighbours = neighbours.len(), "row caches of other workers can be read here");
+        let mut feed = self.start_feed(turn.member.place, neighbours.into());
         let mut last_finished = Instant::now();
         while self.finished.0 < self.total_steps {
             self.stepper.clock.enter(Phase::DataWait);
@@ -280,7 +286,7 @@ impl<'a> Trainer<'a> {
         Ok(Ended::Done)
     }
 
-    fn start_feed(&self, place: Place) -> Feed {
+    fn start_feed(&self, place: Place, neighbours: Neighbours) -> Feed {
         let settings = FeedSettings {
             rank: place.rank.0,
             world_size: place.world_size,
@@ -294,6 +300,7 @@ impl<'a> Trainer<'a> {
             prefetch_steps: self.config.cluster.prefetch_steps,
             rows: row_settings(self.config, &self.session.admission.dataset, self.session.device),
             cache: self.cache.clone(),
+            neighbours,
             times: self.config.model.reads_times(),
         };
         let handle = self.session.handle().clone();

@@ -60,9 +60,10 @@ pub struct ClusterConfig {
     pub progress_timeout: Span,
     /// A collective operation that takes longer fails.
     pub collective_timeout: Span,
-    /// On CPUs: ranks of one machine exchange by memory that they map, where the system lets them (not between containers):
-    /// item vectors go to the neighbour by it, and if all ranks are on one machine, each adds up its part of everybody's
-    /// gradients where they lie. It changes no result; false: by sockets, as between machines.
+    /// Ranks of one machine exchange by memory that they map, where the system lets them (not between containers). They
+    /// read each other's `row_cache`. On CPUs item vectors go to the neighbour by it, too, and if all ranks are on one
+    /// machine, each adds up its part of everybody's gradients where they lie. It changes no result; false: by sockets,
+    /// as between machines, and each has its cache for itself.
     pub shared_memory: bool,
     /// A job that was asked to stop has this long to finish its step and write a checkpoint; then it ends without those
     /// who have not left. A worker that was told to leave a broken generation has as long, and is lost after it. "0s" = as
@@ -75,6 +76,8 @@ pub struct ClusterConfig {
     /// below 1 MiB per connection use fewer. Unused if the worker maps the dataset's files.
     pub row_streams: u32,
     /// Host memory of a worker for content embeddings; evaluations of a training have a quarter as much besides.
+    /// Workers of one machine read each other's (`shared_memory`), so together they hold as many rows as all of their
+    /// caches have room for, each row about once.
     pub row_cache: ByteSize,
     /// Memory of a worker's device for content embeddings, so that they need not be copied to it again; 0 = none. On a CPU
     /// there is nothing to gain.
