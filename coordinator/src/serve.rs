@@ -72,7 +72,9 @@ struct Identity {
 pub enum ServeError {
     #[error("cannot listen on {host}:{port}: {source}; {}", way_out(.source, .key))]
     Bind { host: String, port: u16, key: &'static str, source: std::io::Error },
-    #[error("another coordinator serves {0} now; stop it first with `learn-launch stop`")]
+    #[error(
+        "{0} is not free: another coordinator serves it now, and `learn-launch stop` ends that; or another one is being started"
+    )]
     Locked(PathBuf),
     #[error("cannot lock {path}: {source}")]
     Lock { path: PathBuf, source: std::io::Error },
@@ -545,6 +547,9 @@ mod tests {
         });
         let _coordinator = locked.unwrap();
         assert!(matches!(try_lock(&run_dir), Err(ServeError::Locked(_))));
-        assert!(matches!(lock(&run_dir).await, Err(ServeError::Locked(_))), "its patience ends");
+        let refused = lock(&run_dir).await.unwrap_err();
+        assert!(matches!(refused, ServeError::Locked(_)), "its patience ends");
+        let text = refused.to_string();
+        assert!(text.contains("learn-launch stop") && text.contains("being started"), "{text}");
     }
 }

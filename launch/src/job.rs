@@ -137,16 +137,16 @@ impl<'a> JobSpec<'a> {
     }
 }
 
-/// Runs a job to its end.
+/// Runs a job to its end. `claim` is that of whoever has made its run ready: nobody else takes the run for free, or moves it,
+/// until its coordinator is started.
 ///
 /// Call it from the main thread: children are tied to the thread that starts them.
 ///
 /// # Errors
 /// The job failed, was stopped or lost a worker; the failure has the exit code that says which.
-pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
+pub fn run(spec: &JobSpec<'_>, claim: Claim, output: &Output) -> Result<JobStatus> {
     system::catch_stop_signals();
-    // nobody else may take the run for free in the minutes of the check, or move it
-    let claim = claim(spec.run)?;
+    forget_address(spec.run)?;
     spec.verify_dataset(output)?;
     let mut job = LocalJob::start(spec, claim, output)?;
     if let Some(address) = job.wait_for_coordinator() {
@@ -174,15 +174,13 @@ pub fn run(spec: &JobSpec<'_>, output: &Output) -> Result<JobStatus> {
     job.conclude()
 }
 
-/// Takes the run, until its coordinator is started. A crashed coordinator leaves its address behind, which must not be taken
-/// for the new one's.
-fn claim(run: &RunDir) -> Result<Claim> {
-    let claim = runs::claim(run)?;
+/// A crashed coordinator leaves its address behind, which must not be taken for the new one's.
+fn forget_address(run: &RunDir) -> Result<()> {
     let address = run.coordinator();
     if address.exists() {
         std::fs::remove_file(&address).with_context(|| format!("cannot remove {}", address.display()))?;
     }
-    Ok(claim)
+    Ok(())
 }
 
 /// The worker that failed before all had joined.

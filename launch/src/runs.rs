@@ -13,7 +13,7 @@ use learn_dataset::{Dataset, DatasetError};
 use learn_domain::Config;
 use learn_domain::report::{CoordinatorAddress, JobStatus};
 use learn_domain::run_dir::{RunDir, checkpoint_step};
-pub use life::{Claim, Life, claim, life, live, refuse_live};
+pub use life::{Claim, Life, claim, claim_within, life, live, refuse_live};
 use serde::de::DeserializeOwned;
 
 use crate::failure::Failure;
@@ -129,10 +129,9 @@ pub fn move_aside(root: &Path) -> Result<Option<PathBuf>> {
         return Ok(None);
     }
     let run = RunDir::new(root);
-    refuse_live(&run)?;
+    let _claim = claim(&run)?;
     // a job that waits would begin to work on the run that comes in its place
     refuse_queued(&run)?;
-    let _claim = claim(&run)?;
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut name = root.file_name().unwrap_or_default().to_owned();
     name.push(format!(".before-{seconds}"));

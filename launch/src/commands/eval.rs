@@ -102,6 +102,7 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<()> {
     let root = run.root().join("eval").join(format!("{split}-step-{:010}-{seconds}", checkpoint.step.0));
     config.job.name = format!("{}-eval", config.job.name);
     let own = runs::create(&root, &config)?;
+    let claim = runs::claim(&own)?;
     let task = Task::Evaluate { checkpoint: path_text(&checkpoint.path)?, split };
     let config_file = own.config();
     output.note(&format!(
@@ -112,7 +113,7 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<()> {
         super::shown(&own.logs())
     ));
     let spec = JobSpec::local(&own, &config_file, &config, &task);
-    let status = job::run(&spec, output)?;
+    let status = job::run(&spec, claim, output)?;
     let evaluation = status.evaluations.last().context("the job ended without an evaluation")?;
     output.result(&render::evaluated(evaluation, args.segments), evaluation)
 }

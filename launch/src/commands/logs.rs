@@ -17,7 +17,7 @@ use crate::api::Api;
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::output::Output;
-use crate::runs;
+use crate::runs::{self, Life};
 use crate::slurm::queue::{Inquiry, Queue};
 
 pub const HELP: &str = "\
@@ -141,7 +141,12 @@ fn turn_to(chosen: Vec<PathBuf>, logs: &mut BTreeMap<String, Log>, args: &LogsAr
 
 /// Whether anything of the job lives, or will, or cannot be asked about for the moment.
 fn goes_on(run: &RunDir, inquiry: &mut Inquiry) -> bool {
-    runs::live(run).is_some() || inquiry.of(run).as_ref().is_some_and(Queue::may_go_on)
+    match runs::life(run) {
+        Life::Live(_) | Life::Locked(_) => true,
+        // if Slurm cannot tell either, who reads the logs decides
+        Life::Unknown { .. } => inquiry.of(run).is_none_or(|queue| !queue.ended()),
+        Life::Gone => inquiry.of(run).as_ref().is_some_and(Queue::may_go_on),
+    }
 }
 
 /// The files that the arguments name; those of everybody without any.
@@ -360,9 +365,21 @@ impl Screen {
 mod tests {
     use std::io::Write as _;
 
+    use learn_domain::Config;
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn the_logs_of_a_job_that_cannot_be_asked_are_followed_as_long_as_it_has_the_lock() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = runs::create(&folder.path().join("one"), &Config::default()).unwrap();
+        let mut inquiry = Inquiry::default();
+        assert!(!goes_on(&run, &mut inquiry));
+        let lock = File::options().read(true).write(true).open(run.secret()).unwrap();
+        lock.try_lock().unwrap();
+        assert!(goes_on(&run, &mut inquiry));
+    }
 
     #[test]
     fn the_worker_of_a_line_is_found_in_either_format() {

@@ -102,7 +102,8 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
     super::refuse_tasks("resume")?;
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
     let shown = super::shown_run(&run);
-    runs::refuse_live(&run)?;
+    // what is read from here on stays as it is until the job begins
+    let claim = runs::claim(&run)?;
     refuse_queued(&run)?;
     let before = runs::config(&run)?;
     let resolver =
@@ -140,17 +141,15 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
             .result(&text.replace("resuming", "would resume"), &serde_json::json!({ "checkpoint": checkpoint.path }));
     }
     output.note(&text);
-    let claim = runs::claim(&run)?;
     bind::change(&run, &config.cluster.bind)?;
     runs::write_config(&run.next_config(), &config)?;
     runs::ensure_token(&run)?;
     tls::provide(&run, &config.cluster.tls)?;
-    drop(claim);
     let task = Task::Train { resume_from: Some(path_text(&checkpoint.path)?) };
     let workers = Workers::unless(args.no_workers);
     let next = run.next_config();
     let spec = JobSpec { workers, ..JobSpec::local(&run, &next, &config, &task) };
-    job::run(&spec, output)?;
+    job::run(&spec, claim, output)?;
     super::train::report(&run, output)
 }
 

@@ -58,6 +58,8 @@ pub fn run(args: &ScaleArgs, output: &Output) -> Result<()> {
                 queue.describe()
             );
         }
+        // it may be where it cannot be asked from here
+        runs::refuse_live(&run)?;
         let message = format!("{shown} is not running; `learn-launch status {shown}` shows how it ended");
         return Err(Failure::Usage(message).into());
     };

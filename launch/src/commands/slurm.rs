@@ -114,7 +114,7 @@ fn submit_new(args: &SlurmArgs, request: &Request, output: &Output) -> Result<()
 fn resubmit(args: &SlurmArgs, request: Request, named: &Path, output: &Output) -> Result<()> {
     let run = runs::find(named, &crate::cli::runs_dir())?;
     let shown = super::shown_run(&run);
-    runs::refuse_live(&run)?;
+    let claim = runs::claim(&run)?;
     refuse_queued(&run)?;
     let last = runs::last_status(&run)?;
     if last.as_ref().is_some_and(|status| status.state == JobState::Finished) {
@@ -148,12 +148,17 @@ fn resubmit(args: &SlurmArgs, request: Request, named: &Path, output: &Output) -
         return output.result(&text, &serde_json::json!({ "script": text, "run": run.root() }));
     }
     let before = Kept::of([run.config(), bind::file(&run), script_file(&run), request_file(&run)])?;
-    let submitted = bind::keep(&run, &config.cluster.bind)
+    let written = bind::keep(&run, &config.cluster.bind)
         .and_then(|()| runs::write_config(&run.config(), &config))
-        .and_then(|()| keep(&run, &request, &text))
-        .and_then(|script| submit(&run, &script));
+        .and_then(|()| keep(&run, &request, &text));
+    // the job may begin before sbatch has answered
+    drop(claim);
+    let submitted = written.and_then(|script| submit(&run, &script));
     let job = submitted.or_else(|error| {
-        if nothing_submitted(&error) {
+        // who has taken the run meanwhile works with what it has found
+        if nothing_submitted(&error)
+            && let Ok(_claim) = runs::claim(&run)
+        {
             before.restore()?;
         }
         Err(error)

@@ -60,15 +60,14 @@ pub fn run(args: &SlurmJobArgs, output: &Output) -> Result<()> {
     let allocation = Allocation::read(&variables).map_err(|error| Failure::Usage(error.to_string()))?;
     let on_gpus = variables.has_gpus() || args.srun.iter().any(|option| asks_for_gpus(option));
     let run = if is_run(&args.subject) {
-        let run = RunDir::new(std::path::absolute(&args.subject)?);
-        apply(&run, &args.sets, &allocation, on_gpus)?;
-        run
+        RunDir::new(std::path::absolute(&args.subject)?)
     } else {
         of_config(args, &allocation, on_gpus, output)?
     };
     let budget = Budget { restarts: args.max_restarts, fruitless: args.max_fruitless };
     let targets = args.prometheus_targets.as_deref();
-    run::start(&StartSpec { run: &run, allocation: &allocation, srun: &args.srun, budget, targets }, output)
+    let spec = StartSpec { run: &run, allocation: &allocation, srun: &args.srun, budget, targets };
+    run::start(&spec, || apply(&run, &args.sets, &allocation, on_gpus), output)
 }
 
 /// An option of srun, for itself or with others of one letter before it.
@@ -93,7 +92,6 @@ fn of_config(args: &SlurmJobArgs, allocation: &Allocation, on_gpus: bool, output
             );
             return Err(Failure::Usage(message).into());
         }
-        apply(&run, &args.sets, allocation, on_gpus)?;
         return Ok(run);
     }
     config.cluster.device = device(config.cluster.device, on_gpus);

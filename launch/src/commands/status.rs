@@ -93,7 +93,8 @@ pub fn run(args: &StatusArgs, output: &Output) -> Result<()> {
 pub struct Current {
     pub status: JobStatus,
     pub freshness: Freshness,
-    /// Why its coordinator, which is alive or may be, was not heard; the status is the last on disk then.
+    /// Why its coordinator, which is alive or may be, was not heard, unless Slurm says how its job is; the status is the last on
+    /// disk then.
     pub trouble: Option<String>,
 }
 
@@ -110,6 +111,15 @@ pub fn current(run: &RunDir, inquiry: &mut Inquiry) -> Result<Option<Current>> {
             Ok(status) => return Ok(Some(Current { status, freshness: Freshness::Live, trouble: None })),
             Err(error) => trouble = Some(error.to_string()),
         }
+    }
+    // a coordinator on one node listens there alone: `stop` asks Slurm as well
+    let told = match &life {
+        Life::Locked(Some(_)) => inquiry.of(run).is_some_and(|queue| queue.runs()),
+        Life::Unknown { .. } => inquiry.of(run).is_some_and(|queue| queue.known.is_ok()),
+        _ => false,
+    };
+    if told {
+        trouble = None;
     }
     let Some(status) = runs::last_status(run)? else { return Ok(None) };
     let freshness = match (&status.state, &life) {

@@ -95,6 +95,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         output.note(&format!("the run that was there is now {}", super::shown(&aside)));
     }
     let run = runs::create(&root, &config)?;
+    let claim = runs::claim(&run)?;
     let threads = match args.no_workers {
         true => String::new(),
         false => format!(" with {} threads each", crew::threads_per_worker(&config, config.cluster.workers)),
@@ -109,7 +110,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     let workers = Workers::unless(args.no_workers);
     let config_file = run.config();
     let spec = JobSpec { workers, ..JobSpec::local(&run, &config_file, &config, &task) };
-    job::run(&spec, output)?;
+    job::run(&spec, claim, output)?;
     report(&run, output)
 }
 

@@ -18,7 +18,7 @@ use crate::{process, system};
 
 /// Who only looks whether a run is free has given its lock back this soon.
 const LOOK: Duration = Duration::from_millis(200);
-/// Pause between two tries of the lock.
+/// Pause between two tries of the lock meanwhile; who waits for longer pauses for as long as [`LOOK`].
 const PAUSE: Duration = Duration::from_millis(20);
 
 type TryLock = fn(&File) -> Result<(), TryLockError>;
@@ -158,18 +158,30 @@ pub fn life(run: &RunDir) -> Life {
 /// # Errors
 /// The run's job is alive, or may be, or another process has the run.
 pub fn claim(run: &RunDir) -> Result<Claim> {
+    claim_within(run, Duration::ZERO, |_| Ok(()))
+}
+
+/// As [`claim`], but a lock that is taken is waited for, `patience` at most: a file server gives that of a machine that has died
+/// up by itself. `waits` hears again and again why the run is not free, and may end it.
+///
+/// # Errors
+/// As those of [`claim`], and that of `waits`.
+pub fn claim_within(run: &RunDir, patience: Duration, mut waits: impl FnMut(&str) -> Result<()>) -> Result<Claim> {
     let started = Instant::now();
-    let (life, claim) = loop {
-        let looked = look(run, File::try_lock);
-        if !matches!(looked.0, Life::Locked(_)) || started.elapsed() >= LOOK {
-            break looked;
+    loop {
+        let (life, claim) = look(run, File::try_lock);
+        let Some(why) = life.describe(run) else { return Ok(claim) };
+        let waited = started.elapsed();
+        if !matches!(life, Life::Locked(_)) || waited >= patience.max(LOOK) {
+            // not the caller's mistake: a scheduler that tries again later finds the run free
+            bail!("{why}");
         }
-        std::thread::sleep(PAUSE);
-    };
-    match life.describe(run) {
-        None => Ok(claim),
-        // not the caller's mistake: a scheduler that tries again later finds the run free
-        Some(why) => bail!("{why}"),
+        if waited < LOOK {
+            std::thread::sleep(PAUSE);
+        } else {
+            waits(&why)?;
+            std::thread::sleep(LOOK);
+        }
     }
 }
 
@@ -278,6 +290,17 @@ mod tests {
             }
             move_aside(&root).unwrap().unwrap();
         }
+    }
+
+    #[test]
+    fn who_has_patience_gets_the_lock_of_a_machine_that_has_died() {
+        let folder = tempfile::tempdir().unwrap();
+        let (_root, run) = run_of(folder.path(), "node1");
+        let dead = lock(&run, File::try_lock).unwrap();
+        let patience = Duration::from_secs(600);
+        let error = claim_within(&run, patience, |why| bail!("stopped, since {why}")).unwrap_err();
+        assert!(error.to_string().contains("stopped") && error.to_string().contains("on node1"), "{error}");
+        claim_within(&run, patience, |_| dead.unlock().map_err(anyhow::Error::from)).unwrap();
     }
 
     #[test]

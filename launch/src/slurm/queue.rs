@@ -90,6 +90,9 @@ impl Queue {
         } else if self.runs() && !state.ended() {
             // its coordinator cannot be asked from here, but writes the status each second
             Freshness::Live
+        } else if self.ended() && without == Freshness::Unknown {
+            // Slurm has ended what nobody else can tell of
+            Freshness::Stale
         } else {
             without
         }
@@ -165,6 +168,11 @@ mod tests {
         let unknown = Queue { known: Err(ClientError::Missing("squeue".into())), ..queue(None) };
         assert!(!unknown.ended() && unknown.describe().contains("squeue"));
         assert_eq!(unknown.freshness(&JobState::Running, Freshness::Stale), Freshness::Stale);
+        let hidden = |queue: Queue| queue.freshness(&JobState::Running, Freshness::Unknown);
+        assert_eq!(hidden(queue(Some("RUNNING"))), Freshness::Live);
+        assert_eq!(hidden(queue(Some("COMPLETING"))), Freshness::Unknown);
+        assert_eq!((hidden(queue(Some("NODE_FAIL"))), hidden(queue(None))), (Freshness::Stale, Freshness::Stale));
+        assert_eq!(hidden(unknown), Freshness::Unknown);
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! into the queue, and [`restarts`] ends that.
 
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 use learn_domain::config::DeviceKind;
@@ -22,7 +22,12 @@ use crate::commands::resume::{self, Checkpoint};
 use crate::failure::{self, Failure};
 use crate::job::{self, JobSpec, Workers};
 use crate::output::Output;
+use crate::runs::Claim;
 use crate::{runs, system, tls};
+
+/// A job that was started again waits this long for the lock of the machine that it was on: if that has died, the file server
+/// gives the lock up (NFSv4 after 90 s by default).
+const LEASE: Duration = Duration::from_secs(120);
 
 /// `slurm/job.json`: which job a run is, or was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,7 +68,7 @@ pub struct StartSpec<'a> {
 }
 
 /// This start among those of the run.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Here {
     /// How many were before it.
     number: u32,
@@ -71,27 +76,47 @@ struct Here {
     began: Option<Step>,
 }
 
-/// Runs one start of the job. Signals are to be caught already.
+/// Runs one start of the job. Signals are to be caught already. `change` is what its command changes of the run, which nobody
+/// else works on by then.
 ///
 /// # Errors
 /// The job does not finish in this start, for whatever reason; the exit code says which.
-pub fn start(spec: &StartSpec<'_>, output: &Output) -> Result<()> {
+pub fn start(spec: &StartSpec<'_>, change: impl FnOnce() -> Result<()>, output: &Output) -> Result<()> {
     let StartSpec { run, allocation, .. } = spec;
     let shown = run.root().display();
-    runs::refuse_live(run)?;
+    let claim = take(run, allocation, output)?;
     refuse_other(run, allocation)?;
+    change()?;
     SlurmJob { job_id: allocation.job }.write(run)?;
     stopped::clear(run)?;
     if runs::last_status(run)?.is_some_and(|status| status.state == JobState::Finished) {
         output.note(&format!("{shown} has finished already"));
         return Ok(());
     }
-    let before = restarts::read(run)?;
-    let mut here = Here { number: u32::try_from(before.len()).unwrap_or(u32::MAX), began: None };
-    match attempt(spec, &before, &mut here, output) {
+    let mut here = Here::default();
+    match attempt(spec, claim, &mut here, output) {
         Ok(()) => crate::commands::train::report(run, output),
         Err(error) => Err(after(spec, error, here, output)),
     }
+}
+
+/// Takes the run for this start.
+fn take(run: &RunDir, allocation: &Allocation, output: &Output) -> Result<Claim> {
+    let patience = if allocation.restarts > 0 { LEASE } else { Duration::ZERO };
+    let mut said = false;
+    runs::claim_within(run, patience, |why| {
+        if system::was_asked_to_stop() {
+            let message = format!("{}: stopped before the job began; nothing is lost", run.root().display());
+            return Err(Failure::Stopped(message).into());
+        }
+        if !std::mem::replace(&mut said, true) {
+            output.note(&format!(
+                "{why}\nSlurm has started the job again: waiting up to {} s for the lock",
+                LEASE.as_secs()
+            ));
+        }
+        Ok(())
+    })
 }
 
 /// A job that comes back from the queue finds the run of another one: the run was moved aside and made anew, or submitted
@@ -112,13 +137,15 @@ fn refuse_other(run: &RunDir, allocation: &Allocation) -> Result<()> {
 }
 
 /// One attempt to finish the job.
-fn attempt(spec: &StartSpec<'_>, before: &[Start], here: &mut Here, output: &Output) -> Result<()> {
+fn attempt(spec: &StartSpec<'_>, claim: Claim, here: &mut Here, output: &Output) -> Result<()> {
     let StartSpec { run, allocation, .. } = spec;
     let shown = run.root().display();
+    let before = restarts::read(run)?;
+    here.number = u32::try_from(before.len()).unwrap_or(u32::MAX);
     let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let now = |checkpoint| Start { job: allocation.job, restart: allocation.restarts, checkpoint, time };
     let permit = |now: &Start| {
-        restarts::verdict(before, now, spec.budget).map_err(|verdict| Failure::Child {
+        restarts::verdict(&before, now, spec.budget).map_err(|verdict| Failure::Child {
             code: exit::RESTARTS,
             message: format!(
                 "{shown}: {verdict}. Read the logs, mend the cause, and go on with `learn-launch slurm --resubmit {shown}`"
@@ -137,7 +164,6 @@ fn attempt(spec: &StartSpec<'_>, before: &[Start], here: &mut Here, output: &Out
     let step = checkpoint.as_ref().map(|checkpoint| checkpoint.step);
     here.began = step;
     let now = now(step);
-    let claim = runs::claim(run)?;
     permit(&now)?;
     restarts::add(run, &now)?;
     let config = configure(run, allocation, output)?;
@@ -157,7 +183,6 @@ fn attempt(spec: &StartSpec<'_>, before: &[Start], here: &mut Here, output: &Out
     runs::write_config(&run.next_config(), &config)?;
     runs::ensure_token(run)?;
     tls::provide(run, &config.cluster.tls)?;
-    drop(claim);
     let workers = JobStep {
         command: spec.srun.to_vec(),
         launch: std::env::current_exe().context("cannot find the path of learn-launch")?,
@@ -172,7 +197,7 @@ fn attempt(spec: &StartSpec<'_>, before: &[Start], here: &mut Here, output: &Out
         restarts: here.number,
     };
     let _targets = spec.targets.map(|folder| Keeper::start(run, folder, allocation.job)).transpose()?;
-    job::run(&job, output).map(drop)
+    job::run(&job, claim, output).map(drop)
 }
 
 /// What becomes of a start that has not finished the job.
@@ -310,6 +335,19 @@ mod tests {
         assert!(text.contains("job 13 now") && text.contains("scancel 12"), "{text}");
         refuse_other(&run, &allocation(13, 1)).unwrap();
         refuse_other(&run, &allocation(14, 0)).unwrap();
+    }
+
+    #[test]
+    fn a_start_that_is_refused_has_changed_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = runs::create(&folder.path().join("one"), &Config::default()).unwrap();
+        SlurmJob { job_id: 13 }.write(&run).unwrap();
+        let allocation = Allocation { job: 12, first: "a".into(), nodes: vec!["a".into()], tasks: 1, restarts: 1 };
+        let budget = Budget { restarts: 1, fruitless: 1 };
+        let spec = StartSpec { run: &run, allocation: &allocation, srun: &[], budget, targets: None };
+        let refused = start(&spec, || panic!("the run was changed"), &Output::new(false, true)).unwrap_err();
+        assert!(refused.to_string().contains("job 13 now"), "{refused}");
+        assert_eq!(SlurmJob::of(&run), Some(SlurmJob { job_id: 13 }));
     }
 
     #[test]

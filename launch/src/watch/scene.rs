@@ -23,6 +23,8 @@ const MOST_STEPS: usize = 20_000;
 const NEWEST: usize = 1_000;
 /// Another coordinator takes over from one that was killed well within so many seconds.
 const TAKE_OVER: f64 = 10.0;
+/// A coordinator that lives writes its status each second; other machines see that within so many seconds.
+const SILENCE: f64 = 60.0;
 /// Events that are kept.
 const MOST_EVENTS: usize = 200;
 /// Pause between two looks at the folder of checkpoints while no new one is known.
@@ -35,7 +37,8 @@ pub struct Scene {
     pub current: Option<Current>,
     /// The job's place in Slurm's queue, asked for where no coordinator answers; `None` too if it is no job of Slurm's.
     pub queue: Option<Queue>,
-    /// For so many seconds no coordinator was there, though the job has not ended.
+    /// For so many seconds no coordinator was there, though the job has not ended; or, where nobody can tell whether one is,
+    /// the status has stood still.
     pub deserted: f64,
     /// In their order; of a long run older ones are missing here and there.
     pub steps: Vec<Timed<StepRecord>>,
@@ -84,11 +87,21 @@ impl Scene {
             // without a queue to ask, the coordinator may yet come
             return self.queue.as_ref().is_some_and(|queue| queue.ended());
         };
-        let ended = *freshness == Freshness::Ended || self.deserted > TAKE_OVER;
+        let patience = if *freshness == Freshness::Unknown { SILENCE } else { TAKE_OVER };
+        let ended = *freshness == Freshness::Ended || self.deserted > patience;
         // a job that has stopped may be on its way back into the queue
         let goes_back = status.state != JobState::Finished && self.queue.as_ref().is_some_and(Queue::may_go_on);
         ended && !goes_back
     }
+}
+
+/// No coordinator is there, or nobody can tell, and the status is the one that was there before.
+fn is_deserted(before: Option<&Current>, now: Option<&Current>) -> bool {
+    now.is_some_and(|now| match now.freshness {
+        Freshness::Stale => true,
+        Freshness::Unknown => before.is_some_and(|before| before.status == now.status),
+        Freshness::Live | Freshness::Ended | Freshness::Queued => false,
+    })
 }
 
 /// Looks at one run.
@@ -119,11 +132,12 @@ impl Watcher {
     /// # Errors
     /// A file is there and cannot be read.
     pub fn look(&mut self) -> Result<Scene> {
-        self.scene.current = status::current(&self.run, &mut self.inquiry)?;
+        let current = status::current(&self.run, &mut self.inquiry)?;
+        let deserted = is_deserted(self.scene.current.as_ref(), current.as_ref());
+        self.deserted = deserted.then(|| self.deserted.unwrap_or_else(Instant::now));
+        self.scene.current = current;
         let live = self.scene.current.as_ref().is_some_and(|current| current.freshness == Freshness::Live);
         self.scene.queue = if live { None } else { self.inquiry.of(&self.run) };
-        let stale = self.scene.current.as_ref().is_some_and(|current| current.freshness == Freshness::Stale);
-        self.deserted = stale.then(|| self.deserted.unwrap_or_else(Instant::now));
         self.scene.deserted = self.deserted.map_or(0.0, |since| since.elapsed().as_secs_f64());
         let steps = self.steps.read().with_context(|| format!("cannot read {}", self.run.metrics().display()))?;
         let events = self.events.read().with_context(|| format!("cannot read {}", self.run.events().display()))?;
@@ -268,5 +282,24 @@ mod tests {
         let stale = || Some((JobState::Running, Freshness::Stale));
         assert!(Scene { deserted: TAKE_OVER + 1.0, ..at(stale(), queue("NODE_FAIL")) }.over());
         assert!(!Scene { deserted: TAKE_OVER + 1.0, ..at(stale(), queue("COMPLETING")) }.over());
+        let unknown = || Some((JobState::Running, Freshness::Unknown));
+        assert!(!Scene { deserted: TAKE_OVER + 1.0, ..at(unknown(), None) }.over(), "it may be slow to be seen");
+        assert!(Scene { deserted: SILENCE + 1.0, ..at(unknown(), None) }.over());
+    }
+
+    #[test]
+    fn a_job_of_which_nobody_can_tell_is_deserted_once_its_status_stands_still() {
+        let at = |freshness, seconds| {
+            let mut current = super::super::tests::scene().current.unwrap();
+            (current.freshness, current.status.seconds) = (freshness, seconds);
+            current
+        };
+        let deserted = |before: Option<Current>, now: Current| is_deserted(before.as_ref(), Some(&now));
+        let unknown = |seconds| at(Freshness::Unknown, seconds);
+        assert!(deserted(Some(unknown(1.0)), unknown(1.0)));
+        assert!(!deserted(Some(unknown(1.0)), unknown(2.0)), "somebody writes it");
+        assert!(!deserted(None, unknown(1.0)), "it is the first look");
+        assert!(deserted(None, at(Freshness::Stale, 1.0)) && !deserted(None, at(Freshness::Live, 1.0)));
+        assert!(!is_deserted(None, None));
     }
 }
