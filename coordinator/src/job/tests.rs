@@ -464,8 +464,12 @@ fn resumed() -> Job {
 fn lines_beyond_a_resume_go_with_the_first_thing_that_the_job_does_itself() {
     // a step, one without a record, one that only the next generation tells of, an evaluation
     let firsts: [fn(&mut Job); 4] = [
-        |job| drop(job.report(SECOND, report(0, 2, 4..8)).unwrap()),
-        |job| drop(job.report(SECOND, StepReport { record: None, ..report(0, 2, 4..8) }).unwrap()),
+        |job| {
+            job.report(SECOND, report(0, 2, 4..8)).unwrap();
+        },
+        |job| {
+            job.report(SECOND, StepReport { record: None, ..report(0, 2, 4..8) }).unwrap();
+        },
         |job| {
             regroup(job, 1, 0..1);
             job.begin(SECOND, beginning(0, 2, 2)).unwrap();
