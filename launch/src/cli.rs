@@ -18,7 +18,7 @@ Exit codes:
   0  done
   1  something failed; the message says what
   2  wrong flags or configuration
-  3  stopped by the operator; a training has written a checkpoint, from which `resume` continues
+  3  stopped by the operator; a training that had begun has written a checkpoint, from which `resume` continues
   4  workers were lost, too many to go on; `resume` continues from the last checkpoint
   5  a loss, gradient, embedding or score was not a finite number
   6  the last checkpoint could not be written; an earlier one may be there

@@ -13,7 +13,7 @@ use learn_dataset::{Dataset, DatasetError};
 use learn_domain::Config;
 use learn_domain::report::{CoordinatorAddress, JobStatus};
 use learn_domain::run_dir::{RunDir, checkpoint_step};
-pub use life::{Claim, Life, claim, claim_within, life, live, refuse_live};
+pub use life::{Claim, Life, claim, claim_patiently, life, live, refuse_live};
 use serde::de::DeserializeOwned;
 
 use crate::failure::Failure;

@@ -95,7 +95,7 @@ metrics! {
     WORKER_GENERATION = "learn_worker_generation", Kind::Gauge, [],
         "Generation that this rank is in.";
     WORKER_CACHE_HITS = "learn_worker_cache_hit_rows_total", Kind::Counter, [],
-        "Content embedding rows found in the worker's own cache in host memory.";
+        "Content embedding rows found in the worker's own caches in host memory, that of evaluations included.";
     WORKER_CACHE_NEIGHBOUR = "learn_worker_cache_neighbour_rows_total", Kind::Counter, [],
         "Content embedding rows found in the caches of other workers of the same machine.";
     WORKER_CACHE_MISSES = "learn_worker_cache_miss_rows_total", Kind::Counter, [],

@@ -66,7 +66,8 @@ pub struct ResumeArgs {
     /// Start the coordinator alone: workers come from elsewhere, by `learn-worker join`
     #[arg(long)]
     no_workers: bool,
-    /// Do nothing, and end with 0, if the run has finished: for a scheduler that may start it once more
+    /// Do nothing, and end with 0, if the run has finished, and wait two minutes for the lock of a machine that may have died: for
+    /// a scheduler that may start it once more
     #[arg(long, conflicts_with = "checkpoint")]
     unless_finished: bool,
     /// Only say what would be done
@@ -103,7 +104,7 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
     let run = runs::find(&args.run.run, &args.run.runs_dir)?;
     let shown = super::shown_run(&run);
     // what is read from here on stays as it is until the job begins
-    let claim = runs::claim(&run)?;
+    let claim = if args.unless_finished { runs::claim_patiently(&run, output) } else { runs::claim(&run) }?;
     refuse_queued(&run)?;
     let before = runs::config(&run)?;
     let resolver =

@@ -26,8 +26,8 @@ Examples:
   learn-launch status quickstart --watch --json | jq -c '[.last_step.step, .last_step.loss]'
   learn-launch status data/ml-100k                    (the embed job of a dataset)
 
-With --json the whole status is printed, with `freshness`: live (a coordinator answers, or has the run's lock), ended, queued
-(it waits in Slurm's queue), stale (the coordinator is gone without having ended the job; `resume`, or `embed`, continues
+With --json the whole status is printed, with `freshness`: live (a coordinator answers, or the run's lock is taken and its last
+status has not ended), ended (also of a run that is just being resumed), queued (it waits in Slurm's queue), stale (the coordinator is gone without having ended the job; `resume`, or `embed`, continues
 it), or unknown (it was on another machine, and nobody can tell from here); and with `slurm` if it is a job of Slurm's.";
 
 /// Arguments of `status`.

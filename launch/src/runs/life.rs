@@ -14,12 +14,18 @@ use learn_domain::run_dir::RunDir;
 
 use super::read_json;
 use crate::api::Api;
+use crate::failure::Failure;
+use crate::output::Output;
 use crate::{process, system};
 
 /// Who only looks whether a run is free has given its lock back this soon.
 const LOOK: Duration = Duration::from_millis(200);
 /// Pause between two tries of the lock meanwhile; who waits for longer pauses for as long as [`LOOK`].
 const PAUSE: Duration = Duration::from_millis(20);
+
+/// A job that its scheduler may have started again waits this long for the lock of the machine that it was on: if that has died,
+/// the file server gives the lock up (NFSv4 after 90 s by default).
+const LEASE: Duration = Duration::from_secs(120);
 
 type TryLock = fn(&File) -> Result<(), TryLockError>;
 
@@ -161,12 +167,34 @@ pub fn claim(run: &RunDir) -> Result<Claim> {
     claim_within(run, Duration::ZERO, |_| Ok(()))
 }
 
-/// As [`claim`], but a lock that is taken is waited for, `patience` at most: a file server gives that of a machine that has died
-/// up by itself. `waits` hears again and again why the run is not free, and may end it.
+/// As [`claim`], for a job that its scheduler may have started again because its machine has died: a lock that is taken is
+/// waited for, which is said.
+///
+/// # Errors
+/// As those of [`claim`]; this process was asked to stop.
+pub fn claim_patiently(run: &RunDir, output: &Output) -> Result<Claim> {
+    let mut said = false;
+    claim_within(run, LEASE, |why| {
+        if system::was_asked_to_stop() {
+            let message = format!("{}: stopped before the job began; nothing is lost", run.root().display());
+            return Err(Failure::Stopped(message).into());
+        }
+        if !std::mem::replace(&mut said, true) {
+            output.note(&format!(
+                "{why}\nif that machine has died, its lock will be free soon: waiting up to {} s for it",
+                LEASE.as_secs()
+            ));
+        }
+        Ok(())
+    })
+}
+
+/// As [`claim`], but a lock that is taken is waited for, `patience` at most. `waits` hears again and again why the run is not
+/// free, and may end it.
 ///
 /// # Errors
 /// As those of [`claim`], and that of `waits`.
-pub fn claim_within(run: &RunDir, patience: Duration, mut waits: impl FnMut(&str) -> Result<()>) -> Result<Claim> {
+fn claim_within(run: &RunDir, patience: Duration, mut waits: impl FnMut(&str) -> Result<()>) -> Result<Claim> {
     let started = Instant::now();
     loop {
         let (life, claim) = look(run, File::try_lock);

@@ -25,10 +25,6 @@ use crate::output::Output;
 use crate::runs::Claim;
 use crate::{runs, system, tls};
 
-/// A job that was started again waits this long for the lock of the machine that it was on: if that has died, the file server
-/// gives the lock up (NFSv4 after 90 s by default).
-const LEASE: Duration = Duration::from_secs(120);
-
 /// `slurm/job.json`: which job a run is, or was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SlurmJob {
@@ -102,21 +98,7 @@ pub fn start(spec: &StartSpec<'_>, change: impl FnOnce() -> Result<()>, output: 
 
 /// Takes the run for this start.
 fn take(run: &RunDir, allocation: &Allocation, output: &Output) -> Result<Claim> {
-    let patience = if allocation.restarts > 0 { LEASE } else { Duration::ZERO };
-    let mut said = false;
-    runs::claim_within(run, patience, |why| {
-        if system::was_asked_to_stop() {
-            let message = format!("{}: stopped before the job began; nothing is lost", run.root().display());
-            return Err(Failure::Stopped(message).into());
-        }
-        if !std::mem::replace(&mut said, true) {
-            output.note(&format!(
-                "{why}\nSlurm has started the job again: waiting up to {} s for the lock",
-                LEASE.as_secs()
-            ));
-        }
-        Ok(())
-    })
+    if allocation.restarts > 0 { runs::claim_patiently(run, output) } else { runs::claim(run) }
 }
 
 /// A job that comes back from the queue finds the run of another one: the run was moved aside and made anew, or submitted
