@@ -174,8 +174,11 @@ pub fn run(spec: &JobSpec<'_>, claim: Claim, output: &Output) -> Result<JobStatu
     job.conclude()
 }
 
-/// A crashed coordinator leaves its address behind, which must not be taken for the new one's.
-fn forget_address(run: &RunDir) -> Result<()> {
+/// A crashed coordinator leaves its address behind, which must not be taken for that of who has claimed the run since.
+///
+/// # Errors
+/// It cannot be removed.
+pub fn forget_address(run: &RunDir) -> Result<()> {
     let address = run.coordinator();
     if address.exists() {
         std::fs::remove_file(&address).with_context(|| format!("cannot remove {}", address.display()))?;

@@ -106,6 +106,11 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
     // what is read from here on stays as it is until the job begins
     let claim = if args.unless_finished { runs::claim_patiently(&run, output) } else { runs::claim(&run) }?;
     refuse_queued(&run)?;
+    // who only looks keeps nobody from the run for as long as checkpoints are checked
+    let claim = (!args.dry_run).then_some(claim);
+    if claim.is_some() {
+        job::forget_address(&run)?;
+    }
     let before = runs::config(&run)?;
     let resolver =
         Resolver::new(&before).sets(&args.sets)?.flag("--dataset", "data.dataset", args.data.dataset.as_ref())?;
@@ -137,10 +142,10 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
         refuse_less_than_done(&config.training, checkpoint.step, status.steps_per_epoch)?;
     }
     let text = format!("{shown}: resuming from step {}", checkpoint.step);
-    if args.dry_run {
+    let Some(claim) = claim else {
         return output
             .result(&text.replace("resuming", "would resume"), &serde_json::json!({ "checkpoint": checkpoint.path }));
-    }
+    };
     output.note(&text);
     bind::change(&run, &config.cluster.bind)?;
     runs::write_config(&run.next_config(), &config)?;

@@ -175,7 +175,7 @@ pub fn claim(run: &RunDir) -> Result<Claim> {
 pub fn claim_patiently(run: &RunDir, output: &Output) -> Result<Claim> {
     let mut said = false;
     claim_within(run, LEASE, |why| {
-        if system::was_asked_to_stop() {
+        if system::stop_requests() > 0 {
             let message = format!("{}: stopped before the job began; nothing is lost", run.root().display());
             return Err(Failure::Stopped(message).into());
         }

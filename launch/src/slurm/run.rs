@@ -80,8 +80,15 @@ struct Here {
 pub fn start(spec: &StartSpec<'_>, change: impl FnOnce() -> Result<()>, output: &Output) -> Result<()> {
     let StartSpec { run, allocation, .. } = spec;
     let shown = run.root().display();
-    let claim = take(run, allocation, output)?;
+    let mut here = Here::default();
+    // before a wait that would be in vain, and once nobody else can make it another's
     refuse_other(run, allocation)?;
+    let claim = match take(run, allocation, output) {
+        Ok(claim) => claim,
+        Err(error) => return Err(after(spec, error, here, output)),
+    };
+    refuse_other(run, allocation)?;
+    job::forget_address(run)?;
     change()?;
     SlurmJob { job_id: allocation.job }.write(run)?;
     stopped::clear(run)?;
@@ -89,7 +96,6 @@ pub fn start(spec: &StartSpec<'_>, change: impl FnOnce() -> Result<()>, output: 
         output.note(&format!("{shown} has finished already"));
         return Ok(());
     }
-    let mut here = Here::default();
     match attempt(spec, claim, &mut here, output) {
         Ok(()) => crate::commands::train::report(run, output),
         Err(error) => Err(after(spec, error, here, output)),
