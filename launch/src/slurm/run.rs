@@ -5,7 +5,7 @@
 //! into the queue, and [`restarts`] ends that.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 use learn_domain::config::DeviceKind;
