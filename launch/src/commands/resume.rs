@@ -108,9 +108,6 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
     refuse_queued(&run)?;
     // who only looks keeps nobody from the run for as long as checkpoints are checked
     let claim = (!args.dry_run).then_some(claim);
-    if claim.is_some() {
-        job::forget_address(&run)?;
-    }
     let before = runs::config(&run)?;
     let resolver =
         Resolver::new(&before).sets(&args.sets)?.flag("--dataset", "data.dataset", args.data.dataset.as_ref())?;
@@ -136,6 +133,9 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
     let dataset = runs::dataset(&run, &config)?;
     super::train::suits(&dataset, &config)?;
     doctor::refuse_lacks(&config, !args.no_workers)?;
+    if claim.is_some() {
+        job::forget_address(&run)?;
+    }
     let checkpoints = with_ledgers(&run, checkpoints(&run)?);
     let checkpoint = choose(&checkpoints, args.checkpoint.as_deref(), &shown)?;
     if let Some(status) = &last {
