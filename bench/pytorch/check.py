@@ -42,7 +42,7 @@ def loss(args, model, batch, one):
         user = model(inputs.rows[inputs.used].double(), inputs.packing)
         item, row_user = inputs.rows[inputs.packing.target].double(), inputs.packing.row_user
     else:
-        inputs = padded.Inputs(batch, args)
+        inputs = padded.Inputs(batch, args, torch.device("cpu"))
         rows, row_user = model(inputs.history.double(), inputs.mask), inputs.row_user
         user, item = rows[row_user, inputs.position], inputs.item.double()
     return measure.info_nce(user, item, row_user, inputs.item_id, inputs.pairs)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import statistics
 import tempfile
 import time
 
@@ -40,7 +41,7 @@ def measure(rank, args, meeting):
         gigabytes = 4 * elements / 1e9
         result = {
             "backend": "gloo", "workers": args.workers, "bytes": 4 * elements,
-            "operations": {name: {"seconds": seconds, "median_gigabytes_per_second": gigabytes / sorted(seconds)[len(seconds) // 2]}
+            "operations": {name: {"seconds": seconds, "median_gigabytes_per_second": gigabytes / statistics.median(seconds)}
                            for name, seconds in times.items()},
         }
         if args.json:

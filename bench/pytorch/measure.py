@@ -7,6 +7,7 @@ the targets of all other users of the batch.
 
 import argparse
 import json
+import statistics
 import time
 
 import torch
@@ -94,7 +95,7 @@ def timed(args, step, batches):
 
 
 def show(args, name, seconds, loss, batches, **more):
-    median = sorted(seconds)[len(seconds) // 2]
+    median = statistics.median(seconds)
     result = {
         "script": name, "torch": torch.__version__, "device": args.device, "precision": args.precision,
         "threads": torch.get_num_threads(), "users": args.batch,

@@ -123,8 +123,6 @@ def main():
         torch.set_num_threads(args.threads)
     torch.manual_seed(1)
     device = torch.device(args.device)
-    if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")
     model = Packed(args).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
     flash = args.device == "cuda" and args.precision == "bf16"

@@ -193,7 +193,7 @@ fn stop_and_cancel_keep_what_was_trained_and_a_new_submission_goes_on() {
     assert_eq!(more.status.code(), Some(2), "{}", text(&more));
     assert!(text(&more).contains("--resubmit runs/job --nodes"), "{}", text(&more));
     let refused = cluster.launch(&site, &["slurm", "--resubmit", "runs/job"]);
-    assert_eq!(refused.status.code(), Some(2), "{}", text(&refused));
+    assert_eq!(refused.status.code(), Some(1), "{}", text(&refused));
 
     let output = cluster.launch(&site, &["stop", "runs/job", "--json"]);
     succeeds(&output);

@@ -179,19 +179,28 @@ impl Bench<'_> {
 
     /// Runs a script of `bench/pytorch` and reads its JSON.
     fn script(&self, name: &str, words: &[&str]) -> Result<Value> {
-        let script = self.workspace.root().join("bench").join("pytorch").join(name);
-        let mut command = Command::new(&self.python);
-        json(name, command.arg("-B").arg(script).args(words).arg("--json"))
+        parsed(name, &self.output(name, &[words, &["--json"]].concat())?)
     }
 
-    /// The command that measures a part again.
+    /// What a script of `bench/pytorch` prints.
+    fn output(&self, name: &str, words: &[&str]) -> Result<String> {
+        let script = self.workspace.root().join("bench").join("pytorch").join(name);
+        process::output(name, Command::new(&self.python).arg("-B").arg(script).args(words))
+    }
+
+    /// The command that measures a part again, with the flags that the part reads.
     fn command(&self, part: Part) -> String {
         let Options { rounds, repetitions, .. } = self.options;
-        let mut command = format!(
-            "cargo xtask bench {} --rounds {rounds} --repetitions {repetitions} --threads {}",
-            name(part),
-            self.threads
-        );
+        let mut command = format!("cargo xtask bench {}", name(part));
+        if part != Part::Wire {
+            command.push_str(&format!(" --rounds {rounds}"));
+        }
+        if matches!(part, Part::Step | Part::Collective | Part::Reduction | Part::Checkpoint) {
+            command.push_str(&format!(" --repetitions {repetitions}"));
+        }
+        if matches!(part, Part::Step | Part::Loss | Part::Checkpoint | Part::Memory | Part::Embed) {
+            command.push_str(&format!(" --threads {}", self.threads));
+        }
         if self.options.device != "cpu" {
             command.push_str(&format!(" --device {}", self.options.device));
         }
@@ -214,8 +223,11 @@ impl Bench<'_> {
 
 /// The JSON that a program prints.
 fn json(step: &str, command: &mut Command) -> Result<Value> {
-    let text = process::output(step, command)?;
-    serde_json::from_str(&text).with_context(|| format!("{step} printed no JSON: {text}"))
+    parsed(step, &process::output(step, command)?)
+}
+
+fn parsed(step: &str, text: &str) -> Result<Value> {
+    serde_json::from_str(text).with_context(|| format!("{step} printed no JSON: {text}"))
 }
 
 /// A number of a program's JSON, `a.b.c`.

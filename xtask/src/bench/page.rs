@@ -42,15 +42,10 @@ pub fn tables(all: &[Results]) -> String {
         );
         for row in rows {
             let shown = |value: f64| number(value, row.unit);
-            let _ = writeln!(
-                text,
-                "| {} | {} | **{}** | {} | {} |",
-                row.what,
-                shown(row.min),
-                shown(row.median),
-                shown(row.max),
-                wanted(row)
-            );
+            // what comes out alike each time has no spread
+            let end = |value: f64| if row.min == row.max { String::new() } else { shown(value) };
+            let (min, median, max) = (end(row.min), shown(row.median), end(row.max));
+            let _ = writeln!(text, "| {} | {min} | **{median}** | {max} | {} |", row.what, wanted(row));
         }
     }
     text.push('\n');
