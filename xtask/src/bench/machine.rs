@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::process;
 
+/// What measuring writes.
+const RESULTS: [&str; 2] = [":!bench/results", ":!docs/benchmarks.md"];
+
 /// The hardware and what else a figure depends on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -18,7 +21,7 @@ pub struct Machine {
     /// Names of GPUs, if one was used.
     pub gpus: Vec<String>,
     pub system: String,
-    /// The commit that was measured; "with changes" if the tree had any.
+    /// The commit that was measured; "with changes" if the tree had any but results.
     pub revision: String,
 }
 
@@ -29,11 +32,9 @@ impl Machine {
         let git = |words: &[&str]| {
             process::output("git", Command::new("git").args(words).current_dir(root)).unwrap_or_default()
         };
-        let changes = if git(&["status", "--porcelain", "--untracked-files=no"]).trim().is_empty() {
-            ""
-        } else {
-            " with changes"
-        };
+        // what a part before has measured is not what is measured
+        let changed = ["status", "--porcelain", "--untracked-files=no", "--", ".", RESULTS[0], RESULTS[1]];
+        let changes = if git(&changed).trim().is_empty() { "" } else { " with changes" };
         let query = ["--query-gpu=name", "--format=csv,noheader"];
         let gpus = if device == "cuda" {
             process::output("nvidia-smi", Command::new("nvidia-smi").args(query)).unwrap_or_default()
