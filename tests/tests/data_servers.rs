@@ -70,7 +70,8 @@ fn start(site: &Site, name: &str, more: &[&str]) -> std::process::Child {
 fn data_servers_change_nothing_and_their_deaths_cost_nothing() {
     // more than fits between server and worker, so that streams break in the middle
     let site = Site::new(Shape { users: 900, ..SMALL });
-    let long = ["training.epochs=100", "training.global_batch=160"];
+    // so long that both deaths come before its end, however late this test hears of them
+    let long = ["training.epochs=250", "training.global_batch=160"];
     let calm = start(&site, "calm", &long).wait_with_output().expect("it ends");
     succeeds(&calm);
 
