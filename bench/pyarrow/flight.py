@@ -5,11 +5,12 @@
 The dataset is made on the first call (256 MiB). Each round measures, one after the other:
 - ours: `learn-coordinator bench flight`, the service of a job and the client of a worker: 1,024 random rows a request,
   gathered from the mapped files, over DoExchange; the client writes them into one block of memory;
+- shared: the same with one client, whose requests go over all connections at once, as those of a worker do;
 - exchange: pyarrow doing the same: a server in C++ behind a Python handler that gathers with numpy from one array in
   memory, a client in C++ that reads the batches (and leaves them where they are);
 - get: pyarrow sending batches that are ready, over DoGet, without any Python on the way. Nothing is gathered, so this is
   less work than ours.
-All are two processes. Four streams are four clients in one process, a connection each.
+All are two processes. Four streams are four clients in one process, a connection each, but for `shared`.
 """
 
 import argparse
@@ -130,6 +131,11 @@ def read(arguments):
     os._exit(0)
 
 
+def names(streams):
+    """Who takes turns; one stream is shared by nobody."""
+    return ["ours", *(["shared"] if streams > 1 else []), "exchange", "get"]
+
+
 def summary(values):
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
@@ -138,12 +144,12 @@ def compare(arguments):
     ours = os.path.join(arguments.bin, "learn-coordinator")
     common = ["--dataset", arguments.dataset, "--rows", str(arguments.rows)]
 
-    def run_ours(streams, seconds):
-        command = [ours, "bench", "flight", "--json", "--streams", str(streams), "--seconds", str(seconds), *common]
+    def run_ours(seconds, *flags):
+        command = [ours, "bench", "flight", "--json", "--seconds", str(seconds), *flags, *common]
         quiet = dict(os.environ, RUST_LOG="warn")
         return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=quiet).stdout)
 
-    first = run_ours(1, 0.1)
+    first = run_ours(0.1)
     manifest = json.load(open(os.path.join(arguments.dataset, "dataset.json")))
     items, dim = manifest["counts"]["items"], first["dim"]
     me = [sys.executable, os.path.abspath(__file__)]
@@ -162,8 +168,14 @@ def compare(arguments):
     try:
         for round_ in range(arguments.rounds):
             for streams in arguments.streams:
-                for name in ["ours", "exchange", "get"]:
-                    result = run_ours(streams, arguments.seconds) if name == "ours" else run_theirs(name, streams)
+                measure = {
+                    "ours": lambda: run_ours(arguments.seconds, "--clients", str(streams)),
+                    "shared": lambda: run_ours(arguments.seconds, "--streams", str(streams)),
+                    "exchange": lambda: run_theirs("exchange", streams),
+                    "get": lambda: run_theirs("get", streams),
+                }
+                for name in names(streams):
+                    result = measure[name]()
                     rates.setdefault((streams, name), []).append(result["gigabytes_per_second"])
                     print(f"round {round_}, {streams} streams, {name}: {rates[streams, name][-1]:.2f} GB/s", file=sys.stderr)
     finally:
@@ -178,12 +190,12 @@ def compare(arguments):
         "streams": {},
     }
     for streams in arguments.streams:
-        of = {name: rates[streams, name] for name in ["ours", "exchange", "get"]}
-        ratios = {name: [a / b for a, b in zip(of["ours"], of[name])] for name in ["exchange", "get"]}
-        out["streams"][streams] = {
-            "gigabytes_per_second": {name: summary(values) for name, values in of.items()},
-            "ours_over": {name: summary(values) for name, values in ratios.items()},
-        }
+        of = {name: rates[streams, name] for name in names(streams)}
+        out["streams"][streams] = {"gigabytes_per_second": {name: summary(values) for name, values in of.items()}}
+        for mine in ["ours", "shared"]:
+            if mine in of:
+                over = {name: summary([a / b for a, b in zip(of[mine], of[name])]) for name in ["exchange", "get"]}
+                out["streams"][streams][f"{mine}_over"] = over
     text = json.dumps(out, indent=2)
     if arguments.out:
         with open(arguments.out, "w") as file:

@@ -74,8 +74,9 @@ const BENCH_HELP: &str = "\
 It serves the rows in this process and starts `learn-worker` beside it as the
 client. bench/pyarrow/flight.py does the same with pyarrow, in turn with this.
 
-Example:
-  learn-coordinator bench flight --streams 4 --json";
+Examples:
+  learn-coordinator bench flight --clients 4 --json
+  learn-coordinator bench flight --streams 4   # one client, each request over four connections";
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = BENCH_HELP)]
@@ -89,7 +90,10 @@ struct BenchFlight {
     /// Values of its rows
     #[arg(long, value_name = "N", default_value_t = 4096, value_parser = positive())]
     dim: u32,
-    /// Clients at once, each with a connection of its own
+    /// Clients at once, as that many workers of one host
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive())]
+    clients: u32,
+    /// Connections of each client, which share its requests as those of a worker do (`cluster.row_streams`)
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive())]
     streams: u32,
     /// Rows of a request, drawn from the whole catalogue
@@ -179,7 +183,7 @@ impl BenchFlight {
     }
 
     fn client(&self) -> Client {
-        Client::Flight { streams: self.streams, rows: self.rows, seconds: self.seconds }
+        Client::Flight { clients: self.clients, streams: self.streams, rows: self.rows, seconds: self.seconds }
     }
 }
 

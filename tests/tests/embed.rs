@@ -153,9 +153,11 @@ fn the_data_path_is_measured_with_the_programs_of_a_job() {
         serde_json::from_slice(&output.stdout).expect("it prints JSON")
     };
     let made = ["--items", "400", "--dim", "256", "--json"];
-    let flight = ["bench", "flight", "--streams", "2", "--rows", "32", "--seconds", "0.2"];
+    // requests of 4 MiB, which two connections share
+    let flight = ["bench", "flight", "--clients", "2", "--streams", "2", "--rows", "8192", "--seconds", "0.2"];
     let flight = measured(&[&flight[..], &made].concat());
     assert!(flight["gigabytes_per_second"].as_f64().unwrap() > 0.0, "{flight}");
+    assert_eq!((&flight["clients"], &flight["streams"]), (&2.into(), &2.into()));
     let wire = ["bench", "wire", "--users", "300", "--batch", "16", "--warm", "20", "--steps", "40"];
     let wire = [&wire[..], &made].concat();
     let f16 = measured(&wire);

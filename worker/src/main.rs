@@ -161,9 +161,12 @@ struct BenchFlightArgs {
     /// Values of a row.
     #[arg(long)]
     dim: usize,
-    /// Exchanges at once, each over a connection of its own.
+    /// Clients at once, each with connections of its own.
     #[arg(long, default_value_t = 1)]
-    streams: usize,
+    clients: usize,
+    /// Connections of each client, which share its requests.
+    #[arg(long, default_value_t = 1)]
+    streams: u32,
     /// Rows of a request.
     #[arg(long, default_value_t = 1024)]
     rows: usize,
@@ -272,7 +275,7 @@ fn run(command: Command) -> Result<i32, WorkerError> {
             let span = std::time::Duration::try_from_secs_f64(args.seconds)
                 .map_err(|error| WorkerError::Usage(format!("--seconds {}: {error}", args.seconds)))?;
             let BenchFlightArgs { location, secret_file, items, dim, streams, rows, json, .. } = args;
-            let settings = FlightBenchSettings { location, secret_file, items, dim, streams, rows, span };
+            let settings = FlightBenchSettings { location, secret_file, items, dim, clients, streams, rows, span };
             let result = bench_flight(&settings)?;
             if json { print_json(&result)? } else { print(&format!("{result:#?}\n"))? }
         }

@@ -1,4 +1,4 @@
-"""Our step beside the two PyTorch scripts, in turns on one device: users/s of each round, and the ratios.
+"""Our step beside the two PyTorch scripts, in turns on one device: users/s of each round.
 
 Called by check.py. Needs a Python that imports torch; without one the parts are left out and say so.
 """
@@ -31,27 +31,28 @@ def contestants(here, worker, device, precision):
 
 
 def run(here, worker, device, part):
-    """Parts by name, and for each precision the ratios and our share of the ceiling."""
-    parts, ratios = {}, {}
+    """Parts by name, and the rounds of each precision: rates of everybody, and our share of the ceiling."""
+    parts, rounds = {}, {}
     importable = part("torch_in_python", [sys.executable, "-c", "import torch; print(torch.__version__)"])
     if importable["rc"] != 0:
         reason = "this Python cannot import torch; run with one that can to have the scripts beside ours"
-        return {"beside_pytorch": {"rc": 0, "left_out": reason}}, ratios
+        return {"beside_pytorch": {"rc": 0, "left_out": reason}}, rounds
     for precision in PRECISIONS[device]:
         rates, shares = {}, []
         for number in range(ROUNDS[device]):
             for name, command in contestants(here, worker, device, precision).items():
                 result = part(f"{name}_{precision}_{number + 1}", command)
                 parts[f"{name}_{precision}_{number + 1}"] = result
-                rate = result["json"].get("median_users_per_second") if isinstance(result["json"], dict) else None
-                rates.setdefault(name, []).append(rate)
-                if name == "ours" and rate:
-                    shares.append(result["json"].get("ceiling_share"))
-        ratios[precision] = {"users_per_second": rates, "ceiling_share": shares}
+                answer = result["json"] if isinstance(result["json"], dict) else {}
+                rates.setdefault(name, []).append(answer.get("median_users_per_second"))
+                if name == "ours":
+                    rates.setdefault("ceiling", []).append(answer.get("ceiling_users_per_second"))
+                    shares.append(answer.get("ceiling_share"))
+        batch = int(SHAPE[device][SHAPE[device].index("--batch") + 1])
+        rounds[precision] = {"batch": batch, "users_per_second": rates, "ceiling_share": shares}
         for name in ("padded", "packed"):
             over = [a / b for a, b in zip(rates["ours"], rates[name]) if a and b]
             if over:
-                spread = {"min": min(over), "median": statistics.median(over), "max": max(over)}
-                ratios[precision][f"over_{name}"] = spread
-                print(f"   {precision} over {name}: {spread}", flush=True)
-    return parts, ratios
+                print(f"   {precision} over {name}: {min(over):.2f} to {max(over):.2f}, median {statistics.median(over):.2f}",
+                      flush=True)
+    return parts, rounds

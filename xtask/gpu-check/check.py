@@ -8,6 +8,7 @@ rounding. Exit code 0 if every part succeeded. Needs nothing but the standard li
 import argparse
 import json
 import math
+import os
 import pathlib
 import platform
 import re
@@ -111,12 +112,28 @@ def two_ranks(bin_, work):
     return result
 
 
-def gpus():
+def asked_of_gpus(field):
+    """What nvidia-smi says of each GPU; nothing without it."""
     if not shutil.which("nvidia-smi"):
-        return None
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True)
-    return done.stdout.strip().splitlines() if done.returncode == 0 else done.stderr.strip()
+        return []
+    done = subprocess.run(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"], capture_output=True, text=True)
+    return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
+
+
+def machine():
+    """As bench/results tells of a machine: no names of hosts, no paths."""
+    def field(path, name):
+        lines = pathlib.Path(path).read_text().splitlines()
+        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
+
+    return {
+        "processor": field("/proc/cpuinfo", "model name"),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": math.ceil(int(field("/proc/meminfo", "MemTotal").split()[0]) / 2**20),
+        "gpus": asked_of_gpus("name"),
+        "system": f"Linux {platform.release().split('-')[0]}",
+        "revision": (HERE / "revision").read_text().strip(),
+    }
 
 
 def torch_version(torch):
@@ -214,8 +231,9 @@ def main():
     report = {
         "version": 1,
         "device": options.device,
-        "machine": {"host": platform.node(), "system": platform.platform(), "cpu": platform.machine(), "gpus": gpus()},
-        "torch": {"path": str(options.torch), "version": torch_version(options.torch)},
+        "machine": machine(),
+        "torch": torch_version(options.torch),
+        "driver": asked_of_gpus("driver_version"),
         "parts": {},
     }
     parts = report["parts"]
@@ -242,6 +260,7 @@ def main():
     for name, flags in (BENCH_RUNS if cuda else BENCH_CPU).items():
         bench = [bin_ / "learn-worker", "bench", *flags, "--device", options.device, "--json"]
         parts[name] = part(name, bench, 300, work)
+    parts["bench_cache"] = part("bench_cache", [bin_ / "learn-coordinator", "bench", "wire", "--json"], 120, work)
     compared_parts, report["beside_pytorch"] = beside.run(
         HERE, bin_ / "learn-worker", options.device, lambda name, command: part(name, command, 300, work))
     parts.update(compared_parts)

@@ -11,6 +11,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
+use crate::bench::machine::revision;
 use crate::workspace::Workspace;
 use crate::{files, process, quickstart, setup};
 
@@ -117,6 +118,7 @@ fn pack(workspace: &Workspace, out: &Path, tests: &[(&str, PathBuf)]) -> Result<
     for (name, content) in PARTS {
         files::write(&out.join(name), content)?;
     }
+    files::write(&out.join("revision"), &revision(workspace.root()))?;
     Ok(())
 }
 

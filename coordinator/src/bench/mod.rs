@@ -76,7 +76,7 @@ fn write_secret(path: &Path) -> Result<Secret, BenchError> {
 #[derive(Clone, Copy, Debug)]
 pub enum Client {
     /// Takes rows drawn from the whole catalogue.
-    Flight { streams: u32, rows: u32, seconds: f64 },
+    Flight { clients: u32, streams: u32, rows: u32, seconds: f64 },
     /// Takes the batches of a job, and the rows that they need through the worker's cache.
     Wire {
         users: u32,
@@ -113,10 +113,11 @@ impl Client {
         let (items, dim) = (source.facts.items.to_string(), source.dim().to_string());
         let mut all = named(&[("--items", items), ("--dim", dim)]);
         match *self {
-            Self::Flight { streams, rows, seconds } => {
+            Self::Flight { clients, streams, rows, seconds } => {
                 all.insert(0, "bench-flight".into());
-                let (streams, rows, seconds) = (streams.to_string(), rows.to_string(), seconds.to_string());
-                all.extend(named(&[("--streams", streams), ("--rows", rows), ("--seconds", seconds)]));
+                let counts = [("--clients", clients), ("--streams", streams), ("--rows", rows)];
+                all.extend(named(&counts.map(|(name, count)| (name, count.to_string()))));
+                all.extend(named(&[("--seconds", seconds.to_string())]));
             }
             Self::Wire { warm, steps, .. } => {
                 all.insert(0, "bench-wire".into());

@@ -102,38 +102,43 @@ impl StepResult {
     }
 }
 
-/// What of a step is matrix products.
-#[derive(Clone, Copy, Debug, Serialize)]
+/// What of a step is matrix products, which are timed alone in turns with the steps.
+#[derive(Clone, Debug, Serialize)]
 pub struct Products {
-    /// Operations of a step's products by its median seconds.
+    /// Operations of a step's products by its seconds, in the median of the steps.
     pub gflops_per_second: f64,
-    /// Of the same products, each timed alone after the steps.
+    /// Of the same products alone, in the median of the turns.
     pub ceiling_gflops_per_second: f64,
-    /// The former by the latter.
+    /// Users of a step by the seconds of its products alone, in the median of the turns.
+    pub ceiling_users_per_second: f64,
+    /// The seconds of a step's products alone by those of the step, in the median of the turns.
     pub ceiling_share: f64,
+    /// Of each turn.
+    pub ceiling_shares: Vec<f64>,
 }
 
 impl Products {
-    /// Times those of `steps`, whose median takes `seconds`.
-    fn of(settings: &BenchSettings, steps: &[PreparedStep], seconds: f64) -> Self {
-        let kind = learn_torch::product_kind(settings.config.training.precision).unwrap_or(Kind::Float);
-        let kind = learn_model::multiplied_kind(kind, settings.device);
-        let model = (&settings.config.model, i64::from(settings.input_dim));
-        let ceilings = steps.iter().map(|step| {
-            let batches: Vec<&MicroBatch> = step.micro_batches.iter().map(|(batch, _)| batch).collect();
-            ceiling::measure(model, &batches, (kind, settings.device), settings.repetitions)
-        });
-        let sum = ceilings.fold(Ceiling::default(), |sum, one| Ceiling {
-            flops: sum.flops + one.flops,
-            seconds: sum.seconds + one.seconds,
-        });
-        let count = steps.len() as f64;
+    /// Those of steps of so many users and seconds, each with what its products took right after it.
+    fn of(users: u32, turns: &[(f64, Ceiling)]) -> Self {
+        let median = |of: fn(&(f64, Ceiling)) -> f64| Spread::of(&turns.iter().map(of).collect::<Vec<_>>()).median;
+        let ceiling_shares: Vec<f64> = turns.iter().map(|(seconds, alone)| alone.seconds / seconds).collect();
         Self {
-            gflops_per_second: sum.flops / count / seconds / 1e9,
-            ceiling_gflops_per_second: sum.flops / sum.seconds / 1e9,
-            ceiling_share: sum.seconds / count / seconds,
+            gflops_per_second: median(|(seconds, alone)| alone.flops / seconds) / 1e9,
+            ceiling_gflops_per_second: median(|(_, alone)| alone.flops / alone.seconds) / 1e9,
+            ceiling_users_per_second: f64::from(users) * median(|(_, alone)| 1.0 / alone.seconds),
+            ceiling_share: Spread::of(&ceiling_shares).median,
+            ceiling_shares,
         }
     }
+}
+
+/// Times the products of one step alone.
+fn products_alone(settings: &BenchSettings, step: &PreparedStep) -> Ceiling {
+    let kind = learn_torch::product_kind(settings.config.training.precision).unwrap_or(Kind::Float);
+    let kind = learn_model::multiplied_kind(kind, settings.device);
+    let model = (&settings.config.model, i64::from(settings.input_dim));
+    let batches: Vec<&MicroBatch> = step.micro_batches.iter().map(|(batch, _)| batch).collect();
+    ceiling::measure(model, &batches, (kind, settings.device))
 }
 
 /// What a process holds.
@@ -199,9 +204,10 @@ impl fmt::Display for StepResult {
         if let Some(products) = &self.products {
             write!(
                 f,
-                "\n{:.0} GFLOP/s in matrix products, {:.1} % of what they reach alone",
+                "\n{:.0} GFLOP/s in matrix products, {:.1} % of what they reach alone ({:.1} users/s)",
                 products.gflops_per_second,
-                100.0 * products.ceiling_share
+                100.0 * products.ceiling_share,
+                products.ceiling_users_per_second
             )?;
         }
         if let Some(reduction) = &self.reduction {
@@ -253,7 +259,7 @@ pub fn bench_step(settings: &BenchSettings) -> Result<StepResult, WorkerError> {
     let mut stepper = settings.stepper(&metrics)?;
     let mut exchange = alone(config, metrics)?;
     let steps = settings.steps(Seat::ALONE)?;
-    let mut seconds = Vec::new();
+    let mut turns = Vec::new();
     let mut loss = 0.0;
     for repetition in 0..=settings.repetitions {
         let step = &steps[repetition as usize % steps.len()];
@@ -261,15 +267,17 @@ pub fn bench_step(settings: &BenchSettings) -> Result<StepResult, WorkerError> {
         let started = Instant::now();
         let end = stepper.step(step, &mut exchange, config.optimizer.learning_rate, Word::default())?;
         learn_torch::synchronize(settings.device);
+        let seconds = started.elapsed().as_secs_f64();
         loss = end.finished().map_or(loss, |outcome| outcome.loss);
         if repetition > 0 {
-            seconds.push(started.elapsed().as_secs_f64());
+            // between steps, when their activations are gone: the peak of memory stays theirs
+            turns.push((seconds, products_alone(settings, step)));
         }
     }
+    let seconds = turns.iter().map(|&(seconds, _)| seconds).collect();
     let mut result = StepResult::new(settings, &steps, Timed { seconds, loss, parameters: stepper.parameters.count() });
     result.memory = Memory::of(loaded, result.parameters);
-    // last, because it takes memory of its own
-    result.products = Some(Products::of(settings, &steps, Spread::of(&result.seconds).median));
+    result.products = Some(Products::of(result.users, &turns));
     Ok(result)
 }
 
@@ -326,4 +334,25 @@ fn bench_ranks(settings: &BenchSettings, crew: &Crew) -> Result<Option<StepResul
         seconds_without,
     });
     Ok(Some(result))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_is_held_against_the_products_of_its_own_turn() {
+        // the machine was half as fast in the second turn, for both
+        let turns = [
+            (0.4, Ceiling { flops: 3e9, seconds: 0.3 }),
+            (0.8, Ceiling { flops: 3e9, seconds: 0.6 }),
+            (0.4, Ceiling { flops: 3e9, seconds: 0.3 }),
+        ];
+        let products = Products::of(60, &turns);
+        assert!(products.ceiling_shares.iter().all(|share| (share - 0.75).abs() < 1e-12), "{products:?}");
+        assert!((products.ceiling_share - 0.75).abs() < 1e-12);
+        assert!((products.gflops_per_second - 7.5).abs() < 1e-9);
+        assert!((products.ceiling_gflops_per_second - 10.0).abs() < 1e-9);
+        assert!((products.ceiling_users_per_second - 200.0).abs() < 1e-9);
+    }
 }

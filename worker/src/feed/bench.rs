@@ -1,8 +1,8 @@
 //! `learn-worker bench-flight` and `bench-wire`: how fast rows come, and how many bytes a user takes, as in training.
 //!
-//! Input: a data service and its secret. Output: bytes a second over so many exchanges, each over a connection of its own, as
-//! that many workers on one host have; or bytes received per user by a feed with its cache. `learn-coordinator bench` starts
-//! them, and the service.
+//! Input: a data service and its secret. Output: bytes a second that so many clients take in at once, each over as many
+//! connections as a worker may have; or bytes received per user by a feed with its cache. `learn-coordinator bench` starts them,
+//! and the service.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,6 +23,7 @@ use super::assemble::Layout;
 use super::cache::CachePlace;
 use super::flight::DataClient;
 use super::neighbours::Neighbours;
+use super::streams::RowStreams;
 use super::{Feed, FeedError, FeedSettings, RowSettings, UniformNegatives};
 use crate::error::WorkerError;
 use crate::retry::Patience;
@@ -41,7 +42,10 @@ pub struct FlightBenchSettings {
     /// Items of the catalogue; requests draw from them uniformly.
     pub items: u32,
     pub dim: usize,
-    pub streams: usize,
+    /// As many as workers on one host.
+    pub clients: usize,
+    /// Connections of each client, as `cluster.row_streams`.
+    pub streams: u32,
     /// Rows of a request.
     pub rows: usize,
     pub span: Duration,
@@ -50,7 +54,8 @@ pub struct FlightBenchSettings {
 /// What came out.
 #[derive(Clone, Debug, Serialize)]
 pub struct FlightBenchResult {
-    pub streams: usize,
+    pub clients: usize,
+    pub streams: u32,
     pub rows: usize,
     pub dim: usize,
     pub bytes: u64,
@@ -63,52 +68,55 @@ pub struct FlightBenchResult {
 /// # Errors
 /// If the service cannot be reached or refuses.
 pub fn bench_flight(settings: &FlightBenchSettings) -> Result<FlightBenchResult, WorkerError> {
-    let FlightBenchSettings { items, dim, streams, rows, span, .. } = *settings;
-    if items == 0 || dim == 0 || streams == 0 || rows == 0 || span.is_zero() {
-        return Err(WorkerError::Usage("items, values of a row, streams, rows and seconds must be above 0".into()));
+    let FlightBenchSettings { items, dim, clients, streams, rows, span, .. } = *settings;
+    if items == 0 || dim == 0 || clients == 0 || streams == 0 || rows == 0 || span.is_zero() {
+        return Err(WorkerError::Usage(
+            "items, values of a row, clients, streams, rows and seconds must be above 0".into(),
+        ));
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(WorkerError::Runtime)?;
     let pass = Pass::read(&settings.secret_file).map_err(|error| WorkerError::Usage(error.to_string()))?;
     Ok(runtime.block_on(measure(settings, &pass)).map_err(FeedError::from)?)
 }
 
-/// Fetches rows over all streams at once.
+/// Fetches rows with all clients at once.
 async fn measure(settings: &FlightBenchSettings, pass: &Pass) -> Result<FlightBenchResult, FlightClientError> {
-    let barrier = Arc::new(Barrier::new(settings.streams));
-    let mut streams = JoinSet::new();
-    for number in 0..settings.streams {
+    let barrier = Arc::new(Barrier::new(settings.clients));
+    let mut fetching = JoinSet::new();
+    for number in 0..settings.clients {
         let locations = std::slice::from_ref(&settings.location);
         let client = DataClient::new(locations, number, pass, &Patience::new(PATIENCE)).await?;
-        streams.spawn(stream(client, settings.clone(), number as u64, Arc::clone(&barrier)));
+        fetching.spawn(fetch(client, settings.clone(), number as u64, Arc::clone(&barrier)));
     }
     let (mut bytes, mut seconds) = (0, 0_f64);
-    while let Some(ended) = streams.join_next().await {
+    while let Some(ended) = fetching.join_next().await {
         let (more, took) = ended.map_err(|error| unexpected(error.to_string()))??;
         bytes += more;
         seconds = seconds.max(took.as_secs_f64());
     }
-    let FlightBenchSettings { streams, rows, dim, .. } = *settings;
-    Ok(FlightBenchResult { streams, rows, dim, bytes, seconds, gigabytes_per_second: bytes as f64 / seconds / 1e9 })
+    let FlightBenchSettings { clients, streams, rows, dim, .. } = *settings;
+    let gigabytes_per_second = bytes as f64 / seconds / 1e9;
+    Ok(FlightBenchResult { clients, streams, rows, dim, bytes, seconds, gigabytes_per_second })
 }
 
-async fn stream(
+async fn fetch(
     client: DataClient,
     settings: FlightBenchSettings,
     number: u64,
     start: Arc<Barrier>,
 ) -> Result<(u64, Duration), FlightClientError> {
-    let mut exchange = client.rows(settings.dim);
+    let mut streams = RowStreams::new(&client, settings.streams, settings.dim);
     let mut rows = vec![f16::ZERO; settings.rows * settings.dim];
     let mut draws = Draws::new(&[number]);
     let mut request =
         || -> Vec<u32> { (0..settings.rows).map(|_| draws.below(u64::from(settings.items)) as u32).collect() };
     for _ in 0..WARM_UP {
-        exchange.fetch_into(&request(), &mut rows).await?;
+        streams.fetch_into(&request(), &mut rows).await?;
     }
     start.wait().await;
     let (started, mut bytes) = (Instant::now(), 0);
     while started.elapsed() < settings.span {
-        exchange.fetch_into(&request(), &mut rows).await?;
+        streams.fetch_into(&request(), &mut rows).await?;
         bytes += 2 * rows.len() as u64;
     }
     Ok((bytes, started.elapsed()))

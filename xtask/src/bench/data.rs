@@ -37,20 +37,24 @@ pub fn flight(bench: &Bench<'_>) -> Result<Results> {
     command.args(["compare", "--rounds", &rounds, "--bin"]).arg(bench.workspace.target().join("release"));
     let answer = super::json("bench/pyarrow/flight.py", command.arg("--dataset").arg(&rows))?;
     let mut table = Vec::new();
-    for (streams, said, wanted) in [("1", "one stream", 1.5), ("4", "four streams", 1.2)] {
+    for (streams, mine, said, wanted) in [
+        ("1", "ours", "one stream", 1.5),
+        ("4", "ours", "four streams of four clients", 1.2),
+        ("4", "shared", "four streams of one client", 1.2),
+    ] {
         let path = |rest: &str| format!("streams.{streams}.{rest}");
-        let over = row(
-            &answer,
-            &path("ours_over.exchange"),
-            format!("rows over pyarrow's C++ doing the same, {said}"),
-            Unit::Ratio,
-        )?;
+        let over = path(&format!("{mine}_over.exchange"));
+        let over = row(&answer, &over, format!("rows over pyarrow's C++ doing the same, {said}"), Unit::Ratio)?;
         table.push(over.wanted(Wanted::AtLeast(wanted)));
-        let ready = format!("rows over pyarrow's C++ sending what is ready, {said}");
-        table.push(row(&answer, &path("ours_over.get"), ready, Unit::Ratio)?);
-        for (name, whose) in [("ours", "ours"), ("exchange", "pyarrow, the same"), ("get", "pyarrow, ready")] {
-            let what = format!("{whose}, {said}");
-            table.push(row(&answer, &path(&format!("gigabytes_per_second.{name}")), what, Unit::GigabytesPerSecond)?);
+        let over = path(&format!("{mine}_over.get"));
+        table.push(row(&answer, &over, format!("rows over pyarrow's C++ sending what is ready, {said}"), Unit::Ratio)?);
+        let rate = path(&format!("gigabytes_per_second.{mine}"));
+        table.push(row(&answer, &rate, format!("ours, {said}"), Unit::GigabytesPerSecond)?);
+    }
+    for (streams, said) in [("1", "one stream"), ("4", "four streams of four clients")] {
+        for (name, whose) in [("exchange", "pyarrow, the same"), ("get", "pyarrow, ready")] {
+            let rate = format!("streams.{streams}.gigabytes_per_second.{name}");
+            table.push(row(&answer, &rate, format!("{whose}, {said}"), Unit::GigabytesPerSecond)?);
         }
     }
     let more =

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use serde::{Deserialize, Serialize};
@@ -27,14 +28,8 @@ pub struct Machine {
 
 impl Machine {
     /// This one.
-    pub fn describe(device: &str, root: &std::path::Path) -> Self {
+    pub fn describe(device: &str, root: &Path) -> Self {
         let line = |path: &str, name: &str| field(&fs::read_to_string(path).unwrap_or_default(), name);
-        let git = |words: &[&str]| {
-            process::output("git", Command::new("git").args(words).current_dir(root)).unwrap_or_default()
-        };
-        // what a part before has measured is not what is measured
-        let changed = ["status", "--porcelain", "--untracked-files=no", "--", ".", RESULTS[0], RESULTS[1]];
-        let changes = if git(&changed).trim().is_empty() { "" } else { " with changes" };
         let query = ["--query-gpu=name", "--format=csv,noheader"];
         let gpus = if device == "cuda" {
             process::output("nvidia-smi", Command::new("nvidia-smi").args(query)).unwrap_or_default()
@@ -50,9 +45,19 @@ impl Machine {
             memory_gib: kibibytes.unwrap_or_default().div_ceil(1 << 20),
             gpus: gpus.lines().map(str::to_owned).collect(),
             system: format!("Linux {}", release.trim().split('-').next().unwrap_or_default()),
-            revision: format!("{}{changes}", git(&["rev-parse", "--short", "HEAD"]).trim()),
+            revision: revision(root),
         }
     }
+}
+
+/// The commit of a tree, and whether it has changes but those that measuring writes; empty without git.
+pub fn revision(root: &Path) -> String {
+    let git =
+        |words: &[&str]| process::output("git", Command::new("git").args(words).current_dir(root)).unwrap_or_default();
+    // what a part before has measured is not what is measured
+    let changed = ["status", "--porcelain", "--untracked-files=no", "--", ".", RESULTS[0], RESULTS[1]];
+    let changes = if git(&changed).trim().is_empty() { "" } else { " with changes" };
+    format!("{}{changes}", git(&["rev-parse", "--short", "HEAD"]).trim())
 }
 
 /// The value of the first `NAME : VALUE`.
@@ -93,6 +98,6 @@ mod tests {
             ..Machine::default()
         };
         assert_eq!(machine.to_string(), "A CPU, 2 cores, 24 GiB (at abc)");
-        assert!(Machine::describe("cpu", std::path::Path::new(".")).cores > 0);
+        assert!(Machine::describe("cpu", Path::new(".")).cores > 0);
     }
 }

@@ -6,8 +6,9 @@
 
 mod collective;
 mod data;
+mod gpu;
 mod loss;
-mod machine;
+pub mod machine;
 mod memory;
 mod page;
 mod results;
@@ -31,6 +32,7 @@ Examples:
   cargo xtask bench step --precision f32   # where the processor has no products of bf16
   cargo xtask bench step --device cuda --batch 1024
   cargo xtask bench --tables            # measure nothing, write the page from the results that are there
+  cargo xtask bench --gpu-check OUT_DIR/gpu-check.json   # what gpu-check has measured elsewhere, as results
 
 Nothing else should run meanwhile. The first run brings PyTorch and what else is compared with into .deps/bench (5 GB).";
 
@@ -74,6 +76,9 @@ pub struct Options {
     /// Measure nothing; write the tables from the results that are there
     #[arg(long)]
     tables: bool,
+    /// Measure nothing; take what `gpu-check` has measured on a machine with a GPU
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["parts", "tables"])]
+    gpu_check: Option<PathBuf>,
 }
 
 /// What is measured.
@@ -114,7 +119,10 @@ struct Bench<'a> {
 /// If something cannot be built, brought, run or written.
 pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     let folder = options.out.clone().unwrap_or_else(|| workspace.root().join("bench").join("results"));
-    if !options.tables {
+    if let Some(report) = &options.gpu_check {
+        let path = gpu::results(report)?.write(&folder)?;
+        eprintln!("wrote {}", workspace.shown(&path));
+    } else if !options.tables {
         setup::run(workspace, &setup::Options::default())?;
         quickstart::build(workspace)?;
         let python = setup::bench_python(workspace)?;

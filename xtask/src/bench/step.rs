@@ -11,7 +11,7 @@ use super::turns::{Contestant, take};
 use super::{Bench, Options, Part, machine::Machine, number};
 
 pub const PRECISIONS: [&str; 2] = ["bf16", "f32"];
-const SCRIPTS: [&str; 2] = ["padded", "packed"];
+pub const SCRIPTS: [&str; 2] = ["padded", "packed"];
 /// The flags of the official task and of what differs in its shape from `bench step`'s own.
 pub const OFFICIAL: [&str; 6] = ["--item-tower", "content", "--output-dim", "4096", "--targets", "10"];
 
@@ -29,13 +29,16 @@ fn wanted(device: &str, precision: &str) -> [Option<f64>; 2] {
 const CEILING_WANTED: f64 = 0.75;
 
 /// Users per second of every round: ours and the scripts'.
-struct Measured {
-    precision: &'static str,
-    batch: u32,
-    ours: Vec<f64>,
-    /// Of the ceiling of matrix products.
-    ceiling: Vec<f64>,
-    scripts: [Vec<f64>; 2],
+pub struct Measured {
+    pub precision: &'static str,
+    pub batch: u32,
+    pub ours: Vec<f64>,
+    /// Our share of what the products alone reach in the same turns.
+    pub ceiling_share: Vec<f64>,
+    /// What they reach.
+    pub ceiling: Vec<f64>,
+    /// In the order of [`SCRIPTS`].
+    pub scripts: [Vec<f64>; 2],
 }
 
 impl Measured {
@@ -111,19 +114,22 @@ fn measure(bench: &Bench<'_>, precision: &'static str, batch: u32, threads: &str
         format!("{rate:.1} users/s")
     };
     let answers = take(options.rounds, &contestants, shown)?;
-    let column = |answers: &[Value], name: &str| answers.iter().map(|answer| number(answer, name)).collect();
-    let rates = |answers: &[Value]| -> Result<Vec<f64>> { column(answers, "median_users_per_second") };
+    let column = |answers: &[Value], name: &str| -> Result<Vec<f64>> {
+        answers.iter().map(|answer| number(answer, name)).collect()
+    };
+    let rates = |answers: &[Value]| column(answers, "median_users_per_second");
     Ok(Measured {
         precision,
         batch,
         ours: rates(&answers[0])?,
-        ceiling: answers[0].iter().filter_map(|answer| number(answer, "ceiling_share").ok()).collect(),
+        ceiling_share: column(&answers[0], "ceiling_share")?,
+        ceiling: column(&answers[0], "ceiling_users_per_second")?,
         scripts: [rates(&answers[1])?, rates(&answers[2])?],
     })
 }
 
 /// The rows, and the figures under the names that others look for: ratios at the first batch, the ceiling at the last.
-fn summary(all: &[Measured], device: &str, machine: Machine, command: String) -> Results {
+pub fn summary(all: &[Measured], device: &str, machine: Machine, command: String) -> Results {
     let on_cpu = device == "cpu";
     let mut rows = Vec::new();
     let mut more = Map::new();
@@ -140,18 +146,20 @@ fn summary(all: &[Measured], device: &str, machine: Machine, command: String) ->
                 }
                 rows.push(row);
             }
-            if !one.ceiling.is_empty() {
-                let what = format!("share of the matrix products' ceiling, {precision}, batch {}", one.batch);
-                let mut row = Row::of(what, Unit::Share, &one.ceiling);
-                if place + 1 == mine.len() {
-                    figures.insert("ceiling_share".into(), row.median.into());
-                    row.wanted = (on_cpu && precision == "bf16").then_some(Wanted::AtLeast(CEILING_WANTED));
-                }
-                rows.push(row);
+            let what = format!("share of the matrix products' ceiling, {precision}, batch {}", one.batch);
+            let mut row = Row::of(what, Unit::Share, &one.ceiling_share);
+            if place + 1 == mine.len() {
+                figures.insert("ceiling_share".into(), row.median.into());
+                row.wanted = (on_cpu && precision == "bf16").then_some(Wanted::AtLeast(CEILING_WANTED));
             }
-            for (name, rates) in
-                ["ours", "`padded.py`", "`packed.py`"].iter().zip([&one.ours].into_iter().chain(&one.scripts))
-            {
+            rows.push(row);
+            let [padded, packed] = &one.scripts;
+            for (name, rates) in [
+                ("ours", &one.ours),
+                ("our products alone", &one.ceiling),
+                ("`padded.py`", padded),
+                ("`packed.py`", packed),
+            ] {
                 rows.push(Row::of(format!("{name}, {precision}, batch {}", one.batch), Unit::UsersPerSecond, rates));
             }
         }
@@ -163,8 +171,10 @@ fn summary(all: &[Measured], device: &str, machine: Machine, command: String) ->
         json!({
             "precision": one.precision,
             "batch": one.batch,
-            "users_per_second": { "ours": one.ours, "padded": one.scripts[0], "packed": one.scripts[1] },
-            "ceiling_share": one.ceiling,
+            "users_per_second": {
+                "ours": one.ours, "ceiling": one.ceiling, "padded": one.scripts[0], "packed": one.scripts[1],
+            },
+            "ceiling_share": one.ceiling_share,
         })
     });
     more.insert("rounds".into(), rounds.collect());
@@ -278,7 +288,8 @@ mod tests {
             precision,
             batch,
             ours: vec![6.0 * speed, 3.0 * speed, 12.0 * speed],
-            ceiling: vec![0.5, 0.7, 0.6],
+            ceiling_share: vec![0.5, 0.7, 0.6],
+            ceiling: vec![12.0 * speed, 5.0 * speed, 20.0 * speed],
             scripts: [vec![speed, 0.5 * speed, speed], vec![4.0 * speed, 2.0 * speed, 8.0 * speed]],
         }
     }

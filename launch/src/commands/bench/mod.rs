@@ -20,14 +20,15 @@ Examples:
   learn-launch bench step --batch 64 --threads 2 --precision bf16
   learn-launch bench loss --json
   learn-launch bench collective --workers 4
-  learn-launch bench flight --streams 4
+  learn-launch bench flight --clients 4
   learn-launch bench prepare configs/quickstart.toml
   learn-launch bench checkpoint --help
 
 Each part has flags of its own: `learn-launch bench PART --help`. `prepare` and `embed` take a
 configuration and work on its files, in a temporary folder; the others need nothing but the
-programs: data and weights are made up. Everything runs on this machine, mostly in a minute or two. `cargo xtask bench` in the sources sets the parts beside PyTorch, in turns, and writes
-docs/benchmarks.md.";
+programs: data and weights are made up. Everything runs on this machine, mostly in a minute
+or two. `cargo xtask bench` in the sources sets the parts beside PyTorch, in turns, and
+writes docs/benchmarks.md.";
 
 /// Arguments of `bench`.
 #[derive(Debug, Args)]
