@@ -141,13 +141,28 @@ impl LayerNorm<'_> {
 
 /// Hidden states after one layer: `[.., D]` to `[.., D]`.
 pub fn layer(weights: &LayerWeights, x: &Tensor, attention: &Attention, forward: &LayerForward) -> Tensor {
+    layer_at(None, weights, x, attention, forward)
+}
+
+/// The same for these rows `[R]` i64 alone of packed sequences, `[R, D]`: what follows attention is computed for no other.
+pub(crate) fn layer_at(
+    rows: Option<&Tensor>,
+    weights: &LayerWeights,
+    x: &Tensor,
+    attention: &Attention,
+    forward: &LayerForward,
+) -> Tensor {
     let after = |dense: Tensor, residual: &Tensor, norm: &LayerNorm| {
         let dropped = dense.dropout(forward.dropout, forward.train).to_kind(residual.kind());
         norm.forward(&(dropped + residual), forward.eps)
     };
-    let context = context(weights, x, attention, forward);
+    let wanted = |all: &Tensor| match rows {
+        Some(rows) => all.index_select(0, rows),
+        None => all.shallow_clone(),
+    };
+    let context = wanted(&context(weights, x, attention, forward));
     let attended = weights.attention_output.forward(&context, forward.precision);
-    let attended = after(attended, x, &weights.attention_norm);
+    let attended = after(attended, &wanted(x), &weights.attention_norm);
     let wide = weights.intermediate.forward(&attended, forward.precision).gelu("none");
     let narrow = weights.output.forward(&wide, forward.precision);
     after(narrow, &attended, &weights.output_norm)
@@ -343,6 +358,25 @@ mod tests {
                 assert!(gap(&own, &together.narrow(0, place, length)) < 1e-12, "{run:?} at {place}");
                 place += length;
             }
+        }
+    }
+
+    #[test]
+    fn rows_that_are_wanted_alone_are_what_they_are_among_all() {
+        let all = weights(Kind::Double);
+        let w = find(&all);
+        let runs = [(2, 1), (3, 4)].map(|(count, length)| Run { count, length });
+        let x = Tensor::randn([14, WIDTH], (Kind::Double, Device::Cpu)).set_requires_grad(true);
+        let rows = Tensor::from_slice(&[13_i64, 0, 5, 4]);
+        let attention = Attention::Causal(&runs);
+        let alone = layer_at(Some(&rows), &w, &x, &attention, &settings(0.0));
+        let among = layer(&w, &x, &attention, &settings(0.0)).index_select(0, &rows);
+        assert!(gap(&alone, &among) < 1e-12);
+        let cotangent = Tensor::randn_like(&alone);
+        let inputs = [&x, w.query.weight, w.key.weight, w.attention_output.bias, w.output_norm.weight];
+        let gradients = |y: &Tensor| Tensor::run_backward(&[(y * &cotangent).sum(Kind::Double)], &inputs, false, false);
+        for (alone, among) in gradients(&alone).iter().zip(gradients(&among)) {
+            assert!(gap(alone, &among) < 1e-10);
         }
     }
 

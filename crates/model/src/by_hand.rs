@@ -12,7 +12,7 @@
 //! The structure of a layer is that of [`crate::bert::layer`], which libtorch differentiates. It is the reference of the
 //! tests, and what runs in f64 and, with attention by other kernels, on a GPU. What is done here and not there:
 //! - weights are held in the products' kind from one update to the next, instead of being cast for each product;
-//! - the last layer makes queries, and all that follows them, for the sampled positions only;
+//! - the last layer makes queries for the sampled positions only (what follows attention, both do for these alone);
 //! - gradients of weights go straight into the flat buffer, the last layer's first.
 //!
 //! Invariants: dropout is a function of (seed of the pass, layer, place, row, column) alone, so a second pass with the

@@ -436,15 +436,16 @@ impl Pch {
         let attention = packed.as_ref().map_or(*attention, Attention::Packed);
         let encoding = tape.map(|tape| (tape, tape.next_encoding()));
         let hidden = (0..model.layers).fold(x, |x, number| {
-            let layer = GraphLayer { prefix: &layer_prefix(number), attention, settings };
+            let positions = positions.filter(|_| number + 1 == model.layers);
+            let layer = GraphLayer { prefix: &layer_prefix(number), attention, positions, settings };
             match encoding {
                 Some((tape, seed)) => tape.layer(parameters, &layer, x, (seed, number)),
                 None => layer.run(parameters, &x),
             }
         });
         match positions {
-            Some(positions) => hidden.index_select(0, positions),
-            None => hidden,
+            Some(positions) if model.layers == 0 => hidden.index_select(0, positions),
+            _ => hidden,
         }
     }
 

@@ -1,7 +1,7 @@
 //! A layer that libtorch differentiates, as a stage of its own: its graph ends where the next layer's begins.
 //!
-//! Input: the layer's input `[T, D]`, then the gradient of its output. Output: its output without a graph, then the gradient
-//! of the input; those of the parameters go to the parameters. With activation checkpointing the graph is made when the
+//! Input: the layer's input `[T, D]`, then the gradient of its output, `[T, D]` or `[R, D]` at the sampled positions. Output:
+//! its output without a graph, then the gradient of the input; those of the parameters go to the parameters. With activation checkpointing the graph is made when the
 //! gradient is due, and not before (Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174).
 //! Invariant: dropout draws the same masks both times, because each layer of a pass has a seed of its own.
 
@@ -19,13 +19,15 @@ use crate::parameters::Parameters;
 pub(crate) struct GraphLayer<'a> {
     pub prefix: &'a str,
     pub attention: Attention<'a>,
+    /// `[R]` i64: the only rows that are wanted of its output; of the last layer.
+    pub positions: Option<&'a Tensor>,
     pub settings: LayerForward,
 }
 
 /// What is kept of a layer for its backward.
 #[derive(Debug)]
 pub(super) enum Recorded {
-    /// Its graph, from a leaf `[T, D]` to its output `[T, D]`.
+    /// Its graph, from a leaf `[T, D]` to its output.
     Graph { input: Tensor, output: Tensor },
     /// What is to be known to make the graph again.
     Input(Recipe),
@@ -36,6 +38,7 @@ pub(super) enum Recorded {
 pub(super) struct Recipe {
     prefix: String,
     rows: Rows,
+    positions: Option<Tensor>,
     settings: LayerForward,
     seed: u64,
 }
@@ -49,11 +52,11 @@ enum Rows {
 }
 
 impl GraphLayer<'_> {
-    /// `[T, D]` to `[T, D]`.
+    /// `[T, D]` to `[T, D]`, or to `[R, D]` at its positions.
     pub fn run(&self, parameters: &Parameters, x: &Tensor) -> Tensor {
         let found = LayerWeights::find(self.prefix, |name| Ok::<_, std::convert::Infallible>(parameters.get(name)));
         let Ok(weights) = found;
-        bert::layer(&weights, x, &self.attention, &self.settings)
+        bert::layer_at(self.positions, &weights, x, &self.attention, &self.settings)
     }
 
     /// Whether there is anything to learn on the way back through it.
@@ -86,7 +89,8 @@ impl Recorded {
             Attention::Packed(packed) => Rows::Packed(Rc::clone(packed)),
             Attention::Masked(_) => unreachable!("masked attention is for encoders that do not learn"),
         };
-        let recipe = Recipe { prefix: layer.prefix.to_owned(), rows, settings: layer.settings, seed };
+        let positions = layer.positions.map(Tensor::shallow_clone);
+        let recipe = Recipe { prefix: layer.prefix.to_owned(), rows, positions, settings: layer.settings, seed };
         (tch::no_grad(|| layer.seeded(parameters, x, seed)), Self::Input(recipe))
     }
 
@@ -111,7 +115,8 @@ impl Recipe {
             Rows::Causal(runs) => Attention::Causal(runs),
             Rows::Packed(packed) => Attention::Packed(packed),
         };
-        let layer = GraphLayer { prefix: &self.prefix, attention, settings: self.settings };
+        let positions = self.positions.as_ref();
+        let layer = GraphLayer { prefix: &self.prefix, attention, positions, settings: self.settings };
         let input = x.detach().set_requires_grad(true);
         let output = layer.seeded(parameters, &input, self.seed);
         (input, output)
