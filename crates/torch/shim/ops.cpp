@@ -1,5 +1,6 @@
 // What libtorch has and its Rust binding has not: attention over packed sequences, AdamW in one pass, tensors that keep the
-// memory that they lie in, memory of the host that a GPU reads by itself, and what tensors take of a GPU's memory.
+// memory that they lie in, memory of the host that a GPU reads by itself, copies beside its work, and what tensors take of
+// its memory.
 //
 // Tensors come and go as pointers to at::Tensor, as in torch-sys; what is returned belongs to the caller. A function returns
 // null, or the text of an error, which learn_torch_free takes. No exception leaves this file.
@@ -11,11 +12,16 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -52,6 +58,26 @@ std::vector<at::Tensor> tensors(const at::Tensor* const* list, size_t count) {
   }
   return all;
 }
+
+// The stream by which copies come to this GPU. There is one, because memory is used again by the stream that it was made
+// for.
+c10::Stream copies(c10::Device device) {
+  static std::mutex mutex;
+  static std::map<c10::DeviceIndex, c10::Stream> streams;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = streams.find(device.index());
+  if (found == streams.end()) {
+    const c10::impl::VirtualGuardImpl gpu(device.type());
+    found = streams.emplace(device.index(), gpu.getStreamFromGlobalPool(device)).first;
+  }
+  return found->second;
+}
+
+// A tensor on its way to a GPU.
+struct Copy {
+  at::Tensor there;
+  c10::Event copied;
+};
 
 }  // namespace
 
@@ -117,6 +143,36 @@ char* learn_page_locked(int64_t count, int kind, at::Tensor** out) {
     auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(kind)).pinned_memory(true);
     *out = new at::Tensor(at::empty({count}, options));
   });
+}
+
+// Begins to copy a tensor in page-locked memory to a GPU, beside what that is doing. Whoever has the copy calls one of the
+// next two, once.
+char* learn_copy_begin(const at::Tensor* host, int ordinal, Copy** copy) {
+  return guarded([&] {
+    const c10::Device device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(ordinal));
+    const c10::StreamGuard guard(copies(device));
+    at::Tensor there = host->to(device, /*non_blocking=*/true);
+    c10::Event copied(device.type());
+    copied.record(guard.current_stream());
+    *copy = new Copy{std::move(there), std::move(copied)};
+  });
+}
+
+// The tensor on the GPU: what this thread enqueues from now on comes after the copy.
+char* learn_copy_end(Copy* copy, at::Tensor** out) {
+  return guarded([&] {
+    const std::unique_ptr<Copy> ended(copy);
+    const c10::Device device = copy->there.device();
+    const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+    copy->copied.block(stream);
+    // its memory is not for the next copy before this stream has done what it has to do with it
+    copy->there.record_stream(stream);
+    *out = new at::Tensor(copy->there);
+  });
+}
+
+void learn_copy_drop(Copy* copy) {
+  delete copy;
 }
 
 // The bytes of a GPU's memory that tensors hold now, and the most that they have held since the last reset.

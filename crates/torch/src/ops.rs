@@ -43,6 +43,9 @@ unsafe extern "C" {
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
     fn learn_page_locked(count: i64, kind: c_int, out: *mut *mut C_tensor) -> *mut c_char;
+    fn learn_copy_begin(host: *const C_tensor, ordinal: c_int, copy: *mut *mut c_void) -> *mut c_char;
+    fn learn_copy_end(copy: *mut c_void, out: *mut *mut C_tensor) -> *mut c_char;
+    fn learn_copy_drop(copy: *mut c_void);
     fn learn_gpu_tensors(ordinal: c_int, reset: bool, now: *mut i64, most: *mut i64) -> *mut c_char;
 }
 
@@ -193,6 +196,52 @@ pub(crate) fn page_locked<T: Stored>(count: usize) -> Result<Tensor, TorchError>
     locked.map_err(|error| TorchError::PageLocked { bytes, reason: error.to_string() })?;
     // SAFETY: a tensor that nobody else owns.
     Ok(unsafe { Tensor::from_ptr(out) })
+}
+
+/// A tensor on its way from page-locked memory to a GPU, which copies it beside its other work.
+#[derive(Debug)]
+pub(crate) struct Copying {
+    /// Of the shim; null when it has come to its end.
+    copy: *mut c_void,
+}
+
+// SAFETY: a tensor and an event, which are used by one thread at a time.
+unsafe impl Send for Copying {}
+
+impl Copying {
+    /// Begins to copy `host`, which nobody writes to until it is freed.
+    ///
+    /// # Errors
+    /// The GPU has too little memory.
+    pub(crate) fn begin(host: &Tensor, ordinal: usize) -> Result<Self, TorchError> {
+        let mut copy = std::ptr::null_mut();
+        // SAFETY: a tensor that outlives the call, which writes a copy of its own to `copy` or gives an error. The memory that
+        // is copied from stays until the copy has ended, even if the tensor goes: libtorch sees to it.
+        checked(unsafe { learn_copy_begin(host.as_ptr(), ordinal as c_int, &mut copy) })?;
+        Ok(Self { copy })
+    }
+
+    /// The tensor on the GPU; what this thread has the GPU do from now on is done after the copy.
+    ///
+    /// # Errors
+    /// As libtorch has them.
+    pub(crate) fn end(mut self) -> Result<Tensor, TorchError> {
+        let copy = std::mem::replace(&mut self.copy, std::ptr::null_mut());
+        let mut out = std::ptr::null_mut();
+        // SAFETY: what `begin` gave, once; writes one tensor of its own to `out`, or gives an error.
+        checked(unsafe { learn_copy_end(copy, &mut out) })?;
+        // SAFETY: a tensor that nobody else owns.
+        Ok(unsafe { Tensor::from_ptr(out) })
+    }
+}
+
+impl Drop for Copying {
+    fn drop(&mut self) {
+        if !self.copy.is_null() {
+            // SAFETY: what `begin` gave, once.
+            unsafe { learn_copy_drop(self.copy) };
+        }
+    }
 }
 
 /// Bytes of a device's memory that tensors hold.

@@ -34,6 +34,7 @@ use learn_proto::flight::BatchMeta;
 use learn_telemetry::WorkerMetrics;
 use neighbours::Neighbours;
 pub use source::{OnDevice, PassRows, RowSettings, RowSource};
+use tch::Device;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, oneshot};
 
@@ -63,6 +64,13 @@ pub struct PreparedStep {
     pub places: Vec<u32>,
     /// The forward passes, each with the rows it needs.
     pub micro_batches: Vec<(MicroBatch, PassRows)>,
+}
+
+impl PreparedStep {
+    /// Begins to copy its rows to a GPU, which does it beside its other work.
+    pub fn begin_copies(&self, device: Device) {
+        self.micro_batches.iter().for_each(|(_, rows)| rows.sent.begin(device));
+    }
 }
 
 /// Where a feed starts and how it works.
@@ -107,6 +115,10 @@ impl UniformNegatives {
 /// The running feed; dropping it stops its thread after the step it is at.
 pub struct Feed {
     steps: Option<Receiver<Result<PreparedStep, FeedError>>>,
+    /// What has come behind the step that was taken last.
+    next: Option<Result<PreparedStep, FeedError>>,
+    /// Where rows are wanted.
+    device: Device,
     thread: Option<JoinHandle<()>>,
     /// Dropping it cancels a fetch that waits for the network.
     cancel: Option<oneshot::Sender<()>>,
@@ -129,6 +141,7 @@ impl Feed {
         metrics.prefetched_steps.set(0);
         metrics.prefetch_depth.set(depth.steps().into());
         let (fetching, allowed) = (metrics.clone(), Arc::clone(&permits));
+        let device = settings.rows.device;
         let thread = std::thread::spawn(move || {
             let fetched = handle.block_on(async {
                 tokio::select! {
@@ -142,10 +155,11 @@ impl Feed {
             }
         });
         let (steps, thread, cancel) = (Some(steps), Some(thread), Some(cancel));
-        Self { steps, thread, cancel, permits, depth, taken: None, metrics }
+        Self { steps, next: None, device, thread, cancel, permits, depth, taken: None, metrics }
     }
 
-    /// Waits for the next step, or until `aborted`.
+    /// Waits for the next step, or until `aborted`. The rows of the one behind it are on their way to a GPU then, if they
+    /// are there.
     ///
     /// # Errors
     /// If the stream broke, ended early or is out of step.
@@ -153,6 +167,9 @@ impl Feed {
         let steps = self.steps.as_ref().ok_or(FeedError::Ended)?;
         let (asked, full) = (Instant::now(), self.permits.available_permits() == 0);
         let step = loop {
+            if let Some(next) = self.next.take() {
+                break next?;
+            }
             match steps.recv_timeout(ABORT_LOOK) {
                 Ok(step) => break step?,
                 Err(RecvTimeoutError::Disconnected) => return Err(FeedError::Ended),
@@ -160,6 +177,10 @@ impl Feed {
                 Err(RecvTimeoutError::Timeout) => {}
             }
         };
+        self.next = steps.try_recv().ok();
+        if let Some(Ok(next)) = &self.next {
+            next.begin_copies(self.device);
+        }
         self.metrics.prefetched_steps.dec();
         self.give_permits(asked, full);
         Ok(step)
