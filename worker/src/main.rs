@@ -274,7 +274,7 @@ fn run(command: Command) -> Result<i32, WorkerError> {
         Command::BenchFlight(args) => {
             let span = std::time::Duration::try_from_secs_f64(args.seconds)
                 .map_err(|error| WorkerError::Usage(format!("--seconds {}: {error}", args.seconds)))?;
-            let BenchFlightArgs { location, secret_file, items, dim, streams, rows, json, .. } = args;
+            let BenchFlightArgs { location, secret_file, items, dim, clients, streams, rows, seconds: _, json } = args;
             let settings = FlightBenchSettings { location, secret_file, items, dim, clients, streams, rows, span };
             let result = bench_flight(&settings)?;
             if json { print_json(&result)? } else { print(&format!("{result:#?}\n"))? }

@@ -35,7 +35,7 @@ struct Product {
 }
 
 /// What a step's products need, and take alone.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Ceiling {
     /// Operations, a product `[a, b] x [b, c]` being `2 a b c`.
     pub flops: f64,

@@ -28,7 +28,7 @@ use super::{Feed, FeedError, FeedSettings, RowSettings, UniformNegatives};
 use crate::error::WorkerError;
 use crate::retry::Patience;
 
-/// Requests of each stream before the clock starts.
+/// Requests of each client before the clock starts.
 const WARM_UP: u32 = 2;
 /// A service beside this process that stays away for that long is not coming.
 const PATIENCE: Duration = Duration::from_secs(10);
