@@ -30,29 +30,37 @@ def contestants(here, worker, device, precision):
     }
 
 
-def run(here, worker, device, part):
-    """Parts by name, and the rounds of each precision: rates of everybody, and our share of the ceiling."""
-    parts, rounds = {}, {}
+def run(here, worker, device, part, seconds_left, add):
+    """Adds parts by name, and after each round the rounds of its precision so far: rates of everybody, our share of the
+    ceiling. A round that there is no time for is left out."""
     importable = part("torch_in_python", [sys.executable, "-c", "import torch; print(torch.__version__)"])
     if importable["rc"] != 0:
         reason = "this Python cannot import torch; run with one that can to have the scripts beside ours"
-        return {"beside_pytorch": {"rc": 0, "left_out": reason}}, rounds
+        add({"beside_pytorch": {"rc": 0, "left_out": reason}})
+        return
+    all_rounds = {}
     for precision in PRECISIONS[device]:
-        rates, shares = {}, []
-        for number in range(ROUNDS[device]):
-            for name, command in contestants(here, worker, device, precision).items():
-                result = part(f"{name}_{precision}_{number + 1}", command)
-                parts[f"{name}_{precision}_{number + 1}"] = result
-                answer = result["json"] if isinstance(result["json"], dict) else {}
-                rates.setdefault(name, []).append(answer.get("median_users_per_second"))
-                if name == "ours":
-                    rates.setdefault("ceiling", []).append(answer.get("ceiling_users_per_second"))
-                    shares.append(answer.get("ceiling_share"))
         batch = int(SHAPE[device][SHAPE[device].index("--batch") + 1])
-        rounds[precision] = {"batch": batch, "users_per_second": rates, "ceiling_share": shares}
+        rates = {name: [] for name in ("ours", "ceiling", "padded", "packed")}
+        rounds = all_rounds[precision] = {"batch": batch, "users_per_second": rates, "ceiling_share": []}
+        took = 0
+        for number in range(1, ROUNDS[device] + 1):
+            left = seconds_left()
+            if left < took:
+                print(f"   no time for round {number}", flush=True)
+                break
+            for name, command in contestants(here, worker, device, precision).items():
+                result = part(f"{name}_{precision}_{number}", command)
+                answer = result["json"] if isinstance(result["json"], dict) else {}
+                rates[name].append(answer.get("median_users_per_second"))
+                if name == "ours":
+                    rates["ceiling"].append(answer.get("ceiling_users_per_second"))
+                    rounds["ceiling_share"].append(answer.get("ceiling_share"))
+                add({f"{name}_{precision}_{number}": result})
+            add({}, beside_pytorch=all_rounds)
+            took = left - seconds_left()
         for name in ("padded", "packed"):
             over = [a / b for a, b in zip(rates["ours"], rates[name]) if a and b]
             if over:
                 print(f"   {precision} over {name}: {min(over):.2f} to {max(over):.2f}, median {statistics.median(over):.2f}",
                       flush=True)
-    return parts, rounds

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Checks the CUDA path: golden cases of towers and losses, the tests of kernels and of the nccl collective (two ranks on one
-# GPU where NCCL takes them), encoders in three precisions, trainings of one rank against the CPU, what uses them, benchmarks
-# of parts, and our step beside two PyTorch scripts.
+# GPU where NCCL takes them), encoders in three precisions, benchmarks of parts, our step beside two PyTorch scripts, trainings
+# of one rank against the CPU, and what uses them.
 # usage: run.sh OUT_DIR [--device cuda|cpu] [--seconds N]
-# Needs bash, gzip, python3 and PyTorch 2.11 (or LIBTORCH naming its folder); writes OUT_DIR/gpu-check.json.
+# Needs bash, gzip, python3 and PyTorch 2.11 (or LIBTORCH naming its folder); writes OUT_DIR/gpu-check.json, which has what is known after each part.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if (($# < 1)); then
@@ -17,6 +17,13 @@ for folder in "$torch"/../nvidia/*/lib; do
   [[ -d $folder ]] && libraries+=:$folder
 done
 export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
-gunzip --keep --force "$here"/bin/*.gz
-chmod +x "$here"/bin/*
-exec python3 "$here/check.py" --torch "$torch" "$@"
+# neither here, which stays as small as it came, nor in OUT_DIR, which comes back
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+mkdir "$scratch/bin"
+for packed in "$here"/bin/*.gz; do
+  program=$scratch/bin/$(basename "$packed" .gz)
+  gunzip --stdout "$packed" >"$program"
+  chmod +x "$program"
+done
+python3 "$here/check.py" --torch "$torch" --scratch "$scratch" "$@"

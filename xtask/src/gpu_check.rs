@@ -16,7 +16,7 @@ use crate::workspace::Workspace;
 use crate::{files, process, quickstart, setup};
 
 /// Most bytes of the packed folder.
-const LIMIT: u64 = 64 << 20;
+const LIMIT: u64 = 50 << 20;
 const BINARIES: [&str; 4] = ["learn-launch", "learn-coordinator", "learn-worker", "learn-embed"];
 /// Examples that check golden cases, by package.
 const EXAMPLES: [(&str, &str); 2] = [("learn-model", "golden"), ("learn-ceg", "encoders")];

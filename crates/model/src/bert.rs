@@ -217,9 +217,10 @@ fn packed_context(
         return alone.contiguous();
     }
     let rest = all.narrow(0, packed.alone, tokens - packed.alone).view([-1, 3, forward.heads, width / forward.heads]);
-    let [query, key, value] = [0, 1, 2].map(|part| rest.select(1, part));
+    // their gradients come together in one piece
+    let parts = rest.unbind(1);
     let dropout = if forward.train { forward.dropout } else { 0.0 };
-    let attended = attend((&query, &key, &value), dropout).reshape([-1, width]);
+    let attended = attend((&parts[0], &parts[1], &parts[2]), dropout).reshape([-1, width]);
     match packed.alone {
         0 => attended,
         _ => Tensor::cat(&[alone, attended], 0),

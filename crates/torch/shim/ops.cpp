@@ -5,6 +5,7 @@
 // Tensors come and go as pointers to at::Tensor, as in torch-sys; what is returned belongs to the caller. A function returns
 // null, or the text of an error, which learn_torch_free takes. No exception leaves this file.
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_efficient_attention_forward.h>
 #include <ATen/ops/_flash_attention_forward.h>
@@ -87,6 +88,11 @@ void learn_torch_free(char* text) {
   if (text != no_text) {
     std::free(text);
   }
+}
+
+// Without cuDNN's attention, which makes a plan for each new shape: batches of texts hardly have one twice.
+char* learn_cuda_loaded() {
+  return guarded([] { at::globalContext().setSDPUseCuDNN(false); });
 }
 
 // Causal attention of each sequence on itself: query, key and value [T, heads, width]; bounds [B + 1] i32. bf16 by flash

@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use tch::Cuda;
 
-use crate::{GpuMemory, TorchError};
+use crate::{GpuMemory, TorchError, ops};
 
 /// Loaded in this order; the second registers CUDA with libtorch.
 const LIBRARIES: [&str; 2] = ["libc10_cuda.so", "libtorch_cuda.so"];
@@ -57,7 +57,7 @@ fn load() -> Result<(), TorchError> {
         // The registered operators point into the library, so it stays for the rest of the process.
         std::mem::forget(library.map_err(|error| failed(reason(&error)))?);
     }
-    Ok(())
+    ops::choose_kernels()
 }
 
 /// What the dynamic linker said, for example which library is missing; it stands in the error's source.

@@ -13,6 +13,7 @@ use crate::{Stored, TorchError, cuda};
 
 unsafe extern "C" {
     fn learn_torch_free(text: *mut c_char);
+    fn learn_cuda_loaded() -> *mut c_char;
     fn learn_packed_attention(
         query: *const C_tensor,
         key: *const C_tensor,
@@ -75,6 +76,15 @@ pub struct AdamWTensors {
     pub gradient: Tensor,
     pub first: Tensor,
     pub second: Tensor,
+}
+
+/// Chooses among libtorch's CUDA kernels, which have been loaded.
+///
+/// # Errors
+/// As libtorch has them.
+pub(crate) fn choose_kernels() -> Result<(), TorchError> {
+    // SAFETY: no arguments; gives an error or none.
+    checked(unsafe { learn_cuda_loaded() })
 }
 
 /// Whether [`packed_attention`] can take heads of this width in this kind there: on a GPU, and flash attention on Ampere

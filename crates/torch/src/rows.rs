@@ -36,8 +36,8 @@ impl HostRows {
         Ok(values.into())
     }
 
-    /// Begins to copy them to the device beside its other work; nothing is to be written here any more. Without memory there
-    /// they are copied when they are asked for. On the CPU there is nothing to do.
+    /// Begins to copy them to the device beside its other work, where they take memory from now on; nothing is to be written
+    /// here any more. Without memory there they are copied when they are asked for. On the CPU there is nothing to do.
     pub fn begin(&self, device: Device) {
         if let Device::Cuda(ordinal) = device {
             match Copying::begin(&self.values, ordinal) {
