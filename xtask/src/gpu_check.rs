@@ -118,7 +118,7 @@ fn pack(workspace: &Workspace, out: &Path, tests: &[(&str, PathBuf)]) -> Result<
     for (name, content) in PARTS {
         files::write(&out.join(name), content)?;
     }
-    files::write(&out.join("revision"), &revision(workspace.root()))?;
+    files::write(&out.join("revision"), revision(workspace.root()))?;
     Ok(())
 }
 
