@@ -184,12 +184,8 @@ mod tests {
 
     #[test]
     fn a_report_that_lacks_a_figure_or_is_wrong_says_so() {
-        let refused = |change: fn(&mut Value)| {
-            let mut report = report();
-            change(&mut report);
-            format!("{:#}", of_report(&report).unwrap_err())
-        };
-        let cases: [(fn(&mut Value), &str); 6] = [
+        type Change = fn(&mut Value);
+        let cases: [(Change, &str); 6] = [
             (|report| report["version"] = 1.into(), "version 1"),
             (|report| report["device"] = "cpu".into(), "cpu"),
             (|report| report["failed"] = json!(["golden", "train_ids_gap", "tests_nccl"]), "golden, train_ids_gap:"),
@@ -198,7 +194,9 @@ mod tests {
             (|report| report["parts"]["bench_loss"]["json"]["seconds"] = json!([]), "bench_loss"),
         ];
         for (change, expected) in cases {
-            let said = refused(change);
+            let mut report = report();
+            change(&mut report);
+            let said = format!("{:#}", of_report(&report).unwrap_err());
             assert!(said.contains(expected), "{said}");
         }
     }
