@@ -22,14 +22,14 @@ use crate::slurm::queue::{Inquiry, Queue};
 
 pub const HELP: &str = "\
 Examples:
-  learn-launch logs runs/quickstart                      the last lines of everybody
+  learn-launch logs runs/quickstart          the last lines of everybody
   learn-launch logs quickstart --rank 1 --follow
   learn-launch logs quickstart --coordinator -n 500
-  learn-launch logs shop --slurm                         what the batch script and srun said
+  learn-launch logs shop --slurm             what the batch script and srun said
 
-Of several logs each line begins with whose it is. --follow ends when the job has ended, or with Ctrl-C (where nobody
-can tell from here, with Ctrl-C only); it goes on through a requeue by Slurm. With --json each line is a JSON object on a line of its own, with `log` (whose it is) and `line`. The files are
-those of the run's logs/ folder.";
+Of several logs each line begins with whose it is. --follow ends when the job has ended, or with Ctrl-C (where nobody \
+can tell from here, with Ctrl-C only); it goes on through a requeue by Slurm. With --json each line is a JSON object \
+on a line of its own, with `log` (whose it is) and `line`. The files are those of the run's logs/ folder.";
 
 /// Pause between two looks at the files.
 const POLL: Duration = Duration::from_millis(200);

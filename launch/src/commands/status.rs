@@ -21,14 +21,22 @@ pub const HELP: &str = "\
 Examples:
   learn-launch status runs/quickstart
   learn-launch status quickstart --json | jq .ledger
-  learn-launch status quickstart --watch              (a screen; q leaves it, and the job goes on)
+  learn-launch status quickstart --watch
+                        (a screen; q leaves it, and the job goes on)
   learn-launch status quickstart --watch --plain >> watch.log
-  learn-launch status quickstart --watch --json | jq -c '[.last_step.step, .last_step.loss]'
-  learn-launch status data/ml-100k                    (the embed job of a dataset)
+  learn-launch status quickstart --watch --json | jq -c '.last_step.loss'
+  learn-launch status data/ml-100k
+                        (the embed job of a dataset)
 
-With --json the whole status is printed, with `freshness`: live (a coordinator answers, or the run's lock is taken and its last
-status has not ended), ended (also of a run that is just being resumed), queued (it waits in Slurm's queue), stale (the coordinator is gone without having ended the job; `resume`, or `embed`, continues
-it), or unknown (it was on another machine, and nobody can tell from here); and with `slurm` if it is a job of Slurm's.";
+With --json the whole status is printed, with `seconds_since_written` (null if a coordinator has just told it), with \
+`slurm` if it is a job of Slurm's, and with `freshness`, which is
+  live     a coordinator answers, or the run's lock is taken and its last
+           status has not ended
+  ended    also of a run that is just being resumed
+  queued   it waits in Slurm's queue
+  stale    the coordinator is gone without having ended the job; `resume`,
+           or `embed`, continues it
+  unknown  it was on another machine, and nobody can tell from here";
 
 /// Arguments of `status`.
 #[derive(Debug, Args)]
