@@ -334,7 +334,7 @@ fn start_of_last(path: &Path, count: usize) -> io::Result<u64> {
     let ends: Vec<usize> =
         bytes.iter().enumerate().filter_map(|(at, &byte)| (byte == b'\n').then_some(at + 1)).collect();
     let Some(&end) = ends.last() else { return Ok(from) };
-    let start = match ends.len().checked_sub(count + 1) {
+    let start = match ends.len().checked_sub(count.saturating_add(1)) {
         Some(before) => ends[before],
         None if from == 0 => 0,
         None => ends[0],
@@ -449,6 +449,18 @@ mod tests {
         assert_eq!(log.lines().unwrap(), ["anew"]);
         std::fs::remove_file(&path).unwrap();
         assert!(log.lines().unwrap().is_empty());
+    }
+
+    #[test]
+    fn more_lines_than_there_are_is_all_of_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("worker-0.log");
+        std::fs::write(&path, "one\ntwo\n").unwrap();
+        for count in [2, 3, usize::MAX] {
+            assert_eq!(start_of_last(&path, count).unwrap(), 0, "{count}");
+        }
+        assert_eq!(start_of_last(&path, 1).unwrap(), 4);
+        assert_eq!(start_of_last(&path, 0).unwrap(), 8);
     }
 
     #[test]
