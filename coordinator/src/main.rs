@@ -71,12 +71,13 @@ enum Bench {
 }
 
 const BENCH_HELP: &str = "\
-It serves the rows in this process and starts `learn-worker` beside it as the
-client. bench/pyarrow/flight.py does the same with pyarrow, in turn with this.
+It serves the rows in this process and starts `learn-worker` beside it as the client. bench/pyarrow/flight.py does \
+the same with pyarrow, in turn with this.
 
 Examples:
-  learn-coordinator bench flight --clients 4 --json
-  learn-coordinator bench flight --streams 4   # one client, each request over four connections";
+  learn-launch bench flight --clients 4 --json
+  learn-launch bench flight --streams 4
+                        (one client, each request over four connections)";
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = BENCH_HELP)]
@@ -188,10 +189,9 @@ impl BenchFlight {
 }
 
 const DATA_HELP: &str = "\
-Start any number of them, at any time, on any machine that has the dataset.
-Workers find them within 15 seconds, spread over them, and go on with another
-one, or with the coordinator, when one ends or dies. The order and the numbers
-of the job do not depend on them. Another dataset than the job's is refused.
+Start any number of them, at any time, on any machine that has the dataset. Workers find them within 15 seconds, \
+spread over them, and go on with another one, or with the coordinator, when one ends or dies. The order and the \
+numbers of the job do not depend on them. Another dataset than the job's is refused.
 
 Examples:
   learn-coordinator data --run-dir runs/shop

@@ -18,13 +18,17 @@ Exit codes:
   0  done
   1  something failed; the message says what
   2  wrong flags or configuration
-  3  stopped by the operator; a training that had begun has written a checkpoint, from which `resume` continues
-  4  workers were lost, too many to go on; `resume` continues from the last checkpoint
+  3  stopped by the operator; a training that had begun has written a
+     checkpoint, from which `resume` continues
+  4  workers were lost, too many to go on; `resume` continues from the last
+     checkpoint
   5  a loss, gradient, embedding or score was not a finite number
   6  the last checkpoint could not be written; an earlier one may be there
   7  workers were lost again and again without a finished step between
-  8  its scheduler ended the job early: `slurm --resubmit` goes on from the last checkpoint
-  9  its scheduler has started the job too often, or again and again without a new checkpoint";
+  8  its scheduler ended the job early: `slurm --resubmit` goes on from the last
+     checkpoint
+  9  its scheduler has started the job too often, or again and again without a
+     new checkpoint";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -237,6 +241,33 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    /// What is wrong with a text that clap wraps at the terminal's width.
+    fn badly_wrapped(text: &str) -> Vec<String> {
+        let prose = |line: &str| !line.is_empty() && !line.starts_with(' ');
+        let lines: Vec<&str> = text.lines().collect();
+        let broken = lines.windows(2).filter(|two| prose(two[0]) && prose(two[1]));
+        let broken = broken.map(|two| format!("a paragraph is one line, and this goes on with another: {}", two[0]));
+        let wide = lines.iter().filter(|line| !prose(line) && line.chars().count() > 80);
+        broken.chain(wide.map(|line| format!("more than 80 columns: {line}"))).collect()
+    }
+
+    #[test]
+    fn help_is_wrapped_by_clap_alone() {
+        let two = "Examples:\n  learn-launch train\n\nIt is one\nparagraph.";
+        assert_eq!(badly_wrapped(two), ["a paragraph is one line, and this goes on with another: It is one"]);
+        assert_eq!(badly_wrapped(&format!("Examples:\n  {}", "x".repeat(79))).len(), 1);
+        let mut commands = vec![Cli::command()];
+        let mut texts = 0;
+        while let Some(command) = commands.pop() {
+            commands.extend(command.get_subcommands().cloned());
+            for text in [command.get_after_help(), command.get_after_long_help()].into_iter().flatten() {
+                texts += 1;
+                assert_eq!(badly_wrapped(&text.to_string()), Vec::<String>::new(), "{}", command.get_name());
+            }
+        }
+        assert!(texts >= 20, "{texts} of the commands have a text");
     }
 
     #[test]

@@ -163,14 +163,17 @@ pub fn last_words(said: &[String]) -> Option<String> {
     Some(said.iter().rev().find_map(|line| error_of(line)).unwrap_or_else(|| last.trim().to_owned()))
 }
 
-/// The message of a line that is an error, as [`learn_telemetry::log`] writes them.
-fn error_of(line: &str) -> Option<String> {
-    if let Ok(event) = serde_json::from_str::<serde_json::Value>(line) {
+/// What a log line says, if it is an error, in either format of [`learn_telemetry::log`].
+#[must_use]
+pub fn error_of(line: &str) -> Option<String> {
+    let line = line.trim();
+    if line.starts_with('{') {
+        let event: serde_json::Value = serde_json::from_str(line).ok()?;
         let message = event["fields"]["message"].as_str()?;
         return (event["level"] == "ERROR").then(|| message.to_owned());
     }
     let (time, message) = line.split_once(" ERROR ")?;
-    let is_time = time.starts_with(|first: char| first.is_ascii_digit()) && !time.contains(' ');
+    let is_time = time.starts_with(|first: char| first.is_ascii_digit()) && time.ends_with('Z') && !time.contains(' ');
     is_time.then(|| message.trim().to_owned())
 }
 
@@ -286,6 +289,25 @@ mod tests {
         assert_eq!(said("echo out of memory; exit 1"), ["out of memory"]);
         assert_eq!(said("exit 1"), Vec::<String>::new());
         assert_eq!(said("echo disk full; exit 1"), ["disk full"]);
+    }
+
+    #[test]
+    fn an_error_is_found_in_either_format() {
+        let text = "2026-01-02T03:04:05.678901Z ERROR user `x` is not in the dataset\n";
+        assert_eq!(error_of(text).as_deref(), Some("user `x` is not in the dataset"));
+        let json = r#"{"role":"worker","pid":1,"timestamp":"t","level":"ERROR","fields":{"message":"no user \"x\""}}"#;
+        assert_eq!(error_of(json).as_deref(), Some("no user \"x\""));
+        for other in [
+            "2026-01-02T03:04:05.678901Z  WARN an ERROR was passed over",
+            "starts with the weights of runs/a: an ERROR is no log line",
+            "3:04 ERROR of a program with another clock",
+            "Z ERROR without a time",
+            r#"{"level":"WARN","fields":{"message":"m"}}"#,
+            r#"{"level":"ERROR","message":"of another program"}"#,
+            "{ no JSON",
+        ] {
+            assert_eq!(error_of(other), None, "{other}");
+        }
     }
 
     #[test]

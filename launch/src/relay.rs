@@ -11,9 +11,9 @@ use std::thread;
 use std::time::Duration;
 
 use learn_domain::told::Told;
-use serde_json::Value;
 
 use crate::output::Progress;
+use crate::process::error_of;
 use crate::system::{self, End};
 
 /// Pause between two looks for a request to stop.
@@ -106,17 +106,6 @@ fn tell(line: &[u8]) {
     let _nobody = io::stderr().write_all(line);
 }
 
-/// What a log line says, if it is an error, in either format of [`learn_telemetry::log`].
-fn error_of(line: &str) -> Option<String> {
-    let line = line.trim_end();
-    if line.starts_with('{') {
-        let event: Value = serde_json::from_str(line).ok()?;
-        return (event["level"] == "ERROR").then(|| event["fields"]["message"].as_str().map(str::to_owned))?;
-    }
-    let (time, message) = line.split_once(" ERROR ")?;
-    (time.ends_with('Z') && !time.contains(' ')).then(|| message.to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,23 +115,6 @@ mod tests {
     fn ended(script: &str) -> Ended {
         let mut progress = Output::new(false, true).progress(Unit::Count);
         run(Command::new("sh").args(["-c", script]), &mut progress).unwrap()
-    }
-
-    #[test]
-    fn an_error_is_found_in_either_format() {
-        let error = |line: &str| error_of(line);
-        let text = "2026-01-02T03:04:05.678901Z ERROR user `x` is not in the dataset\n";
-        assert_eq!(error(text).as_deref(), Some("user `x` is not in the dataset"));
-        let json = r#"{"role":"worker","pid":1,"timestamp":"t","level":"ERROR","fields":{"message":"no user \"x\""}}"#;
-        assert_eq!(error(json).as_deref(), Some("no user \"x\""));
-        for other in [
-            "2026-01-02T03:04:05.678901Z  WARN an ERROR was passed over",
-            "starts with the weights of runs/a: an ERROR is no log line",
-            r#"{"level":"WARN","fields":{"message":"m"}}"#,
-            "{ no JSON",
-        ] {
-            assert_eq!(error(other), None, "{other}");
-        }
     }
 
     #[test]

@@ -205,9 +205,9 @@ pub fn last_word(status: &JobStatus, freshness: Freshness) -> String {
     format!("{}, step {} of {}", heading(status, freshness), count(done), count(status.total_steps))
 }
 
-/// A whole status.
+/// A whole status; `age` is how many seconds ago it was written, none of one that its coordinator has just told.
 #[must_use]
-pub fn status(status: &JobStatus, freshness: Freshness) -> String {
+pub fn status(status: &JobStatus, freshness: Freshness, age: Option<f64>) -> String {
     let mut out = heading(status, freshness);
     out.push('\n');
     let mut row = |name: &str, value: String| {
@@ -241,8 +241,10 @@ pub fn status(status: &JobStatus, freshness: Freshness) -> String {
         let rank = worker.rank.map_or("-".to_owned(), |rank| rank.to_string());
         let place = format!("{} pid {} {}", worker.host, worker.pid, worker.device);
         let doing = format!("step {} {}", worker.step, worker.phase);
-        let silent = format!("heard {:.1}s ago", worker.seconds_since_heartbeat);
-        row("worker", format!("rank {rank} {place}: {doing}, {silent}"));
+        // only a coordinator that is there knows when it has heard of a worker
+        let told = freshness == Freshness::Live && age.is_none();
+        let heard = told.then(|| format!(", heard {:.1}s ago", worker.seconds_since_heartbeat)).unwrap_or_default();
+        row("worker", format!("rank {rank} {place}: {doing}{heard}"));
     }
     for server in &status.data_servers {
         row("data server", format!("{} pid {}: {}", server.host, server.pid, server.location));
@@ -250,7 +252,10 @@ pub fn status(status: &JobStatus, freshness: Freshness) -> String {
     if status.restarts > 0 {
         row("restarts", format!("{} by its scheduler", status.restarts));
     }
-    row("running for", duration(status.seconds));
+    row(if freshness == Freshness::Live { "running for" } else { "ran for" }, duration(status.seconds));
+    if let Some(age) = age.filter(|_| freshness != Freshness::Ended) {
+        row("written", format!("{} ago; nothing newer is known", duration(age)));
+    }
     out
 }
 

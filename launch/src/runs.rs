@@ -296,6 +296,14 @@ pub fn last_status(run: &RunDir) -> Result<Option<JobStatus>> {
     if run.status().is_file() { read_json(&run.status()).map(Some) } else { Ok(None) }
 }
 
+/// Seconds since the last status was written to disk.
+#[must_use]
+pub fn status_age(run: &RunDir) -> Option<f64> {
+    let written = fs::metadata(run.status()).and_then(|facts| facts.modified()).ok()?;
+    // a clock that was set back since says nothing of it
+    SystemTime::now().duration_since(written).ok().map(|age| age.as_secs_f64())
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;

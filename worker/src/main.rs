@@ -277,14 +277,14 @@ fn run(command: Command) -> Result<i32, WorkerError> {
             let BenchFlightArgs { location, secret_file, items, dim, clients, streams, rows, seconds: _, json } = args;
             let settings = FlightBenchSettings { location, secret_file, items, dim, clients, streams, rows, span };
             let result = bench_flight(&settings)?;
-            if json { print_json(&result)? } else { print(&format!("{result:#?}\n"))? }
+            if json { print_json(&result)? } else { print(&format!("{result}\n"))? }
         }
         Command::BenchWire(args) => {
             let BenchWireArgs { location, secret_file, config_json, items, dim, warm, steps, json } = args;
             let config = serde_json::from_str(&config_json).map_err(|error| WorkerError::Usage(error.to_string()))?;
             let settings = WireBenchSettings { location, secret_file, config, items, dim, warm, steps };
             let result = bench_wire(&settings)?;
-            if json { print_json(&result)? } else { print(&format!("{result:#?}\n"))? }
+            if json { print_json(&result)? } else { print(&format!("{result}\n"))? }
         }
     }
     Ok(exit::OK)

@@ -33,6 +33,7 @@ use learn_proto::flight::{
 };
 use learn_telemetry::WorkerMetrics;
 use learn_worker::feed::assemble::Layout;
+use learn_worker::feed::bench::{FlightBenchSettings, bench_flight};
 use learn_worker::feed::cache::CachePlace;
 use learn_worker::feed::flight::{DataClient, FlightClientError, Share};
 use learn_worker::feed::neighbours::Neighbours;
@@ -369,6 +370,30 @@ fn a_large_request_is_divided_between_connections_and_messages() {
     // a small one takes no further connection
     assert_eq!(runtime.block_on(source.fetch(&[5])).unwrap(), row(5));
     assert_eq!(callers.lock().unwrap().len(), 2);
+}
+
+#[test]
+fn each_client_of_a_measurement_has_as_many_connections_as_it_is_told() {
+    let callers = Arc::default();
+    let service = Service::start(Fake { callers: Arc::clone(&callers), ..Fake::default() }, "127.0.0.1:0");
+    let folder = tempfile::tempdir().unwrap();
+    let secret_file = folder.path().join("secret");
+    std::fs::write(&secret_file, "0123456789abcdef").unwrap();
+    let settings = FlightBenchSettings {
+        location: service.location(),
+        secret_file,
+        items: 2000,
+        dim: DIM as usize,
+        clients: 2,
+        streams: 3,
+        // 3 MiB of rows, one for each connection
+        rows: (3 << 20) / (2 * DIM as usize),
+        span: Duration::from_millis(20),
+    };
+    let result = bench_flight(&settings).unwrap();
+    assert_eq!(callers.lock().unwrap().len(), 2 * 3);
+    let request = 3 << 20;
+    assert!(result.bytes >= 2 * request && result.bytes.is_multiple_of(request), "{result:?}");
 }
 
 /// The feed of a job whose caches hold every row.

@@ -72,6 +72,12 @@ fn write_secret(path: &Path) -> Result<Secret, BenchError> {
     Secret::new(&text).map_err(|error| BenchError::Usage(error.to_string()))
 }
 
+/// Of a cache that holds this share of the rows, 2 bytes a value; all there can be of a share beyond that.
+fn cache_size(items: u32, dim: u32, share: f64) -> ByteSize {
+    let rows = (f64::from(items) * share) as u64;
+    ByteSize(rows.saturating_mul(2).saturating_mul(u64::from(dim)))
+}
+
 /// What the client of a measurement does.
 #[derive(Clone, Copy, Debug)]
 pub enum Client {
@@ -100,8 +106,7 @@ impl Client {
             config.training.global_batch = users;
             config.training.epochs = 1000;
             let facts = dataset.facts();
-            let rows = (f64::from(facts.items) * cache) as u64;
-            config.cluster.row_cache = ByteSize(rows * 2 * u64::from(facts.embedding_dim));
+            config.cluster.row_cache = cache_size(facts.items, facts.embedding_dim, cache);
         }
         config
     }
@@ -177,4 +182,18 @@ pub async fn measure(wanted: &BenchDataset, client: &Client, json: bool) -> Resu
         return Err(BenchError::Client(output.status));
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_of_any_size_is_a_cache() {
+        for (share, bytes) in
+            [(0.1, 10 * 2 * 256), (-1.0, 0), (f64::NAN, 0), (1e30, u64::MAX), (f64::INFINITY, u64::MAX)]
+        {
+            assert_eq!(cache_size(100, 256, share), ByteSize(bytes), "{share}");
+        }
+    }
 }

@@ -30,7 +30,7 @@ pub use error::JobError;
 pub use history::{History, LedgerFile, ResumeError, forget_beyond, prune_ledgers};
 use learn_domain::ledger::Ledger;
 use learn_domain::membership::{
-    Departure, Directive, Effect, Event, Membership, MembershipSettings, Outcome, Refusal, State,
+    Departure, Directive, Effect, Event, Membership, MembershipSettings, Outcome, Refusal, State, StopCause,
 };
 use learn_domain::plan::Plan;
 use learn_domain::report::{DatasetFacts, Evaluation, StepRecord, Task};
@@ -341,6 +341,8 @@ impl Job {
     /// # Errors
     /// If it is not known.
     pub fn leave(&mut self, now: Duration, id: WorkerId, departure: Departure) -> Result<Vec<Effect>, JobError> {
+        // one that waits for a generation has only the order to stop, and nothing to finish: it leaves as if it had failed
+        let sent_away = matches!(self.membership.directive(id), Directive::Stop(StopCause::Operator));
         let worker = self.workers.get_mut(&id).ok_or(JobError::UnknownWorker(id))?;
         worker.left = true;
         let in_peace = matches!(departure, Departure::Done | Departure::Stopped | Departure::GaveUp(..));
@@ -356,6 +358,7 @@ impl Job {
         worker.phase = match departure {
             Departure::Done => Phase::Done,
             Departure::Stopped => Phase::Stopped,
+            Departure::Crashed(_) | Departure::Failed(_) if sent_away => Phase::Stopped,
             Departure::Crashed(_) | Departure::Failed(_) => Phase::Failed,
             Departure::GaveUp(..) => Phase::GaveUp,
         };

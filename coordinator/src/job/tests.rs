@@ -353,6 +353,22 @@ fn the_status_follows_the_membership() {
 }
 
 #[test]
+fn who_waits_when_an_operator_stops_the_job_has_not_failed() {
+    let failed = || Departure::Failed("the job stops: an operator asked for it".into());
+    let mut job = Job::new(settings(2));
+    let waits = enter(&mut job, "a");
+    job.stop(SECOND * 2, Asked::BySignal);
+    assert_eq!(job.state(), JobState::Stopped);
+    job.leave(SECOND * 3, waits, failed()).unwrap();
+    assert_eq!(job.status(SECOND * 3).workers[0].phase, Phase::Stopped);
+
+    let mut job = running(1);
+    job.stop(SECOND * 2, Asked::BySignal);
+    job.leave(SECOND * 3, WorkerId(0), failed()).unwrap();
+    assert_eq!(job.status(SECOND * 3).workers[0].phase, Phase::Failed, "it had a step to finish");
+}
+
+#[test]
 fn one_that_leaves_in_peace_has_done_the_last_step_whatever_its_last_heartbeat_said() {
     for (departure, step) in [(Departure::Done, Step(2)), (Departure::Crashed("broken".into()), Step(0))] {
         let mut job = running(1);

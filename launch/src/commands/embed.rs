@@ -31,24 +31,29 @@ pub const HELP: &str = "\
 Examples:
   learn-launch embed configs/quickstart.toml
   learn-launch embed configs/quickstart.toml --processes 2
-  learn-launch embed configs/quickstart.toml --show 3      (the prompts of the first items, nothing is written)
-  learn-launch embed configs/quickstart.toml --dry-run     (what would be made, nothing is started)
+  learn-launch embed configs/quickstart.toml --show 3
+                        (the prompts of the first items, nothing is written)
+  learn-launch embed configs/quickstart.toml --dry-run
+                        (what would be made, nothing is started)
   learn-launch embed configs/quickstart.toml --from vectors.npy
   EMBED_KEY=… learn-launch embed shop.toml --endpoint https://gpu-7:8000/v1 \\
-      --set embed.endpoint.model=Qwen/Qwen3-Embedding-4B --set embed.endpoint.key_variable=EMBED_KEY
+      --set embed.endpoint.model=Qwen/Qwen3-Embedding-4B \\
+      --set embed.endpoint.key_variable=EMBED_KEY
 
 The vectors come from one of three places:
-  embed.model         an encoder on this machine, a directory in Hugging Face layout
-  embed.endpoint.url  a server with the OpenAI-compatible /v1/embeddings (vLLM, TEI, SGLang)
+  embed.model         an encoder on this machine, in Hugging Face layout
+  embed.endpoint.url  a server with the OpenAI-compatible /v1/embeddings
+                      (vLLM, TEI, SGLang)
   embed.from          a file with one vector per item
 
-With --processes N (one per GPU) a coordinator leases ranges of items to N processes; one that is lost loses no finished
-range, and others take over. Processes on other machines that share the dataset join with
-  learn-embed --coordinator URL --secret-file DATASET/embeddings/job/secret
+With --processes N (one per GPU) a coordinator leases ranges of items to N processes; one that is lost loses no \
+finished range, and others take over. Processes on other machines that share the dataset join with
+  learn-embed --coordinator URL \\
+      --secret-file DATASET/embeddings/job/secret
 where URL is `grpc` in DATASET/embeddings/job/coordinator.json; set cluster.bind to an address that they reach.
 
-What the model reads of an item is the prompt: [embed.prompt] sets its sentences, --show prints the finished ones.
-A killed or stopped `embed` continues where it was when it is run again. Another prompt, model or server starts anew;
+What the model reads of an item is the prompt: [embed.prompt] sets its sentences, --show prints the finished ones. A \
+killed or stopped `embed` continues where it was when it is run again. Another prompt, model or server starts anew; \
 the dataset keeps the embeddings that it has until the new ones are all there. docs/embeddings.md says more.";
 
 /// Pause between two looks at the processes.

@@ -15,9 +15,9 @@ Examples:
   learn-launch export quickstart --out export --checkpoint step-0000000200
   learn-launch export ml-100k-cvr --out export --cvr-features test
 
-Writes user and item embeddings (Parquet and .npy) and the weights (safetensors, names of the published checkpoint). --cvr-features
-adds, for a ranking model, a row per held-out pair: user, item, label, user_embedding, item_embedding, middle (the CVR
-head's hidden layer). An export that is stopped leaves nothing behind.";
+Writes user and item embeddings (Parquet and .npy) and the weights (safetensors, names of the published checkpoint). \
+--cvr-features adds, for a ranking model, a row per held-out pair: user, item, label, user_embedding, item_embedding, \
+middle (the CVR head's hidden layer). An export that is stopped leaves nothing behind.";
 
 /// Arguments of `export`.
 #[derive(Debug, Args)]

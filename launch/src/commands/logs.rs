@@ -22,14 +22,14 @@ use crate::slurm::queue::{Inquiry, Queue};
 
 pub const HELP: &str = "\
 Examples:
-  learn-launch logs runs/quickstart                      the last lines of everybody
+  learn-launch logs runs/quickstart          the last lines of everybody
   learn-launch logs quickstart --rank 1 --follow
   learn-launch logs quickstart --coordinator -n 500
-  learn-launch logs shop --slurm                         what the batch script and srun said
+  learn-launch logs shop --slurm             what the batch script and srun said
 
-Of several logs each line begins with whose it is. --follow ends when the job has ended, or with Ctrl-C (where nobody
-can tell from here, with Ctrl-C only); it goes on through a requeue by Slurm. With --json each line is a JSON object on a line of its own, with `log` (whose it is) and `line`. The files are
-those of the run's logs/ folder.";
+Of several logs each line begins with whose it is. --follow ends when the job has ended, or with Ctrl-C (where nobody \
+can tell from here, with Ctrl-C only); it goes on through a requeue by Slurm. With --json each line is a JSON object \
+on a line of its own, with `log` (whose it is) and `line`. The files are those of the run's logs/ folder.";
 
 /// Pause between two looks at the files.
 const POLL: Duration = Duration::from_millis(200);
@@ -334,7 +334,7 @@ fn start_of_last(path: &Path, count: usize) -> io::Result<u64> {
     let ends: Vec<usize> =
         bytes.iter().enumerate().filter_map(|(at, &byte)| (byte == b'\n').then_some(at + 1)).collect();
     let Some(&end) = ends.last() else { return Ok(from) };
-    let start = match ends.len().checked_sub(count + 1) {
+    let start = match ends.len().checked_sub(count.saturating_add(1)) {
         Some(before) => ends[before],
         None if from == 0 => 0,
         None => ends[0],
@@ -449,6 +449,18 @@ mod tests {
         assert_eq!(log.lines().unwrap(), ["anew"]);
         std::fs::remove_file(&path).unwrap();
         assert!(log.lines().unwrap().is_empty());
+    }
+
+    #[test]
+    fn more_lines_than_there_are_is_all_of_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("worker-0.log");
+        std::fs::write(&path, "one\ntwo\n").unwrap();
+        for count in [2, 3, usize::MAX] {
+            assert_eq!(start_of_last(&path, count).unwrap(), 0, "{count}");
+        }
+        assert_eq!(start_of_last(&path, 1).unwrap(), 4);
+        assert_eq!(start_of_last(&path, 0).unwrap(), 8);
     }
 
     #[test]

@@ -16,12 +16,13 @@ use crate::{dataset_work, render, system};
 pub const HELP: &str = "\
 Examples:
   learn-launch prepare configs/quickstart.toml
-  learn-launch prepare --set 'prepare.interactions.files=[\"clicks.parquet\"]' --set data.dataset=data/clicks
+  learn-launch prepare --set 'prepare.interactions.files=[\"clicks.parquet\"]' \\
+      --set data.dataset=data/clicks
   learn-launch prepare my.toml --skip-bad-rows --replace
 
-Reads Parquet, CSV, JSON Lines, RecBole atomic files and Amazon Reviews 2018/2023. Bad input is an error that names
-the file, the row or the key; --skip-bad-rows counts and reports it instead. The same dataset is kept with its content
-embeddings; with --replace another one takes its place, and they have to be made again.";
+Reads Parquet, CSV, JSON Lines, RecBole atomic files and Amazon Reviews 2018/2023. Bad input is an error that names \
+the file, the row or the key; --skip-bad-rows counts and reports it instead. The same dataset is kept with its \
+content embeddings; with --replace another one takes its place, and they have to be made again.";
 
 /// Arguments of `prepare`.
 #[derive(Debug, Args)]

@@ -14,11 +14,11 @@ use crate::runs;
 
 pub const HELP: &str = "\
 Examples:
-  learn-launch report quickstart                        (writes runs/quickstart/report.html)
+  learn-launch report quickstart        (writes runs/quickstart/report.html)
   learn-launch report runs/base runs/wide --out compare.html
 
-The page needs no network and no other file: open it, send it, print it. It has the runs' states, test metrics with
-intervals, curves, what differs in their settings, events and environment. Runs may be running, stopped, failed or
+The page needs no network and no other file: open it, send it, print it. It has the runs' states, test metrics with \
+intervals, curves, what differs in their settings, events and environment. Runs may be running, stopped, failed or \
 damaged: they are shown as far as they can be read.";
 
 /// Arguments of `report`.

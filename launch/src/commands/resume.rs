@@ -30,10 +30,14 @@ Examples:
   learn-launch resume quickstart --checkpoint step-0000000200
   learn-launch resume quickstart --dataset /new/place/of/ml-100k
 
-Keys that --set may change: data.dataset (to another place of the same data), training.{epochs, max_steps, micro_batch, activation_checkpointing, threads, non_finite,
-non_finite_budget}, evaluation.*, checkpoint.*, cluster.*
-(the others would make it another run). More epochs also stretch the cosine schedule.
-A damaged checkpoint is refused with its reason; --checkpoint picks the one before it.";
+Keys that --set may change (the others would make it another run):
+  data.dataset (to another place of the same data)
+  training.{epochs, max_steps, micro_batch, activation_checkpointing,
+      threads, non_finite, non_finite_budget}
+  evaluation.*, checkpoint.*, cluster.*
+
+More epochs also stretch the cosine schedule. A damaged checkpoint is refused with its reason; --checkpoint picks the \
+one before it.";
 
 /// Keys, and sections (ending in a dot), that a resumed run may change.
 const CHANGEABLE: [&str; 11] = [

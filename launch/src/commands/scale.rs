@@ -18,10 +18,10 @@ Examples:
   learn-launch scale runs/quickstart --workers 4
   learn-launch scale quickstart --workers 1 --no-wait
 
-New workers join, and surplus ones leave, between two steps; the batches, the losses and the result stay the same. The
-`learn-launch` that runs the job starts the new processes, and refuses more than its machine takes: 16 a core, 64 on small
-ones. Never fewer than cluster.min_workers. A job of Slurm's can have fewer, not more: its tasks are those that it was
-submitted with.";
+New workers join, and surplus ones leave, between two steps; the batches, the losses and the result stay the same. \
+The `learn-launch` that runs the job starts the new processes, and refuses more than its machine takes: 16 a core, 64 \
+on small ones. Never fewer than cluster.min_workers. A job of Slurm's can have fewer, not more: its tasks are those \
+that it was submitted with.";
 
 /// Pause between two looks at the job.
 const POLL: Duration = Duration::from_millis(200);

@@ -23,10 +23,10 @@ Examples:
   learn-launch simulate --workers 10000 --minutes 10
   learn-launch simulate --workers 500 --minutes 0.5 --json
 
-Starts the real coordinator on a tiny dataset in a temporary directory. Each worker has a connection of its own, joins,
-keeps its open call, is ready, becomes a rank of one generation and sends a heartbeat each second; none trains. Answer
-times are taken at the worker, so they hold what this process needs too. Both processes need a file a worker: the limit
-(`ulimit -n`) is raised if that is allowed.";
+Starts the real coordinator on a tiny dataset in a temporary directory. Each worker has a connection of its own, \
+joins, keeps its open call, is ready, becomes a rank of one generation and sends a heartbeat each second; none \
+trains. Answer times are taken at the worker, so they hold what this process needs too. Both processes need a file a \
+worker: the limit (`ulimit -n`) is raised if that is allowed.";
 
 /// Files that a process holds besides its connections.
 const FILES: u64 = 256;

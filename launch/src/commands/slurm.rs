@@ -21,14 +21,17 @@ use crate::{runs, tls};
 
 pub const HELP: &str = "\
 Examples:
-  learn-launch slurm shop.toml --nodes 2 --gpus-per-node 8 --time 12:00:00 --partition train --dry-run
-  learn-launch slurm shop.toml --nodes 2 --gpus-per-node 8 --cpus-per-task 12 --time 12:00:00 --account learn
-  learn-launch slurm shop.toml --nodes 2 --tasks-per-node 4 --cpus-per-task 8     (on the CPU)
+  learn-launch slurm shop.toml --nodes 2 --gpus-per-node 8 --time 12:00:00 \\
+      --partition train --dry-run
+  learn-launch slurm shop.toml --nodes 2 --gpus-per-node 8 --cpus-per-task 12 \\
+      --time 12:00:00 --account learn
+  learn-launch slurm shop.toml --nodes 2 --tasks-per-node 4 --cpus-per-task 8
+                        (on the CPU)
   learn-launch slurm --resubmit runs/shop --time 2-00:00:00
 
-The run directory, the dataset and these programs must be on storage that all machines see under the same path. The job
-goes back into the queue before its time limit, with a checkpoint, until it is done. `learn-launch status`, `logs` and
-`stop` find the job by its run. docs/slurm.md has the rest, configs/slurm scripts to start from.";
+The run directory, the dataset and these programs must be on storage that all machines see under the same path. The \
+job goes back into the queue before its time limit, with a checkpoint, until it is done. `learn-launch status`, \
+`logs` and `stop` find the job by its run. docs/slurm.md has the rest, configs/slurm scripts to start from.";
 
 /// What says how many workers a job has.
 const WORKERS: &str = "--nodes and workers of each";

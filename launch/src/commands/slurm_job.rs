@@ -20,12 +20,13 @@ const TASKS: &str = "SLURM_NTASKS";
 
 pub const HELP: &str = "\
 Examples (in a batch script):
-  exec learn-launch slurm-job runs/shop -- srun --gpus-per-task=1 --kill-on-bad-exit=0 --no-kill --wait=0
+  exec learn-launch slurm-job runs/shop -- srun --gpus-per-task=1 \\
+      --kill-on-bad-exit=0 --no-kill --wait=0
   exec learn-launch slurm-job shop.toml --set training.epochs=5 \\
       -- srun --gpus-per-task=1 --kill-on-bad-exit=0 --no-kill --wait=0
 
-With a configuration it makes the run at its first start and goes on with it at later ones. SIGUSR1 (#SBATCH
---signal=B:USR1@SECONDS) asks for a checkpoint and puts the job back into the queue; SIGTERM for a checkpoint alone.
+With a configuration it makes the run at its first start and goes on with it at later ones. SIGUSR1 (#SBATCH \
+--signal=B:USR1@SECONDS) asks for a checkpoint and puts the job back into the queue; SIGTERM for a checkpoint alone. \
 docs/slurm.md explains it.";
 
 /// Arguments of `slurm-job`.

@@ -21,14 +21,22 @@ pub const HELP: &str = "\
 Examples:
   learn-launch status runs/quickstart
   learn-launch status quickstart --json | jq .ledger
-  learn-launch status quickstart --watch              (a screen; q leaves it, and the job goes on)
+  learn-launch status quickstart --watch
+                        (a screen; q leaves it, and the job goes on)
   learn-launch status quickstart --watch --plain >> watch.log
-  learn-launch status quickstart --watch --json | jq -c '[.last_step.step, .last_step.loss]'
-  learn-launch status data/ml-100k                    (the embed job of a dataset)
+  learn-launch status quickstart --watch --json | jq -c '.last_step.loss'
+  learn-launch status data/ml-100k
+                        (the embed job of a dataset)
 
-With --json the whole status is printed, with `freshness`: live (a coordinator answers, or the run's lock is taken and its last
-status has not ended), ended (also of a run that is just being resumed), queued (it waits in Slurm's queue), stale (the coordinator is gone without having ended the job; `resume`, or `embed`, continues
-it), or unknown (it was on another machine, and nobody can tell from here); and with `slurm` if it is a job of Slurm's.";
+With --json the whole status is printed, with `seconds_since_written` (null if a coordinator has just told it), with \
+`slurm` if it is a job of Slurm's, and with `freshness`, which is
+  live     a coordinator answers, or the run's lock is taken and its last
+           status has not ended
+  ended    also of a run that is just being resumed
+  queued   it waits in Slurm's queue
+  stale    the coordinator is gone without having ended the job; `resume`,
+           or `embed`, continues it
+  unknown  it was on another machine, and nobody can tell from here";
 
 /// Arguments of `status`.
 #[derive(Debug, Args)]
@@ -61,7 +69,7 @@ pub fn run(args: &StatusArgs, output: &Output) -> Result<()> {
     let mut inquiry = Inquiry::default();
     let current = current(&run, &mut inquiry)?;
     let queue = inquiry.of(&run);
-    let Some(Current { status, freshness, trouble }) = current else {
+    let Some(Current { status, freshness, age, trouble }) = current else {
         if let Some(queue) = queue {
             // a job that has not started has no status yet
             let text = format!("{}: Slurm's {}", super::shown_run(&run), queue.describe());
@@ -76,7 +84,8 @@ pub fn run(args: &StatusArgs, output: &Output) -> Result<()> {
     }
     let mut json = serde_json::to_value(&status)?;
     json["freshness"] = freshness.name().into();
-    let mut text = render::status(&status, freshness);
+    json["seconds_since_written"] = age.into();
+    let mut text = render::status(&status, freshness, age);
     if let Some(queue) = &queue {
         json["slurm"] = queue.json();
         text += &format!("  slurm       {}\n", queue.describe());
@@ -93,6 +102,8 @@ pub fn run(args: &StatusArgs, output: &Output) -> Result<()> {
 pub struct Current {
     pub status: JobStatus,
     pub freshness: Freshness,
+    /// Seconds since it was written to disk; none if its coordinator has just told it.
+    pub age: Option<f64>,
     /// Why its coordinator, which is alive or may be, was not heard, unless Slurm says how its job is; the status is the last on
     /// disk then.
     pub trouble: Option<String>,
@@ -108,7 +119,7 @@ pub fn current(run: &RunDir, inquiry: &mut Inquiry) -> Result<Option<Current>> {
     let mut trouble = life.describe(run);
     if let Life::Live(address) = &life {
         match Api::new(run, address).job() {
-            Ok(status) => return Ok(Some(Current { status, freshness: Freshness::Live, trouble: None })),
+            Ok(status) => return Ok(Some(Current { status, freshness: Freshness::Live, age: None, trouble: None })),
             Err(error) => trouble = Some(error.to_string()),
         }
     }
@@ -134,7 +145,7 @@ pub fn current(run: &RunDir, inquiry: &mut Inquiry) -> Result<Option<Current>> {
             inquiry.of(run).map_or(alone, |queue| queue.freshness(state, alone))
         }
     };
-    Ok(Some(Current { status, freshness, trouble }))
+    Ok(Some(Current { status, freshness, age: runs::status_age(run), trouble }))
 }
 
 /// Where the embed job of a dataset stands.

@@ -23,11 +23,15 @@ Examples:
   learn-launch stop quickstart --no-wait
   learn-launch stop data/ml-100k            (the embed job of a dataset)
 
-The job finishes its step, writes a checkpoint and ends; `learn-launch resume` continues it exactly. A job that waits in
-Slurm's queue is taken out of it; `learn-launch slurm --resubmit` continues it. An embed job ends at once and keeps its finished ranges; `learn-launch embed` goes on behind them.
+The job finishes its step, writes a checkpoint and ends; `learn-launch resume` continues it exactly. A job that waits \
+in Slurm's queue is taken out of it; `learn-launch slurm --resubmit` continues it. An embed job ends at once and \
+keeps its finished ranges; `learn-launch embed` goes on behind them.
 
-Exit code 0: it was stopped and lost no step, or had finished; 1: it has failed, or its last steps are in no
-checkpoint, or it is just being started; 2: it is not running.";
+Exit codes:
+  0  it was stopped and lost no step, or had finished
+  1  it has failed, or its last steps are in no checkpoint, or it is just
+     being started
+  2  it is not running";
 
 /// Pause between two looks at a job that is about to end.
 const POLL: Duration = Duration::from_millis(200);

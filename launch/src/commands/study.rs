@@ -26,10 +26,11 @@ pub const HELP: &str = "\
 Examples:
   learn-launch study configs/studies/*.toml
   learn-launch study configs/studies/item-towers.toml --dry-run
-  learn-launch study configs/studies/item-towers.toml --parallel 2 --set training.epochs=5
+  learn-launch study configs/studies/item-towers.toml --parallel 2 \\
+      --set training.epochs=5
 
-Runs go to job.runs_dir/STUDY/VARIANT-seedN, tables and plots to job.runs_dir/STUDY/tables. Ctrl-C stops the jobs with a
-checkpoint; the same command goes on where it was. A dataset that is not there is prepared and embedded first.";
+Runs go to job.runs_dir/STUDY/VARIANT-seedN, tables and plots to job.runs_dir/STUDY/tables. Ctrl-C stops the jobs \
+with a checkpoint; the same command goes on where it was. A dataset that is not there is prepared and embedded first.";
 
 /// Arguments of `study`.
 #[derive(Debug, Args)]

@@ -27,9 +27,10 @@ Examples:
   learn-launch train configs/quickstart.toml --workers 4 --device cuda
   LEARN__TRAINING__EPOCHS=3 learn-launch train configs/quickstart.toml
   learn-launch train configs/quickstart.toml --name tuned --init quickstart
-  learn-launch train shop.toml --no-workers --set cluster.bind=10.0.0.7 --set cluster.grpc_port=4100
+  learn-launch train shop.toml --no-workers --set cluster.bind=10.0.0.7 \\
+      --set cluster.grpc_port=4100
 
-The run directory is job.runs_dir/job.name. Ctrl-C (or SIGTERM) stops after the current step with a checkpoint; a
+The run directory is job.runs_dir/job.name. Ctrl-C (or SIGTERM) stops after the current step with a checkpoint; a \
 second one kills.";
 
 /// Arguments of `train`.

@@ -91,7 +91,7 @@ fn what_a_job_does_names_its_evaluation() {
 
 #[test]
 fn a_live_job_shows_its_progress_ledger_and_workers() {
-    let text = status(&job(), Freshness::Live);
+    let text = status(&job(), Freshness::Live, None);
     for part in [
         "quickstart: running\n",
         "ml-100k: 943 users, 1,682 items",
@@ -114,7 +114,7 @@ fn exact_epochs_take_one_line_and_each_of_the_others_its_own() {
     let epoch = |epoch| EpochCount { epoch, users: 943, seen: 943, repeated: 0, unknown: 0 };
     job.ledger.epochs = (0..100).map(epoch).collect();
     let lines = |job: &JobStatus| {
-        let text = status(job, Freshness::Live);
+        let text = status(job, Freshness::Live, None);
         text.lines().filter_map(|line| line.trim().strip_prefix("ledger      ")).map(str::to_owned).collect::<Vec<_>>()
     };
     assert_eq!(lines(&job), ["100 epochs, all exact"]);
@@ -133,11 +133,11 @@ fn a_stale_or_failed_job_says_so() {
     failed.state = JobState::Failed;
     failed.cause = Some("worker 1 was silent for 15s".into());
     failed.ledger.epochs[1].repeated = 3;
-    let text = status(&failed, Freshness::Ended);
+    let text = status(&failed, Freshness::Ended, Some(90.0));
     assert!(text.starts_with("quickstart: failed (ended)\n"), "{text}");
     assert!(text.contains("worker 1 was silent for 15s") && text.contains("3 repeated, 0 unknown"), "{text}");
-    assert!(status(&job(), Freshness::Stale).contains("STALE"));
-    let unknown = status(&job(), Freshness::Unknown);
+    assert!(status(&job(), Freshness::Stale, Some(90.0)).contains("STALE"));
+    let unknown = status(&job(), Freshness::Unknown, Some(90.0));
     assert!(unknown.contains("may be there still") && !unknown.contains("resume"), "{unknown}");
     assert_eq!(last_word(&failed, Freshness::Ended), "quickstart: failed (ended), step 30 of 2,000");
     assert_eq!(last_word(&job(), Freshness::Live), "quickstart: running, step 30 of 2,000");
@@ -171,7 +171,31 @@ fn an_embed_job_shows_its_ranges_and_processes() {
 fn a_job_before_its_first_step_can_be_shown() {
     let mut new = job();
     (new.last_step, new.steps_per_epoch, new.total_steps) = (None, 0, 0);
-    assert!(status(&new, Freshness::Live).contains("0 of 0 (0 epochs)"));
+    assert!(status(&new, Freshness::Live, None).contains("0 of 0 (0 epochs)"));
+}
+
+#[test]
+fn only_a_coordinator_that_answers_has_heard_of_a_worker_just_now() {
+    use Freshness::{Ended, Live, Queued, Stale, Unknown};
+    for (freshness, age, heard, runs, written) in [
+        (Live, None, true, true, false),
+        (Live, Some(90.0), false, true, true),
+        (Ended, Some(90.0), false, false, false),
+        (Stale, Some(90.0), false, false, true),
+        (Queued, Some(90.0), false, false, true),
+        (Unknown, Some(90.0), false, false, true),
+    ] {
+        let text = status(&job(), freshness, age);
+        assert_eq!(text.contains("step 30 backward, heard 0.2s ago\n"), heard, "{freshness:?}: {text}");
+        assert_eq!(text.contains("step 30 backward\n"), !heard, "{freshness:?}: {text}");
+        assert_eq!(text.contains("  running for 1m 01s\n"), runs, "{freshness:?}: {text}");
+        assert_eq!(text.contains("  ran for     1m 01s\n"), !runs, "{freshness:?}: {text}");
+        assert_eq!(
+            text.contains("  written     1m 30s ago; nothing newer is known\n"),
+            written,
+            "{freshness:?}: {text}"
+        );
+    }
 }
 
 fn evaluated_on(metrics: Metrics) -> Evaluation {

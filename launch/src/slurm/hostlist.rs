@@ -67,7 +67,7 @@ pub fn tasks_per_node(list: &str) -> Option<Vec<u32>> {
             None => (part, 1),
         };
         let tasks: u32 = tasks.parse().ok()?;
-        if times == 0 || nodes.len() + times > MOST {
+        if times == 0 || nodes.len().saturating_add(times) > MOST {
             return None;
         }
         nodes.extend(std::iter::repeat_n(tasks, times));
@@ -97,7 +97,7 @@ mod tests {
     fn tasks_of_each_node_are_expanded() {
         assert_eq!(tasks_per_node("2(x2),1").unwrap(), [2, 2, 1]);
         assert_eq!(tasks_per_node("4").unwrap(), [4]);
-        for damaged in ["", "2(x", "2(x0)", "a", "2(x2", "1,"] {
+        for damaged in ["", "2(x", "2(x0)", "a", "2(x2", "1,", "1,2(x18446744073709551615)"] {
             assert_eq!(tasks_per_node(damaged), None, "{damaged}");
         }
     }

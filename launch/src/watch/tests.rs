@@ -118,7 +118,7 @@ pub fn scene() -> Scene {
         (WorkerId(number), gauges)
     };
     Scene {
-        current: Some(Current { status, freshness: Freshness::Live, trouble: None }),
+        current: Some(Current { status, freshness: Freshness::Live, age: None, trouble: None }),
         queue: None,
         deserted: 0.0,
         steps: (1..=1200).map(|step| Timed { time: time(step), value: record(step) }).collect(),

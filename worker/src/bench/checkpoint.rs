@@ -24,9 +24,9 @@ use crate::feed::PreparedStep;
 use crate::train::{Exchange, Stepper, Word, snapshot};
 
 pub const HELP: &str = "\
-The state is handed over between two steps and written by a thread of its own, which gives way
-to the steps and, on a CPU, rests between the pieces of a file. Each step while it writes is set
-against one over the same batch while it is held.
+The state is handed over between two steps and written by a thread of its own, which gives way to the steps and, on a \
+CPU, rests between the pieces of a file. Each step while it writes is set against one over the same batch while it is \
+held.
 
 Examples:
   learn-launch bench checkpoint --threads 2

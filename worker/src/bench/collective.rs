@@ -18,13 +18,12 @@ use super::synthetic::group;
 use crate::error::WorkerError;
 
 pub const HELP: &str = "\
-Each rank is a process of this machine; they form the ring that workers on CPUs use, and share
-memory as those do on one machine.
-bench/pytorch/collective.py measures gloo the same way.
+Each rank is a process of this machine; they form the ring that workers on CPUs use, and share memory as those do on \
+one machine. bench/pytorch/collective.py measures gloo the same way.
 
 Examples:
   learn-launch bench collective --workers 4
-  learn-launch bench collective --sockets    # as between machines, but over loopback
+  learn-launch bench collective --sockets    # as between machines
   learn-launch bench collective --workers 2 --mib 256 --json";
 
 /// Flags of `bench collective`.

@@ -19,9 +19,9 @@ use super::statistics::Spread;
 use crate::error::WorkerError;
 
 pub const HELP: &str = "\
-Every row meets every item of the batch, so the scores are a matrix of (users x positions) x
-(users x targets). It is never held: the loss goes through it in tiles. The memory is the peak
-beyond inputs, gradients included, after a small loss has warmed up what is used.
+Every row meets every item of the batch, so the scores are a matrix of (users x positions) x (users x targets). It is \
+never held: the loss goes through it in tiles. The memory is the peak beyond inputs, gradients included, after a \
+small loss has warmed up what is used.
 
 Examples:
   learn-launch bench loss

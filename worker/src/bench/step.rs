@@ -25,16 +25,17 @@ use crate::feed::assemble::MicroBatch;
 use crate::train::Word;
 
 pub const HELP: &str = "\
-The default is the published model: 4 layers, hidden 768, content embeddings of 4096
-dimensions, an item tower that sees each target alone. `--item-tower content --output-dim
-4096` is the cheaper variant that the targets are their content embeddings. No network: rows
-are in memory, as after prefetching.
+The default is the published model: 4 layers, hidden 768, content embeddings of 4096 dimensions, an item tower that \
+sees each target alone. `--item-tower content --output-dim 4096` is the cheaper variant that the targets are their \
+content embeddings. No network: rows are in memory, as after prefetching.
 
 Examples:
   learn-launch bench step --precision bf16 --threads 2
-  learn-launch bench step --item-tower content --output-dim 4096 --batch 128 --json
-  learn-launch bench step --workers 4 --threads 1            # what summing gradients adds
-  learn-launch bench step --workers 4 --threads 1 --sockets  # the same as between machines";
+  learn-launch bench step --item-tower content --output-dim 4096 --batch 128
+  learn-launch bench step --workers 4 --threads 1
+                        (what summing gradients adds)
+  learn-launch bench step --workers 4 --threads 1 --sockets --json
+                        (the same as between machines)";
 
 /// Flags of `bench step`.
 #[derive(Clone, Debug, Args)]

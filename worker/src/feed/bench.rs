@@ -4,6 +4,7 @@
 //! connections as a worker may have; or bytes received per user by a feed with its cache. `learn-coordinator bench` starts them,
 //! and the service.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -61,6 +62,18 @@ pub struct FlightBenchResult {
     pub bytes: u64,
     pub seconds: f64,
     pub gigabytes_per_second: f64,
+}
+
+impl fmt::Display for FlightBenchResult {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { clients, streams, rows, dim, bytes, seconds, gigabytes_per_second } = self;
+        let megabytes = *bytes as f64 / 1e6;
+        write!(
+            f,
+            "{gigabytes_per_second:.3} GB/s: {megabytes:.1} MB in {seconds:.2} s\n\
+             {rows} rows of {dim} values a request; clients: {clients}, connections of each: {streams}"
+        )
+    }
 }
 
 /// Fetches rows for a while.
@@ -162,6 +175,29 @@ pub struct WireBenchResult {
     pub over_padded: f64,
 }
 
+impl fmt::Display for WireBenchResult {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { items, dim, cache_rows, steps, users, positions, batch_bytes, row_bytes, bytes_per_user, .. } = self;
+        let format = match self.row_format {
+            RowFormat::F16 => "f16",
+            RowFormat::Int8 => "int8",
+        };
+        let megabytes = |bytes: u64| bytes as f64 / 1e6;
+        write!(
+            f,
+            "{bytes_per_user:.0} bytes a user: {:.2} MB of batches and {:.2} MB of rows for {users} users \
+             with {positions} positions in {steps} steps\n\
+             {:.1} % of what every position takes as f32, {:.1} % of the same padded to the longest\n\
+             {:.1} % of the rows came from a cache of {cache_rows}; {items} items of {dim} values as {format}",
+            megabytes(*batch_bytes),
+            megabytes(*row_bytes),
+            100.0 * self.over_positions,
+            100.0 * self.over_padded,
+            100.0 * self.hit_share,
+        )
+    }
+}
+
 /// Bytes of a feed.
 #[derive(Clone, Copy)]
 struct Received {
@@ -242,4 +278,47 @@ pub fn bench_wire(settings: &WireBenchSettings) -> Result<WireBenchResult, Worke
         over_positions: bytes / published(positions),
         over_padded: bytes / published(users * longest),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_told_in_units() {
+        let flight = FlightBenchResult {
+            clients: 2,
+            streams: 4,
+            rows: 1024,
+            dim: 4096,
+            bytes: 12_345_000_000,
+            seconds: 5.0,
+            gigabytes_per_second: 2.469,
+        };
+        assert_eq!(
+            flight.to_string(),
+            "2.469 GB/s: 12345.0 MB in 5.00 s\n1024 rows of 4096 values a request; clients: 2, connections of each: 4"
+        );
+        let wire = WireBenchResult {
+            row_format: RowFormat::Int8,
+            items: 1000,
+            dim: 256,
+            cache_rows: 100,
+            steps: 40,
+            users: 640,
+            positions: 5000,
+            batch_bytes: 200_000,
+            row_bytes: 1_000_000,
+            hit_share: 0.625,
+            bytes_per_user: 1875.0,
+            over_positions: 0.234,
+            over_padded: 0.03,
+        };
+        assert_eq!(
+            wire.to_string(),
+            "1875 bytes a user: 0.20 MB of batches and 1.00 MB of rows for 640 users with 5000 positions in 40 steps\n\
+             23.4 % of what every position takes as f32, 3.0 % of the same padded to the longest\n\
+             62.5 % of the rows came from a cache of 100; 1000 items of 256 values as int8"
+        );
+    }
 }

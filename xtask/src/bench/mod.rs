@@ -27,12 +27,13 @@ use crate::{process, quickstart, setup};
 
 const HELP: &str = "\
 Examples:
-  cargo xtask bench                     # all parts; about an hour on two cores
+  cargo xtask bench                        # all parts; an hour on two cores
   cargo xtask bench step --rounds 3
-  cargo xtask bench step --precision f32   # where the processor has no products of bf16
+  cargo xtask bench step --precision f32   # on processors without bf16 products
   cargo xtask bench step --device cuda --batch 1024
-  cargo xtask bench --tables            # measure nothing, write the page from the results that are there
-  cargo xtask bench --gpu-check OUT_DIR/gpu-check.json   # what gpu-check has measured elsewhere, as results
+  cargo xtask bench --tables               # the page of the results there are
+  cargo xtask bench --gpu-check OUT_DIR/gpu-check.json
+                                           # what gpu-check measured elsewhere
 
 Nothing else should run meanwhile. The first run brings PyTorch and what else is compared with into .deps/bench (5 GB).";
 

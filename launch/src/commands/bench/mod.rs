@@ -4,6 +4,7 @@
 //! dataset is measured on the user's own files ([`ingest`]).
 
 use std::ffi::OsString;
+use std::os::unix::process::CommandExt as _;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -24,11 +25,10 @@ Examples:
   learn-launch bench prepare configs/quickstart.toml
   learn-launch bench checkpoint --help
 
-Each part has flags of its own: `learn-launch bench PART --help`. `prepare` and `embed` take a
-configuration and work on its files, in a temporary folder; the others need nothing but the
-programs: data and weights are made up. Everything runs on this machine, mostly in a minute
-or two. `cargo xtask bench` in the sources sets the parts beside PyTorch, in turns, and
-writes docs/benchmarks.md.";
+Each part has flags of its own: `learn-launch bench PART --help`. `prepare` and `embed` take a configuration and work \
+on its files, in a temporary folder; the others need nothing but the programs: data and weights are made up. \
+Everything runs on this machine, mostly in a minute or two. `cargo xtask bench` in the sources sets the parts beside \
+PyTorch, in turns, and writes docs/benchmarks.md.";
 
 /// Arguments of `bench`.
 #[derive(Debug, Args)]
@@ -100,7 +100,8 @@ pub fn run(args: &BenchArgs, output: &Output) -> Result<()> {
     // `--json` before the first flag of the part was taken for this command's own
     let json = output.json() && !flags.iter().any(|flag| flag == "--json");
     program(name, |command| {
-        command.args(words).args(flags).args(json.then_some("--json"));
+        // its help and its errors show the command as it was typed
+        command.arg0("learn-launch").args(words).args(flags).args(json.then_some("--json"));
     })
 }
 

@@ -108,7 +108,7 @@ pub struct EventRow {
 pub fn view(name: &str, scene: &Scene, newest: bool) -> View {
     let curves = curves::all(scene, newest);
     let events = scene.events.iter().rev().map(|event| event_row(event, scene.now)).collect();
-    let Some(Current { status, freshness, trouble }) = &scene.current else {
+    let Some(Current { status, freshness, trouble, .. }) = &scene.current else {
         return View {
             name: name.into(),
             state: "starting".into(),
@@ -129,7 +129,7 @@ pub fn view(name: &str, scene: &Scene, newest: bool) -> View {
         state,
         tone,
         facts: facts(status),
-        running_for: format!("up {}", span(status.seconds)),
+        running_for: format!("{} {}", if *freshness == Freshness::Live { "up" } else { "ran" }, span(status.seconds)),
         alarm: alarm(status, trouble.as_deref(), *freshness),
         progress: if status.total_steps > 0 { (done as f64 / status.total_steps as f64).min(1.0) } else { 0.0 },
         steps: format!("step {} of {}", render::count(done), render::count(status.total_steps)),

@@ -10,7 +10,7 @@ use learn_domain::progress::Cause;
 use learn_domain::report::{JobStatus, WorkerStatus};
 
 use super::{Tone, ago, seconds, span};
-use crate::render;
+use crate::render::{self, Freshness};
 use crate::watch::scene::Scene;
 
 /// A worker that was lost is shown first for so many seconds.
@@ -61,6 +61,8 @@ pub fn rows(status: &JobStatus, scene: &Scene) -> Vec<RankRow> {
 struct Seen<'a> {
     scene: &'a Scene,
     stall: Option<&'a str>,
+    /// A coordinator hears of the workers now.
+    live: bool,
     /// Those that lag, and why.
     lagging: BTreeMap<Rank, Cause>,
     /// Ranks of those that were lost, when they were.
@@ -90,7 +92,8 @@ impl<'a> Seen<'a> {
         }
         let there = status.workers.iter().filter(|worker| !worker.left);
         let ahead = there.map(|worker| worker.step.0).max().unwrap_or_default();
-        Self { scene, stall: status.stall.as_deref(), lagging, were, ahead }
+        let live = scene.current.as_ref().is_some_and(|now| now.freshness == Freshness::Live && now.age.is_none());
+        Self { scene, stall: status.stall.as_deref(), live, lagging, were, ahead }
     }
 
     fn tone(&self, worker: &WorkerStatus) -> Tone {
@@ -140,7 +143,7 @@ impl<'a> Seen<'a> {
                 Some(gpu) => gpu,
                 None => resident.unwrap_or_else(unknown),
             },
-            heard: ago(worker.seconds_since_heartbeat),
+            heard: if self.live { ago(worker.seconds_since_heartbeat) } else { unknown() },
             tone,
         }
     }

@@ -108,11 +108,13 @@ fn a_job_that_begins_fails_or_was_left_is_told_so() {
     failed.current.as_mut().unwrap().freshness = Freshness::Ended;
     let view = seen(&failed);
     assert_eq!((view.tone, view.over, view.left.as_str()), (Tone::Bad, true, ""));
+    assert!(view.running_for.starts_with("ran ") && view.ranks.iter().all(|row| row.heard == "-"), "{view:?}");
     assert_eq!(view.alarm.as_deref(), Some("worker 1 was silent for 15 s"));
     let mut left = scene();
     left.current.as_mut().unwrap().freshness = Freshness::Stale;
     let view = seen(&left);
     assert_eq!((view.state.as_str(), view.tone), ("running, stale", Tone::Bad));
+    assert!(view.ranks.iter().all(|row| row.heard == "-"), "{view:?}");
     assert!(view.alarm.unwrap().contains("learn-launch resume"));
     let early = changed(|status| (status.evaluations, status.best) = (vec![], None));
     assert_eq!(seen(&early).held_out.empty, "no evaluation yet; an epoch has 400 steps");
