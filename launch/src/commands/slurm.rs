@@ -90,6 +90,7 @@ fn submit_new(args: &SlurmArgs, request: &Request, output: &Output) -> Result<()
     let run = RunDir::new(&root);
     let text = write(request, &run, &config)?;
     if args.dry_run {
+        runs::refuse_new(&root, &config, args.force)?;
         return show(request, &text, &root, output);
     }
     let aside = if args.force { runs::move_aside(&root)? } else { None };

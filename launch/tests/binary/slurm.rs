@@ -58,3 +58,21 @@ fn a_script_comes_with_the_size_of_its_job_and_with_the_warnings_of_a_training()
     assert_eq!(four["workers"], 4);
     Ok(())
 }
+
+#[test]
+fn a_dry_run_refuses_the_name_of_a_run_that_is_there_as_the_command_does() -> TestResult {
+    let installation = Installation::new("exit 1", "exit 1")?;
+    std::fs::create_dir_all(installation.path("runs/learn"))?;
+    for command in [&["train", "--no-workers"][..], &["slurm"]] {
+        for dry in [&["--dry-run"][..], &[]] {
+            let refused = installation.launch(&[command, dry].concat())?;
+            assert_eq!(refused.status.code(), Some(2), "{command:?} {dry:?}: {}", err(&refused));
+            let words = "runs/learn exists already and has no checkpoint";
+            assert!(err(&refused).contains(words), "{command:?} {dry:?}: {}", err(&refused));
+        }
+        let forced = installation.launch(&[command, &["--dry-run", "--force"]].concat())?;
+        assert!(forced.status.success(), "{command:?}: {}", err(&forced));
+    }
+    assert_eq!(std::fs::read_dir(installation.path("runs"))?.count(), 1, "nothing was moved");
+    Ok(())
+}

@@ -243,6 +243,10 @@ mod tests {
         assert_eq!(refused(|c| c.cluster.collective_timeout = Span::from_secs(0)), "cluster.collective_timeout");
         assert_eq!(refused(|c| c.cluster.join_timeout = Span::from_secs(0)), "cluster.join_timeout");
         assert_eq!(refused(|c| c.cluster.min_workers = c.cluster.workers + 1), "cluster.min_workers");
+        assert_eq!(refused(|c| (c.cluster.grpc_port, c.cluster.http_port) = (4100, 4100)), "cluster.http_port");
+        let mut ports = Config::default();
+        (ports.cluster.grpc_port, ports.cluster.http_port) = (4100, 4101);
+        ports.validate().unwrap();
         assert_eq!(refused(|c| c.checkpoint.metric = "loss".into()), "checkpoint.metric");
         assert_eq!(refused(|c| c.checkpoint.metric = "cvr.auc".into()), "checkpoint.metric");
         assert_eq!(refused(|c| c.evaluation.cutoffs = vec![20]), "checkpoint.metric");

@@ -497,6 +497,12 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         );
     }
     cluster.tls.validate()?;
+    if cluster.grpc_port != 0 && cluster.grpc_port == cluster.http_port {
+        return fail(
+            "cluster.http_port",
+            "is cluster.grpc_port, too, and a port serves one; set another, or 0 for any free one",
+        );
+    }
     for (key, span) in [
         ("cluster.heartbeat_interval", cluster.heartbeat_interval),
         ("cluster.collective_timeout", cluster.collective_timeout),
