@@ -1,17 +1,18 @@
 //! `learn-coordinator`: serves one job from its run directory, or its data alone; see the library.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::exit;
 
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory as _, Parser, Subcommand};
 use learn_coordinator::bench::{self, BenchDataset, Client, Lengths, Shape};
 use learn_coordinator::embedding::{EmbeddingCoordinator, Ended};
-use learn_coordinator::files::read_json;
 use learn_coordinator::replica::{self, ReplicaSettings};
 use learn_coordinator::{CoordinatorError, Outcome, Settings, exit_code, run, take_over};
 use learn_domain::config::RowFormat;
 use learn_domain::report;
-use learn_domain::report::{CoordinatorAddress, Task};
+use learn_domain::report::Task;
 use learn_domain::run_dir::RunDir;
 use learn_proto::connect::Pass;
 use learn_telemetry::stdio;
@@ -206,8 +207,8 @@ struct DataArguments {
     /// The dataset directory, or a copy of it on this machine [default: the job's data.dataset]
     #[arg(long, value_name = "DIR")]
     dataset: Option<PathBuf>,
-    /// The run directory, where the coordinator's address and the secret are read
-    #[arg(long, value_name = "DIR", required_unless_present_all = ["coordinator", "secret_file"])]
+    /// The run directory, where the coordinator's address and the secret are read; or say --coordinator and --secret-file
+    #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
     /// http://HOST:PORT of the coordinator's gRPC; `grpc` of RUN/coordinator.json
     #[arg(long, value_name = "URL")]
@@ -230,15 +231,18 @@ struct DataArguments {
 }
 
 impl DataArguments {
+    fn names_a_job(&self) -> bool {
+        self.run_dir.is_some() || self.coordinator.is_some() && self.secret_file.is_some()
+    }
+
     fn settings(self) -> Result<ReplicaSettings, CoordinatorError> {
-        let run_dir = self.run_dir.map(RunDir::new);
-        // clap sees to it that there is a run directory or all that it would say
-        let in_run = |file: fn(&RunDir) -> PathBuf| run_dir.as_ref().map(file).unwrap_or_default();
+        // `parsed` sees to it that there is a run directory or all that it would say
+        let run_dir = RunDir::new(self.run_dir.unwrap_or_default());
         let coordinator = match self.coordinator {
             Some(url) => url,
-            None => read_json::<CoordinatorAddress>(&in_run(RunDir::coordinator))?.grpc,
+            None => replica::coordinator_of(&run_dir)?,
         };
-        let secret_file = self.secret_file.unwrap_or_else(|| in_run(RunDir::secret));
+        let secret_file = self.secret_file.unwrap_or_else(|| run_dir.secret());
         Ok(ReplicaSettings {
             dataset: self.dataset,
             coordinator,
@@ -255,8 +259,21 @@ fn task(text: &str) -> Result<Task, String> {
     serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
+/// The command line. clap alone cannot say that there are two ways to name the job of a data server.
+fn parsed(words: impl IntoIterator<Item = OsString>) -> Result<Arguments, clap::Error> {
+    let arguments = Arguments::try_parse_from(words)?;
+    if !matches!(&arguments.beside, Some(Beside::Data(data)) if !data.names_a_job()) {
+        return Ok(arguments);
+    }
+    let mut command = Arguments::command();
+    command.build();
+    let own = command.find_subcommand("data").cloned();
+    let why = "nothing says which job: name it by --run-dir DIR, or by --coordinator URL and --secret-file FILE";
+    Err(own.unwrap_or(command).error(ErrorKind::MissingRequiredArgument, why))
+}
+
 fn main() {
-    let arguments = Arguments::parse();
+    let arguments = parsed(std::env::args_os()).unwrap_or_else(|error| error.exit());
     let role = match arguments.beside {
         Some(Beside::Data(_)) => "data",
         Some(Beside::Bench(_)) => "bench",
@@ -340,4 +357,23 @@ fn said(outcome: &Outcome) -> i32 {
         stdio::say(format_args!("learn-coordinator: {cause}"));
     }
     exit_code(outcome)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_data_server_without_a_job_hears_of_both_ways_to_name_it() {
+        let parse = |words: &[&str]| parsed(["learn-coordinator", "data"].iter().chain(words).map(OsString::from));
+        let cases: [&[&str]; 3] = [&[], &["--coordinator", "http://h:1"], &["--secret-file", "s"]];
+        for words in cases {
+            let error = parse(words).unwrap_err();
+            assert_eq!(error.exit_code(), report::exit::USAGE);
+            let text = error.to_string();
+            assert!(text.contains("--run-dir DIR, or by --coordinator URL and --secret-file FILE"), "{text}");
+        }
+        parse(&["--run-dir", "runs/shop"]).unwrap();
+        parse(&["--coordinator", "http://h:1", "--secret-file", "s"]).unwrap();
+    }
 }

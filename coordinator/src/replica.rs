@@ -6,6 +6,7 @@
 //! served; who is told that this server is there, is the coordinator's affair ([`crate::data::Directory`]).
 
 use std::future::Future;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,6 +14,8 @@ use std::time::{Duration, Instant};
 use learn_dataset::{Dataset, Progress};
 use learn_domain::Config;
 use learn_domain::config::ClusterConfig;
+use learn_domain::report::CoordinatorAddress;
+use learn_domain::run_dir::RunDir;
 use learn_proto::auth::BearerInterceptor;
 use learn_proto::connect::{Pass, may_pass};
 use learn_proto::convert::{DataOffer, OfferedServer};
@@ -28,6 +31,7 @@ use tonic::transport::Channel;
 use crate::CoordinatorError;
 use crate::connections::{self, Gate};
 use crate::data::{self, DataServer, DataService, Directory, Source, SourceError, catalogues};
+use crate::files::{FileError, read_json};
 use crate::serve::{Ports, ServeError, close, ending, on_stop};
 
 /// Pause before a coordinator that is away is asked again.
@@ -60,12 +64,28 @@ pub enum ReplicaError {
         "`{url}` is no address of a coordinator: {reason}; it looks like http://HOST:PORT, see RUN/coordinator.json"
     )]
     Address { url: String, reason: String },
+    #[error("{run} has no live coordinator: its job has ended or has not begun; `learn-launch status {run}` tells")]
+    NoCoordinator { run: String },
     #[error("the coordinator at {url} has not answered for {waited:?}: {status}")]
     Away { url: String, waited: Duration, status: Box<Status> },
     #[error("the coordinator refused this data server: {0}")]
     Refused(String),
     #[error("the coordinator's configuration cannot be read: {0}; start all processes of a job from the same build")]
     Config(#[from] serde_json::Error),
+}
+
+/// The URL of the gRPC of a run's coordinator.
+///
+/// # Errors
+/// If there is none, or its address cannot be read.
+pub fn coordinator_of(run: &RunDir) -> Result<String, CoordinatorError> {
+    match read_json::<CoordinatorAddress>(&run.coordinator()) {
+        Ok(address) => Ok(address.grpc),
+        Err(FileError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound && run.root().is_dir() => {
+            Err(ReplicaError::NoCoordinator { run: run.root().display().to_string() }.into())
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 type Client = ControlClient<InterceptedService<Channel, BearerInterceptor>>;
@@ -231,4 +251,27 @@ pub async fn serve(
         () = &mut shutdown => return Ok(()),
     };
     replica.serve(shutdown).await
+}
+
+#[cfg(test)]
+mod tests {
+    use learn_domain::report::exit;
+
+    use super::*;
+    use crate::files::write_json;
+
+    #[test]
+    fn a_run_without_a_coordinator_is_named_as_such() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::new(folder.path());
+        let error = coordinator_of(&run).unwrap_err();
+        assert_eq!(error.exit_code(), exit::FAILED);
+        let text = error.to_string();
+        assert!(text.contains("has no live coordinator") && text.contains("learn-launch status"), "{text}");
+        let absent = coordinator_of(&RunDir::new(folder.path().join("none"))).unwrap_err().to_string();
+        assert!(absent.contains("none/coordinator.json"), "a run that is not there is something else: {absent}");
+        let address = CoordinatorAddress { grpc: "http://h:1".into(), ..CoordinatorAddress::default() };
+        write_json(&run.coordinator(), &address).unwrap();
+        assert_eq!(coordinator_of(&run).unwrap(), "http://h:1");
+    }
 }

@@ -10,6 +10,9 @@ pub enum Failure {
     /// The command line or the configuration is wrong.
     #[error("{0}")]
     Usage(String),
+    /// Another process works on the same thing; it may be free soon.
+    #[error("{0}")]
+    Busy(String),
     /// Stopped by the operator.
     #[error("{0}")]
     Stopped(String),
@@ -44,6 +47,7 @@ impl Failure {
     fn code(&self) -> i32 {
         match self {
             Self::Usage(_) => exit::USAGE,
+            Self::Busy(_) => exit::FAILED,
             Self::Stopped(_) => exit::STOPPED,
             Self::WorkerLost(_) => exit::WORKER_LOST,
             Self::Diverged(_) => exit::DIVERGED,
@@ -98,6 +102,7 @@ mod tests {
         for (error, code) in [
             (anyhow::anyhow!("disk full"), exit::FAILED),
             (Failure::Usage("no such run".into()).into(), exit::USAGE),
+            (Failure::Busy("another embeds".into()).into(), exit::FAILED),
             (anyhow::Error::from(settings).context("while reading"), exit::USAGE),
             (Failure::Stopped("stopped".into()).into(), exit::STOPPED),
             (Failure::WorkerLost("lost".into()).into(), exit::WORKER_LOST),

@@ -46,20 +46,7 @@ pub fn create(root: &Path, config: &Config) -> Result<RunDir> {
         if error.kind() != io::ErrorKind::AlreadyExists {
             return Err(error).with_context(|| format!("cannot make {}", root.display()));
         }
-        let run = RunDir::new(root);
-        refuse_live(&run)?;
-        let shown = root.display();
-        return Err(Failure::Usage(match has_checkpoint(&run) {
-            true => format!(
-                "the run {shown} exists already. Continue it with `learn-launch resume {shown}`, give the new one another \
-                 name with `--set job.name=NAME`, or move the old one aside with `--force`"
-            ),
-            false => format!(
-                "the run {shown} exists already and has no checkpoint that could be resumed: add `--force`, which moves it \
-                 aside, or give the new one another name with `--set job.name=NAME`"
-            ),
-        })
-        .into());
+        return Err(taken(root));
     }
     let run = RunDir::new(root);
     for folder in [run.logs(), run.checkpoints()] {
@@ -70,6 +57,39 @@ pub fn create(root: &Path, config: &Config) -> Result<RunDir> {
     write_secret(&run.token())?;
     tls::provide(&run, &config.cluster.tls)?;
     Ok(run)
+}
+
+/// Why there cannot be a new run where one is.
+fn taken(root: &Path) -> anyhow::Error {
+    let run = RunDir::new(root);
+    if let Err(alive) = refuse_live(&run) {
+        return alive;
+    }
+    let shown = root.display();
+    Failure::Usage(match has_checkpoint(&run) {
+        true => format!(
+            "the run {shown} exists already. Continue it with `learn-launch resume {shown}`, give the new one another name \
+             with `--set job.name=NAME`, or move the old one aside with `--force`"
+        ),
+        false => format!(
+            "the run {shown} exists already and has no checkpoint that could be resumed: add `--force`, which moves it \
+             aside, or give the new one another name with `--set job.name=NAME`"
+        ),
+    })
+    .into()
+}
+
+/// Finds what [`create`] would refuse, or [`move_aside`] before it, without a change: for those who only ask.
+///
+/// # Errors
+/// As those of the two.
+pub fn refuse_new(root: &Path, config: &Config, force: bool) -> Result<()> {
+    tls::check(&config.cluster.tls)?;
+    match (root.exists(), force) {
+        (false, _) => Ok(()),
+        (true, false) => Err(taken(root)),
+        (true, true) => claim_to_move(root).map(drop),
+    }
 }
 
 /// Whether a run has come to a checkpoint, be it a damaged one.
@@ -128,16 +148,21 @@ pub fn move_aside(root: &Path) -> Result<Option<PathBuf>> {
     if !root.exists() {
         return Ok(None);
     }
-    let run = RunDir::new(root);
-    let _claim = claim(&run)?;
-    // a job that waits would begin to work on the run that comes in its place
-    refuse_queued(&run)?;
+    let _claim = claim_to_move(root)?;
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut name = root.file_name().unwrap_or_default().to_owned();
     name.push(format!(".before-{seconds}"));
     let aside = root.with_file_name(name);
     fs::rename(root, &aside).with_context(|| format!("cannot move {} to {}", root.display(), aside.display()))?;
     Ok(Some(aside))
+}
+
+fn claim_to_move(root: &Path) -> Result<Claim> {
+    let run = RunDir::new(root);
+    let claim = claim(&run)?;
+    // a job that waits would begin to work on the run that comes in its place
+    refuse_queued(&run)?;
+    Ok(claim)
 }
 
 /// Finds a run by its directory, or by its name under `runs_dir`.
@@ -367,6 +392,10 @@ mod tests {
         let secret = fs::read_to_string(run.secret()).unwrap();
         let text = create(&root, &Config::default()).unwrap_err().to_string();
         assert!(text.contains("`--force`") && !text.contains("learn-launch resume"), "{text}");
+        let asked = refuse_new(&root, &Config::default(), false).unwrap_err();
+        assert_eq!((crate::failure::exit_code(&asked), asked.to_string()), (2, text), "who only asks hears the same");
+        refuse_new(&root, &Config::default(), true).unwrap();
+        refuse_new(&folder.path().join("two"), &Config::default(), false).unwrap();
         fs::create_dir(run.checkpoint(Step(7))).unwrap();
         let error = create(&root, &Config::default()).unwrap_err();
         assert_eq!(crate::failure::exit_code(&error), 2);

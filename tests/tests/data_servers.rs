@@ -166,6 +166,9 @@ fn a_data_server_may_come_at_any_time_with_a_copy_of_the_dataset_but_no_other() 
     succeeds(&site.launch(&["stop", "runs/run"]));
     assert_eq!(child.wait_with_output().expect("it ends").status.code(), Some(3));
     assert_eq!(late.wait().expect("it ends").code(), Some(0), "the coordinator has told it that the job is over");
+    let too_late = data(&copy).output().expect("it starts");
+    assert_eq!(too_late.status.code(), Some(1));
+    assert!(text(&too_late).contains("has no live coordinator: its job has ended"), "{}", text(&too_late));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Promise 3: workers may be lost, paused, added and taken away, and the job does not lose a finished step: losses, batches
 //! and parameters are those of the undisturbed run.
 
+use std::io::{BufRead as _, BufReader};
 use std::process::Child;
 use std::time::Duration;
 
@@ -191,6 +192,22 @@ fn a_running_job_is_scaled_up_and_down() {
     assert!(events(&site, "scaled", "worker_lost").is_empty());
     let refused = site.launch(&["scale", "runs/scaled", "--workers", "2"]);
     assert_eq!(refused.status.code(), Some(2), "{}", text(&refused));
+}
+
+#[test]
+fn who_wants_more_workers_than_anybody_starts_hears_how_they_come() {
+    let site = Site::new(SMALL);
+    let train = site.train(&["job.name=open", "cluster.workers=1"]);
+    let mut child = site.start(&[&train[..], &["--no-workers"]].concat());
+    let mut said = BufReader::new(child.stderr.take().expect("it is piped")).lines().map_while(Result::ok);
+    assert!(said.any(|line| line.contains("waiting for 1 worker: learn-worker join")), "it serves nobody");
+    let scaled = site.launch(&["scale", "runs/open", "--workers", "3", "--timeout", "1"]);
+    assert_eq!(scaled.status.code(), Some(1), "{}", text(&scaled));
+    let words =
+        "0 of 3 workers after 1 s; the job starts no workers itself, so start 3 workers more: learn-worker join";
+    assert!(text(&scaled).contains(words), "{}", text(&scaled));
+    signal("TERM", child.id().into());
+    assert_eq!(child.wait().expect("it ends").code(), Some(3));
 }
 
 #[test]

@@ -336,8 +336,10 @@ fn budgets_and_a_site_without_scontrol_have_exit_codes_of_their_own() {
 #[ignore = "needs Slurm: cargo xtask system slurm"]
 fn each_worker_sees_one_gpu_and_plain_files_are_told_of() {
     let (cluster, site) = (Cluster::start(), Site::new(SMALL));
-    // the devices are not real, so tensors stay on the CPU
-    let on_gpus = ["--nodes", "2", "--gpus-per-node", "2", "--sbatch=--exclude=node3", "--set", "cluster.device=cpu"];
+    // the devices are not real, so tensors stay on the CPU, which --gpus-per-node would contradict
+    let gpus = ["--tasks-per-node", "2", "--sbatch=--gpus-per-node=2", "--srun=--gpus-per-task=1"];
+    let elsewhere = ["--nodes", "2", "--sbatch=--exclude=node3", "--set", "cluster.device=cpu"];
+    let on_gpus = [&gpus[..], &elsewhere[..]].concat();
     let _job = submit(&cluster, &site, "gpus", 100_000, &on_gpus);
     follow(&site, "gpus", 20);
     let status = cluster.status(&site, "runs/gpus");

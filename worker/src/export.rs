@@ -66,7 +66,8 @@ pub struct Exported {
 pub fn export(settings: &ExportSettings, progress: &dyn Progress) -> Result<Exported, WorkerError> {
     let out = &settings.out;
     if out.exists() {
-        return Err(failed(out)("it exists already; name a new directory with --out"));
+        let message = format!("{}: it exists already; name a new directory with --out", out.display());
+        return Err(WorkerError::Usage(message));
     }
     let aside = out.with_extension(format!("tmp-{}", std::process::id()));
     let ending = Arc::new(Mutex::new(()));
@@ -285,6 +286,21 @@ mod tests {
             let error = table.append(&ids, &rows).err();
             assert_eq!(error.map(|error| error.exit_code()), code, "{value}");
         }
+    }
+
+    #[test]
+    fn a_name_that_is_taken_is_wrong_usage() {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = ExportSettings {
+            run: "none".into(),
+            out: folder.path().into(),
+            checkpoint: None,
+            dataset: None,
+            cvr_features: None,
+        };
+        let error = export(&settings, &()).unwrap_err();
+        assert_eq!(error.exit_code(), exit::USAGE);
+        assert!(error.to_string().ends_with("it exists already; name a new directory with --out"), "{error}");
     }
 
     #[test]

@@ -299,6 +299,7 @@ mod tests {
             generation: learn_domain::Generation(1),
             world_size: 10_000,
             wanted_workers: 10_000,
+            most_workers: None,
             dataset: DatasetFacts::default(),
             steps_per_epoch: 1,
             total_steps: 1,

@@ -71,6 +71,7 @@ impl Job {
                 ranks => ranks,
             },
             wanted_workers: self.wanted(),
+            most_workers: self.settings.most_workers,
             dataset: self.settings.dataset.clone(),
             steps_per_epoch: self.settings.plan.steps_per_epoch(),
             total_steps: self.settings.total_steps,

@@ -278,6 +278,10 @@ pub struct JobStatus {
     /// Workers that the job wants to have; 0 in files of older versions.
     #[serde(default)]
     pub wanted_workers: u32,
+    /// Most workers that whoever starts them can start; none where nobody does but people or a scheduler, and in files of older
+    /// versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub most_workers: Option<u32>,
     pub dataset: DatasetFacts,
     pub steps_per_epoch: u64,
     pub total_steps: u64,

@@ -210,7 +210,7 @@ fn lock(dataset: &Path) -> Result<File> {
     locked.map_err(|error| match error {
         TryLockError::WouldBlock => {
             let shown = super::shown(dataset);
-            Failure::Usage(format!(
+            Failure::Busy(format!(
                 "{shown} is being embedded now by another `learn-launch embed`; wait for it, or stop it"
             ))
             .into()

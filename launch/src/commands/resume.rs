@@ -164,18 +164,26 @@ pub fn run(args: &ResumeArgs, output: &Output) -> Result<()> {
 }
 
 pub(super) fn refuse_unchangeable<'a>(mut keys: impl Iterator<Item = &'a str>) -> Result<()> {
-    let allowed = |key: &str| {
-        CHANGEABLE.iter().any(|allowed| if allowed.ends_with('.') { key.starts_with(allowed) } else { key == *allowed })
-    };
-    match keys.find(|key| !allowed(key)) {
+    match keys.find(|key| !is_among(&CHANGEABLE, key)) {
         None => Ok(()),
         Some(key) => Err(Failure::Usage(format!(
             "{key} cannot change when a run is resumed: it would be another run. Start one with `learn-launch train`; \
              a resumed run may change {}",
-            CHANGEABLE.map(|key| if key.ends_with('.') { format!("{key}*") } else { key.to_owned() }).join(", ")
+            listed(&CHANGEABLE)
         ))
         .into()),
     }
+}
+
+/// Whether keys, and sections (ending in a dot), have this key among them.
+pub(super) fn is_among(keys: &[&str], key: &str) -> bool {
+    keys.iter().any(|one| if one.ends_with('.') { key.starts_with(one) } else { key == *one })
+}
+
+/// Such keys, for people.
+pub(super) fn listed(keys: &[&str]) -> String {
+    let one = |key: &&str| if key.ends_with('.') { format!("{key}*") } else { (*key).to_owned() };
+    keys.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
 /// A training that has come to step `done` cannot end before it.

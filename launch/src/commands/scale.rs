@@ -1,17 +1,18 @@
 //! `learn-launch scale`: more or fewer workers for a running job.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use clap::Args;
-use learn_domain::report::{JobState, JobStatus};
+use learn_domain::report::{CoordinatorAddress, JobState, JobStatus};
 
 use crate::api::Api;
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::slurm::queue::Queue;
-use crate::{operator, runs};
+use crate::{operator, render, runs};
 
 pub const HELP: &str = "\
 Examples:
@@ -20,8 +21,8 @@ Examples:
 
 New workers join, and surplus ones leave, between two steps; the batches, the losses and the result stay the same. \
 The `learn-launch` that runs the job starts the new processes, and refuses more than its machine takes: 16 a core, 64 \
-on small ones. Never fewer than cluster.min_workers. A job of Slurm's can have fewer, not more: its tasks are those \
-that it was submitted with.";
+on small ones. If nobody starts them (`train --no-workers`), this says by which command they come. Never fewer than \
+cluster.min_workers. A job of Slurm's can have fewer, not more: its tasks are those that it was submitted with.";
 
 /// Pause between two looks at the job.
 const POLL: Duration = Duration::from_millis(200);
@@ -79,6 +80,10 @@ pub fn run(args: &ScaleArgs, output: &Output) -> Result<()> {
     if wanted != args.workers {
         output.note(&format!("{shown}: {wanted} is what it can have (cluster.min_workers, training.global_batch)"));
     }
+    let more = who_must_join(&api.job()?, wanted, &address, &run.secret());
+    if let Some(more) = &more {
+        output.note(&format!("{shown}: {more}"));
+    }
     if args.no_wait {
         return output.result(&format!("{shown}: {wanted} workers are wanted"), &api.job()?);
     }
@@ -92,13 +97,61 @@ pub fn run(args: &ScaleArgs, output: &Output) -> Result<()> {
             bail!("{shown} is {} already", status.state.name());
         }
         if started.elapsed() > Duration::from_secs(args.timeout) {
-            bail!(
-                "{shown} has {} of {wanted} workers after {} s; its logs say what the others do",
-                status.world_size,
-                args.timeout
-            );
+            let (there, seconds) = (there(&status), args.timeout);
+            let why = more.unwrap_or_else(|| "its logs say what the others do".into());
+            bail!("{shown} has {there} of {wanted} workers after {seconds} s; {why}");
         }
         std::thread::sleep(POLL);
     };
     output.result(&format!("{shown}: {wanted} workers since generation {}", status.generation), &status)
+}
+
+/// Workers that a job has.
+fn there(status: &JobStatus) -> u32 {
+    match status.state {
+        // its ranks are those that it will have
+        JobState::Gathering => status.workers.iter().map(|worker| u32::from(!worker.left)).sum(),
+        _ => status.world_size,
+    }
+}
+
+/// What to do for workers that are missing and that nobody starts by himself.
+fn who_must_join(status: &JobStatus, wanted: u32, address: &CoordinatorAddress, secret: &Path) -> Option<String> {
+    let missing = wanted.saturating_sub(there(status));
+    (missing > 0 && status.most_workers.is_none()).then(|| {
+        format!(
+            "the job starts no workers itself, so start {} more: learn-worker join --coordinator {} --secret-file {}",
+            render::workers(missing as usize),
+            address.grpc,
+            secret.display()
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_that_nobody_starts_come_by_a_command() {
+        let address = CoordinatorAddress { grpc: "http://h:4100".into(), ..CoordinatorAddress::default() };
+        let mut status = crate::watch::tests::scene().current.unwrap().status;
+        let told = |status: &JobStatus, wanted| who_must_join(status, wanted, &address, Path::new("/r/secret"));
+        assert_eq!(told(&status, 6), None, "its launcher starts them");
+        status.most_workers = None;
+        assert_eq!(
+            told(&status, 6).as_deref(),
+            Some(
+                "the job starts no workers itself, so start 2 workers more: learn-worker join --coordinator http://h:4100 \
+                 --secret-file /r/secret"
+            )
+        );
+        for enough in [1, 4] {
+            assert_eq!(told(&status, enough), None);
+        }
+        // before the first generation
+        (status.state, status.world_size) = (JobState::Gathering, 6);
+        status.workers[0].left = true;
+        assert!(told(&status, 6).unwrap().contains("start 3 workers more"), "three are there");
+    }
 }

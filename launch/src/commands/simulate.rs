@@ -13,6 +13,7 @@ use learn_domain::report::{CoordinatorAddress, Task};
 use learn_domain::run_dir::RunDir;
 use learn_proto::connect::Pass;
 
+use crate::failure::Failure;
 use crate::load::{self, Load, Measured};
 use crate::output::Output;
 use crate::process::{self, Process};
@@ -48,7 +49,8 @@ pub struct SimulateArgs {
 /// The limit on open files is too low, the coordinator cannot be started, or it loses a worker.
 pub fn run(args: &SimulateArgs, output: &Output) -> Result<()> {
     if !(args.minutes > 0.0 && args.minutes <= 1440.0) {
-        bail!("--minutes {} makes no sense; give a number above 0", args.minutes);
+        let message = format!("--minutes {} makes no sense; give a number above 0, and 1440 at most", args.minutes);
+        return Err(Failure::Usage(message).into());
     }
     let files = u64::from(args.workers) + FILES;
     system::raise_open_file_limit(files).with_context(|| {

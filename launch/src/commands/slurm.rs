@@ -16,7 +16,8 @@ use crate::slurm::bind;
 use crate::slurm::client::{self, Queued};
 use crate::slurm::queue::refuse_queued;
 use crate::slurm::run::{SlurmJob, device};
-use crate::slurm::script::{Place, Request, job_name, script};
+use crate::slurm::script::{Place, Request, ScriptError, job_name, script};
+use crate::slurm::size;
 use crate::{runs, tls};
 
 pub const HELP: &str = "\
@@ -76,21 +77,24 @@ pub fn run(args: &SlurmArgs, output: &Output) -> Result<()> {
 }
 
 fn submit_new(args: &SlurmArgs, request: &Request, output: &Output) -> Result<()> {
-    let mut config = args
-        .settings
-        .resolver()?
-        .flag("--name", "job.name", args.name.as_ref())?
-        .flag(WORKERS, "cluster.workers", Some(request.workers()))?
-        .finish()?;
+    let resolver = args.settings.resolver()?.flag("--name", "job.name", args.name.as_ref())?;
+    let note = check_size(request, &resolver)?;
+    let mut config = resolver.flag(WORKERS, "cluster.workers", Some(request.workers()))?.finish()?;
+    request.refuse_idle_gpus(config.cluster.device).map_err(usage)?;
     runs::find_init(&mut config)?;
     anchor(&mut config)?;
     config.cluster.device = device(config.cluster.device, request.on_gpus());
     super::train::check_ready(&config, output)?;
+    if let Some(note) = note {
+        output.note(&note);
+    }
+    super::train::warn_of_warm_up(&config, output)?;
     let root = config.job.runs_dir.join(&config.job.name);
     let run = RunDir::new(&root);
     let text = write(request, &run, &config)?;
     if args.dry_run {
-        return output.result(&text, &serde_json::json!({ "script": text, "run": root }));
+        runs::refuse_new(&root, &config, args.force)?;
+        return show(request, &text, &root, output);
     }
     let aside = if args.force { runs::move_aside(&root)? } else { None };
     if let Some(aside) = &aside {
@@ -111,7 +115,7 @@ fn submit_new(args: &SlurmArgs, request: &Request, output: &Output) -> Result<()
         }
         Err(error)
     })?;
-    say(&run, job, output)
+    say(&run, job, request, output)
 }
 
 fn resubmit(args: &SlurmArgs, request: Request, named: &Path, output: &Output) -> Result<()> {
@@ -137,7 +141,9 @@ fn resubmit(args: &SlurmArgs, request: Request, named: &Path, output: &Output) -
         let message = format!("{shown} was not submitted by `learn-launch slurm`: say --nodes and --gpus-per-node");
         return Err(Failure::Usage(message).into());
     };
+    check_size(&request, &resolver)?;
     let mut config = resolver.flag(WORKERS, "cluster.workers", Some(request.workers()))?.finish()?;
+    request.refuse_idle_gpus(config.cluster.device).map_err(usage)?;
     anchor(&mut config)?;
     if config.data.dataset != before.data.dataset {
         runs::dataset(&run, &config)?;
@@ -148,7 +154,7 @@ fn resubmit(args: &SlurmArgs, request: Request, named: &Path, output: &Output) -
     }
     let text = write(&request, &run, &config)?;
     if args.dry_run {
-        return output.result(&text, &serde_json::json!({ "script": text, "run": run.root() }));
+        return show(&request, &text, run.root(), output);
     }
     let before = Kept::of([run.config(), bind::file(&run), script_file(&run), request_file(&run)])?;
     let written = bind::keep(&run, &config.cluster.bind)
@@ -166,7 +172,24 @@ fn resubmit(args: &SlurmArgs, request: Request, named: &Path, output: &Output) -
         }
         Err(error)
     })?;
-    say(&run, job, output)
+    say(&run, job, &request, output)
+}
+
+fn usage(error: ScriptError) -> Failure {
+    Failure::Usage(error.to_string())
+}
+
+/// Compares the request with what was asked for by `cluster.workers`; gives what is to be noted.
+fn check_size(request: &Request, resolver: &Resolver) -> Result<Option<String>> {
+    let said = resolver.set_by("cluster.workers");
+    let said = said.and_then(|(value, origin)| Some((u32::try_from(value.as_u64()?).ok()?, origin)));
+    size::check(request, said).map_err(|error| Failure::Usage(error.to_string()).into())
+}
+
+/// The script that would be submitted.
+fn show(request: &Request, text: &str, run: &Path, output: &Output) -> Result<()> {
+    output.note(&format!("would ask for {}", size::describe(request)));
+    output.result(text, &serde_json::json!({ "script": text, "run": run, "workers": request.workers() }))
 }
 
 /// Files as they were before a submission.
@@ -228,7 +251,7 @@ fn write(request: &Request, run: &RunDir, config: &learn_domain::Config) -> Resu
         log: &run.slurm_log(),
         stop_within: config.cluster.stop_within(),
     };
-    script(request, &place).map_err(|error| Failure::Usage(error.to_string()).into())
+    script(request, &place).map_err(|error| usage(error).into())
 }
 
 fn request_file(run: &RunDir) -> PathBuf {
@@ -264,17 +287,22 @@ fn submit(run: &RunDir, script: &Path) -> Result<u32> {
 }
 
 /// What has come of it, and what is next.
-fn say(run: &RunDir, job_id: u32, output: &Output) -> Result<()> {
+fn say(run: &RunDir, job_id: u32, request: &Request, output: &Output) -> Result<()> {
     let (shown, script) = (super::shown_run(run), script_file(run));
     let state = client::queued(job_id).ok().flatten();
     let now = state.as_ref().map_or_else(|| format!("job {job_id}"), Queued::describe);
     let text = format!(
-        "{shown}: {now}\nscript  {}\nlog     {}\n\nnext: learn-launch status {shown}\n      learn-launch logs {shown} --follow\n      \
+        "{shown}: {now}, {}\nscript  {}\nlog     {}\n\nnext: learn-launch status {shown}\n      learn-launch logs {shown} --follow\n      \
          learn-launch stop {shown}",
+        size::describe(request),
         super::shown(&script),
         super::shown(&run.slurm_log())
     );
-    output.result(&text, &serde_json::json!({ "job_id": job_id, "run": run.root(), "script": script, "queue": state }))
+    let workers = request.workers();
+    output.result(
+        &text,
+        &serde_json::json!({ "job_id": job_id, "run": run.root(), "script": script, "queue": state, "workers": workers }),
+    )
 }
 
 #[cfg(test)]

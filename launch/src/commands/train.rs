@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::Args;
 use learn_dataset::{Dataset, Unsuitable};
-use learn_domain::config::SplitPolicy;
+use learn_domain::config::{SplitPolicy, TrainingConfig};
 use learn_domain::plan::{Plan, PlanKey};
 use learn_domain::report::{Summary, Task};
 use learn_domain::run_dir::RunDir;
@@ -88,6 +88,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     warn_of_warm_up(&config, output)?;
     let root = config.job.runs_dir.join(&config.job.name);
     if args.dry_run {
+        runs::refuse_new(&root, &config, args.force)?;
         return describe(&root, &config, output);
     }
     if args.force
@@ -135,13 +136,27 @@ pub(super) fn check_ready(config: &Config, output: &Output) -> Result<()> {
 
 /// Says so if the training ends before its warm-up does.
 pub(super) fn warn_of_warm_up(config: &Config, output: &Output) -> Result<()> {
-    let facts = Dataset::open(&config.data.dataset)?.facts();
-    let plan = Plan::new(PlanKey::of(config, &facts))?;
-    let total = config.training.total_steps(plan.steps_per_epoch());
+    let total = config.training.total_steps(steps_per_epoch(config)?);
     if let Some(warning) = schedule::endless_warm_up(&config.optimizer, total) {
         output.note(&format!("warning: {warning}"));
     }
     Ok(())
+}
+
+fn steps_per_epoch(config: &Config) -> Result<u64> {
+    let facts = Dataset::open(&config.data.dataset)?.facts();
+    Ok(Plan::new(PlanKey::of(config, &facts))?.steps_per_epoch())
+}
+
+/// How long a training is, and what says so.
+fn length(training: &TrainingConfig, steps_per_epoch: u64) -> String {
+    let total = training.total_steps(steps_per_epoch);
+    let steps = if total == 1 { "1 step".into() } else { format!("{} steps", render::count(total)) };
+    match training.epochs {
+        epochs if total < u64::from(epochs) * steps_per_epoch => format!("{steps} (training.max_steps)"),
+        1 => format!("{steps} (1 epoch)"),
+        epochs => format!("{steps} ({epochs} epochs)"),
+    }
 }
 
 /// # Errors
@@ -167,17 +182,19 @@ fn refuse_metric(metric: &str, split: SplitPolicy) -> Result<()> {
 }
 
 fn describe(root: &Path, config: &Config, output: &Output) -> Result<()> {
+    let (exists, per_epoch) = (root.exists(), steps_per_epoch(config)?);
     let text = format!(
-        "would train {} epochs in {} with {} workers ({} threads each) on {}\n{}",
-        config.training.epochs,
+        "would train {} in {} with {} ({} threads each) on {}\n{}",
+        length(&config.training, per_epoch),
         super::shown(root),
-        config.cluster.workers,
+        render::workers(config.cluster.workers as usize),
         crew::threads_per_worker(config, config.cluster.workers),
         super::shown(&config.data.dataset),
-        if root.exists() { "the run exists: train would refuse without --force" } else { "nothing is in the way" },
+        if exists { "the run that is there would be moved aside (--force)" } else { "nothing is in the way" },
     );
     let mut json = serde_json::to_value(config)?;
-    json["run"] = serde_json::json!({ "directory": root.to_string_lossy(), "exists": root.exists() });
+    let steps = config.training.total_steps(per_epoch);
+    json["run"] = serde_json::json!({ "directory": root.to_string_lossy(), "exists": exists, "steps": steps });
     output.result(&text, &json)
 }
 
@@ -207,6 +224,16 @@ pub fn report(run: &RunDir, output: &Output) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_training_is_as_long_as_what_ends_it_first() {
+        let told = |epochs, max_steps| length(&TrainingConfig { epochs, max_steps, ..TrainingConfig::default() }, 20);
+        assert_eq!(told(120, 0), "2,400 steps (120 epochs)");
+        assert_eq!(told(120, 5), "5 steps (training.max_steps)");
+        assert_eq!(told(120, 1), "1 step (training.max_steps)");
+        assert_eq!(told(1, 20), "20 steps (1 epoch)");
+        assert_eq!(told(2, 50), "40 steps (2 epochs)");
+    }
 
     #[test]
     fn a_metric_that_cannot_come_is_refused() {

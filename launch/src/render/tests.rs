@@ -31,6 +31,7 @@ fn job() -> JobStatus {
         generation: Generation(2),
         world_size: 2,
         wanted_workers: 2,
+        most_workers: Some(64),
         dataset: DatasetFacts { name: "ml-100k".into(), users: 943, items: 1682, ..DatasetFacts::default() },
         steps_per_epoch: 20,
         total_steps: 2000,

@@ -237,6 +237,14 @@ impl Resolver {
         self.origins.keys().map(String::as_str)
     }
 
+    /// What a layer has set a key to, and which one was the last to do so.
+    #[must_use]
+    pub fn set_by(&self, key: &str) -> Option<(&Value, &Origin)> {
+        let origin = self.origins.get(key)?;
+        let value = self.tree.pointer(&format!("/{}", key.replace('.', "/")))?;
+        Some((value, origin))
+    }
+
     /// The configuration of all layers together.
     ///
     /// # Errors

@@ -52,6 +52,18 @@ fn a_later_layer_wins() {
 }
 
 #[test]
+fn the_last_layer_that_has_set_a_key_is_known() {
+    let file = file("[cluster]\nworkers = 3\n");
+    let resolver = resolver().file(file.path()).unwrap();
+    let (value, origin) = resolver.set_by("cluster.workers").unwrap();
+    assert_eq!((value.as_u64(), origin), (Some(3), &Origin::File { path: file.path().into(), line: 2 }));
+    assert!(resolver.set_by("training.epochs").is_none(), "a default is nobody's");
+    let resolver = resolver.sets(&["cluster.workers=4".into()]).unwrap();
+    let (value, origin) = resolver.set_by("cluster.workers").unwrap();
+    assert_eq!((value.as_u64(), origin), (Some(4), &Origin::Set("cluster.workers=4".into())));
+}
+
+#[test]
 fn a_study_is_named_as_one() {
     let file = file("[study]\nname = \"towers\"\nconfig = \"base.toml\"\n");
     let text = resolver().file(file.path()).unwrap_err().to_string();

@@ -17,6 +17,7 @@ pub mod queue;
 pub mod restarts;
 pub mod run;
 pub mod script;
+pub mod size;
 mod step;
 pub mod stopped;
 pub mod targets;

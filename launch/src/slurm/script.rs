@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use learn_domain::config::DeviceKind;
 use serde::{Deserialize, Serialize};
 
 /// Slurm looks at limits about every half minute, so notice that is due comes up to so much later.
@@ -139,6 +140,15 @@ impl Request {
     pub fn on_gpus(&self) -> bool {
         self.gpus_per_node.is_some_and(|gpus| gpus > 0)
     }
+
+    /// # Errors
+    /// GPUs are asked for, and a job on this device would leave them idle.
+    pub fn refuse_idle_gpus(&self, device: DeviceKind) -> Result<(), ScriptError> {
+        match self.gpus_per_node {
+            Some(gpus) if gpus > 0 && device == DeviceKind::Cpu => Err(ScriptError::IdleGpus(gpus)),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// A request that makes no sense.
@@ -148,6 +158,11 @@ pub enum ScriptError {
         "--tasks-per-node={tasks} contradicts --gpus-per-node={gpus}: there is one worker a GPU; leave one of them out"
     )]
     Tasks { tasks: u32, gpus: u32 },
+    #[error(
+        "cluster.device=cpu contradicts --gpus-per-node={0}: set cluster.device=auto, or leave --gpus-per-node out (at \
+         --resubmit, --gpus-per-node 0 takes it back)"
+    )]
+    IdleGpus(u32),
     #[error("{0} is about the coordinator's part of the job, and there is none: add --separate-coordinator")]
     NoPart(&'static str),
     #[error("an option, a path or the name of the run holds a line break, which a batch script cannot carry")]

@@ -79,6 +79,7 @@ pub fn scene() -> Scene {
         generation: Generation(2),
         world_size: 4,
         wanted_workers: 4,
+        most_workers: Some(64),
         dataset: DatasetFacts { name: "shop".into(), users: 102_400, items: 20_033, ..DatasetFacts::default() },
         steps_per_epoch: 400,
         total_steps: 4000,

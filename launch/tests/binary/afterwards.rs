@@ -17,6 +17,19 @@ fn an_evaluation_without_the_gpus_of_its_run_says_at_once_what_works() -> TestRe
 }
 
 #[test]
+fn an_evaluation_refuses_at_once_what_it_would_not_read() -> TestResult {
+    let installation = with_run_of(&offline_worker())?;
+    for set in ["training.epochs=3", "job.name=other", "embed.threads=3", "model.hidden=64", "checkpoint.metric=auc"] {
+        let refused = installation.launch(&["eval", "learn", "--set", set])?;
+        assert_eq!(refused.status.code(), Some(2), "{set}: {}", err(&refused));
+        let words = "cannot be set for an evaluation";
+        assert!(err(&refused).contains(words) && err(&refused).contains("evaluation.*"), "{set}: {}", err(&refused));
+    }
+    assert!(!installation.path("runs/learn/eval").exists(), "nothing was started");
+    Ok(())
+}
+
+#[test]
 fn exports_and_recommendations_that_are_stopped_say_so_though_their_worker_does_not() -> TestResult {
     // the worker has the command asked to stop, and ends by the signal that it gets itself
     let deaf = "case \"$1\" in export|recommend) kill -TERM $PPID; exec sleep 600;; esac";

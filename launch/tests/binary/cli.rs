@@ -53,6 +53,12 @@ fn wrong_usage_ends_with_2_and_names_the_way() -> TestResult {
         (vec!["recommend", "absent", "--users", "1,"], "--users 1,: there is a comma"),
         (vec!["status", ""], "a value is required for '<RUN>'"),
         (vec!["train", "--set", "data.dataset="], "data.dataset is an empty path"),
+        (vec!["simulate", "--workers", "5", "--minutes", "0"], "--minutes 0 makes no sense"),
+        (vec!["train", "--init-partial"], "--init-partial: training.init_partial: takes what fits of training.init"),
+        (
+            vec!["train", "--set", "training.freeze_towers=true", "--set", "objective.cvr_weight=1"],
+            "--set training.freeze_towers=true: training.freeze_towers: keeps the towers' start, which is random",
+        ),
         (vec!["train", "--set", "data.dataset=/etc/passwd"], "/etc/passwd is a file, and a dataset is a directory"),
     ] {
         let output = launch(folder.path(), &arguments);

@@ -134,6 +134,9 @@ fn a_dry_run_finds_what_would_fail_at_once() -> TestResult {
     let dry = installation.launch(&["train", "--dry-run", "--json"])?;
     let dry: Value = serde_json::from_slice(&dry.stdout)?;
     assert_eq!((&dry["run"]["exists"], &dry["job"]["name"]), (&false.into(), &"learn".into()));
+    let short = installation.launch(&["train", "--dry-run", "--epochs", "120", "--set", "training.max_steps=5"])?;
+    let words = "would train 5 steps (training.max_steps) in runs/learn with 2 workers";
+    assert!(out(&short).contains(words), "{}{}", out(&short), err(&short));
     // workers come from a machine that has GPUs
     let elsewhere = installation.launch(&["train", "--device", "cuda", "--no-workers", "--dry-run"])?;
     assert!(elsewhere.status.success(), "{}", err(&elsewhere));

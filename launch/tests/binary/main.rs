@@ -5,4 +5,5 @@ mod cli;
 mod docs;
 mod job;
 mod lock;
+mod slurm;
 mod support;

@@ -175,6 +175,31 @@ mod tests {
     }
 
     #[test]
+    fn frozen_towers_need_a_start_that_is_not_random() {
+        let mut config = Config::default();
+        (config.training.freeze_towers, config.objective.cvr_weight) = (true, 1.0);
+        config.checkpoint.metric = "cvr.auc".into();
+        let ConfigError { key, problem } = config.validate().unwrap_err();
+        assert_eq!(key, "training.freeze_towers");
+        assert!(problem.contains("is random") && problem.contains("training.init"), "{problem}");
+        let mut of_content = config.clone();
+        of_content.model.residual = Residual::Content;
+        of_content.validate().unwrap();
+        config.training.init = Some("runs/towers".into());
+        config.validate().unwrap();
+    }
+
+    #[test]
+    fn weights_that_are_not_named_cannot_be_taken_in_part() {
+        let mut config = Config::default();
+        config.training.init_partial = true;
+        let ConfigError { key, problem } = config.validate().unwrap_err();
+        assert!(key == "training.init_partial" && problem.contains("--init RUN_OR_FILE"), "{problem}");
+        config.training.init = Some("weights.safetensors".into());
+        config.validate().unwrap();
+    }
+
+    #[test]
     fn nonsense_is_named() {
         let refused = |change: fn(&mut Config)| {
             let mut config = Config::default();
@@ -218,6 +243,10 @@ mod tests {
         assert_eq!(refused(|c| c.cluster.collective_timeout = Span::from_secs(0)), "cluster.collective_timeout");
         assert_eq!(refused(|c| c.cluster.join_timeout = Span::from_secs(0)), "cluster.join_timeout");
         assert_eq!(refused(|c| c.cluster.min_workers = c.cluster.workers + 1), "cluster.min_workers");
+        assert_eq!(refused(|c| (c.cluster.grpc_port, c.cluster.http_port) = (4100, 4100)), "cluster.http_port");
+        let mut ports = Config::default();
+        (ports.cluster.grpc_port, ports.cluster.http_port) = (4100, 4101);
+        ports.validate().unwrap();
         assert_eq!(refused(|c| c.checkpoint.metric = "loss".into()), "checkpoint.metric");
         assert_eq!(refused(|c| c.checkpoint.metric = "cvr.auc".into()), "checkpoint.metric");
         assert_eq!(refused(|c| c.evaluation.cutoffs = vec![20]), "checkpoint.metric");
@@ -225,7 +254,10 @@ mod tests {
         let coded = |c: &mut Config| (c.model.history_code, c.objective.cvr_weight) = (64, 1.0);
         assert_eq!(refused(coded), "model.history_code");
         assert_eq!(refused(|c| c.training.freeze_towers = true), "training.freeze_towers");
-        let adapter = |c: &mut Config| (c.training.freeze_towers, c.objective.cvr_weight) = (true, 1.0);
+        let adapter = |c: &mut Config| {
+            (c.training.freeze_towers, c.objective.cvr_weight) = (true, 1.0);
+            c.training.init = Some("runs/towers".into());
+        };
         assert_eq!(refused(adapter), "checkpoint.metric");
         assert_eq!(
             refused(|c| c.prepare.interactions.label_at_least = Some(4.0)),

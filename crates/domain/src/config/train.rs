@@ -193,7 +193,7 @@ pub struct TrainingConfig {
     /// work for much less memory with many layers. It changes no result.
     pub activation_checkpointing: bool,
     /// Train the CVR head alone (the adapter stage): the towers keep the weights they start with, run without dropout,
-    /// and the loss is that of the head. Start from a trained run.
+    /// and the loss is that of the head. Needs `init`, or `model.residual = "content"`: a random start would stay.
     pub freeze_towers: bool,
     /// Start with these weights instead of random ones: a run directory (its best checkpoint, else its last), a checkpoint
     /// directory, or a `.safetensors` file in the layout of the published checkpoints. They must be exactly the model's, but
@@ -478,11 +478,31 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         if objective.cvr_head().is_none() {
             return fail("training.freeze_towers", "leaves nothing to train; set objective.cvr_weight above 0");
         }
+        // the residual's start is that of the content embeddings, and not random
+        if training.init.is_none() && model.residual != Residual::Content {
+            return fail(
+                "training.freeze_towers",
+                "keeps the towers' start, which is random: set training.init to a trained run (or model.residual = \
+                 \"content\", whose start is the content embeddings)",
+            );
+        }
         if checkpoint.keep_best && !of_head {
             return fail("checkpoint.metric", "does not change with frozen towers; set cvr.auc, cvr.uauc or cvr.wuauc");
         }
     }
+    if training.init_partial && training.init.is_none() {
+        return fail(
+            "training.init_partial",
+            "takes what fits of training.init, which is not set: set it (--init RUN_OR_FILE), or leave this out",
+        );
+    }
     cluster.tls.validate()?;
+    if cluster.grpc_port != 0 && cluster.grpc_port == cluster.http_port {
+        return fail(
+            "cluster.http_port",
+            "is cluster.grpc_port, too, and a port serves one; set another, or 0 for any free one",
+        );
+    }
     for (key, span) in [
         ("cluster.heartbeat_interval", cluster.heartbeat_interval),
         ("cluster.collective_timeout", cluster.collective_timeout),

@@ -67,6 +67,21 @@ fn on_the_cpu_tasks_are_counted_and_no_gpu_is_asked_for() {
 }
 
 #[test]
+fn gpus_that_would_be_idle_are_refused() {
+    let refused = gpus().refuse_idle_gpus(DeviceKind::Cpu).unwrap_err().to_string();
+    assert!(
+        refused.starts_with("cluster.device=cpu contradicts --gpus-per-node=8: set cluster.device=auto"),
+        "{refused}"
+    );
+    for device in [DeviceKind::Auto, DeviceKind::Cuda] {
+        gpus().refuse_idle_gpus(device).unwrap();
+    }
+    for none in [None, Some(0)] {
+        Request { gpus_per_node: none, ..gpus() }.refuse_idle_gpus(DeviceKind::Cpu).unwrap();
+    }
+}
+
+#[test]
 fn the_coordinator_may_have_a_part_of_its_own() {
     let request = Request { separate_coordinator: Some(true), account: Some("learn".into()), ..gpus() };
     let text = script(&request, &place()).unwrap();
