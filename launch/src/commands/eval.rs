@@ -28,9 +28,8 @@ Examples:
   learn-launch eval quickstart --segments --set evaluation.segments.cold_items=5
   learn-launch eval quickstart --set evaluation.exclude_history=true --json
 
-Keys that --set may change: evaluation.*, cluster.*, data.*, training.{threads, precision}
-(an evaluation does not read the others, or takes them as the checkpoint was trained).
-summary.json of the run is not touched; logs and status of the evaluation are in RUN/eval.";
+Keys that --set may change: evaluation.*, cluster.*, data.*, training.{threads, precision} (an evaluation does not read \
+the others, or takes them as the checkpoint was trained). summary.json of the run is not touched; logs and status of the evaluation are in RUN/eval.";
 
 /// Keys, and sections (ending in a dot), that an evaluation reads and a checkpoint leaves open.
 const READ: [&str; 5] = ["evaluation.", "cluster.", "data.", "training.threads", "training.precision"];
