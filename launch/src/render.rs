@@ -243,7 +243,7 @@ pub fn status(status: &JobStatus, freshness: Freshness, age: Option<f64>) -> Str
         let doing = format!("step {} {}", worker.step, worker.phase);
         // only a coordinator that is there knows when it has heard of a worker
         let told = freshness == Freshness::Live && age.is_none();
-        let heard = told.then(|| format!(", heard {:.1}s ago", worker.seconds_since_heartbeat)).unwrap_or_default();
+        let heard = if told { format!(", heard {:.1}s ago", worker.seconds_since_heartbeat) } else { String::new() };
         row("worker", format!("rank {rank} {place}: {doing}{heard}"));
     }
     for server in &status.data_servers {
