@@ -2,7 +2,10 @@
 //!
 //! Input: [`Command`]s through a [`JobHandle`], the clock. Output: answers, journal entries, metrics, log lines. Invariants:
 //! nothing here waits for a worker, nor for a file to be synced, besides a full journal queue; a wait of a caller (a
-//! rendezvous key, a durable ledger) is a reply that is kept. Commands that are there already are taken in one turn.
+//! rendezvous key, a durable ledger) is a reply that is kept. Commands that are there already are taken in one turn. What each
+//! of them does is in `take`.
+
+mod take;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -343,147 +346,6 @@ impl JobOwner {
         Ok(())
     }
 
-    fn take(&mut self, command: Command) -> Result<(), OwnerError> {
-        match command {
-            Command::Join(applicant, reply) => {
-                let answer = match self.job.join(self.now(), applicant) {
-                    Ok((worker, effects)) => {
-                        self.carry_out(effects)?;
-                        Ok(worker)
-                    }
-                    Err(error) => Err(error),
-                };
-                self.turn.answer(reply, answer);
-            }
-            Command::Heartbeat(beat, reply) => {
-                self.heard_of_one();
-                self.metrics.heartbeats_total.inc();
-                let (directive, effects) = self.job.heartbeat(self.now(), beat);
-                self.carry_out(effects)?;
-                self.turn.answer(reply, directive);
-            }
-            Command::Attend(worker, reply) => {
-                self.heard_of_one();
-                let attendance = self.attendances.begin(worker, self.job.directive(worker));
-                self.turn.answer(reply, attendance);
-            }
-            Command::Disconnected(worker, attendance) => {
-                // a worker that has come back by another connection is not lost
-                let ended = self.attendances.end(worker, attendance);
-                if ended && self.reunion.as_ref().is_none_or(|reunion| attendance >= reunion.attendance) {
-                    self.apply(|job, now| job.disconnected(now, worker))?;
-                }
-            }
-            Command::Ready { worker, generation, broken, reply } => {
-                let answer = match self.job.ready(self.now(), worker, (generation, broken)) {
-                    Ok(effects) => {
-                        self.carry_out(effects)?;
-                        Ok(())
-                    }
-                    Err(error) => Err(error),
-                };
-                self.turn.answer(reply, answer);
-            }
-            Command::Begin(beginning, reply) => {
-                let answer = self.job.begin(self.now(), beginning);
-                self.forget_beyond()?;
-                for record in answer.iter().flatten() {
-                    self.enter_step(record)?;
-                }
-                self.turn.answer(reply, answer.map(drop));
-            }
-            Command::Put(key, value, reply) => {
-                let member = self.job.running_member(key.worker, key.generation).map_err(AskError::from);
-                let answer = member.and_then(|_| Ok(self.store.put(key.key.clone(), value.clone())?));
-                if answer.is_ok() {
-                    self.turn.key(key.key, value);
-                }
-                self.turn.answer(reply, answer);
-            }
-            Command::Get(key, reply) => {
-                let answer = self.job.running_member(key.worker, key.generation).map(|_| {
-                    let (value, answer) = oneshot::channel();
-                    self.store.get(key.key, value);
-                    answer
-                });
-                self.turn.answer(reply, answer);
-            }
-            Command::Report(report, reply) => {
-                let answer = self.job.report(self.now(), report);
-                self.forget_beyond()?;
-                if let Ok(Some(record)) = &answer {
-                    self.enter_step(record)?;
-                    if let Some(since) = self.recovering.take() {
-                        self.metrics.recovery_seconds.observe(since.elapsed().as_secs_f64());
-                    }
-                }
-                self.turn.answer(reply, answer.map(drop));
-            }
-            Command::Commit(worker, generation, step, reply) => {
-                let answer = self.job.commit(worker, generation, step).map(|()| {
-                    let (done, durable) = oneshot::channel();
-                    self.commits.entry(step).or_default().push(done);
-                    durable
-                });
-                self.turn.answer(reply, answer);
-            }
-            Command::Evaluation(worker, generation, evaluation, reply) => {
-                let answer = self.job.evaluation(worker, generation, evaluation);
-                self.forget_beyond()?;
-                if let Ok(Some(evaluation)) = &answer {
-                    tracing::info!(split = %evaluation.split, step = %evaluation.step, metrics = ?evaluation.metrics, "evaluated");
-                    figures::evaluation(&self.metrics, evaluation);
-                    self.turn.line(LineFile::Evaluations, &Timed { time: Some(wall_time()), value: evaluation })?;
-                }
-                self.turn.answer(reply, answer.map(|_| ()));
-            }
-            Command::Event(worker, generation, happening, reply) => {
-                let answer = self.job.member(worker, generation).map(drop);
-                if answer.is_ok() {
-                    self.note(generation, happening)?;
-                }
-                self.turn.answer(reply, answer);
-            }
-            Command::Leave(worker, departure, reply) => {
-                tracing::info!(%worker, ?departure, "worker leaves");
-                let answer = match self.job.leave(self.now(), worker, departure) {
-                    Ok(effects) => {
-                        self.carry_out(effects)?;
-                        Ok(())
-                    }
-                    Err(error) => Err(error),
-                };
-                self.turn.answer(reply, answer);
-            }
-            Command::Stop(asked, reply) => {
-                tracing::info!(how = ?asked, "the job is asked to stop");
-                self.apply(|job, now| job.stop(now, asked))?;
-                self.turn.answer(reply, ());
-            }
-            Command::NeverJoined(message, reply) => {
-                tracing::warn!("{message}");
-                self.apply(|job, now| job.never_joined(now, message))?;
-                self.turn.answer(reply, ());
-            }
-            Command::Scale(workers, reply) => {
-                let answer = match self.job.scale(self.now(), workers) {
-                    Ok(effects) => {
-                        self.carry_out(effects)?;
-                        tracing::info!(workers = self.job.wanted(), "workers are wanted");
-                        Ok(self.job.wanted())
-                    }
-                    Err(error) => Err(error),
-                };
-                self.turn.answer(reply, answer);
-            }
-            Command::Status(reply) => {
-                self.turn.answer(reply, self.job.status(self.now()));
-            }
-            Command::Present(reply) => self.turn.answer(reply, self.job.present().collect()),
-        }
-        Ok(())
-    }
-
     /// Brings what has happened to the log, the metrics and the events.
     fn note(&mut self, generation: Generation, happening: Happening) -> Result<(), OwnerError> {
         tracing::warn!("{happening}");
@@ -514,9 +376,26 @@ impl JobOwner {
     }
 
     fn apply(&mut self, event: impl FnOnce(&mut Job, Duration) -> Vec<Effect>) -> Result<(), OwnerError> {
+        self.apply_asked(|job, now| ((), event(job, now)))
+    }
+
+    /// As [`JobOwner::apply`], for an event that has an answer.
+    fn apply_asked<T>(&mut self, event: impl FnOnce(&mut Job, Duration) -> (T, Vec<Effect>)) -> Result<T, OwnerError> {
         let now = self.now();
-        let effects = event(&mut self.job, now);
-        self.carry_out(effects)
+        let (answer, effects) = event(&mut self.job, now);
+        self.carry_out(effects)?;
+        Ok(answer)
+    }
+
+    /// As [`JobOwner::apply_asked`], for an event that the job may refuse: the inner result is its answer.
+    fn apply_or_refuse<T>(
+        &mut self,
+        event: impl FnOnce(&mut Job, Duration) -> Result<(T, Vec<Effect>), JobError>,
+    ) -> Result<Result<T, JobError>, OwnerError> {
+        self.apply_asked(|job, now| match event(job, now) {
+            Ok((answer, effects)) => (Ok(answer), effects),
+            Err(error) => (Err(error), Vec::new()),
+        })
     }
 
     fn carry_out(&mut self, effects: Vec<Effect>) -> Result<(), OwnerError> {
