@@ -6,6 +6,8 @@
 //! of them does is in `take`.
 
 mod take;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -21,6 +23,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::attendance::Attendances;
+use super::reunion::Reunion;
 use super::turn::{Keeping, Turns};
 use super::{Asked, Job, JobError, figures};
 use crate::journal::{Entry, LineFile};
@@ -36,8 +39,6 @@ const STOOD_STILL: Duration = Duration::from_secs(2);
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// Commands that may wait.
 const QUEUE: usize = 1024;
-/// Members of a job whose coordinator was away are heard of within this, from the first one on; who is not went meanwhile.
-const REUNION: Duration = Duration::from_secs(3);
 /// Commands that are taken in one turn.
 const COMMANDS_A_TURN: usize = 256;
 
@@ -143,16 +144,8 @@ pub struct JobOwner {
     started: Instant,
     /// Time of the job before `started`.
     earlier: Duration,
+    /// If this coordinator was away, until it is clear who is still there.
     reunion: Option<Reunion>,
-}
-
-/// This coordinator was away (it took a job over, or stood still), and some of the members were not heard of yet.
-struct Reunion {
-    since: Duration,
-    /// When the first one was.
-    first: Option<Duration>,
-    /// The first attendance that is newer; an older one may have ended for no other reason than that nobody answered.
-    attendance: u64,
 }
 
 /// What a job's owner needs besides the job.
@@ -194,7 +187,7 @@ impl JobOwner {
             metrics,
             started: Instant::now(),
             earlier,
-            reunion: taken_over.then_some(Reunion { since: earlier, first: None, attendance: 0 }),
+            reunion: taken_over.then(|| Reunion::new(earlier, 0)),
         };
         figures::begin(&owner.metrics, &owner.job);
         if let Some(last) = &owner.job.last_step {
@@ -310,7 +303,7 @@ impl JobOwner {
     fn heard_of_one(&mut self) {
         let now = self.now();
         if let Some(reunion) = &mut self.reunion {
-            reunion.first.get_or_insert(now);
+            reunion.heard(now);
         }
     }
 
@@ -318,15 +311,19 @@ impl JobOwner {
     fn stood_still(&mut self) {
         let now = self.now();
         self.job.restart_clock(now);
-        self.reunion = Some(Reunion { since: now, first: None, attendance: self.attendances.next() });
+        let next = self.attendances.next();
+        self.reunion = Some(match self.reunion.take() {
+            Some(reunion) => reunion.again(now, next),
+            None => Reunion::new(now, next),
+        });
     }
 
     /// A connection that was gone when this coordinator came, or came back, cannot break any more.
     fn miss_absent(&mut self) -> Result<(), OwnerError> {
         let now = self.now();
-        let over = |reunion: &mut Reunion| reunion.first.is_some_and(|first| now.saturating_sub(first) > REUNION);
-        let Some(Reunion { since, .. }) = self.reunion.take_if(over) else { return Ok(()) };
-        for worker in self.job.unheard_since(since) {
+        let Some(reunion) = self.reunion.take_if(|reunion| reunion.is_over(now)) else { return Ok(()) };
+        let unheard = self.job.unheard_since(reunion.since);
+        for worker in reunion.missing(unheard) {
             if !self.attendances.attends(worker) {
                 self.apply(|job, now| job.disconnected(now, worker))?;
             }

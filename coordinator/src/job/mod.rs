@@ -13,6 +13,7 @@ mod error;
 mod figures;
 mod history;
 mod operator;
+mod reunion;
 mod saved;
 mod status;
 mod summary;

@@ -45,7 +45,7 @@ fn enter(job: &mut Job, name: &str) -> WorkerId {
     worker
 }
 
-fn running(workers: u32) -> Job {
+pub(super) fn running(workers: u32) -> Job {
     let mut job = Job::new(settings(workers));
     for worker in 0..workers {
         enter(&mut job, &worker.to_string());

@@ -81,11 +81,11 @@ impl JobOwner {
 
     fn disconnected(&mut self, worker: WorkerId, attendance: u64) -> Result<(), OwnerError> {
         // a worker that has come back by another connection is not lost
-        let ended = self.attendances.end(worker, attendance);
-        if ended && self.reunion.as_ref().is_none_or(|reunion| attendance >= reunion.attendance) {
-            self.apply(|job, now| job.disconnected(now, worker))?;
+        if !self.attendances.end(worker, attendance) {
+            return Ok(());
         }
-        Ok(())
+        let excused = self.reunion.as_mut().is_some_and(|reunion| reunion.excuses(worker, attendance));
+        if excused { Ok(()) } else { self.apply(|job, now| job.disconnected(now, worker)) }
     }
 
     fn ready(
