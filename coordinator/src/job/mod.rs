@@ -11,6 +11,7 @@ mod books;
 mod commits;
 mod error;
 mod figures;
+mod gone;
 mod history;
 mod operator;
 mod reunion;
@@ -142,7 +143,14 @@ impl Job {
             outcome: None,
             operator_stop: false,
             answers_until: Duration::ZERO,
-            unsaved: Unsaved { job: true, workers: Changed::All, progress: true, books: true, weight: 0 },
+            unsaved: Unsaved {
+                job: true,
+                workers: Changed::All,
+                forgotten: BTreeSet::new(),
+                progress: true,
+                books: true,
+                weight: 0,
+            },
             vigil: Vigil::default(),
             settings,
         }
@@ -234,7 +242,7 @@ impl Job {
         worker: WorkerId,
         (generation, broken): (Generation, Option<String>),
     ) -> Result<Vec<Effect>, JobError> {
-        if !self.workers.contains_key(&worker) {
+        if !self.membership.has_admitted(worker) {
             return Err(JobError::UnknownWorker(worker));
         }
         Ok(self.take(now, Event::Ready { worker, generation, broken }))
@@ -342,7 +350,10 @@ impl Job {
     /// # Errors
     /// If it is not known.
     pub fn leave(&mut self, now: Duration, id: WorkerId, departure: Departure) -> Result<Vec<Effect>, JobError> {
-        let worker = self.workers.get_mut(&id).ok_or(JobError::UnknownWorker(id))?;
+        let Some(worker) = self.workers.get_mut(&id) else {
+            // one that is forgotten has left before, or was lost
+            return if self.membership.has_admitted(id) { Ok(Vec::new()) } else { Err(JobError::UnknownWorker(id)) };
+        };
         worker.left = true;
         let in_peace = matches!(departure, Departure::Done | Departure::Stopped | Departure::GaveUp(..));
         // of one that breaks down, the plan says what it had finished: when the next generation begins, or the job ends
@@ -465,6 +476,12 @@ impl Job {
                 }
                 Effect::Admitted(_) | Effect::Refused(_) | Effect::Regrouping(_) => {}
             }
+        }
+        // ranks of the generation before are over
+        let goes =
+            |effect: &Effect| matches!(effect, Effect::Lost(_) | Effect::NewcomerLost(..) | Effect::Formed { .. });
+        if matches!(event, Event::Leave(..)) || effects.iter().any(goes) {
+            self.forget_gone();
         }
         effects
     }

@@ -29,7 +29,7 @@ pub(super) fn settings(workers: u32) -> JobSettings {
     }
 }
 
-fn applicant(name: &str) -> Applicant {
+pub(super) fn applicant(name: &str) -> Applicant {
     Applicant {
         incarnation: Incarnation(name.into()),
         host: "host".into(),
