@@ -27,7 +27,6 @@ use super::reunion::Reunion;
 use super::turn::{Keeping, Turns};
 use super::{Asked, Job, JobError, figures};
 use crate::journal::{Entry, LineFile};
-use crate::sd::Present;
 use crate::state::StateError;
 use crate::store::{Store, StoreFull};
 
@@ -97,8 +96,6 @@ pub enum Command {
     /// The answer is the number of workers that are wanted now.
     Scale(u32, Reply<Result<u32, JobError>>),
     Status(Reply<JobStatus>),
-    /// Workers that have joined and not left.
-    Present(Reply<Vec<Present>>),
 }
 
 /// Sends commands to the owner of a job.
@@ -106,6 +103,13 @@ pub enum Command {
 pub struct JobHandle(mpsc::Sender<Command>);
 
 impl JobHandle {
+    /// A handle whose commands a test takes.
+    #[cfg(test)]
+    pub(crate) fn channel() -> (Self, mpsc::Receiver<Command>) {
+        let (sender, commands) = mpsc::channel(QUEUE);
+        (Self(sender), commands)
+    }
+
     /// # Errors
     /// [`AskError::Gone`] when the job has ended and nobody answers any more.
     pub async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, AskError> {

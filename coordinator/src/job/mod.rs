@@ -25,7 +25,6 @@ mod worker;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use crate::sd::Present;
 pub use books::BooksError;
 use books::{Books, Entry};
 pub use error::JobError;
@@ -500,15 +499,6 @@ impl Job {
         self.workers.values().filter(|worker| !worker.left).count()
     }
 
-    /// Workers that have joined and not left.
-    pub fn present(&self) -> impl Iterator<Item = Present> {
-        self.workers.values().filter(|worker| !worker.left).map(|worker| Present {
-            rank: worker.rank,
-            host: worker.applicant.host.clone(),
-            metrics_url: worker.applicant.metrics_url.clone(),
-        })
-    }
-
     /// Nobody is left who has to learn that the job has ended.
     #[must_use]
     pub fn everybody_knows(&self, now: Duration) -> bool {
@@ -544,4 +534,4 @@ fn finite(record: &StepRecord) -> Result<(), JobError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -13,7 +13,7 @@ use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-pub(super) fn settings(workers: u32) -> JobSettings {
+pub(crate) fn settings(workers: u32) -> JobSettings {
     let mut config = Config::default();
     config.cluster.workers = workers;
     config.cluster.heartbeat_timeout = Span::from_secs(10);

@@ -60,7 +60,6 @@ impl JobOwner {
                 let status = self.job.status(self.now());
                 self.turn.answer(reply, status);
             }
-            Command::Present(reply) => self.turn.answer(reply, self.job.present().collect()),
         }
         Ok(())
     }
