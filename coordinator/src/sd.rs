@@ -14,22 +14,12 @@ use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::middleware::map_response;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use learn_domain::Rank;
-use learn_domain::report::{CoordinatorAddress, DataServerStatus};
+use learn_domain::report::{CoordinatorAddress, DataServerStatus, WorkerStatus};
 use learn_telemetry::host;
 use serde::Serialize;
 
 use crate::data::Directory;
-use crate::job::actor::{Command, JobHandle};
-
-/// A worker that has joined and not left.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Present {
-    pub rank: Option<Rank>,
-    pub host: String,
-    /// `http://HOST:PORT/metrics`.
-    pub metrics_url: String,
-}
+use crate::http::snapshot::Snapshots;
 
 /// One process, as Prometheus wants it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -69,8 +59,12 @@ impl Origin {
         self.group("coordinator", address, host)
     }
 
-    fn worker(&self, worker: Present) -> Option<Group> {
-        let mut group = self.group("worker", address(&worker.metrics_url)?, worker.host);
+    /// None of one that has gone, or has no metrics.
+    fn worker(&self, worker: &WorkerStatus) -> Option<Group> {
+        if worker.left {
+            return None;
+        }
+        let mut group = self.group("worker", address(&worker.metrics_url)?, worker.host.clone());
         if let Some(rank) = worker.rank {
             group.labels.insert("rank", rank.to_string());
         }
@@ -93,15 +87,15 @@ fn address(metrics_url: &str) -> Option<String> {
 }
 
 /// `/sd` of a training.
-pub fn router(job: JobHandle, directory: Directory, origin: Origin) -> Router {
-    Router::new().route("/sd", get(targets)).with_state((job, directory, origin))
+pub(crate) fn router(snapshots: Snapshots, directory: Directory, origin: Origin) -> Router {
+    Router::new().route("/sd", get(targets)).with_state((snapshots, directory, origin))
 }
 
-async fn targets(State((job, directory, origin)): State<(JobHandle, Directory, Origin)>) -> Response {
-    match job.ask(Command::Present).await {
-        Ok(workers) => {
+async fn targets(State((snapshots, directory, origin)): State<(Snapshots, Directory, Origin)>) -> Response {
+    match snapshots.recent().await {
+        Ok(status) => {
             let own = origin.coordinator(host::name());
-            let workers = workers.into_iter().filter_map(|worker| origin.worker(worker));
+            let workers = status.workers.iter().filter_map(|worker| origin.worker(worker));
             let servers = directory.servers(Instant::now()).into_iter().filter_map(|server| origin.data_server(server));
             Json(std::iter::once(own).chain(workers).chain(servers).collect::<Vec<_>>()).into_response()
         }
@@ -118,6 +112,8 @@ pub fn alone(origin: Origin) -> Router {
 
 #[cfg(test)]
 mod tests {
+    use learn_domain::{Phase, Rank, Step, WorkerId};
+
     use super::*;
 
     fn origin() -> Origin {
@@ -125,11 +121,27 @@ mod tests {
         Origin::new("shop", &CoordinatorAddress { http, ..CoordinatorAddress::default() })
     }
 
+    fn worker(rank: Option<u32>, url: &str) -> WorkerStatus {
+        WorkerStatus {
+            worker: WorkerId(3),
+            rank: rank.map(Rank),
+            host: "node1".into(),
+            pid: 1,
+            device: "cpu".into(),
+            step: Step(0),
+            phase: Phase::Forward,
+            metrics_url: url.into(),
+            seconds_since_heartbeat: 0.0,
+            seconds_in_phase: 0.0,
+            work_ratio: None,
+            left: false,
+        }
+    }
+
     #[test]
     fn the_answer_is_what_prometheus_reads() {
-        let worker = |rank, url: &str| Present { rank, host: "node1".into(), metrics_url: url.into() };
-        let ranked = origin().worker(worker(Some(Rank(1)), "http://node1:4711/metrics"));
-        let unranked = origin().worker(worker(None, "http://[::1]:4712/metrics"));
+        let ranked = origin().worker(&worker(Some(1), "http://node1:4711/metrics"));
+        let unranked = origin().worker(&worker(None, "http://[::1]:4712/metrics"));
         let server = DataServerStatus {
             location: "http://node2:4713".into(),
             metrics_url: "http://node2:4714/metrics".into(),
@@ -147,10 +159,11 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_without_metrics_is_no_target() {
+    fn a_worker_that_has_gone_or_has_no_metrics_is_no_target() {
         for url in ["", "http://node1:4711/", "https://node1:4711/metrics"] {
-            let worker = Present { rank: Some(Rank(0)), host: "node1".into(), metrics_url: url.into() };
-            assert_eq!(origin().worker(worker), None, "{url}");
+            assert_eq!(origin().worker(&worker(Some(0), url)), None, "{url}");
         }
+        let gone = WorkerStatus { left: true, ..worker(Some(0), "http://node1:4711/metrics") };
+        assert_eq!(origin().worker(&gone), None);
     }
 }

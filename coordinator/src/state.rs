@@ -98,6 +98,7 @@ pub struct StateFile {
 pub struct Turn {
     values: Vec<(&'static str, Vec<u8>)>,
     rows: Vec<(u64, Vec<u8>)>,
+    forgotten_rows: Vec<u64>,
     entries: Vec<Vec<u8>>,
     /// The entries of earlier turns are in a value of this one.
     forget_entries: bool,
@@ -125,6 +126,11 @@ impl Turn {
     pub fn row<T: Serialize>(&mut self, number: u64, row: &T) -> Result<(), StateError> {
         self.rows.push((number, json("a row", row)?));
         Ok(())
+    }
+
+    /// Forgets a row, also one of this turn; one that is not there already is.
+    pub fn forget_row(&mut self, number: u64) {
+        self.forgotten_rows.push(number);
     }
 
     /// Appends to the entries.
@@ -172,6 +178,7 @@ impl Turn {
     pub fn is_empty(&self) -> bool {
         self.values.is_empty()
             && self.rows.is_empty()
+            && self.forgotten_rows.is_empty()
             && self.entries.is_empty()
             && !self.forget_entries
             && self.lines.is_empty()
@@ -257,6 +264,9 @@ impl StateFile {
             let mut rows = transaction.open_table(ROWS)?;
             for (number, row) in &turn.rows {
                 rows.insert(number, row.as_slice())?;
+            }
+            for number in &turn.forgotten_rows {
+                rows.remove(number)?;
             }
             let mut entries = transaction.open_table(ENTRIES)?;
             if turn.forget_entries {

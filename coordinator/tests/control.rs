@@ -376,7 +376,7 @@ async fn http_shows_the_job() {
     let (code, body) = running.http("GET /readyz", "").await;
     assert!(code == 503 && body.contains("0 of 1 workers"), "{body}");
     enter(&mut running.control(), "a").await;
-    assert_eq!(running.http("GET /readyz", "").await.0, 200);
+    running.until("GET /readyz", |code, _| code == 200).await;
     let (_, metrics) = running.http("GET /metrics", "").await;
     assert!(metrics.contains("learn_job_state{state=\"running\"} 1"), "{metrics}");
     assert_eq!(running.http("GET /nothing", "").await.0, 404);
@@ -393,11 +393,11 @@ async fn a_worker_that_has_left_is_not_one_that_has_joined() {
     let left = enter(&mut control, "a").await;
     leave(&mut control, left, Departure::Crashed("killed".into())).await;
     for (joined, name) in ["b", "c"].into_iter().enumerate() {
-        let (code, body) = running.http("GET /readyz", "").await;
-        assert!(code == 503 && body.contains(&format!("{joined} of 2 workers")), "{body}");
+        let there = format!("{joined} of 2 workers");
+        running.until("GET /readyz", |code, body| code == 503 && body.contains(&there)).await;
         enter(&mut control, name).await;
     }
-    assert_eq!(running.http("GET /readyz", "").await.0, 200);
+    running.until("GET /readyz", |code, _| code == 200).await;
     for worker in [WorkerId(1), WorkerId(2)] {
         leave(&mut control, worker, Departure::Done).await;
     }
@@ -416,18 +416,17 @@ async fn service_discovery_names_the_processes_that_are_there() {
     let mut control = running.control();
     let first = enter(&mut control, "a").await;
     let second = enter(&mut control, "b").await;
-    let workers = async || {
-        let groups: serde_json::Value = serde_json::from_str(&running.http("GET /sd", "").await.1).unwrap();
+    let workers = |body: &str| {
+        let groups: serde_json::Value = serde_json::from_str(body).unwrap();
         groups.as_array().unwrap()[1..].to_vec()
     };
     let worker = |rank: &str| {
         let labels = serde_json::json!({"job": "test", "role": "worker", "host": "here", "rank": rank});
         serde_json::json!({"targets": ["here:1"], "labels": labels})
     };
-    assert_eq!(workers().await, [worker("0"), worker("1")]);
+    running.until("GET /sd", |_, body| workers(body) == [worker("0"), worker("1")]).await;
     leave(&mut control, first, Departure::Crashed("killed".into())).await;
-    let left = workers().await;
-    assert_eq!(left, [worker("1")]);
+    running.until("GET /sd", |_, body| workers(body) == [worker("1")]).await;
     leave(&mut control, second, Departure::Failed("enough".into())).await;
     running.end().await;
 }

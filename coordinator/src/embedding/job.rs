@@ -14,6 +14,8 @@ use learn_domain::{Incarnation, WorkerId};
 const LOSSES: u32 = 3;
 /// Most ranges of a job: a table of them stays small.
 const MOST_RANGES: u64 = 1 << 24;
+/// Workers that are not heard of any more and still known.
+const MOST_SILENT: usize = 256;
 
 /// What a worker would make.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -198,6 +200,23 @@ impl EmbeddingJob {
         }
     }
 
+    /// It has lost its range, if it had one.
+    fn is_silent(&self, now: Duration, worker: &Worker) -> bool {
+        now.saturating_sub(worker.last_seen) > self.settings.timeout
+    }
+
+    /// Forgets those that are not heard of any more, but for the latest: one that has only slept goes on where it was, and
+    /// what it has made is taken.
+    pub fn tick(&mut self, now: Duration) {
+        let silent = self.workers.iter().filter(|(_, worker)| self.is_silent(now, worker));
+        let mut silent: Vec<(Duration, WorkerId)> = silent.map(|(&id, worker)| (worker.last_seen, id)).collect();
+        silent.sort_unstable();
+        let surplus = silent.len().saturating_sub(MOST_SILENT);
+        for (_, id) in &silent[..surplus] {
+            self.workers.remove(id);
+        }
+    }
+
     /// How the job has ended, once every worker that still speaks knows.
     pub fn outcome(&mut self, now: Duration) -> Option<Result<(), String>> {
         let finished = self.work.as_ref().is_some_and(|(_, table)| table.finished());
@@ -205,8 +224,7 @@ impl EmbeddingJob {
             let seconds = self.patience.as_secs();
             return Some(Err(format!("no worker was heard from for {seconds} s (cluster.join_timeout)")));
         }
-        let silent = |worker: &Worker| now.saturating_sub(worker.last_seen) > self.settings.timeout;
-        let all_know = self.workers.values().all(|worker| worker.told || silent(worker));
+        let all_know = self.workers.values().all(|worker| worker.told || self.is_silent(now, worker));
         match &self.failure {
             Some(failure) if all_know => Some(Err(failure.clone())),
             None if finished && all_know => Some(Ok(())),
@@ -223,7 +241,8 @@ impl EmbeddingJob {
             let done = (0..table.ranges()).filter(|&range| table.is_done(range));
             status.items_done = done.map(|range| plan.items_of(range)).sum();
         }
-        for (id, worker) in self.workers.iter().filter(|(_, worker)| !worker.told) {
+        let there = |worker: &Worker| !worker.told && !self.is_silent(now, worker);
+        for (id, worker) in self.workers.iter().filter(|(_, worker)| there(worker)) {
             let range = table.and_then(|table| table.held_by(*id));
             if range.is_some() {
                 status.items_done += worker.items_done;
@@ -252,9 +271,12 @@ mod tests {
         Plan { digest: digest.into(), ranges: 2, items: 7, range_items: 4 }
     }
 
+    fn applicant(name: &str) -> Applicant {
+        Applicant { incarnation: Incarnation(name.into()), host: "h".into(), pid: 1 }
+    }
+
     fn job_of_two() -> (EmbeddingJob, WorkerId, WorkerId) {
         let mut job = EmbeddingJob::new(at(10), at(60));
-        let applicant = |name: &str| Applicant { incarnation: Incarnation(name.into()), host: "h".into(), pid: 1 };
         let (a, b) = (job.join(at(0), applicant("a")), job.join(at(0), applicant("b")));
         assert_eq!(job.join(at(1), applicant("a")), a, "a repeated request is the same worker");
         assert_ne!(a, b);
@@ -290,6 +312,39 @@ mod tests {
         job.complete(at(13), b, 0).unwrap();
         assert_eq!(job.lease(at(13), b, plan("x")), Ok(Answer::Finished));
         assert_eq!(job.outcome(at(13)), Some(Ok(())));
+    }
+
+    #[test]
+    fn a_silent_worker_is_not_shown_and_what_it_made_is_taken_when_it_wakes() {
+        let (mut job, a, b) = job_of_two();
+        let shown = |job: &EmbeddingJob, seconds| -> Vec<WorkerId> {
+            job.status(at(seconds)).workers.iter().map(|worker| worker.worker).collect()
+        };
+        assert_eq!(job.lease(at(1), a, plan("x")), Ok(Answer::Leased(0)));
+        assert_eq!(job.renew(at(2), a, Some(0), 3), Ok(true));
+        assert_eq!(job.renew(at(12), b, None, 0), Ok(false));
+        assert_eq!((shown(&job, 12), job.status(at(12)).items_done), (vec![a, b], 3));
+        job.tick(at(13));
+        assert_eq!((shown(&job, 13), job.status(at(13)).items_done), (vec![b], 0), "its range is free again");
+        assert_eq!(job.lease(at(14), b, plan("x")), Ok(Answer::Leased(0)));
+        job.tick(at(15));
+        assert_eq!(job.complete(at(15), a, 0), Ok(true), "it had only slept");
+        assert_eq!((shown(&job, 15), job.status(at(15)).ranges_done), (vec![a, b], 1));
+    }
+
+    #[test]
+    fn workers_that_come_and_go_without_end_are_forgotten() {
+        let mut job = EmbeddingJob::new(at(10), at(60));
+        let (all, heard) = (1000, 11);
+        for number in 0..all {
+            let id = job.join(at(number), applicant(&number.to_string()));
+            assert_eq!(u64::from(id.0), number, "a number is not given out again");
+            job.tick(at(number));
+            assert!(job.workers.len() <= MOST_SILENT + heard, "{} after {number}", job.workers.len());
+            assert!(job.status(at(number)).workers.len() <= heard);
+        }
+        let known = |job: &mut EmbeddingJob, id: u32| job.renew(at(all), WorkerId(id), None, 0).is_ok();
+        assert!(!known(&mut job, 0) && known(&mut job, all as u32 - MOST_SILENT as u32), "the latest stay");
     }
 
     #[test]

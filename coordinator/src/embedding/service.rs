@@ -54,7 +54,9 @@ impl SharedJob {
 
     /// How the job has ended, if it has.
     pub fn outcome(&self) -> Option<Result<(), String>> {
-        self.lock().outcome(self.now())
+        let (mut job, now) = (self.lock(), self.now());
+        job.tick(now);
+        job.outcome(now)
     }
 
     pub fn status(&self) -> EmbeddingStatus {

@@ -3,14 +3,14 @@
 //!
 //! Input: requests. Output: what the job's owner and the run's files say. Invariants: metrics and health are open to whoever
 //! reaches the port, page and API need the run's token ([`access`]), stopping and scaling the job's secret; what the page
-//! asks for again and again is small, whatever the size of the job, and its cost for the job's owner does not grow with the
-//! number of those who look.
+//! asks for again and again is small, whatever the size of the job, and its cost for the job's owner, as that of what is open,
+//! does not grow with the number of those who look.
 
 pub mod access;
 mod api;
 mod assets;
 mod overview;
-mod snapshot;
+pub(crate) mod snapshot;
 
 use std::future::Future;
 use std::io;
@@ -67,9 +67,9 @@ struct Shared {
 /// The listener failed.
 pub async fn serve(listener: TcpListener, parts: Parts, stop: impl Future<Output = ()> + Send) -> io::Result<()> {
     let Parts { job, access, exposition, origin, directory, config, follower } = parts;
-    let machines =
-        origin.sign(learn_telemetry::router(exposition)).merge(sd::router(job.clone(), directory.clone(), origin));
     let (snapshots, board) = (Snapshots::new(job.clone()), follower.board());
+    let metrics = origin.sign(learn_telemetry::router(exposition));
+    let machines = metrics.merge(sd::router(snapshots.clone(), directory.clone(), origin));
     let shared = Shared { job, access, snapshots, directory, board, config: Arc::new(config) };
     let served = serve_within(listener, router(shared).merge(machines), Limits::default(), stop);
     tokio::select! {
@@ -102,7 +102,7 @@ fn gone(error: impl std::fmt::Display) -> Response {
 
 /// 200 while a generation runs, with all workers that are wanted or fewer.
 async fn ready(State(shared): State<Shared>) -> Response {
-    match shared.snapshots.latest().await {
+    match shared.snapshots.recent().await {
         Ok(status) if status.state == JobState::Running => "ready\n".into_response(),
         Ok(status) if status.state == JobState::Gathering => {
             let there = status.workers.iter().filter(|worker| !worker.left).count();

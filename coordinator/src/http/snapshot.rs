@@ -68,3 +68,43 @@ impl Snapshots {
         kept.as_ref().filter(|(asked, _)| *asked >= oldest).map(|(_, status)| status.clone())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::job::{Job, tests};
+
+    #[tokio::test(start_paused = true)]
+    async fn those_who_look_within_a_moment_share_an_answer_and_no_older_one() {
+        let (job, mut commands) = JobHandle::channel();
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = asked.clone();
+        tokio::spawn(async move {
+            let shown = Job::new(tests::settings(1));
+            while let Some(command) = commands.recv().await {
+                if let Command::Status(reply) = command {
+                    count.fetch_add(1, Ordering::Relaxed);
+                    reply.send(shown.status(Duration::ZERO)).unwrap();
+                }
+            }
+        });
+        let snapshots = Snapshots::new(job);
+        let times = || asked.load(Ordering::Relaxed);
+        for _ in 0..20 {
+            snapshots.clone().recent().await.unwrap();
+        }
+        assert_eq!(times(), 1);
+        tokio::time::advance(FRESH).await;
+        snapshots.recent().await.unwrap();
+        assert_eq!(times(), 1, "it is as old as it may be");
+        tokio::time::advance(Duration::from_millis(1)).await;
+        snapshots.recent().await.unwrap();
+        assert_eq!(times(), 2);
+        snapshots.latest().await.unwrap();
+        tokio::time::advance(Duration::from_millis(1)).await;
+        snapshots.latest().await.unwrap();
+        assert!(times() >= 3, "who wants the latest asks");
+    }
+}

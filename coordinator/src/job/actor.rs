@@ -2,7 +2,12 @@
 //!
 //! Input: [`Command`]s through a [`JobHandle`], the clock. Output: answers, journal entries, metrics, log lines. Invariants:
 //! nothing here waits for a worker, nor for a file to be synced, besides a full journal queue; a wait of a caller (a
-//! rendezvous key, a durable ledger) is a reply that is kept. Commands that are there already are taken in one turn.
+//! rendezvous key, a durable ledger) is a reply that is kept. Commands that are there already are taken in one turn. What each
+//! of them does is in `take`.
+
+mod take;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -18,10 +23,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::attendance::Attendances;
+use super::reunion::Reunion;
 use super::turn::{Keeping, Turns};
 use super::{Asked, Job, JobError, figures};
 use crate::journal::{Entry, LineFile};
-use crate::sd::Present;
 use crate::state::StateError;
 use crate::store::{Store, StoreFull};
 
@@ -33,8 +38,6 @@ const STOOD_STILL: Duration = Duration::from_secs(2);
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// Commands that may wait.
 const QUEUE: usize = 1024;
-/// Members of a job whose coordinator was away are heard of within this, from the first one on; who is not went meanwhile.
-const REUNION: Duration = Duration::from_secs(3);
 /// Commands that are taken in one turn.
 const COMMANDS_A_TURN: usize = 256;
 
@@ -93,8 +96,6 @@ pub enum Command {
     /// The answer is the number of workers that are wanted now.
     Scale(u32, Reply<Result<u32, JobError>>),
     Status(Reply<JobStatus>),
-    /// Workers that have joined and not left.
-    Present(Reply<Vec<Present>>),
 }
 
 /// Sends commands to the owner of a job.
@@ -102,6 +103,13 @@ pub enum Command {
 pub struct JobHandle(mpsc::Sender<Command>);
 
 impl JobHandle {
+    /// A handle whose commands a test takes.
+    #[cfg(test)]
+    pub(crate) fn channel() -> (Self, mpsc::Receiver<Command>) {
+        let (sender, commands) = mpsc::channel(QUEUE);
+        (Self(sender), commands)
+    }
+
     /// # Errors
     /// [`AskError::Gone`] when the job has ended and nobody answers any more.
     pub async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, AskError> {
@@ -140,16 +148,8 @@ pub struct JobOwner {
     started: Instant,
     /// Time of the job before `started`.
     earlier: Duration,
+    /// If this coordinator was away, until it is clear who is still there.
     reunion: Option<Reunion>,
-}
-
-/// This coordinator was away (it took a job over, or stood still), and some of the members were not heard of yet.
-struct Reunion {
-    since: Duration,
-    /// When the first one was.
-    first: Option<Duration>,
-    /// The first attendance that is newer; an older one may have ended for no other reason than that nobody answered.
-    attendance: u64,
 }
 
 /// What a job's owner needs besides the job.
@@ -191,7 +191,7 @@ impl JobOwner {
             metrics,
             started: Instant::now(),
             earlier,
-            reunion: taken_over.then_some(Reunion { since: earlier, first: None, attendance: 0 }),
+            reunion: taken_over.then(|| Reunion::new(earlier, 0)),
         };
         figures::begin(&owner.metrics, &owner.job);
         if let Some(last) = &owner.job.last_step {
@@ -307,7 +307,7 @@ impl JobOwner {
     fn heard_of_one(&mut self) {
         let now = self.now();
         if let Some(reunion) = &mut self.reunion {
-            reunion.first.get_or_insert(now);
+            reunion.heard(now);
         }
     }
 
@@ -315,15 +315,19 @@ impl JobOwner {
     fn stood_still(&mut self) {
         let now = self.now();
         self.job.restart_clock(now);
-        self.reunion = Some(Reunion { since: now, first: None, attendance: self.attendances.next() });
+        let next = self.attendances.next();
+        self.reunion = Some(match self.reunion.take() {
+            Some(reunion) => reunion.again(now, next),
+            None => Reunion::new(now, next),
+        });
     }
 
     /// A connection that was gone when this coordinator came, or came back, cannot break any more.
     fn miss_absent(&mut self) -> Result<(), OwnerError> {
         let now = self.now();
-        let over = |reunion: &mut Reunion| reunion.first.is_some_and(|first| now.saturating_sub(first) > REUNION);
-        let Some(Reunion { since, .. }) = self.reunion.take_if(over) else { return Ok(()) };
-        for worker in self.job.unheard_since(since) {
+        let Some(reunion) = self.reunion.take_if(|reunion| reunion.is_over(now)) else { return Ok(()) };
+        let unheard = self.job.unheard_since(reunion.since);
+        for worker in reunion.missing(unheard) {
             if !self.attendances.attends(worker) {
                 self.apply(|job, now| job.disconnected(now, worker))?;
             }
@@ -339,147 +343,6 @@ impl JobOwner {
                 Ok(command) => self.take(command)?,
                 Err(_) => break,
             }
-        }
-        Ok(())
-    }
-
-    fn take(&mut self, command: Command) -> Result<(), OwnerError> {
-        match command {
-            Command::Join(applicant, reply) => {
-                let answer = match self.job.join(self.now(), applicant) {
-                    Ok((worker, effects)) => {
-                        self.carry_out(effects)?;
-                        Ok(worker)
-                    }
-                    Err(error) => Err(error),
-                };
-                self.turn.answer(reply, answer);
-            }
-            Command::Heartbeat(beat, reply) => {
-                self.heard_of_one();
-                self.metrics.heartbeats_total.inc();
-                let (directive, effects) = self.job.heartbeat(self.now(), beat);
-                self.carry_out(effects)?;
-                self.turn.answer(reply, directive);
-            }
-            Command::Attend(worker, reply) => {
-                self.heard_of_one();
-                let attendance = self.attendances.begin(worker, self.job.directive(worker));
-                self.turn.answer(reply, attendance);
-            }
-            Command::Disconnected(worker, attendance) => {
-                // a worker that has come back by another connection is not lost
-                let ended = self.attendances.end(worker, attendance);
-                if ended && self.reunion.as_ref().is_none_or(|reunion| attendance >= reunion.attendance) {
-                    self.apply(|job, now| job.disconnected(now, worker))?;
-                }
-            }
-            Command::Ready { worker, generation, broken, reply } => {
-                let answer = match self.job.ready(self.now(), worker, (generation, broken)) {
-                    Ok(effects) => {
-                        self.carry_out(effects)?;
-                        Ok(())
-                    }
-                    Err(error) => Err(error),
-                };
-                self.turn.answer(reply, answer);
-            }
-            Command::Begin(beginning, reply) => {
-                let answer = self.job.begin(self.now(), beginning);
-                self.forget_beyond()?;
-                for record in answer.iter().flatten() {
-                    self.enter_step(record)?;
-                }
-                self.turn.answer(reply, answer.map(drop));
-            }
-            Command::Put(key, value, reply) => {
-                let member = self.job.running_member(key.worker, key.generation).map_err(AskError::from);
-                let answer = member.and_then(|_| Ok(self.store.put(key.key.clone(), value.clone())?));
-                if answer.is_ok() {
-                    self.turn.key(key.key, value);
-                }
-                self.turn.answer(reply, answer);
-            }
-            Command::Get(key, reply) => {
-                let answer = self.job.running_member(key.worker, key.generation).map(|_| {
-                    let (value, answer) = oneshot::channel();
-                    self.store.get(key.key, value);
-                    answer
-                });
-                self.turn.answer(reply, answer);
-            }
-            Command::Report(report, reply) => {
-                let answer = self.job.report(self.now(), report);
-                self.forget_beyond()?;
-                if let Ok(Some(record)) = &answer {
-                    self.enter_step(record)?;
-                    if let Some(since) = self.recovering.take() {
-                        self.metrics.recovery_seconds.observe(since.elapsed().as_secs_f64());
-                    }
-                }
-                self.turn.answer(reply, answer.map(drop));
-            }
-            Command::Commit(worker, generation, step, reply) => {
-                let answer = self.job.commit(worker, generation, step).map(|()| {
-                    let (done, durable) = oneshot::channel();
-                    self.commits.entry(step).or_default().push(done);
-                    durable
-                });
-                self.turn.answer(reply, answer);
-            }
-            Command::Evaluation(worker, generation, evaluation, reply) => {
-                let answer = self.job.evaluation(worker, generation, evaluation);
-                self.forget_beyond()?;
-                if let Ok(Some(evaluation)) = &answer {
-                    tracing::info!(split = %evaluation.split, step = %evaluation.step, metrics = ?evaluation.metrics, "evaluated");
-                    figures::evaluation(&self.metrics, evaluation);
-                    self.turn.line(LineFile::Evaluations, &Timed { time: Some(wall_time()), value: evaluation })?;
-                }
-                self.turn.answer(reply, answer.map(|_| ()));
-            }
-            Command::Event(worker, generation, happening, reply) => {
-                let answer = self.job.member(worker, generation).map(drop);
-                if answer.is_ok() {
-                    self.note(generation, happening)?;
-                }
-                self.turn.answer(reply, answer);
-            }
-            Command::Leave(worker, departure, reply) => {
-                tracing::info!(%worker, ?departure, "worker leaves");
-                let answer = match self.job.leave(self.now(), worker, departure) {
-                    Ok(effects) => {
-                        self.carry_out(effects)?;
-                        Ok(())
-                    }
-                    Err(error) => Err(error),
-                };
-                self.turn.answer(reply, answer);
-            }
-            Command::Stop(asked, reply) => {
-                tracing::info!(how = ?asked, "the job is asked to stop");
-                self.apply(|job, now| job.stop(now, asked))?;
-                self.turn.answer(reply, ());
-            }
-            Command::NeverJoined(message, reply) => {
-                tracing::warn!("{message}");
-                self.apply(|job, now| job.never_joined(now, message))?;
-                self.turn.answer(reply, ());
-            }
-            Command::Scale(workers, reply) => {
-                let answer = match self.job.scale(self.now(), workers) {
-                    Ok(effects) => {
-                        self.carry_out(effects)?;
-                        tracing::info!(workers = self.job.wanted(), "workers are wanted");
-                        Ok(self.job.wanted())
-                    }
-                    Err(error) => Err(error),
-                };
-                self.turn.answer(reply, answer);
-            }
-            Command::Status(reply) => {
-                self.turn.answer(reply, self.job.status(self.now()));
-            }
-            Command::Present(reply) => self.turn.answer(reply, self.job.present().collect()),
         }
         Ok(())
     }
@@ -514,9 +377,26 @@ impl JobOwner {
     }
 
     fn apply(&mut self, event: impl FnOnce(&mut Job, Duration) -> Vec<Effect>) -> Result<(), OwnerError> {
+        self.apply_asked(|job, now| ((), event(job, now)))
+    }
+
+    /// As [`JobOwner::apply`], for an event that has an answer.
+    fn apply_asked<T>(&mut self, event: impl FnOnce(&mut Job, Duration) -> (T, Vec<Effect>)) -> Result<T, OwnerError> {
         let now = self.now();
-        let effects = event(&mut self.job, now);
-        self.carry_out(effects)
+        let (answer, effects) = event(&mut self.job, now);
+        self.carry_out(effects)?;
+        Ok(answer)
+    }
+
+    /// As [`JobOwner::apply_asked`], for an event that the job may refuse: the inner result is its answer.
+    fn apply_or_refuse<T>(
+        &mut self,
+        event: impl FnOnce(&mut Job, Duration) -> Result<(T, Vec<Effect>), JobError>,
+    ) -> Result<Result<T, JobError>, OwnerError> {
+        self.apply_asked(|job, now| match event(job, now) {
+            Ok((answer, effects)) => (Ok(answer), effects),
+            Err(error) => (Err(error), Vec::new()),
+        })
     }
 
     fn carry_out(&mut self, effects: Vec<Effect>) -> Result<(), OwnerError> {

@@ -11,8 +11,10 @@ mod books;
 mod commits;
 mod error;
 mod figures;
+mod gone;
 mod history;
 mod operator;
+mod reunion;
 mod saved;
 mod status;
 mod summary;
@@ -23,7 +25,6 @@ mod worker;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use crate::sd::Present;
 pub use books::BooksError;
 use books::{Books, Entry};
 pub use error::JobError;
@@ -141,7 +142,14 @@ impl Job {
             outcome: None,
             operator_stop: false,
             answers_until: Duration::ZERO,
-            unsaved: Unsaved { job: true, workers: Changed::All, progress: true, books: true, weight: 0 },
+            unsaved: Unsaved {
+                job: true,
+                workers: Changed::All,
+                forgotten: BTreeSet::new(),
+                progress: true,
+                books: true,
+                weight: 0,
+            },
             vigil: Vigil::default(),
             settings,
         }
@@ -233,7 +241,7 @@ impl Job {
         worker: WorkerId,
         (generation, broken): (Generation, Option<String>),
     ) -> Result<Vec<Effect>, JobError> {
-        if !self.workers.contains_key(&worker) {
+        if !self.membership.has_admitted(worker) {
             return Err(JobError::UnknownWorker(worker));
         }
         Ok(self.take(now, Event::Ready { worker, generation, broken }))
@@ -343,7 +351,10 @@ impl Job {
     pub fn leave(&mut self, now: Duration, id: WorkerId, departure: Departure) -> Result<Vec<Effect>, JobError> {
         // one that waits for a generation has only the order to stop, and nothing to finish: it leaves as if it had failed
         let sent_away = matches!(self.membership.directive(id), Directive::Stop(StopCause::Operator));
-        let worker = self.workers.get_mut(&id).ok_or(JobError::UnknownWorker(id))?;
+        let Some(worker) = self.workers.get_mut(&id) else {
+            // one that is forgotten has left before, or was lost
+            return if self.membership.has_admitted(id) { Ok(Vec::new()) } else { Err(JobError::UnknownWorker(id)) };
+        };
         worker.left = true;
         let in_peace = matches!(departure, Departure::Done | Departure::Stopped | Departure::GaveUp(..));
         // of one that breaks down, the plan says what it had finished: when the next generation begins, or the job ends
@@ -468,6 +479,12 @@ impl Job {
                 Effect::Admitted(_) | Effect::Refused(_) | Effect::Regrouping(_) => {}
             }
         }
+        // ranks of the generation before are over
+        let goes =
+            |effect: &Effect| matches!(effect, Effect::Lost(_) | Effect::NewcomerLost(..) | Effect::Formed { .. });
+        if matches!(event, Event::Leave(..)) || effects.iter().any(goes) {
+            self.forget_gone();
+        }
         effects
     }
 
@@ -483,15 +500,6 @@ impl Job {
     #[must_use]
     pub fn present_count(&self) -> usize {
         self.workers.values().filter(|worker| !worker.left).count()
-    }
-
-    /// Workers that have joined and not left.
-    pub fn present(&self) -> impl Iterator<Item = Present> {
-        self.workers.values().filter(|worker| !worker.left).map(|worker| Present {
-            rank: worker.rank,
-            host: worker.applicant.host.clone(),
-            metrics_url: worker.applicant.metrics_url.clone(),
-        })
     }
 
     /// Nobody is left who has to learn that the job has ended.
@@ -529,4 +537,4 @@ fn finite(record: &StepRecord) -> Result<(), JobError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

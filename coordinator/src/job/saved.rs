@@ -104,7 +104,7 @@ impl Default for Changed {
 }
 
 impl Changed {
-    /// An event changes the worker that it names; its effects may change any.
+    /// An event changes the worker that it names, as an effect on a newcomer does; other effects may change any.
     pub fn add(&mut self, event: &Event, effects: &[Effect]) {
         let worker = match event {
             Event::Ready { worker, .. }
@@ -115,14 +115,14 @@ impl Changed {
             Event::Heartbeat(_) | Event::Join(_) | Event::Progress(_) | Event::Tick => None,
             Event::Scale(_) | Event::OperatorStop | Event::NeverJoined(_) => None,
         };
-        let admitted = |effect: &Effect| match effect {
-            Effect::Admitted(worker) => Some(*worker),
+        let newcomer = |effect: &Effect| match effect {
+            Effect::Admitted(worker) | Effect::NewcomerLost(worker, _) => Some(*worker),
             _ => None,
         };
-        if effects.iter().any(|effect| !matches!(effect, Effect::Admitted(_) | Effect::Refused(_))) {
+        if effects.iter().any(|effect| newcomer(effect).is_none() && !matches!(effect, Effect::Refused(_))) {
             *self = Self::All;
         } else if let Self::These(workers) = self {
-            workers.extend(worker.into_iter().chain(effects.iter().filter_map(admitted)));
+            workers.extend(worker.into_iter().chain(effects.iter().filter_map(newcomer)));
         }
     }
 }
@@ -132,6 +132,8 @@ impl Changed {
 pub struct Unsaved {
     pub job: bool,
     pub workers: Changed,
+    /// Workers whose rows go.
+    pub forgotten: BTreeSet<WorkerId>,
     pub progress: bool,
     /// The books as a whole, because a ledger was committed.
     pub books: bool,
@@ -152,7 +154,7 @@ impl Job {
     /// # Errors
     /// If something is no JSON.
     pub fn save(&mut self, now: Duration, turn: &mut Turn) -> Result<(), StateError> {
-        let Unsaved { job, workers, progress, books, weight } = std::mem::take(&mut self.unsaved);
+        let Unsaved { job, workers, forgotten, progress, books, weight } = std::mem::take(&mut self.unsaved);
         let changes = self.books.take_changes();
         self.unsaved.weight = weight + changes.iter().map(Change::weight).sum::<usize>();
         if books || self.unsaved.weight > MOST_CHANGES {
@@ -185,6 +187,7 @@ impl Job {
             Changed::These(ids) => ids.into_iter().try_for_each(|id| self.save_worker(id, turn))?,
             Changed::All => self.workers.keys().try_for_each(|&id| self.save_worker(id, turn))?,
         }
+        forgotten.into_iter().for_each(|id| turn.forget_row(u64::from(id.0)));
         if progress {
             let Self { last_step, trained_users, step_seconds, .. } = self;
             let (last_step, trained_users, step_seconds) = (last_step.clone(), *trained_users, *step_seconds);
@@ -251,6 +254,8 @@ impl Job {
             vigil: Vigil::default(),
         };
         job.vigil.begin(now);
+        // earlier versions kept all
+        job.forget_gone();
         Ok((job, now))
     }
 }

@@ -13,7 +13,7 @@ use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-pub(super) fn settings(workers: u32) -> JobSettings {
+pub(crate) fn settings(workers: u32) -> JobSettings {
     let mut config = Config::default();
     config.cluster.workers = workers;
     config.cluster.heartbeat_timeout = Span::from_secs(10);
@@ -29,7 +29,7 @@ pub(super) fn settings(workers: u32) -> JobSettings {
     }
 }
 
-fn applicant(name: &str) -> Applicant {
+pub(super) fn applicant(name: &str) -> Applicant {
     Applicant {
         incarnation: Incarnation(name.into()),
         host: "host".into(),
@@ -45,7 +45,7 @@ fn enter(job: &mut Job, name: &str) -> WorkerId {
     worker
 }
 
-fn running(workers: u32) -> Job {
+pub(super) fn running(workers: u32) -> Job {
     let mut job = Job::new(settings(workers));
     for worker in 0..workers {
         enter(&mut job, &worker.to_string());

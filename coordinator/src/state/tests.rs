@@ -50,6 +50,8 @@ fn what_is_forgotten_is_gone_and_numbers_go_on() {
     let folder = tempfile::tempdir().unwrap();
     let mut state = StateFile::create(&path(&folder)).unwrap();
     let fill = |turn: &mut Turn| {
+        turn.row(1, &"one").unwrap();
+        turn.row(2, &"two").unwrap();
         turn.entry(&1).unwrap();
         turn.line(&1).unwrap();
         turn.key("old".into(), vec![]);
@@ -57,6 +59,8 @@ fn what_is_forgotten_is_gone_and_numbers_go_on() {
     state.write(turn(fill)).unwrap();
     state
         .write(turn(|turn| {
+            turn.forget_row(1);
+            turn.forget_row(9);
             turn.entry(&2).unwrap();
             turn.forget_entries();
             turn.entry(&3).unwrap();
@@ -68,11 +72,13 @@ fn what_is_forgotten_is_gone_and_numbers_go_on() {
         .unwrap();
     drop(state);
     let state = StateFile::open(&path(&folder)).unwrap();
+    assert_eq!(state.rows::<String>().unwrap(), [(2, "two".into())]);
     assert_eq!(state.entries::<u32>().unwrap(), [3]);
     assert_eq!(state.lines::<u32>().unwrap(), [(1, 2)]);
     assert_eq!(state.keys().unwrap(), [("new".to_owned(), vec![])]);
     assert!(Turn::default().is_empty() && turn(|turn| turn.lines_are_written(9)).is_empty());
     assert!(!turn(Turn::clear_keys).is_empty() && !turn(Turn::forget_entries).is_empty());
+    assert!(!turn(|turn| turn.forget_row(1)).is_empty());
 }
 
 #[test]

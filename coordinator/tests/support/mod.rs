@@ -212,6 +212,19 @@ impl Running {
         self.http_with(request, headers, "").await
     }
 
+    /// Asks for what may be some moments old until the answer is the one that is `wanted`.
+    pub async fn until(&self, request: &str, wanted: impl Fn(u16, &str) -> bool) {
+        let asked = tokio::time::Instant::now();
+        loop {
+            let (code, body) = self.http(request, "").await;
+            if wanted(code, &body) {
+                return;
+            }
+            assert!(asked.elapsed() < Duration::from_secs(10), "{request}: {code} {body}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// The JSON of something that the run's token opens.
     pub async fn api(&self, path: &str) -> serde_json::Value {
         let token = format!("Authorization: Bearer {TOKEN}\r\n");

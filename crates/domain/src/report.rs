@@ -342,7 +342,7 @@ pub struct EmbeddingStatus {
     pub items_done: u64,
     pub ranges: u64,
     pub ranges_done: u64,
-    /// Those that have not left.
+    /// Those that have neither left nor fallen silent.
     pub workers: Vec<EmbeddingWorker>,
     /// Why it has failed.
     pub failure: Option<String>,

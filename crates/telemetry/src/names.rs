@@ -174,7 +174,7 @@ metrics! {
     EMBED_FINISHED = "learn_embed_finished_rows", Kind::Gauge, [],
         "Items of an embed job that have their vector, those of ranges in work included.";
     EMBED_WORKERS = "learn_embed_workers", Kind::Gauge, [],
-        "Processes of an embed job that have not left.";
+        "Processes of an embed job that have neither left nor fallen silent.";
 }
 
 /// The metrics as a Markdown table, for the documentation.

@@ -52,8 +52,9 @@ fn every_expression_has_data_on_a_live_job_and_who_is_killed_is_no_target() {
     assert!(before.contains(&address), "{before:?} has no {address}");
     signal("KILL", victim["pid"].as_u64().expect("it has a pid"));
     follow_file(&site.run_dir("live").join("events.jsonl"), "worker_lost", 1);
-    let after = workers(&job.targets());
-    assert!(!after.contains(&address), "{address} was killed and is still there: {after:?}");
+    // the list may be a quarter of a second old
+    let gone = (0..200).any(|_| !workers(&job.targets()).contains(&address));
+    assert!(gone, "{address} was killed and is still there: {:?}", job.targets());
 
     let embedding = Embedding::start(&prometheus);
     let mut waiting: Vec<Expression> = expressions(&prometheus);

@@ -372,11 +372,17 @@ fn write_best(run: &RunDir, best: Option<&Best>) -> Result<(), CheckpointError> 
         return if path.exists() { fs::remove_file(&path).map_err(io(&path)) } else { Ok(()) };
     };
     let text = serde_json::to_vec(best).map_err(|error| io(&path)(error.into()))?;
-    let aside = path.with_extension("tmp");
-    fs::write(&aside, text).map_err(io(&aside))?;
-    sync(&aside)?;
-    fs::rename(&aside, &path).map_err(io(&path))?;
-    sync(&run.checkpoints())
+    // by its step, too: the training thread may record an earlier one while the writer records its own
+    let aside = aside_of(&run.checkpoint(best.step), "-best");
+    let written = fs::write(&aside, text).map_err(io(&aside)).and_then(|()| {
+        sync(&aside)?;
+        fs::rename(&aside, &path).map_err(io(&path))
+    });
+    if written.is_err() {
+        // the write error is the one to report
+        let _ = fs::remove_file(&aside);
+    }
+    written.and_then(|()| sync(&run.checkpoints()))
 }
 
 /// Makes the checkpoint of `resumed` the newest one: later ones belong to a past that is not continued. They move to

@@ -136,6 +136,7 @@ fn a_killed_write_is_never_taken_for_a_checkpoint() {
     // what a kill leaves: the directory aside, without or with all its files
     fs::create_dir(run.checkpoints().join("step-0000000002.tmp-99")).unwrap();
     fs::write(run.checkpoints().join("step-0000000002.tmp-99").join(MODEL), "half").unwrap();
+    fs::write(run.checkpoints().join("step-0000000002.tmp-99-best"), "half").unwrap();
     assert_eq!(list(&run).unwrap().iter().map(|one| one.step).collect::<Vec<_>>(), [Step(1)]);
     assert_eq!(resolve(&run, Some("last")).unwrap(), run.checkpoint(Step(1)));
     // and whoever writes the next checkpoints clears away
@@ -183,6 +184,39 @@ fn a_process_of_the_same_number_that_writes_the_same_step_is_not_disturbed() {
     let path = write(&run.checkpoints(), snapshot(2, 1.0, None), Pace::Plain, &|| ()).unwrap();
     assert_eq!(fs::read(other.join(MODEL)).unwrap(), b"half");
     assert!(check(&path).is_ok());
+}
+
+#[test]
+fn processes_that_record_the_best_checkpoint_at_once_do_not_disturb_each_other() {
+    let (_folder, run) = run();
+    let best = |step: u64| snapshot(step, 0.0, Some(step)).state.best;
+    let names = || -> Vec<String> {
+        let entries = fs::read_dir(run.checkpoints()).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    };
+    // as of a process of the same number in another container
+    let other = format!("step-0000000002.tmp-{}-0000000000000000-best", std::process::id());
+    for theirs in ["best.tmp", other.as_str()] {
+        fs::write(run.checkpoints().join(theirs), "half").unwrap();
+        write_best(&run, best(2).as_ref()).unwrap();
+        assert_eq!(read_best(&run), best(2));
+        assert_eq!(fs::read(run.checkpoints().join(theirs)).unwrap(), b"half", "{theirs}");
+        fs::remove_file(run.checkpoints().join(theirs)).unwrap();
+    }
+    // threads of one process, for different steps
+    std::thread::scope(|scope| {
+        for step in [3, 4] {
+            let (run, best) = (&run, &best);
+            scope.spawn(move || (0..20).for_each(|_| write_best(run, best(step).as_ref()).unwrap()));
+        }
+    });
+    assert!([best(3), best(4)].contains(&read_best(&run)));
+    assert_eq!(names(), ["best"], "nothing is left aside");
+    // what cannot be put in place is not left either
+    fs::remove_file(run.best()).unwrap();
+    fs::create_dir(run.best()).unwrap();
+    assert!(write_best(&run, best(5).as_ref()).is_err());
+    assert_eq!(names(), ["best"]);
 }
 
 #[test]

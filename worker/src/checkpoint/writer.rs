@@ -284,9 +284,10 @@ pub(super) fn prune(
         let path = entry.map_err(io(folder))?.path();
         let unfinished = path.extension().is_some_and(|kind| kind.to_string_lossy().starts_with("tmp-"));
         let step = path.file_stem().and_then(|name| name.to_str()).and_then(checkpoint_step);
-        if unfinished && step.is_some() && step < oldest && path.is_dir() {
-            // one that stays keeps none of the others
-            removed = removed.and(remove(&path).map_err(io(&path)));
+        if unfinished && step.is_some() && step < oldest {
+            // a checkpoint, or the record of which one is the best; one that stays keeps none of the others
+            let gone = if path.is_dir() { remove(&path) } else { fs::remove_file(&path) };
+            removed = removed.and(gone.map_err(io(&path)));
         }
     }
     removed

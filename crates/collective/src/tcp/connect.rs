@@ -56,13 +56,13 @@ pub(super) fn ring(group: &Group, rendezvous: &dyn Rendezvous) -> Result<Duplex,
     let (outward, outward_key) = dialled?;
     // The door gives up only when dialling failed, which has returned above.
     let (inward, inward_key) = came?.ok_or_else(|| call.deadline(Some(previous)))?;
-    let link = |peer, stream: TcpStream, key| -> Result<Link, CollectiveError> {
+    let link = |peer, stream: Arc<TcpStream>, key| -> Result<Link, CollectiveError> {
         prepare(&stream).map_err(|error| local(error, group))?;
-        Ok(Link { peer, stream: Arc::new(stream), key, generation: group.generation, frames: 0 })
+        Ok(Link { peer, stream, key, generation: group.generation, frames: 0 })
     };
-    let mut duplex = Duplex::new(link(next, outward, outward_key)?, link(previous, inward, inward_key)?);
-    aborter.watch(duplex.next.stream.clone());
-    aborter.watch(duplex.previous.stream.clone());
+    let mut duplex = Duplex::new(link(next, outward, outward_key)?, link(previous, Arc::new(inward), inward_key)?);
+    // the other one is watched since it was dialled
+    aborter.watch(&duplex.previous.stream);
     // whoever fails hangs up, for its neighbours wait for its word
     duplex.share(group.shares_memory, call, aborter).inspect_err(|_| aborter.hang_up())?;
     Ok(duplex)
@@ -110,7 +110,7 @@ impl From<io::Error> for Attempt {
 
 impl Dial<'_> {
     /// Tries until the deadline; being refused ends it at once, since it would be refused again.
-    fn run(&self) -> Result<(TcpStream, Key), CollectiveError> {
+    fn run(&self) -> Result<(Arc<TcpStream>, Key), CollectiveError> {
         loop {
             let attempt = self.attempt();
             // what failed by the abort is not to be told as something else
@@ -133,7 +133,7 @@ impl Dial<'_> {
         }
     }
 
-    fn attempt(&self) -> Result<(TcpStream, Key), Attempt> {
+    fn attempt(&self) -> Result<(Arc<TcpStream>, Key), Attempt> {
         let left = || self.call.left().ok_or_else(|| io::Error::from(io::ErrorKind::TimedOut));
         let mut last = io::Error::other("the host name has no address");
         let mut stream = None;
@@ -146,8 +146,10 @@ impl Dial<'_> {
                 Err(error) => last = error,
             }
         }
-        let mut stream = stream.ok_or(last)?;
-        self.aborter.watch(Arc::new(stream.try_clone()?));
+        // an attempt that fails closes its connection
+        let connection = Arc::new(stream.ok_or(last)?);
+        self.aborter.watch(&connection);
+        let mut stream = &*connection;
         // The listener may still wait for its own rendezvous, so the answer may take until the deadline.
         stream.set_read_timeout(Some(left()?))?;
         stream.set_write_timeout(Some(left()?))?;
@@ -162,13 +164,51 @@ impl Dial<'_> {
         if handshake::proof(&accepted) != handshake::proof(&self.terms.accepted(&hello, &reply)) {
             return Err(Attempt::Refused("it could not prove that it knows the job's secret".to_owned()));
         }
-        Ok((stream, self.terms.frames(&hello, &reply)))
+        Ok((connection, self.terms.frames(&hello, &reply)))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn attempts_that_fail_leave_no_connection_behind() {
+        let aborter = Aborter::default();
+        let group = Group {
+            rank: 0,
+            world_size: 2,
+            generation: 1,
+            secret: b"secret".to_vec(),
+            bind: "127.0.0.1".to_owned(),
+            advertise: "127.0.0.1".to_owned(),
+            timeout: Duration::from_millis(450),
+            shares_memory: false,
+            aborter: aborter.clone(),
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let target = listener.local_addr().unwrap().to_string();
+        // accepts and closes, until it is called by one that says nothing
+        let peer = std::thread::spawn(move || {
+            let mut failed = 0;
+            for stream in listener.incoming() {
+                let mut hello = [0; handshake::HELLO_BYTES];
+                if stream.unwrap().read_exact(&mut hello).is_err() {
+                    break;
+                }
+                failed += 1;
+            }
+            failed
+        });
+        let call = Call::start("connect", group.timeout);
+        let terms = Terms::new(&group, 0, 1);
+        let dial = Dial { target: target.clone(), terms, peer: 1, call: &call, aborter: &aborter };
+        assert!(matches!(dial.run(), Err(CollectiveError::Deadline { peer: Some(1), .. })));
+        drop(TcpStream::connect(target));
+        let failed = peer.join().unwrap();
+        assert!(failed > 1, "it was tried again");
+        assert_eq!(aborter.watched(), 1, "of {failed} attempts only the last was not cleared away yet");
+    }
 
     #[test]
     fn addresses_of_either_family_can_be_dialled() {

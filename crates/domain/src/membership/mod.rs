@@ -467,6 +467,12 @@ impl Membership {
         self.wanted
     }
 
+    /// Whether a worker of this number was ever let in.
+    #[must_use]
+    pub fn has_admitted(&self, worker: WorkerId) -> bool {
+        worker.0 < self.next_worker
+    }
+
     /// Recoveries in a row without a finished step.
     #[must_use]
     pub fn recoveries(&self) -> u32 {
