@@ -26,6 +26,9 @@ fn a_second_embed_is_refused_until_the_first_has_ended() {
     let second = site.launch(&["embed", "job.toml"]);
     assert_eq!(second.status.code(), Some(2), "{}", text(&second));
     assert!(text(&second).contains("dataset is being embedded now by another"), "{}", text(&second));
+    let replaced = site.launch(&["prepare", "job.toml", "--replace"]);
+    assert_eq!(replaced.status.code(), Some(1), "{}", text(&replaced));
+    assert!(text(&replaced).contains("or stop it with `learn-launch stop dataset`"), "{}", text(&replaced));
     signal("TERM", first.id().into());
     let first = first.wait_with_output().unwrap();
     assert_eq!(first.status.code(), Some(3), "{}", text(&first));

@@ -21,6 +21,7 @@ mod error;
 pub mod files;
 #[doc(hidden)]
 pub mod fuzzing;
+mod in_use;
 mod ipc;
 mod leftovers;
 mod manifest;
