@@ -14,7 +14,7 @@ use std::path::PathBuf;
 
 use half::f16;
 use learn_dataset::embeddings::{EmbeddingSpec, EmbeddingStore, Shard};
-use learn_dataset::{Dataset, DatasetError, EmbeddingInfo, Item};
+use learn_dataset::{Dataset, DatasetError, EmbeddingInfo, Item, MadeFrom};
 use learn_domain::config::{Config, DeviceKind, EmbedConfig, Precision};
 use learn_domain::embedding::{CutTexts, Preview, Remarks, SourceKind};
 use learn_domain::prompt::PromptTemplate;
@@ -363,6 +363,7 @@ pub fn commit(config: &Config, progress: &mut Progress) -> Result<Committed, Emb
     let info = inputs.store.info(&source.name())?;
     let remarks = inputs.remarks(&source);
     let info = if config.embed.refine.is_on() { refine(&config.embed, &inputs, info, progress)? } else { info };
+    let info = EmbeddingInfo { made_from: Some(MadeFrom::of(&config.embed, source.name())), ..info };
     progress.stage("naming the embeddings in dataset.json");
     inputs.store.publish(&info)?;
     Ok(Committed { info, remarks })

@@ -73,16 +73,17 @@ pub fn run(args: &SlurmArgs, output: &Output) -> Result<()> {
 }
 
 fn submit_new(args: &SlurmArgs, request: &Request, output: &Output) -> Result<()> {
-    let mut config = args
-        .settings
-        .resolver()?
-        .flag("--name", "job.name", args.name.as_ref())?
-        .flag(WORKERS, "cluster.workers", Some(request.workers()))?
-        .finish()?;
+    let resolver = args.settings.resolver()?.flag("--name", "job.name", args.name.as_ref())?.flag(
+        WORKERS,
+        "cluster.workers",
+        Some(request.workers()),
+    )?;
+    let given = resolver.given();
+    let mut config = resolver.finish()?;
     runs::find_init(&mut config)?;
     anchor(&mut config)?;
     config.cluster.device = device(config.cluster.device, request.on_gpus());
-    super::train::check_ready(&config, output)?;
+    super::train::check_ready(&config, &given, output)?;
     let root = config.job.runs_dir.join(&config.job.name);
     let run = RunDir::new(&root);
     let text = write(request, &run, &config)?;
