@@ -116,12 +116,18 @@ pub fn run(args: &EmbedArgs, output: &Output) -> Result<()> {
     let start = Instant::now();
     system::catch_stop_signals();
     let _lock = lock(&config.data.dataset)?;
+    let before = fingerprint(&Dataset::open(&config.data.dataset)?);
     let run = make_directory(&config)?;
     output.note(&format!("reading the items, and {source}"));
     EmbedJob { run: &run, config: &config, output }.make_shards()?;
     let remarks = commit(&run, output)?;
     std::fs::remove_dir_all(run.root()).with_context(|| format!("cannot remove {}", run.root().display()))?;
-    report(args, &config, &Done { elapsed: start.elapsed(), remarks }, output)
+    report(args, &config, &Done { elapsed: start.elapsed(), remarks, before }, output)
+}
+
+/// What tells a dataset's content embeddings from others.
+fn fingerprint(dataset: &Dataset) -> Option<String> {
+    dataset.manifest().embeddings.as_ref().map(|info| info.fingerprint.clone())
 }
 
 /// # Errors
@@ -180,6 +186,11 @@ fn previewed(preview: &Preview, dataset: &str) -> String {
     if let (Some(dim), true) = (preview.dim, preview.items_left > 0) {
         // two bytes a number
         text += &format!(", {} on disk", render::bytes(preview.items_left * u64::from(dim) * 2));
+    }
+    match preview.items_to_refine {
+        None => {}
+        Some(0) => text += "\ntheir refined vectors (embed.refine) are there",
+        Some(items) => text += &format!("\n{} items would be refined anew (embed.refine)", render::count(items)),
     }
     let remarks = Remarks {
         items_without_text: preview.items_without_text,
@@ -471,12 +482,16 @@ fn finished(name: &str, status: std::process::ExitStatus, said: &[String]) -> Re
 struct Done {
     elapsed: Duration,
     remarks: Remarks,
+    /// The fingerprint of the embeddings that were there.
+    before: Option<String>,
 }
 
 #[derive(Serialize)]
 struct Report<'a> {
     #[serde(flatten)]
     info: &'a EmbeddingInfo,
+    /// The embeddings that were there are these.
+    kept: bool,
     remarks: &'a Remarks,
 }
 
@@ -485,25 +500,41 @@ fn report(args: &EmbedArgs, config: &Config, done: &Done, output: &Output) -> Re
     let Some(info) = &dataset.manifest().embeddings else {
         bail!("learn-embed ended well, but {} has no embeddings", config.data.dataset.display());
     };
-    let items = dataset.manifest().counts.items;
+    let items = render::count(dataset.manifest().counts.items.into());
+    let seconds = render::duration(done.elapsed.as_secs_f64());
+    let kept = done.before.as_ref() == Some(&info.fingerprint);
+    let what = match kept {
+        true => format!("unchanged in {seconds}: {items} items"),
+        false => format!("{items} items embedded in {seconds}"),
+    };
     let text = format!(
-        "{}: {} items embedded in {} ({} dimensions, {}){}\nnext: {}",
+        "{}: {what} ({} dimensions, {}){}\nnext: {}",
         super::shown(&config.data.dataset),
-        render::count(items.into()),
-        render::duration(done.elapsed.as_secs_f64()),
         info.dim,
         info.model,
         notes(&done.remarks),
-        args.settings.command("train"),
+        settings_of(args).command("train"),
     );
-    output.result(&text, &Report { info, remarks: &done.remarks })
+    output.result(&text, &Report { info, kept, remarks: &done.remarks })
+}
+
+/// The settings with those that stood in flags of `embed` alone: what comes next says where the vectors are from, too.
+fn settings_of(args: &EmbedArgs) -> SettingsArgs {
+    let EmbedArgs { settings, from, endpoint, model, .. } = args;
+    let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+    let flags = [("embed.from", path(from)), ("embed.endpoint.url", endpoint.clone()), ("embed.model", path(model))];
+    let mut settings = settings.clone();
+    settings.sets.extend(flags.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value?))));
+    settings
 }
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
     use learn_domain::embedding::SourceKind;
 
     use super::*;
+    use crate::cli::{Cli, Command};
 
     #[test]
     fn more_processes_than_a_machine_can_run_are_refused() {
@@ -526,6 +557,7 @@ mod tests {
             shards_done: 29,
             items_left: 50,
             requests: None,
+            items_to_refine: None,
             items_without_text: 0,
             rows_by_position: true,
         };
@@ -539,5 +571,24 @@ mod tests {
             Preview { source: SourceKind::Endpoint, dim: None, requests: Some(2), rows_by_position: false, ..file };
         let said = previewed(&server, "data/shop");
         assert!(said.contains("as the server gives") && said.contains("50 items are left, 2 requests\n"), "{said}");
+        assert!(!said.contains("refined"), "{said}");
+        let refined = |items| previewed(&Preview { items_to_refine: Some(items), ..server.clone() }, "data/shop");
+        assert!(refined(1500).contains("\n1,500 items would be refined anew (embed.refine)\n"), "{}", refined(1500));
+        assert!(refined(0).contains("\ntheir refined vectors (embed.refine) are there\n"), "{}", refined(0));
+    }
+
+    #[test]
+    fn the_next_command_says_where_the_vectors_are_from() {
+        let args = |words: &[&str]| {
+            let words = [&["learn-launch", "embed", "shop.toml", "--set", "data.dataset=d"][..], words].concat();
+            match Cli::try_parse_from(words).unwrap().command {
+                Command::Embed(args) => settings_of(&args).command("train"),
+                other => panic!("{other:?}"),
+            }
+        };
+        let plain = "learn-launch train shop.toml --set data.dataset=d";
+        assert_eq!(args(&["--processes", "2"]), plain);
+        assert_eq!(args(&["--from", "v.npy"]), format!("{plain} --set embed.from=v.npy"));
+        assert_eq!(args(&["--model", "m"]), format!("{plain} --set embed.model=m"));
     }
 }
