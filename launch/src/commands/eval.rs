@@ -87,7 +87,8 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<()> {
         .flag("eval", "checkpoint.metric", Some("mrr"))?
         .finish()?;
     anchor(&mut config)?;
-    runs::dataset(&run, &config)?;
+    let dataset = runs::dataset(&run, &config)?;
+    super::train::suits(&dataset, &config)?;
     // Ports that are fixed for the training may be in use by it.
     (config.cluster.grpc_port, config.cluster.http_port) = (0, 0);
     doctor::refuse_lacks(&config, true)?;
