@@ -7,6 +7,7 @@
 //! - [`settings`]: defaults, TOML, environment, `--set` and flags become one typed configuration.
 //! - [`job`]: one coordinator, its workers and data servers as local processes, watched to their end.
 //! - [`dataset_work`]: what takes long in this process itself.
+//! - [`made_from`]: whether a dataset is what the settings say.
 //! - [`api`] looks at a job over HTTP; [`operator`] stops and scales it.
 //! - [`process`] and [`system`]: children that never outlive their parent; the few calls into the operating system.
 //! - [`render`]: what people see, as pure functions.
@@ -28,6 +29,7 @@ pub mod failure;
 pub mod job;
 pub mod lines;
 pub mod load;
+pub mod made_from;
 pub mod operator;
 pub mod output;
 pub mod process;

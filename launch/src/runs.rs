@@ -244,7 +244,8 @@ pub fn config(run: &RunDir) -> Result<Config> {
 /// The dataset of a run, where `config` says that it lies.
 ///
 /// # Errors
-/// It is not there, cannot be read, or holds other data than the run was trained on.
+/// It is not there, cannot be read, holds other data than the run was trained on, or lacks the content embeddings that its
+/// model reads.
 pub fn dataset(run: &RunDir, config: &Config) -> Result<Dataset> {
     let place = config.data.dataset.display();
     refuse_file(&config.data.dataset)?;
@@ -261,6 +262,14 @@ pub fn dataset(run: &RunDir, config: &Config) -> Result<Dataset> {
     if let Some(what) = trained.and_then(|trained| trained.differ_from(&facts)) {
         return Err(Failure::Usage(format!(
             "{place} holds other {what} than the run {} was trained on; say where those lie with `--dataset DIR`, or `--set data.dataset=DIR` on Slurm",
+            run.root().display()
+        ))
+        .into());
+    }
+    if config.model.item_input.has_content() && dataset.manifest().embeddings.is_none() {
+        return Err(Failure::Usage(format!(
+            "{place} has no content embeddings, and the model of the run {} reads them: run `learn-launch embed` with the run's \
+             configuration, or say where a dataset with them lies with `--dataset DIR`, or `--set data.dataset=DIR` on Slurm",
             run.root().display()
         ))
         .into());

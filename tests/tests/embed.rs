@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::net::TcpListener;
 
-use learn_tests::{SMALL, Shape, Site, get, signal, succeeds, text};
+use learn_tests::{SMALL, Shape, Site, follow, get, signal, succeeds, text};
 use serde_json::Value;
 
 fn embeddings(site: &Site) -> Value {
@@ -26,6 +26,9 @@ fn a_second_embed_is_refused_until_the_first_has_ended() {
     let second = site.launch(&["embed", "job.toml"]);
     assert_eq!(second.status.code(), Some(1), "it may be free soon: {}", text(&second));
     assert!(text(&second).contains("dataset is being embedded now by another"), "{}", text(&second));
+    let replaced = site.launch(&["prepare", "job.toml", "--replace"]);
+    assert_eq!(replaced.status.code(), Some(1), "{}", text(&replaced));
+    assert!(text(&replaced).contains("or stop it with `learn-launch stop dataset`"), "{}", text(&replaced));
     signal("TERM", first.id().into());
     let first = first.wait_with_output().unwrap();
     assert_eq!(first.status.code(), Some(3), "{}", text(&first));
@@ -118,6 +121,77 @@ fn the_result_tells_of_rows_taken_by_position_and_a_dry_run_starts_nothing() {
     let again = site.launch(&["embed", "job.toml"]);
     succeeds(&again);
     assert!(text(&again).contains("note: no ids: row i of the file is taken"), "{}", text(&again));
+    assert!(text(&again).contains("dataset: unchanged in ") && !text(&again).contains("embedded"), "{}", text(&again));
+    assert_eq!(done["kept"], false);
+    assert_eq!(json(&[])["kept"], true);
+    let refined = ["--set", "embed.refine.whitening=true"];
+    assert_eq!(json(&[&refined[..], &["--dry-run"]].concat())["items_to_refine"].as_u64(), Some(items));
+    assert_eq!(json(&refined)["kept"], false);
+    let dry = site.launch(&[&["embed", "job.toml", "--dry-run"][..], &refined].concat());
+    assert!(text(&dry).contains("their refined vectors (embed.refine) are there"), "{}", text(&dry));
+}
+
+/// Refused with this code and these words.
+fn refused(site: &Site, arguments: &[&str], code: i32, words: &[&str]) {
+    let output = site.launch(arguments);
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", text(&output));
+    for words in words {
+        assert!(text(&output).contains(words), "{words} is not in {}", text(&output));
+    }
+}
+
+#[test]
+fn settings_that_a_dataset_was_not_made_with_are_refused() {
+    let site = Site::new(SMALL);
+    let whitening = "embed.refine.whitening=true";
+    let train = |set| ["train", "job.toml", "--dry-run", "--set", set];
+    let unrefined =
+        ["embed.refine.whitening is true, but ", "has embeddings of the file `vectors.npy` without refinement"];
+    refused(&site, &train(whitening), 2, &unrefined);
+    refused(&site, &train(whitening), 2, &["--set embed.refine.whitening=true: ", "run `learn-launch embed CONFIG`"]);
+    refused(&site, &["train", "job.toml", "--set", whitening], 2, &unrefined);
+    refused(&site, &["doctor", "job.toml", "--set", whitening], 1, &unrefined);
+    refused(&site, &train("prepare.k_core=5"), 2, &["was prepared with 0", "--replace"]);
+    refused(&site, &train("embed.from=others.npy"), 2, &["embed.from is ", "the file `vectors.npy`"]);
+    fs::write(
+        site.path("white.toml"),
+        "study = { name = \"w\", config = \"job.toml\" }\ntable = [{ name = \"w\", title = \"W\" }]\n\
+         variant = [{ name = \"white\", set.embed.refine.whitening = true }]\n",
+    )
+    .unwrap();
+    refused(&site, &["study", "white.toml", "--dry-run"], 2, &["variant `white`: ", unrefined[1]]);
+    assert!(!site.path("runs/learn").exists(), "nothing was begun");
+
+    // what does not decide the vectors is free, and so is everything once the dataset is made so
+    succeeds(&site.launch(&train("embed.processes=3")));
+    succeeds(&site.launch(&["embed", "job.toml", "--set", whitening]));
+    succeeds(&site.launch(&train(whitening)));
+    succeeds(&site.launch(&train("job.name=silent")));
+    refused(&site, &train("embed.refine.whitening=false"), 2, &["that were refined with true"]);
+    succeeds(&site.launch(&["study", "white.toml", "--set", "training.max_steps=2"]));
+}
+
+#[test]
+fn an_evaluation_on_a_dataset_without_embeddings_is_refused_before_it_begins() {
+    let site = Site::new(SMALL);
+    succeeds(&site.launch(&site.train(&["job.name=run", "training.max_steps=3"])));
+    succeeds(&site.launch(&["prepare", "job.toml", "--set", "data.dataset=bare"]));
+    refused(&site, &["eval", "runs/run", "--dataset", "bare"], 2, &["has no content embeddings", "--dataset DIR"]);
+    assert!(!site.run_dir("run").join("eval").exists());
+}
+
+#[test]
+fn a_dataset_is_not_replaced_under_a_training() {
+    let site = Site::new(SMALL);
+    let long =
+        ["job.name=long", "training.epochs=100000", "evaluation.every_epochs=50000", "checkpoint.every_epochs=50000"];
+    let child = site.start(&site.train(&long));
+    follow(&site, "long", 1);
+    refused(&site, &["prepare", "job.toml", "--replace"], 1, &["a job works with dataset", "learn-launch stop RUN"]);
+    signal("TERM", child.id().into());
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(3), "{}", text(&ended));
+    succeeds(&site.launch(&["prepare", "job.toml", "--replace"]));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Everything that a stream of the data service depends on: the dataset, the plan and the sampling.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
@@ -37,14 +38,17 @@ pub struct Source {
     pub total_steps: u64,
     pub facts: DatasetFacts,
     provenance: Provenance,
+    /// Keeps `prepare --replace` from the dataset.
+    _held: Option<File>,
 }
 
 impl Source {
     /// Checks that dataset and configuration go together.
     ///
     /// # Errors
-    /// If they do not, for example because the dataset has no content embeddings yet.
+    /// If they do not, for example because the dataset has no content embeddings yet, or if it is being replaced.
     pub fn new(dataset: Dataset, config: &Config) -> Result<Self, SourceError> {
+        let held = dataset.hold()?;
         dataset.suits(config)?;
         let facts = dataset.facts().seen_by(&config.model);
         let row_files = row_files(&dataset);
@@ -74,6 +78,7 @@ impl Source {
             total_steps,
             facts,
             provenance,
+            _held: held,
         })
     }
 

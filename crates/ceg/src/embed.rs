@@ -14,7 +14,7 @@ use std::path::PathBuf;
 
 use half::f16;
 use learn_dataset::embeddings::{EmbeddingSpec, EmbeddingStore, Shard};
-use learn_dataset::{Dataset, DatasetError, EmbeddingInfo, Item};
+use learn_dataset::{Dataset, DatasetError, EmbeddingInfo, Item, MadeFrom};
 use learn_domain::config::{Config, DeviceKind, EmbedConfig, Precision};
 use learn_domain::embedding::{CutTexts, Preview, Remarks, SourceKind};
 use learn_domain::prompt::PromptTemplate;
@@ -363,6 +363,7 @@ pub fn commit(config: &Config, progress: &mut Progress) -> Result<Committed, Emb
     let info = inputs.store.info(&source.name())?;
     let remarks = inputs.remarks(&source);
     let info = if config.embed.refine.is_on() { refine(&config.embed, &inputs, info, progress)? } else { info };
+    let info = EmbeddingInfo { made_from: Some(MadeFrom::of(&config.embed, source.name())), ..info };
     progress.stage("naming the embeddings in dataset.json");
     inputs.store.publish(&info)?;
     Ok(Committed { info, remarks })
@@ -407,6 +408,10 @@ fn previewed(config: &Config, source: &Source) -> Result<Preview, EmbedError> {
     let dim = source.spec(config.embed.shard_items)?.dim as u32;
     let dim_is_known = !asks || config.embed.endpoint.dimensions.is_some() || missing.len() < shards.len();
     let Remarks { items_without_text, rows_by_position, .. } = inputs.remarks(source);
+    let items_to_refine = match config.embed.refine.is_on() {
+        true => Some(unrefined(&config.embed, &inputs, missing.is_empty(), &source.name())? as u64),
+        false => None,
+    };
     Ok(Preview {
         model: source.name(),
         source: source.kind(),
@@ -416,6 +421,7 @@ fn previewed(config: &Config, source: &Source) -> Result<Preview, EmbedError> {
         shards_done: (shards.len() - missing.len()) as u64,
         items_left: missing.iter().sum::<usize>() as u64,
         requests: asks.then_some(requests as u64),
+        items_to_refine,
         items_without_text,
         rows_by_position,
     })
@@ -457,6 +463,31 @@ fn made(config: &Config) -> Result<(Source, Inputs), EmbedError> {
     Err(DatasetError::Embeddings { path: dataset.dir().into(), problem }.into())
 }
 
+/// The shards that embeddings are refined into.
+fn refined_store(config: &EmbedConfig, inputs: &Inputs, raw: &EmbeddingInfo) -> Result<EmbeddingStore, DatasetError> {
+    let (settings, dataset) = (&config.refine, &inputs.dataset);
+    // the settings' own words, and the interactions they look at
+    let made_from = format!("refined {} {} {settings:?}", raw.fingerprint, dataset.manifest().fingerprint);
+    let spec = EmbeddingSpec {
+        dim: raw.dim as usize,
+        model_fingerprint: made_from,
+        precision: Precision::F32,
+        shard_items: config.shard_items as usize,
+    };
+    EmbeddingStore::new(dataset, spec, &vec![String::new(); inputs.items.len()])
+}
+
+/// How many items have no refined row of these settings yet; `whole`: their rows from the source `name` are all there.
+fn unrefined(config: &EmbedConfig, inputs: &Inputs, whole: bool, name: &str) -> Result<usize, DatasetError> {
+    if !whole {
+        // what they are refined from tells the shards
+        return Ok(inputs.items.len());
+    }
+    let store = refined_store(config, inputs, &inputs.store.info(name)?)?;
+    let missing = store.shards().iter().filter(|shard| !store.finished(shard.index));
+    Ok(missing.map(|shard| shard.items.len()).sum())
+}
+
 /// Refines embeddings into shards of their own, those that are not finished yet.
 fn refine(
     config: &EmbedConfig,
@@ -465,16 +496,8 @@ fn refine(
     progress: &mut Progress,
 ) -> Result<EmbeddingInfo, EmbedError> {
     let (settings, dataset) = (&config.refine, &inputs.dataset);
-    // the settings' own words, and the interactions they look at
-    let made_from = format!("refined {} {} {settings:?}", raw.fingerprint, dataset.manifest().fingerprint);
     let embeddings = dataset.open_embeddings(&raw)?;
-    let spec = EmbeddingSpec {
-        dim: embeddings.dim(),
-        model_fingerprint: made_from,
-        precision: Precision::F32,
-        shard_items: config.shard_items as usize,
-    };
-    let store = EmbeddingStore::new(dataset, spec, &vec![String::new(); embeddings.rows()])?;
+    let store = refined_store(config, inputs, &raw)?;
     let missing: Vec<_> = store.shards().iter().filter(|shard| !store.finished(shard.index)).collect();
     if !missing.is_empty() {
         let of_item = |error| match error {

@@ -11,7 +11,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::Stdio;
 
 use half::f16;
-use learn_dataset::Dataset;
+use learn_dataset::{Dataset, MadeFrom};
 use learn_domain::config::Sentence;
 use learn_domain::embedding::{CutTexts, Preview, Remarks, SourceKind};
 use learn_domain::told::Told;
@@ -70,6 +70,8 @@ fn a_killed_run_goes_on_where_it_was() {
     let manifest = Dataset::open(&work.config.data.dataset).unwrap().manifest().clone();
     let embeddings = manifest.embeddings.unwrap();
     assert_eq!((embeddings.dim, embeddings.model.as_str()), (24, "tiny-bert"));
+    let made_from = MadeFrom::of(&work.config.embed, "tiny-bert".into());
+    assert_eq!(embeddings.made_from, Some(made_from), "read back as it was written");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use half::f16;
 use learn_ceg::embed;
 use learn_ceg::progress::Progress;
-use learn_dataset::Dataset;
+use learn_dataset::{Dataset, MadeFrom, VectorSource};
 use learn_domain::Config;
 use learn_domain::config::PrepareConfig;
 
@@ -149,4 +149,24 @@ fn vectors_that_are_all_the_same_cannot_be_whitened() {
     let error = embed::commit(&workplace.config, &mut Progress::silent()).unwrap_err().to_string();
     assert!(error.contains("embed.refine.whitening"), "{error}");
     assert!(Dataset::open(&workplace.config.data.dataset).unwrap().embeddings().is_err(), "the dataset is as it was");
+}
+
+#[test]
+fn a_preview_says_what_would_be_refined_and_the_dataset_what_it_was_made_from() {
+    let workplace = Workplace::new();
+    let mut config = workplace.config.clone();
+    config.embed.shard_items = 16;
+    let left = |config: &Config| embed::preview(config).unwrap().items_to_refine;
+    assert_eq!(left(&config), None, "nothing is refined");
+    whitened(&mut config);
+    assert_eq!(left(&config), Some(ITEMS as u64), "there are no vectors yet");
+    workplace.embed(16, |_| ());
+    assert_eq!(left(&config), Some(ITEMS as u64));
+    workplace.embed(16, whitened);
+    assert_eq!(left(&config), Some(0));
+    let info = Dataset::open(&config.data.dataset).unwrap().manifest().embeddings.clone().unwrap();
+    let source = VectorSource::File { name: "raw.npy".into() };
+    assert_eq!(info.made_from, Some(MadeFrom { source, refine: config.embed.refine.clone() }));
+    smoothed(&mut config);
+    assert_eq!(left(&config), Some(ITEMS as u64), "other settings refine anew");
 }

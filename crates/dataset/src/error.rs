@@ -42,6 +42,13 @@ pub enum DatasetError {
     Version { path: PathBuf, found: u64, known: u32 },
     #[error("{} is damaged: {problem}; restore it from a copy, or {}", .path.display(), .made_by.remedy())]
     Damaged { path: PathBuf, made_by: MadeBy, problem: String },
+    #[error("{} is being replaced by `prepare --replace` now; start again when that has ended", .path.display())]
+    BeingReplaced { path: PathBuf },
+    #[error(
+        "a job works with {} now, or another `prepare --replace`: wait until it has ended, or stop it with `learn-launch stop \
+         RUN`; another directory in data.dataset needs no waiting", .path.display()
+    )]
+    InUse { path: PathBuf },
     #[error("{} has no content embeddings; run `learn-launch embed CONFIG`", .path.display())]
     NoEmbeddings { path: PathBuf },
     #[error("content embeddings of {}: {problem}; run `learn-launch embed CONFIG`", .path.display())]

@@ -21,8 +21,10 @@ mod error;
 pub mod files;
 #[doc(hidden)]
 pub mod fuzzing;
+mod in_use;
 mod ipc;
 mod leftovers;
+mod made_from;
 mod manifest;
 mod mapped;
 mod message;
@@ -35,6 +37,7 @@ pub use catalogue::Item;
 pub use dataset::Dataset;
 pub use embeddings::{Embeddings, RowError};
 pub use error::{DatasetError, MadeBy};
+pub use made_from::{Contradiction, MadeFrom, VectorSource};
 pub use manifest::{Counts, EmbeddingInfo, FileEntry, FilterInfo, LabelInfo, Manifest, SplitInfo, VERSION};
 pub use message::MessageCheck;
 pub use prepare::{

@@ -8,6 +8,7 @@ use learn_domain::config::SplitPolicy;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{DatasetError, MadeBy};
+use crate::made_from::MadeFrom;
 use crate::{files, leftovers};
 
 /// Schema version that this program writes. It reads this one and all before it: version 2 adds times to the held-out
@@ -107,7 +108,7 @@ pub struct FileEntry {
 }
 
 /// The content embeddings of the items.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EmbeddingInfo {
     pub dim: u32,
@@ -121,6 +122,10 @@ pub struct EmbeddingInfo {
     /// What these were refined from (`embed.refine`); kept, so that another refinement needs no language model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub raw: Option<Box<EmbeddingInfo>>,
+    /// The settings that they were made with; `None` where an older version has made them, and of what others were refined
+    /// from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_from: Option<MadeFrom>,
 }
 
 impl EmbeddingInfo {

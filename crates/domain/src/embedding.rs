@@ -63,6 +63,8 @@ pub struct Preview {
     pub items_left: u64,
     /// Requests for those items, to a server.
     pub requests: Option<u64>,
+    /// Items without a row of this refinement; `None` if nothing is refined (`embed.refine`).
+    pub items_to_refine: Option<u64>,
     pub items_without_text: u64,
     pub rows_by_position: bool,
 }

@@ -121,12 +121,18 @@ pub fn run(args: &EmbedArgs, output: &Output) -> Result<()> {
     let start = Instant::now();
     system::catch_stop_signals();
     let _lock = lock(&config.data.dataset)?;
+    let before = fingerprint(&Dataset::open(&config.data.dataset)?);
     let run = make_directory(&config)?;
     output.note(&format!("reading the items, and {source}"));
     EmbedJob { run: &run, config: &config, output }.make_shards()?;
     let remarks = commit(&run, output)?;
     std::fs::remove_dir_all(run.root()).with_context(|| format!("cannot remove {}", run.root().display()))?;
-    report(args, &config, &Done { elapsed: start.elapsed(), remarks }, output)
+    report(args, &config, &Done { elapsed: start.elapsed(), remarks, before }, output)
+}
+
+/// What tells a dataset's content embeddings from others.
+fn fingerprint(dataset: &Dataset) -> Option<String> {
+    dataset.manifest().embeddings.as_ref().map(|info| info.fingerprint.clone())
 }
 
 /// # Errors
@@ -186,6 +192,11 @@ fn previewed(preview: &Preview, dataset: &str) -> String {
         // two bytes a number
         text += &format!(", {} on disk", render::bytes(preview.items_left * u64::from(dim) * 2));
     }
+    match preview.items_to_refine {
+        None => {}
+        Some(0) => text += "\ntheir refined vectors (embed.refine) are there",
+        Some(items) => text += &format!("\n{} items would be refined anew (embed.refine)", render::count(items)),
+    }
     let remarks = Remarks {
         items_without_text: preview.items_without_text,
         rows_by_position: preview.rows_by_position,
@@ -201,22 +212,47 @@ fn notes(remarks: &Remarks) -> String {
 
 /// One `embed` a dataset; the system drops the lock with the process.
 fn lock(dataset: &Path) -> Result<File> {
+    try_lock(dataset)?.ok_or_else(|| {
+        let shown = super::shown(dataset);
+        Failure::Busy(format!(
+            "{shown} is being embedded now by another `learn-launch embed`, or replaced by `prepare --replace`; wait for it, \
+             or stop it"
+        ))
+        .into()
+    })
+}
+
+/// Keeps every `embed` from a dataset that is there, for as long as the file is open.
+///
+/// # Errors
+/// An `embed` works on it, or the lock cannot be tried.
+pub(super) fn keep_out(dataset: &Path) -> Result<File> {
+    let lock = try_lock(dataset)?;
+    // the coordinator may have outlived the command that has started it
+    match lock.filter(|_| runs::live(&RunDir::of_embedding(dataset)).is_none()) {
+        Some(lock) => Ok(lock),
+        None => {
+            let shown = super::shown(dataset);
+            bail!(
+                "{shown} is being embedded now; wait until that has ended, or stop it with `learn-launch stop {shown}`"
+            )
+        }
+    }
+}
+
+/// The lock of a dataset's embed job; `None` if another process has it.
+fn try_lock(dataset: &Path) -> Result<Option<File>> {
     let path = RunDir::embedding_lock(dataset);
     let open = || {
         path.parent().map_or(Ok(()), std::fs::create_dir_all)?;
         File::options().create(true).append(true).open(&path)
     };
     let locked = open().map_err(TryLockError::Error).and_then(|file| file.try_lock().map(|()| file));
-    locked.map_err(|error| match error {
-        TryLockError::WouldBlock => {
-            let shown = super::shown(dataset);
-            Failure::Busy(format!(
-                "{shown} is being embedded now by another `learn-launch embed`; wait for it, or stop it"
-            ))
-            .into()
-        }
-        TryLockError::Error(error) => anyhow::Error::from(error).context(format!("cannot lock {}", path.display())),
-    })
+    match locked {
+        Ok(file) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
+    }
 }
 
 /// The job's directory, anew: what an earlier job has finished are its shards.
@@ -226,7 +262,7 @@ fn make_directory(config: &Config) -> Result<RunDir> {
         let (shown, pid) = (super::shown(&config.data.dataset), address.pid);
         let message =
             format!("{shown} is being embedded now (coordinator pid {pid}); wait for it, or stop that `embed`");
-        return Err(Failure::Usage(message).into());
+        return Err(Failure::Busy(message).into());
     }
     if run.root().exists() {
         std::fs::remove_dir_all(run.root()).with_context(|| format!("cannot remove {}", run.root().display()))?;
@@ -451,12 +487,16 @@ fn finished(name: &str, status: std::process::ExitStatus, said: &[String]) -> Re
 struct Done {
     elapsed: Duration,
     remarks: Remarks,
+    /// The fingerprint of the embeddings that were there.
+    before: Option<String>,
 }
 
 #[derive(Serialize)]
 struct Report<'a> {
     #[serde(flatten)]
     info: &'a EmbeddingInfo,
+    /// The embeddings that were there are these.
+    kept: bool,
     remarks: &'a Remarks,
 }
 
@@ -465,25 +505,41 @@ fn report(args: &EmbedArgs, config: &Config, done: &Done, output: &Output) -> Re
     let Some(info) = &dataset.manifest().embeddings else {
         bail!("learn-embed ended well, but {} has no embeddings", config.data.dataset.display());
     };
-    let items = dataset.manifest().counts.items;
+    let items = render::count(dataset.manifest().counts.items.into());
+    let seconds = render::duration(done.elapsed.as_secs_f64());
+    let kept = done.before.as_ref() == Some(&info.fingerprint);
+    let what = match kept {
+        true => format!("unchanged in {seconds}: {items} items"),
+        false => format!("{items} items embedded in {seconds}"),
+    };
     let text = format!(
-        "{}: {} items embedded in {} ({} dimensions, {}){}\nnext: {}",
+        "{}: {what} ({} dimensions, {}){}\nnext: {}",
         super::shown(&config.data.dataset),
-        render::count(items.into()),
-        render::duration(done.elapsed.as_secs_f64()),
         info.dim,
         info.model,
         notes(&done.remarks),
-        args.settings.command("train"),
+        settings_of(args).command("train"),
     );
-    output.result(&text, &Report { info, remarks: &done.remarks })
+    output.result(&text, &Report { info, kept, remarks: &done.remarks })
+}
+
+/// The settings with those that stood in flags of `embed` alone: what comes next says where the vectors are from, too.
+fn settings_of(args: &EmbedArgs) -> SettingsArgs {
+    let EmbedArgs { settings, from, endpoint, model, .. } = args;
+    let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+    let flags = [("embed.from", path(from)), ("embed.endpoint.url", endpoint.clone()), ("embed.model", path(model))];
+    let mut settings = settings.clone();
+    settings.sets.extend(flags.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value?))));
+    settings
 }
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
     use learn_domain::embedding::SourceKind;
 
     use super::*;
+    use crate::cli::{Cli, Command};
 
     #[test]
     fn more_processes_than_a_machine_can_run_are_refused() {
@@ -506,6 +562,7 @@ mod tests {
             shards_done: 29,
             items_left: 50,
             requests: None,
+            items_to_refine: None,
             items_without_text: 0,
             rows_by_position: true,
         };
@@ -519,5 +576,24 @@ mod tests {
             Preview { source: SourceKind::Endpoint, dim: None, requests: Some(2), rows_by_position: false, ..file };
         let said = previewed(&server, "data/shop");
         assert!(said.contains("as the server gives") && said.contains("50 items are left, 2 requests\n"), "{said}");
+        assert!(!said.contains("refined"), "{said}");
+        let refined = |items| previewed(&Preview { items_to_refine: Some(items), ..server.clone() }, "data/shop");
+        assert!(refined(1500).contains("\n1,500 items would be refined anew (embed.refine)\n"), "{}", refined(1500));
+        assert!(refined(0).contains("\ntheir refined vectors (embed.refine) are there\n"), "{}", refined(0));
+    }
+
+    #[test]
+    fn the_next_command_says_where_the_vectors_are_from() {
+        let args = |words: &[&str]| {
+            let words = [&["learn-launch", "embed", "shop.toml", "--set", "data.dataset=d"][..], words].concat();
+            match Cli::try_parse_from(words).unwrap().command {
+                Command::Embed(args) => settings_of(&args).command("train"),
+                other => panic!("{other:?}"),
+            }
+        };
+        let plain = "learn-launch train shop.toml --set data.dataset=d";
+        assert_eq!(args(&["--processes", "2"]), plain);
+        assert_eq!(args(&["--from", "v.npy"]), format!("{plain} --set embed.from=v.npy"));
+        assert_eq!(args(&["--model", "m"]), format!("{plain} --set embed.model=m"));
     }
 }

@@ -86,7 +86,8 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<()> {
         .flag("--workers", "cluster.workers", args.workers)?
         .finish()?;
     anchor(&mut config)?;
-    runs::dataset(&run, &config)?;
+    let dataset = runs::dataset(&run, &config)?;
+    super::train::suits(&dataset, &config)?;
     doctor::refuse_lacks(&config, true)?;
     let all = checkpoints(&run)?;
     let wanted = match &args.checkpoint {

@@ -5,13 +5,15 @@ use std::path::Path;
 use anyhow::Result;
 use clap::Args;
 use learn_dataset::{
-    InputFile, Preparation, PrepareError, PrepareOptions, PrepareReport, Progress, check, prepare_with,
+    Dataset, InputFile, Preparation, PrepareError, PrepareOptions, PrepareReport, Progress, check, prepare_with,
 };
 
 use crate::cli::SettingsArgs;
 use crate::failure::Failure;
 use crate::output::{Output, Unit};
 use crate::{dataset_work, render, system};
+
+use super::embed;
 
 pub const HELP: &str = "\
 Examples:
@@ -22,7 +24,9 @@ Examples:
 
 Reads Parquet, CSV, JSON Lines, RecBole atomic files and Amazon Reviews 2018/2023. Bad input is an error that names \
 the file, the row or the key; --skip-bad-rows counts and reports it instead. The same dataset is kept with its \
-content embeddings; with --replace another one takes its place, and they have to be made again.";
+content embeddings; with --replace another one takes its place, and they have to be made again. The one before is not \
+kept: runs of it can be neither resumed nor evaluated any more, unless you copy it first. One that is being embedded, or \
+that a job works with, is not replaced.";
 
 /// Arguments of `prepare`.
 #[derive(Debug, Args)]
@@ -32,7 +36,8 @@ pub struct PrepareArgs {
     /// Count and report rows that cannot be used instead of stopping at the first
     #[arg(long)]
     skip_bad_rows: bool,
-    /// Replace the dataset that is there; its content embeddings go with it
+    /// Replace the dataset that is there. It is not kept: its content embeddings go with it, and its runs can be neither
+    /// resumed nor evaluated any more
     #[arg(long)]
     replace: bool,
     /// Only check the configuration and that the files are there, and say what would be done
@@ -61,6 +66,11 @@ pub fn run(args: &PrepareArgs, output: &Output) -> Result<()> {
     let options = PrepareOptions { replace: args.replace, ..PrepareOptions::default() };
     let preparation = Preparation { config: &config.prepare, name: &name, out: &out, options };
     system::catch_stop_signals();
+    // the folder goes, and what somebody makes in it
+    let _lock = match args.replace && Dataset::open(&out).is_ok() {
+        true => Some(embed::keep_out(&out)?),
+        false => None,
+    };
     let left = format!("{}.tmp-{}", out.display(), std::process::id());
     let killed = format!(
         "prepare was killed; {left} can be removed if it is there, unless it has a folder `old`: that is the dataset that \

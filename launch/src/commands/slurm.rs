@@ -79,12 +79,14 @@ pub fn run(args: &SlurmArgs, output: &Output) -> Result<()> {
 fn submit_new(args: &SlurmArgs, request: &Request, output: &Output) -> Result<()> {
     let resolver = args.settings.resolver()?.flag("--name", "job.name", args.name.as_ref())?;
     let note = check_size(request, &resolver)?;
-    let mut config = resolver.flag(WORKERS, "cluster.workers", Some(request.workers()))?.finish()?;
+    let resolver = resolver.flag(WORKERS, "cluster.workers", Some(request.workers()))?;
+    let given = resolver.given();
+    let mut config = resolver.finish()?;
     request.refuse_idle_gpus(config.cluster.device).map_err(usage)?;
     runs::find_init(&mut config)?;
     anchor(&mut config)?;
     config.cluster.device = device(config.cluster.device, request.on_gpus());
-    super::train::check_ready(&config, output)?;
+    super::train::check_ready(&config, &given, output)?;
     if let Some(note) = note {
         output.note(&note);
     }

@@ -79,7 +79,9 @@ fn asks_for_gpus(option: &str) -> bool {
 /// The run of a configuration: made at the first start.
 fn of_config(args: &SlurmJobArgs, allocation: &Allocation, on_gpus: bool, output: &Output) -> Result<RunDir> {
     let settings = SettingsArgs { file: Some(args.subject.clone()), sets: args.sets.clone() };
-    let mut config = settings.resolver()?.flag(TASKS, "cluster.workers", Some(allocation.tasks))?.finish()?;
+    let resolver = settings.resolver()?.flag(TASKS, "cluster.workers", Some(allocation.tasks))?;
+    let given = resolver.given();
+    let mut config = resolver.finish()?;
     runs::find_init(&mut config)?;
     anchor(&mut config)?;
     let root = config.job.runs_dir.join(&config.job.name);
@@ -96,7 +98,7 @@ fn of_config(args: &SlurmJobArgs, allocation: &Allocation, on_gpus: bool, output
         return Ok(run);
     }
     config.cluster.device = device(config.cluster.device, on_gpus);
-    super::train::check_ready(&config, output)?;
+    super::train::check_ready(&config, &given, output)?;
     super::train::warn_of_warm_up(&config, output)?;
     runs::create(&root, &config)
 }

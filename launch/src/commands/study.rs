@@ -59,6 +59,7 @@ pub fn run(args: &StudyArgs, output: &Output) -> Result<()> {
     // a mistake in the last file is told before the first is trained
     let mut studies = args.files.iter().map(|file| Study::open(file, args)).collect::<Result<Vec<_>>>()?;
     datasets::refuse_rivals(studies.iter().flat_map(|study| &study.runs))?;
+    datasets::refuse_contradictions(studies.iter().flat_map(|study| &study.runs))?;
     if args.dry_run {
         return describe(&studies, output);
     }
@@ -91,10 +92,13 @@ impl Study {
     fn open(path: &Path, args: &StudyArgs) -> Result<Self> {
         let file = StudyFile::read(path).map_err(|error| Failure::Usage(error.to_string()))?;
         let settings = SettingsArgs { file: Some(file.study.config.clone()), sets: args.sets.clone() };
-        let mut base: Config = settings.resolver()?.finish()?;
+        let resolver = settings.resolver()?;
+        let given = resolver.given();
+        let mut base: Config = resolver.finish()?;
         crate::runs::find_init(&mut base)?;
         anchor(&mut base)?;
-        let runs = runs::plan(&file, &base)?;
+        let mut runs = runs::plan(&file, &base)?;
+        runs.iter_mut().for_each(|run| run.given.after(&given));
         if !args.force {
             runs::refuse_foreign(&runs)?;
         }

@@ -16,7 +16,8 @@ use crate::crew;
 use crate::failure::Failure;
 use crate::job::{self, JobSpec, Workers};
 use crate::output::Output;
-use crate::{process, render, runs};
+use crate::settings::Given;
+use crate::{made_from, process, render, runs};
 
 use super::doctor;
 
@@ -71,7 +72,7 @@ pub struct TrainArgs {
 /// The configuration, the dataset or the installation is not ready, the run exists, or the job does not finish.
 pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     super::refuse_tasks("train")?;
-    let mut config = args
+    let resolver = args
         .settings
         .resolver()?
         .flag("--name", "job.name", args.name.as_ref())?
@@ -79,11 +80,12 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         .flag("--epochs", "training.epochs", args.epochs)?
         .flag("--device", "cluster.device", args.device.as_ref())?
         .flag("--init", "training.init", args.init.as_ref())?
-        .flag("--init-partial", "training.init_partial", args.init_partial.then_some(true))?
-        .finish()?;
+        .flag("--init-partial", "training.init_partial", args.init_partial.then_some(true))?;
+    let given = resolver.given();
+    let mut config = resolver.finish()?;
     runs::find_init(&mut config)?;
     anchor(&mut config)?;
-    check_ready(&config, output)?;
+    check_ready(&config, &given, output)?;
     doctor::refuse_lacks(&config, !args.no_workers)?;
     warn_of_warm_up(&config, output)?;
     let root = config.job.runs_dir.join(&config.job.name);
@@ -116,11 +118,14 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     report(&run, output)
 }
 
-/// Everything that can be known to fail before a run directory is made.
-pub(super) fn check_ready(config: &Config, output: &Output) -> Result<()> {
+/// Everything that can be known to fail before a run directory is made; `given`: what of the configuration somebody has set.
+pub(super) fn check_ready(config: &Config, given: &Given, output: &Output) -> Result<()> {
     runs::refuse_file(&config.data.dataset)?;
     let dataset = Dataset::open(&config.data.dataset)?;
     suits(&dataset, config)?;
+    made_from::refuse(&dataset, config, given)?;
+    // the coordinator holds it for as long as the job is
+    drop(dataset.hold()?);
     refuse_metric(&config.checkpoint.metric, dataset.manifest().split.policy)?;
     for binary in ["learn-coordinator", "learn-worker"] {
         process::sibling(binary)?;

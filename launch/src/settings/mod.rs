@@ -66,6 +66,25 @@ pub enum SettingsError {
     Invalid { key: &'static str, problem: String },
 }
 
+/// The keys that somebody has set, and where.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Given(BTreeMap<String, Origin>);
+
+impl Given {
+    /// Where a key was set; `None` if nobody has.
+    #[must_use]
+    pub fn origin(&self, key: &str) -> Option<&Origin> {
+        self.0.get(key)
+    }
+
+    /// Takes what was set in the layers before these.
+    pub fn after(&mut self, before: &Self) {
+        for (key, origin) in &before.0 {
+            self.0.entry(key.clone()).or_insert_with(|| origin.clone());
+        }
+    }
+}
+
 /// Layers values over a base; each layer wins over the ones before it.
 #[derive(Debug)]
 pub struct Resolver {
@@ -240,9 +259,23 @@ impl Resolver {
     /// What a layer has set a key to, and which one was the last to do so.
     #[must_use]
     pub fn set_by(&self, key: &str) -> Option<(&Value, &Origin)> {
-        let origin = self.origins.get(key)?;
-        let value = self.tree.pointer(&format!("/{}", key.replace('.', "/")))?;
-        Some((value, origin))
+        Some((self.value(key)?, self.origins.get(key)?))
+    }
+
+    /// The keys that a layer has set. A file that holds every key, as `config show` and a study write it, says no more than one
+    /// without its defaults.
+    #[must_use]
+    pub fn given(&self) -> Given {
+        let whole = self.catalogue.keys().all(|key| key.nullable || self.origins.contains_key(&key.path));
+        let says = |key: &str, origin: &Origin| {
+            let default = || self.catalogue.key(key).is_some_and(|known| self.value(key) == Some(&known.default));
+            !(whole && matches!(origin, Origin::File { .. }) && default())
+        };
+        Given(self.origins.clone().into_iter().filter(|(key, origin)| says(key, origin)).collect())
+    }
+
+    fn value(&self, key: &str) -> Option<&Value> {
+        key.split('.').try_fold(&self.tree, |place, part| place.get(part))
     }
 
     /// The configuration of all layers together.

@@ -195,3 +195,29 @@ proptest! {
         let _either = sets(&[&format!("{key}={value}")]);
     }
 }
+
+#[test]
+fn what_somebody_has_set_is_known_with_its_place() {
+    let file = file("[embed.refine]\nwhitening = false\n");
+    let given = resolver().file(file.path()).unwrap().sets(&["prepare.k_core=5".into()]).unwrap().given();
+    let place = |key: &str| given.origin(key).map(ToString::to_string);
+    assert_eq!(place("prepare.k_core").as_deref(), Some("--set prepare.k_core=5"));
+    assert!(place("embed.refine.whitening").is_some_and(|place| place.ends_with(".toml:2")), "a default can be set");
+    assert_eq!(place("embed.refine.smoothing"), None);
+
+    let mut later = resolver().sets(&["prepare.k_core=6".into()]).unwrap().given();
+    later.after(&given);
+    assert_eq!(later.origin("prepare.k_core"), Some(&Origin::Set("prepare.k_core=6".into())));
+    assert!(later.origin("embed.refine.whitening").is_some());
+}
+
+#[test]
+fn a_file_of_all_keys_says_only_what_is_no_default() {
+    for text in [reference_toml(&Catalogue::of_config()), toml::to_string(&Config::default()).unwrap()] {
+        let text = text.replace("k_core = 0", "k_core = 5");
+        let given = resolver().file(file(&text).path()).unwrap().given();
+        assert_eq!(given.0.keys().collect::<Vec<_>>(), ["prepare.k_core"]);
+        let set = resolver().file(file(&text).path()).unwrap().sets(&["embed.max_tokens=256".into()]).unwrap().given();
+        assert_eq!(set.0.keys().collect::<Vec<_>>(), ["embed.max_tokens", "prepare.k_core"]);
+    }
+}

@@ -13,6 +13,7 @@ use serde_json::Value;
 use super::children::{self, POLL, Stops};
 use super::runs::{Left, StudyRun, first_difference};
 use crate::failure::Failure;
+use crate::made_from;
 use crate::output::Output;
 use crate::process::Process;
 
@@ -65,11 +66,11 @@ pub fn missing(runs: &[StudyRun]) -> Vec<Missing> {
 pub fn refuse_rivals<'a>(runs: impl IntoIterator<Item = &'a StudyRun>) -> Result<()> {
     let mut seen: Vec<(&StudyRun, Value)> = Vec::new();
     for run in runs {
-        let made_from = made_from(&run.config)?;
+        let recipe = recipe(&run.config)?;
         match seen.iter().find(|(other, _)| other.config.data.dataset == run.config.data.dataset) {
-            None => seen.push((run, made_from)),
+            None => seen.push((run, recipe)),
             Some((other, theirs)) => {
-                let Some(key) = first_difference("", theirs, &made_from) else { continue };
+                let Some(key) = first_difference("", theirs, &recipe) else { continue };
                 return Err(Failure::Usage(format!(
                     "the variants `{}` and `{}` have the same data.dataset {}, but another {key}; give one of them \
                      data.dataset of its own",
@@ -84,8 +85,22 @@ pub fn refuse_rivals<'a>(runs: impl IntoIterator<Item = &'a StudyRun>) -> Result
     Ok(())
 }
 
+/// Refuses to train on a dataset that is there and was not made with the settings of a run.
+///
+/// # Errors
+/// There is one.
+pub fn refuse_contradictions<'a>(runs: impl IntoIterator<Item = &'a StudyRun>) -> Result<()> {
+    for run in runs.into_iter().filter(|run| !matches!(run.left, Left::Nothing | Left::Resume)) {
+        // whatever else is wrong with a dataset, the command that makes or reads it says best
+        if let Ok(dataset) = Dataset::open(&run.config.data.dataset) {
+            made_from::refuse(&dataset, &run.config, &run.given)?;
+        }
+    }
+    Ok(())
+}
+
 /// The settings that a dataset is made from.
-fn made_from(config: &Config) -> Result<Value> {
+fn recipe(config: &Config) -> Result<Value> {
     Ok(serde_json::json!({
         "prepare": serde_json::to_value(&config.prepare)?,
         "embed": serde_json::to_value(&config.embed)?,
@@ -171,6 +186,25 @@ mod tests {
             }
             let apart = format!("{variants}set.data.dataset = \"elsewhere\"\n");
             refuse_rivals(&planned(folder.path(), &apart)).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_dataset_that_a_variant_means_otherwise_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let stored = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/dataset/tests/data/v1");
+        let variant = |settings: &str| {
+            let dataset = stored.display();
+            let text = format!("[[variant]]\nname = \"dense\"\nset.data.dataset = \"{dataset}\"\n{settings}");
+            refuse_contradictions(&planned(folder.path(), &text))
+        };
+        variant("").unwrap();
+        variant("set.prepare.k_core = 1\n").unwrap();
+        let error = variant("set.prepare.k_core = 5\n").unwrap_err();
+        assert_eq!(crate::failure::exit_code(&error), learn_domain::report::exit::USAGE);
+        let message = error.to_string();
+        for words in ["variant `dense`: prepare.k_core is 5, but ", "was prepared with 0", "leave the setting out"] {
+            assert!(message.contains(words), "{words} is not in {message}");
         }
     }
 

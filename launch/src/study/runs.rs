@@ -13,7 +13,7 @@ use super::file::{StudyFile, Variant};
 use crate::cli::anchor;
 use crate::failure::{self, Failure};
 use crate::runs;
-use crate::settings::{Resolver, SettingsError};
+use crate::settings::{Given, Resolver, SettingsError};
 
 /// One training of a study.
 #[derive(Clone, Debug)]
@@ -21,6 +21,8 @@ pub struct StudyRun {
     pub variant: String,
     pub seed: u64,
     pub config: Config,
+    /// What of it the variant sets, and what whoever plans adds of the base.
+    pub given: Given,
     pub dir: RunDir,
     /// The same configuration as a file that `learn-launch train` takes.
     pub file: PathBuf,
@@ -128,11 +130,11 @@ pub fn plan(study: &StudyFile, base: &Config) -> Result<Vec<StudyRun>> {
 /// # Errors
 /// A variant's settings are wrong.
 pub fn check(study: &StudyFile, base: &Config) -> Result<(), SettingsError> {
-    study.variants.iter().try_for_each(|variant| settings(base, variant).map(drop))
+    study.variants.iter().try_for_each(|variant| resolver(base, variant)?.finish().map(drop))
 }
 
-fn settings(base: &Config, variant: &Variant) -> Result<Config, SettingsError> {
-    Resolver::new(base).variant(&variant.name, &variant.set)?.finish()
+fn resolver(base: &Config, variant: &Variant) -> Result<Resolver, SettingsError> {
+    Resolver::new(base).variant(&variant.name, &variant.set)
 }
 
 /// The directory of a study.
@@ -142,7 +144,9 @@ pub fn root(study: &StudyFile, base: &Config) -> PathBuf {
 }
 
 fn resolve(study: &StudyFile, base: &Config, variant: &Variant, seed: u64) -> Result<StudyRun> {
-    let mut config = settings(base, variant)?;
+    let resolver = resolver(base, variant)?;
+    let given = resolver.given();
+    let mut config = resolver.finish()?;
     // a run by its name is one of the user's, not of the study's directory
     runs::find_init(&mut config).map_err(|error| {
         Failure::Usage(format!("variant `{}`: training.init: {}", variant.name, failure::message(&error)))
@@ -153,7 +157,7 @@ fn resolve(study: &StudyFile, base: &Config, variant: &Variant, seed: u64) -> Re
     anchor(&mut config)?;
     let dir = RunDir::new(config.job.runs_dir.join(&config.job.name));
     let file = config.job.runs_dir.join("configs").join(format!("{}.toml", config.job.name));
-    Ok(StudyRun { variant: variant.name.clone(), seed, config, dir, file, left: Left::Train })
+    Ok(StudyRun { variant: variant.name.clone(), seed, config, given, dir, file, left: Left::Train })
 }
 
 /// Refuses runs of other settings or data with their first difference.

@@ -243,6 +243,7 @@ impl EmbeddingStore {
             fingerprint: self.fingerprint()?,
             files: entries,
             raw: None,
+            made_from: None,
         })
     }
 

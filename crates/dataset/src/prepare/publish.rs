@@ -4,7 +4,7 @@
 //! last act; a dataset that is replaced takes its place and is removed with it. What a killed run leaves behind stays
 //! until it is removed, and is reported. Invariant: the only copy of a dataset is never removed.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -27,6 +27,8 @@ pub(crate) struct WorkDir {
     pub(crate) leftovers: Vec<PathBuf>,
     /// Those that have a dataset which was replaced.
     with_old: Vec<PathBuf>,
+    /// Keeps jobs from the dataset that is to be replaced.
+    _claim: Option<File>,
 }
 
 impl WorkDir {
@@ -36,12 +38,14 @@ impl WorkDir {
             key: "data.dataset",
             problem: format!("{} does not end in the name of a directory", out.display()),
         })?;
+        let mut claim = None;
         if occupied(out)? {
             match Dataset::open(out) {
                 Err(DatasetError::NotADataset { .. }) => return Err(PrepareError::NotOurs { path: out.to_path_buf() }),
                 Err(error) if !replace => return Err(error.into()),
+                Err(_) => {}
                 Ok(found) if !replace => refuse_other(out, found.manifest(), config)?,
-                _ => {}
+                Ok(found) => claim = found.claim()?,
             }
         } else if let lost @ DatasetError::PutAside { .. } = leftovers::missing(out) {
             return Err(lost.into());
@@ -60,7 +64,7 @@ impl WorkDir {
             let root = parent.join(name);
             match fs::create_dir(&root) {
                 Ok(()) => {
-                    let this = Self { out: out.to_path_buf(), root, leftovers, with_old };
+                    let this = Self { out: out.to_path_buf(), root, leftovers, with_old, _claim: claim };
                     for folder in FOLDERS {
                         let path = this.dataset().join(folder);
                         fs::create_dir_all(&path).map_err(PrepareError::io(&path))?;

@@ -240,3 +240,18 @@ fn the_same_dataset_is_kept_and_another_one_needs_replace() {
     assert_eq!(view(&dataset).len(), 9);
     assert_eq!(crate::builders::temporary(fixture.dir.path()).len(), 0);
 }
+
+#[test]
+fn a_dataset_that_jobs_work_with_is_not_replaced() {
+    let mut fixture = Fixture::with_rows(&grid(8, 5, 6));
+    let (_, dataset) = fixture.prepare();
+    fixture.write("interactions.csv", csv(&grid(9, 5, 6)));
+    fixture.options = PrepareOptions { replace: true, ..PrepareOptions::default() };
+    let jobs = [dataset.hold().unwrap(), dataset.hold().unwrap()];
+    assert!(jobs.iter().all(Option::is_some), "several jobs may have one dataset");
+    let error = fixture.try_prepare().unwrap_err();
+    assert!(!error.is_usage() && error.to_string().contains("a job works with"), "{error}");
+    assert_eq!(crate::builders::temporary(fixture.dir.path()).len(), 0);
+    drop(jobs);
+    assert!(!fixture.prepare().0.kept);
+}

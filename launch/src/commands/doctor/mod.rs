@@ -14,6 +14,7 @@ use crate::cli::SettingsArgs;
 use crate::crew;
 use crate::failure::Failure;
 use crate::output::Output;
+use crate::settings::Given;
 
 pub const HELP: &str = "\
 Examples:
@@ -67,8 +68,9 @@ impl Check {
 /// # Errors
 /// The configuration is wrong, or something it needs is missing.
 pub fn run(args: &DoctorArgs, output: &Output) -> Result<()> {
-    let config = args.settings.resolver()?.finish()?;
-    let checks = examine(&config);
+    let resolver = args.settings.resolver()?;
+    let given = resolver.given();
+    let checks = examine(&resolver.finish()?, &given);
     output.result(&render(&checks), &checks)?;
     let missing: Vec<_> =
         checks.iter().filter(|check| check.verdict == Verdict::Missing).map(|check| check.name).collect();
@@ -113,9 +115,9 @@ fn refuse_crowd(workers: u32, cores: usize) -> Result<()> {
     .into())
 }
 
-fn examine(config: &Config) -> Vec<Check> {
+fn examine(config: &Config, given: &Given) -> Vec<Check> {
     let mut checks = machine::checks(config);
-    checks.extend(parts::checks(config));
+    checks.extend(parts::checks(config, given));
     checks
 }
 

@@ -8,7 +8,8 @@ use learn_domain::config::DeviceKind;
 use serde::Deserialize;
 
 use super::Check;
-use crate::{encoder, process, render, system};
+use crate::settings::Given;
+use crate::{encoder, made_from, process, render, system};
 
 /// How to get libtorch.
 const GET_LIBTORCH: &str = "`cargo xtask setup` gets libtorch 2.11 (in an unpacked archive: `install`); or export LIBTORCH=/path/to/libtorch and \
@@ -34,11 +35,11 @@ struct Libtorch {
     cpu_capability: String,
 }
 
-pub(super) fn checks(config: &Config) -> Vec<Check> {
+pub(super) fn checks(config: &Config, given: &Given) -> Vec<Check> {
     let mut checks = vec![binaries()];
     checks.extend(devices(config));
     checks.push(encoder(config));
-    checks.push(dataset(config));
+    checks.push(dataset(config, given));
     checks
 }
 
@@ -132,7 +133,7 @@ fn encoder(config: &Config) -> Check {
     }
 }
 
-fn dataset(config: &Config) -> Check {
+fn dataset(config: &Config, given: &Given) -> Check {
     let folder = &config.data.dataset;
     match Dataset::open(folder) {
         Err(error) => Check::warning("dataset", error.to_string(), "`learn-launch prepare CONFIG` makes it"),
@@ -144,6 +145,9 @@ fn dataset(config: &Config) -> Check {
                 render::count(counts.users),
                 render::count(counts.items.into())
             );
+            if let Some(contradiction) = made_from::contradiction(&dataset, config, given) {
+                return Check::missing("dataset", found, contradiction);
+            }
             match (dataset.suits(config), dataset.embeddings()) {
                 // what only its later embeddings will tell
                 (Err(Unsuitable::Dataset(error)), _) | (Ok(()), Err(error)) => {
