@@ -326,7 +326,8 @@ mod tests {
     fn each_setting_that_decides_a_dataset_is_compared() {
         let made = manifest(&base(), "minilm");
         assert_same(&made, &base());
-        let changes: [(&str, fn(&mut Config)); 13] = [
+        type Change = fn(&mut Config);
+        let changes: [(&str, Change); 13] = [
             ("prepare.k_core", |c| c.prepare.k_core = 5),
             ("prepare.min_length", |c| c.prepare.min_length = 4),
             ("prepare.max_length", |c| c.prepare.max_length = 50),
