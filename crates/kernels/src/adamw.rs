@@ -7,7 +7,7 @@ use std::borrow::Cow;
 
 use half::bf16;
 
-use crate::element::{Element, vectors};
+use crate::element::{Element, MOST_LANES, vectors};
 use crate::parallel::{self, check_length, optional_chunks_mut};
 use crate::simd::{Kernel, Level, Simd};
 
@@ -132,7 +132,13 @@ impl<G: Element> Kernel for Update<'_, G> {
     }
 }
 
+/// Elements whose squares are added up in f32, so that rounding stays far below that of a single f32 sum.
+const SQUARES: usize = 64 * MOST_LANES;
+
 /// The sum of squares of a vector in parts, in f64 from blocks of a fixed size, however it is parted.
+///
+/// In a block element n joins sum n % 16, whatever the lanes of the processor are: all that multiply and add with one rounding
+/// come to the same bits, so ranks on processors of different kinds scale the same gradient alike.
 #[must_use]
 pub fn squared_norm<E: Element>(parts: &[&[E]]) -> f64 {
     struct Squares<'a, E: Element>(Cow<'a, [E]>);
@@ -141,15 +147,33 @@ pub fn squared_norm<E: Element>(parts: &[&[E]]) -> f64 {
 
         #[inline(always)]
         fn run<S: Simd>(self, s: S) -> f64 {
-            // f32 sums over a few vectors at a time, so that rounding stays far below that of a single f32 sum
             let mut total = 0.0;
-            for part in self.0.chunks(64 * S::LANES) {
-                let mut sum = s.splat(0.0);
-                vectors!(S, part.len(), |at| {
-                    let x = E::load_at::<WHOLE, _>(s, part, at);
-                    sum = s.mul_add(x, x, sum);
-                });
-                total += f64::from(s.sum(sum));
+            for part in self.0.chunks(SQUARES) {
+                // of which as many are used as make 16 lanes
+                let mut sums = [s.splat(0.0); MOST_LANES];
+                let lines = part.chunks_exact(MOST_LANES);
+                let rest = lines.remainder();
+                for line in lines {
+                    let mut own = 0;
+                    while own < MOST_LANES / S::LANES {
+                        let x = E::load(s, &line[own * S::LANES..]);
+                        sums[own] = s.mul_add(x, x, sums[own]);
+                        own += 1;
+                    }
+                }
+                let mut own = 0;
+                while own * S::LANES < rest.len() {
+                    let x = E::load_part(s, &rest[own * S::LANES..], 0.0);
+                    sums[own] = s.mul_add(x, x, sums[own]);
+                    own += 1;
+                }
+                let mut lanes = [0.0; MOST_LANES];
+                for (lanes, sum) in lanes.chunks_exact_mut(S::LANES).zip(sums) {
+                    s.store(sum, lanes);
+                }
+                for lane in lanes {
+                    total += f64::from(lane);
+                }
             }
             total
         }

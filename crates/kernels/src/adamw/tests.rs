@@ -98,6 +98,32 @@ fn the_norm_is_exact_enough_and_the_same_with_any_number_of_threads() {
 }
 
 #[test]
+fn a_norm_has_the_same_bits_whatever_the_lanes_are() {
+    let spelled_out = |x: &[f32], add: fn(f32, f32) -> f32| -> f64 {
+        let of_block = |block: &[f32]| {
+            let parts = block.chunks(SQUARES).map(|part| {
+                let mut sums = [0.0; MOST_LANES];
+                part.iter().enumerate().for_each(|(n, &x)| sums[n % MOST_LANES] = add(x, sums[n % MOST_LANES]));
+                sums
+            });
+            parts.flatten().map(f64::from).sum::<f64>()
+        };
+        x.chunks(ELEMENTS).map(of_block).sum()
+    };
+    for count in [1, 7, 16, 23, SQUARES + 9, 2 * ELEMENTS + 77] {
+        let x: Vec<f32> = numbers(7, count);
+        for level in Level::available() {
+            let add: fn(f32, f32) -> f32 = match level {
+                Level::Portable => |x, sum| x * x + sum,
+                Level::Avx2 | Level::Avx512 => |x, sum| x.mul_add(x, sum),
+            };
+            let norm = level.with(|| squared_norm(&[&x[..]]));
+            assert_eq!(norm.to_bits(), spelled_out(&x, add).to_bits(), "{level:?}, {count}");
+        }
+    }
+}
+
+#[test]
 fn a_norm_does_not_depend_on_how_the_vector_is_parted() {
     let x: Vec<f32> = numbers(5, 2 * ELEMENTS + 77);
     let whole = squared_norm(&[&x[..]]).to_bits();
