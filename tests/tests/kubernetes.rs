@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -181,5 +182,68 @@ fn kubernetes_scripts_run_a_job_that_is_evicted_and_goes_on() {
         let third = pod(&scripts["coordinator"]).end();
         succeeds(&third);
         assert!(text(&third).contains("has finished already"), "{}", text(&third));
+    }
+}
+
+/// Writes down that it was called, and ends with the next of `codes`; of `term3` with 3, when it is terminated.
+const STUB: &str = r#"#!/bin/sh
+cd "$(dirname "$0")"
+echo "called $*" >>calls
+read -r code <codes
+sed -i 1d codes
+case $code in
+  term*) trap 'kill $!; exit "${code#term}"' TERM; echo up >>calls; /bin/sleep 60 & wait ;;
+  *) exit "$code" ;;
+esac
+"#;
+
+const SLEEP: &str = r#"#!/bin/sh
+echo slept >>"$(dirname "$0")"/calls
+exec /bin/sleep 0.1
+"#;
+
+#[test]
+#[ignore = "needs packages for Python: `cargo xtask test` brings them"]
+fn kubernetes_containers_are_restarted_for_no_stop_and_end_by_a_term() {
+    let (again, repeats, job_ends, drained) = ("3 1 139 6 4", [2, 5, 7], "0", ["term3", "3 1 term3"]);
+    for (example, name, program) in [
+        ("jobs.yaml", "worker", "learn-worker"),
+        ("jobset.yaml", "worker", "learn-worker"),
+        ("jobset.yaml", "data", "learn-coordinator"),
+    ] {
+        let script = &scripts_of(example)[name];
+        // a data server that is terminated ends with 0
+        let drained = if name == "data" { ["term0", "1 term0"] } else { drained };
+        let repeats = repeats.into_iter().filter(|&code| name == "worker" || code == 2);
+        let cases = repeats
+            .map(|code| (format!("{again} {code}"), code))
+            .chain([(format!("{again} {job_ends}"), 0)])
+            .chain(drained.map(|codes| (codes.to_owned(), 143)));
+        for (codes, ends_with) in cases {
+            let folder = tempfile::tempdir().expect("a temporary directory");
+            let path = |name: &str| folder.path().join(name);
+            let run = path("shared/runs/shop");
+            fs::create_dir_all(&run).expect("it is writable");
+            for (program, content) in [(program, STUB), ("sleep", SLEEP)] {
+                fs::write(path(program), content).expect("it is writable");
+                fs::set_permissions(path(program), fs::Permissions::from_mode(0o755)).expect("it is there");
+            }
+            fs::write(path("codes"), codes.replace(' ', "\n") + "\n").expect("it is writable");
+            let calls = path("calls");
+            let pod = Pod::start(&script.replace("/shared", &path("shared").display().to_string()), folder.path());
+            // nobody is asked before there is a coordinator
+            follow_file(&calls, "slept", 2);
+            assert!(!fs::read_to_string(&calls).expect("it is there").contains("called"));
+            fs::write(run.join("coordinator.json"), "{}").expect("it is writable");
+            if codes.contains("term") {
+                follow_file(&calls, "up", 1);
+                pod.terminate();
+            }
+            let ended = pod.end();
+            assert_eq!(ended.status.code(), Some(ends_with), "{example}, {name}, {codes}: {}", text(&ended));
+            let calls = fs::read_to_string(&calls).expect("it is there");
+            let called = calls.lines().filter(|line| line.starts_with("called")).count();
+            assert_eq!(called, codes.split(' ').count(), "{example}, {name}, {codes}:\n{calls}");
+        }
     }
 }
