@@ -7,7 +7,7 @@ use learn_domain::config::NonFinite;
 use learn_domain::event::Happening;
 use learn_domain::membership::LossCause;
 use learn_domain::progress::Cause;
-use learn_domain::report::{Evaluation, StepRecord};
+use learn_domain::report::{Evaluation, StepRecord, Task};
 use learn_telemetry::CoordinatorMetrics;
 
 use super::Job;
@@ -27,7 +27,12 @@ pub(super) fn begin(metrics: &CoordinatorMetrics, job: &Job) {
         metrics.non_finite_total.with_label_values(&[&action.to_string()]);
     }
     metrics.restarts_total.inc_by(job.restarts().into());
-    metrics.planned_steps.set(job.settings.total_steps as i64);
+    // alerts tell a training from an evaluation by it
+    let planned = match job.settings.task {
+        Task::Train { .. } => job.settings.total_steps,
+        Task::Evaluate { .. } => 0,
+    };
+    metrics.planned_steps.set(planned as i64);
     if let Some(last) = &job.last_step {
         last_step(metrics, last);
     }
@@ -138,5 +143,14 @@ mod tests {
         ] {
             assert!(text.lines().any(|said| said == line), "{line} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn an_evaluation_plans_no_steps() {
+        let task = Task::Evaluate { checkpoint: String::new(), split: Split::Test };
+        let job = Job::new(JobSettings { task, ..tests::settings(1) });
+        let metrics = CoordinatorMetrics::new(STATES);
+        begin(&metrics, &job);
+        assert_eq!(metrics.planned_steps.get(), 0);
     }
 }

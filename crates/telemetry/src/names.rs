@@ -125,7 +125,7 @@ metrics! {
     JOB_FINISHED = "learn_job_finished_steps", Kind::Gauge, [],
         "Finished steps of the job, those before a resume included.";
     JOB_PLANNED = "learn_job_planned_steps", Kind::Gauge, [],
-        "Steps of the whole job.";
+        "Steps of the whole training; 0 of an evaluation.";
     JOB_STEP_AGE = "learn_job_step_age_seconds", Kind::Gauge, [],
         "Seconds since the last step was finished; since the coordinator's start before its first.";
     JOB_EPOCH = "learn_job_epoch", Kind::Gauge, [],
