@@ -133,6 +133,39 @@ fn says_how_far_it_is(site: &Site) {
 }
 
 #[test]
+fn users_without_history_are_counted_by_export_and_named_by_recommend() {
+    let site = Site::raw(SMALL);
+    let mut rows = fs::read_to_string(site.path("interactions.csv")).unwrap();
+    // one interaction before the held-out windows; all of them in the last
+    rows.push_str("early,item-000,1,1\n");
+    rows.extend((0..3).map(|item| format!("late,item-00{item},1000000000,1\n")));
+    fs::write(site.path("interactions.csv"), rows).unwrap();
+    let config = fs::read_to_string(site.path("job.toml")).unwrap();
+    let by_time = "[prepare]\nsplit = \"by-time\"\nmin_length = 1\n\n[prepare.interactions]";
+    fs::write(site.path("job.toml"), config.replace("[prepare.interactions]", by_time)).unwrap();
+    for command in ["prepare", "embed"] {
+        succeeds(&site.launch(&[command, "job.toml"]));
+    }
+    succeeds(&site.launch(&site.train(&["job.name=windows", "training.max_steps=3"])));
+
+    let exported = site.launch(&["export", "runs/windows", "--out", "first", "--json"]);
+    succeeds(&exported);
+    let exported: Value = serde_json::from_slice(&exported.stdout).unwrap();
+    let counted = (&exported["users"], &exported["users_without_history"]);
+    assert_eq!(counted, (&Value::from(SMALL.users), &Value::from(2)), "{exported}");
+    let facts: Value = serde_json::from_slice(&fs::read(site.path("first/export.json")).unwrap()).unwrap();
+    assert_eq!(facts, exported);
+    let shown = site.launch(&["export", "runs/windows", "--out", "second"]);
+    succeeds(&shown);
+    assert!(text(&shown).contains("\nleft out users without history: 2 ("), "{}", text(&shown));
+    for user in ["early", "late"] {
+        let refused = site.launch(&["recommend", "runs/windows", "--users", user]);
+        let reason = format!("no interaction of `{user}` lies before the held-out window, or too few");
+        assert!(refused.status.code() == Some(2) && text(&refused).contains(&reason), "{}", text(&refused));
+    }
+}
+
+#[test]
 fn a_run_is_never_overwritten_and_bad_settings_are_named() {
     let site = Site::new(SMALL);
     let first = site.train(&["job.name=one", "training.max_steps=2"]);

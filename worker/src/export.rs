@@ -4,6 +4,7 @@
 //! same rows, `[n, d]` f32), `model.safetensors` (published LEARN names), `export.json`, and on request
 //! `cvr-features.parquet` (see [`crate::cvr_features`]). Written aside, synced and renamed: what has the name is whole.
 
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -50,6 +51,8 @@ pub struct Exported {
     pub step: u64,
     pub items: usize,
     pub users: usize,
+    /// Users of the dataset that are not among them, because no row of its sequences is theirs.
+    pub users_without_history: usize,
     pub dim: usize,
     /// How the run's content embeddings were rounded, which the vectors come from.
     pub row_format: RowFormat,
@@ -57,6 +60,19 @@ pub struct Exported {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cvr_pairs: Option<usize>,
     pub out: PathBuf,
+}
+
+impl fmt::Display for Exported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { items, users, users_without_history: without, dim, step, out, .. } = self;
+        let out = out.display();
+        write!(f, "exported {items} items and {users} users of dimension {dim} (step {step}) to {out}")?;
+        if *without > 0 {
+            let reason = "no interaction of theirs lies before the held-out window, or too few";
+            write!(f, "\nleft out users without history: {without} ({reason})")?;
+        }
+        Ok(())
+    }
 }
 
 /// Exports a run's model.
@@ -184,6 +200,7 @@ fn write_all(
         step: offline.state.step.0,
         items: item_count,
         users,
+        users_without_history: user_ids.len() - users,
         dim,
         row_format: offline.config.data.row_format,
         cvr_pairs,
@@ -301,6 +318,26 @@ mod tests {
         let error = export(&settings, &()).unwrap_err();
         assert_eq!(error.exit_code(), exit::USAGE);
         assert!(error.to_string().ends_with("it exists already; name a new directory with --out"), "{error}");
+    }
+
+    #[test]
+    fn an_export_says_whom_it_leaves_out() {
+        let mut exported = Exported {
+            checkpoint: "runs/a/checkpoints/step-0000000007".into(),
+            step: 7,
+            items: 3,
+            users: 2,
+            users_without_history: 0,
+            dim: 8,
+            row_format: RowFormat::F16,
+            cvr_pairs: None,
+            out: "out".into(),
+        };
+        assert_eq!(exported.to_string(), "exported 3 items and 2 users of dimension 8 (step 7) to out");
+        exported.users_without_history = 5;
+        let text = exported.to_string();
+        let (_, left_out) = text.split_once('\n').unwrap();
+        assert!(left_out.starts_with("left out users without history: 5 (no interaction of theirs"), "{text}");
     }
 
     #[test]

@@ -232,14 +232,7 @@ fn run(command: Command) -> Result<i32, WorkerError> {
             if json {
                 print_json(&exported)?;
             } else {
-                print(&format!(
-                    "exported {} items and {} users of dimension {} (step {}) to {}\n",
-                    exported.items,
-                    exported.users,
-                    exported.dim,
-                    exported.step,
-                    exported.out.display()
-                ))?;
+                print(&format!("{exported}\n"))?;
             }
         }
         Command::Recommend { run, users, k, checkpoint, dataset, with_history, json, progress_json } => {

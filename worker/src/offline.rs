@@ -208,7 +208,8 @@ impl<'a> Histories<'a> {
         Self { dataset, known }
     }
 
-    /// All items of a user, oldest first; `None` if there are none.
+    /// All items of a user, oldest first; `None` if no row is the user's. That is so in a split by time where all of its
+    /// interactions lie in one held-out window, or its only one before the windows.
     #[must_use]
     pub fn of(&self, user: usize) -> Option<History> {
         match (*self.known.get(user)?)? {
@@ -227,6 +228,8 @@ impl<'a> Histories<'a> {
 
 #[cfg(test)]
 mod tests {
+    use learn_domain::config::{PrepareConfig, SplitPolicy};
+
     use super::*;
 
     #[test]
@@ -234,5 +237,30 @@ mod tests {
         let any = learn_torch::device(DeviceKind::Auto, 0).unwrap();
         assert_eq!(device_here(DeviceKind::Cuda).unwrap(), any);
         assert_eq!(device_here(DeviceKind::Cpu).unwrap(), Device::Cpu);
+    }
+
+    #[test]
+    fn who_has_too_little_before_the_held_out_windows_has_no_history() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, out) = (folder.path().join("interactions.csv"), folder.path().join("dataset"));
+        // valid is from 100 on, test from 200 on
+        let before = (0..14).map(|time| ("long", time, time));
+        let single = [("one", 3, 5), ("two", 4, 6), ("two", 5, 100)];
+        let late = [("long", 14, 100), ("long", 15, 200), ("late", 1, 200), ("late", 2, 200)];
+        let rows = before.chain(single).chain(late).map(|(user, item, time)| format!("{user},item-{item:02},{time}\n"));
+        let text: String = std::iter::once("user_id,item_id,timestamp\n".to_owned()).chain(rows).collect();
+        fs::write(&file, text).unwrap();
+        let mut config = PrepareConfig { split: SplitPolicy::ByTime, min_length: 1, ..PrepareConfig::default() };
+        config.interactions.files.push(file);
+        learn_dataset::prepare(&config, "windows", &out, &()).unwrap();
+
+        let dataset = Dataset::open(&out).unwrap();
+        let by_time = dataset.manifest().split.by_time.clone().unwrap();
+        assert_eq!((by_time.valid_from, by_time.test_from), (100, 200));
+        let (ids, histories) = (dataset.user_ids().unwrap(), Histories::new(&dataset));
+        let length = |number| histories.of(number).map(|history| history.items.len());
+        let mut lengths: Vec<_> = ids.iter().enumerate().map(|(number, id)| (id.as_str(), length(number))).collect();
+        lengths.sort_unstable();
+        assert_eq!(lengths, [("late", None), ("long", Some(16)), ("one", None), ("two", Some(2))]);
     }
 }

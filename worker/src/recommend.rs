@@ -49,7 +49,7 @@ pub struct RecommendedItem {
 /// Recommends items.
 ///
 /// # Errors
-/// If the run cannot be read, a user is not in the dataset, or memory runs out.
+/// If the run cannot be read, a user is not in the dataset or has no history there, or memory runs out.
 pub fn recommend(settings: &RecommendSettings, progress: &dyn Progress) -> Result<Vec<Recommendation>, WorkerError> {
     panic::caught(|| lists(settings, progress), || Phase::Recommend)
 }
@@ -70,7 +70,11 @@ fn lists(settings: &RecommendSettings, progress: &dyn Progress) -> Result<Vec<Re
             ))
         })?;
         let history = histories.of(*number);
-        sequences.push(history.ok_or_else(|| WorkerError::Usage(format!("user `{user}` has no history")))?);
+        sequences.push(history.ok_or_else(|| {
+            WorkerError::Usage(format!(
+                "no interaction of `{user}` lies before the held-out window, or too few: it has no history"
+            ))
+        })?);
     }
     let wanted = Some(sequences.len() as u64);
     progress.stage("embed users", wanted, Unit::Rows);

@@ -1,12 +1,14 @@
 //! Where a target stands in the ranking of the whole catalogue, and the metrics made of it.
 //!
 //! **Ties.** The rank of a target is `1 + (items that score strictly higher) + floor(other items with the same score / 2)`:
-//! a scorer that gives every item the same score gets the middle of the catalogue, not its top.
+//! a scorer that gives every item the same score gets the middle of the catalogue, not its top. Half of an odd number is
+//! rounded down: of two items of one score both get the better place.
 //!
-//! With `n` targets of a user at ranks `r_1..r_n`: Recall@k is the share of targets with `r <= k`; HR@k is 1 if there is
-//! one, else 0; NDCG@k is `sum over r <= k of 1 / log2(1 + r)`, divided by the same sum for ranks `1..min(k, n)`; MRR is
-//! `1 / min r`. AUC of a target is the share of its competitors that score lower, those of the same score counted half;
-//! a user's is the mean over the targets. Each is averaged over users.
+//! With `n` different targets of a user at ranks `r_1..r_n`: Recall@k is the share of targets with `r <= k`; HR@k is 1 if
+//! there is one, else 0; NDCG@k is `sum over r <= k of 1 / log2(1 + r)`, divided by the same sum for ranks `1..min(k, n)`,
+//! but 1 where targets of one score, which share a rank, would bring it above; MRR is `1 / min r`. AUC of a target is the
+//! share of its competitors that score lower, those of the same score counted half; a user's is the mean over the targets.
+//! Each is averaged over users.
 
 /// A target among the items it competes with: all of the catalogue, less what the evaluation leaves out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,7 +57,7 @@ impl Metrics {
         ["mrr", "auc"].map(str::to_owned).into_iter().chain(at("recall")).chain(at("ndcg")).chain(at("hr")).collect()
     }
 
-    /// The values for one user with these targets; none without targets.
+    /// The values for one user with these targets, each item once; none without targets.
     #[must_use]
     pub fn of(&self, targets: &[Placement]) -> Vec<f64> {
         let ranks: Vec<u64> = targets.iter().map(Placement::rank).collect();
@@ -66,7 +68,8 @@ impl Metrics {
         let ideal = |k: u32| (1..=u64::from(k).min(ranks.len() as u64)).map(gain).sum::<f64>();
         let mut values = vec![1.0 / first as f64, targets.iter().map(Placement::auc).sum::<f64>() / count];
         values.extend(self.cutoffs.iter().map(|&k| hits(k).count() as f64 / count));
-        values.extend(self.cutoffs.iter().map(|&k| hits(k).map(gain).sum::<f64>() / ideal(k)));
+        // targets of one score share a rank, and an ideal ranking has no two items in one place
+        values.extend(self.cutoffs.iter().map(|&k| (hits(k).map(gain).sum::<f64>() / ideal(k)).min(1.0)));
         values.extend(self.cutoffs.iter().map(|&k| f64::from(u8::from(first <= u64::from(k)))));
         values
     }
@@ -112,6 +115,14 @@ mod tests {
         close(&several, "ndcg@2", 1.0);
         close(&several, "mrr", 1.0);
         close(&several, "auc", (0.99 + 0.94 + 1.0) / 3.0);
+    }
+
+    #[test]
+    fn two_targets_of_one_score_get_the_better_place_and_no_more_than_an_ideal_ranking() {
+        let both = Placement { higher: 0, equal: 1, competitors: 10 };
+        assert_eq!(both.rank(), 1);
+        // mrr, auc, then recall, ndcg and hr at 1 and 2
+        assert_eq!(Metrics::new(&[1, 2]).of(&[both, both]), [1.0, 0.95, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]);
     }
 
     #[test]

@@ -159,6 +159,7 @@ pub struct SegmentResult {
     pub segment: String,
     /// Users with a target in it.
     pub users: u64,
+    /// Their targets in it, each item of a user once.
     pub targets: u64,
     pub metrics: BTreeMap<String, Estimate>,
 }

@@ -56,7 +56,11 @@ impl Totals {
         let mut terms = Vec::new();
         for share in shares {
             let key = share.group * (2 + self.metrics);
-            let scaled = share.values.iter().map(|value| (value.clamp(0.0, 1.0) * ONE).round() as u32);
+            let scaled = share.values.iter().map(|value| {
+                // only rounding may lead out of [0, 1]
+                debug_assert!((-1e-9..=1.0 + 1e-9).contains(value), "a metric of {value}");
+                (value * ONE).round() as u32
+            });
             let all = [1, share.targets].into_iter().chain(scaled).enumerate();
             // most users hit nothing, and a zero adds nothing
             let kept = all.filter(|(_, value)| *value > 0).map(|(place, value)| (key + place, value));

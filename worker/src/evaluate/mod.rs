@@ -6,12 +6,13 @@
 //! The rank of a target counts every item of the catalogue (`learn_domain::ranking` has the rule for ties); items of
 //! the history are left out if `evaluation.exclude_history` says so, the target never is. Memory grows with the
 //! catalogue and a batch of users, besides the users' histories and a cache of rows; not with resamples times users.
-//! With a CVR head, its metrics on the targets as exposures come with them.
+//! An item that a user takes more than once in the split is one target of it. With a CVR head, its metrics on the targets
+//! as exposures come with them; each exposure counts there.
 
 mod comparisons;
 mod rank;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::Instant;
 
 use learn_domain::config::{ByteSize, EvaluationConfig};
@@ -344,12 +345,15 @@ pub fn embed_histories(
     catalogue.model.user(catalogue.parameters, &items, histories, forward)
 }
 
-/// Each user's values in each segment that holds some of its targets.
+/// Each user's values in each segment that holds some of its targets, each item among them once: whoever takes an item
+/// twice wants one item, and it has one place in the ranking.
 fn shares(batch: &[HeldOutUser], placements: &[Placement], metrics: &Metrics, parts: &Parts) -> Vec<Share> {
     let mut shares = Vec::new();
     let mut placements = placements.iter();
     for user in batch {
-        let targets: Vec<(u32, Placement)> = user.targets.iter().copied().zip(placements.by_ref().copied()).collect();
+        let mut taken = HashSet::new();
+        let placed = user.targets.iter().copied().zip(placements.by_ref().copied());
+        let targets: Vec<(u32, Placement)> = placed.filter(|(target, _)| taken.insert(*target)).collect();
         for (group, segment) in parts.segments().iter().enumerate() {
             let inside = targets.iter().filter(|(target, _)| parts.contains(*segment, user.history.len(), *target));
             let inside: Vec<Placement> = inside.map(|(_, placement)| *placement).collect();
@@ -444,5 +448,24 @@ mod tests {
 
         let user = HeldOutUser { history: vec![0], targets: vec![2], ..HeldOutUser::default() };
         assert_eq!(shares(&[user], &[at(0)], &Metrics::new(&[1]), &Parts::Whole).len(), 1);
+    }
+
+    #[test]
+    fn an_item_that_a_user_takes_twice_is_one_target() {
+        let user = |row, targets: &[u32]| HeldOutUser {
+            row,
+            history: vec![0],
+            targets: targets.to_vec(),
+            ..HeldOutUser::default()
+        };
+        let at = |higher| Placement { higher, equal: 0, competitors: 4 };
+        let batch = [user(0, &[2, 2, 3]), user(1, &[2])];
+        let placements = [at(0), at(0), at(3), at(1)];
+        let found = shares(&batch, &placements, &Metrics::new(&[1]), &Parts::Whole);
+        let counted: Vec<_> = found.iter().map(|share| (share.row, share.targets)).collect();
+        assert_eq!(counted, [(0, 2), (1, 1)], "the next user's placements are its own");
+        // mrr, auc, recall@1, ndcg@1, hr@1
+        assert_eq!(found[0].values, [1.0, (1.0 + 0.25) / 2.0, 0.5, 1.0, 1.0]);
+        assert_eq!(found[1].values, [0.5, 0.75, 0.0, 0.0, 0.0]);
     }
 }

@@ -5,8 +5,8 @@
 //!
 //! By time: two thresholds hold for all users. Test is every interaction from `test_from` on, valid those from
 //! `valid_from` until then, train those before. `test_from` is the time of the interaction with the number
-//! `ceil(N (1 - test_share))` when all `N` are ordered by time (from 0), so that test is at least its share;
-//! interactions of equal time are never divided: they go to the later part.
+//! `ceil(N (1 - test_share))` when all `N` are ordered by time (from 0), so that test is at most its share, but for ties:
+//! interactions of equal time are never divided; they go to the later part.
 
 use std::ops::Range;
 

@@ -32,10 +32,11 @@ pub struct ObjectiveConfig {
     /// Items of the catalogue that a worker puts through the item tower at once with `full_softmax`; a larger part is
     /// done in several passes with the same gradient. 0 = one pass.
     pub catalogue_batch: u32,
-    /// Subtract the logarithm of each item's share of the training interactions from its training scores. In-batch
-    /// negatives come as often as they are popular, which punishes popular items; with the correction the scores
-    /// approach those of a softmax over the catalogue (Bengio and Senécal 2008; Yi et al., RecSys 2019). With uniform
-    /// negatives it is the logarithm of how often the item is expected among both kinds. Published: off.
+    /// Subtract the logarithm of each item's share of the training interactions (of sequences of two items at least)
+    /// from its training scores. In-batch negatives come as often as they are popular, which punishes popular items;
+    /// with the correction the scores approach those of a softmax over the catalogue (Bengio and Senécal 2008; Yi et
+    /// al., RecSys 2019). With uniform negatives it is the logarithm of how often the item is expected among both
+    /// kinds. Published: off.
     pub logq_correction: bool,
     /// The newest this many history items of each user join the negatives, for data in which nobody takes an item
     /// twice: the towers learn not to recommend what is already there. Published: 0.

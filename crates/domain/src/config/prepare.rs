@@ -95,6 +95,8 @@ pub struct PrepareConfig {
     pub interactions: InteractionsConfig,
     pub items: ItemsConfig,
     /// Keep users and items with at least this many interactions, repeatedly until all have; 0 or 1 = keep all.
+    /// `min_length` and `max_length` are applied once, after it, so in the end an item may have fewer, and a user if
+    /// `max_length` is below it.
     pub k_core: u32,
     /// Users with fewer interactions are left out; at least 3 for leave-one-out.
     pub min_length: u32,

@@ -14,8 +14,8 @@ pub struct RefineConfig {
     pub whitening: bool,
     /// Share of the mean variance that is added to each direction's, so that directions without signal stay small.
     pub shrinkage: f64,
-    /// How much of the content of items that the same users chose next to it an item takes over; 0 = nothing. Training
-    /// interactions only.
+    /// How much of the content of items that the same users chose next to it an item takes over; 0 = nothing.
+    /// Interactions of training sequences only, which have two items at least.
     pub smoothing: f64,
     /// Two items of one user count as neighbours with this to the power of their distance - 1.
     pub smoothing_decay: f64,

@@ -148,7 +148,8 @@ pub struct OptimizerConfig {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub epsilon: f64,
-    /// Decoupled weight decay; not applied to biases, layer norms, positions, time gaps and the logit scale.
+    /// Decoupled weight decay; not applied to biases, layer norms, positions, time gaps, the logit scale and the
+    /// trained projection of `model.residual`. A learned item vector decays only in steps that touch it.
     pub weight_decay: f64,
     /// Largest global gradient norm; 0 = no clipping.
     pub clip_norm: f64,
@@ -245,7 +246,8 @@ pub struct EvaluationConfig {
     pub every_epochs: u32,
     /// The `k` of Recall@k, NDCG@k and HR@k.
     pub cutoffs: Vec<u32>,
-    /// Leave items of the user's history out of the ranking.
+    /// Leave items of the user's history out of the ranking. A target that is in the history competes all the same,
+    /// though `recommend` shows it only with `--with-history`.
     pub exclude_history: bool,
     /// Users that are ranked at once.
     pub batch_users: u32,
@@ -275,7 +277,8 @@ impl Default for EvaluationConfig {
     }
 }
 
-/// Parts of the test that have numbers of their own; see `learn_domain::segments`.
+/// Parts of the test that have numbers of their own; see `learn_domain::segments`. Training interactions are those of
+/// the training sequences, which have two items at least.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct SegmentsConfig {
