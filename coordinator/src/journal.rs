@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::files::{FileError, JsonLines, mend_lines, write_json};
 use crate::job::{LedgerFile, forget_beyond, prune_ledgers};
-use crate::tensorboard::{TensorBoard, TensorBoardError};
+use crate::tensorboard::{RunLines, TensorBoard, TensorBoardError};
 
 /// Entries that may wait for the disk before the job's owner waits too.
 const QUEUE: usize = 256;
@@ -151,7 +151,9 @@ impl Journal {
     }
 
     fn tensorboard(&self) -> Option<TensorBoard> {
-        TensorBoard::open(&self.run_dir, &self.config).inspect_err(TensorBoardError::tell).ok()
+        let lines = RunLines::now(&self.run_dir).map_err(TensorBoardError::from);
+        let made = lines.and_then(|lines| TensorBoard::make(lines, &self.run_dir, &self.config));
+        made.inspect_err(TensorBoardError::tell).ok()
     }
 
     /// Writes until every sender is gone. Blocks: for a thread of its own.

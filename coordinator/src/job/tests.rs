@@ -458,8 +458,9 @@ fn a_ledger_that_is_not_exact_is_noted_once() {
     assert_eq!(job.take_notices(), []);
     let mut ledger = Ledger::new(8, 2);
     (0..2).for_each(|_| ledger.record(0, &(0..4).map(UserIndex).collect::<Vec<_>>()));
-    let steps = vec![StepRecord { step: Step(2), users: 4, ..StepRecord::default() }];
-    let history = History { step: Step(2), ledger: Some(ledger), steps, ..History::default() };
+    let last = StepRecord { step: Step(2), users: 4, ..StepRecord::default() };
+    let trained = Trained::from_iter([last]);
+    let history = History { step: Step(2), ledger: Some(ledger), trained, ..History::default() };
     assert_eq!(Job::new(JobSettings { history, ..settings(1) }).take_notices(), [], "the run has it in its events");
 }
 
@@ -467,9 +468,9 @@ fn a_ledger_that_is_not_exact_is_noted_once() {
 fn resumed() -> Job {
     let mut ledger = Ledger::new(8, 2);
     ledger.record(0, &(0..4).map(UserIndex).collect::<Vec<_>>());
-    let steps = vec![StepRecord { step: Step(1), users: 4, seconds: 2.0, ..StepRecord::default() }];
+    let trained = Trained::from_iter([StepRecord { step: Step(1), users: 4, seconds: 2.0, ..StepRecord::default() }]);
     let evaluations = vec![evaluation(Split::Valid, 1, 0.2)];
-    let history = History { step: Step(1), ledger: Some(ledger), steps, evaluations, beyond: true };
+    let history = History { step: Step(1), ledger: Some(ledger), trained, evaluations, beyond: true };
     let mut job = Job::new(JobSettings { history, ..settings(1) });
     enter(&mut job, "a");
     job.begin(SECOND, beginning(0, 1, 1)).unwrap();
