@@ -7,6 +7,7 @@
 //! one under a later name, and begins with the start of a session, so that a TensorBoard that has read the old one forgets
 //! it. Lines are read one by one: no more of them is held at once than when each step was finished.
 
+mod thread;
 mod wire;
 
 use std::fs::{self, File};
@@ -21,6 +22,7 @@ use learn_domain::{Config, Step};
 use prost::Message as _;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+pub use thread::{Told, follow};
 use wire::{Event, FILE_VERSION, SessionLog, Summary, Value, What, write_frame};
 
 use crate::files::{FileError, Snapshot};

@@ -6,6 +6,7 @@ use super::wire::Content;
 use super::wire::tests::read_events;
 use super::*;
 use crate::files::{JsonLines, retain_lines};
+use crate::journal::{Entry, Journal};
 
 /// A run directory whose coordinators come and go.
 struct Ground {
@@ -222,4 +223,20 @@ fn evaluations_and_events_of_older_versions_stand_where_their_steps_do() {
     let events = read_events(&ground.file().1);
     let happened: Vec<_> = events.iter().filter_map(|event| text(event, "events")).map(|text| text.0).collect();
     assert_eq!(happened, [0, 2, 4]);
+}
+
+#[test]
+fn a_journal_shows_each_line_once_also_when_lines_are_dropped_meanwhile() {
+    let ground = Ground::new();
+    (1..=4).for_each(|number| ground.line(LineFile::Steps, &step(number), None));
+    let (entries, journal) = Journal::open(ground.run_dir(), "f".into(), &ground.config).unwrap();
+    let line = |number| Line { file: LineFile::Steps, text: serde_json::to_string(&step(number)).unwrap() };
+    entries.blocking_send(Entry::Line(0, line(5))).unwrap();
+    entries.blocking_send(Entry::Beyond(1, Step(2))).unwrap();
+    entries.blocking_send(Entry::Line(2, line(3))).unwrap();
+    entries.blocking_send(Entry::Line(3, line(4))).unwrap();
+    drop(entries);
+    journal.write_all().unwrap();
+    let steps: Vec<_> = ground.points("loss/total").iter().map(|point| point.0).collect();
+    assert_eq!(steps, [1, 2, 3, 4], "all points are there when the journal has ended");
 }
