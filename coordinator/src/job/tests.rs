@@ -446,6 +446,19 @@ fn the_summary_shows_the_tested_weights() {
 }
 
 #[test]
+fn a_status_has_the_newest_evaluations_and_the_best_of_all() {
+    let mut job = running(1);
+    for step in 1..=150 {
+        let new = evaluation(Split::Valid, step, if step == 3 { 0.9 } else { 0.1 });
+        assert!(job.evaluation(WorkerId(0), Generation(1), new).unwrap().is_some());
+    }
+    let status = job.status(SECOND);
+    let steps: Vec<u64> = status.evaluations.iter().map(|evaluation| evaluation.step.0).collect();
+    assert_eq!(steps, (51..=150).collect::<Vec<_>>());
+    assert_eq!(status.best.unwrap().step, Step(3));
+}
+
+#[test]
 fn a_ledger_that_is_not_exact_is_noted_once() {
     let mut job = running(1);
     job.report(SECOND, report(0, 1, 0..4)).unwrap();
