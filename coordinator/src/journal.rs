@@ -3,11 +3,12 @@
 //! Input: [`Entry`] values from the job's owner, through a bounded queue. Output: files. Invariants: an acknowledgement
 //! is sent when the file is durable; a line is forgotten by [`crate::state`] only when it is in its file, so that each is
 //! there once whenever this process is killed; the first failure ends the journal, and with it the job. TensorBoard's files
-//! are made of these lines, so they may fail without harm, and the next coordinator makes them anew.
+//! are made of these lines, by another thread, so they may fail without harm, and the next coordinator makes them anew.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
 
 use learn_domain::ledger::Ledger;
 use learn_domain::report::{JobStatus, Summary};
@@ -18,7 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::files::{FileError, JsonLines, mend_lines, write_json};
 use crate::job::{LedgerFile, forget_beyond, prune_ledgers};
-use crate::tensorboard::{TensorBoard, TensorBoardError};
+use crate::tensorboard::{RunLines, Told, follow};
 
 /// Entries that may wait for the disk before the job's owner waits too.
 const QUEUE: usize = 256;
@@ -150,30 +151,41 @@ impl Journal {
         Ok(())
     }
 
-    fn tensorboard(&self) -> Option<TensorBoard> {
-        TensorBoard::open(&self.run_dir, &self.config).inspect_err(TensorBoardError::tell).ok()
-    }
-
     /// Writes until every sender is gone. Blocks: for a thread of its own.
     ///
     /// # Errors
     /// The first file that could not be written.
-    pub fn write_all(mut self) -> Result<(), FileError> {
-        let mut tensorboard = self.tensorboard();
+    pub fn write_all(self) -> Result<(), FileError> {
+        let (run_dir, config) = (self.run_dir.clone(), self.config.clone());
+        // without a bound: while the file is made anew, what the job comes to meanwhile waits here
+        let (points, told) = std::sync::mpsc::channel();
+        let show = || follow(&run_dir, &config, told);
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("tensorboard".into());
+            if let Err(error) = thread.spawn_scoped(scope, show) {
+                tracing::warn!(%error, "no points for TensorBoard until the job is resumed: no thread can be started");
+            }
+            // `show` ends when it has all that was written
+            self.write_entries(points)
+        })
+    }
+
+    fn write_entries(mut self, points: Sender<Told>) -> Result<(), FileError> {
+        let tell = |told| {
+            // nobody listens if the thread could not be started
+            let _ = points.send(told);
+        };
+        tell(Told::Anew(RunLines::now(&self.run_dir)));
         while let Some(entry) = self.entries.blocking_recv() {
             match entry {
                 Entry::Line(number, line) => {
                     self.lines[line.file as usize].append_line(&line.text)?;
-                    let shown = tensorboard.as_mut().map(|tensorboard| tensorboard.add(&line));
-                    if let Some(Err(error)) = shown {
-                        error.tell();
-                        tensorboard = None;
-                    }
+                    tell(Told::Line(line));
                     self.written.store(number + 1, Ordering::Release);
                 }
                 Entry::Beyond(number, step) => {
                     self.forget_beyond(step)?;
-                    tensorboard = self.tensorboard();
+                    tell(Told::Anew(RunLines::now(&self.run_dir)));
                     self.written.store(number + 1, Ordering::Release);
                 }
                 Entry::Status(status) => write_json(&self.run_dir.status(), &status)?,

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use learn_dataset::{Dataset, DatasetError};
 use learn_domain::Config;
-use learn_domain::report::{CoordinatorAddress, JobState, JobStatus, Task, exit};
+use learn_domain::report::{CoordinatorAddress, Evaluation, JobState, JobStatus, Task, exit};
 use learn_domain::run_dir::RunDir;
 
 use crate::api::Api;
@@ -214,7 +214,8 @@ struct LocalJob<'a> {
     deserted: Option<Instant>,
     /// The job when it was last looked at.
     view: View,
-    evaluations: usize,
+    /// The last evaluations that were shown.
+    evaluations: Vec<Evaluation>,
 }
 
 impl<'a> LocalJob<'a> {
@@ -251,7 +252,7 @@ impl<'a> LocalJob<'a> {
             lost: None,
             deserted: None,
             view: View::at_start(spec.config),
-            evaluations: 0,
+            evaluations: Vec::new(),
         })
     }
 
@@ -374,11 +375,14 @@ impl<'a> LocalJob<'a> {
     }
 
     fn show(&mut self, status: &JobStatus) {
-        // A restarted coordinator may know fewer evaluations than were shown.
-        for evaluation in status.evaluations.iter().skip(self.evaluations) {
+        let new = render::newer(&self.evaluations, status);
+        for evaluation in new {
             self.progress.line(&render::evaluation(evaluation));
         }
-        self.evaluations = self.evaluations.max(status.evaluations.len());
+        // A restarted coordinator may know fewer evaluations than were shown.
+        if !new.is_empty() {
+            self.evaluations.clone_from(&status.evaluations);
+        }
         let doing = render::doing(status);
         match self.spec.task {
             // An evaluation has no steps of its own.

@@ -138,6 +138,15 @@ pub fn doing(status: &JobStatus) -> String {
     }
 }
 
+/// The evaluations of a status that are new to whoever has seen `known`: it has only the newest, and that of a coordinator
+/// which was restarted perhaps fewer.
+#[must_use]
+pub fn newer<'a>(known: &[Evaluation], status: &'a JobStatus) -> &'a [Evaluation] {
+    let all = status.evaluations.as_slice();
+    let behind = |seen: &Evaluation| all.iter().rposition(|one| one == seen).map(|place| place + 1);
+    &all[known.iter().rev().find_map(behind).unwrap_or(0)..]
+}
+
 /// One line for one evaluation; AUC and HR wait for the table.
 #[must_use]
 pub fn evaluation(evaluation: &Evaluation) -> String {

@@ -119,7 +119,7 @@ mod tests {
         let record = |step| StepRecord { step: Step(step), loss: 2.5, users: 4, ..StepRecord::default() };
         let history = History {
             step: Step(2),
-            steps: vec![record(1), record(2)],
+            trained: [record(1), record(2)].into_iter().collect(),
             evaluations: vec![tests::evaluation(Split::Valid, 2, 0.25)],
             ..History::default()
         };

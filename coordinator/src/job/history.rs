@@ -14,7 +14,7 @@ use learn_domain::run_dir::{RunDir, checkpoint_step};
 use serde::{Deserialize, Serialize};
 
 use super::Job;
-use crate::files::{FileError, read_json, read_lines, retain_lines, write_json};
+use crate::files::{FileError, Lines, read_json, retain_lines, write_json};
 
 /// Version of [`LedgerFile`].
 const LEDGER_VERSION: u32 = 1;
@@ -36,10 +36,34 @@ pub struct History {
     /// Finished steps of the checkpoint that is resumed.
     pub step: Step,
     pub ledger: Option<Ledger>,
-    pub steps: Vec<StepRecord>,
+    pub trained: Trained,
     pub evaluations: Vec<Evaluation>,
     /// The files hold lines of later steps, too.
     pub beyond: bool,
+}
+
+/// What a job that goes on has to know of the steps before it, however many they are.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Trained {
+    pub users: u64,
+    pub seconds: f64,
+    pub last: Option<StepRecord>,
+}
+
+impl Trained {
+    fn add(&mut self, record: StepRecord) {
+        self.users += u64::from(record.users);
+        self.seconds += record.seconds;
+        self.last = Some(record);
+    }
+}
+
+impl FromIterator<StepRecord> for Trained {
+    fn from_iter<I: IntoIterator<Item = StepRecord>>(records: I) -> Self {
+        let mut trained = Self::default();
+        records.into_iter().for_each(|record| trained.add(record));
+        trained
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -103,10 +127,9 @@ impl History {
             Task::Train { resume_from: Some(checkpoint) } => Self::resume(run_dir, Path::new(checkpoint), fingerprint),
             Task::Train { resume_from: None } => {
                 let metrics = run_dir.metrics();
-                if read_lines::<serde_json::Value>(&metrics)?.is_empty() {
-                    Ok(Self::default())
-                } else {
-                    Err(ResumeError::NotFresh(metrics))
+                match Lines::<serde_json::Value>::open(&metrics)?.next().transpose()? {
+                    None => Ok(Self::default()),
+                    Some(_) => Err(ResumeError::NotFresh(metrics)),
                 }
             }
             Task::Evaluate { .. } => Ok(Self::default()),
@@ -120,13 +143,24 @@ impl History {
             return Err(ResumeError::NoCheckpoint(checkpoint.to_owned()));
         }
         let ledger = Some(LedgerFile::read(run_dir, step, fingerprint)?);
-        let mut steps: Vec<StepRecord> = read_lines(&run_dir.metrics())?;
-        let mut evaluations: Vec<Evaluation> = read_lines(&run_dir.evaluations())?;
-        let all = steps.len() + evaluations.len();
-        steps.retain(|record| record.step <= step);
-        evaluations.retain(|evaluation| evaluation.step <= step);
-        let beyond = steps.len() + evaluations.len() < all;
-        Ok(Self { step, ledger, steps, evaluations, beyond })
+        let mut history = Self { step, ledger, ..Self::default() };
+        for record in Lines::<StepRecord>::open(&run_dir.metrics())? {
+            let record = record?;
+            if record.step <= step {
+                history.trained.add(record);
+            } else {
+                history.beyond = true;
+            }
+        }
+        for evaluation in Lines::<Evaluation>::open(&run_dir.evaluations())? {
+            let evaluation = evaluation?;
+            if evaluation.step <= step {
+                history.evaluations.push(evaluation);
+            } else {
+                history.beyond = true;
+            }
+        }
+        Ok(history)
     }
 }
 
@@ -175,7 +209,7 @@ mod tests {
     use learn_domain::UserIndex;
 
     use super::*;
-    use crate::files::JsonLines;
+    use crate::files::{JsonLines, read_lines};
 
     fn train(from: Option<&Path>) -> Task {
         Task::Train { resume_from: from.map(|path| path.to_string_lossy().into_owned()) }
@@ -187,7 +221,7 @@ mod tests {
         let run_dir = RunDir::new(folder.path());
         let mut steps = JsonLines::open(run_dir.metrics()).unwrap();
         for step in 1..=5 {
-            steps.append(&StepRecord { step: Step(step), users: 2, ..StepRecord::default() }).unwrap();
+            steps.append(&StepRecord { step: Step(step), users: 2, seconds: 0.5, ..StepRecord::default() }).unwrap();
         }
         let mut ledger = Ledger::new(9, 3);
         ledger.record(0, &[UserIndex(3)]);
@@ -201,7 +235,9 @@ mod tests {
         let foreign = History::load(&run_dir, &task, "g").unwrap_err();
         assert!(matches!(foreign, ResumeError::ForeignLedger { .. }));
         let history = History::load(&run_dir, &task, "f").unwrap();
-        assert_eq!((history.step, history.ledger, history.steps.len()), (Step(3), Some(ledger), 3));
+        assert_eq!((history.step, history.ledger), (Step(3), Some(ledger)));
+        let Trained { users, seconds, last } = history.trained;
+        assert_eq!((users, seconds, last.map(|last| last.step)), (6, 1.5, Some(Step(3))));
         let lines = || read_lines::<StepRecord>(&run_dir.metrics()).unwrap().len();
         assert_eq!((history.beyond, lines()), (true, 5), "reading takes nothing away");
         for _again in 0..2 {

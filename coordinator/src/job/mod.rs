@@ -28,7 +28,7 @@ use std::time::Duration;
 pub use books::BooksError;
 use books::{Books, Entry};
 pub use error::JobError;
-pub use history::{History, LedgerFile, ResumeError, forget_beyond, prune_ledgers};
+pub use history::{History, LedgerFile, ResumeError, Trained, forget_beyond, prune_ledgers};
 use learn_domain::ledger::Ledger;
 use learn_domain::membership::{
     Departure, Directive, Effect, Event, Membership, MembershipSettings, Outcome, Refusal, State, StopCause,
@@ -115,7 +115,7 @@ impl Job {
     #[must_use]
     pub fn new(mut settings: JobSettings) -> Self {
         let history = std::mem::take(&mut settings.history);
-        let step_seconds = history.steps.iter().map(|record| record.seconds).sum();
+        let trained = history.trained;
         let evaluation_seconds: f64 = history.evaluations.iter().map(|evaluation| evaluation.seconds).sum();
         let ledger = history
             .ledger
@@ -126,10 +126,10 @@ impl Job {
             faults_told: books.faults().count(),
             books,
             workers: BTreeMap::new(),
-            trained_users: history.steps.iter().map(|record| u64::from(record.users)).sum(),
-            step_seconds,
-            earlier_seconds: step_seconds + evaluation_seconds,
-            last_step: history.steps.into_iter().next_back(),
+            trained_users: trained.users,
+            step_seconds: trained.seconds,
+            earlier_seconds: trained.seconds + evaluation_seconds,
+            last_step: trained.last,
             last_checkpoint: (history.step > Step(0)).then_some(history.step),
             inherited: history.evaluations.len(),
             evaluations: history.evaluations,

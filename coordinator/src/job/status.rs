@@ -7,6 +7,9 @@ use learn_domain::report::{Evaluation, JobState, JobStatus, Split, WorkerStatus}
 
 use super::Job;
 
+/// Newest evaluations that a status has: it is written each second, and `evaluations.jsonl` has them all.
+const EVALUATIONS: usize = 100;
+
 impl Job {
     #[must_use]
     pub fn state(&self) -> JobState {
@@ -78,7 +81,7 @@ impl Job {
             last_step: self.last_step.clone(),
             last_checkpoint: self.last_checkpoint,
             best: self.best().cloned(),
-            evaluations: self.evaluations.clone(),
+            evaluations: self.evaluations[self.evaluations.len().saturating_sub(EVALUATIONS)..].to_vec(),
             workers: workers.collect(),
             data_servers: Vec::new(),
             ledger: self.books.summary(),

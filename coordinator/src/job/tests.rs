@@ -446,6 +446,19 @@ fn the_summary_shows_the_tested_weights() {
 }
 
 #[test]
+fn a_status_has_the_newest_evaluations_and_the_best_of_all() {
+    let mut job = running(1);
+    for step in 1..=150 {
+        let new = evaluation(Split::Valid, step, if step == 3 { 0.9 } else { 0.1 });
+        assert!(job.evaluation(WorkerId(0), Generation(1), new).unwrap().is_some());
+    }
+    let status = job.status(SECOND);
+    let steps: Vec<u64> = status.evaluations.iter().map(|evaluation| evaluation.step.0).collect();
+    assert_eq!(steps, (51..=150).collect::<Vec<_>>());
+    assert_eq!(status.best.unwrap().step, Step(3));
+}
+
+#[test]
 fn a_ledger_that_is_not_exact_is_noted_once() {
     let mut job = running(1);
     job.report(SECOND, report(0, 1, 0..4)).unwrap();
@@ -458,8 +471,9 @@ fn a_ledger_that_is_not_exact_is_noted_once() {
     assert_eq!(job.take_notices(), []);
     let mut ledger = Ledger::new(8, 2);
     (0..2).for_each(|_| ledger.record(0, &(0..4).map(UserIndex).collect::<Vec<_>>()));
-    let steps = vec![StepRecord { step: Step(2), users: 4, ..StepRecord::default() }];
-    let history = History { step: Step(2), ledger: Some(ledger), steps, ..History::default() };
+    let last = StepRecord { step: Step(2), users: 4, ..StepRecord::default() };
+    let trained = Trained::from_iter([last]);
+    let history = History { step: Step(2), ledger: Some(ledger), trained, ..History::default() };
     assert_eq!(Job::new(JobSettings { history, ..settings(1) }).take_notices(), [], "the run has it in its events");
 }
 
@@ -467,9 +481,9 @@ fn a_ledger_that_is_not_exact_is_noted_once() {
 fn resumed() -> Job {
     let mut ledger = Ledger::new(8, 2);
     ledger.record(0, &(0..4).map(UserIndex).collect::<Vec<_>>());
-    let steps = vec![StepRecord { step: Step(1), users: 4, seconds: 2.0, ..StepRecord::default() }];
+    let trained = Trained::from_iter([StepRecord { step: Step(1), users: 4, seconds: 2.0, ..StepRecord::default() }]);
     let evaluations = vec![evaluation(Split::Valid, 1, 0.2)];
-    let history = History { step: Step(1), ledger: Some(ledger), steps, evaluations, beyond: true };
+    let history = History { step: Step(1), ledger: Some(ledger), trained, evaluations, beyond: true };
     let mut job = Job::new(JobSettings { history, ..settings(1) });
     enter(&mut job, "a");
     job.begin(SECOND, beginning(0, 1, 1)).unwrap();

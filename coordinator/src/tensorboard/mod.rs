@@ -5,8 +5,9 @@
 //! before it adds to it, and again when lines are dropped; so after a resume or a take-over each point is there once, with
 //! the time that it was reached, and what a checkpoint's resume has dropped is gone. The new file takes the place of the old
 //! one under a later name, and begins with the start of a session, so that a TensorBoard that has read the old one forgets
-//! it.
+//! it. Lines are read one by one: no more of them is held at once than when each step was finished.
 
+mod thread;
 mod wire;
 
 use std::fs::{self, File};
@@ -14,15 +15,17 @@ use std::io::{self, BufWriter, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use learn_domain::Config;
 use learn_domain::event::JobEvent;
 use learn_domain::report::{Evaluation, StepRecord, Timed};
 use learn_domain::run_dir::RunDir;
+use learn_domain::{Config, Step};
 use prost::Message as _;
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
+pub use thread::{Told, follow};
 use wire::{Event, FILE_VERSION, SessionLog, Summary, Value, What, write_frame};
 
-use crate::files::{FileError, read_lines};
+use crate::files::{FileError, Snapshot};
 use crate::journal::{Line, LineFile};
 
 /// What TensorBoard looks for in a name; the seconds that follow order the files.
@@ -55,6 +58,26 @@ pub struct TensorBoard {
     last_step: i64,
 }
 
+/// The lines of a run as they are at one moment.
+#[derive(Debug)]
+pub struct RunLines {
+    steps: Snapshot,
+    evaluations: Snapshot,
+    events: Snapshot,
+}
+
+impl RunLines {
+    /// # Errors
+    /// A file cannot be read.
+    pub fn now(run_dir: &RunDir) -> Result<Self, FileError> {
+        Ok(Self {
+            steps: Snapshot::take(&run_dir.metrics())?,
+            evaluations: Snapshot::take(&run_dir.evaluations())?,
+            events: Snapshot::take(&run_dir.events())?,
+        })
+    }
+}
+
 /// What the configuration says about the points.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
@@ -62,12 +85,11 @@ struct Shape {
 }
 
 impl TensorBoard {
-    /// Makes the file from the lines that are there; those of older coordinators go. A run without steps and evaluations
-    /// gets its file with the first line.
+    /// Makes the file from lines; those of older coordinators go.
     ///
     /// # Errors
     /// A file cannot be read or written.
-    pub fn open(run_dir: &RunDir, config: &Config) -> Result<Self, TensorBoardError> {
+    pub fn make(lines: RunLines, run_dir: &RunDir, config: &Config) -> Result<Self, TensorBoardError> {
         let folder = run_dir.tensorboard();
         let failed = |path: &Path| {
             let path = path.to_owned();
@@ -75,19 +97,14 @@ impl TensorBoard {
         };
         fs::create_dir_all(&folder).map_err(failed(&folder))?;
         let shape = Shape { cvr_weight: config.objective.cvr_weight };
-        let (events, last_step) = all(run_dir, config, shape)?;
         let older = event_files(&folder).map_err(failed(&folder))?;
         let path = folder.join(format!("{NAME}{:010}.learn", next_number(&older)));
         // a name that TensorBoard passes over, until all is there
         let aside = folder.join("next.tmp");
-        let write = || {
-            let mut file = BufWriter::new(File::create(&aside)?);
-            for event in &events {
-                write_frame(&mut file, &event.encode_to_vec())?;
-            }
-            file.into_inner().map_err(io::IntoInnerError::into_error)
-        };
-        let file = write().map_err(failed(&aside))?;
+        let file = File::create(&aside).map_err(failed(&aside))?;
+        let mut frames = Frames { path: &aside, file: BufWriter::new(file) };
+        let last_step = frames.add_all(lines, config, shape)?;
+        let file = frames.file.into_inner().map_err(io::IntoInnerError::into_error).map_err(failed(&aside))?;
         fs::rename(&aside, &path).map_err(failed(&path))?;
         for older in older {
             fs::remove_file(&older).map_err(failed(&older))?;
@@ -134,40 +151,61 @@ fn next_number(older: &[PathBuf]) -> u64 {
     numbers.map(|number| number + 1).fold(now, u64::max)
 }
 
-/// Everything that the lines of a run say, and the last step.
-fn all(run_dir: &RunDir, config: &Config, shape: Shape) -> Result<(Vec<Event>, i64), TensorBoardError> {
-    let mut steps: Vec<Timed<StepRecord>> = read_lines(&run_dir.metrics())?;
-    let evaluations: Vec<Timed<Evaluation>> = read_lines(&run_dir.evaluations())?;
-    let events: Vec<JobEvent> = read_lines(&run_dir.events())?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
-    date(&mut steps, now);
-    let first = steps.first().and_then(|step| step.time).unwrap_or(now);
-    let last_step = steps.last().map_or(0, |step| step.value.step.0 as i64);
-    let mut all = vec![
-        Event { wall_time: first, step: 0, what: Some(What::FileVersion(FILE_VERSION.into())) },
-        Event { wall_time: first, step: 0, what: Some(What::SessionLog(SessionLog { status: 1 })) },
-        summary(first, 0, vec![Value::text("config", configuration(config))]),
-    ];
-    all.extend(steps.iter().map(|step| shape.step(step)));
-    all.extend(evaluations.into_iter().map(|line| {
-        let same = steps.binary_search_by_key(&line.value.step, |step| step.value.step);
-        let time = line.time.or_else(|| same.ok().and_then(|at| steps[at].time));
-        evaluation(&Timed { time, ..line })
-    }));
-    all.extend(events.iter().map(|event| {
-        let before = steps.partition_point(|step| step.time.is_some_and(|time| time <= event.time));
-        let step = before.checked_sub(1).map_or(0, |at| steps[at].value.step.0 as i64);
-        happening(event, step)
-    }));
-    Ok((all, last_step))
+/// An event file that is made.
+struct Frames<'a> {
+    path: &'a Path,
+    file: BufWriter<File>,
+}
+
+impl Frames<'_> {
+    fn add(&mut self, event: &Event) -> Result<(), TensorBoardError> {
+        let written = write_frame(&mut self.file, &event.encode_to_vec());
+        written.map_err(|source| TensorBoardError::Write { path: self.path.to_owned(), source })
+    }
+
+    /// Adds everything that the lines of a run say; gives the last step.
+    fn add_all(&mut self, mut lines: RunLines, config: &Config, shape: Shape) -> Result<i64, TensorBoardError> {
+        let mut dates = lines.steps.lines::<Dated>()?.collect::<Result<Vec<_>, _>>()?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+        date(&mut dates, now);
+        let first = dates.first().and_then(|step| step.time).unwrap_or(now);
+        self.add(&Event { wall_time: first, step: 0, what: Some(What::FileVersion(FILE_VERSION.into())) })?;
+        self.add(&Event { wall_time: first, step: 0, what: Some(What::SessionLog(SessionLog { status: 1 })) })?;
+        self.add(&summary(first, 0, vec![Value::text("config", configuration(config))]))?;
+        for (line, step) in lines.steps.lines::<Timed<StepRecord>>()?.zip(&dates) {
+            self.add(&shape.step(&Timed { time: step.time, ..line? }))?;
+        }
+        for line in lines.evaluations.lines::<Timed<Evaluation>>()? {
+            let line = line?;
+            let same = dates.binary_search_by_key(&line.value.step, |step| step.step);
+            let time = line.time.or_else(|| same.ok().and_then(|at| dates[at].time));
+            self.add(&evaluation(&Timed { time, ..line }))?;
+        }
+        for event in lines.events.lines::<JobEvent>()? {
+            let event = event?;
+            let before = dates.partition_point(|step| step.time.is_some_and(|time| time <= event.time));
+            let step = before.checked_sub(1).map_or(0, |at| dates[at].step.0 as i64);
+            self.add(&happening(&event, step))?;
+        }
+        Ok(dates.last().map_or(0, |step| step.step.0 as i64))
+    }
+}
+
+/// When a step was finished: of its line, what evaluations and events are placed by.
+#[derive(Clone, Copy, Debug, Deserialize)]
+struct Dated {
+    step: Step,
+    #[serde(default)]
+    time: Option<f64>,
+    seconds: f64,
 }
 
 /// Gives lines of older versions, which have no time, the one that their seconds say.
-fn date(steps: &mut [Timed<StepRecord>], now: f64) {
+fn date(steps: &mut [Dated], now: f64) {
     let (mut next, mut seconds) = (now, 0.0);
     for step in steps.iter_mut().rev() {
         let time = *step.time.get_or_insert(next - seconds);
-        (next, seconds) = (time, step.value.seconds);
+        (next, seconds) = (time, step.seconds);
     }
 }
 

@@ -1,11 +1,12 @@
+use learn_domain::Generation;
 use learn_domain::event::Happening;
 use learn_domain::report::Split;
-use learn_domain::{Generation, Step};
 
 use super::wire::Content;
 use super::wire::tests::read_events;
 use super::*;
 use crate::files::{JsonLines, retain_lines};
+use crate::journal::{Entry, Journal};
 
 /// A run directory whose coordinators come and go.
 struct Ground {
@@ -57,7 +58,8 @@ impl Ground {
     }
 
     fn open(&self) -> TensorBoard {
-        TensorBoard::open(&self.run_dir(), &self.config).unwrap()
+        let lines = RunLines::now(&self.run_dir()).unwrap();
+        TensorBoard::make(lines, &self.run_dir(), &self.config).unwrap()
     }
 
     /// Appends a line to its file, and `to` TensorBoard if a coordinator comes that far.
@@ -168,7 +170,8 @@ fn a_resume_drops_the_points_beyond_its_checkpoint() {
 
 #[test]
 fn lines_of_older_versions_are_dated_by_their_seconds() {
-    let mut steps: Vec<_> = (1..=4).map(step).collect();
+    let dated = |number| Dated { step: Step(number), time: Some(1000.0 + number as f64), seconds: 0.5 };
+    let mut steps: Vec<_> = (1..=4).map(dated).collect();
     steps.iter_mut().take(2).for_each(|step| step.time = None);
     date(&mut steps, 9000.0);
     let times: Vec<_> = steps.iter().map(|step| step.time.unwrap()).collect();
@@ -177,4 +180,63 @@ fn lines_of_older_versions_are_dated_by_their_seconds() {
     date(&mut steps, 9000.0);
     assert_eq!(steps[3].time, Some(9000.0));
     assert_eq!(steps[0].time, Some(8998.5));
+}
+
+#[test]
+fn a_file_that_is_made_anew_says_what_its_lines_said_one_by_one_and_leaves_a_cut_one_out() {
+    let ground = Ground::new();
+    let mut board = ground.open();
+    (1..=300).for_each(|number| ground.line(LineFile::Steps, &step(number), Some(&mut board)));
+    ground.line(LineFile::Evaluations, &evaluated(200, Split::Valid), Some(&mut board));
+    ground.line(LineFile::Evaluations, &evaluated(300, Split::Test), Some(&mut board));
+    ground.line(LineFile::Events, &taken_over(1300.5), Some(&mut board));
+    drop(board);
+    let one_by_one = read_events(&ground.file().1);
+    for path in [ground.run_dir().metrics(), ground.run_dir().evaluations(), ground.run_dir().events()] {
+        let text = fs::read_to_string(&path).unwrap();
+        let cut = text.lines().last().unwrap();
+        fs::write(&path, format!("{text}{}", &cut[..cut.len() - 5])).unwrap();
+    }
+    assert_eq!(ground.open().last_step, 300);
+    let anew = read_events(&ground.file().1);
+    assert_eq!(anew[..2].iter().map(|event| event.wall_time).collect::<Vec<_>>(), [1001.0; 2], "of the first step");
+    // behind the three that head a file
+    assert_eq!(anew[3..], one_by_one[3..]);
+}
+
+#[test]
+fn evaluations_and_events_of_older_versions_stand_where_their_steps_do() {
+    let ground = Ground::new();
+    for number in 1..=4 {
+        let time = step(number).time.filter(|_| number > 2);
+        ground.line(LineFile::Steps, &Timed { time, ..step(number) }, None);
+    }
+    ground.line(LineFile::Evaluations, &Timed { time: None, ..evaluated(2, Split::Valid) }, None);
+    ground.line(LineFile::Evaluations, &evaluated(4, Split::Valid), None);
+    for time in [900.0, 1002.6, 2000.0] {
+        ground.line(LineFile::Events, &taken_over(time), None);
+    }
+    ground.open();
+    let times: Vec<_> = ground.points("loss/total").iter().map(|point| (point.0, point.1)).collect();
+    assert_eq!(times, [(1, 1002.0), (2, 1002.5), (3, 1003.0), (4, 1004.0)]);
+    assert_eq!(ground.points("valid/recall@10"), [(2, 1002.5, 0.5), (4, 1004.25, 0.5)]);
+    let events = read_events(&ground.file().1);
+    let happened: Vec<_> = events.iter().filter_map(|event| text(event, "events")).map(|text| text.0).collect();
+    assert_eq!(happened, [0, 2, 4]);
+}
+
+#[test]
+fn a_journal_shows_each_line_once_also_when_lines_are_dropped_meanwhile() {
+    let ground = Ground::new();
+    (1..=4).for_each(|number| ground.line(LineFile::Steps, &step(number), None));
+    let (entries, journal) = Journal::open(ground.run_dir(), "f".into(), &ground.config).unwrap();
+    let line = |number| Line { file: LineFile::Steps, text: serde_json::to_string(&step(number)).unwrap() };
+    entries.blocking_send(Entry::Line(0, line(5))).unwrap();
+    entries.blocking_send(Entry::Beyond(1, Step(2))).unwrap();
+    entries.blocking_send(Entry::Line(2, line(3))).unwrap();
+    entries.blocking_send(Entry::Line(3, line(4))).unwrap();
+    drop(entries);
+    journal.write_all().unwrap();
+    let steps: Vec<_> = ground.points("loss/total").iter().map(|point| point.0).collect();
+    assert_eq!(steps, [1, 2, 3, 4], "all points are there when the journal has ended");
 }

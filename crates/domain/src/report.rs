@@ -289,7 +289,9 @@ pub struct JobStatus {
     /// The last finished step.
     pub last_step: Option<StepRecord>,
     pub last_checkpoint: Option<Step>,
+    /// The best evaluation on valid by `checkpoint.metric`, however old.
     pub best: Option<Evaluation>,
+    /// The newest 100, oldest first; all in files of older versions.
     pub evaluations: Vec<Evaluation>,
     pub workers: Vec<WorkerStatus>,
     /// Live data servers beside the coordinator's own; only a coordinator that is asked knows them.

@@ -1,6 +1,6 @@
 //! What has changed since it was last told: lines for people, or JSON lines.
 
-use learn_domain::report::JobStatus;
+use learn_domain::report::{Evaluation, JobStatus};
 use serde_json::json;
 
 use super::pace::remaining;
@@ -29,7 +29,7 @@ struct Known {
     world_size: u32,
     step: u64,
     checkpoint: Option<u64>,
-    evaluations: usize,
+    evaluations: Vec<Evaluation>,
     stall: Option<String>,
     events: usize,
 }
@@ -42,7 +42,7 @@ impl Known {
             world_size: status.world_size,
             step: status.last_step.as_ref().map_or(0, |step| step.step.0),
             checkpoint: status.last_checkpoint.map(|step| step.0),
-            evaluations: status.evaluations.len(),
+            evaluations: status.evaluations.clone(),
             stall: status.stall.clone(),
             events: scene.events_seen,
         }
@@ -77,8 +77,8 @@ impl Told {
         if before.is_none_or(|before| before.stall != known.stall) {
             lines.extend(status.stall.as_ref().map(|stall| format!("stands still: {stall}")));
         }
-        let evaluations = before.map_or(0, |before| before.evaluations);
-        lines.extend(status.evaluations.iter().skip(evaluations).map(render::evaluation));
+        let evaluations = before.map(|before| before.evaluations.as_slice()).unwrap_or_default();
+        lines.extend(render::newer(evaluations, status).iter().map(render::evaluation));
         if before.is_none_or(|before| before.checkpoint != known.checkpoint) {
             lines.extend(known.checkpoint.map(|step| format!("checkpoint of step {}", render::count(step))));
         }
@@ -132,7 +132,7 @@ mod tests {
     use learn_domain::Step;
     use learn_domain::report::JobState;
 
-    use super::super::tests::scene;
+    use super::super::tests::{evaluation, scene};
     use super::*;
 
     /// The scene some steps and seconds later.
@@ -173,6 +173,23 @@ mod tests {
         let lines = told.lines(&next);
         assert!(lines[0].starts_with("step 1,252 of 4,000"), "{lines:?}");
         assert!(lines.last().unwrap().starts_with("shop: finished"), "the end is the last line: {lines:?}");
+    }
+
+    #[test]
+    fn evaluations_are_told_once_although_a_status_has_the_newest_alone() {
+        let mut told = Told::default();
+        let mut scene = scene();
+        let mut lines = |steps: &[u64]| {
+            let status = &mut scene.current.as_mut().unwrap().status;
+            status.evaluations = steps.iter().map(|&step| evaluation(step, 0.05)).collect();
+            told.lines(&scene).into_iter().filter(|line| line.starts_with("valid at step ")).collect::<Vec<_>>()
+        };
+        let line = |step: u64| render::evaluation(&evaluation(step, 0.05));
+        assert_eq!(lines(&[400, 800]), [400, 800].map(line));
+        assert_eq!(lines(&[800, 1200]), [line(1200)], "as many as before");
+        assert_eq!(lines(&[800]), Vec::<String>::new(), "another coordinator knows fewer");
+        assert_eq!(lines(&[1600, 2000]), [1600, 2000].map(line), "more have come than a status has");
+        assert_eq!(lines(&[1600, 2000]), Vec::<String>::new());
     }
 
     #[test]
