@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::path::Path;
 use std::time::Duration;
 
-use learn_collective::{CollectiveError, Rendezvous};
+use learn_collective::Rendezvous;
 use learn_domain::Step;
 use learn_domain::config::ObjectiveKind;
 use learn_domain::random;
@@ -17,6 +17,7 @@ use learn_domain::report::StepRecord;
 use learn_proto::convert::cut;
 use serde::{Deserialize, Serialize};
 
+use super::meet::{FOREVER, one_says};
 use super::objective::{FullSoftmax, InBatch, Objective};
 use super::save::{signature, start_writer};
 use super::{Exchange, Stepper, Trainer};
@@ -43,8 +44,6 @@ struct Counters {
 
 /// By this key rank 0 says that it has what the job starts with, with an empty text, or why not.
 const BEGUN: &str = "begun";
-/// As long as a generation lasts.
-const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
 
 /// Numbers by which a rank says what it holds.
 const SAID: usize = 4;
@@ -245,18 +244,13 @@ fn as_rank_0(
     mine: Result<(), WorkerError>,
     wait: Duration,
 ) -> Result<(), WorkerError> {
-    let failed = |reason| CollectiveError::Rendezvous { key: BEGUN.into(), reason };
-    if !is_first {
-        let reason = rendezvous.get(BEGUN, wait).map_err(failed)?;
-        return match reason.as_slice() {
-            [] => Ok(()),
-            reason => Err(WorkerError::NotBegun(String::from_utf8_lossy(reason).into_owned())),
-        };
-    }
     let reason = mine.as_ref().err().map(ToString::to_string).unwrap_or_default();
-    let told = rendezvous.put(BEGUN, cut(reason).into_bytes()).map_err(failed);
+    let said = one_says(rendezvous, BEGUN, is_first.then(|| cut(reason).into_bytes()), wait);
     mine?;
-    Ok(told?)
+    match said?.as_slice() {
+        [] => Ok(()),
+        reason => Err(WorkerError::NotBegun(String::from_utf8_lossy(reason).into_owned())),
+    }
 }
 
 #[cfg(test)]

@@ -7,12 +7,13 @@
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use learn_collective::CollectiveError;
+use learn_collective::{CollectiveError, Rendezvous};
 use learn_domain::Phase;
 use learn_domain::event::Happening;
 use learn_model::Parameters;
 use tch::{Device, Tensor};
 
+use super::meet::{FOREVER, one_says};
 use super::{Stepper, Trainer};
 use crate::checkpoint::{self, Pace, Snapshot, State, Writer, Written};
 use crate::control::{ControlError, Member};
@@ -24,6 +25,9 @@ const RETRIES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
 
 /// How often a wait for the writer looks whether the generation is still there.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// By this key rank 0 says that the last checkpoint is durable, or could not be written.
+const SETTLED: &str = "settled";
 
 /// A checkpoint that is due by the interval holds the training back so long at most.
 const HOLD_BACK: Duration = Duration::from_secs(1);
@@ -71,13 +75,21 @@ impl Trainer<'_> {
         Ok(())
     }
 
-    /// Waits until the checkpoint of the last finished step is durable, and tries it again if it could not be written.
+    /// Waits on every rank until the checkpoint of the last finished step is durable; it is tried again if it could not be
+    /// written.
     ///
     /// # Errors
-    /// [`WorkerError::Unsaved`]; or that the generation was ended meanwhile: the coordinator records a checkpoint when all
-    /// ranks have reported its step, and the next generation does so for one that is lost.
+    /// [`WorkerError::Unsaved`] on rank 0, as the others need not know; or that the generation was ended meanwhile: the
+    /// coordinator records a checkpoint when all ranks have reported its step, and the next generation does so for one that
+    /// is lost.
     pub(super) fn finish(&mut self, turn: &Turn) -> Result<(), WorkerError> {
         self.session.progress.enter(Phase::Finishing);
+        let written = self.settle_last(turn);
+        when_settled(&turn.member, turn.is_first(), written, FOREVER)
+    }
+
+    /// The part of a rank that has a writer.
+    fn settle_last(&mut self, turn: &Turn) -> Result<(), WorkerError> {
         let mut pauses = RETRIES.iter();
         while let Some(writer) = &mut self.writer {
             let error = match writer.settle_within(LOOK) {
@@ -93,6 +105,22 @@ impl Trainer<'_> {
         }
         Ok(())
     }
+}
+
+/// Lets every rank go on once the first one has come to the end of its writing, however that was; the others wait so long at
+/// most.
+fn when_settled(
+    rendezvous: &dyn Rendezvous,
+    is_first: bool,
+    written: Result<(), WorkerError>,
+    wait: Duration,
+) -> Result<(), WorkerError> {
+    // the generation has ended, and the others hear of that
+    if written.as_ref().is_err_and(|error| error.reach().passes()) {
+        return written;
+    }
+    one_says(rendezvous, SETTLED, is_first.then(Vec::new), wait)?;
+    written
 }
 
 /// A copy of the whole state that the next step does not change.
@@ -185,3 +213,6 @@ pub(super) fn start_writer(session: &Session, speaker: Speaker) -> Writer {
         },
     )
 }
+
+#[cfg(test)]
+mod tests;
