@@ -1,8 +1,9 @@
 //! Checkpoints of a training: what goes into one, and what happens when it cannot be written.
 //!
 //! Input: the state after the last finished step. Output: a snapshot for the writer, on rank 0. Invariants: training waits
-//! a moment at most for a slow disk, but for a checkpoint that is to be kept (the best, the last); a checkpoint that could
-//! not be written is an event, and only that of the end is an error, after it was tried again.
+//! a moment at most for a slow disk, but for a checkpoint that is to be kept (the best, the last); whatever waits for the
+//! writer stops waiting when its generation ends, since the writer may wait for the next; a checkpoint that could not be
+//! written is an event, and only that of the end is an error, after it was tried again.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -15,10 +16,10 @@ use tch::{Device, Tensor};
 
 use super::meet::{FOREVER, one_says};
 use super::{Stepper, Trainer};
-use crate::checkpoint::{self, Pace, Snapshot, State, Writer, Written};
+use crate::checkpoint::{self, CheckpointError, Pace, Snapshot, State, Writer, Written};
 use crate::control::{ControlError, Member};
 use crate::error::WorkerError;
-use crate::session::{Session, Turn};
+use crate::session::{Session, Signals, Turn};
 
 /// Pauses before the last checkpoint is tried again.
 const RETRIES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
@@ -43,6 +44,9 @@ pub(super) enum Need {
 
 impl Trainer<'_> {
     /// Hands the state after the last finished step to the writer, once; never parameters that are not finite.
+    ///
+    /// # Errors
+    /// If the generation was ended while this waited for the writer; or the writer has ended.
     pub(super) fn save(&mut self, turn: &Turn, need: Need) -> Result<(), WorkerError> {
         if self.saved == Some(self.finished) || !self.finite() {
             return Ok(());
@@ -52,9 +56,13 @@ impl Trainer<'_> {
             turn.member.report_event(&Happening::CheckpointSkipped { step: self.finished })?;
             return Ok(());
         }
-        self.saved = Some(self.finished);
-        let Some(writer) = &mut self.writer else { return Ok(()) };
+        let Some(writer) = &mut self.writer else {
+            self.saved = Some(self.finished);
+            return Ok(());
+        };
         self.session.progress.enter(Phase::Checkpoint);
+        wait_for_place(writer, &self.session.signals)?;
+        self.saved = Some(self.finished);
         let (dataset, stepper) = (&self.session.admission.dataset, &self.stepper);
         let state = State {
             version: checkpoint::VERSION,
@@ -92,18 +100,41 @@ impl Trainer<'_> {
     fn settle_last(&mut self, turn: &Turn) -> Result<(), WorkerError> {
         let mut pauses = RETRIES.iter();
         while let Some(writer) = &mut self.writer {
-            let error = match writer.settle_within(LOOK) {
-                Some(Ok(())) => break,
-                Some(Err(error)) => error,
-                None if self.session.signals.aborted().is_some() => return Err(CollectiveError::Aborted.into()),
-                None => continue,
-            };
+            let Err(error) = settle(writer, &self.session.signals)? else { break };
             let Some(pause) = pauses.next() else { return Err(WorkerError::Unsaved(error)) };
             std::thread::sleep(*pause);
             self.saved = None;
             self.save(turn, Need::Kept)?;
         }
         Ok(())
+    }
+}
+
+/// Waits until a snapshot can be handed over.
+///
+/// # Errors
+/// If the generation was ended meanwhile.
+fn wait_for_place(writer: &mut Writer, signals: &Signals) -> Result<(), CollectiveError> {
+    while !writer.ready(LOOK) {
+        if signals.aborted().is_some() {
+            return Err(CollectiveError::Aborted);
+        }
+    }
+    Ok(())
+}
+
+/// Waits until everything handed over is durable or has failed; gives why the newest snapshot could not be written.
+///
+/// # Errors
+/// If the generation was ended meanwhile; the writer is as it was.
+pub(super) fn settle(writer: &mut Writer, signals: &Signals) -> Result<Result<(), CheckpointError>, CollectiveError> {
+    loop {
+        if let Some(settled) = writer.settle_within(LOOK) {
+            return Ok(settled);
+        }
+        if signals.aborted().is_some() {
+            return Err(CollectiveError::Aborted);
+        }
     }
 }
 
