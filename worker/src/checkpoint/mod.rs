@@ -453,4 +453,4 @@ fn name_of(path: &Path) -> String {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -4,7 +4,7 @@ use std::time::Duration;
 use super::writer::prune;
 use super::*;
 
-fn snapshot(step: u64, value: f32, best: Option<u64>) -> Snapshot {
+pub(crate) fn snapshot(step: u64, value: f32, best: Option<u64>) -> Snapshot {
     Snapshot {
         state: State {
             version: VERSION,
@@ -26,7 +26,7 @@ fn snapshot(step: u64, value: f32, best: Option<u64>) -> Snapshot {
     }
 }
 
-fn run() -> (tempfile::TempDir, RunDir) {
+pub(crate) fn run() -> (tempfile::TempDir, RunDir) {
     let folder = tempfile::tempdir().unwrap();
     let run = RunDir::new(folder.path());
     fs::create_dir_all(run.checkpoints()).unwrap();
@@ -415,6 +415,24 @@ fn a_writer_is_ready_while_one_snapshot_may_wait() {
     go.send(()).unwrap();
     writer.settle().unwrap();
     assert!(writer.ready(Duration::ZERO));
+}
+
+#[test]
+fn a_writer_whose_thread_has_ended_keeps_nobody_waiting_and_says_so() {
+    let (_folder, run) = run();
+    let (go, gate) = channel::<()>();
+    let tell = move |_: Written<'_>| {
+        gate.recv().expect("the thread panics here");
+        true
+    };
+    let mut writer = Writer::start(run, 3, Pace::Plain, || (), tell);
+    for step in [1, 2] {
+        writer.save(snapshot(step, 1.0, None)).unwrap();
+    }
+    assert!(!writer.ready(Duration::ZERO), "it is there still");
+    drop(go);
+    assert!(writer.ready(Duration::from_secs(60)));
+    assert!(matches!(writer.save(snapshot(3, 1.0, None)), Err(CheckpointError::WriterGone)));
 }
 
 #[test]

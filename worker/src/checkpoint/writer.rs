@@ -84,7 +84,8 @@ impl Writer {
         }
     }
 
-    /// Waits up to `limit` for the place where a snapshot may wait; whether it is free.
+    /// Waits up to `limit` for the place where a snapshot may wait; whether it is free, so that [`Writer::save`] does not
+    /// wait. It is once the thread has ended, which `save` says.
     pub fn ready(&mut self, limit: Duration) -> bool {
         let started = Instant::now();
         while !self.open.is_empty() {
@@ -92,7 +93,8 @@ impl Writer {
             let wait = if self.open.len() > 1 { limit.saturating_sub(started.elapsed()) } else { Duration::ZERO };
             match self.results.recv_timeout(wait) {
                 Ok(result) => self.take(result),
-                Err(_) => break,
+                Err(RecvTimeoutError::Timeout) => break,
+                Err(RecvTimeoutError::Disconnected) => return true,
             }
         }
         self.open.len() <= 1
@@ -122,7 +124,8 @@ impl Writer {
         false
     }
 
-    /// Hands a snapshot over.
+    /// Hands a snapshot over; waits as long as another one waits to be written, and nothing ends that wait
+    /// ([`Writer::ready`] may be waited for before).
     ///
     /// # Errors
     /// If the thread has ended.

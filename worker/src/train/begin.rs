@@ -17,13 +17,14 @@ use learn_domain::report::StepRecord;
 use learn_proto::convert::cut;
 use serde::{Deserialize, Serialize};
 
+use super::meet::{FOREVER, one_says};
 use super::objective::{FullSoftmax, InBatch, Objective};
-use super::save::{signature, start_writer};
+use super::save::{settle, signature, start_writer};
 use super::{Exchange, Stepper, Trainer};
 use crate::checkpoint::{self, Best, Snapshot, Superseding, Writer};
 use crate::error::WorkerError;
 use crate::init::{Origin, Weights};
-use crate::session::Turn;
+use crate::session::{Signals, Turn};
 
 /// Most items of the catalogue that a fresh start measures.
 const INIT_SAMPLE: usize = 16_384;
@@ -43,11 +44,9 @@ struct Counters {
 
 /// By this key rank 0 says that it has what the job starts with, with an empty text, or why not.
 const BEGUN: &str = "begun";
-/// As long as a generation lasts.
-const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
 
 /// Numbers by which a rank says what it holds.
-const SAID: usize = 4;
+const SAID: usize = 5;
 
 impl Trainer<'_> {
     /// Brings this rank to where the generation goes on from.
@@ -55,7 +54,7 @@ impl Trainer<'_> {
         // of a step that was not brought to its end
         turn.exchange.share_gradient_memory(&mut self.stepper.parameters)?;
         drop(self.stepper.parameters.row_gradient());
-        let holdings = self.tell_holdings(&mut turn.exchange)?;
+        let (holdings, writing) = self.tell_holdings(&mut turn.exchange)?;
         let agreement = agree(&holdings);
         let goes_on = agreement != Agreement::Start;
         let follow_up = match agreement {
@@ -93,10 +92,12 @@ impl Trainer<'_> {
             self.superseding.carry_out(&self.session.run_dir())?;
         }
         self.speaker.set(turn.member.clone());
+        if !mine {
+            retire(&mut self.writer, &self.session.signals)?;
+        }
+        await_retired(&turn.member, turn.exchange.rank(), &writing, FOREVER)?;
         if mine && self.writer.is_none() {
             self.writer = Some(start_writer(self.session, self.speaker.clone()));
-        } else if !mine {
-            self.writer = None;
         }
         self.hold();
         // the rank that was to write the checkpoint of this step, or to tell of it, may be gone
@@ -121,15 +122,16 @@ impl Trainer<'_> {
         Ok(())
     }
 
-    /// What every rank holds, in rank order.
+    /// What every rank holds, in rank order; and the ranks that were the first before, and still write checkpoints.
     ///
     /// # Errors
     /// [`WorkerError::Signature`] if a rank has other parameters, or would sum their gradient in other parts.
-    fn tell_holdings(&self, exchange: &mut Exchange) -> Result<Vec<Holding>, WorkerError> {
+    fn tell_holdings(&mut self, exchange: &mut Exchange) -> Result<(Vec<Holding>, Vec<usize>), WorkerError> {
+        let writes = exchange.rank() > 0 && self.writer.as_mut().is_some_and(|writer| !writer.is_idle());
         let parameters = &self.stepper.parameters;
         let signature = random::key(&[parameters.signature(), parameters.bucket_signature()]) as i64;
         let (state, followed_up) = (i64::from(self.has_state), i64::from(self.followed_up));
-        let mut mine: [i64; SAID] = [signature, state, self.finished.0 as i64, followed_up];
+        let mut mine: [i64; SAID] = [signature, state, self.finished.0 as i64, followed_up, i64::from(writes)];
         let all = exchange.gather_i64(&mut mine, &vec![SAID; exchange.world_size()])?;
         if all.chunks_exact(SAID).any(|said| said[0] != signature) {
             return Err(WorkerError::Signature);
@@ -139,7 +141,8 @@ impl Trainer<'_> {
             finished: Step(said[2].max(0) as u64),
             followed_up: said[3] != 0,
         };
-        Ok(all.chunks_exact(SAID).map(holding).collect())
+        let writing = all.chunks_exact(SAID).enumerate().filter(|(_, said)| said[4] != 0).map(|(rank, _)| rank);
+        Ok((all.chunks_exact(SAID).map(holding).collect(), writing.collect()))
     }
 
     /// Gives all ranks the state of `source`. Values come into copies first, so that a rank whose generation breaks
@@ -245,18 +248,40 @@ fn as_rank_0(
     mine: Result<(), WorkerError>,
     wait: Duration,
 ) -> Result<(), WorkerError> {
-    let failed = |reason| CollectiveError::Rendezvous { key: BEGUN.into(), reason };
-    if !is_first {
-        let reason = rendezvous.get(BEGUN, wait).map_err(failed)?;
-        return match reason.as_slice() {
-            [] => Ok(()),
-            reason => Err(WorkerError::NotBegun(String::from_utf8_lossy(reason).into_owned())),
-        };
-    }
     let reason = mine.as_ref().err().map(ToString::to_string).unwrap_or_default();
-    let told = rendezvous.put(BEGUN, cut(reason).into_bytes()).map_err(failed);
+    let said = one_says(rendezvous, BEGUN, is_first.then(|| cut(reason).into_bytes()), wait);
     mine?;
-    Ok(told?)
+    match said?.as_slice() {
+        [] => Ok(()),
+        reason => Err(WorkerError::NotBegun(String::from_utf8_lossy(reason).into_owned())),
+    }
+}
+
+/// Lets the writer of a rank that is not the first any more come to its end: what it was given may be the best checkpoint.
+///
+/// # Errors
+/// If the generation was ended meanwhile; the writer is kept.
+fn retire(writer: &mut Option<Writer>, signals: &Signals) -> Result<(), CollectiveError> {
+    let Some(old) = writer.as_mut() else { return Ok(()) };
+    if let Err(error) = settle(old, signals)? {
+        tracing::error!(%error, "a checkpoint was not written");
+    }
+    *writer = None;
+    Ok(())
+}
+
+/// Waits for the ranks that were `writing`, outside of any collective, until their writers are retired; so what is decided
+/// after it finds on disk what can be there. Each wait lasts so long at most.
+fn await_retired(
+    rendezvous: &dyn Rendezvous,
+    rank: usize,
+    writing: &[usize],
+    wait: Duration,
+) -> Result<(), CollectiveError> {
+    writing.iter().try_for_each(|&old| {
+        let mine = (old == rank).then(Vec::new);
+        one_says(rendezvous, &format!("retired/{old}"), mine, wait).map(drop)
+    })
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ mod best;
 mod device_rows;
 mod exchange;
 mod measure;
+mod meet;
 mod non_finite;
 mod objective;
 mod passes;
@@ -32,6 +33,7 @@ use learn_domain::schedule::learning_rate;
 use learn_domain::{Phase, Step, UserIndex};
 use learn_model::objective::cvr;
 use learn_model::{AdamW, Forward, Parameters, Pch, PchShape};
+use meet::{FOREVER, one_says};
 pub use objective::{Conversion, FullSoftmax, InBatch, Objective};
 pub use passes::{rows_tensor, sequences};
 pub(crate) use save::snapshot;
@@ -207,6 +209,9 @@ impl<'a> Trainer<'a> {
         }
         // every checkpoint is durable before any rank reads one; one that could not be written is told of when all is done
         let saved = self.finish(turn);
+        if saved.as_ref().is_err_and(|error| error.reach().passes()) {
+            return saved.map(|()| ended);
+        }
         if ended == Ended::Done {
             self.test(turn)?;
         } else {
@@ -372,7 +377,8 @@ impl<'a> Trainer<'a> {
         let epochs = if step.is_multiple_of(self.steps_per_epoch) { (step / self.steps_per_epoch) as u32 } else { 0 };
         let due = |every: u32| every > 0 && epochs > 0 && epochs.is_multiple_of(every);
         let mut is_best = false;
-        if due(self.config.evaluation.every_epochs) || last {
+        let evaluates = due(self.config.evaluation.every_epochs) || last;
+        if evaluates {
             let evaluation = self.evaluate(turn, Split::Valid)?;
             is_best = self.note_best(turn, &evaluation)?;
         }
@@ -382,6 +388,12 @@ impl<'a> Trainer<'a> {
             self.save(turn, Need::Kept)?;
         } else if by_steps || due(self.config.checkpoint.every_epochs) {
             self.save(turn, Need::Due)?;
+        }
+        if evaluates {
+            // the best may have to wait for its place at the writer; whether it is one is not asked, as every rank comes here
+            self.session.progress.enter(Phase::Checkpoint);
+            let mine = turn.is_first().then(Vec::new);
+            one_says(&turn.member, &format!("followed-up/{step}"), mine, FOREVER)?;
         }
         self.followed_up = true;
         Ok(())

@@ -1,29 +1,34 @@
 //! Checkpoints of a training: what goes into one, and what happens when it cannot be written.
 //!
 //! Input: the state after the last finished step. Output: a snapshot for the writer, on rank 0. Invariants: training waits
-//! a moment at most for a slow disk, but for a checkpoint that is to be kept (the best, the last); a checkpoint that could
-//! not be written is an event, and only that of the end is an error, after it was tried again.
+//! a moment at most for a slow disk, but for a checkpoint that is to be kept (the best, the last); whatever waits for the
+//! writer stops waiting when its generation ends, since the writer may wait for the next; a checkpoint that could not be
+//! written is an event, and only that of the end is an error, after it was tried again.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use learn_collective::CollectiveError;
+use learn_collective::{CollectiveError, Rendezvous};
 use learn_domain::Phase;
 use learn_domain::event::Happening;
 use learn_model::Parameters;
 use tch::{Device, Tensor};
 
+use super::meet::{FOREVER, one_says};
 use super::{Stepper, Trainer};
-use crate::checkpoint::{self, Pace, Snapshot, State, Writer, Written};
+use crate::checkpoint::{self, CheckpointError, Pace, Snapshot, State, Writer, Written};
 use crate::control::{ControlError, Member};
 use crate::error::WorkerError;
-use crate::session::{Session, Turn};
+use crate::session::{Session, Signals, Turn};
 
 /// Pauses before the last checkpoint is tried again.
 const RETRIES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
 
 /// How often a wait for the writer looks whether the generation is still there.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// By this key rank 0 says that the last checkpoint is durable, or could not be written.
+const SETTLED: &str = "settled";
 
 /// A checkpoint that is due by the interval holds the training back so long at most.
 const HOLD_BACK: Duration = Duration::from_secs(1);
@@ -39,6 +44,9 @@ pub(super) enum Need {
 
 impl Trainer<'_> {
     /// Hands the state after the last finished step to the writer, once; never parameters that are not finite.
+    ///
+    /// # Errors
+    /// If the generation was ended while this waited for the writer; or the writer has ended.
     pub(super) fn save(&mut self, turn: &Turn, need: Need) -> Result<(), WorkerError> {
         if self.saved == Some(self.finished) || !self.finite() {
             return Ok(());
@@ -48,9 +56,13 @@ impl Trainer<'_> {
             turn.member.report_event(&Happening::CheckpointSkipped { step: self.finished })?;
             return Ok(());
         }
-        self.saved = Some(self.finished);
-        let Some(writer) = &mut self.writer else { return Ok(()) };
+        let Some(writer) = &mut self.writer else {
+            self.saved = Some(self.finished);
+            return Ok(());
+        };
         self.session.progress.enter(Phase::Checkpoint);
+        wait_for_place(writer, &self.session.signals)?;
+        self.saved = Some(self.finished);
         let (dataset, stepper) = (&self.session.admission.dataset, &self.stepper);
         let state = State {
             version: checkpoint::VERSION,
@@ -71,21 +83,24 @@ impl Trainer<'_> {
         Ok(())
     }
 
-    /// Waits until the checkpoint of the last finished step is durable, and tries it again if it could not be written.
+    /// Waits on every rank until the checkpoint of the last finished step is durable; it is tried again if it could not be
+    /// written.
     ///
     /// # Errors
-    /// [`WorkerError::Unsaved`]; or that the generation was ended meanwhile: the coordinator records a checkpoint when all
-    /// ranks have reported its step, and the next generation does so for one that is lost.
+    /// [`WorkerError::Unsaved`] on rank 0, as the others need not know; or that the generation was ended meanwhile: the
+    /// coordinator records a checkpoint when all ranks have reported its step, and the next generation does so for one that
+    /// is lost.
     pub(super) fn finish(&mut self, turn: &Turn) -> Result<(), WorkerError> {
         self.session.progress.enter(Phase::Finishing);
+        let written = self.settle_last(turn);
+        when_settled(&turn.member, turn.is_first(), written, FOREVER)
+    }
+
+    /// The part of a rank that has a writer.
+    fn settle_last(&mut self, turn: &Turn) -> Result<(), WorkerError> {
         let mut pauses = RETRIES.iter();
         while let Some(writer) = &mut self.writer {
-            let error = match writer.settle_within(LOOK) {
-                Some(Ok(())) => break,
-                Some(Err(error)) => error,
-                None if self.session.signals.aborted().is_some() => return Err(CollectiveError::Aborted.into()),
-                None => continue,
-            };
+            let Err(error) = settle(writer, &self.session.signals)? else { break };
             let Some(pause) = pauses.next() else { return Err(WorkerError::Unsaved(error)) };
             std::thread::sleep(*pause);
             self.saved = None;
@@ -93,6 +108,50 @@ impl Trainer<'_> {
         }
         Ok(())
     }
+}
+
+/// Waits until a snapshot can be handed over.
+///
+/// # Errors
+/// If the generation was ended meanwhile.
+fn wait_for_place(writer: &mut Writer, signals: &Signals) -> Result<(), CollectiveError> {
+    while !writer.ready(LOOK) {
+        if signals.aborted().is_some() {
+            return Err(CollectiveError::Aborted);
+        }
+    }
+    Ok(())
+}
+
+/// Waits until everything handed over is durable or has failed; gives why the newest snapshot could not be written.
+///
+/// # Errors
+/// If the generation was ended meanwhile; the writer is as it was.
+pub(super) fn settle(writer: &mut Writer, signals: &Signals) -> Result<Result<(), CheckpointError>, CollectiveError> {
+    loop {
+        if let Some(settled) = writer.settle_within(LOOK) {
+            return Ok(settled);
+        }
+        if signals.aborted().is_some() {
+            return Err(CollectiveError::Aborted);
+        }
+    }
+}
+
+/// Lets every rank go on once the first one has come to the end of its writing, however that was; the others wait so long at
+/// most.
+fn when_settled(
+    rendezvous: &dyn Rendezvous,
+    is_first: bool,
+    written: Result<(), WorkerError>,
+    wait: Duration,
+) -> Result<(), WorkerError> {
+    // the generation has ended, and the others hear of that
+    if written.as_ref().is_err_and(|error| error.reach().passes()) {
+        return written;
+    }
+    one_says(rendezvous, SETTLED, is_first.then(Vec::new), wait)?;
+    written
 }
 
 /// A copy of the whole state that the next step does not change.
@@ -185,3 +244,6 @@ pub(super) fn start_writer(session: &Session, speaker: Speaker) -> Writer {
         },
     )
 }
+
+#[cfg(test)]
+mod tests;
