@@ -337,7 +337,7 @@ fn budgets_and_a_site_without_scontrol_have_exit_codes_of_their_own() {
 fn each_worker_sees_one_gpu_and_plain_files_are_told_of() {
     let (cluster, site) = (Cluster::start(), Site::new(SMALL));
     // the devices are not real, so tensors stay on the CPU, which --gpus-per-node would contradict
-    let gpus = ["--tasks-per-node", "2", "--sbatch=--gpus-per-node=2", "--srun=--gpus-per-task=1"];
+    let gpus = ["--tasks-per-node", "2", "--sbatch=--gpus-per-node=2", "--srun=--gpus-per-node=2"];
     let elsewhere = ["--nodes", "2", "--sbatch=--exclude=node3", "--set", "cluster.device=cpu"];
     let on_gpus = [&gpus[..], &elsewhere[..]].concat();
     let _job = submit(&cluster, &site, "gpus", 100_000, &on_gpus);
@@ -349,6 +349,12 @@ fn each_worker_sees_one_gpu_and_plain_files_are_told_of() {
         .iter()
         .map(|worker| {
             let pid = worker["pid"].as_u64().expect("it is a number");
+            let of_step = variable_of(pid, "SLURM_STEP_GPUS");
+            assert_eq!(
+                of_step.as_deref(),
+                Some("0,1"),
+                "its task has those of its neighbours as well, which NCCL needs"
+            );
             (worker["host"].as_str().expect("it is text").to_owned(), variable_of(pid, "CUDA_VISIBLE_DEVICES"))
         })
         .collect();

@@ -299,7 +299,8 @@ pub fn script(request: &Request, place: &Place<'_>) -> Result<String, ScriptErro
     option(format!("--ntasks={}", request.workers()));
     option(format!("--ntasks-per-node={per_node}"));
     if request.on_gpus() {
-        option("--gpus-per-task=1".into());
+        // not --gpus-per-task: a task that cannot open its neighbours' GPUs breaks NCCL; each takes its own one
+        option(format!("--gpus-per-node={per_node}"));
     }
     if let Some(cpus) = request.cpus_per_task {
         // sbatch's option does not reach srun
