@@ -3,40 +3,54 @@
 //! The system says it: an UDP socket that is "connected" to a peer (nothing is sent) has the address of the interface that
 //! leads there.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs as _, UdpSocket};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs as _, UdpSocket};
 
 use anyhow::{Context as _, Result, bail};
 
 use super::Allocation;
 use super::client;
 
+const LOOPBACK: &str = "127.0.0.1";
+
 /// Where the coordinator of a job shall listen, and what to tell the operator of the choice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Binding {
     pub address: String,
-    pub note: Option<String>,
+    pub notes: Vec<String>,
 }
 
-/// `configured` (`cluster.bind`) if it is more than this machine's own; else the address that the other nodes reach.
+/// `configured` (`cluster.bind`) if it is more than the loopback and this machine can listen there: after a requeue another
+/// machine may be the first one. Else the address that the other nodes reach.
 ///
 /// # Errors
 /// No other node's address can be found.
 pub fn of_coordinator(configured: &str, allocation: &Allocation) -> Result<Binding> {
+    let first = &allocation.first;
+    let mut notes = Vec::new();
+    let mut alone = configured;
     if !is_loopback(configured) {
-        return Ok(Binding { address: configured.to_owned(), note: None });
+        match listens(configured) {
+            Ok(()) => return Ok(Binding { address: configured.to_owned(), notes }),
+            Err(error) => notes.push(format!(
+                "{first} cannot listen on cluster.bind={configured} ({error}); this start listens where it would without it. \
+                 `--set cluster.bind=0.0.0.0` holds on every machine"
+            )),
+        }
+        alone = LOOPBACK;
     }
-    let others: Vec<&String> = allocation.nodes.iter().filter(|node| **node != allocation.first).collect();
+    let others: Vec<&String> = allocation.nodes.iter().filter(|node| *node != first).collect();
     if others.is_empty() {
-        return Ok(Binding { address: configured.to_owned(), note: None });
+        return Ok(Binding { address: alone.to_owned(), notes });
     }
     for other in &others {
         let Some(address) = resolve(other).into_iter().find_map(towards) else { continue };
-        let note = address.is_loopback().then(|| {
-            format!(
+        if address.is_loopback() {
+            notes.push(format!(
                 "{other} is at an address of this machine ({address}): a cluster on one machine? Nobody else can join"
-            )
-        });
-        return Ok(Binding { address: address.to_string(), note });
+            ));
+        }
+        return Ok(Binding { address: address.to_string(), notes });
     }
     bail!(
         "cannot find the address of {}, so it is unknown on which interface the other nodes reach {}: neither DNS nor \
@@ -81,6 +95,11 @@ pub fn is_loopback(address: &str) -> bool {
     address == "localhost" || address.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
+/// Whether this machine can listen there; it can on a wildcard.
+fn listens(address: &str) -> io::Result<()> {
+    TcpListener::bind((address, 0)).map(drop)
+}
+
 /// By name as every program does, or else as Slurm knows the node.
 fn resolve(node: &str) -> Vec<SocketAddr> {
     // any port will do: nothing is sent
@@ -114,8 +133,22 @@ mod tests {
     fn a_job_on_one_node_stays_on_it_and_a_choice_is_kept() {
         let address = |bind: &str, nodes: &[&str]| of_coordinator(bind, &allocation(nodes)).unwrap().address;
         assert_eq!(address("127.0.0.1", &["a"]), "127.0.0.1");
+        assert_eq!(address("127.0.0.2", &["a"]), "127.0.0.2");
         assert_eq!(address("0.0.0.0", &["a", "b"]), "0.0.0.0");
-        assert_eq!(address("10.1.2.3", &["a", "b"]), "10.1.2.3");
+    }
+
+    #[test]
+    fn an_address_of_another_machine_is_told_of_and_chosen_as_without_it() {
+        // 203.0.113.0/24 is nobody's (RFC 5737)
+        for configured in ["203.0.113.7", "no-such-node.invalid"] {
+            for (nodes, notes) in [(&["a"][..], 1), (&["a", "localhost"], 2)] {
+                let binding = of_coordinator(configured, &allocation(nodes)).unwrap();
+                assert_eq!((binding.address.as_str(), binding.notes.len()), ("127.0.0.1", notes), "{binding:?}");
+                let note = &binding.notes[0];
+                assert!(note.starts_with(&format!("a cannot listen on cluster.bind={configured}")), "{note}");
+                assert!(note.contains("cluster.bind=0.0.0.0"), "{note}");
+            }
+        }
     }
 
     #[test]
@@ -124,7 +157,7 @@ mod tests {
         assert!(text.contains("no-such-node.invalid") && text.contains("cluster.bind"), "{text}");
         let binding = of_coordinator("127.0.0.1", &allocation(&["a", "localhost"])).unwrap();
         assert_eq!(binding.address, "127.0.0.1");
-        assert!(binding.note.unwrap().contains("localhost is at an address of this machine"));
+        assert!(binding.notes[0].contains("localhost is at an address of this machine"), "{binding:?}");
     }
 
     #[test]

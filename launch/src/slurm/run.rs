@@ -252,7 +252,7 @@ fn configure(run: &RunDir, allocation: &Allocation, output: &Output) -> Result<C
     // what comes next writes the address of this start's first node into the run's configuration
     bind::keep(run, &config.cluster.bind)?;
     let binding = address::of_coordinator(&config.cluster.bind, allocation)?;
-    if let Some(note) = &binding.note {
+    for note in &binding.notes {
         output.note(note);
     }
     config.cluster.bind = binding.address;
