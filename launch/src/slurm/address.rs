@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, bail};
 
 use super::Allocation;
 use super::client;
+use crate::failure::Failure;
 
 const LOOPBACK: &str = "127.0.0.1";
 
@@ -21,11 +22,12 @@ pub struct Binding {
 }
 
 /// `configured` (`cluster.bind`) if it is more than the loopback and this machine can listen there: after a requeue another
-/// machine may be the first one. Else the address that the other nodes reach.
+/// machine may be the first one. Else the address that the other nodes reach; on a single node that of its own name, if the
+/// coordinator shall be `scraped` from elsewhere.
 ///
 /// # Errors
-/// No other node's address can be found.
-pub fn of_coordinator(configured: &str, allocation: &Allocation) -> Result<Binding> {
+/// No other node's address can be found, or none of this one that others could reach.
+pub fn of_coordinator(configured: &str, scraped: bool, allocation: &Allocation) -> Result<Binding> {
     let first = &allocation.first;
     let mut notes = Vec::new();
     let mut alone = configured;
@@ -41,7 +43,8 @@ pub fn of_coordinator(configured: &str, allocation: &Allocation) -> Result<Bindi
     }
     let others: Vec<&String> = allocation.nodes.iter().filter(|node| *node != first).collect();
     if others.is_empty() {
-        return Ok(Binding { address: alone.to_owned(), notes });
+        let address = if scraped { of_own_name(first)?.to_string() } else { alone.to_owned() };
+        return Ok(Binding { address, notes });
     }
     for other in &others {
         let Some(address) = resolve(other).into_iter().find_map(towards) else { continue };
@@ -59,6 +62,24 @@ pub fn of_coordinator(configured: &str, allocation: &Allocation) -> Result<Bindi
         others.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", "),
         allocation.first
     )
+}
+
+/// The address of this node that its own name leads to: as every program finds it, or else as Slurm knows it.
+fn of_own_name(name: &str) -> Result<IpAddr> {
+    let own = |ip: &IpAddr| listens(&ip.to_string()).is_ok();
+    let by_slurm = || client::node_address(name).map(|address| lookup(&address)).unwrap_or_default();
+    reached(&lookup(name), own).or_else(|| reached(&by_slurm(), own)).ok_or_else(|| {
+        let message = format!(
+            "--prometheus-targets needs an address of {name} that other machines reach, and neither DNS nor `scontrol show node` \
+             knows one: `--set cluster.bind=0.0.0.0` listens on all interfaces"
+        );
+        Failure::Usage(message).into()
+    })
+}
+
+/// The first address that is this machine's `own` and more than its loopback.
+fn reached(found: &[SocketAddr], own: impl Fn(&IpAddr) -> bool) -> Option<IpAddr> {
+    found.iter().map(SocketAddr::ip).find(|ip| !ip.is_loopback() && own(ip))
 }
 
 /// Where a worker listens: on the interface that leads to its coordinator.
@@ -102,12 +123,17 @@ fn listens(address: &str) -> io::Result<()> {
 
 /// By name as every program does, or else as Slurm knows the node.
 fn resolve(node: &str) -> Vec<SocketAddr> {
-    // any port will do: nothing is sent
-    let lookup = |host: &str| (host, 9).to_socket_addrs().map(Iterator::collect).unwrap_or_default();
-    let mut found: Vec<SocketAddr> = lookup(node);
-    if found.is_empty() {
-        found = client::node_address(node).map(|address| lookup(&address)).unwrap_or_default();
+    let found = lookup(node);
+    if !found.is_empty() {
+        return found;
     }
+    client::node_address(node).map(|address| lookup(&address)).unwrap_or_default()
+}
+
+/// Those of IPv4 first.
+fn lookup(host: &str) -> Vec<SocketAddr> {
+    // any port will do: nothing is sent
+    let mut found: Vec<SocketAddr> = (host, 9).to_socket_addrs().map(Iterator::collect).unwrap_or_default();
     found.sort_by_key(SocketAddr::is_ipv6);
     found
 }
@@ -122,6 +148,8 @@ fn towards(peer: SocketAddr) -> Option<IpAddr> {
 
 #[cfg(test)]
 mod tests {
+    use learn_domain::report::exit;
+
     use super::*;
 
     fn allocation(nodes: &[&str]) -> Allocation {
@@ -131,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_job_on_one_node_stays_on_it_and_a_choice_is_kept() {
-        let address = |bind: &str, nodes: &[&str]| of_coordinator(bind, &allocation(nodes)).unwrap().address;
+        let address = |bind: &str, nodes: &[&str]| of_coordinator(bind, false, &allocation(nodes)).unwrap().address;
         assert_eq!(address("127.0.0.1", &["a"]), "127.0.0.1");
         assert_eq!(address("127.0.0.2", &["a"]), "127.0.0.2");
         assert_eq!(address("0.0.0.0", &["a", "b"]), "0.0.0.0");
@@ -142,7 +170,7 @@ mod tests {
         // 203.0.113.0/24 is nobody's (RFC 5737)
         for configured in ["203.0.113.7", "no-such-node.invalid"] {
             for (nodes, notes) in [(&["a"][..], 1), (&["a", "localhost"], 2)] {
-                let binding = of_coordinator(configured, &allocation(nodes)).unwrap();
+                let binding = of_coordinator(configured, false, &allocation(nodes)).unwrap();
                 assert_eq!((binding.address.as_str(), binding.notes.len()), ("127.0.0.1", notes), "{binding:?}");
                 let note = &binding.notes[0];
                 assert!(note.starts_with(&format!("a cannot listen on cluster.bind={configured}")), "{note}");
@@ -152,10 +180,27 @@ mod tests {
     }
 
     #[test]
+    fn a_job_on_one_node_that_is_scraped_is_never_served_on_the_loopback() {
+        for configured in ["127.0.0.1", "203.0.113.7"] {
+            let refused = of_coordinator(configured, true, &allocation(&["localhost"])).unwrap_err();
+            assert_eq!(crate::failure::exit_code(&refused), exit::USAGE);
+            let text = refused.to_string();
+            assert!(text.contains("--prometheus-targets") && text.contains("--set cluster.bind=0.0.0.0"), "{text}");
+        }
+        assert_eq!(of_coordinator("0.0.0.0", true, &allocation(&["localhost"])).unwrap().address, "0.0.0.0");
+        let found =
+            [[127_u8, 0, 1, 1], [203, 0, 113, 7], [10, 0, 0, 1], [10, 0, 0, 2]].map(|ip| SocketAddr::from((ip, 9)));
+        let own = |ip: &IpAddr| ip.to_string().starts_with("10.") || ip.is_loopback();
+        assert_eq!(reached(&found, own), Some(IpAddr::from([10, 0, 0, 1])));
+        assert_eq!(reached(&found[..2], own), None);
+    }
+
+    #[test]
     fn several_nodes_are_never_served_on_the_loopback_in_silence() {
-        let text = of_coordinator("127.0.0.1", &allocation(&["a", "no-such-node.invalid"])).unwrap_err().to_string();
+        let text =
+            of_coordinator("127.0.0.1", false, &allocation(&["a", "no-such-node.invalid"])).unwrap_err().to_string();
         assert!(text.contains("no-such-node.invalid") && text.contains("cluster.bind"), "{text}");
-        let binding = of_coordinator("127.0.0.1", &allocation(&["a", "localhost"])).unwrap();
+        let binding = of_coordinator("127.0.0.1", false, &allocation(&["a", "localhost"])).unwrap();
         assert_eq!(binding.address, "127.0.0.1");
         assert!(binding.notes[0].contains("localhost is at an address of this machine"), "{binding:?}");
     }
