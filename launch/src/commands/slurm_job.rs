@@ -42,10 +42,10 @@ pub struct SlurmJobArgs {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
     /// Starts of the same job by Slurm after the first, before it is given up (exit code 9)
-    #[arg(long, value_name = "N", default_value_t = 100)]
+    #[arg(long, value_name = "N", default_value_t = Budget::RESTARTS)]
     max_restarts: u32,
     /// Starts in a row without a new checkpoint, before it is given up (exit code 9)
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = Budget::FRUITLESS, value_parser = clap::value_parser!(u32).range(1..))]
     max_fruitless: u32,
     /// Keep a file with the job's targets for Prometheus (file_sd_configs) in this folder, JOB.json, while the job runs
     #[arg(long, value_name = "DIR")]

@@ -46,7 +46,7 @@ fn there_is_one_task_a_gpu_and_none_is_kept_from_its_neighbours_gpus() {
             "#SBATCH --no-kill",
             "#SBATCH --signal=B:USR1@195",
             "exec /share/learn/bin/learn-launch slurm-job /share/runs/shop \\",
-            "  --max-restarts=100 --max-fruitless=3 \\",
+            "  --max-restarts=10000 --max-fruitless=3 \\",
             "  -- srun --ntasks=16 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=7 --cpu-bind=cores \
              --kill-on-bad-exit=0 --no-kill --wait=0",
         ],
