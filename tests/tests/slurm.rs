@@ -337,7 +337,7 @@ fn budgets_and_a_site_without_scontrol_have_exit_codes_of_their_own() {
 fn each_worker_sees_one_gpu_and_plain_files_are_told_of() {
     let (cluster, site) = (Cluster::start(), Site::new(SMALL));
     // the devices are not real, so tensors stay on the CPU, which --gpus-per-node would contradict
-    let gpus = ["--tasks-per-node", "2", "--sbatch=--gpus-per-node=2", "--srun=--gpus-per-task=1"];
+    let gpus = ["--tasks-per-node", "2", "--sbatch=--gpus-per-node=2", "--srun=--gpus-per-node=2"];
     let elsewhere = ["--nodes", "2", "--sbatch=--exclude=node3", "--set", "cluster.device=cpu"];
     let on_gpus = [&gpus[..], &elsewhere[..]].concat();
     let _job = submit(&cluster, &site, "gpus", 100_000, &on_gpus);
@@ -349,6 +349,12 @@ fn each_worker_sees_one_gpu_and_plain_files_are_told_of() {
         .iter()
         .map(|worker| {
             let pid = worker["pid"].as_u64().expect("it is a number");
+            let of_step = variable_of(pid, "SLURM_STEP_GPUS");
+            assert_eq!(
+                of_step.as_deref(),
+                Some("0,1"),
+                "its task has those of its neighbours as well, which NCCL needs"
+            );
             (worker["host"].as_str().expect("it is text").to_owned(), variable_of(pid, "CUDA_VISIBLE_DEVICES"))
         })
         .collect();
@@ -392,6 +398,34 @@ fn the_coordinator_may_have_a_machine_of_its_own() {
         "Prometheus is not left with targets that are gone"
     );
     equals_a_local_run(&cluster, &site, "apart", (STEPS, 1e-6));
+}
+
+#[test]
+#[ignore = "needs Slurm: cargo xtask system slurm"]
+fn a_job_on_one_machine_is_scraped_where_others_reach_it_whatever_machine_its_bind_is_of() {
+    let (cluster, site) = (Cluster::start(), Site::new(SMALL));
+    let targets = site.path("targets");
+    fs::create_dir(&targets).expect("the folder is writable");
+    // the controller's
+    let bind = format!("cluster.bind={}", cluster.node_address(100));
+    let folder = ["--prometheus-targets", targets.to_str().expect("it is text")];
+    let request = ["--nodes", "1", "--tasks-per-node", "2", "--set", bind.as_str()];
+    let job = submit(&cluster, &site, "scraped", 100_000, &[&request[..], &folder].concat());
+    let file = targets.join(format!("{job}.json"));
+    follow_file(&file, r#""role":"worker""#, 1);
+    let host = coordinator(&site, "scraped")["host"].as_str().expect("it is text").to_owned();
+    let node = host.strip_prefix("node").and_then(|number| number.parse::<usize>().ok()).expect("it is a node");
+    let said = fs::read_to_string(&file).expect("it is there");
+    let groups: Value = serde_json::from_str(&said).expect("it is JSON");
+    let groups = groups.as_array().expect("it is a list");
+    let own = format!("{}:", cluster.node_address(node));
+    for group in groups {
+        assert!(group["targets"][0].as_str().is_some_and(|target| target.starts_with(&own)), "{own} in {said}");
+    }
+    assert!(groups.len() >= 2, "{said}");
+    succeeds(&cluster.launch(&site, &["stop", "runs/scraped"]));
+    let logs = cluster.follow_to_the_end(&site, "runs/scraped");
+    assert!(logs.contains(&format!("{host} cannot listen on {bind}")), "{logs}");
 }
 
 /// Submits a script of `configs/slurm` after some `changes` of its text, with `arguments`, from the site's folder; the job's number.

@@ -20,10 +20,13 @@ const TASKS: &str = "SLURM_NTASKS";
 
 pub const HELP: &str = "\
 Examples (in a batch script):
-  exec learn-launch slurm-job runs/shop -- srun --gpus-per-task=1 \\
+  exec learn-launch slurm-job runs/shop -- srun --gpus-per-node=8 \\
       --kill-on-bad-exit=0 --no-kill --wait=0
   exec learn-launch slurm-job shop.toml --set training.epochs=5 \\
-      -- srun --gpus-per-task=1 --kill-on-bad-exit=0 --no-kill --wait=0
+      -- srun --gpus-per-node=8 --kill-on-bad-exit=0 --no-kill --wait=0
+
+Each worker takes the GPU of its own number among those of its machine; --gpus-per-task and --gpu-bind would hide its \
+neighbours' from it, which breaks NCCL.
 
 With a configuration it makes the run at its first start and goes on with it at later ones. SIGUSR1 (#SBATCH \
 --signal=B:USR1@SECONDS) asks for a checkpoint and puts the job back into the queue; SIGTERM for a checkpoint alone. \
@@ -39,10 +42,10 @@ pub struct SlurmJobArgs {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
     /// Starts of the same job by Slurm after the first, before it is given up (exit code 9)
-    #[arg(long, value_name = "N", default_value_t = 100)]
+    #[arg(long, value_name = "N", default_value_t = Budget::RESTARTS)]
     max_restarts: u32,
     /// Starts in a row without a new checkpoint, before it is given up (exit code 9)
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = Budget::FRUITLESS, value_parser = clap::value_parser!(u32).range(1..))]
     max_fruitless: u32,
     /// Keep a file with the job's targets for Prometheus (file_sd_configs) in this folder, JOB.json, while the job runs
     #[arg(long, value_name = "DIR")]
@@ -169,7 +172,7 @@ mod tests {
 
     #[test]
     fn what_asks_srun_for_gpus_is_known() {
-        for option in ["--gpus-per-task=1", "--gpus=8", "-G8", "--gres=gpu:2", "--gres=gpu"] {
+        for option in ["--gpus-per-node=8", "--gpus-per-task=1", "--gpus=8", "-G8", "--gres=gpu:2", "--gres=gpu"] {
             assert!(asks_for_gpus(option), "{option}");
         }
         for option in ["srun", "--gres=craynetwork:1", "--ntasks=4", "--cpus-per-task=2"] {

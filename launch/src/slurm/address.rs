@@ -3,40 +3,57 @@
 //! The system says it: an UDP socket that is "connected" to a peer (nothing is sent) has the address of the interface that
 //! leads there.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs as _, UdpSocket};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs as _, UdpSocket};
 
 use anyhow::{Context as _, Result, bail};
 
 use super::Allocation;
 use super::client;
+use crate::failure::Failure;
+
+const LOOPBACK: &str = "127.0.0.1";
 
 /// Where the coordinator of a job shall listen, and what to tell the operator of the choice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Binding {
     pub address: String,
-    pub note: Option<String>,
+    pub notes: Vec<String>,
 }
 
-/// `configured` (`cluster.bind`) if it is more than this machine's own; else the address that the other nodes reach.
+/// `configured` (`cluster.bind`) if it is more than the loopback and this machine can listen there: after a requeue another
+/// machine may be the first one. Else the address that the other nodes reach; on a single node that of its own name, if the
+/// coordinator shall be `scraped` from elsewhere.
 ///
 /// # Errors
-/// No other node's address can be found.
-pub fn of_coordinator(configured: &str, allocation: &Allocation) -> Result<Binding> {
+/// No other node's address can be found, or none of this one that others could reach.
+pub fn of_coordinator(configured: &str, scraped: bool, allocation: &Allocation) -> Result<Binding> {
+    let first = &allocation.first;
+    let mut notes = Vec::new();
+    let mut alone = configured;
     if !is_loopback(configured) {
-        return Ok(Binding { address: configured.to_owned(), note: None });
+        match listens(configured) {
+            Ok(()) => return Ok(Binding { address: configured.to_owned(), notes }),
+            Err(error) => notes.push(format!(
+                "{first} cannot listen on cluster.bind={configured} ({error}); this start listens where it would without it. \
+                 `--set cluster.bind=0.0.0.0` holds on every machine"
+            )),
+        }
+        alone = LOOPBACK;
     }
-    let others: Vec<&String> = allocation.nodes.iter().filter(|node| **node != allocation.first).collect();
+    let others: Vec<&String> = allocation.nodes.iter().filter(|node| *node != first).collect();
     if others.is_empty() {
-        return Ok(Binding { address: configured.to_owned(), note: None });
+        let address = if scraped { of_own_name(first)?.to_string() } else { alone.to_owned() };
+        return Ok(Binding { address, notes });
     }
     for other in &others {
         let Some(address) = resolve(other).into_iter().find_map(towards) else { continue };
-        let note = address.is_loopback().then(|| {
-            format!(
+        if address.is_loopback() {
+            notes.push(format!(
                 "{other} is at an address of this machine ({address}): a cluster on one machine? Nobody else can join"
-            )
-        });
-        return Ok(Binding { address: address.to_string(), note });
+            ));
+        }
+        return Ok(Binding { address: address.to_string(), notes });
     }
     bail!(
         "cannot find the address of {}, so it is unknown on which interface the other nodes reach {}: neither DNS nor \
@@ -45,6 +62,24 @@ pub fn of_coordinator(configured: &str, allocation: &Allocation) -> Result<Bindi
         others.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", "),
         allocation.first
     )
+}
+
+/// The address of this node that its own name leads to: as every program finds it, or else as Slurm knows it.
+fn of_own_name(name: &str) -> Result<IpAddr> {
+    let own = |ip: &IpAddr| listens(&ip.to_string()).is_ok();
+    let by_slurm = || client::node_address(name).map(|address| lookup(&address)).unwrap_or_default();
+    reached(&lookup(name), own).or_else(|| reached(&by_slurm(), own)).ok_or_else(|| {
+        let message = format!(
+            "--prometheus-targets needs an address of {name} that other machines reach, and neither DNS nor `scontrol show node` \
+             knows one: `--set cluster.bind=0.0.0.0` listens on all interfaces"
+        );
+        Failure::Usage(message).into()
+    })
+}
+
+/// The first address that is this machine's `own` and more than its loopback.
+fn reached(found: &[SocketAddr], own: impl Fn(&IpAddr) -> bool) -> Option<IpAddr> {
+    found.iter().map(SocketAddr::ip).find(|ip| !ip.is_loopback() && own(ip))
 }
 
 /// Where a worker listens: on the interface that leads to its coordinator.
@@ -81,14 +116,24 @@ pub fn is_loopback(address: &str) -> bool {
     address == "localhost" || address.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
+/// Whether this machine can listen there; it can on a wildcard.
+fn listens(address: &str) -> io::Result<()> {
+    TcpListener::bind((address, 0)).map(drop)
+}
+
 /// By name as every program does, or else as Slurm knows the node.
 fn resolve(node: &str) -> Vec<SocketAddr> {
-    // any port will do: nothing is sent
-    let lookup = |host: &str| (host, 9).to_socket_addrs().map(Iterator::collect).unwrap_or_default();
-    let mut found: Vec<SocketAddr> = lookup(node);
-    if found.is_empty() {
-        found = client::node_address(node).map(|address| lookup(&address)).unwrap_or_default();
+    let found = lookup(node);
+    if !found.is_empty() {
+        return found;
     }
+    client::node_address(node).map(|address| lookup(&address)).unwrap_or_default()
+}
+
+/// Those of IPv4 first.
+fn lookup(host: &str) -> Vec<SocketAddr> {
+    // any port will do: nothing is sent
+    let mut found: Vec<SocketAddr> = (host, 9).to_socket_addrs().map(Iterator::collect).unwrap_or_default();
     found.sort_by_key(SocketAddr::is_ipv6);
     found
 }
@@ -103,6 +148,8 @@ fn towards(peer: SocketAddr) -> Option<IpAddr> {
 
 #[cfg(test)]
 mod tests {
+    use learn_domain::report::exit;
+
     use super::*;
 
     fn allocation(nodes: &[&str]) -> Allocation {
@@ -112,19 +159,50 @@ mod tests {
 
     #[test]
     fn a_job_on_one_node_stays_on_it_and_a_choice_is_kept() {
-        let address = |bind: &str, nodes: &[&str]| of_coordinator(bind, &allocation(nodes)).unwrap().address;
+        let address = |bind: &str, nodes: &[&str]| of_coordinator(bind, false, &allocation(nodes)).unwrap().address;
         assert_eq!(address("127.0.0.1", &["a"]), "127.0.0.1");
+        assert_eq!(address("127.0.0.2", &["a"]), "127.0.0.2");
         assert_eq!(address("0.0.0.0", &["a", "b"]), "0.0.0.0");
-        assert_eq!(address("10.1.2.3", &["a", "b"]), "10.1.2.3");
+    }
+
+    #[test]
+    fn an_address_of_another_machine_is_told_of_and_chosen_as_without_it() {
+        // 203.0.113.0/24 is nobody's (RFC 5737)
+        for configured in ["203.0.113.7", "no-such-node.invalid"] {
+            for (nodes, notes) in [(&["a"][..], 1), (&["a", "localhost"], 2)] {
+                let binding = of_coordinator(configured, false, &allocation(nodes)).unwrap();
+                assert_eq!((binding.address.as_str(), binding.notes.len()), ("127.0.0.1", notes), "{binding:?}");
+                let note = &binding.notes[0];
+                assert!(note.starts_with(&format!("a cannot listen on cluster.bind={configured}")), "{note}");
+                assert!(note.contains("cluster.bind=0.0.0.0"), "{note}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_job_on_one_node_that_is_scraped_is_never_served_on_the_loopback() {
+        for configured in ["127.0.0.1", "203.0.113.7"] {
+            let refused = of_coordinator(configured, true, &allocation(&["localhost"])).unwrap_err();
+            assert_eq!(crate::failure::exit_code(&refused), exit::USAGE);
+            let text = refused.to_string();
+            assert!(text.contains("--prometheus-targets") && text.contains("--set cluster.bind=0.0.0.0"), "{text}");
+        }
+        assert_eq!(of_coordinator("0.0.0.0", true, &allocation(&["localhost"])).unwrap().address, "0.0.0.0");
+        let found =
+            [[127_u8, 0, 1, 1], [203, 0, 113, 7], [10, 0, 0, 1], [10, 0, 0, 2]].map(|ip| SocketAddr::from((ip, 9)));
+        let own = |ip: &IpAddr| ip.to_string().starts_with("10.") || ip.is_loopback();
+        assert_eq!(reached(&found, own), Some(IpAddr::from([10, 0, 0, 1])));
+        assert_eq!(reached(&found[..2], own), None);
     }
 
     #[test]
     fn several_nodes_are_never_served_on_the_loopback_in_silence() {
-        let text = of_coordinator("127.0.0.1", &allocation(&["a", "no-such-node.invalid"])).unwrap_err().to_string();
+        let text =
+            of_coordinator("127.0.0.1", false, &allocation(&["a", "no-such-node.invalid"])).unwrap_err().to_string();
         assert!(text.contains("no-such-node.invalid") && text.contains("cluster.bind"), "{text}");
-        let binding = of_coordinator("127.0.0.1", &allocation(&["a", "localhost"])).unwrap();
+        let binding = of_coordinator("127.0.0.1", false, &allocation(&["a", "localhost"])).unwrap();
         assert_eq!(binding.address, "127.0.0.1");
-        assert!(binding.note.unwrap().contains("localhost is at an address of this machine"));
+        assert!(binding.notes[0].contains("localhost is at an address of this machine"), "{binding:?}");
     }
 
     #[test]

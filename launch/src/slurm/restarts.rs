@@ -33,6 +33,12 @@ pub struct Budget {
     pub fruitless: u32,
 }
 
+impl Budget {
+    /// No job that gets on reaches it: at four hours a start these are years. Starts that bring nothing are `fruitless`.
+    pub const RESTARTS: u32 = 10_000;
+    pub const FRUITLESS: u32 = 3;
+}
+
 /// A job has been started too often.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Verdict {
@@ -110,6 +116,21 @@ mod tests {
         }
         let said = verdict(&starts[..6], &starts[6], BUDGET).unwrap_err();
         assert_eq!(said, Verdict::Restarts(5));
+    }
+
+    #[test]
+    fn a_month_of_short_time_limits_is_within_the_default_budget() {
+        let budget = Budget { restarts: Budget::RESTARTS, fruitless: Budget::FRUITLESS };
+        // 31 days of one hour each start
+        let starts: Vec<Start> = (0..=24 * 31).map(|restart| start(1, restart, 1 + u64::from(restart))).collect();
+        for now in 0..starts.len() {
+            verdict(&starts[..now], &starts[now], budget).unwrap();
+        }
+        // and a loop is caught at once all the same
+        let (last, before) = (starts[starts.len() - 1].clone(), starts.len());
+        let stuck: Vec<Start> = starts.into_iter().chain([last.clone(), last.clone()]).collect();
+        let said = verdict(&stuck, &last, budget).unwrap_err();
+        assert!(matches!(said, Verdict::Fruitless { starts: 3, .. }), "after {before} starts: {said}");
     }
 
     #[test]

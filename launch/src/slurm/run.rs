@@ -154,7 +154,7 @@ fn attempt(spec: &StartSpec<'_>, claim: Claim, here: &mut Here, output: &Output)
     let now = now(step);
     permit(&now)?;
     restarts::add(run, &now)?;
-    let config = configure(run, allocation, output)?;
+    let config = configure(spec, output)?;
     let task = match &checkpoint {
         Some(checkpoint) => Task::Train { resume_from: Some(resume::path_text(&checkpoint.path)?) },
         None => {
@@ -247,12 +247,13 @@ fn newest(run: &RunDir) -> Result<Option<Checkpoint>> {
 }
 
 /// The configuration for this allocation.
-fn configure(run: &RunDir, allocation: &Allocation, output: &Output) -> Result<Config> {
+fn configure(spec: &StartSpec<'_>, output: &Output) -> Result<Config> {
+    let StartSpec { run, allocation, .. } = spec;
     let mut config = runs::config(run)?;
     // what comes next writes the address of this start's first node into the run's configuration
     bind::keep(run, &config.cluster.bind)?;
-    let binding = address::of_coordinator(&config.cluster.bind, allocation)?;
-    if let Some(note) = &binding.note {
+    let binding = address::of_coordinator(&config.cluster.bind, spec.targets.is_some(), allocation)?;
+    for note in &binding.notes {
         output.note(note);
     }
     config.cluster.bind = binding.address;

@@ -10,6 +10,8 @@ use clap::Args;
 use learn_domain::config::DeviceKind;
 use serde::{Deserialize, Serialize};
 
+use super::restarts::Budget;
+
 /// Slurm looks at limits about every half minute, so notice that is due comes up to so much later.
 const COARSE: Duration = Duration::from_secs(60);
 
@@ -72,7 +74,7 @@ pub struct Request {
     /// Notice this long before the time limit [default: a minute more than the job may take to stop]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=65535))]
     pub notice: Option<u32>,
-    /// Starts of the same job by Slurm after the first, before it is given up (exit code 9) [default: 100]
+    /// Starts of the same job by Slurm after the first, before it is given up (exit code 9) [default: 10000]
     #[arg(long, value_name = "N")]
     pub max_restarts: Option<u32>,
     /// Starts in a row without a new checkpoint, before it is given up (exit code 9) [default: 3]
@@ -284,7 +286,8 @@ pub fn script(request: &Request, place: &Place<'_>) -> Result<String, ScriptErro
     );
     line("# command behind `--`, the workers. Task N writes logs/worker-N.log.".into());
     line(format!("exec {} slurm-job {} \\", word(&place.launch.display().to_string()), word(&run)));
-    let (restarts, fruitless) = (request.max_restarts.unwrap_or(100), request.max_fruitless.unwrap_or(3));
+    let restarts = request.max_restarts.unwrap_or(Budget::RESTARTS);
+    let fruitless = request.max_fruitless.unwrap_or(Budget::FRUITLESS);
     line(format!("  --max-restarts={restarts} --max-fruitless={fruitless} \\"));
     if let Some(folder) = &request.prometheus_targets {
         line(format!("  --prometheus-targets={} \\", word(&folder.display().to_string())));
@@ -299,7 +302,8 @@ pub fn script(request: &Request, place: &Place<'_>) -> Result<String, ScriptErro
     option(format!("--ntasks={}", request.workers()));
     option(format!("--ntasks-per-node={per_node}"));
     if request.on_gpus() {
-        option("--gpus-per-task=1".into());
+        // not --gpus-per-task: a task that cannot open its neighbours' GPUs breaks NCCL; each takes its own one
+        option(format!("--gpus-per-node={per_node}"));
     }
     if let Some(cpus) = request.cpus_per_task {
         // sbatch's option does not reach srun

@@ -4,6 +4,7 @@
 //! Invariants: a worker listens on the interface that leads to the coordinator; it ends with this process; a signal that
 //! asks to stop is passed on.
 
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -111,10 +112,10 @@ impl<'a> Hand<'a> {
         Ok(Self { spec, place, device, gpu, bind, threads: threads(spec.config, place, cores()) })
     }
 
-    fn start(&self) -> Result<Process> {
+    fn command(&self, worker: &Path) -> Result<Command> {
         let device = serde_json::to_value(self.device)?;
         let threads = self.threads.to_string();
-        let mut command = Command::new(process::sibling("learn-worker")?);
+        let mut command = Command::new(worker);
         command
             .arg("join")
             .args(["--coordinator", &self.spec.coordinator.grpc])
@@ -127,6 +128,11 @@ impl<'a> Hand<'a> {
         if let Some(gpu) = &self.gpu {
             command.env("CUDA_VISIBLE_DEVICES", gpu);
         }
+        Ok(command)
+    }
+
+    fn start(&self) -> Result<Process> {
+        let mut command = self.command(&process::sibling("learn-worker")?)?;
         let log = self.spec.run.worker_log(Rank(self.place.number));
         let name = format!("worker process {}", self.place.number);
         // not gracefully: a worker that is asked to stop stops the whole job, and here one place alone is lost
@@ -193,18 +199,32 @@ impl<'a> Hand<'a> {
 mod tests {
     use super::*;
 
+    fn place(cpus: Option<u32>) -> TaskPlace {
+        TaskPlace { job: 1, number: 0, tasks: 4, local: 0, local_tasks: 2, nodes: 2, node: "n".into(), cpus }
+    }
+
+    #[test]
+    fn a_worker_sees_the_one_gpu_that_its_task_has_taken() {
+        let (run, config, coordinator) = (RunDir::new("/r"), Config::default(), CoordinatorAddress::default());
+        let spec = TaskSpec { run: &run, config: &config, coordinator: &coordinator };
+        for gpu in [Some("5"), None] {
+            let hand = Hand {
+                spec: &spec,
+                place: &place(None),
+                device: DeviceKind::Cuda,
+                gpu: gpu.map(str::to_owned),
+                bind: "10.0.0.1".into(),
+                threads: 2,
+            };
+            let command = hand.command(Path::new("learn-worker")).unwrap();
+            let set = command.get_envs().find(|(name, _)| *name == "CUDA_VISIBLE_DEVICES").and_then(|(_, value)| value);
+            assert_eq!(set.and_then(|value| value.to_str()), gpu, "without one of several it is Slurm's");
+            assert!(!command.get_args().any(|argument| argument == "--ordinal"), "the visible one is number 0");
+        }
+    }
+
     #[test]
     fn a_worker_takes_its_share_of_the_cores() {
-        let place = |cpus| TaskPlace {
-            job: 1,
-            number: 0,
-            tasks: 4,
-            local: 0,
-            local_tasks: 2,
-            nodes: 2,
-            node: "n".into(),
-            cpus,
-        };
         let mut config = Config::default();
         assert_eq!(threads(&config, &place(Some(7)), 7), 7, "bound to its own");
         assert_eq!(threads(&config, &place(Some(7)), 4), 4, "no more than there are");

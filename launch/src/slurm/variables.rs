@@ -249,8 +249,9 @@ impl TaskPlace {
         Ok(Self { job, number, tasks, local, local_tasks, nodes, node, cpus })
     }
 
-    /// The device of the task's worker, and the one GPU that it shall see if it sees several; a GPU job whose task has none
-    /// is an error.
+    /// The device of the task's worker, and the one GPU that it shall see if the task sees several, as it should: what Slurm
+    /// hides from a task by cgroups NCCL cannot reach either. A worker on the CPU leaves its neighbours' GPUs alone as well;
+    /// a GPU job whose task has none is an error.
     ///
     /// # Errors
     /// There is no GPU where there should be one, or more tasks than GPUs.
@@ -259,20 +260,25 @@ impl TaskPlace {
         wanted: DeviceKind,
         variables: &Variables,
     ) -> Result<(DeviceKind, Option<String>), VariablesError> {
+        let visible = variables.get("CUDA_VISIBLE_DEVICES").filter(|value| !["NoDevFiles", "-1"].contains(value));
+        let gpus: Vec<&str> =
+            visible.unwrap_or_default().split(',').map(str::trim).filter(|gpu| !gpu.is_empty()).collect();
+        let enough = gpus.len() > 1 && gpus.len() >= self.local_tasks as usize;
+        let own = gpus.get(self.local as usize).filter(|_| enough).map(|&gpu| gpu.to_owned());
         if wanted == DeviceKind::Cpu {
-            return Ok((DeviceKind::Cpu, None));
+            return Ok((DeviceKind::Cpu, own));
         }
         let granted = ["SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_TASK"]
             .into_iter()
             .find_map(|name| Some((name, variables.get(name).filter(|value| *value != "0")?)));
-        let visible = variables.get("CUDA_VISIBLE_DEVICES").filter(|value| !["NoDevFiles", "-1"].contains(value));
         let Some(visible) = visible else {
             let (node, number) = (&self.node, self.number);
             return match (granted, wanted) {
                 (Some((name, value)), _) => Err(VariablesError::Gpus(format!(
                     "task {number} on {node} sees no GPU, though Slurm has granted some ({name}={value}): CUDA_VISIBLE_DEVICES \
                      is empty. Slurm leaves it empty when `File=` in gres.conf names plain files in place of the devices \
-                     /dev/nvidia…; tell your administrator, or leave {node} out with --exclude={node}"
+                     /dev/nvidia…: tell your administrator, or leave {node} out with --exclude={node}. Some versions do so with \
+                     --gpu-bind=none, too: leave that out"
                 ))),
                 (None, DeviceKind::Cuda) => Err(VariablesError::Gpus(format!(
                     "task {number} on {node} has no GPU: CUDA_VISIBLE_DEVICES is not set, and no GPUs were asked for. Ask with \
@@ -281,12 +287,11 @@ impl TaskPlace {
                 (None, _) => Ok((DeviceKind::Cpu, None)),
             };
         };
-        let gpus: Vec<&str> = visible.split(',').map(str::trim).filter(|gpu| !gpu.is_empty()).collect();
-        match gpus.get(self.local as usize) {
-            _ if gpus.len() == 1 => Ok((DeviceKind::Cuda, None)),
-            // all GPUs of the node are visible: `srun` was not given --gpus-per-task=1
-            Some(gpu) if gpus.len() >= self.local_tasks as usize => Ok((DeviceKind::Cuda, Some((*gpu).to_owned()))),
-            _ => Err(VariablesError::Contradiction(format!(
+        match own {
+            Some(gpu) => Ok((DeviceKind::Cuda, Some(gpu))),
+            // its own one, or the only one
+            None if gpus.len() == 1 => Ok((DeviceKind::Cuda, None)),
+            None => Err(VariablesError::Contradiction(format!(
                 "CUDA_VISIBLE_DEVICES={visible}, but SLURM_STEP_TASKS_PER_NODE gives {} {} tasks: one GPU each, so ask for as \
                  many tasks as GPUs",
                 self.node, self.local_tasks

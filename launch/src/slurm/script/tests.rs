@@ -26,7 +26,7 @@ fn has(script: &str, lines: &[&str]) {
 }
 
 #[test]
-fn one_task_a_gpu_sees_one_gpu() {
+fn there_is_one_task_a_gpu_and_none_is_kept_from_its_neighbours_gpus() {
     let text =
         script(&Request { cpus_per_task: Some(7), partition: Some("train".into()), ..gpus() }, &place()).unwrap();
     has(
@@ -46,12 +46,13 @@ fn one_task_a_gpu_sees_one_gpu() {
             "#SBATCH --no-kill",
             "#SBATCH --signal=B:USR1@195",
             "exec /share/learn/bin/learn-launch slurm-job /share/runs/shop \\",
-            "  --max-restarts=100 --max-fruitless=3 \\",
-            "  -- srun --ntasks=16 --ntasks-per-node=8 --gpus-per-task=1 --cpus-per-task=7 --cpu-bind=cores \
+            "  --max-restarts=10000 --max-fruitless=3 \\",
+            "  -- srun --ntasks=16 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=7 --cpu-bind=cores \
              --kill-on-bad-exit=0 --no-kill --wait=0",
         ],
     );
     assert!(!text.contains("hetjob") && !text.contains("container"));
+    assert!(!text.contains("--gpus-per-task") && !text.contains("--gpu-bind"), "{text}");
 }
 
 #[test]

@@ -145,7 +145,7 @@ fn a_task_knows_its_place() {
 }
 
 #[test]
-fn a_task_sees_one_gpu() {
+fn a_worker_takes_its_own_of_the_gpus_that_its_task_sees() {
     let place = TaskPlace::read(&task()).unwrap();
     let device = |variables: Variables, wanted| place.device(wanted, &variables);
     let visible = |gpus: &str| with(task(), "CUDA_VISIBLE_DEVICES", gpus);
@@ -154,11 +154,31 @@ fn a_task_sees_one_gpu() {
         assert_eq!(device(visible("0,1"), wanted), Ok((DeviceKind::Cuda, Some("1".into()))), "the second of two");
         assert_eq!(device(visible("GPU-a, GPU-b"), wanted), Ok((DeviceKind::Cuda, Some("GPU-b".into()))));
     }
-    assert_eq!(device(visible("0,1"), DeviceKind::Cpu), Ok((DeviceKind::Cpu, None)));
+    assert_eq!(device(visible("0,1"), DeviceKind::Cpu), Ok((DeviceKind::Cpu, Some("1".into()))), "no other's");
+    assert_eq!(device(visible("0"), DeviceKind::Cpu), Ok((DeviceKind::Cpu, None)));
     assert_eq!(device(task(), DeviceKind::Auto), Ok((DeviceKind::Cpu, None)));
     let three = TaskPlace { local_tasks: 3, ..place.clone() };
     let error = three.device(DeviceKind::Cuda, &visible("0,1")).unwrap_err().to_string();
     assert!(error.contains("CUDA_VISIBLE_DEVICES=0,1") && error.contains("3 tasks"), "{error}");
+    assert_eq!(three.device(DeviceKind::Cpu, &visible("0,1")), Ok((DeviceKind::Cpu, None)), "workers without a GPU");
+}
+
+#[test]
+fn the_workers_of_a_machine_take_one_gpu_each_whatever_other_machines_have() {
+    // one task and one GPU on node1; three and four on node2, where the job was given these by their numbers
+    let mut step = with(with(task(), "SLURM_STEP_TASKS_PER_NODE", "1,3"), "CUDA_VISIBLE_DEVICES", "0,2,5,7");
+    step = with(step, "SLURM_STEP_GPUS", "0,2,5,7");
+    let mut seen = Vec::new();
+    for (number, local) in [("1", "0"), ("2", "1"), ("3", "2")] {
+        let variables = with(with(step.clone(), "SLURM_PROCID", number), "SLURM_LOCALID", local);
+        let place = TaskPlace::read(&variables).unwrap();
+        seen.push(place.device(DeviceKind::Cuda, &variables).unwrap().1.unwrap());
+    }
+    assert_eq!(seen, strings(&["0", "2", "5"]));
+    let first = [("SLURM_PROCID", "0"), ("SLURM_LOCALID", "0"), ("SLURM_NODEID", "0"), ("CUDA_VISIBLE_DEVICES", "0")];
+    let first = first.into_iter().fold(step, |step, (name, value)| with(step, name, value));
+    let place = TaskPlace::read(&first).unwrap();
+    assert_eq!(place.device(DeviceKind::Cuda, &first), Ok((DeviceKind::Cuda, None)), "the only one");
 }
 
 #[test]
@@ -169,7 +189,7 @@ fn a_gpu_job_without_a_visible_gpu_is_an_error_that_names_the_trap() {
         for wanted in [DeviceKind::Cuda, DeviceKind::Auto] {
             let error = place.device(wanted, &variables).unwrap_err().to_string();
             assert!(error.contains("SLURM_GPUS_ON_NODE=2") && error.contains("gres.conf"), "{error}");
-            assert!(error.contains("plain files"), "{error}");
+            assert!(error.contains("plain files") && error.contains("--gpu-bind=none"), "{error}");
         }
     }
     let error = place.device(DeviceKind::Cuda, &task()).unwrap_err().to_string();
