@@ -21,7 +21,7 @@ pub mod v1 {
 }
 
 /// The version of `learn.v1` that this build speaks; workers name theirs when they join.
-pub const PROTOCOL: u32 = 4;
+pub const PROTOCOL: u32 = 5;
 
 /// Longest key of the rendezvous store in bytes.
 pub const MAX_KEY_BYTES: usize = 256;
