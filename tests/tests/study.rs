@@ -78,9 +78,9 @@ set.model.item_tower = "content"
 
 [[variant]]
 name = "long"
-set.training.epochs = 100
+set.training.epochs = 200
 set.model.layers = 3
-set.evaluation.every_epochs = 50
+set.evaluation.every_epochs = 100
 
 [[table]]
 name = "long"
@@ -102,9 +102,9 @@ fn a_failed_variant_stops_no_other_and_a_stopped_study_goes_on() {
     assert!(text(&dry).contains("long-seed1 would be resumed"), "{}", text(&dry));
     let done = site.launch(&["study", "long.toml"]);
     assert_eq!(done.status.code(), Some(1), "one of its runs failed: {}", text(&done));
-    assert_eq!(site.status("long/long-seed1")["last_step"]["step"], 600);
+    assert_eq!(site.status("long/long-seed1")["last_step"]["step"], 1200);
     let numbers: Vec<u64> = site.steps("long/long-seed1").iter().map(|r| r["step"].as_u64().unwrap()).collect();
-    assert_eq!(numbers, (1..=600).collect::<Vec<_>>(), "it went on where it was");
+    assert_eq!(numbers, (1..=1200).collect::<Vec<_>>(), "it went on where it was");
     let table = fs::read_to_string(site.run_dir("long").join("tables/long.md")).unwrap();
     assert!(table.contains("| wrong | failed | failed | failed | 0 of 1 |"), "{table}");
     assert!(table.contains("model.output_dim is 8: set model.output_dim=16"), "{table}");
