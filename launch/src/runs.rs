@@ -334,13 +334,14 @@ pub fn last_status(run: &RunDir) -> Result<Option<JobStatus>> {
 #[must_use]
 pub fn status_age(run: &RunDir) -> Option<f64> {
     let written = fs::metadata(run.status()).and_then(|facts| facts.modified()).ok()?;
-    // a clock that was set back since says nothing of it
-    SystemTime::now().duration_since(written).ok().map(|age| age.as_secs_f64())
+    // by a clock that is behind it is still to be written, and yet it is no coordinator's word
+    Some(SystemTime::now().duration_since(written).unwrap_or_default().as_secs_f64())
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
+    use std::time::Duration;
 
     use learn_domain::Step;
 
@@ -368,6 +369,19 @@ mod tests {
         fs::remove_file(run.token()).unwrap();
         ensure_token(&run).unwrap();
         assert_ne!(super::token(&run).unwrap(), token);
+    }
+
+    #[test]
+    fn a_status_from_the_future_has_an_age() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::new(folder.path());
+        assert_eq!(status_age(&run), None);
+        let file = fs::File::create(run.status()).unwrap();
+        let at = |time| file.set_modified(time).unwrap();
+        at(SystemTime::now() + Duration::from_secs(3600));
+        assert_eq!(status_age(&run), Some(0.0));
+        at(SystemTime::now() - Duration::from_secs(3600));
+        assert!(status_age(&run).is_some_and(|age| age >= 3600.0));
     }
 
     #[test]

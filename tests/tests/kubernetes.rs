@@ -10,6 +10,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use learn_tests::{SMALL, Site, binary, follow_file, signal, succeeds, text};
 use serde_json::Value;
+use tempfile::TempDir;
 
 fn examples() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/kubernetes")
@@ -202,15 +203,64 @@ echo slept >>"$(dirname "$0")"/calls
 exec /bin/sleep 0.1
 "#;
 
+/// Containers that wait for a coordinator: example, name, and the program that they run then.
+const WAITING: [(&str, &str, &str); 3] = [
+    ("jobs.yaml", "worker", "learn-worker"),
+    ("jobset.yaml", "worker", "learn-worker"),
+    ("jobset.yaml", "data", "learn-coordinator"),
+];
+
+const WAITS: &str = "no coordinator.json in ";
+
+/// A folder with the stubs, and a run's directory in its `shared`.
+fn stubs(program: &str) -> (TempDir, PathBuf) {
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    for (program, content) in [(program, STUB), ("sleep", SLEEP)] {
+        let path = folder.path().join(program);
+        fs::write(&path, content).expect("it is writable");
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("it is there");
+    }
+    let run = folder.path().join("shared/runs/shop");
+    fs::create_dir_all(&run).expect("it is writable");
+    (folder, run)
+}
+
+fn stubbed(script: &str, folder: &Path) -> Pod {
+    Pod::start(&script.replace("/shared", &folder.join("shared").display().to_string()), folder)
+}
+
+/// `status.json` with as much of it as the scripts read.
+fn write_state(run: &Path, state: &str) {
+    let status = serde_json::json!({ "name": "shop", "state": state });
+    fs::write(run.join("status.json"), format!("{status:#}")).expect("it is writable");
+}
+
+#[test]
+#[ignore = "needs packages for Python: `cargo xtask test` brings them"]
+fn kubernetes_containers_tell_what_they_wait_for_and_leave_a_training_that_has_finished() {
+    for (example, name, program) in WAITING {
+        let script = &scripts_of(example)[name];
+        assert!(script.contains("waits % 450"), "a quarter of an hour");
+        let (folder, run) = stubs(program);
+        write_state(&run, "running");
+        let calls = folder.path().join("calls");
+        let pod = stubbed(&script.replace("waits % 450", "waits % 3"), folder.path());
+        // told at the first and at the fourth wait
+        follow_file(&calls, "slept", 4);
+        write_state(&run, "finished");
+        let ended = pod.end();
+        assert_eq!(ended.status.code(), Some(0), "{example}, {name}: {}", text(&ended));
+        let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+        assert!(said.matches(WAITS).count() >= 2 && said.contains("the coordinator's pod"), "{said}");
+        assert!(!fs::read_to_string(&calls).expect("it is there").contains("called"), "there was nobody to ask");
+    }
+}
+
 #[test]
 #[ignore = "needs packages for Python: `cargo xtask test` brings them"]
 fn kubernetes_containers_are_restarted_for_no_stop_and_end_by_a_term() {
     let (again, repeats, job_ends, drained) = ("3 1 139 6 4", [2, 5, 7], "0", ["term3", "3 1 term3"]);
-    for (example, name, program) in [
-        ("jobs.yaml", "worker", "learn-worker"),
-        ("jobset.yaml", "worker", "learn-worker"),
-        ("jobset.yaml", "data", "learn-coordinator"),
-    ] {
+    for (example, name, program) in WAITING {
         let script = &scripts_of(example)[name];
         // a data server that is terminated ends with 0
         let drained = if name == "data" { ["term0", "1 term0"] } else { drained };
@@ -220,17 +270,12 @@ fn kubernetes_containers_are_restarted_for_no_stop_and_end_by_a_term() {
             .chain([(format!("{again} {job_ends}"), 0)])
             .chain(drained.map(|codes| (codes.to_owned(), 143)));
         for (codes, ends_with) in cases {
-            let folder = tempfile::tempdir().expect("a temporary directory");
-            let path = |name: &str| folder.path().join(name);
-            let run = path("shared/runs/shop");
-            fs::create_dir_all(&run).expect("it is writable");
-            for (program, content) in [(program, STUB), ("sleep", SLEEP)] {
-                fs::write(path(program), content).expect("it is writable");
-                fs::set_permissions(path(program), fs::Permissions::from_mode(0o755)).expect("it is there");
-            }
-            fs::write(path("codes"), codes.replace(' ', "\n") + "\n").expect("it is writable");
-            let calls = path("calls");
-            let pod = Pod::start(&script.replace("/shared", &path("shared").display().to_string()), folder.path());
+            let (folder, run) = stubs(program);
+            fs::write(folder.path().join("codes"), codes.replace(' ', "\n") + "\n").expect("it is writable");
+            let calls = folder.path().join("calls");
+            // a finished training that is to go on: its coordinator is not there yet
+            write_state(&run, "finished");
+            let pod = stubbed(script, folder.path());
             // nobody is asked before there is a coordinator
             follow_file(&calls, "slept", 2);
             assert!(!fs::read_to_string(&calls).expect("it is there").contains("called"));
@@ -241,6 +286,7 @@ fn kubernetes_containers_are_restarted_for_no_stop_and_end_by_a_term() {
             }
             let ended = pod.end();
             assert_eq!(ended.status.code(), Some(ends_with), "{example}, {name}, {codes}: {}", text(&ended));
+            assert_eq!(text(&ended).matches(WAITS).count(), 1, "{}", text(&ended));
             let calls = fs::read_to_string(&calls).expect("it is there");
             let called = calls.lines().filter(|line| line.starts_with("called")).count();
             assert_eq!(called, codes.split(' ').count(), "{example}, {name}, {codes}:\n{calls}");

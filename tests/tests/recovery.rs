@@ -203,8 +203,8 @@ fn who_wants_more_workers_than_anybody_starts_hears_how_they_come() {
     assert!(said.any(|line| line.contains("waiting for 1 worker: learn-worker join")), "it serves nobody");
     let scaled = site.launch(&["scale", "runs/open", "--workers", "3", "--timeout", "1"]);
     assert_eq!(scaled.status.code(), Some(1), "{}", text(&scaled));
-    let words =
-        "0 of 3 workers after 1 s; the job starts no workers itself, so start 3 workers more: learn-worker join";
+    let words = "0 of 3 workers after 1 s; the job starts no workers itself; if nothing else starts them, start 3 workers \
+                 more: learn-worker join";
     assert!(text(&scaled).contains(words), "{}", text(&scaled));
     signal("TERM", child.id().into());
     assert_eq!(child.wait().expect("it ends").code(), Some(3));

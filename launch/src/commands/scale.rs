@@ -65,7 +65,8 @@ pub fn run(args: &ScaleArgs, output: &Output) -> Result<()> {
         return Err(Failure::Usage(message).into());
     };
     let api = Api::new(&run, &address);
-    if let Some(queue) = Queue::of(&run).filter(|queue| queue.runs() || queue.known.is_err() && queue.may_go_on()) {
+    let slurm = Queue::of(&run);
+    if let Some(queue) = slurm.as_ref().filter(|queue| queue.runs() || queue.known.is_err() && queue.may_go_on()) {
         let most = api.job()?.wanted_workers;
         if args.workers > most {
             return Err(Failure::Usage(format!(
@@ -80,12 +81,15 @@ pub fn run(args: &ScaleArgs, output: &Output) -> Result<()> {
     if wanted != args.workers {
         output.note(&format!("{shown}: {wanted} is what it can have (cluster.min_workers, training.global_batch)"));
     }
-    let more = who_must_join(&api.job()?, wanted, &address, &run.secret());
+    // it is done, whether or not the job can tell how it stands now
+    let status = api.job().ok();
+    let advised = status.as_ref().filter(|_| !by_slurm(slurm.as_ref()));
+    let more = advised.and_then(|status| who_must_join(status, wanted, &address, &run.secret()));
     if let Some(more) = &more {
         output.note(&format!("{shown}: {more}"));
     }
     if args.no_wait {
-        return output.result(&format!("{shown}: {wanted} workers are wanted"), &api.job()?);
+        return output.result(&format!("{shown}: {wanted} workers are wanted"), &status);
     }
     let started = Instant::now();
     let status = loop {
@@ -115,12 +119,18 @@ fn there(status: &JobStatus) -> u32 {
     }
 }
 
-/// What to do for workers that are missing and that nobody starts by himself.
+/// Slurm starts the workers, again too: they are tasks of the job.
+fn by_slurm(queue: Option<&Queue>) -> bool {
+    queue.is_some_and(|queue| !queue.ended())
+}
+
+/// What to do for workers that are missing and that the job does not start; Kubernetes, say, may.
 fn who_must_join(status: &JobStatus, wanted: u32, address: &CoordinatorAddress, secret: &Path) -> Option<String> {
     let missing = wanted.saturating_sub(there(status));
     (missing > 0 && status.most_workers.is_none()).then(|| {
         format!(
-            "the job starts no workers itself, so start {} more: learn-worker join --coordinator {} --secret-file {}",
+            "the job starts no workers itself; if nothing else starts them, start {} more: learn-worker join --coordinator {} \
+             --secret-file {}",
             render::workers(missing as usize),
             address.grpc,
             secret.display()
@@ -131,6 +141,16 @@ fn who_must_join(status: &JobStatus, wanted: u32, address: &CoordinatorAddress, 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::slurm::client::ClientError;
+    use crate::slurm::run::SlurmJob;
+
+    #[test]
+    fn who_scales_a_job_of_slurm_is_told_to_start_nobody() {
+        let queue = |known| Queue { job: SlurmJob { job_id: 12 }, known };
+        assert!(by_slurm(Some(&queue(Err(ClientError::Missing("squeue".into()))))), "it cannot be asked from here");
+        assert!(!by_slurm(Some(&queue(Ok(None)))), "a run that was Slurm's before");
+        assert!(!by_slurm(None));
+    }
 
     #[test]
     fn workers_that_nobody_starts_come_by_a_command() {
@@ -142,8 +162,8 @@ mod tests {
         assert_eq!(
             told(&status, 6).as_deref(),
             Some(
-                "the job starts no workers itself, so start 2 workers more: learn-worker join --coordinator http://h:4100 \
-                 --secret-file /r/secret"
+                "the job starts no workers itself; if nothing else starts them, start 2 workers more: learn-worker join \
+                 --coordinator http://h:4100 --secret-file /r/secret"
             )
         );
         for enough in [1, 4] {

@@ -151,6 +151,8 @@ mod tests {
         let mut config = Config::default();
         anchor(&mut config).unwrap();
         config.cluster.device = device(config.cluster.device, false);
+        // a new training would be refused
+        config.training.init_partial = true;
         let run = runs::create(&folder.path().join("one"), &config).unwrap();
         let allocation = Allocation { job: 1, first: "a".into(), nodes: vec!["a".into()], tasks: 4, restarts: 1 };
         let apply = |values: &[&str]| apply(&run, &sets(values), &allocation, false);

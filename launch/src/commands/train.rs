@@ -16,7 +16,7 @@ use crate::crew;
 use crate::failure::Failure;
 use crate::job::{self, JobSpec, Workers};
 use crate::output::Output;
-use crate::settings::Given;
+use crate::settings::{Given, SettingsError};
 use crate::{made_from, process, render, runs};
 
 use super::doctor;
@@ -120,6 +120,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<()> {
 
 /// Everything that can be known to fail before a run directory is made; `given`: what of the configuration somebody has set.
 pub(super) fn check_ready(config: &Config, given: &Given, output: &Output) -> Result<()> {
+    config.validate_start().map_err(|error| SettingsError::of(given.origin(error.key), error))?;
     runs::refuse_file(&config.data.dataset)?;
     let dataset = Dataset::open(&config.data.dataset)?;
     suits(&dataset, config)?;

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 pub use catalogue::{Catalogue, Key, Kind, Section};
 pub use document::{markdown, reference_toml};
 use learn_domain::Config;
+use learn_domain::config::ConfigError;
 use serde_json::Value;
 
 /// Environment variables with this prefix are settings.
@@ -64,6 +65,17 @@ pub enum SettingsError {
     Assignment(Origin),
     #[error("{key}: {problem}")]
     Invalid { key: &'static str, problem: String },
+}
+
+impl SettingsError {
+    /// What is wrong with a value, and where it came from if somebody has set it.
+    #[must_use]
+    pub fn of(origin: Option<&Origin>, ConfigError { key, problem }: ConfigError) -> Self {
+        match origin {
+            Some(origin) => Self::Value { origin: origin.clone(), key: key.into(), problem },
+            None => Self::Invalid { key, problem },
+        }
+    }
 }
 
 /// The keys that somebody has set, and where.
@@ -285,12 +297,7 @@ impl Resolver {
     pub fn finish(self) -> Result<Config, SettingsError> {
         // Cannot fail: every assignment was followed by this same conversion.
         let config: Config = serde_json::from_value(self.tree).unwrap_or_default();
-        config.validate().map_err(|error| match self.origins.get(error.key) {
-            Some(origin) => {
-                SettingsError::Value { origin: origin.clone(), key: error.key.into(), problem: error.problem }
-            }
-            None => SettingsError::Invalid { key: error.key, problem: error.problem },
-        })?;
+        config.validate().map_err(|error| SettingsError::of(self.origins.get(error.key), error))?;
         Ok(config)
     }
 }

@@ -10,7 +10,6 @@ use anyhow::{Context as _, Result, bail};
 
 use super::Allocation;
 use super::client;
-use crate::failure::Failure;
 
 const LOOPBACK: &str = "127.0.0.1";
 
@@ -23,10 +22,10 @@ pub struct Binding {
 
 /// `configured` (`cluster.bind`) if it is more than the loopback and this machine can listen there: after a requeue another
 /// machine may be the first one. Else the address that the other nodes reach; on a single node that of its own name, if the
-/// coordinator shall be `scraped` from elsewhere.
+/// coordinator shall be `scraped` from elsewhere and others can reach it there, and the loopback otherwise.
 ///
 /// # Errors
-/// No other node's address can be found, or none of this one that others could reach.
+/// No other node's address can be found.
 pub fn of_coordinator(configured: &str, scraped: bool, allocation: &Allocation) -> Result<Binding> {
     let first = &allocation.first;
     let mut notes = Vec::new();
@@ -43,7 +42,15 @@ pub fn of_coordinator(configured: &str, scraped: bool, allocation: &Allocation) 
     }
     let others: Vec<&String> = allocation.nodes.iter().filter(|node| *node != first).collect();
     if others.is_empty() {
-        let address = if scraped { of_own_name(first)?.to_string() } else { alone.to_owned() };
+        let own = if scraped { of_own_name(first) } else { None };
+        if scraped && own.is_none() {
+            notes.push(format!(
+                "--prometheus-targets will have no target of this start: neither DNS nor `scontrol show node` knows an address of \
+                 {first} that other machines reach, so the job listens on {alone}. `--set cluster.bind=0.0.0.0` listens on all \
+                 interfaces"
+            ));
+        }
+        let address = own.map_or_else(|| alone.to_owned(), |own| own.to_string());
         return Ok(Binding { address, notes });
     }
     for other in &others {
@@ -65,16 +72,10 @@ pub fn of_coordinator(configured: &str, scraped: bool, allocation: &Allocation) 
 }
 
 /// The address of this node that its own name leads to: as every program finds it, or else as Slurm knows it.
-fn of_own_name(name: &str) -> Result<IpAddr> {
+fn of_own_name(name: &str) -> Option<IpAddr> {
     let own = |ip: &IpAddr| listens(&ip.to_string()).is_ok();
     let by_slurm = || client::node_address(name).map(|address| lookup(&address)).unwrap_or_default();
-    reached(&lookup(name), own).or_else(|| reached(&by_slurm(), own)).ok_or_else(|| {
-        let message = format!(
-            "--prometheus-targets needs an address of {name} that other machines reach, and neither DNS nor `scontrol show node` \
-             knows one: `--set cluster.bind=0.0.0.0` listens on all interfaces"
-        );
-        Failure::Usage(message).into()
-    })
+    reached(&lookup(name), own).or_else(|| reached(&by_slurm(), own))
 }
 
 /// The first address that is this machine's `own` and more than its loopback.
@@ -148,8 +149,6 @@ fn towards(peer: SocketAddr) -> Option<IpAddr> {
 
 #[cfg(test)]
 mod tests {
-    use learn_domain::report::exit;
-
     use super::*;
 
     fn allocation(nodes: &[&str]) -> Allocation {
@@ -180,12 +179,14 @@ mod tests {
     }
 
     #[test]
-    fn a_job_on_one_node_that_is_scraped_is_never_served_on_the_loopback() {
-        for configured in ["127.0.0.1", "203.0.113.7"] {
-            let refused = of_coordinator(configured, true, &allocation(&["localhost"])).unwrap_err();
-            assert_eq!(crate::failure::exit_code(&refused), exit::USAGE);
-            let text = refused.to_string();
-            assert!(text.contains("--prometheus-targets") && text.contains("--set cluster.bind=0.0.0.0"), "{text}");
+    fn a_job_on_one_node_that_is_scraped_is_never_served_on_the_loopback_in_silence() {
+        for (configured, address, notes) in
+            [("127.0.0.1", "127.0.0.1", 1), ("127.0.0.2", "127.0.0.2", 1), ("203.0.113.7", "127.0.0.1", 2)]
+        {
+            let binding = of_coordinator(configured, true, &allocation(&["localhost"])).unwrap();
+            assert_eq!((binding.address.as_str(), binding.notes.len()), (address, notes), "{binding:?}");
+            let note = &binding.notes[notes - 1];
+            assert!(note.contains("--prometheus-targets") && note.contains("--set cluster.bind=0.0.0.0"), "{note}");
         }
         assert_eq!(of_coordinator("0.0.0.0", true, &allocation(&["localhost"])).unwrap().address, "0.0.0.0");
         let found =

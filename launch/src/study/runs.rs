@@ -13,7 +13,7 @@ use super::file::{StudyFile, Variant};
 use crate::cli::anchor;
 use crate::failure::{self, Failure};
 use crate::runs;
-use crate::settings::{Given, Resolver, SettingsError};
+use crate::settings::{Given, Origin, Resolver, SettingsError};
 
 /// One training of a study.
 #[derive(Clone, Debug)]
@@ -119,10 +119,20 @@ pub fn plan(study: &StudyFile, base: &Config) -> Result<Vec<StudyRun>> {
         for &seed in study.seeds(variant) {
             let mut run = resolve(study, base, variant, seed)?;
             run.look()?;
+            refuse_start(&run)?;
             planned.push(run);
         }
     }
     Ok(planned)
+}
+
+/// Refuses a training that is yet to begin and lacks what it starts with.
+fn refuse_start(run: &StudyRun) -> Result<(), SettingsError> {
+    if matches!(run.left, Left::Nothing | Left::Resume) {
+        return Ok(());
+    }
+    let variant = Origin::Variant(run.variant.clone());
+    run.config.validate_start().map_err(|error| SettingsError::of(Some(&variant), error))
 }
 
 /// Checks the settings of all runs, wherever a study is about to run.
@@ -263,6 +273,30 @@ mod tests {
         runs::create(&folder.path().join("towers"), &base).unwrap();
         let planned = plan(&study, &base).unwrap();
         assert_eq!(planned[0].config.training.init, Some(folder.path().join("towers")));
+    }
+
+    #[test]
+    fn a_variant_brings_the_weights_that_a_base_without_any_starts_with() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut base = Config::default();
+        base.job.runs_dir = folder.path().into();
+        base.training.init_partial = true;
+        let mut study = study();
+        let error = plan(&study, &base).unwrap_err();
+        let words = "variant `deep`: training.init_partial: takes what fits of training.init";
+        assert!(error.to_string().starts_with(words), "{error}");
+        assert_eq!(failure::exit_code(&error), learn_domain::report::exit::USAGE);
+        check(&study, &base).expect("`study --set` may name them");
+
+        runs::create(&folder.path().join("towers"), &base).unwrap();
+        study.variants[0].set = toml::from_str("training.init = 'towers'").unwrap();
+        let mut run = plan(&study, &base).unwrap().remove(0);
+        run.config.training.init = None;
+        refuse_start(&run).unwrap_err();
+        for begun in [Left::Resume, Left::Nothing] {
+            run.left = begun;
+            refuse_start(&run).unwrap();
+        }
     }
 
     #[test]

@@ -127,6 +127,29 @@ fn what_config_prints_is_what_config_reads() -> TestResult {
 }
 
 #[test]
+fn a_configuration_that_lacks_its_weights_is_refused_by_a_training_alone() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let adapter =
+        "[objective]\ncvr_weight = 1.0\n[checkpoint]\nmetric = \"cvr.auc\"\n[training]\nfreeze_towers = true\n";
+    std::fs::write(folder.path().join("adapter.toml"), adapter)?;
+    for arguments in [["config", "check", "adapter.toml"], ["config", "show", "adapter.toml"]] {
+        let output = launch(folder.path(), &arguments);
+        assert!(output.status.success(), "{}", err(&output));
+    }
+    for arguments in [
+        vec!["train", "adapter.toml"],
+        vec!["train", "adapter.toml", "--dry-run"],
+        vec!["slurm", "adapter.toml", "--nodes", "1", "--tasks-per-node", "1", "--dry-run"],
+    ] {
+        let output = launch(folder.path(), &arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {}", err(&output));
+        let words = "adapter.toml:6: training.freeze_towers: keeps the towers' start, which is random";
+        assert!(err(&output).contains(words), "{arguments:?}: {}", err(&output));
+    }
+    Ok(())
+}
+
+#[test]
 fn who_stops_reading_ends_a_command_quietly() -> TestResult {
     let folder = tempfile::tempdir()?;
     for (arguments, code) in [

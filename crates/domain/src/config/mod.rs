@@ -136,6 +136,14 @@ impl Config {
         self.embed.validate()?;
         train::validate(self)
     }
+
+    /// Checks what a new training starts with. A run that exists has its start, and other commands need none.
+    ///
+    /// # Errors
+    /// The first key whose value makes no sense without `training.init`.
+    pub fn validate_start(&self) -> Result<(), ConfigError> {
+        train::validate_start(self)
+    }
 }
 
 #[cfg(test)]
@@ -146,6 +154,7 @@ mod tests {
     fn the_defaults_are_valid_and_survive_a_round_trip() {
         let config = Config::default();
         config.validate().unwrap();
+        config.validate_start().unwrap();
         let json = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<Config>(&json).unwrap(), config);
         assert_eq!(serde_json::from_str::<Config>("{}").unwrap(), config);
@@ -179,24 +188,26 @@ mod tests {
         let mut config = Config::default();
         (config.training.freeze_towers, config.objective.cvr_weight) = (true, 1.0);
         config.checkpoint.metric = "cvr.auc".into();
-        let ConfigError { key, problem } = config.validate().unwrap_err();
+        config.validate().expect("a command that trains nothing may read it");
+        let ConfigError { key, problem } = config.validate_start().unwrap_err();
         assert_eq!(key, "training.freeze_towers");
         assert!(problem.contains("is random") && problem.contains("training.init"), "{problem}");
         let mut of_content = config.clone();
         of_content.model.residual = Residual::Content;
-        of_content.validate().unwrap();
+        of_content.validate_start().unwrap();
         config.training.init = Some("runs/towers".into());
-        config.validate().unwrap();
+        config.validate_start().unwrap();
     }
 
     #[test]
     fn weights_that_are_not_named_cannot_be_taken_in_part() {
         let mut config = Config::default();
         config.training.init_partial = true;
-        let ConfigError { key, problem } = config.validate().unwrap_err();
+        config.validate().expect("a command that trains nothing may read it");
+        let ConfigError { key, problem } = config.validate_start().unwrap_err();
         assert!(key == "training.init_partial" && problem.contains("--init RUN_OR_FILE"), "{problem}");
         config.training.init = Some("weights.safetensors".into());
-        config.validate().unwrap();
+        config.validate_start().unwrap();
     }
 
     #[test]

@@ -481,23 +481,9 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         if objective.cvr_head().is_none() {
             return fail("training.freeze_towers", "leaves nothing to train; set objective.cvr_weight above 0");
         }
-        // the residual's start is that of the content embeddings, and not random
-        if training.init.is_none() && model.residual != Residual::Content {
-            return fail(
-                "training.freeze_towers",
-                "keeps the towers' start, which is random: set training.init to a trained run (or model.residual = \
-                 \"content\", whose start is the content embeddings)",
-            );
-        }
         if checkpoint.keep_best && !of_head {
             return fail("checkpoint.metric", "does not change with frozen towers; set cvr.auc, cvr.uauc or cvr.wuauc");
         }
-    }
-    if training.init_partial && training.init.is_none() {
-        return fail(
-            "training.init_partial",
-            "takes what fits of training.init, which is not set: set it (--init RUN_OR_FILE), or leave this out",
-        );
     }
     cluster.tls.validate()?;
     if cluster.grpc_port != 0 && cluster.grpc_port == cluster.http_port {
@@ -526,6 +512,29 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     }
     if cluster.stop_within() <= cluster.heartbeat_interval.0 {
         return fail("cluster.stop_timeout", "must be longer than cluster.heartbeat_interval");
+    }
+    Ok(())
+}
+
+pub(super) fn validate_start(config: &Config) -> Result<(), ConfigError> {
+    let Config { model, training, .. } = config;
+    let fail = |key, problem: &str| Err(ConfigError { key, problem: problem.into() });
+    if training.init.is_some() {
+        return Ok(());
+    }
+    // the residual's start is that of the content embeddings, and not random
+    if training.freeze_towers && model.residual != Residual::Content {
+        return fail(
+            "training.freeze_towers",
+            "keeps the towers' start, which is random: set training.init to a trained run (or model.residual = \
+             \"content\", whose start is the content embeddings)",
+        );
+    }
+    if training.init_partial {
+        return fail(
+            "training.init_partial",
+            "takes what fits of training.init, which is not set: set it (--init RUN_OR_FILE), or leave this out",
+        );
     }
     Ok(())
 }
