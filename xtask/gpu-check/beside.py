@@ -53,6 +53,8 @@ def run(here, worker, device, part, seconds_left, add):
                 result = part(f"{name}_{precision}_{number}", command)
                 answer = result["json"] if isinstance(result["json"], dict) else {}
                 rates[name].append(answer.get("median_users_per_second"))
+                if name == "padded":
+                    rounds["padded_encoder"] = answer.get("encoder")
                 if name == "ours":
                     rates["ceiling"].append(answer.get("ceiling_users_per_second"))
                     rounds["ceiling_share"].append(answer.get("ceiling_share"))

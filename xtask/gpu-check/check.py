@@ -89,8 +89,9 @@ def part(name, command, seconds, cwd, **environment):
 
 def json_lines(text):
     """The JSON in a program's output: all from the first line that begins an object, or each line that is an object."""
+    begin = re.search(r"^\s*\{", text, re.MULTILINE)
     try:
-        return json.loads(text[text.index("{"):])
+        return json.loads(text[begin.start():]) if begin else []
     except ValueError:
         pass
     found = []

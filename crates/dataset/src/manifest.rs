@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Component, Path};
 
 use learn_domain::config::SplitPolicy;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{DatasetError, MadeBy};
 use crate::made_from::MadeFrom;
@@ -122,10 +122,15 @@ pub struct EmbeddingInfo {
     /// What these were refined from (`embed.refine`); kept, so that another refinement needs no language model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub raw: Option<Box<EmbeddingInfo>>,
-    /// The settings that they were made with; `None` where an older version has made them, and of what others were refined
-    /// from.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// The settings that they were made with; `None` where another version has made them that has others, and of what others
+    /// were refined from.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "known")]
     pub made_from: Option<MadeFrom>,
+}
+
+/// What this version knows to read, or nothing: it is for comparing, and no dataset is unreadable for its sake.
+fn known<'de, D: Deserializer<'de>>(from: D) -> Result<Option<MadeFrom>, D::Error> {
+    Ok(serde_json::from_value(serde_json::Value::deserialize(from)?).ok())
 }
 
 impl EmbeddingInfo {
@@ -182,5 +187,26 @@ impl Manifest {
     /// The files of one folder whose name begins with `prefix`.
     pub(crate) fn files_of<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = &'a FileEntry> {
         self.files.iter().filter(move |entry| entry.path.starts_with(prefix))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use learn_domain::Config;
+
+    use super::*;
+
+    #[test]
+    fn embeddings_that_another_version_has_made_with_other_settings_can_be_read() {
+        let known = MadeFrom::of(&Config::default().embed, "minilm".into());
+        let info = |made_from: serde_json::Value| -> EmbeddingInfo {
+            let info = serde_json::json!({
+                "dim": 8, "dtype": "f16", "model": "minilm", "fingerprint": "e", "files": [], "made_from": made_from,
+            });
+            serde_json::from_value(info).unwrap()
+        };
+        assert_eq!(info(serde_json::to_value(&known).unwrap()).made_from, Some(known));
+        assert_eq!(info(serde_json::json!({ "source": { "oracle": {} }, "refine": {} })).made_from, None);
+        assert_eq!(info(serde_json::Value::Null).made_from, None);
     }
 }

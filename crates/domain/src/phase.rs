@@ -26,7 +26,7 @@ pub enum Phase {
     Backward,
     Reduce,
     Optimizer,
-    /// A checkpoint is copied for the writer.
+    /// A checkpoint is copied for the writer, or all wait for one that is to be kept until the writer takes it.
     Checkpoint,
     Evaluation,
     /// The last checkpoint is waited for.

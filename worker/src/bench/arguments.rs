@@ -144,7 +144,7 @@ pub struct ShapeArgs {
     /// Steps that are measured, after one that is not
     #[arg(long, default_value_t = 5)]
     pub repetitions: u32,
-    /// Different batches, which the steps take in turn
+    /// Different batches, which the steps take in turn; with one alone a GPU copies no rows beside a step
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
     pub batches: u32,
 }

@@ -185,6 +185,14 @@ fn aside_of(target: &Path, why: &str) -> PathBuf {
     target.with_extension(format!("tmp-{}{why}", *START))
 }
 
+/// How the name of a record of the best checkpoint ends while it is not whole.
+const BEST: &str = "-best";
+
+/// Whether this is a record of the best checkpoint that this process has begun.
+fn is_own_record(aside: &Path) -> bool {
+    aside.extension().and_then(|kind| kind.to_str()).is_some_and(|kind| kind == format!("tmp-{}{BEST}", *START))
+}
+
 /// Gives a directory its name; one that has it so far takes the other's.
 fn put_in_place(aside: &Path, target: &Path) -> std::io::Result<()> {
     match fs::rename(aside, target) {
@@ -373,7 +381,7 @@ fn write_best(run: &RunDir, best: Option<&Best>) -> Result<(), CheckpointError> 
     };
     let text = serde_json::to_vec(best).map_err(|error| io(&path)(error.into()))?;
     // by its step, too: the training thread may record an earlier one while the writer records its own
-    let aside = aside_of(&run.checkpoint(best.step), "-best");
+    let aside = aside_of(&run.checkpoint(best.step), BEST);
     let written = fs::write(&aside, text).map_err(io(&aside)).and_then(|()| {
         sync(&aside)?;
         fs::rename(&aside, &path).map_err(io(&path))

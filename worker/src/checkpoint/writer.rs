@@ -20,8 +20,8 @@ use learn_domain::run_dir::RunDir;
 
 use super::pace::{Demand, Pace};
 use super::{
-    Best, CheckpointError, Snapshot, aside_of, best_there, checkpoint_step, io, keep, read_best, steps, sync, write,
-    write_best,
+    Best, CheckpointError, Snapshot, aside_of, best_there, checkpoint_step, io, is_own_record, keep, read_best, steps,
+    sync, write, write_best,
 };
 
 /// What became of a snapshot.
@@ -263,8 +263,8 @@ impl<B: Fn(), T: Fn(Written<'_>) -> bool> Work<B, T> {
 
 /// Removes all but the latest and the best that is there, which need not be the best that was evaluated. What goes loses its
 /// name first, so that nobody takes it for a checkpoint if the removal is cut short. What was left so, and what writers that
-/// were killed have left unfinished, goes too, once it is older than all the latest: nobody is still at it then. `remove`
-/// takes a directory away.
+/// were killed have left unfinished, goes too, once it is older than all the latest: nobody is still at it then, but for this
+/// process' other thread at the record of the best. `remove` takes a directory away.
 pub(super) fn prune(
     run: &RunDir,
     folder: &Path,
@@ -287,7 +287,7 @@ pub(super) fn prune(
         let path = entry.map_err(io(folder))?.path();
         let unfinished = path.extension().is_some_and(|kind| kind.to_string_lossy().starts_with("tmp-"));
         let step = path.file_stem().and_then(|name| name.to_str()).and_then(checkpoint_step);
-        if unfinished && step.is_some() && step < oldest {
+        if unfinished && step.is_some() && step < oldest && !is_own_record(&path) {
             // a checkpoint, or the record of which one is the best; one that stays keeps none of the others
             let gone = if path.is_dir() { remove(&path) } else { fs::remove_file(&path) };
             removed = removed.and(gone.map_err(io(&path)));

@@ -76,7 +76,8 @@ impl Trainer<'_> {
     /// Does what the policy says about a step that was not applied.
     ///
     /// # Errors
-    /// [`WorkerError::NonFiniteStep`] if the training stops here; a checkpoint of the steps before is durable then.
+    /// [`WorkerError::NonFiniteStep`] if the training stops here; a checkpoint of the steps before is durable then, if it
+    /// can be written.
     pub(super) fn not_finite(
         &mut self,
         turn: &mut Turn,
@@ -92,7 +93,12 @@ impl Trainer<'_> {
             NonFinite::Stop => {
                 if self.finished.0 > 0 && self.finite() {
                     self.save(turn, Need::Kept)?;
-                    self.finish(turn)?;
+                    match self.finish(turn) {
+                        Err(error) if error.reach().passes() => return Err(error),
+                        // all ranks end for the same reason, which is the step
+                        Err(error) => tracing::error!(%error, "the checkpoint from before the step was not written"),
+                        Ok(()) => {}
+                    }
                 }
                 let what = if step.loss.is_finite() { "gradient" } else { "loss" };
                 return Err(WorkerError::NonFiniteStep { step: Step(self.finished.0 + 1), what });

@@ -76,6 +76,11 @@ fn of_report(report: &Value) -> Result<Results> {
             .wanted(Wanted::AtMost(0.01)),
         Row::of("bytes received a user over positions x dim x 4", Unit::Share, &[received]).wanted(Wanted::AtMost(0.1)),
     ]);
+    let encoder = &report["beside_pytorch"]["bf16"]["padded_encoder"];
+    if encoder != "transformers" {
+        results.title.push_str(" (`padded.py` with layers of its own)");
+    }
+    results.more.insert("padded_encoder".into(), encoder.clone());
     results.more.insert("torch".into(), report["torch"].clone());
     results.more.insert("driver".into(), report["driver"].clone());
     Ok(results)
@@ -144,6 +149,7 @@ mod tests {
                     "padded": [100.0, 100.0, 100.0], "packed": [400.0, 400.0, 400.0],
                 },
                 "ceiling_share": [0.5, 0.5, 0.5],
+                "padded_encoder": "transformers",
             } },
             "parts": {
                 "bench_12_layers_bf16": {
@@ -161,6 +167,7 @@ mod tests {
         let results = of_report(&report()).unwrap();
         assert_eq!(results.name, "gpu-official");
         assert_eq!(results.machine.gpus, ["A GPU"]);
+        assert_eq!(results.title, "A training step beside PyTorch, on a GPU");
         assert_eq!(results.more["bf16"], json!({ "over_padded": 6.0, "over_packed": 1.5, "ceiling_share": 0.5 }));
         assert_eq!(results.more["bf16_12_layers"], json!({ "ceiling_share": 0.6 }));
         let row = |what: &str| results.rows.iter().find(|row| row.what.contains(what)).unwrap();
@@ -171,8 +178,10 @@ mod tests {
     }
 
     #[test]
-    fn rounds_that_were_cut_short_do_not_count() {
+    fn rounds_that_were_cut_short_do_not_count_and_other_layers_are_named() {
         let mut report = report();
+        report["beside_pytorch"]["bf16"]["padded_encoder"] = "own".into();
+        assert!(of_report(&report).unwrap().title.ends_with("(`padded.py` with layers of its own)"));
         report["beside_pytorch"]["bf16"]["users_per_second"]["packed"][1] = Value::Null;
         report["beside_pytorch"]["bf16"]["users_per_second"]["ours"][1] = 5000.0.into();
         let results = of_report(&report).unwrap();
