@@ -114,7 +114,13 @@ impl WorkDir {
             super::refuse_stop(progress)?;
             match compared {
                 // an older version may lack what this one writes, so `--replace` brings it up to date
-                Ok(found) if found.version == manifest.version || !replace => return Ok((found, true)),
+                Ok(found) if found.version == manifest.version || !replace => {
+                    // other settings may come to the same content: it is made with these as well
+                    let kept = Manifest::update(&self.out, |kept| {
+                        (kept.split, kept.filters, kept.labels) = (manifest.split, manifest.filters, manifest.labels);
+                    })?;
+                    return Ok((kept, true));
+                }
                 Err(error) if !replace => return Err(error),
                 _ => {}
             }
