@@ -562,6 +562,24 @@ mod tests {
     }
 
     #[test]
+    fn a_dataset_is_replaced_where_there_are_no_locks_and_not_under_an_embed() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = keep_out(folder.path()).unwrap();
+        assert!(first.is_some());
+        let second = keep_out(folder.path()).unwrap_err();
+        assert!(second.contains("is being embedded now"), "{second}");
+        drop(first);
+        assert!(lock(folder.path()).is_ok());
+
+        let folder = tempfile::tempdir().unwrap();
+        // a lock that cannot be made
+        std::fs::write(folder.path().join("embeddings"), "").unwrap();
+        assert!(keep_out(folder.path()).unwrap().is_none());
+        let refused = lock(folder.path()).unwrap_err().to_string();
+        assert!(refused.starts_with("cannot lock "), "{refused}");
+    }
+
+    #[test]
     fn a_preview_says_what_is_left_and_what_it_costs() {
         let file = Preview {
             model: "v.npy".into(),
