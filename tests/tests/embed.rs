@@ -13,6 +13,13 @@ fn embeddings(site: &Site) -> Value {
     manifest["embeddings"].clone()
 }
 
+/// What is prepared from now on is another dataset.
+fn one_more_interaction(site: &Site) {
+    let path = site.path("interactions.csv");
+    let before = fs::read_to_string(&path).unwrap();
+    fs::write(path, before + "user-000,item-000,99999999,1\n").unwrap();
+}
+
 #[test]
 fn a_second_embed_is_refused_until_the_first_has_ended() {
     let site = Site::without_content(SMALL);
@@ -26,9 +33,12 @@ fn a_second_embed_is_refused_until_the_first_has_ended() {
     let second = site.launch(&["embed", "job.toml"]);
     assert_eq!(second.status.code(), Some(1), "it may be free soon: {}", text(&second));
     assert!(text(&second).contains("dataset is being embedded now by another"), "{}", text(&second));
-    let replaced = site.launch(&["prepare", "job.toml", "--replace"]);
-    assert_eq!(replaced.status.code(), Some(1), "{}", text(&replaced));
-    assert!(text(&replaced).contains("or stop it with `learn-launch stop dataset`"), "{}", text(&replaced));
+    let prepare = ["prepare", "job.toml", "--replace"];
+    let kept = site.launch(&prepare);
+    succeeds(&kept);
+    assert!(text(&kept).contains("dataset: unchanged in "), "{}", text(&kept));
+    one_more_interaction(&site);
+    refused(&site, &prepare, 1, &["or stop it with `learn-launch stop dataset`"]);
     signal("TERM", first.id().into());
     let first = first.wait_with_output().unwrap();
     assert_eq!(first.status.code(), Some(3), "{}", text(&first));
@@ -187,11 +197,18 @@ fn a_dataset_is_not_replaced_under_a_training() {
         ["job.name=long", "training.epochs=100000", "evaluation.every_epochs=50000", "checkpoint.every_epochs=50000"];
     let child = site.start(&site.train(&long));
     follow(&site, "long", 1);
-    refused(&site, &["prepare", "job.toml", "--replace"], 1, &["a job works with dataset", "learn-launch stop RUN"]);
+    let prepare = ["prepare", "job.toml", "--replace"];
+    let kept = site.launch(&prepare);
+    succeeds(&kept);
+    assert!(text(&kept).contains("dataset: unchanged in "), "{}", text(&kept));
+    one_more_interaction(&site);
+    refused(&site, &prepare, 1, &["a job works with dataset", "learn-launch stop RUN"]);
     signal("TERM", child.id().into());
     let ended = child.wait_with_output().unwrap();
     assert_eq!(ended.status.code(), Some(3), "{}", text(&ended));
-    succeeds(&site.launch(&["prepare", "job.toml", "--replace"]));
+    let replaced = site.launch(&prepare);
+    succeeds(&replaced);
+    assert!(text(&replaced).contains("dataset: prepared in "), "{}", text(&replaced));
 }
 
 #[test]

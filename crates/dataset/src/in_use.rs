@@ -1,8 +1,8 @@
 //! Who works with a dataset, so that none is replaced under a job.
 //!
 //! A job has a shared lock of the dataset's first file while it serves the dataset, `prepare --replace` an exclusive one while
-//! it works. Invariants: that file is written once, so that a lock of it is one of the dataset; where the file system has no
-//! locks, or the file cannot be opened, nobody is kept from anything.
+//! it puts another one in its place. Invariants: that file is written once, so that a lock of it is one of the dataset; where the
+//! file system has no locks, or the file cannot be opened, nobody is kept from anything.
 
 use std::fs::{File, TryLockError};
 use std::path::PathBuf;

@@ -41,8 +41,8 @@ pub use made_from::{Contradiction, MadeFrom, VectorSource};
 pub use manifest::{Counts, EmbeddingInfo, FileEntry, FilterInfo, LabelInfo, Manifest, SplitInfo, VERSION};
 pub use message::MessageCheck;
 pub use prepare::{
-    DefectKind, FilterStep, InputFile, Layout, Preparation, PrepareError, PrepareOptions, PrepareReport, Skipped,
-    check, id_texts, prepare, prepare_with,
+    DefectKind, FilterStep, InputFile, KeepOut, Layout, Preparation, PrepareError, PrepareOptions, PrepareReport,
+    Skipped, check, id_texts, prepare, prepare_with,
 };
 pub use progress::{Progress, Unit};
 pub use sequences::{HeldOut, Sequences};

@@ -1,6 +1,6 @@
 //! `dataset.json`: what a dataset is, and what each of its files must be.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Component, Path};
 
@@ -182,6 +182,22 @@ impl Manifest {
             file.write_all(b"\n")
         })
         .map_err(DatasetError::io(&path))
+    }
+
+    /// Changes `dir/dataset.json` and returns what it says now; it is written only if that is something else. `prepare` and
+    /// `embed` may do so at the same time, and neither loses what the other has written, unless the file system has no locks.
+    pub(crate) fn update(dir: &Path, change: impl FnOnce(&mut Self)) -> Result<Self, DatasetError> {
+        let lock = File::open(dir).map_err(DatasetError::io(dir))?;
+        if let Err(error) = lock.lock() {
+            tracing::debug!(%error, "there are no locks here: nothing keeps others from writing dataset.json meanwhile");
+        }
+        let before = Self::read(dir)?;
+        let mut now = before.clone();
+        change(&mut now);
+        if now != before {
+            now.write(dir)?;
+        }
+        Ok(now)
     }
 
     /// The files of one folder whose name begins with `prefix`.

@@ -212,47 +212,57 @@ fn notes(remarks: &Remarks) -> String {
 
 /// One `embed` a dataset; the system drops the lock with the process.
 fn lock(dataset: &Path) -> Result<File> {
-    try_lock(dataset)?.ok_or_else(|| {
-        let shown = super::shown(dataset);
-        Failure::Busy(format!(
-            "{shown} is being embedded now by another `learn-launch embed`, or replaced by `prepare --replace`; wait for it, \
-             or stop it"
-        ))
-        .into()
-    })
-}
-
-/// Keeps every `embed` from a dataset that is there, for as long as the file is open.
-///
-/// # Errors
-/// An `embed` works on it, or the lock cannot be tried.
-pub(super) fn keep_out(dataset: &Path) -> Result<File> {
-    let lock = try_lock(dataset)?;
-    // the coordinator may have outlived the command that has started it
-    match lock.filter(|_| runs::live(&RunDir::of_embedding(dataset)).is_none()) {
-        Some(lock) => Ok(lock),
-        None => {
+    match try_lock(dataset) {
+        Ok(file) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
             let shown = super::shown(dataset);
-            bail!(
-                "{shown} is being embedded now; wait until that has ended, or stop it with `learn-launch stop {shown}`"
-            )
+            let message = format!(
+                "{shown} is being embedded now by another `learn-launch embed`, or replaced by `prepare --replace`; wait for \
+                 it, or stop it"
+            );
+            Err(Failure::Busy(message).into())
+        }
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", RunDir::embedding_lock(dataset).display()))
         }
     }
 }
 
-/// The lock of a dataset's embed job; `None` if another process has it.
-fn try_lock(dataset: &Path) -> Result<Option<File>> {
+/// Keeps every `embed` from a dataset that is there, for as long as the file is open; `None` if it cannot be kept.
+///
+/// # Errors
+/// An `embed` works on it.
+pub(super) fn keep_out(dataset: &Path) -> Result<Option<File>, String> {
+    let lock = match try_lock(dataset) {
+        Ok(file) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Err(()),
+        Err(TryLockError::Error(error)) => {
+            tracing::debug!(%error, "there are no locks here: nothing keeps `embed` from the dataset");
+            Ok(None)
+        }
+    };
+    // the coordinator may have outlived the command that has started it
+    match lock {
+        Ok(lock) if runs::live(&RunDir::of_embedding(dataset)).is_none() => Ok(lock),
+        _ => {
+            let shown = super::shown(dataset);
+            Err(format!(
+                "{shown} is being embedded now; wait until that has ended, or stop it with `learn-launch stop {shown}`"
+            ))
+        }
+    }
+}
+
+/// The lock of a dataset's embed job.
+fn try_lock(dataset: &Path) -> Result<File, TryLockError> {
     let path = RunDir::embedding_lock(dataset);
     let open = || {
         path.parent().map_or(Ok(()), std::fs::create_dir_all)?;
         File::options().create(true).append(true).open(&path)
     };
-    let locked = open().map_err(TryLockError::Error).and_then(|file| file.try_lock().map(|()| file));
-    match locked {
-        Ok(file) => Ok(Some(file)),
-        Err(TryLockError::WouldBlock) => Ok(None),
-        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
-    }
+    let file = open().map_err(TryLockError::Error)?;
+    file.try_lock()?;
+    Ok(file)
 }
 
 /// The job's directory, anew: what an earlier job has finished are its shards.
@@ -549,6 +559,24 @@ mod tests {
         }
         let refused = refuse_crowds(100_000, 8).unwrap_err().to_string();
         assert!(refused.starts_with("embed.processes = 100000 is more than 128"), "{refused}");
+    }
+
+    #[test]
+    fn a_dataset_is_replaced_where_there_are_no_locks_and_not_under_an_embed() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = keep_out(folder.path()).unwrap();
+        assert!(first.is_some());
+        let second = keep_out(folder.path()).unwrap_err();
+        assert!(second.contains("is being embedded now"), "{second}");
+        drop(first);
+        assert!(lock(folder.path()).is_ok());
+
+        let folder = tempfile::tempdir().unwrap();
+        // a lock that cannot be made
+        std::fs::write(folder.path().join("embeddings"), "").unwrap();
+        assert!(keep_out(folder.path()).unwrap().is_none());
+        let refused = lock(folder.path()).unwrap_err().to_string();
+        assert!(refused.starts_with("cannot lock "), "{refused}");
     }
 
     #[test]

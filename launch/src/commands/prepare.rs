@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use clap::Args;
 use learn_dataset::{
-    Dataset, InputFile, Preparation, PrepareError, PrepareOptions, PrepareReport, Progress, check, prepare_with,
+    InputFile, KeepOut, Preparation, PrepareError, PrepareOptions, PrepareReport, Progress, check, prepare_with,
 };
 
 use crate::cli::SettingsArgs;
@@ -64,13 +64,10 @@ pub fn run(args: &PrepareArgs, output: &Output) -> Result<()> {
     }
     let name = dataset_name(&out);
     let options = PrepareOptions { replace: args.replace, ..PrepareOptions::default() };
-    let preparation = Preparation { config: &config.prepare, name: &name, out: &out, options };
+    // a folder that is replaced goes, and what somebody makes in it
+    let keep_out: Option<KeepOut> = Some(embed::keep_out);
+    let preparation = Preparation { config: &config.prepare, name: &name, out: &out, options, keep_out };
     system::catch_stop_signals();
-    // the folder goes, and what somebody makes in it
-    let _lock = match args.replace && Dataset::open(&out).is_ok() {
-        true => Some(embed::keep_out(&out)?),
-        false => None,
-    };
     let left = format!("{}.tmp-{}", out.display(), std::process::id());
     let killed = format!(
         "prepare was killed; {left} can be removed if it is there, unless it has a folder `old`: that is the dataset that \

@@ -274,11 +274,13 @@ impl Resolver {
         Some((self.value(key)?, self.origins.get(key)?))
     }
 
-    /// The keys that a layer has set. A file that holds every key, as `config show` and a study write it, says no more than one
-    /// without its defaults.
+    /// The keys that a layer has set. A file that holds every key that a dataset is compared by, as `config show` and a study
+    /// write it, says no more than one without its defaults.
     #[must_use]
     pub fn given(&self) -> Given {
-        let whole = self.catalogue.keys().all(|key| key.nullable || self.origins.contains_key(&key.path));
+        let compared = |key: &&Key| key.path.starts_with("prepare.") || key.path.starts_with("embed.");
+        let mut keys = self.catalogue.keys().filter(compared);
+        let whole = keys.all(|key| key.nullable || self.origins.contains_key(&key.path));
         let says = |key: &str, origin: &Origin| {
             let default = || self.catalogue.key(key).is_some_and(|known| self.value(key) == Some(&known.default));
             !(whole && matches!(origin, Origin::File { .. }) && default())

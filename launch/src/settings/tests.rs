@@ -214,9 +214,14 @@ fn what_somebody_has_set_is_known_with_its_place() {
 #[test]
 fn a_file_of_all_keys_says_only_what_is_no_default() {
     for text in [reference_toml(&Catalogue::of_config()), toml::to_string(&Config::default()).unwrap()] {
-        let text = text.replace("k_core = 0", "k_core = 5");
+        // without a key that no dataset is compared by
+        let text = text.replace("k_core = 0", "k_core = 5").replace("min_workers = 1\n", "");
+        assert!(!text.contains("min_workers ="));
         let given = resolver().file(file(&text).path()).unwrap().given();
         assert_eq!(given.0.keys().collect::<Vec<_>>(), ["prepare.k_core"]);
+        let part = text.replace("max_length = 0\n", "");
+        let given = resolver().file(file(&part).path()).unwrap().given();
+        assert!(given.origin("prepare.min_length").is_some(), "without one of them, all are meant");
         let set = resolver().file(file(&text).path()).unwrap().sets(&["embed.max_tokens=256".into()]).unwrap().given();
         assert_eq!(set.0.keys().collect::<Vec<_>>(), ["embed.max_tokens", "prepare.k_core"]);
     }

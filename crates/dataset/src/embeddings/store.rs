@@ -255,9 +255,8 @@ impl EmbeddingStore {
     /// When reading or writing fails; the dataset is then as it was.
     pub fn publish(&self, info: &EmbeddingInfo) -> Result<(), DatasetError> {
         files::sync_directory(&self.dir.join(FOLDER)).map_err(DatasetError::io(&self.dir))?;
-        let mut manifest = Manifest::read(&self.dir)?;
-        let before = manifest.embeddings.replace(info.clone());
-        manifest.write(&self.dir)?;
+        let mut before = None;
+        Manifest::update(&self.dir, |manifest| before = manifest.embeddings.replace(info.clone()))?;
         self.sweep(before.as_ref(), info);
         Ok(())
     }

@@ -63,6 +63,9 @@ pub enum PrepareError {
     Write { path: PathBuf, problem: String },
     #[error("{error}. Killed runs left {}, which can be removed", Paths(.leftovers))]
     WriteBeside { error: Box<PrepareError>, leftovers: Vec<PathBuf> },
+    /// Who keeps the dataset from being replaced.
+    #[error("{0}")]
+    InUse(String),
     /// The dataset that was to be replaced is neither in its place nor lost.
     #[error("{source}; {lost}")]
     NotReplaced { lost: DatasetError, source: io::Error },

@@ -23,6 +23,7 @@ mod split;
 mod store;
 mod time;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -54,6 +55,10 @@ pub struct PrepareOptions {
     pub layout: Layout,
 }
 
+/// Keeps other work than jobs from the dataset at a path for as long as the file is open; `None` if it cannot be kept. The error
+/// says who works there now.
+pub type KeepOut = fn(&Path) -> Result<Option<File>, String>;
+
 /// A dataset to be made.
 #[derive(Clone, Copy, Debug)]
 pub struct Preparation<'a> {
@@ -61,6 +66,8 @@ pub struct Preparation<'a> {
     pub name: &'a str,
     pub out: &'a Path,
     pub options: PrepareOptions,
+    /// Asked before another dataset is replaced.
+    pub keep_out: Option<KeepOut>,
 }
 
 /// What `prepare` did.
@@ -96,13 +103,13 @@ pub fn prepare(
     out: &Path,
     progress: &dyn Progress,
 ) -> Result<PrepareReport, PrepareError> {
-    prepare_with(&Preparation { config, name, out, options: PrepareOptions::default() }, progress)
+    prepare_with(&Preparation { config, name, out, options: PrepareOptions::default(), keep_out: None }, progress)
 }
 
 /// [`prepare`] with options.
 ///
 /// # Errors
-/// As [`prepare`].
+/// As [`prepare`]; or others work with the dataset that is to be replaced.
 pub fn prepare_with(preparation: &Preparation, progress: &dyn Progress) -> Result<PrepareReport, PrepareError> {
     let Preparation { config, out, options, .. } = *preparation;
     check(config)?;
@@ -185,7 +192,7 @@ fn write(preparation: &Preparation, work: WorkDir, progress: &dyn Progress) -> R
         embeddings: None,
     };
     refuse_stop(progress)?;
-    let (manifest, kept) = work.publish(manifest, options.replace, progress)?;
+    let (manifest, kept) = work.publish(manifest, preparation, progress)?;
     let [valid_without_history, test_without_history] = written.without_history;
     let seconds = start.elapsed().as_secs_f64();
     Ok(PrepareReport {

@@ -12,6 +12,7 @@ use learn_domain::config::PrepareConfig;
 
 use super::error::PrepareError;
 use super::output::FOLDERS;
+use super::{KeepOut, Preparation};
 use crate::dataset::Dataset;
 use crate::error::DatasetError;
 use crate::manifest::{FilterInfo, Manifest};
@@ -27,8 +28,6 @@ pub(crate) struct WorkDir {
     pub(crate) leftovers: Vec<PathBuf>,
     /// Those that have a dataset which was replaced.
     with_old: Vec<PathBuf>,
-    /// Keeps jobs from the dataset that is to be replaced.
-    _claim: Option<File>,
 }
 
 impl WorkDir {
@@ -38,14 +37,13 @@ impl WorkDir {
             key: "data.dataset",
             problem: format!("{} does not end in the name of a directory", out.display()),
         })?;
-        let mut claim = None;
         if occupied(out)? {
             match Dataset::open(out) {
                 Err(DatasetError::NotADataset { .. }) => return Err(PrepareError::NotOurs { path: out.to_path_buf() }),
                 Err(error) if !replace => return Err(error.into()),
                 Err(_) => {}
                 Ok(found) if !replace => refuse_other(out, found.manifest(), config)?,
-                Ok(found) => claim = found.claim()?,
+                Ok(found) => warn_of_jobs(&found),
             }
         } else if let lost @ DatasetError::PutAside { .. } = leftovers::missing(out) {
             return Err(lost.into());
@@ -64,7 +62,7 @@ impl WorkDir {
             let root = parent.join(name);
             match fs::create_dir(&root) {
                 Ok(()) => {
-                    let this = Self { out: out.to_path_buf(), root, leftovers, with_old, _claim: claim };
+                    let this = Self { out: out.to_path_buf(), root, leftovers, with_old };
                     for folder in FOLDERS {
                         let path = this.dataset().join(folder);
                         fs::create_dir_all(&path).map_err(PrepareError::io(&path))?;
@@ -104,9 +102,10 @@ impl WorkDir {
     pub(crate) fn publish(
         self,
         manifest: Manifest,
-        replace: bool,
+        preparation: &Preparation,
         progress: &dyn Progress,
     ) -> Result<(Manifest, bool), PrepareError> {
+        let replace = preparation.options.replace;
         let occupied = occupied(&self.out)?;
         if occupied {
             let compared = self.compare(&manifest, progress);
@@ -114,11 +113,21 @@ impl WorkDir {
             super::refuse_stop(progress)?;
             match compared {
                 // an older version may lack what this one writes, so `--replace` brings it up to date
-                Ok(found) if found.version == manifest.version || !replace => return Ok((found, true)),
+                Ok(found) if found.version == manifest.version || !replace => {
+                    // other settings may come to the same content: it is made with these as well
+                    let kept = Manifest::update(&self.out, |kept| {
+                        (kept.split, kept.filters, kept.labels) = (manifest.split, manifest.filters, manifest.labels);
+                    })?;
+                    return Ok((kept, true));
+                }
                 Err(error) if !replace => return Err(error),
                 _ => {}
             }
         }
+        let _locks = match occupied {
+            true => self.keep_out(preparation.keep_out)?,
+            false => [None, None],
+        };
         let dataset = self.dataset();
         manifest.write(&dataset)?;
         for folder in FOLDERS.map(|folder| dataset.join(folder)).iter().chain([&dataset]) {
@@ -133,6 +142,18 @@ impl WorkDir {
         let parent = leftovers::parent(&self.out);
         files::sync_directory(parent).map_err(PrepareError::io(parent))?;
         Ok((manifest, false))
+    }
+
+    /// Keeps jobs and others from the dataset that is to be replaced, for as long as the files are open. Nobody can work with one
+    /// that cannot be opened.
+    fn keep_out(&self, keep_out: Option<KeepOut>) -> Result<[Option<File>; 2], PrepareError> {
+        let Ok(found) = Dataset::open(&self.out) else { return Ok([None, None]) };
+        let claim = found.claim()?;
+        let lock = match keep_out {
+            Some(keep_out) => keep_out(&self.out).map_err(PrepareError::InUse)?,
+            None => None,
+        };
+        Ok([claim, lock])
     }
 
     /// Why the finished dataset is not in its place. The one before is, or the error says where.
@@ -192,6 +213,17 @@ fn refuse_other(out: &Path, found: &Manifest, config: &PrepareConfig) -> Result<
         );
     }
     Ok(())
+}
+
+/// Before anything is read: whether the dataset is to be replaced is known at the end alone, and then a job keeps it.
+fn warn_of_jobs(found: &Dataset) {
+    if let Err(DatasetError::InUse { path }) = found.claim() {
+        tracing::warn!(
+            path = %path.display(),
+            "a job works with the dataset that is there: unless this one is the same, it will be refused at the end if the \
+             job still runs then"
+        );
+    }
 }
 
 /// Whether something other than an empty directory is there.

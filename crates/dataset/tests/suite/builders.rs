@@ -8,7 +8,7 @@ use std::sync::Arc;
 use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray};
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use learn_dataset::{Dataset, Preparation, PrepareError, PrepareOptions, PrepareReport, prepare_with};
+use learn_dataset::{Dataset, KeepOut, Preparation, PrepareError, PrepareOptions, PrepareReport, prepare_with};
 use learn_domain::config::PrepareConfig;
 use learn_domain::report::Split;
 use parquet::arrow::ArrowWriter;
@@ -62,8 +62,12 @@ impl Fixture {
     }
 
     pub fn try_prepare(&self) -> Result<PrepareReport, PrepareError> {
-        let out = self.out();
-        prepare_with(&Preparation { config: &self.config, name: "small", out: &out, options: self.options }, &())
+        self.try_prepare_with(None)
+    }
+
+    pub fn try_prepare_with(&self, keep_out: Option<KeepOut>) -> Result<PrepareReport, PrepareError> {
+        let (out, options) = (self.out(), self.options);
+        prepare_with(&Preparation { config: &self.config, name: "small", out: &out, options, keep_out }, &())
     }
 
     pub fn prepare(&self) -> (PrepareReport, Dataset) {

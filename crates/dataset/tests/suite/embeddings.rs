@@ -1,10 +1,12 @@
 //! Making content embeddings shard by shard, and reading them.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 
 use half::f16;
 use learn_dataset::embeddings::{EmbeddingSpec, EmbeddingStore};
 use learn_dataset::{Dataset, DatasetError};
+use learn_domain::Config;
 use learn_domain::config::Precision;
 
 use crate::builders::{Fixture, grid};
@@ -215,4 +217,41 @@ fn a_shard_knows_how_many_of_its_texts_were_cut() {
     store.write_shard(1, &rows).unwrap();
     assert_eq!((store.texts_cut(0), store.texts_cut(1), store.texts_cut(2)), (Some(3), None, None));
     assert!(store.finished(0) && store.finished(1) && !store.finished(2));
+}
+
+#[test]
+fn a_dataset_that_other_settings_make_too_is_kept_as_made_with_them() {
+    // every item and user is there five times
+    let (mut fixture, dataset) = fixture();
+    let store = store(&dataset, spec("m", 4));
+    (0..store.shards().len()).for_each(|shard| fill(&store, shard));
+    let info = store.commit("a model").unwrap();
+    let kept = |fixture: &mut Fixture| {
+        let config = Config { prepare: fixture.config.clone(), ..Config::default() };
+        for replace in [false, true] {
+            fixture.options.replace = replace;
+            let (report, dataset) = fixture.prepare();
+            assert!(report.kept);
+            assert_eq!(&report.manifest, dataset.manifest());
+            assert_eq!(dataset.manifest().embeddings.as_ref(), Some(&info));
+            assert_eq!(dataset.contradiction(&config, |_| true), None);
+        }
+    };
+    kept(&mut fixture);
+    for k_core in [1, 5] {
+        fixture.config.k_core = k_core;
+        let told = Config { prepare: fixture.config.clone(), ..Config::default() };
+        let before = Dataset::open(&fixture.out()).unwrap();
+        assert_eq!(before.contradiction(&told, |_| true).is_some(), k_core == 5);
+        kept(&mut fixture);
+        assert_eq!(Dataset::open(&fixture.out()).unwrap().manifest().filters.k_core, k_core);
+    }
+    (fixture.config.min_length, fixture.config.max_length) = (4, 60);
+    fixture.config.keep_unseen_items = false;
+    kept(&mut fixture);
+
+    let manifest = || fs::metadata(fixture.out().join("dataset.json")).unwrap().ino();
+    let before = manifest();
+    assert!(fixture.try_prepare().unwrap().kept);
+    assert_eq!(manifest(), before, "nothing new is not written");
 }

@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use arrow_array::{ArrayRef, BooleanArray, Float64Array, Int64Array};
 use learn_dataset::{Dataset, DefectKind};
+use learn_domain::Config;
+use learn_domain::config::SplitPolicy;
 use learn_domain::report::Split;
 
 use crate::builders::{Fixture, Row, grid, parquet, text_column};
@@ -113,6 +115,24 @@ fn every_notation_of_a_label_makes_the_same_dataset() {
     assert_ne!(report.manifest.fingerprint, csv.manifest.fingerprint);
     assert!(report.manifest.labels.is_none() && dataset.train().labels(0).is_none());
     assert!(dataset.held_out(Split::Test).labels(0).is_none() && dataset.held_out(Split::Test).times(0).is_some());
+}
+
+#[test]
+fn a_threshold_and_shares_that_come_to_the_same_are_written_down() {
+    let mut fixture = labelled("a.csv", rated_csv(&grid(20, 6, 11), |at| rating(at).to_string()), Some(4.0));
+    fixture.config.split = SplitPolicy::ByTime;
+    (fixture.config.valid_share, fixture.config.test_share) = (0.2, 0.15);
+    let before = fixture.prepare().0.manifest;
+    // 20 interactions each at the times 0 to 5: the thresholds stay 3 and 5
+    fixture.config.valid_share = 0.21;
+    fixture.config.interactions.label_at_least = Some(3.5);
+    let (report, dataset) = fixture.prepare();
+    assert!(report.kept);
+    assert_eq!(report.manifest.fingerprint, before.fingerprint);
+    let config = Config { prepare: fixture.config.clone(), ..Config::default() };
+    assert_eq!(dataset.contradiction(&config, |_| true), None);
+    let labels = dataset.manifest().labels.clone().unwrap();
+    assert_eq!((labels.at_least, labels.conversions), (Some(3.5), before.labels.unwrap().conversions));
 }
 
 #[test]

@@ -59,7 +59,8 @@ fn every_stage_ends_at_its_total() {
     fixture.options.layout.partition_rows = TWO_USERS;
     let recorder = Recorder::default();
     let out = fixture.out();
-    let preparation = Preparation { config: &fixture.config, name: "x", out: &out, options: fixture.options };
+    let preparation =
+        Preparation { config: &fixture.config, name: "x", out: &out, options: fixture.options, keep_out: None };
     prepare_with(&preparation, &recorder).unwrap();
     learn_dataset::Dataset::open(&out).unwrap().verify(&recorder).unwrap();
     let stages = recorder.0.into_inner().unwrap();
@@ -107,7 +108,8 @@ fn a_stop_ends_every_stage_and_leaves_nothing() {
     fixture.options.layout.partition_rows = TWO_USERS;
     let out = fixture.out();
     for at in STAGES {
-        let preparation = Preparation { config: &fixture.config, name: "x", out: &out, options: fixture.options };
+        let preparation =
+            Preparation { config: &fixture.config, name: "x", out: &out, options: fixture.options, keep_out: None };
         let ended = prepare_with(&preparation, &Stopper::at(at));
         assert!(matches!(ended, Err(PrepareError::Stopped)), "{at}: {ended:?}");
         assert!(!out.exists() && temporary(fixture.dir.path()).is_empty(), "{at}");
@@ -122,7 +124,8 @@ fn a_stopped_check_of_the_dataset_that_is_there_changes_nothing() {
     for replace in [false, true] {
         fixture.options.replace = replace;
         let out = fixture.out();
-        let preparation = Preparation { config: &fixture.config, name: "x", out: &out, options: fixture.options };
+        let preparation =
+            Preparation { config: &fixture.config, name: "x", out: &out, options: fixture.options, keep_out: None };
         let ended = prepare_with(&preparation, &Stopper::at("verify"));
         assert!(matches!(ended, Err(PrepareError::Stopped)), "{ended:?}");
         assert!(temporary(fixture.dir.path()).is_empty());

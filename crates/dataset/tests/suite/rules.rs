@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use learn_dataset::{Layout, PrepareError, PrepareOptions};
+use learn_dataset::{KeepOut, Layout, PrepareError, PrepareOptions};
 use learn_domain::config::{PrepareConfig, SplitPolicy};
 use learn_domain::report::Split;
 use proptest::prelude::*;
@@ -252,6 +252,26 @@ fn a_dataset_that_jobs_work_with_is_not_replaced() {
     let error = fixture.try_prepare().unwrap_err();
     assert!(!error.is_usage() && error.to_string().contains("a job works with"), "{error}");
     assert_eq!(crate::builders::temporary(fixture.dir.path()).len(), 0);
+    fixture.write("interactions.csv", csv(&grid(8, 5, 6)));
+    assert!(fixture.prepare().0.kept, "the same dataset is in nobody's way");
+    fixture.write("interactions.csv", csv(&grid(9, 5, 6)));
     drop(jobs);
     assert!(!fixture.prepare().0.kept);
+}
+
+#[test]
+fn others_are_asked_before_a_dataset_is_replaced_and_only_then() {
+    let mut fixture = Fixture::with_rows(&grid(8, 5, 6));
+    fixture.options = PrepareOptions { replace: true, ..PrepareOptions::default() };
+    let busy: KeepOut = |path| Err(format!("{} is busy", path.display()));
+    assert!(!fixture.try_prepare_with(Some(busy)).unwrap().kept);
+    assert!(fixture.try_prepare_with(Some(busy)).unwrap().kept);
+    fixture.write("interactions.csv", csv(&grid(9, 5, 6)));
+    let error = fixture.try_prepare_with(Some(busy)).unwrap_err();
+    assert_eq!(error.to_string(), format!("{} is busy", fixture.out().display()));
+    assert_eq!(crate::builders::temporary(fixture.dir.path()).len(), 0);
+    let dataset = learn_dataset::Dataset::open(&fixture.out()).unwrap();
+    assert!(dataset.hold().unwrap().is_some(), "nobody is kept from it any more");
+    let free: KeepOut = |_| Ok(None);
+    assert!(!fixture.try_prepare_with(Some(free)).unwrap().kept);
 }
