@@ -16,8 +16,8 @@ fn embeddings(site: &Site) -> Value {
 /// What is prepared from now on is another dataset.
 fn one_more_interaction(site: &Site) {
     let path = site.path("interactions.csv");
-    let before = fs::read_to_string(&path).unwrap();
-    fs::write(path, before + "user-000,item-000,99999999,1\n").unwrap();
+    let before = fs::read_to_string(&path).expect("the interactions are there");
+    fs::write(path, before + "user-000,item-000,99999999,1\n").expect("they can be written");
 }
 
 #[test]
