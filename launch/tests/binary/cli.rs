@@ -56,7 +56,15 @@ fn wrong_usage_ends_with_2_and_names_the_way() -> TestResult {
         (vec!["simulate", "--workers", "5", "--minutes", "0"], "--minutes 0 makes no sense"),
         (vec!["train", "--init-partial"], "--init-partial: training.init_partial: takes what fits of training.init"),
         (
-            vec!["train", "--set", "training.freeze_towers=true", "--set", "objective.cvr_weight=1"],
+            vec![
+                "train",
+                "--set",
+                "training.freeze_towers=true",
+                "--set",
+                "objective.cvr_weight=1",
+                "--set",
+                "checkpoint.metric=cvr.auc",
+            ],
             "--set training.freeze_towers=true: training.freeze_towers: keeps the towers' start, which is random",
         ),
         (vec!["train", "--set", "data.dataset=/etc/passwd"], "/etc/passwd is a file, and a dataset is a directory"),
