@@ -4,8 +4,9 @@
 //! one that is lost goes to another. A killed `embed` goes on where it was. Only when all shards are there does the
 //! dataset get them, in one step.
 
-use std::fs::{File, TryLockError};
-use std::path::{Path, PathBuf};
+mod lock;
+
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use learn_domain::report::{CoordinatorAddress, exit};
 use learn_domain::run_dir::RunDir;
 use learn_domain::told::Told;
 use learn_domain::{Config, Rank};
+pub(super) use lock::keep_out;
 use serde::Serialize;
 
 use crate::api::Api;
@@ -120,7 +122,7 @@ pub fn run(args: &EmbedArgs, output: &Output) -> Result<()> {
     }
     let start = Instant::now();
     system::catch_stop_signals();
-    let _lock = lock(&config.data.dataset)?;
+    let _lock = lock::take(&config.data.dataset)?;
     let before = fingerprint(&Dataset::open(&config.data.dataset)?);
     let run = make_directory(&config)?;
     output.note(&format!("reading the items, and {source}"));
@@ -208,61 +210,6 @@ fn previewed(preview: &Preview, dataset: &str) -> String {
 /// A line for each remark, after the lines before.
 fn notes(remarks: &Remarks) -> String {
     remarks.sentences().iter().map(|sentence| format!("\nnote: {sentence}")).collect()
-}
-
-/// One `embed` a dataset; the system drops the lock with the process.
-fn lock(dataset: &Path) -> Result<File> {
-    match try_lock(dataset) {
-        Ok(file) => Ok(file),
-        Err(TryLockError::WouldBlock) => {
-            let shown = super::shown(dataset);
-            let message = format!(
-                "{shown} is being embedded now by another `learn-launch embed`, or replaced by `prepare --replace`; wait for \
-                 it, or stop it"
-            );
-            Err(Failure::Busy(message).into())
-        }
-        Err(TryLockError::Error(error)) => {
-            Err(error).with_context(|| format!("cannot lock {}", RunDir::embedding_lock(dataset).display()))
-        }
-    }
-}
-
-/// Keeps every `embed` from a dataset that is there, for as long as the file is open; `None` if it cannot be kept.
-///
-/// # Errors
-/// An `embed` works on it.
-pub(super) fn keep_out(dataset: &Path) -> Result<Option<File>, String> {
-    let lock = match try_lock(dataset) {
-        Ok(file) => Ok(Some(file)),
-        Err(TryLockError::WouldBlock) => Err(()),
-        Err(TryLockError::Error(error)) => {
-            tracing::debug!(%error, "there are no locks here: nothing keeps `embed` from the dataset");
-            Ok(None)
-        }
-    };
-    // the coordinator may have outlived the command that has started it
-    match lock {
-        Ok(lock) if runs::live(&RunDir::of_embedding(dataset)).is_none() => Ok(lock),
-        _ => {
-            let shown = super::shown(dataset);
-            Err(format!(
-                "{shown} is being embedded now; wait until that has ended, or stop it with `learn-launch stop {shown}`"
-            ))
-        }
-    }
-}
-
-/// The lock of a dataset's embed job.
-fn try_lock(dataset: &Path) -> Result<File, TryLockError> {
-    let path = RunDir::embedding_lock(dataset);
-    let open = || {
-        path.parent().map_or(Ok(()), std::fs::create_dir_all)?;
-        File::options().create(true).append(true).open(&path)
-    };
-    let file = open().map_err(TryLockError::Error)?;
-    file.try_lock()?;
-    Ok(file)
 }
 
 /// The job's directory, anew: what an earlier job has finished are its shards.
@@ -559,24 +506,6 @@ mod tests {
         }
         let refused = refuse_crowds(100_000, 8).unwrap_err().to_string();
         assert!(refused.starts_with("embed.processes = 100000 is more than 128"), "{refused}");
-    }
-
-    #[test]
-    fn a_dataset_is_replaced_where_there_are_no_locks_and_not_under_an_embed() {
-        let folder = tempfile::tempdir().unwrap();
-        let first = keep_out(folder.path()).unwrap();
-        assert!(first.is_some());
-        let second = keep_out(folder.path()).unwrap_err();
-        assert!(second.contains("is being embedded now"), "{second}");
-        drop(first);
-        assert!(lock(folder.path()).is_ok());
-
-        let folder = tempfile::tempdir().unwrap();
-        // a lock that cannot be made
-        std::fs::write(folder.path().join("embeddings"), "").unwrap();
-        assert!(keep_out(folder.path()).unwrap().is_none());
-        let refused = lock(folder.path()).unwrap_err().to_string();
-        assert!(refused.starts_with("cannot lock "), "{refused}");
     }
 
     #[test]
